@@ -1,0 +1,40 @@
+# Every target does its own set-up: a virtual environment in .venv with the tested versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help quickstart test lint models bench-generation bench-quickstart clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11; install Python 3.11 or newer, or set PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: $(READY) ## distil the embedded teacher into the embedded student, about two minutes
+	$(BIN)/opd-stream run configs/quickstart.yaml
+
+test: $(READY) ## the test suite, under five minutes on two cores
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+models: $(READY) ## make the embedded teacher and student again, about eight minutes
+	$(BIN)/python configs/models/make_models.py --out configs/models
+
+bench-generation: $(READY) ## tokens per second against stock generate
+	$(BIN)/python benchmarks/generation.py
+
+bench-quickstart: $(READY) ## the quickstart over three seeds of problems and training
+	$(BIN)/python benchmarks/quickstart.py
+
+clean: ## remove the environment, the store and the runs
+	rm -rf $(VENV) store runs

@@ -1,0 +1,77 @@
+"""docs/config.md, written from the config's own descriptions: `python -m opd_stream.config_docs`."""
+
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from opd_stream.config import PLACEMENT, Config
+
+
+def config_markdown() -> str:
+    """Every section of the config as a table of fields."""
+    parts = [
+        "# Configuration",
+        "One YAML file is one run. `--set a.b=c` overrides a field on the command line; "
+        "`base: OTHER.yaml` starts from another file's fields. A path in a file is relative to the "
+        "file, a path on the command line to where the command is called. Unknown keys are refused.",
+        "A `kind` chooses between forms of a section. These fields are placement: they may change "
+        "between two calls of a run and name no other artifact: "
+        + ", ".join(f"`{name}`" for name in PLACEMENT)
+        + ".",
+        "This page is written by `python -m opd_stream.config_docs > docs/config.md`.",
+    ]
+    waiting: list[type[BaseModel]] = [Config]
+    seen: set[type[BaseModel]] = set()
+    while waiting:
+        section = waiting.pop(0)
+        if section in seen:
+            continue
+        seen.add(section)
+        parts.append(_section(section))
+        for field in section.model_fields.values():
+            waiting += _sections(field.annotation)
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(section: type[BaseModel]) -> str:
+    doc = (section.__doc__ or "").splitlines()[0]
+    lines = [f"## {section.__name__}", "", doc, "", "| field | type | default | meaning |"]
+    lines.append("|---|---|---|---|")
+    for name, field in section.model_fields.items():
+        default = "required" if field.default is PydanticUndefined else f"`{field.default}`"
+        if isinstance(field.default, BaseModel):
+            default = "see there"
+        meaning = field.description or ""
+        lines.append(f"| `{name}` | {_type(field.annotation)} | {default} | {meaning} |")
+    return "\n".join(lines)
+
+
+def _type(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _type(get_args(annotation)[0])
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(annotation))
+    if origin in (Union, UnionType):
+        return " or ".join(_type(part) for part in get_args(annotation))
+    if origin is tuple:
+        return "list of " + _type(get_args(annotation)[0])
+    if annotation is type(None):
+        return "null"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
+    return {"str": "text", "int": "integer", "float": "number", "Path": "path"}.get(
+        getattr(annotation, "__name__", ""), str(annotation)
+    )
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]
+
+
+if __name__ == "__main__":
+    print(config_markdown(), end="")

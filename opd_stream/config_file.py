@@ -1,0 +1,151 @@
+"""From a YAML file and `--set a.b=c` to a `Config`, with every problem told at once."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from opd_stream.config import Config, Section
+from opd_stream.errors import UserError
+
+PATH_FIELDS = ("base", "path", "data_files", "run", "store")
+
+
+def load_config(path: Path, overrides: list[str]) -> Config:
+    """Read a config file, apply `a.b=c` overrides and validate.
+
+    A file with `base: OTHER.yaml` starts from the other file's fields.
+
+    Raises:
+        UserError: one line for each problem, with a suggestion for a misspelt key.
+    """
+    return _validated(_read(path), overrides, str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The fields of a config file over those of its base."""
+    if not path.is_file():
+        raise UserError(f"config {path} does not exist; expected a YAML file; check the path")
+    try:
+        raw: Any = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid YAML: {reason}; mend the file") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds a {type(raw).__name__}; expected a mapping of fields")
+    anchored = _anchor_paths(raw, path.parent)
+    if "base" in anchored:
+        anchored = _merged(_read(Path(anchored.pop("base"))), anchored)
+    return anchored
+
+
+def override_config(config: Config, overrides: list[str]) -> Config:
+    """A config with other values in some fields.
+
+    Raises:
+        UserError: one line for each problem.
+    """
+    return _validated(config.model_dump(mode="json"), overrides, "the config with --set")
+
+
+def _validated(raw: dict[str, Any], overrides: list[str], where: str) -> Config:
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        problems = list(dict.fromkeys(_problem(details, raw) for details in error.errors()))
+        lines = "\n".join(problems)
+        raise UserError(
+            lines if len(problems) == 1 else f"{len(problems)} problems in {where}:\n{lines}"
+        ) from error
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `above` over those of `below`; a section of another kind replaces the whole one."""
+    merged = dict(below)
+    for key, value in above.items():
+        there = merged.get(key)
+        if isinstance(value, dict) and isinstance(there, dict):
+            same_kind = value.get("kind", there.get("kind")) == there.get("kind")
+            merged[key] = _merged(there, value) if same_kind else value
+        else:
+            merged[key] = value
+    return merged
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    field, equals, text = override.partition("=")
+    if not equals or not field:
+        raise UserError(f"--set {override!r} has no '='; expected --set field.subfield=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not valid YAML; quote it") from error
+    *parents, last = field.split(".")
+    here = raw
+    for parent in parents:
+        here = here.setdefault(parent, {})
+        if not isinstance(here, dict):
+            raise UserError(f"--set {override!r}: {parent} is a value, not a section with fields")
+    here[last] = value
+
+
+def _anchor_paths(value: Any, folder: Path) -> Any:
+    """Make the relative paths of a config file relative to the file's folder."""
+    if isinstance(value, list):
+        return [_anchor_paths(item, folder) for item in value]
+    if not isinstance(value, dict):
+        return value
+    anchored: dict[str, Any] = {}
+    for key, item in value.items():
+        is_hub_name = value.get("kind") == "datasets" and key == "path"
+        if key in PATH_FIELDS and isinstance(item, str) and (folder / item).exists():
+            anchored[key] = str(folder / item)
+        elif key in PATH_FIELDS and isinstance(item, str) and not is_hub_name:
+            anchored[key] = str(Path(item) if Path(item).is_absolute() else folder / item)
+        else:
+            anchored[key] = _anchor_paths(item, folder)
+    return anchored
+
+
+def _problem(details: ErrorDetails, raw: dict[str, Any]) -> str:
+    """One line for one validation error: what was found, expected, to do."""
+    location = [part for part in details["loc"] if _is_field(part, raw, details["loc"])]
+    field = ".".join(str(part) for part in location)
+    match details["type"]:
+        case "extra_forbidden":
+            close = _similar_field(str(location[-1]))
+            hint = f"did you mean {close!r}?" if close else "remove it, or see docs/config.md"
+            return f"unknown key {field!r}; {hint}"
+        case "missing":
+            return f"{field!r} is missing; expected a value; add it to the config or use --set"
+        case "value_error":
+            return details["msg"].removeprefix("Value error, ")
+        case _:
+            reason = details["msg"][:1].lower() + details["msg"][1:]
+            return f"{field!r} is {details['input']!r}; {reason}; change it"
+
+
+def _is_field(part: int | str, raw: dict[str, Any], loc: tuple[int | str, ...]) -> bool:
+    """Whether a part of an error's place stands in the file (a union's tag does not)."""
+    here: Any = raw
+    for step in loc:
+        if step == part:
+            return not isinstance(here, dict) or part in here or step == loc[-1]
+        if isinstance(here, dict) and step in here:
+            here = here[step]
+        elif isinstance(here, list) and isinstance(step, int):
+            here = here[step]
+    return True
+
+
+def _similar_field(name: str) -> str | None:
+    """The field a misspelt one most likely stands for."""
+    known = sorted({field for section in Section.__subclasses__() for field in section.model_fields})
+    longer = [field for field in known if field.startswith(name)]
+    close = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return close[0] if close else None

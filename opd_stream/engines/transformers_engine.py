@@ -1,0 +1,299 @@
+"""The reference engine: any Hugging Face causal language model, CPU or one GPU.
+
+Sampling is a loop of its own: no logits processors, the head only at the last position, ended rows
+taken out, prompts read once for all their samples. Scoring runs the decoder once over right-padded
+rows and the head only over completion tokens, in chunks, so no [B, T, V] tensor ever exists.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from opd_stream.engines.head import logits_head
+from opd_stream.errors import UserError
+from opd_stream.logprobs import HeadScores, completion_rows, head_scores
+from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
+
+HEAD_ROWS_PER_CHUNK = 2048  # rows whose logits exist at one time while scoring
+LIVE_SHARE = 0.75  # ended rows are taken out when fewer than this share is still running
+
+LARGEST_UNIFORM = 1 - 2**-50
+
+
+class TransformersEngine:
+    """One set of weights that samples and scores."""
+
+    def __init__(self, folder: Path, *, dtype: str, batch_rows: int, device: str = "cpu") -> None:
+        self._dtype, self._device = getattr(torch, dtype), torch.device(device)
+        self._batch_rows = batch_rows
+        self._model: Any = self._read(folder)
+
+    def load(self, folder: Path) -> None:
+        """Other weights of the same architecture, in place."""
+        self._model.load_state_dict(self._read(folder).state_dict())
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompts: PromptBatch,
+        *,
+        window_tokens: int,
+        samples_per_prompt: int,
+        temperature: float,
+        seed: int,
+        stop_ids: tuple[int, ...],
+    ) -> RolloutBatch:
+        """See `Engine.sample`."""
+        self._check_context(prompts, window_tokens)
+        lengths = [len(ids) for ids in prompts.prompt_ids]
+        order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+        per_batch = max(1, self._batch_rows // samples_per_prompt)
+        tokens: dict[int, NDArray[np.int32]] = {}
+        logprobs: dict[int, NDArray[np.float32]] = {}
+        for start in range(0, len(order), per_batch):
+            chosen = order[start : start + per_batch]
+            uniforms = np.stack(
+                [
+                    _uniforms(seed, prompts.prompt_id[row], sample, window_tokens)
+                    for row in chosen
+                    for sample in range(samples_per_prompt)
+                ]
+            )
+            ids = [prompts.prompt_ids[row] for row in chosen]
+            done = self._decode(ids, uniforms, temperature, stop_ids)
+            for place, (row_tokens, row_logprobs) in enumerate(done):
+                prompt, sample = divmod(place, samples_per_prompt)
+                rollout = chosen[prompt] * samples_per_prompt + sample
+                tokens[rollout], logprobs[rollout] = row_tokens, row_logprobs
+        rollouts = range(len(lengths) * samples_per_prompt)
+        stops = set(stop_ids)
+        return RolloutBatch(
+            prompt_id=tuple(prompts.prompt_id[row // samples_per_prompt] for row in rollouts),
+            sample_index=np.tile(np.arange(samples_per_prompt, dtype=np.int32), len(lengths)),
+            prompt_ids=tuple(prompts.prompt_ids[row // samples_per_prompt] for row in rollouts),
+            completion_ids=tuple(tokens[row] for row in rollouts),
+            behavior_logprobs=tuple(logprobs[row] for row in rollouts),
+            finish_reason=tuple(
+                "stop" if int(tokens[row][-1]) in stops else "length" for row in rollouts
+            ),
+        )
+
+    @torch.inference_mode()
+    def score(
+        self, rollouts: RolloutBatch, *, top_k: int, forced_ids: tuple[int, ...]
+    ) -> ScoreBatch:
+        """See `Engine.score`."""
+        vocab = self._model.config.get_text_config().vocab_size
+        if top_k > vocab:
+            raise UserError(
+                f"top_k is {top_k} but the vocabulary has {vocab} tokens; lower scores.top_k"
+            )
+        columns: dict[str, list[Any]] = {name: [None] * len(rollouts) for name in HeadScores.__slots__}
+        refused: dict[int, str] = {}
+        lengths = [
+            len(prompt) + len(completion)
+            for prompt, completion in zip(
+                rollouts.prompt_ids, rollouts.completion_ids, strict=True
+            )
+        ]
+        order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+        for start in range(0, len(order), self._batch_rows):
+            chosen = order[start : start + self._batch_rows]
+            for row, scores in zip(
+                chosen, self._score_rows(rollouts, chosen, top_k, forced_ids), strict=True
+            ):
+                finite = all(bool(np.isfinite(scores[name]).all()) for name in ("sampled_N", "top_NK"))
+                if not finite:
+                    refused[row] = "the teacher's log-probabilities are not finite"
+                    scores = {name: value[:0] for name, value in scores.items()}
+                for name, value in scores.items():
+                    columns[name][row] = value
+        return ScoreBatch(
+            teacher_logprobs=tuple(columns["sampled_N"]),
+            teacher_top_ids=tuple(columns["top_ids_NK"]),
+            teacher_top_logprobs=tuple(columns["top_NK"]),
+            teacher_tail_logprobs=tuple(columns["tail_N"]),
+            teacher_forced_logprobs=tuple(columns["forced_NF"]),
+            refused=refused,
+        )
+
+    def _decode(
+        self,
+        prompt_ids: list[NDArray[np.int32]],
+        uniforms_RT: NDArray[np.float64],
+        temperature: float,
+        stop_ids: tuple[int, ...],
+    ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.float32]]]:
+        """Completion ids and behavior log-probabilities of R rows, R a multiple of the prompts."""
+        from opd_stream.engines.decoding import Decoder
+
+        head = logits_head(self._model)
+        rows, window = uniforms_RT.shape
+        uniforms = torch.from_numpy(uniforms_RT).to(self._device)
+        stops = torch.tensor(stop_ids, dtype=torch.long, device=self._device)
+        ids, mask = _left_padded(prompt_ids, self._device)
+        decoder = Decoder(self._model, mask)
+        hidden = decoder.prefill(ids)
+        samples = rows // len(prompt_ids)
+        if samples > 1:
+            spread = torch.arange(len(prompt_ids), device=self._device).repeat_interleave(samples)
+            decoder.select(spread)
+            hidden = hidden[spread]
+        tokens = torch.zeros(rows, window, dtype=torch.long, device=self._device)
+        logprobs = torch.zeros(rows, window, device=self._device)
+        lengths = torch.full((rows,), window, device=self._device)
+        live = torch.arange(rows, device=self._device)  # rows the decoder still holds
+        running = torch.ones(rows, dtype=torch.bool, device=self._device)  # of them, not ended
+        for place in range(window):
+            drawn, drawn_logprobs = _draw(head(hidden), uniforms[live, place], temperature)
+            tokens[live, place], logprobs[live, place] = drawn, drawn_logprobs
+            ended = running & torch.isin(drawn, stops)
+            lengths[live[ended]] = place + 1
+            running = running & ~ended
+            count = int(running.sum())
+            if count == 0 or place + 1 == window:
+                break
+            if count < LIVE_SHARE * len(live):
+                kept = running.nonzero()[:, 0]
+                decoder.select(kept)
+                live, drawn, running = live[kept], drawn[kept], running[kept]
+            hidden = decoder.step(drawn)
+        all_tokens, all_logprobs = tokens.int().cpu().numpy(), logprobs.cpu().numpy()
+        for row, length in enumerate(lengths.tolist()):
+            yield all_tokens[row, :length].copy(), all_logprobs[row, :length].copy()
+
+    def _score_rows(
+        self, rollouts: RolloutBatch, chosen: list[int], top_k: int, forced_ids: tuple[int, ...]
+    ) -> Iterator[dict[str, NDArray[Any]]]:
+        prompts = [rollouts.prompt_ids[row] for row in chosen]
+        completions = [rollouts.completion_ids[row] for row in chosen]
+        ids, mask = _right_padded(prompts, completions, self._device)
+        hidden = self._model.get_decoder()(
+            input_ids=ids, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        lengths = torch.tensor([len(completion) for completion in completions])
+        rows = completion_rows(
+            torch.tensor([len(prompt) for prompt in prompts]), lengths, padded_length=ids.shape[1]
+        )
+        sampled = np.concatenate(completions).astype(np.int64)
+        scores = head_scores(
+            hidden.flatten(0, 1)[rows.to(self._device)],
+            logits_head(self._model),
+            sampled_ids_N=torch.from_numpy(sampled).to(self._device),
+            forced_ids_F=torch.tensor(forced_ids, dtype=torch.long, device=self._device),
+            top_k=top_k,
+            chunk_rows=HEAD_ROWS_PER_CHUNK,
+        )
+        split: dict[str, list[NDArray[Any]]] = {}
+        for name in HeadScores.__slots__:
+            column = getattr(scores, name).cpu().numpy()
+            column = column.astype(np.int32) if name == "top_ids_NK" else column
+            split[name] = np.split(column, np.cumsum(lengths.numpy())[:-1])
+        for place in range(len(chosen)):
+            yield {name: parts[place] for name, parts in split.items()}
+
+    def _read(self, folder: Path) -> Any:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # a bar per load of a policy would bury the stages' own
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=self._dtype, trust_remote_code=False, use_safetensors=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{folder} cannot be loaded as a causal language model ({reason}); expected "
+                "config.json and safetensors; check the folder"
+            ) from error
+        return model.to(self._device).eval()
+
+    def _check_context(self, prompts: PromptBatch, window_tokens: int) -> None:
+        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if context is None:
+            return
+        for prompt_id, ids in zip(prompts.prompt_id, prompts.prompt_ids, strict=True):
+            if len(ids) + window_tokens > context:
+                raise UserError(
+                    f"prompt {prompt_id!r} has {len(ids)} tokens and the window {window_tokens}; "
+                    f"the model reads {context}; lower the window or max_prompt_tokens"
+                )
+
+
+def _uniforms(seed: int, prompt_id: str, sample: int, window: int) -> NDArray[np.float64]:
+    """The rollout's own random numbers in [0, 1); a longer window only adds to them."""
+    digest = hashlib.sha256(f"{seed}/{sample}/{prompt_id}".encode()).digest()
+    key = int.from_bytes(digest[:16], "big")
+    return np.random.Generator(np.random.Philox(key=key)).random(window)
+
+
+def _draw(
+    logits_BV: torch.Tensor, uniforms_B: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row by inverting the cumulative distribution, and its raw log-probability."""
+    logprobs_BV = torch.log_softmax(logits_BV.float(), dim=1)
+    if temperature == 0:
+        drawn_B = logprobs_BV.argmax(1)
+    elif temperature == 1:
+        drawn_B = _inverted(logprobs_BV.exp(), uniforms_B)
+    else:
+        drawn_B = _inverted(torch.softmax(logits_BV.float() / temperature, dim=1), uniforms_B)
+    return drawn_B, logprobs_BV.gather(1, drawn_B[:, None])[:, 0]
+
+
+def _inverted(probabilities_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
+    """The id at which the cumulative distribution passes the uniform; never one of probability 0.
+
+    A cumulative sum over the vocabulary is slow, so blocks of about sqrt(V) ids are summed first and
+    only the block that is hit is walked through.
+    """
+    rows, vocab = probabilities_BV.shape
+    size = max(1, round(vocab**0.5))
+    blocks = torch.nn.functional.pad(probabilities_BV, (0, -vocab % size)).view(rows, -1, size)
+    block_B, rest_B = _passed(blocks.sum(2), uniforms_B)
+    within_B, _ = _passed(blocks[torch.arange(rows, device=block_B.device), block_B], rest_B)
+    return block_B * size + within_B
+
+
+def _passed(
+    masses_BM: torch.Tensor, uniforms_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mass in which the uniform falls, and how far into it, in [0, 1)."""
+    cumulative_BM = masses_BM.double().cumsum(1)
+    total_B1 = cumulative_BM[:, -1:]
+    # Rounding must not reach the total: what lies there may have no mass.
+    sought_B1 = torch.minimum(uniforms_B[:, None], uniforms_B.new_tensor(LARGEST_UNIFORM)) * total_B1
+    hit_B1 = torch.searchsorted(cumulative_BM, sought_B1, right=True)
+    mass_B1 = masses_BM.double().gather(1, hit_B1)
+    into_B1 = (sought_B1 - (cumulative_BM.gather(1, hit_B1) - mass_B1)) / mass_B1
+    return hit_B1[:, 0], into_B1[:, 0].clamp(0, LARGEST_UNIFORM)
+
+
+def _left_padded(
+    prompts: list[NDArray[np.int32]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(len(ids) for ids in prompts)
+    ids = np.zeros((len(prompts), longest), np.int64)
+    mask = np.zeros((len(prompts), longest), bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = True
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def _right_padded(
+    prompts: list[NDArray[np.int32]], completions: list[NDArray[np.int32]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+    ids = np.zeros((len(prompts), max(lengths)), np.int64)
+    mask = np.zeros((len(prompts), max(lengths)), np.int64)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        ids[row, : lengths[row]] = np.concatenate([prompt, completion])
+        mask[row, : lengths[row]] = 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)

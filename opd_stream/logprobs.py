@@ -1,0 +1,129 @@
+"""Log-probabilities from logits and hidden states: the only place, with the engines, that shifts.
+
+Everything here is normalised over the full vocabulary and never holds a [B, T, V] tensor: logits
+exist for a chunk of rows at a time.
+
+Shapes: B rows, L padded length, N completion tokens (flat), H hidden, V vocabulary, K top-k,
+J gathered ids, F forced ids.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+Head = Callable[[torch.Tensor], torch.Tensor]  # hidden [n, H] -> logits [n, V]
+
+LARGEST_TOP_LOGPROB = -1e-6  # a head closer to 1 has no tail that float32 can tell from rounding
+
+
+def logprobs_at(logits_NV: torch.Tensor, ids_NJ: torch.Tensor) -> torch.Tensor:
+    """log p of given ids: z[ids] - logsumexp(z), float32 (or float64) [N, J]."""
+    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    return logits_NV.gather(1, ids_NJ) - logits_NV.logsumexp(1, keepdim=True)
+
+
+def log_tail(logprobs_NK: torch.Tensor) -> torch.Tensor:
+    """log(1 - sum of exp(logprobs)) [N], clamped where the sum is 1 but for rounding."""
+    head_N = logprobs_NK.logsumexp(1).clamp(max=LARGEST_TOP_LOGPROB)
+    return torch.log(-torch.expm1(head_N))
+
+
+def completion_rows(
+    prompt_lengths_B: torch.Tensor, completion_lengths_B: torch.Tensor, *, padded_length: int
+) -> torch.Tensor:
+    """Rows of the flattened hidden states [B * L] that predict each completion token, in order [N].
+
+    Rows of the batch are right-padded prompt + completion; the token at place t of a completion is
+    predicted one position before it.
+    """
+    rows = [
+        torch.arange(completion) + (row * padded_length + prompt - 1)
+        for row, (prompt, completion) in enumerate(
+            zip(prompt_lengths_B.tolist(), completion_lengths_B.tolist(), strict=True)
+        )
+    ]
+    return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
+
+
+def student_logprobs(
+    hidden_NH: torch.Tensor, head: Head, ids_NJ: torch.Tensor, *, chunk_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Differentiable log p of given ids [N, J] and the entropy in nats (detached) [N].
+
+    Logits exist for at most `chunk_rows` rows at a time, in the forward and in the backward pass;
+    a chunk is computed a second time for its gradient.
+    """
+    if len(hidden_NH) <= chunk_rows:
+        return _gathered(hidden_NH, head, ids_NJ)
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for hidden, ids in zip(hidden_NH.split(chunk_rows), ids_NJ.split(chunk_rows), strict=True):
+        part = checkpoint(_gathered, hidden, head, ids, use_reentrant=False)
+        parts.append(part)  # pyright: ignore[reportArgumentType]
+    logprobs, entropy = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropy)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadScores:
+    """A teacher's scores of N completion tokens; log-probabilities in nats, float32."""
+
+    sampled_N: torch.Tensor
+    top_ids_NK: torch.Tensor
+    top_NK: torch.Tensor  # rank order
+    tail_N: torch.Tensor  # log of the mass outside the K, summed there: exact however small
+    forced_NF: torch.Tensor
+
+
+@torch.inference_mode()
+def head_scores(
+    hidden_NH: torch.Tensor,
+    head: Head,
+    *,
+    sampled_ids_N: torch.Tensor,
+    forced_ids_F: torch.Tensor,
+    top_k: int,
+    chunk_rows: int,
+) -> HeadScores:
+    """Top-k, tail, sampled token and forced ids, logits in chunks of rows."""
+    chunks = [
+        _chunk_scores(head(hidden).float(), sampled, forced_ids_F, top_k)
+        for hidden, sampled in zip(
+            hidden_NH.split(chunk_rows), sampled_ids_N.split(chunk_rows), strict=True
+        )
+    ]
+    return HeadScores(
+        **{
+            name: torch.cat([getattr(chunk, name) for chunk in chunks])
+            for name in HeadScores.__slots__
+        }
+    )
+
+
+def _chunk_scores(
+    logits_NV: torch.Tensor, sampled_ids_N: torch.Tensor, forced_ids_F: torch.Tensor, top_k: int
+) -> HeadScores:
+    norm_N1 = logits_NV.logsumexp(1, keepdim=True)
+    top_NK, top_ids_NK = logits_NV.topk(top_k, dim=1)
+    sampled_N = (logits_NV.gather(1, sampled_ids_N[:, None]) - norm_N1)[:, 0]
+    forced_NF = logits_NV[:, forced_ids_F] - norm_N1
+    rest_NV = logits_NV.scatter(1, top_ids_NK, -torch.inf)
+    return HeadScores(
+        sampled_N=sampled_N,
+        top_ids_NK=top_ids_NK,
+        top_NK=top_NK - norm_N1,
+        tail_N=rest_NV.logsumexp(1) - norm_N1[:, 0],
+        forced_NF=forced_NF,
+    )
+
+
+def _gathered(
+    hidden_NH: torch.Tensor, head: Head, ids_NJ: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logits_NV = head(hidden_NH).float()
+    norm_N1 = logits_NV.logsumexp(1, keepdim=True)
+    with torch.no_grad():
+        probabilities_NV = (logits_NV - norm_N1).exp()
+        entropy_N = norm_N1[:, 0] - (probabilities_NV * logits_NV).sum(1)
+    return logits_NV.gather(1, ids_NJ) - norm_N1, entropy_N.detach()

@@ -1,0 +1,1 @@
+"""The artifact store: content-addressed folders of verified Arrow shards and policies."""

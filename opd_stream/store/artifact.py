@@ -1,0 +1,227 @@
+"""An artifact made of units: a fixed slice of prompts each, one shard each.
+
+A worker publishes its shard, then the unit's commit record; the first record wins and is never
+replaced, so two workers (or two runs) on one unit are harmless. When every unit is committed the
+manifest is written; the artifact exists if and only if its manifest does.
+
+    rollouts/3f0c…/recipe.json          what it is made of, and how many prompts a unit holds
+    rollouts/3f0c…/units/00002-9a….arrow  a shard, named by its digest
+    rollouts/3f0c…/units/00002.json     its commit record
+    rollouts/3f0c…/manifest.json        all commit records, written last
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from opd_stream.errors import UserError
+from opd_stream.store.files import (
+    canonical_json,
+    inside,
+    publish,
+    publish_new,
+    read_json,
+    sha256,
+)
+from opd_stream.store.recipe import Recipe, recipe_from_json
+from opd_stream.store.shards import read_shard, shard_bytes, verified_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """The record that makes a unit exist.
+
+    Example:
+        >>> Commit(unit=2, file="units/00002-9a41b0c2.arrow", sha256="9a41…", bytes=81_920,
+        ...        counts={"rows": 32, "completion_tokens": 5_310}, made_by="5b0c…", seconds=1.9,
+        ...        source_sha256="77c0…")
+    """
+
+    unit: int
+    file: str  # relative to the artifact's folder
+    sha256: str  # of the shard's bytes
+    bytes: int
+    counts: dict[str, float]  # additive: rows, completion_tokens, refused_rows, ...
+    made_by: str = ""  # id of the run that made it; every other run reuses it
+    seconds: float = 0.0  # it took to make
+    source_sha256: str | None = None  # the shard of the input artifact this one was made from
+
+
+class DamagedUnit(Exception):
+    """A committed unit whose shard is missing or not the committed bytes."""
+
+    def __init__(self, artifact: "Artifact", unit: int, reason: str) -> None:
+        super().__init__(f"unit {unit} of {artifact.name} is damaged: {reason}")
+        self.artifact, self.unit = artifact, unit
+
+
+class Artifact:
+    """A folder of units, addressed by the fingerprint of its recipe."""
+
+    def __init__(self, root: Path, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.fingerprint = recipe.fingerprint
+        self.name = f"{recipe.kind}/{self.fingerprint[:16]}"
+        self.folder = root / self.name
+
+    def create(self, *, rows: int, rows_per_unit: int) -> None:
+        """Join or start the artifact; the first caller fixes how many rows a unit holds."""
+        layout = {"rows": rows, "rows_per_unit": rows_per_unit}
+        record = {**self.recipe.as_json(), "fingerprint": self.fingerprint, "layout": layout}
+        publish_new(self.folder / "recipe.json", canonical_json(record))
+        self.layout()
+
+    def units(self) -> range:
+        """The numbers of all units."""
+        layout = self.layout()
+        return range(-(-layout["rows"] // layout["rows_per_unit"]))
+
+    def unit_rows(self, unit: int) -> slice:
+        """The slice of the recipe's prompts that a unit covers."""
+        size = self.layout()["rows_per_unit"]
+        return slice(unit * size, (unit + 1) * size)
+
+    def is_started(self) -> bool:
+        """Whether somebody created it."""
+        return (self.folder / "recipe.json").exists()
+
+    def is_complete(self) -> bool:
+        """Whether the manifest is there."""
+        return (self.folder / "manifest.json").exists()
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest.
+
+        Raises:
+            UserError: a newer format version wrote it.
+        """
+        manifest = read_json(self.folder / "manifest.json")
+        recipe_from_json(manifest, f"{self.name}/manifest.json")
+        return manifest
+
+    def commit_record(self, unit: int) -> Commit | None:
+        """The commit record of a unit, if it has one."""
+        path = self._commit_path(unit)
+        return Commit(**read_json(path)) if path.exists() else None
+
+    def commits(self) -> dict[int, Commit]:
+        """Unit -> commit record, for the units that are committed."""
+        if not self.is_started():
+            return {}
+        records = ((unit, self.commit_record(unit)) for unit in self.units())
+        return {unit: record for unit, record in records if record is not None}
+
+    def commit(
+        self,
+        unit: int,
+        table: pa.Table,
+        *,
+        counts: dict[str, float],
+        made_by: str = "",
+        seconds: float = 0.0,
+        source_sha256: str | None = None,
+    ) -> Commit:
+        """Publish a unit and return the record that stands, ours or an earlier writer's."""
+        data = shard_bytes(table)
+        digest = sha256(data)
+        name = f"units/{unit:05d}-{digest[:8]}.arrow"
+        publish(self.folder / name, data)
+        commit = Commit(
+            unit=unit,
+            file=name,
+            sha256=digest,
+            bytes=len(data),
+            counts=counts,
+            made_by=made_by,
+            seconds=seconds,
+            source_sha256=source_sha256,
+        )
+        publish_new(self._commit_path(unit), canonical_json(asdict(commit)))
+        standing = self.commit_record(unit)
+        assert standing is not None
+        if standing.sha256 != digest:
+            (self.folder / name).unlink(missing_ok=True)
+        return standing
+
+    def read_unit(self, unit: int) -> pa.Table:
+        """The verified table of a committed unit.
+
+        Raises:
+            DamagedUnit: its bytes are not the committed ones.
+        """
+        commit = self.commit_record(unit)
+        if commit is None:
+            raise DamagedUnit(self, unit, "its commit record is missing")
+        try:
+            path = inside(self.folder, commit.file)
+            return read_shard(path, expected_sha256=commit.sha256)
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise DamagedUnit(self, unit, str(error)) from error
+
+    def damage(self, unit: int) -> str | None:
+        """What is wrong with a committed unit, or None."""
+        commit = self.commit_record(unit)
+        if commit is None:
+            return "its commit record is missing"
+        try:
+            verified_bytes(inside(self.folder, commit.file), expected_sha256=commit.sha256)
+        except UserError:
+            raise
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def condemn(self, unit: int) -> None:
+        """Take a unit out of the artifact, so that the next stage makes it again, alone."""
+        (self.folder / "manifest.json").unlink(missing_ok=True)
+        commit = self.commit_record(unit)
+        self._commit_path(unit).unlink(missing_ok=True)
+        if commit is not None:
+            inside(self.folder, commit.file).unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Write the manifest when every unit is committed."""
+        if self.is_complete():
+            return
+        commits = self.commits()
+        if len(commits) < len(self.units()):
+            return
+        manifest = {
+            **self.recipe.as_json(),
+            "fingerprint": self.fingerprint,
+            "units": [asdict(commits[unit]) for unit in self.units()],
+            "counts": summed_counts(commits.values()),
+        }
+        publish(self.folder / "manifest.json", canonical_json(manifest))
+
+    def _commit_path(self, unit: int) -> Path:
+        return self.folder / "units" / f"{unit:05d}.json"
+
+    def layout(self) -> dict[str, int]:
+        """How many rows (prompts) the artifact covers, and how many a unit holds.
+
+        Raises:
+            UserError: a newer format version wrote it, or the folder belongs to another recipe.
+        """
+        record = read_json(self.folder / "recipe.json")
+        recipe_from_json(record, f"{self.name}/recipe.json")
+        if record["fingerprint"] != self.fingerprint:
+            raise UserError(
+                f"{self.name}/recipe.json belongs to {record['fingerprint'][:16]}…; expected "
+                f"{self.fingerprint[:16]}…; the store was altered: move that folder away"
+            )
+        return record["layout"]
+
+
+def summed_counts(commits: Iterable[Commit]) -> dict[str, float]:
+    """The counts of several units together."""
+    total: dict[str, float] = {}
+    for commit in commits:
+        for key, value in commit.counts.items():
+            total[key] = total.get(key, 0) + value
+    return total

@@ -1,0 +1,160 @@
+"""Policies: Hugging Face folders whose identity is what they compute, not where they lie.
+
+The identity of a checkpoint is the digest of its weights, its tokenizer and its architecture. A
+trained policy is an artifact like any other: an attempt's folder is filled first, and the manifest
+that names the winning attempt is published last.
+
+    policies/77c0…/manifest.json           recipe, identity, outcome of the training
+    policies/77c0…/attempt-5b…/            config.json, model.safetensors, tokenizer, optimizer/
+"""
+
+import shutil
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from opd_stream.errors import UserError
+from opd_stream.store.files import (
+    canonical_json,
+    inside,
+    publish,
+    publish_new,
+    read_json,
+    sha256,
+    sha256_file,
+    sync_tree,
+)
+from opd_stream.store.recipe import Recipe, recipe_from_json
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What a checkpoint is.
+
+    Example:
+        >>> Identity(weights_sha256="9a41…", tokenizer_sha256="0c77…", architecture_sha256="f2…")
+    """
+
+    weights_sha256: str
+    tokenizer_sha256: str
+    architecture_sha256: str
+
+    @property
+    def fingerprint(self) -> str:
+        """One digest of all three."""
+        return sha256(canonical_json(asdict(self)))
+
+
+def identify(folder: Path, *, cache: Path | None = None) -> Identity:
+    """Digest a checkpoint folder; `cache` remembers digests of files that did not change.
+
+    Raises:
+        UserError: the folder is no checkpoint (says what is missing).
+    """
+    weights = sorted(folder.glob("*.safetensors"))
+    tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    missing = [
+        what
+        for what, there in (
+            ("config.json", (folder / "config.json").exists()),
+            ("*.safetensors", bool(weights)),
+            ("tokenizer.json", bool(tokenizer)),
+        )
+        if not there
+    ]
+    if missing:
+        found = "nothing: it does not exist" if not folder.is_dir() else "no " + ", no ".join(missing)
+        raise UserError(
+            f"{folder} is no checkpoint: found {found}; expected a Hugging Face folder with "
+            "config.json, safetensors and a tokenizer; check the path"
+        )
+    config = {k: v for k, v in read_json(folder / "config.json").items() if k not in VOLATILE_CONFIG}
+    return Identity(
+        weights_sha256=_digest_files(weights, cache),
+        tokenizer_sha256=_digest_files(tokenizer, cache),
+        architecture_sha256=sha256(canonical_json(config)),
+    )
+
+
+class PolicyArtifact:
+    """The policy that a train stage makes."""
+
+    def __init__(self, root: Path, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.fingerprint = recipe.fingerprint
+        self.name = f"{recipe.kind}/{self.fingerprint[:16]}"
+        self.artifact_folder = root / self.name
+
+    def is_complete(self) -> bool:
+        """Whether the manifest is there."""
+        return (self.artifact_folder / "manifest.json").exists()
+
+    def manifest(self) -> dict[str, Any]:
+        """Recipe, identity, files and the outcome of the training."""
+        manifest = read_json(self.artifact_folder / "manifest.json")
+        recipe_from_json(manifest, f"{self.name}/manifest.json")
+        return manifest
+
+    def folder(self) -> Path:
+        """The Hugging Face folder of the published attempt."""
+        return inside(self.artifact_folder, self.manifest()["folder"])
+
+    def new_attempt(self) -> Path:
+        """An empty folder to fill before `publish`."""
+        record = {**self.recipe.as_json(), "fingerprint": self.fingerprint}
+        publish_new(self.artifact_folder / "recipe.json", canonical_json(record))
+        folder = self.artifact_folder / f"attempt-{uuid.uuid4().hex[:12]}"
+        folder.mkdir()
+        return folder
+
+    def publish(self, attempt: Path, outcome: dict[str, Any]) -> None:
+        """Make an attempt the policy; an earlier attempt of the same recipe stays, ours goes."""
+        identity = identify(attempt)
+        sync_tree(attempt)
+        files = sorted(path for path in attempt.rglob("*") if path.is_file())
+        manifest = {
+            **self.recipe.as_json(),
+            "fingerprint": self.fingerprint,
+            "folder": attempt.name,
+            "identity": identity.fingerprint,
+            **asdict(identity),
+            "files": {str(path.relative_to(attempt)): sha256_file(path) for path in files},
+            "outcome": outcome,
+        }
+        if not publish_new(self.artifact_folder / "manifest.json", canonical_json(manifest)):
+            shutil.rmtree(attempt)
+
+    def damage(self) -> str | None:
+        """What is wrong with the published files, or None."""
+        folder = self.folder()
+        for name, expected in self.manifest()["files"].items():
+            path = inside(folder, name)
+            if not path.is_file():
+                return f"{name} is missing"
+            if sha256_file(path) != expected:
+                return f"{name} is not the published file"
+        return None
+
+    def condemn(self) -> None:
+        """Take the policy out of the store, so that the next train stage makes it again."""
+        (self.artifact_folder / "manifest.json").unlink(missing_ok=True)
+
+
+def _digest_files(paths: list[Path], cache: Path | None) -> str:
+    """One digest of several files, each by name and content."""
+    return sha256(canonical_json([[path.name, _digest_file(path, cache)] for path in paths]))
+
+
+def _digest_file(path: Path, cache: Path | None) -> str:
+    if cache is None:
+        return sha256_file(path)
+    stat = path.stat()
+    key = canonical_json([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    remembered = cache / f"{sha256(key)[:32]}.json"
+    if not remembered.exists():
+        publish(remembered, canonical_json({"file": path.name, "sha256": sha256_file(path)}))
+    return read_json(remembered)["sha256"]

@@ -1,0 +1,68 @@
+"""A recipe says everything that changes an artifact's content; its digest is the artifact's name.
+
+Placement (workers, devices, engine batch size, unit size, paths) is never part of a recipe: it may
+change between two calls of the same command without making another artifact.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from opd_stream.errors import UserError
+from opd_stream.store.files import canonical_json, sha256
+
+FORMAT_VERSION = 1
+
+Kind = Literal["prompts", "policies", "rollouts", "scores", "evaluations"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What an artifact is made of.
+
+    Example:
+        >>> Recipe(kind="scores", settings={"top_k": 16}, inputs={"rollouts": "3f…", "teacher": "a0…"})
+    """
+
+    kind: Kind
+    settings: dict[str, Any]  # JSON values: every setting that changes the content
+    inputs: dict[str, str]  # role -> fingerprint of an artifact or content digest of a policy
+
+    def as_json(self) -> dict[str, Any]:
+        """The canonical JSON value whose digest is the fingerprint."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "settings": self.settings,
+            "inputs": self.inputs,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical recipe."""
+        return sha256(canonical_json(self.as_json()))
+
+
+def recipe_from_json(value: dict[str, Any], where: str) -> Recipe:
+    """Read a recipe back.
+
+    Raises:
+        UserError: it was written by a newer format version.
+    """
+    found = value.get("format_version")
+    if found != FORMAT_VERSION:
+        raise UserError(
+            f"{where} has format version {found}; this opd-stream reads version {FORMAT_VERSION}; "
+            "update opd-stream or use another store"
+        )
+    return Recipe(kind=value["kind"], settings=value["settings"], inputs=value["inputs"])
+
+
+def differing_fields(left: Any, right: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted field -> (left value, right value) for every leaf in which two JSON values differ."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in sorted({*left, *right}):
+            path = f"{prefix}.{key}" if prefix else str(key)
+            found |= differing_fields(left.get(key), right.get(key), path)
+        return found
+    return {} if left == right else {prefix: (left, right)}

@@ -1,0 +1,63 @@
+"""Nested state (optimizers, checkpoints) as safetensors and JSON: no pickle, exact round trip.
+
+Tensors go to `tensors.safetensors`; everything else, with a reference where a tensor stood, goes to
+`tree.json`. Dictionaries with integer keys (optimizer state) keep them.
+"""
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from opd_stream.store.files import canonical_json, explained, publish, read_json
+
+
+def save_tree(tree: Any, folder: Path) -> None:
+    """Write a tree of dicts, lists, tuples, numbers, strings, None and tensors.
+
+    Raises:
+        TypeError: the tree holds something else (says what and where).
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    value = _encode(tree, tensors, "")
+    folder.mkdir(parents=True, exist_ok=True)
+    with explained(folder):
+        save_file(tensors, folder / "tensors.safetensors")
+    publish(folder / "tree.json", canonical_json(value))
+
+
+def load_tree(folder: Path) -> Any:
+    """Read a tree back."""
+    return _decode(read_json(folder / "tree.json"), load_file(folder / "tensors.safetensors"))
+
+
+def _encode(value: Any, tensors: dict[str, torch.Tensor], path: str) -> Any:
+    if isinstance(value, torch.Tensor):
+        name = f"{len(tensors)}{path}"
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        items = [[key, _encode(item, tensors, f"{path}.{key}")] for key, item in value.items()]
+        return {"ordered" if isinstance(value, OrderedDict) else "dict": items}
+    if isinstance(value, (list, tuple)):
+        items = [_encode(item, tensors, f"{path}.{index}") for index, item in enumerate(value)]
+        return {"tuple": items} if isinstance(value, tuple) else items
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"cannot save a {type(value).__name__} at {path or 'the root'} of a tree")
+
+
+def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((tag, content),) = value.items()
+    if tag == "tensor":
+        return tensors[content]
+    if tag == "tuple":
+        return tuple(_decode(item, tensors) for item in content)
+    pairs = [(key, _decode(item, tensors)) for key, item in content]
+    return OrderedDict(pairs) if tag == "ordered" else dict(pairs)

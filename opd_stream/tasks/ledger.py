@@ -1,0 +1,167 @@
+"""The embedded task: keep a ledger for some days, digit by digit; a program marks the answer.
+
+A model of 400 thousand parameters can learn it on a CPU, because every token of a solution follows
+from tokens already written. Two decisions make that true. Each line repeats the verb of its day
+("Monday receives:"), so that the choice between + and - needs no look-up in the question at the
+moment of writing. And carries and borrows are written down, so that forgetting them is a *habit*
+that distillation can correct, not a circuit that the student would have to grow.
+
+The text given to a model is exactly `question + "\\n"`, preceded by the id of the bos token; the
+completion is `solution` followed by the id of the eos token. The two are tokenised apart.
+"""
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# Two strings, because a list of forty words would take forty lines. Each word becomes one token.
+NAMES = (  # noqa: SIM905
+    "Ken Ana Tom Mia Leo Zoe Max Eva Sam Ida Ben Amy Jon Liv Dan Kim Rob Sue Tim Joy "
+    "Pat Meg Ray Fay Lou Bea Guy Peg Art Dot Gus Liz Hal May Ned Nan Roy Sal Vic Una"
+).split()
+THINGS = (  # noqa: SIM905
+    "cards coins books shells stamps pens cups keys rings balls apples pears plums nuts eggs "
+    "boxes bags hats socks shoes stones beads bells dolls kites marbles buttons candles cookies "
+    "tickets bottles pencils ribbons badges flowers leaves feathers magnets puzzles stickers"
+).split()
+GAIN_VERBS = ["receives", "gains", "finds", "earns", "collects", "wins", "buys", "gets"]
+LOSS_VERBS = ["loses", "spends", "gives", "sells", "drops", "donates", "uses"]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]
+MIN_ENTRIES = 4
+
+_ANSWER = re.compile(r"Answer: (\d\d)\s*$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerProblem:
+    """One problem with its worked solution.
+
+    Example:
+        LedgerProblem(
+            problem_id="ledger-0-7",  # problem 7 of seed 0
+            question="Ken has 42 cards. On Monday Ken receives 38 cards. ... How many cards ...?",
+            solution="Ken starts with 42.\\nMonday receives: 42+38,2+8=10,4+3+1=8,so 80.\\n...",
+            answer="68",  # always two digits, 00 to 99
+        )
+    """
+
+    problem_id: str
+    question: str
+    solution: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What happens on one day: `verb` moves `amount` things in (`is_gain`) or out."""
+
+    day: str
+    verb: str
+    is_gain: bool
+    amount: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """The story behind a problem, before it is written out as text."""
+
+    name: str
+    thing: str
+    start: int
+    entries: tuple[Entry, ...]
+
+
+# Writes one calculation: (total before, entry) -> (its text, total after).
+StepWriter = Callable[[int, Entry], tuple[str, int]]
+
+
+def make_problems(*, count: int, seed: int) -> list[LedgerProblem]:
+    """The first `count` problems of `seed`; problem i of a seed is the same whatever the count."""
+    return [_make_problem(seed, index) for index in range(count)]
+
+
+def prompt_text(problem: LedgerProblem) -> str:
+    """The text to tokenise, without special tokens, after the bos id."""
+    return problem.question + "\n"
+
+
+def is_correct(completion_text: str, answer: str) -> bool:
+    """Whether the completion ends in "Answer: DD" with DD equal to `answer`.
+
+    Strict on purpose: a completion cut off before its last line has no answer and is wrong.
+    """
+    found = _ANSWER.search(completion_text)
+    return found is not None and found.group(1) == answer
+
+
+def draw_ledger(rng: random.Random) -> Ledger:
+    """A random story of 4 to 6 days whose totals never leave 0..99.
+
+    Every number of the question has two digits, so that a model reads them all in the same place.
+    """
+    start = total = rng.randint(10, 99)
+    entries: list[Entry] = []
+    for day in DAYS[: rng.randint(MIN_ENTRIES, len(DAYS))]:
+        can_gain, can_lose = total <= 89, total >= 10
+        is_gain = rng.random() < 0.5 if can_gain and can_lose else can_gain
+        amount = rng.randint(10, 99 - total if is_gain else total)
+        verb = rng.choice(GAIN_VERBS if is_gain else LOSS_VERBS)
+        entries.append(Entry(day=day, verb=verb, is_gain=is_gain, amount=amount))
+        total += amount if is_gain else -amount
+    return Ledger(
+        name=rng.choice(NAMES), thing=rng.choice(THINGS), start=start, entries=tuple(entries)
+    )
+
+
+def write_question(ledger: Ledger) -> str:
+    """The story in one line of plain English."""
+    name, thing = ledger.name, ledger.thing
+    days = [f"On {e.day} {name} {e.verb} {e.amount} {thing}." for e in ledger.entries]
+    story = [f"{name} has {ledger.start} {thing}.", *days, f"How many {thing} does {name} have?"]
+    return " ".join(story)
+
+
+def write_step(total: int, entry: Entry) -> tuple[str, int]:
+    """One correct calculation, ones before tens: "42+38,2+8=10,4+3+1=8" and its result."""
+    tens, ones = divmod(total, 10)
+    amount_tens, amount_ones = divmod(entry.amount, 10)
+    if entry.is_gain:
+        carry, ones_digit = divmod(ones + amount_ones, 10)
+        tens_digit = tens + amount_tens + carry
+        by_ones = f"{ones}+{amount_ones}={carry}{ones_digit}"
+        by_tens = f"{tens}+{amount_tens}+{carry}={tens_digit}"
+    else:
+        borrow = int(ones < amount_ones)
+        ones_digit = 10 * borrow + ones - amount_ones
+        tens_digit = tens - amount_tens - borrow
+        by_ones = f"{borrow}{ones}-{amount_ones}={ones_digit}"
+        by_tens = f"{tens}-{amount_tens}-{borrow}={tens_digit}"
+    sign = "+" if entry.is_gain else "-"
+    text = f"{total:02d}{sign}{entry.amount:02d},{by_ones},{by_tens}"
+    return text, 10 * tens_digit + ones_digit
+
+
+def write_solution(ledger: Ledger, step_writer: StepWriter = write_step) -> tuple[str, str]:
+    """The worked solution and its two-digit answer; each line continues from the line before.
+
+    `step_writer` is the hand that calculates: a careless one makes a careless solution.
+    """
+    total = ledger.start
+    lines = [f"{ledger.name} starts with {total:02d}."]
+    for entry in ledger.entries:
+        text, total = step_writer(total, entry)
+        lines.append(f"{entry.day} {entry.verb}: {text},so {total:02d}.")
+    answer = f"{total:02d}"
+    return "\n".join([*lines, f"Answer: {answer}"]), answer
+
+
+def _make_problem(seed: int, index: int) -> LedgerProblem:
+    ledger = draw_ledger(random.Random(f"ledger/{seed}/{index}"))
+    solution, answer = write_solution(ledger)
+    return LedgerProblem(
+        problem_id=f"ledger-{seed}-{index}",
+        question=write_question(ledger),
+        solution=solution,
+        answer=answer,
+    )

@@ -1,0 +1,81 @@
+"""The data that travels between engines, shards and objectives.
+
+Alignment rule: every per-token field has the length of `completion_ids`, and index `t` speaks of
+`completion_ids[t]`. Only `logprobs.py` and the engines shift by one. Tokens travel as ids from
+sampling to loss; nothing is decoded and tokenised again.
+
+Shapes: R rows (rollouts), P prompt tokens, T completion tokens (both ragged, one array per row),
+K teacher top-k, F forced ids, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptBatch:
+    """Prompts ready for an engine.
+
+    Example:
+        >>> PromptBatch(prompt_id=("gsm8k-0",), prompt_ids=(np.array([2, 17, 9], np.int32),))
+    """
+
+    prompt_id: tuple[str, ...]  # R, unique
+    prompt_ids: tuple[NDArray[np.int32], ...]  # R x [P], P >= 1, template already applied
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutBatch:
+    """Continuations sampled by the student, with the probabilities they were sampled with.
+
+    Rows are ordered by prompt, then by `sample_index`.
+
+    Example:
+        >>> RolloutBatch(
+        ...     prompt_id=("gsm8k-0",), sample_index=np.array([0], np.int32),
+        ...     prompt_ids=(np.array([2, 17, 9], np.int32),),
+        ...     completion_ids=(np.array([40, 41, 1], np.int32),),
+        ...     behavior_logprobs=(np.array([-0.1, -2.3, -0.01], np.float32),),
+        ...     finish_reason=("stop",),
+        ... )
+    """
+
+    prompt_id: tuple[str, ...]  # R
+    sample_index: NDArray[np.int32]  # [R], 0 .. samples_per_prompt - 1
+    prompt_ids: tuple[NDArray[np.int32], ...]  # R x [P]
+    completion_ids: tuple[NDArray[np.int32], ...]  # R x [T], with the terminator if one was drawn
+    behavior_logprobs: tuple[NDArray[np.float32], ...]  # R x [T], nats, raw (before temperature)
+    finish_reason: tuple[FinishReason, ...]  # R, "length" = the window ended it, no terminator
+
+    def __len__(self) -> int:
+        return len(self.prompt_id)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Completion tokens in all rows."""
+        return sum(len(ids) for ids in self.completion_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreBatch:
+    """The teacher's view of a `RolloutBatch`, row by row.
+
+    All log-probabilities are in nats, normalised over the full vocabulary, at temperature 1. The K
+    ids of a position stand in rank order (most probable first), so a smaller K is a prefix. A row
+    whose logits were not finite holds arrays of length 0 and its reason stands in `refused`.
+    """
+
+    teacher_logprobs: tuple[NDArray[np.float32], ...]  # R x [T], of the sampled token
+    teacher_top_ids: tuple[NDArray[np.int32], ...]  # R x [T, K]
+    teacher_top_logprobs: tuple[NDArray[np.float32], ...]  # R x [T, K]
+    teacher_tail_logprobs: tuple[NDArray[np.float32], ...]  # R x [T], log(1 - sum of the K)
+    teacher_forced_logprobs: tuple[NDArray[np.float32], ...]  # R x [T, F]
+    refused: dict[int, str]  # row number -> reason
+
+    def __len__(self) -> int:
+        return len(self.teacher_logprobs)

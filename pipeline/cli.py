@@ -1,0 +1,126 @@
+"""The commands. Heavy imports happen inside them, so that help answers at once."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from opd_stream.config import Config
+    from pipeline.run_directory import RunDirectory
+
+app = typer.Typer(
+    help="On-policy distillation of language models from a cache of teacher scores.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a config field.")
+]
+RunDir = Annotated[
+    Path | None, typer.Option("--run-dir", help="Folder of the run. Default: runs/NAME of config.")
+]
+RoundNumber = Annotated[int, typer.Option("--round", help="Number of the round, from 0.")]
+
+
+@app.command()
+def run(config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None) -> None:
+    """Run the whole loop; run it again to continue."""
+    from rich.console import Console
+
+    from pipeline.progress import TerminalProgress
+    from pipeline.rounds import run as run_rounds
+    from pipeline.table import print_run
+
+    settings, directory = _open(config, overrides, run_dir)
+    with TerminalProgress() as progress:
+        before = directory.summary()
+        summary = run_rounds(settings, directory, progress)
+    console = Console()
+    if before.get("finished") and before["policies"] == summary["policies"]:
+        console.print("everything is in the store already; nothing to do", highlight=False)
+    print_run(directory.reports(), summary, str(directory.path), console=console)
+
+
+@app.command()
+def generate(
+    config: ConfigFile, round_index: RoundNumber, overrides: Overrides = None, run_dir: RunDir = None
+) -> None:
+    """Sample the student's rollouts of one round."""
+    _stage("generate", config, overrides, run_dir, round_index)
+
+
+@app.command()
+def score(
+    config: ConfigFile, round_index: RoundNumber, overrides: Overrides = None, run_dir: RunDir = None
+) -> None:
+    """Score the rollouts of one round with the teacher."""
+    _stage("score", config, overrides, run_dir, round_index)
+
+
+@app.command()
+def train(
+    config: ConfigFile, round_index: RoundNumber, overrides: Overrides = None, run_dir: RunDir = None
+) -> None:
+    """Train on the scores of one round."""
+    _stage("train", config, overrides, run_dir, round_index)
+
+
+@app.command()
+def evaluate(
+    config: ConfigFile, round_index: RoundNumber, overrides: Overrides = None, run_dir: RunDir = None
+) -> None:
+    """Evaluate the policy that a round made; --round -1 is the initial student."""
+    _stage("evaluate", config, overrides, run_dir, round_index)
+
+
+@app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")],
+    overrides: Overrides = None,
+) -> None:
+    """What of a run is in the store; --set asks what another setting would still find there."""
+    from opd_stream.config_file import override_config
+    from pipeline.run_directory import RunDirectory
+    from pipeline.status import status_lines
+
+    settings = override_config(RunDirectory(run_dir).config(), overrides or [])
+    for line in status_lines(settings):
+        typer.echo(line)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and exit code 2."""
+    from opd_stream.errors import UserError
+
+    try:
+        app()
+    except UserError as error:
+        sys.stderr.write(f"opd-stream: {error}\n")
+        sys.exit(2)
+
+
+def _open(
+    config: Path, overrides: list[str] | None, run_dir: Path | None
+) -> "tuple[Config, RunDirectory]":
+    from opd_stream.config_file import load_config
+    from pipeline.run_directory import RunDirectory
+
+    settings = load_config(config, overrides or [])
+    return settings, RunDirectory(run_dir or Path("runs") / config.stem)
+
+
+def _stage(
+    stage: str, config: Path, overrides: list[str] | None, run_dir: Path | None, round_index: int
+) -> None:
+    from pipeline.progress import TerminalProgress
+    from pipeline.stage_commands import run_stage
+
+    settings, directory = _open(config, overrides, run_dir)
+    with TerminalProgress() as progress:
+        line = run_stage(stage, settings, directory, round_index=round_index, progress=progress)
+    typer.echo(line)

@@ -1,0 +1,38 @@
+"""What a round will do: a pure function of the config and of the steps done before it."""
+
+from dataclasses import dataclass
+
+from opd_stream.config import Config
+from opd_stream.windows import Window, build_window, round_window
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundPlan:
+    """A round before it runs.
+
+    Example:
+        >>> RoundPlan(round_index=3, first_step=48, planned_steps=16, window_tokens=144)
+    """
+
+    round_index: int
+    first_step: int  # optimizer steps done before the round
+    planned_steps: int  # optimizer steps if no drift stops it
+    window_tokens: int  # new tokens of its rollouts: the window of its last planned step
+
+
+def plan_round(config: Config, *, round_index: int, first_step: int) -> RoundPlan:
+    """Plan a round."""
+    rows = config.rollouts.prompts_per_round * config.rollouts.samples_per_prompt
+    steps_per_epoch = -(-rows // config.train.rows_per_step)
+    planned = steps_per_epoch * config.staleness.max_epochs
+    return RoundPlan(
+        round_index=round_index,
+        first_step=first_step,
+        planned_steps=planned,
+        window_tokens=round_window(training_window(config), first_step, planned),
+    )
+
+
+def training_window(config: Config) -> Window:
+    """The window of the config."""
+    return build_window(**config.rollouts.window.model_dump())

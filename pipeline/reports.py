@@ -1,0 +1,144 @@
+"""Reports: what a round and a run did, read off the artifacts and never remembered.
+
+A unit's commit record says which run made it and how long that took, so the same run resumed after a
+kill counts its own work once, and a run that finds a unit made by another counts it as reused.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from opd_stream.store.artifact import Commit, summed_counts
+from pipeline.walk import Round
+
+Span = tuple[float, float]
+
+
+def round_report(here: Round, run_id: str, evaluation: dict[str, Any] | None) -> dict[str, Any]:
+    """The report of a finished round."""
+    manifest = here.policy.manifest()
+    outcome = manifest["outcome"]
+    rollouts, scores = here.rollouts.commits().values(), here.scores.commits().values()
+    trained_here = outcome["made_by"] == run_id
+    last = outcome["epochs"][-1]
+    return {
+        "round": here.index,
+        "window_tokens": here.rollouts.recipe.settings["window_tokens"],
+        "first_step": here.plan.first_step,
+        "steps": outcome["steps"],
+        "rows": outcome["rows"],
+        "tokens": {
+            "generated": _tokens(made_by(rollouts, run_id)),
+            "teacher_scored": _tokens(made_by(scores, run_id)),
+            "trained": outcome["trained_tokens"] if trained_here else 0,
+        },
+        "refused_rows": int(summed_counts(scores).get("refused_rows", 0)),
+        "length_rows": int(summed_counts(rollouts).get("length_rows", 0)),
+        "cache_bytes": sum(commit.bytes for commit in (*rollouts, *scores)),
+        "seconds": {
+            "generate": _seconds(made_by(rollouts, run_id)),
+            "score": _seconds(made_by(scores, run_id)),
+            "train": outcome["seconds"] if trained_here else 0.0,
+        },
+        "reused": {
+            "rollout_units": len(rollouts) - len(made_by(rollouts, run_id)),
+            "score_units": len(scores) - len(made_by(scores, run_id)),
+            "policy": not trained_here,
+        },
+        "policy_drift": last["policy_drift"],
+        "effective_sample_fraction": last["effective_sample_fraction"],
+        "epochs": outcome["epochs"],
+        "decision": last["reason"],
+        "policy": {
+            "version": here.index + 1,
+            "fingerprint": here.policy.fingerprint,
+            "weights_sha256": manifest["weights_sha256"],
+            "folder": str(here.policy.folder()),
+        },
+        "caches": {"rollouts": here.rollouts.fingerprint, "scores": here.scores.fingerprint},
+        "evaluation": evaluation,
+    }
+
+
+def summary(
+    *,
+    rounds: int,
+    policy_0: dict[str, Any],
+    evaluation_0: dict[str, Any] | None,
+    reports: list[dict[str, Any]],
+    wall_seconds: float,
+    idle_seconds: float,
+) -> dict[str, Any]:
+    """The whole run in one value, for other programs.
+
+    Args:
+        rounds: rounds the config asks for.
+        policy_0: version, fingerprint and weights digest of the initial student.
+        evaluation_0: its evaluation, if there is one.
+        reports: of the finished rounds.
+        wall_seconds: all calls of the run together.
+        idle_seconds: of these, when nothing was sampled, scored, trained or evaluated.
+    """
+    evaluations = [
+        {"round": round_index, **evaluation}
+        for round_index, evaluation in enumerate(
+            [evaluation_0, *(report["evaluation"] for report in reports)]
+        )
+        if evaluation is not None
+    ]
+    seconds = {
+        stage: round(sum(report["seconds"][stage] for report in reports), 3)
+        for stage in ("generate", "score", "train")
+    }
+    return {
+        "finished": len(reports) == rounds,
+        "rounds": len(reports),
+        "rounds_planned": rounds,
+        "evaluations": [_without(evaluation, "seconds") for evaluation in evaluations],
+        "tokens": {
+            name: sum(report["tokens"][name] for report in reports)
+            for name in ("generated", "teacher_scored", "trained")
+        },
+        "seconds": {
+            **seconds,
+            "evaluate": round(sum(evaluation["seconds"] for evaluation in evaluations), 3),
+            "wall": round(wall_seconds, 3),
+            "other": round(idle_seconds, 3),
+        },
+        "reused": {
+            name: sum(report["reused"][name] for report in reports)
+            for name in ("rollout_units", "score_units")
+        },
+        "policies": [policy_0, *(_without(report["policy"], "folder") for report in reports)],
+        "final_policy": reports[-1]["policy"]["folder"] if reports else None,
+        "caches": [report["caches"] for report in reports],
+        "steps": sum(report["steps"] for report in reports),
+        "refused_rows": sum(report["refused_rows"] for report in reports),
+        "cache_bytes": sum(report["cache_bytes"] for report in reports),
+        "decisions": [report["decision"] for report in reports],
+    }
+
+
+def made_by(commits: Iterable[Commit], run_id: str) -> list[Commit]:
+    """The units a run made itself."""
+    return [commit for commit in commits if commit.made_by == run_id]
+
+
+def busy_seconds(spans: list[Span]) -> float:
+    """Length of the union of spans: time in which at least one of them was going on."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _tokens(commits: list[Commit]) -> int:
+    return int(summed_counts(commits).get("completion_tokens", 0))
+
+
+def _seconds(commits: list[Commit]) -> float:
+    return round(sum(commit.seconds for commit in commits), 3)
+
+
+def _without(value: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: item for name, item in value.items() if name != key}

@@ -1,0 +1,201 @@
+"""The loop: generate, score, train, evaluate, report; again until the rounds are done.
+
+Every step first looks for its artifact and makes only what is missing, so the same function starts
+a run, continues one after any kind of stop, and finds that a finished one has nothing to do.
+"""
+
+import importlib
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from opd_stream.config import Config
+from opd_stream.store.artifact import DamagedUnit
+from opd_stream.store.reader import ScoredRows
+from pipeline.plan import training_window
+from pipeline.reports import Span, busy_seconds, made_by, round_report, summary
+from pipeline.run_directory import RunDirectory
+from pipeline.setup import Setup, open_setup
+from pipeline.walk import Round, checkpoint_of, evaluation_rollouts, walk
+from stages.checkpoints import Checkpoint
+from stages.collect import collect, start_rollouts, start_scores
+from stages.evaluate import evaluate
+from stages.executors import Executor, open_executor
+from stages.progress import Progress
+
+
+@dataclass(slots=True, kw_only=True)
+class Session:
+    """One call of the command: what it works with, and when it was busy."""
+
+    setup: Setup
+    directory: RunDirectory
+    run_id: str
+    executor: Executor
+    progress: Progress
+    spans: list[Span] = field(default_factory=list)
+    started: float = field(default_factory=time.time)
+
+
+def run(config: Config, directory: RunDirectory, progress: Progress) -> dict[str, Any]:
+    """Run or continue the whole loop; returns the summary.
+
+    Raises:
+        UserError: anything the user can mend, told in one line.
+    """
+    started = time.time()
+    setup = open_setup(config)
+    run_id = directory.open(config)
+    earlier = directory.summary().get("seconds", {"wall": 0.0, "other": 0.0})
+    reports: list[dict[str, Any]] = []
+    with open_executor(config) as executor:
+        session = Session(
+            setup=setup,
+            directory=directory,
+            run_id=run_id,
+            executor=executor,
+            progress=progress,
+            started=started,
+        )
+        evaluation_0 = None
+        if config.evaluation is not None:
+            evaluation_0 = evaluate_policy(session, setup.student)
+        if not directory.summary():
+            _write_summary(session, evaluation_0, reports, earlier)
+        for here in walk(setup):
+            directory.write_plan(here)
+            if not here.policy.is_complete():
+                train_round(session, here)
+            directory.add_metrics(here)
+            evaluation = None
+            if _is_due(config, here.index):
+                evaluation = evaluate_policy(session, checkpoint_of(here.policy))
+            reports.append(round_report(here, run_id, evaluation))
+            directory.write_report(here.index, reports[-1])
+            _write_summary(session, evaluation_0, reports, earlier)
+    return _write_summary(session, evaluation_0, reports, earlier)
+
+
+def train_round(session: Session, here: Round) -> None:
+    """Everything up to the policy of a round; a unit found damaged while reading is made again."""
+    while True:
+        make_caches(session, here)
+        try:
+            return train_policy(session, here)
+        except DamagedUnit as damaged:
+            session.progress.say(f"{damaged}; it is made again")
+            damaged.artifact.condemn(damaged.unit)
+
+
+def make_caches(session: Session, here: Round, *, score: bool = True) -> None:
+    """The generate and score stages of a round (a replay has nothing to make)."""
+    setup = session.setup
+    if setup.config.replay is not None:
+        return
+    session.progress.say(
+        f"round {here.index}: window {here.plan.window_tokens} tokens, "
+        f"policy {here.student.identity.fingerprint[:12]}"
+    )
+    per_unit = setup.config.prompts_per_unit
+    rollouts = start_rollouts(setup.store, here.rollouts.recipe, prompts_per_unit=per_unit)
+    scores = start_scores(setup.store, here.scores.recipe, rollouts) if score else None
+    session.spans += collect(
+        session.executor,
+        rollouts,
+        scores,
+        student=here.student,
+        teacher=setup.teacher,
+        made_by=session.run_id,
+        progress=session.progress,
+        meanwhile=lambda: importlib.import_module("stages.train"),
+    )
+
+
+def train_policy(session: Session, here: Round) -> None:
+    """The train stage of a round.
+
+    Raises:
+        UserError: nothing can be trained on, or the loss is not finite.
+        DamagedUnit: a shard is not what was committed.
+    """
+    from stages.train import TrainJob, train
+
+    config, start = session.setup.config, time.time()
+    train(
+        TrainJob(
+            base=here.student.folder,
+            optimizer_state=None if here.previous is None else here.previous.folder() / "optimizer",
+            rows=ScoredRows([(here.rollouts, here.scores)]),
+            config=config,
+            window=training_window(config),
+            first_step=here.plan.first_step,
+            round_index=here.index,
+            scratch=session.directory.scratch(here),
+            metrics=session.directory.metrics,
+            made_by=session.run_id,
+        ),
+        here.policy,
+        session.progress,
+    )
+    session.spans.append((start, time.time()))
+
+
+def evaluate_policy(session: Session, student: Checkpoint) -> dict[str, Any]:
+    """The evaluate stage for one policy; returns what the summary keeps of it."""
+    setup = session.setup
+    assert setup.config.evaluation is not None
+    rollouts = evaluation_rollouts(setup, student)
+    start_rollouts(setup.store, rollouts.recipe, prompts_per_unit=setup.config.prompts_per_unit)
+    session.spans += collect(
+        session.executor,
+        rollouts,
+        None,
+        student=student,
+        teacher=None,
+        made_by=session.run_id,
+        progress=session.progress,
+        name="evaluate",
+        meanwhile=lambda: importlib.import_module("stages.train"),
+    )
+    result = evaluate(setup.store, setup.config.evaluation, rollouts, student)
+    kept = {name: value for name, value in result.items() if name.startswith("pass@")}
+    own = made_by(rollouts.commits().values(), session.run_id)
+    return {
+        **kept,
+        "standard_error": result["standard_error"],
+        "problems": result["problems"],
+        "samples": result["samples"],
+        "seconds": sum(commit.seconds for commit in own),
+    }
+
+
+def _is_due(config: Config, round_index: int) -> bool:
+    if config.evaluation is None:
+        return False
+    every = config.evaluation.every_rounds
+    is_last = round_index == config.rounds - 1
+    return is_last or (every is not None and (round_index + 1) % every == 0)
+
+
+def _write_summary(
+    session: Session,
+    evaluation_0: dict[str, Any] | None,
+    reports: list[dict[str, Any]],
+    earlier: dict[str, float],
+) -> dict[str, Any]:
+    wall = time.time() - session.started if session.spans else 0.0  # nothing done: no time spent
+    identity = session.setup.student.identity
+    value = summary(
+        rounds=session.setup.config.rounds,
+        policy_0={
+            "version": 0,
+            "fingerprint": identity.fingerprint,
+            "weights_sha256": identity.weights_sha256,
+        },
+        evaluation_0=evaluation_0,
+        reports=reports,
+        wall_seconds=earlier["wall"] + wall,
+        idle_seconds=earlier["other"] + wall - busy_seconds(session.spans),
+    )
+    session.directory.write_summary(value)
+    return value

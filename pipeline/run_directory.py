@@ -1,0 +1,133 @@
+"""The folder of a run: what was asked, what was decided, and where the artifacts lie.
+
+    runs/quickstart/config.json          the resolved config
+    runs/quickstart/run.json             id of the run, versions of the libraries
+    runs/quickstart/metrics.jsonl        one line per optimizer step
+    runs/quickstart/rounds/0003/         plan.json and report.json
+    runs/quickstart/summary.json         the run in one file, for other programs
+    runs/quickstart/training/            checkpoints of the round in training
+
+Deleting it loses no teacher work: the artifacts are in the store.
+"""
+
+import json
+import platform
+import uuid
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from opd_stream.config import PLACEMENT, Config
+from opd_stream.errors import UserError
+from opd_stream.store.files import explained, publish, publish_new, read_json
+from opd_stream.store.recipe import differing_fields
+from pipeline.walk import Round
+
+LIBRARIES = ("opd-stream", "torch", "transformers", "lightning", "ray", "pyarrow")
+
+
+class RunDirectory:
+    """Reads and writes the folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+
+    def open(self, config: Config) -> str:
+        """Join or start the run; returns its id.
+
+        Raises:
+            UserError: the folder belongs to a run with other settings, or cannot be written.
+        """
+        settings = config.model_dump(mode="json")
+        with explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        stored = self.path / "config.json"
+        if stored.exists():
+            self._refuse_other_settings(read_json(stored), settings)
+        publish(stored, _pretty(settings))
+        record = {
+            "id": uuid.uuid4().hex,
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in LIBRARIES},
+        }
+        publish_new(self.path / "run.json", _pretty(record))
+        return read_json(self.path / "run.json")["id"]
+
+    def config(self) -> Config:
+        """The config of an existing run.
+
+        Raises:
+            UserError: the folder is no run.
+        """
+        stored = self.path / "config.json"
+        if not stored.is_file():
+            raise UserError(f"{self.path} has no config.json; expected the folder of a run")
+        return Config.model_validate(read_json(stored))
+
+    def run_id(self) -> str:
+        """The id of an existing run."""
+        return read_json(self.path / "run.json")["id"]
+
+    def write_plan(self, here: Round) -> None:
+        """What the round will do, and the artifacts it names."""
+        record = {
+            **asdict(here.plan),
+            "rollouts": here.rollouts.fingerprint,
+            "scores": here.scores.fingerprint,
+            "policy": here.policy.fingerprint,
+        }
+        publish(self._round(here.index) / "plan.json", _pretty(record))
+
+    def write_report(self, round_index: int, report: dict[str, Any]) -> None:
+        """What the round did."""
+        publish(self._round(round_index) / "report.json", _pretty(report))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """The run so far."""
+        publish(self.path / "summary.json", _pretty(summary))
+
+    def summary(self) -> dict[str, Any]:
+        """The summary, empty before the first."""
+        path = self.path / "summary.json"
+        return read_json(path) if path.exists() else {}
+
+    def reports(self) -> list[dict[str, Any]]:
+        """The reports of the finished rounds, in order."""
+        return [read_json(path) for path in sorted(self.path.glob("rounds/*/report.json"))]
+
+    def scratch(self, here: Round) -> Path:
+        """Checkpoints of a round in training."""
+        return self.path / "training" / here.policy.fingerprint[:16]
+
+    def add_metrics(self, here: Round) -> None:
+        """Take the metrics of a round over from its policy, unless they are here already."""
+        published = (here.policy.folder() / "metrics.jsonl").read_text()
+        found = self.metrics.read_text() if self.metrics.exists() else ""
+        lines = [line for line in found.splitlines(keepends=True) if line.endswith("\n")]
+        before = [line for line in lines if json.loads(line)["round"] < here.index]
+        after = [line for line in lines if json.loads(line)["round"] > here.index]
+        wanted = "".join([*before, published, *after])
+        if wanted != found:
+            publish(self.metrics, wanted.encode())
+
+    def _round(self, index: int) -> Path:
+        return self.path / "rounds" / f"{index:04d}"
+
+    def _refuse_other_settings(self, found: dict[str, Any], asked: dict[str, Any]) -> None:
+        other = {
+            field: values
+            for field, values in differing_fields(found, asked).items()
+            if not any(field == name or field.startswith(f"{name}.") for name in PLACEMENT)
+        }
+        if other:
+            fields = "; ".join(f"{name}: {old!r} -> {new!r}" for name, (old, new) in other.items())
+            raise UserError(
+                f"{self.path} is a run with other settings ({fields}); use another --run-dir: what "
+                "both runs share is found in the store"
+            )
+
+
+def _pretty(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, default=str) + "\n").encode()

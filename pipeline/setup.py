@@ -1,0 +1,78 @@
+"""Everything that is the same in all rounds, checked before any work."""
+
+from dataclasses import dataclass
+
+from opd_stream.config import Config
+from opd_stream.errors import UserError
+from opd_stream.store.artifact import Artifact
+from opd_stream.store.store import Store
+from stages.checkpoints import Checkpoint, check_pair, open_checkpoint
+from stages.prompts import make_prompts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """A checked config with its checkpoints and prompts opened."""
+
+    config: Config
+    store: Store
+    student: Checkpoint  # policy 0
+    teacher: Checkpoint | None  # None in a replay
+    stop_ids: tuple[int, ...]  # terminators of either model: generation stops on any of them
+    forced_ids: tuple[int, ...]  # always scored
+    prompts: Artifact
+    evaluation_prompts: Artifact | None
+
+
+def open_setup(config: Config) -> Setup:
+    """Open what a run needs.
+
+    Raises:
+        UserError: the store cannot be written, a checkpoint is none, the pair does not fit
+            together, K is larger than the vocabulary, or the prompts are refused.
+    """
+    store = Store(config.store)
+    store.check_writable()
+    student = open_checkpoint(store, config.student.path)
+    teacher = None
+    if config.replay is None:
+        assert config.teacher is not None  # validated with the config
+        teacher = open_checkpoint(store, config.teacher.path)
+        check_pair(student, teacher)
+        _check_top_k(config, teacher)
+    models = [student] if teacher is None else [student, teacher]
+    stop_ids = tuple(sorted({token for model in models for token in model.terminators()}))
+    evaluation = config.evaluation
+    return Setup(
+        config=config,
+        store=store,
+        student=student,
+        teacher=teacher,
+        stop_ids=stop_ids,
+        forced_ids=tuple(sorted({*stop_ids, *_forced(config, student)})),
+        prompts=make_prompts(store, config.prompts, student),
+        evaluation_prompts=(
+            None if evaluation is None else make_prompts(store, evaluation.prompts, student)
+        ),
+    )
+
+
+def _check_top_k(config: Config, teacher: Checkpoint) -> None:
+    if config.scores.top_k > teacher.vocab_size():
+        raise UserError(
+            f"scores.top_k is {config.scores.top_k} but the teacher has {teacher.vocab_size()} "
+            "tokens; lower scores.top_k"
+        )
+
+
+def _forced(config: Config, student: Checkpoint) -> list[int]:
+    found: list[int] = []
+    for token in config.scores.forced_tokens:
+        token_id = student.tokenizer().convert_tokens_to_ids(token)
+        if token_id is None or token_id == student.tokenizer().unk_token_id:
+            raise UserError(
+                f"scores.forced_tokens names {token!r}, which is no token of {student.folder}; "
+                "use a token of the vocabulary as it stands in tokenizer.json"
+            )
+        found.append(token_id)
+    return found

@@ -1,0 +1,81 @@
+"""The table a run ends with."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = (
+    "round",
+    "window",
+    "pass@1",
+    "pass@8",
+    "generated",
+    "scored",
+    "trained",
+    "generate s",
+    "score s",
+    "train s",
+    "evaluate s",
+    "policy_drift",
+)
+
+
+def print_run(
+    reports: list[dict[str, Any]], summary: dict[str, Any], folder: str, *, console: Console
+) -> None:
+    """Print rounds, totals and where the run lies."""
+    table = Table(title="tokens per round, seconds of work per stage")
+    for name in COLUMNS:
+        table.add_column(name, justify="right", no_wrap=True)
+    evaluations = {entry["round"]: entry for entry in summary["evaluations"]}
+    if 0 in evaluations:
+        table.add_row("start", "", *_passes(evaluations[0]))
+    for report in reports:
+        evaluation = report["evaluation"]
+        tokens, seconds = report["tokens"], report["seconds"]
+        table.add_row(
+            str(report["round"]),
+            str(report["window_tokens"]),
+            *_passes(evaluation),
+            f"{tokens['generated']:,}",
+            f"{tokens['teacher_scored']:,}",
+            f"{tokens['trained']:,}",
+            *(f"{seconds[stage]:.1f}" for stage in ("generate", "score", "train")),
+            "" if evaluation is None else f"{evaluation['seconds']:.1f}",
+            f"{report['policy_drift']:.4f}",
+        )
+    tokens, seconds = summary["tokens"], summary["seconds"]
+    table.add_section()
+    table.add_row(
+        "all",
+        "",
+        "",
+        "",
+        f"{tokens['generated']:,}",
+        f"{tokens['teacher_scored']:,}",
+        f"{tokens['trained']:,}",
+        *(f"{seconds[stage]:.1f}" for stage in ("generate", "score", "train", "evaluate")),
+        "",
+    )
+    console.print(table)
+    reused = summary["reused"]
+    lines = [
+        f"teacher-scored tokens: {tokens['teacher_scored']:,}",
+        f"reused: {reused['rollout_units']} rollout units, {reused['score_units']} score units",
+        f"wall clock: {seconds['wall']:.0f} s, of which {seconds['other']:.0f} s neither sampling, "
+        "scoring, training nor evaluation",
+    ]
+    if summary["refused_rows"]:
+        lines.append(f"rows refused by the teacher (not finite): {summary['refused_rows']}")
+    lines.append(f"final policy: {summary['final_policy']}")
+    lines.append(f"run: {folder}")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _passes(evaluation: dict[str, Any] | None) -> tuple[str, str]:
+    if evaluation is None:
+        return "", ""
+    first = f"{evaluation['pass@1']:.3f} ± {evaluation['standard_error']:.3f}"
+    return first, f"{evaluation['pass@8']:.3f}" if "pass@8" in evaluation else ""

@@ -1,0 +1,152 @@
+"""The rounds of a run as artifacts, in order, as far as they can be named.
+
+A round's recipes name the policy it starts from, so round R + 1 can be named once the policy of round
+R exists. `walk` is therefore lazy: whoever takes a round from it either finds its policy complete or
+completes it before asking for the next. Running, single stages and status all walk the same way.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from opd_stream.config import Config
+from opd_stream.errors import UserError
+from opd_stream.store.artifact import Artifact
+from opd_stream.store.files import read_json
+from opd_stream.store.policy import Identity, PolicyArtifact
+from pipeline.plan import RoundPlan, plan_round
+from pipeline.setup import Setup
+from stages.checkpoints import Checkpoint
+from stages.recipes import (
+    evaluation_rollouts_recipe,
+    policy_recipe,
+    rollouts_recipe,
+    scores_recipe,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One round's artifacts, whether they exist or not."""
+
+    plan: RoundPlan
+    student: Checkpoint  # samples the rollouts and is trained
+    previous: PolicyArtifact | None  # made `student`; None in round 0
+    rollouts: Artifact
+    scores: Artifact
+    policy: PolicyArtifact
+
+    @property
+    def index(self) -> int:
+        """Number of the round, from 0; also the policy_version of its rollouts."""
+        return self.plan.round_index
+
+
+def walk(setup: Setup) -> Iterator[Round]:
+    """The rounds; stops after one whose policy is not complete when the next is asked for."""
+    config = setup.config
+    student, previous, first_step = setup.student, None, 0
+    source = None if config.replay is None else _Source(config, config.replay.run)
+    for round_index in range(config.rounds):
+        plan = plan_round(config, round_index=round_index, first_step=first_step)
+        if source is None:
+            rollouts, scores = _own_caches(setup, plan, student)
+        else:
+            rollouts, scores = source.caches(setup, round_index)
+        policy = setup.store.policy(
+            policy_recipe(
+                config,
+                base=student,
+                previous=None if previous is None else previous.fingerprint,
+                caches=[(scores.fingerprint, round_index)],
+                round_index=round_index,
+                first_step=first_step,
+            )
+        )
+        yield Round(
+            plan=plan,
+            student=student,
+            previous=previous,
+            rollouts=rollouts,
+            scores=scores,
+            policy=policy,
+        )
+        if not policy.is_complete():
+            return
+        student, previous = checkpoint_of(policy), policy
+        first_step += policy.manifest()["outcome"]["steps"]
+
+
+def checkpoint_of(policy: PolicyArtifact) -> Checkpoint:
+    """The checkpoint that a train stage published."""
+    manifest = policy.manifest()
+    identity = Identity(
+        weights_sha256=manifest["weights_sha256"],
+        tokenizer_sha256=manifest["tokenizer_sha256"],
+        architecture_sha256=manifest["architecture_sha256"],
+    )
+    return Checkpoint(folder=policy.folder().resolve(), identity=identity)
+
+
+def evaluation_rollouts(setup: Setup, student: Checkpoint) -> Artifact:
+    """The held-out rollouts of a policy."""
+    assert setup.config.evaluation is not None
+    assert setup.evaluation_prompts is not None
+    recipe = evaluation_rollouts_recipe(
+        setup.config,
+        setup.config.evaluation,
+        prompts=setup.evaluation_prompts.fingerprint,
+        student=student,
+        stop_ids=setup.stop_ids,
+    )
+    return setup.store.artifact(recipe)
+
+
+def _own_caches(setup: Setup, plan: RoundPlan, student: Checkpoint) -> tuple[Artifact, Artifact]:
+    assert setup.teacher is not None
+    rollouts = rollouts_recipe(
+        setup.config,
+        prompts=setup.prompts.fingerprint,
+        student=student,
+        stop_ids=setup.stop_ids,
+        round_index=plan.round_index,
+        window_tokens=plan.window_tokens,
+    )
+    scores = scores_recipe(
+        setup.config,
+        rollouts=rollouts.fingerprint,
+        teacher=setup.teacher,
+        forced_ids=setup.forced_ids,
+    )
+    return setup.store.artifact(rollouts), setup.store.artifact(scores)
+
+
+class _Source:
+    """An earlier run whose scores are trained on again."""
+
+    def __init__(self, config: Config, run: Path) -> None:
+        summary = run / "summary.json"
+        if not summary.is_file():
+            raise UserError(
+                f"replay.run {run} has no summary.json; expected the folder of an earlier run; "
+                "check the path"
+            )
+        self._rounds = read_json(summary)["caches"]
+        self._run = run
+        if len(self._rounds) < config.rounds:
+            raise UserError(
+                f"replay.run {run} has {len(self._rounds)} finished rounds; the config asks for "
+                f"{config.rounds}; lower rounds"
+            )
+
+    def caches(self, setup: Setup, round_index: int) -> tuple[Artifact, Artifact]:
+        """Rollouts and scores of a round of the earlier run."""
+        names = self._rounds[round_index]
+        rollouts = setup.store.by_fingerprint("rollouts", names["rollouts"])
+        scores = setup.store.by_fingerprint("scores", names["scores"])
+        for artifact in (rollouts, scores):
+            if not artifact.is_complete():
+                raise UserError(
+                    f"{artifact.name} of {self._run} is not complete; finish that run first"
+                )
+        return rollouts, scores

@@ -1,0 +1,80 @@
+"""A checkpoint in a role: where it lies, what it is, and how it ends a text."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from opd_stream.errors import UserError
+from opd_stream.store.files import read_json
+from opd_stream.store.policy import Identity
+from opd_stream.store.store import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A Hugging Face folder and its identity.
+
+    Example:
+        >>> Checkpoint(folder=Path("configs/models/ledger-student"), identity=Identity(...))
+    """
+
+    folder: Path
+    identity: Identity
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of the folder."""
+        return _tokenizer(self.folder)
+
+    def terminators(self) -> tuple[int, ...]:
+        """The ids that end a text, from the generation config and the model config."""
+        found: set[int] = set()
+        for name in ("generation_config.json", "config.json"):
+            path = self.folder / name
+            value = read_json(path).get("eos_token_id") if path.exists() else None
+            found |= set(value if isinstance(value, list) else [] if value is None else [value])
+        return tuple(sorted(found))
+
+    def vocab_size(self) -> int:
+        """Number of logits."""
+        return int(read_json(self.folder / "config.json")["vocab_size"])
+
+
+def open_checkpoint(store: Store, folder: Path) -> Checkpoint:
+    """Identify a checkpoint folder.
+
+    Raises:
+        UserError: it is no checkpoint.
+    """
+    return Checkpoint(folder=folder.resolve(), identity=store.identify(folder))
+
+
+def check_pair(student: Checkpoint, teacher: Checkpoint) -> None:
+    """Refuse a teacher that does not read the student's tokens.
+
+    Raises:
+        UserError: the tokenizers differ, or one of the two has no terminator.
+    """
+    if student.identity.tokenizer_sha256 != teacher.identity.tokenizer_sha256:
+        raise UserError(
+            f"student {student.folder} and teacher {teacher.folder} have different tokenizers "
+            f"(digest {student.identity.tokenizer_sha256[:12]} against "
+            f"{teacher.identity.tokenizer_sha256[:12]}); expected the same tokenizer files; "
+            "use a teacher of the same family"
+        )
+    if not student.terminators():
+        raise UserError(
+            f"student {student.folder} names no eos_token_id; expected one in generation_config.json "
+            "or config.json; add it"
+        )
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} has no readable tokenizer ({reason}); check the folder") from error

@@ -1,0 +1,127 @@
+"""The generate and score stages: make the units that are missing, and only those.
+
+One call serves both stages because they stream: a unit is scored as soon as it is published. With
+every rollout committed it is the score stage; without scores it is the generate stage.
+"""
+
+from collections.abc import Callable
+
+from opd_stream.errors import UserError
+from opd_stream.store.artifact import Artifact
+from opd_stream.store.recipe import Recipe
+from opd_stream.store.store import Store
+from stages.checkpoints import Checkpoint
+from stages.executors import Executor
+from stages.progress import Progress
+from stages.selection import prompts_of
+from stages.units import Order
+
+
+Span = tuple[float, float]  # start and end of work, seconds since the epoch
+
+
+def start_rollouts(store: Store, recipe: Recipe, *, prompts_per_unit: int) -> Artifact:
+    """Join or start a rollouts artifact."""
+    artifact = store.artifact(recipe)
+    if not artifact.is_started():
+        rows = prompts_of(store, recipe).num_rows
+        artifact.create(rows=rows, rows_per_unit=prompts_per_unit)
+    return artifact
+
+
+def start_scores(store: Store, recipe: Recipe, rollouts: Artifact) -> Artifact:
+    """Join or start a scores artifact with the units of its rollouts."""
+    artifact = store.artifact(recipe)
+    layout = rollouts.layout()
+    artifact.create(rows=layout["rows"], rows_per_unit=layout["rows_per_unit"])
+    if artifact.layout() != layout:
+        raise UserError(
+            f"{artifact.name} has units of {artifact.layout()['rows_per_unit']} prompts, its "
+            f"rollouts of {layout['rows_per_unit']}; expected the same; delete {artifact.folder}"
+        )
+    return artifact
+
+
+def missing_units(artifact: Artifact, progress: Progress) -> list[int]:
+    """The units to make; a damaged one is named, taken out and made again, alone."""
+    missing: list[int] = []
+    for unit in artifact.units():
+        if artifact.commit_record(unit) is None:
+            missing.append(unit)
+        elif (reason := artifact.damage(unit)) is not None:
+            progress.say(f"unit {unit} of {artifact.name} is damaged ({reason}); it is made again")
+            artifact.condemn(unit)
+            missing.append(unit)
+    return missing
+
+
+def collect(
+    executor: Executor,
+    rollouts: Artifact,
+    scores: Artifact | None,
+    *,
+    student: Checkpoint,
+    teacher: Checkpoint | None,
+    made_by: str,
+    progress: Progress,
+    name: str = "generate",
+    meanwhile: Callable[[], object] | None = None,
+) -> list[Span]:
+    """Sample and score what is missing; returns when the workers were busy.
+
+    Args:
+        executor: runs the orders.
+        rollouts: started artifact.
+        scores: started artifact, or None to sample only.
+        student: checkpoint of the rollouts' recipe.
+        teacher: checkpoint of the scores' recipe.
+        made_by: id of the run.
+        progress: told of every unit.
+        name: what the sampling is called there.
+        meanwhile: done in this process while the workers start.
+
+    Raises:
+        UserError: a worker met a user's mistake.
+    """
+    to_generate = missing_units(rollouts, progress)
+    to_score: list[int] = []
+    if scores is not None:
+        stale = _scored_from_other_bytes(rollouts, scores)
+        to_score = sorted({*missing_units(scores, progress), *stale, *to_generate})
+    orders = [
+        Order(
+            unit=unit,
+            rollouts=rollouts.fingerprint,
+            scores=None if scores is None else scores.fingerprint,
+            student=str(student.folder),
+            teacher=None if teacher is None else str(teacher.folder),
+            made_by=made_by,
+        )
+        for unit in sorted({*to_generate, *to_score})
+    ]
+    progress.start(name, len(to_generate))
+    if scores is not None:
+        progress.start("score", len(to_score))
+    if orders:
+        executor.submit(orders)
+        if meanwhile is not None:
+            meanwhile()
+    spans: list[Span] = []
+    for worked in executor.results(len(orders)):
+        spans.extend((s[0], s[1]) for s in (worked.generate_span, worked.score_span) if s)
+        progress.advance(name, worked.order.unit in to_generate)
+        progress.advance("score", worked.order.unit in to_score)
+    rollouts.finish()
+    if scores is not None:
+        scores.finish()
+    return spans
+
+
+def _scored_from_other_bytes(rollouts: Artifact, scores: Artifact) -> list[int]:
+    sources = rollouts.commits()
+    return [
+        unit
+        for unit, record in scores.commits().items()
+        if unit in sources and sources[unit].sha256 != record.source_sha256
+    ]
+

@@ -1,0 +1,149 @@
+"""Two ways to run the same workers: Ray Data actor pools, or a plain loop in this process.
+
+Starting an actor pool costs seconds (a new process and its imports for every worker), so one
+streaming Ray Data dataset lives for the whole run: its source is a queue, and each round only adds
+its orders to it. Workers keep their engines from round to round, and scoring of a unit starts while
+the next one is being sampled, because both pools are stages of that one dataset.
+"""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, Self
+
+import pyarrow as pa
+
+from opd_stream.config import Config
+from opd_stream.errors import UserError
+from stages.ray_stream import WorkerSpec
+from stages.units import GenerateUnits, Order, ScoreUnits, UnitWorker, Worked, worked_of
+
+START_SECONDS = 120  # a pool that has no worker by then can never be scheduled
+
+
+class Executor(Protocol):
+    """Runs orders; results come back as they are done, in any order."""
+
+    def submit(self, orders: Iterable[Order]) -> None:
+        """Queue orders."""
+        ...
+
+    def results(self, count: int) -> Iterator[Worked]:
+        """The next `count` results.
+
+        Raises:
+            UserError: a worker met a user's mistake.
+        """
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+def open_executor(config: Config) -> Executor:
+    """The executor a config asks for."""
+    return RayExecutor(config) if config.executor == "ray" else LocalExecutor(config)
+
+
+class LocalExecutor:
+    """Both workers in this process, one order after another."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._workers: list[UnitWorker] = []
+        self._orders: list[Order] = []
+
+    def submit(self, orders: Iterable[Order]) -> None:
+        if not self._workers:
+            self._workers = [worker(*args) for worker, args, _ in _worker_specs(self._config)]
+        self._orders.extend(orders)
+
+    def results(self, count: int) -> Iterator[Worked]:
+        for order in [self._orders.pop(0) for _ in range(count)]:
+            table = Worked(order=order).as_table()
+            for worker in self._workers:
+                table = worker(table)
+            yield from _checked(table)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._orders.clear()
+
+
+class RayExecutor:
+    """One dataset for the whole run: queue -> student pool -> teacher pool -> results.
+
+    Ray starts with the first order, so a run that has nothing to do does not wait for it. A thread
+    takes the results, so workers go on while this process trains.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._orders: Any = None
+        self._done: queue.SimpleQueue[pa.Table | BaseException] = queue.SimpleQueue()
+        self._taker: threading.Thread | None = None
+        self._owns_cluster = False
+
+    def submit(self, orders: Iterable[Order]) -> None:
+        from stages.ray_stream import open_queue, put, start_cluster
+
+        if self._orders is None:
+            self._owns_cluster = start_cluster(self._config.pools)
+            self._orders = open_queue()
+            self._taker = threading.Thread(target=self._take, daemon=True)
+            self._taker.start()
+        put(self._orders, [Worked(order=order).as_table() for order in orders])
+
+    def results(self, count: int) -> Iterator[Worked]:
+        for _ in range(count):
+            done = self._done.get()
+            if isinstance(done, BaseException):
+                raise done
+            yield from _checked(done)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        from stages.ray_stream import close_queue, stop_cluster
+
+        if self._orders is None or self._taker is None:
+            return
+        if exception[0] is None:
+            close_queue(self._orders)
+            self._taker.join()
+        if self._owns_cluster:
+            stop_cluster()
+
+    def _take(self) -> None:
+        from stages.ray_stream import stream
+
+        try:
+            specs = _worker_specs(self._config)
+            for table in stream(self._orders, specs, start_seconds=START_SECONDS):
+                self._done.put(table)
+        except BaseException as error:  # handed to the thread that waits for results
+            self._done.put(error)
+
+
+def _worker_specs(config: Config) -> list[WorkerSpec]:
+    """The two pools: worker class, constructor arguments, placement."""
+    store = str(config.store.resolve())
+    student, teacher = config.pools.student, config.pools.teacher
+    specs: list[WorkerSpec] = [
+        (GenerateUnits, [store, config.student.batch_rows, student.threads], student)
+    ]
+    if config.teacher is not None:
+        specs.append((ScoreUnits, [store, config.teacher.batch_rows, teacher.threads], teacher))
+    return specs
+
+
+def _checked(table: pa.Table) -> list[Worked]:
+    done = worked_of(table)
+    for worked in done:
+        if worked.problem is not None:
+            raise UserError(worked.problem)
+    return done

@@ -1,0 +1,150 @@
+"""A Ray Data dataset that stays open: blocks are put into a queue and stream through actor pools.
+
+Ray Data buffers rows until a block is large (128 MiB by default); here a block is one order, so
+`target_max_block_size` is 1 byte, and an order moves on as soon as its worker is done. Almost nothing
+goes through the object store: workers publish their own shards and pass on a few hundred bytes.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from opd_stream.config import Pool, Pools
+from opd_stream.errors import UserError
+
+WorkerSpec = tuple[type, list[Any], Pool]  # class, constructor arguments, placement
+
+
+def start_cluster(pools: Pools) -> bool:
+    """Connect to RAY_ADDRESS, or start Ray on this machine; returns whether we own it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        return False
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, **quiet)
+        return True
+    wanted = sum(pool.workers * pool.cpus for pool in (pools.student, pools.teacher))
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, -int(-wanted // 1)),
+        include_dashboard=False,
+        object_store_memory=200 * 2**20,
+        **quiet,
+    )
+    return True
+
+
+def stop_cluster() -> None:
+    """Leave the cluster, and end it where we started it."""
+    import ray
+
+    ray.shutdown()
+
+
+def open_queue() -> Any:
+    """An actor that hands out blocks in the order they were put."""
+    import asyncio
+
+    import ray
+
+    class Queue:
+        def __init__(self) -> None:
+            self.blocks: asyncio.Queue[pa.Table | None] = asyncio.Queue()
+
+        async def put(self, blocks: list[pa.Table | None]) -> None:
+            for block in blocks:
+                await self.blocks.put(block)
+
+        async def get(self) -> pa.Table | None:
+            return await self.blocks.get()
+
+    return ray.remote(num_cpus=0)(Queue).remote()
+
+
+def put(queue: Any, blocks: list[pa.Table]) -> None:
+    """Add blocks to the stream."""
+    import ray
+
+    ray.get(queue.put.remote(blocks))
+
+
+def close_queue(queue: Any) -> None:
+    """End the stream after what is in it."""
+    import ray
+
+    ray.get(queue.put.remote([None]))
+
+
+def stream(queue: Any, workers: list[WorkerSpec], *, start_seconds: int) -> Iterator[pa.Table]:
+    """Send the queue's blocks through one actor pool per worker class.
+
+    Raises:
+        UserError: a pool could not be started (says what it asked for and what there is).
+    """
+    import ray
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = 1
+    context.execution_no_progress_timeout_s = -1  # the stream rests while the student trains
+    context.wait_for_min_actors_s = start_seconds
+    with ray.data.DataContext.current(context):
+        dataset = ray.data.read_datasource(_source(queue), override_num_blocks=1, num_cpus=0)
+        for worker, arguments, pool in workers:
+            dataset = dataset.map_batches(
+                worker,
+                fn_constructor_args=arguments,
+                batch_size=1,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(size=pool.workers),
+                num_cpus=pool.cpus,
+                num_gpus=pool.gpus or None,
+                max_restarts=3,
+                max_task_retries=3,
+            )
+        blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    try:
+        yield from blocks
+    except ray.exceptions.GetTimeoutError as error:
+        asked = [f"{p.workers} x {p.cpus} CPU, {p.gpus} GPU" for _, _, p in workers]
+        raise UserError(
+            f"no worker started within {start_seconds} s; the pools ask for {' and '.join(asked)}, "
+            f"the cluster has {ray.cluster_resources()}; lower pools.student / pools.teacher"
+        ) from error
+
+
+def _source(queue: Any) -> Any:
+    import ray
+    from ray.data.block import BlockMetadata
+    from ray.data.datasource import Datasource, ReadTask
+
+    def blocks() -> Iterator[pa.Table]:
+        while (block := ray.get(queue.get.remote())) is not None:
+            yield block
+
+    class QueueSource(Datasource):
+        def get_name(self) -> str:
+            return "Orders"
+
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(self, parallelism: int, *unused: Any, **named: Any) -> list[ReadTask]:
+            unknown = BlockMetadata(
+                num_rows=None, size_bytes=None, input_files=None, exec_stats=None
+            )
+            return [ReadTask(blocks, unknown)]
+
+    return QueueSource()

@@ -1,0 +1,156 @@
+"""What each artifact is made of: every setting that changes its content, and nothing else.
+
+All recipes stand here so that one page answers "what makes a cache entry mine". Devices, workers,
+batch sizes of engines, unit sizes and paths are missing on purpose.
+"""
+
+from typing import Any
+
+from opd_stream.config import Config, Evaluation, Rollouts, Scores, Staleness, Train
+from opd_stream.store.recipe import Recipe
+from stages.checkpoints import Checkpoint
+from stages.selection import every_prompt, round_prompts
+
+
+def rollouts_recipe(
+    config: Config,
+    *,
+    prompts: str,
+    student: Checkpoint,
+    stop_ids: tuple[int, ...],
+    round_index: int,
+    window_tokens: int,
+) -> Recipe:
+    """Rollouts of one round; `prompts` is the fingerprint of the prompts artifact."""
+    rollouts: Rollouts = config.rollouts
+    selection = round_prompts(
+        seed=config.seed, round_index=round_index, per_round=rollouts.prompts_per_round
+    )
+    return _sampling(
+        config,
+        prompts=prompts,
+        student=student,
+        settings={
+            "selection": selection,
+            "window_tokens": window_tokens,
+            "samples_per_prompt": rollouts.samples_per_prompt,
+            "temperature": rollouts.temperature,
+            "seed": _sampling_seed(config.seed, round_index),
+            "stop_ids": list(stop_ids),
+        },
+    )
+
+
+def evaluation_rollouts_recipe(
+    config: Config,
+    evaluation: Evaluation,
+    *,
+    prompts: str,
+    student: Checkpoint,
+    stop_ids: tuple[int, ...],
+) -> Recipe:
+    """Rollouts on every held-out prompt, never shortened by a training window."""
+    return _sampling(
+        config,
+        prompts=prompts,
+        student=student,
+        settings={
+            "selection": every_prompt(),
+            "window_tokens": evaluation.max_new_tokens,
+            "samples_per_prompt": evaluation.samples_per_prompt,
+            "temperature": evaluation.temperature,
+            "seed": evaluation.seed,
+            "stop_ids": list(stop_ids),
+        },
+    )
+
+
+def scores_recipe(
+    config: Config, *, rollouts: str, teacher: Checkpoint, forced_ids: tuple[int, ...]
+) -> Recipe:
+    """Teacher scores of a rollouts artifact; `rollouts` is its fingerprint."""
+    scores: Scores = config.scores
+    assert config.teacher is not None  # the config asks for one wherever scores are made
+    return Recipe(
+        kind="scores",
+        settings={
+            "top_k": scores.top_k,
+            "forced_ids": list(forced_ids),
+            "temperature": 1.0,
+            "engine": config.teacher.engine,
+            "dtype": config.teacher.dtype,
+        },
+        inputs={"rollouts": rollouts, "teacher": teacher.identity.fingerprint},
+    )
+
+
+def policy_recipe(
+    config: Config,
+    *,
+    base: Checkpoint,
+    previous: str | None,
+    caches: list[tuple[str, int]],
+    round_index: int,
+    first_step: int,
+) -> Recipe:
+    """The policy that a train stage makes.
+
+    Args:
+        config: the run.
+        base: the student at the start of the round.
+        previous: fingerprint of the policy artifact whose optimizer state continues, if any.
+        caches: fingerprint of scores and their policy_version, for everything that is trained on.
+        round_index: the round, from 0.
+        first_step: optimizer steps done before the round.
+    """
+    train: Train = config.train
+    staleness: Staleness = config.staleness
+    inputs = {"base": base.identity.fingerprint}
+    if previous is not None:
+        inputs["optimizer"] = previous
+    for number, (scores, version) in enumerate(caches):
+        inputs[f"scores.{number}.version_{version}"] = scores
+    return Recipe(
+        kind="policies",
+        settings={
+            "objective": train.objective.model_dump(mode="json"),
+            "learning_rate": train.learning_rate,
+            "schedule": train.schedule,
+            "warmup": train.warmup,
+            "progress": [round_index, config.rounds],
+            "betas": list(train.betas),
+            "weight_decay": train.weight_decay,
+            "clip_norm": train.clip_norm,
+            "rows_per_step": train.rows_per_step,
+            "staleness": staleness.model_dump(mode="json"),
+            "window": config.rollouts.window.model_dump(mode="json"),
+            "first_step": first_step,
+            "seed": config.seed,
+        },
+        inputs=inputs,
+    )
+
+
+def evaluation_recipe(evaluation: Evaluation, *, rollouts: str) -> Recipe:
+    """Verdicts on a rollouts artifact; `rollouts` is its fingerprint."""
+    return Recipe(
+        kind="evaluations",
+        settings={"judge": evaluation.judge.model_dump(mode="json")},
+        inputs={"rollouts": rollouts},
+    )
+
+
+def _sampling(
+    config: Config, *, prompts: str, student: Checkpoint, settings: dict[str, Any]
+) -> Recipe:
+    engine = {"engine": config.student.engine, "dtype": config.student.dtype}
+    return Recipe(
+        kind="rollouts",
+        settings={**settings, **engine},
+        inputs={"prompts": prompts, "student": student.identity.fingerprint},
+    )
+
+
+def _sampling_seed(seed: int, round_index: int) -> int:
+    """Another pass over the prompts draws other rollouts."""
+    return seed * 1_000_003 + round_index

@@ -1,0 +1,41 @@
+"""Which prompts a rollouts artifact covers: a pure function of its recipe.
+
+The selection stands in the recipe as parameters, not as a list, so that two runs which would draw
+the same prompts name the same artifact.
+"""
+
+from typing import Any
+
+import pyarrow as pa
+
+from opd_stream.prompts import shuffled_rows
+from opd_stream.store.recipe import Recipe
+from opd_stream.store.store import Store
+
+
+def every_prompt() -> dict[str, Any]:
+    """All prompts, in order (evaluation)."""
+    return {"order": "all"}
+
+
+def round_prompts(*, seed: int, round_index: int, per_round: int) -> dict[str, Any]:
+    """The prompts of a round."""
+    return {"order": "shuffled", "seed": seed, "round": round_index, "per_round": per_round}
+
+
+def selected_rows(selection: dict[str, Any], rows: int) -> list[int]:
+    """Row numbers in the prompts artifact."""
+    if selection["order"] == "all":
+        return list(range(rows))
+    return shuffled_rows(
+        rows=rows,
+        seed=selection["seed"],
+        round_index=selection["round"],
+        per_round=selection["per_round"],
+    )
+
+
+def prompts_of(store: Store, rollouts: Recipe) -> pa.Table:
+    """The prompts a rollouts recipe covers, in its order."""
+    prompts = store.by_fingerprint("prompts", rollouts.inputs["prompts"]).read_unit(0)
+    return prompts.take(selected_rows(rollouts.settings["selection"], prompts.num_rows))

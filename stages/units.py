@@ -1,0 +1,214 @@
+"""What a worker does to one unit: sample it, score it, publish it.
+
+The same two classes run in Ray Data actor pools and in the plain local loop. An order names the
+unit; everything that decides its content is read from the recipe in the store, so a worker needs
+nothing but the store and a checkpoint folder.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from opd_stream.engines import open_engine
+from opd_stream.engines.base import Engine
+from opd_stream.errors import UserError
+from opd_stream.store.artifact import Artifact, DamagedUnit
+from opd_stream.store.policy import identify
+from opd_stream.store.schema import (
+    prompts_batch,
+    rollouts_batch,
+    rollouts_table,
+    scores_table,
+)
+from opd_stream.store.store import Store
+from stages.selection import prompts_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """One unit to make.
+
+    Example:
+        >>> Order(unit=3, rollouts="3f0c…", scores="77c0…", student="models/s", teacher="models/t",
+        ...       made_by="5b0c…")
+    """
+
+    unit: int
+    rollouts: str  # fingerprint of the rollouts artifact
+    scores: str | None  # fingerprint of the scores artifact; None: only sample
+    student: str  # checkpoint folder
+    teacher: str | None  # checkpoint folder
+    made_by: str  # id of the run that orders it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worked:
+    """What a worker reports of one unit; a span is (start, end) in seconds since the epoch."""
+
+    order: Order
+    generate_span: tuple[float, float] | None = None  # None: it was committed already
+    score_span: tuple[float, float] | None = None
+    problem: str | None = None  # a UserError's line
+
+    def as_table(self) -> pa.Table:
+        """One row that travels between workers."""
+        return pa.table({"worked": [json.dumps(asdict(self))]})
+
+
+def worked_of(table: pa.Table) -> list[Worked]:
+    """The reports of a table."""
+    rows = [json.loads(text) for text in table["worked"].to_pylist()]
+    return [Worked(**{**row, "order": Order(**row["order"])}) for row in rows]
+
+
+class UnitWorker:
+    """A worker with one engine, kept alive between units, rounds and policies."""
+
+    def __init__(self, store: str, batch_rows: int, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.store = Store(Path(store))
+        self.batch_rows = batch_rows
+        self._engine: Engine | None = None
+        self._loaded: str | None = None
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Work on a table of orders (one row, as the streams are set up)."""
+        return _each(table, self.work)
+
+    def work(self, worked: Worked) -> Worked:
+        """Make the unit of one order, or pass it on if it is committed."""
+        raise NotImplementedError
+
+    def engine(self, folder: str, expected_identity: str, settings: dict[str, Any]) -> Engine:
+        """The engine with the weights the recipe asks for.
+
+        Raises:
+            UserError: the folder holds other weights.
+        """
+        if self._loaded == expected_identity and self._engine is not None:
+            return self._engine
+        found = identify(Path(folder)).fingerprint
+        if found != expected_identity:
+            raise UserError(
+                f"checkpoint {folder} is {found[:12]}; the recipe asks for {expected_identity[:12]}; "
+                "the folder changed during the run: restore it or start the run again"
+            )
+        if self._engine is None:
+            self._engine = open_engine(
+                engine=settings["engine"],
+                folder=Path(folder),
+                dtype=settings["dtype"],
+                batch_rows=self.batch_rows,
+            )
+        else:
+            self._engine.load(Path(folder))
+        self._loaded = expected_identity
+        return self._engine
+
+
+class GenerateUnits(UnitWorker):
+    """The student's worker: samples the rollouts of a unit unless they are committed."""
+
+    def work(self, worked: Worked) -> Worked:
+        order = worked.order
+        rollouts = self.store.by_fingerprint("rollouts", order.rollouts)
+        if rollouts.commit_record(order.unit) is not None:
+            return worked
+        start = time.time()
+        settings = rollouts.recipe.settings
+        engine = self.engine(order.student, rollouts.recipe.inputs["student"], settings)
+        prompts = prompts_of(self.store, rollouts.recipe)
+        batch = engine.sample(
+            prompts_batch(_slice(prompts, rollouts, order.unit)),
+            window_tokens=settings["window_tokens"],
+            samples_per_prompt=settings["samples_per_prompt"],
+            temperature=settings["temperature"],
+            seed=settings["seed"],
+            stop_ids=tuple(settings["stop_ids"]),
+        )
+        length_rows = sum(reason == "length" for reason in batch.finish_reason)
+        counts = {
+            "rows": len(batch),
+            "completion_tokens": batch.completion_tokens,
+            "length_rows": length_rows,
+        }
+        end = time.time()
+        rollouts.commit(
+            order.unit,
+            rollouts_table(batch),
+            counts=counts,
+            made_by=order.made_by,
+            seconds=end - start,
+        )
+        return replace(worked, generate_span=(start, end))
+
+
+class ScoreUnits(UnitWorker):
+    """The teacher's worker: scores the rollouts of a unit unless that is committed."""
+
+    def work(self, worked: Worked) -> Worked:
+        order = worked.order
+        if order.scores is None or order.teacher is None:
+            return worked
+        scores = self.store.by_fingerprint("scores", order.scores)
+        rollouts = self.store.by_fingerprint("rollouts", order.rollouts)
+        source = rollouts.commit_record(order.unit)
+        if source is None:
+            raise UserError(
+                f"unit {order.unit} of {rollouts.name} is not generated yet; "
+                "run the generate stage of this round first"
+            )
+        standing = scores.commit_record(order.unit)
+        if standing is not None and standing.source_sha256 == source.sha256:
+            return worked
+        if standing is not None:
+            scores.condemn(order.unit)
+        start = time.time()
+        settings = scores.recipe.settings
+        engine = self.engine(order.teacher, scores.recipe.inputs["teacher"], settings)
+        batch = rollouts_batch(rollouts.read_unit(order.unit))
+        forced = tuple(settings["forced_ids"])
+        scored = engine.score(batch, top_k=settings["top_k"], forced_ids=forced)
+        table = scores_table(scored, batch, top_k=settings["top_k"], forced=len(forced))
+        tokens = sum(len(row) for row in scored.teacher_logprobs)
+        counts = {
+            "rows": len(batch),
+            "completion_tokens": tokens,
+            "refused_rows": len(scored.refused),
+        }
+        end = time.time()
+        scores.commit(
+            order.unit,
+            table,
+            counts=counts,
+            made_by=order.made_by,
+            seconds=end - start,
+            source_sha256=source.sha256,
+        )
+        return replace(worked, score_span=(start, end))
+
+
+def _each(table: pa.Table, work: Callable[[Worked], Worked]) -> pa.Table:
+    """Work on every row; a user's mistake becomes a row with its line, not a dead worker."""
+    done: list[pa.Table] = []
+    for worked in worked_of(table):
+        if worked.problem is None:
+            try:
+                worked = work(worked)
+            except (UserError, DamagedUnit) as error:
+                worked = replace(worked, problem=str(error))
+        done.append(worked.as_table())
+    return pa.concat_tables(done)
+
+
+def _slice(prompts: pa.Table, artifact: Artifact, unit: int) -> pa.Table:
+    rows = artifact.unit_rows(unit)
+    return prompts.slice(rows.start, rows.stop - rows.start)
+

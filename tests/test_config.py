@@ -1,0 +1,98 @@
+"""Configs: every shipped file loads, every mistake is one line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from opd_stream.config_file import load_config
+from opd_stream.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+SMALL = {
+    "rounds": 1,
+    "student": {"path": "student"},
+    "teacher": {"path": "teacher"},
+    "prompts": {"kind": "ledger", "count": 8, "seed": 0},
+    "rollouts": {"prompts_per_round": 4, "window": {"kind": "fixed", "tokens": 8}},
+    "train": {"objective": {"kind": "lsm"}, "learning_rate": 1e-3},
+}
+
+
+def write(folder: Path, fields: dict[str, object]) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_loads(path: Path) -> None:
+    assert load_config(path, []).rounds >= 1
+
+
+def test_a_path_in_a_file_is_relative_to_the_file_and_on_the_command_line_is_not(
+    tmp_path: Path,
+) -> None:
+    config = load_config(write(tmp_path, SMALL), ["teacher.path=elsewhere", "store=cache"])
+    assert config.student.path == tmp_path / "student"
+    assert config.teacher is not None
+    assert config.teacher.path == Path("elsewhere")
+    assert config.store == Path("cache")
+
+
+def test_all_problems_are_told_at_once_with_suggestions(tmp_path: Path) -> None:
+    fields = {**SMALL, "rouds": 3, "student": {"path": "s", "engin": "fake"}, "seed": "many"}
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, fields), [])
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("3 problems in ")
+    assert "unknown key 'rouds'; did you mean 'rounds'?" in lines
+    assert "unknown key 'student.engin'; did you mean 'engine'?" in lines
+    assert any(line.startswith("'seed' is 'many'; ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("rollouts.window.tokens=0", "'rollouts.window.tokens' is 0"),
+        ("rollouts.samples=3", "did you mean 'samples_per_prompt'?"),
+        ("train.objective.kind=mse", "'train.objective'"),
+        ("train.rows_per_microbatch=5", "train.rows_per_step 16 is not a multiple of"),
+        ("rollouts", "has no '='"),
+        ("rounds.deep=1", "rounds is a value, not a section"),
+        ("teacher=null", "'teacher' is missing"),
+        ("scores.top_k=5000", "'scores.top_k' is 5000"),
+    ],
+)
+def test_a_wrong_override_is_one_line(tmp_path: Path, override: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, SMALL), [override])
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_impossible_combination_is_refused(tmp_path: Path) -> None:
+    overrides = ["rollouts.temperature=0", "train.objective={kind: sampled_pg}"]
+    with pytest.raises(UserError, match="set rollouts.temperature=1 or another objective"):
+        load_config(write(tmp_path, SMALL), overrides)
+
+
+def test_a_missing_file_and_a_file_that_is_no_config(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_config(tmp_path / "none.yaml", [])
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(UserError, match="holds a list; expected a mapping"):
+        load_config(tmp_path / "list.yaml", [])
+    (tmp_path / "torn.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match="is not valid YAML"):
+        load_config(tmp_path / "torn.yaml", [])
+
+
+def test_a_base_gives_its_fields_and_another_kind_replaces_a_section(tmp_path: Path) -> None:
+    write(tmp_path, {**SMALL, "train": {"objective": {"kind": "bucket"}, "learning_rate": 0.1}})
+    above = {"base": "run.yaml", "train": {"objective": {"kind": "lsm"}}}
+    (tmp_path / "above.yaml").write_text(yaml.safe_dump(above))
+    config = load_config(tmp_path / "above.yaml", [])
+    assert config.train.objective.kind == "lsm"
+    assert config.train.learning_rate == 0.1
