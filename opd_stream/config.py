@@ -171,7 +171,7 @@ class Train(Section):
     clip_norm: float = Field(1.0, gt=0, description="largest gradient norm")
     rows_per_step: int = Field(16, ge=1, description="rollouts of an optimizer step")
     rows_per_microbatch: int = Field(16, ge=1, description="rollouts in memory at once")
-    threads: int | None = Field(None, ge=1, description="CPU threads; default: torch's choice")
+    threads: int = Field(1, ge=1, description="CPU threads; more help on idle cores only")
     checkpoint_steps: int = Field(50, ge=1, description="optimizer steps between two checkpoints")
 
 

@@ -40,7 +40,7 @@ def run(config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None)
     with TerminalProgress() as progress:
         before = directory.summary()
         summary = run_rounds(settings, directory, progress)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     if before.get("finished") and before["policies"] == summary["policies"]:
         console.print("everything is in the store already; nothing to do", highlight=False)
     print_run(directory.reports(), summary, str(directory.path), console=console)

@@ -64,7 +64,7 @@ def run(config: Config, directory: RunDirectory, progress: Progress) -> dict[str
             _write_summary(session, evaluation_0, reports, earlier)
         for here in walk(setup):
             directory.write_plan(here)
-            if not here.policy.is_complete():
+            if not has_policy(session, here):
                 train_round(session, here)
             directory.add_metrics(here)
             evaluation = None
@@ -74,6 +74,17 @@ def run(config: Config, directory: RunDirectory, progress: Progress) -> dict[str
             directory.write_report(here.index, reports[-1])
             _write_summary(session, evaluation_0, reports, earlier)
     return _write_summary(session, evaluation_0, reports, earlier)
+
+
+def has_policy(session: Session, here: Round) -> bool:
+    """Whether the round's policy is there and whole; a damaged one is named and taken out."""
+    if not here.policy.is_complete():
+        return False
+    reason = here.policy.damage(cache=session.setup.store.digests)
+    if reason is not None:
+        session.progress.say(f"{here.policy.name} is damaged ({reason}); it is trained again")
+        here.policy.condemn()
+    return reason is None
 
 
 def train_round(session: Session, here: Round) -> None:

@@ -3,7 +3,7 @@
 from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit
-from pipeline.rounds import Session, evaluate_policy, make_caches, train_policy
+from pipeline.rounds import Session, evaluate_policy, has_policy, make_caches, train_policy
 from pipeline.run_directory import RunDirectory
 from pipeline.setup import open_setup
 from pipeline.walk import Round, checkpoint_of, walk
@@ -40,7 +40,7 @@ def run_stage(
             make_caches(session, here)
             return f"{here.scores.name} is complete"
         _need(here.scores.is_complete(), here, "score", "scores")
-        if not here.policy.is_complete():
+        if not has_policy(session, here):
             damaged = [
                 f"unit {unit} of {artifact.name}"
                 for artifact in (here.rollouts, here.scores)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -10,14 +11,14 @@ COLUMNS = (
     "window",
     "pass@1",
     "pass@8",
-    "generated",
-    "scored",
-    "trained",
-    "generate s",
-    "score s",
-    "train s",
-    "evaluate s",
-    "policy_drift",
+    "tokens\ngenerated",
+    "teacher\nscored",
+    "\ntrained",
+    "seconds\ngenerate",
+    "\nscore",
+    "\ntrain",
+    "\nevaluate",
+    "\ndrift",
 )
 
 
@@ -25,9 +26,9 @@ def print_run(
     reports: list[dict[str, Any]], summary: dict[str, Any], folder: str, *, console: Console
 ) -> None:
     """Print rounds, totals and where the run lies."""
-    table = Table(title="tokens per round, seconds of work per stage")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for name in COLUMNS:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
     evaluations = {entry["round"]: entry for entry in summary["evaluations"]}
     if 0 in evaluations:
         table.add_row("start", "", *_passes(evaluations[0]))
@@ -77,5 +78,5 @@ def print_run(
 def _passes(evaluation: dict[str, Any] | None) -> tuple[str, str]:
     if evaluation is None:
         return "", ""
-    first = f"{evaluation['pass@1']:.3f} ± {evaluation['standard_error']:.3f}"
+    first = f"{evaluation['pass@1']:.3f}±{evaluation['standard_error']:.3f}"
     return first, f"{evaluation['pass@8']:.3f}" if "pass@8" in evaluation else ""

@@ -7,6 +7,7 @@ goes through the object store: workers publish their own shards and pass on a fe
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ def start_cluster(pools: Pools) -> bool:
     """Connect to RAY_ADDRESS, or start Ray on this machine; returns whether we own it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # errors reach us as exceptions
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
@@ -94,6 +96,8 @@ def stream(queue: Any, workers: list[WorkerSpec], *, start_seconds: int) -> Iter
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Bounded restarts have no named parameter in Ray 2.60 to 2.63.
+    warnings.filterwarnings("ignore", message=".*ray_remote_args.* is deprecated.*")
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

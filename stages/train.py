@@ -64,8 +64,7 @@ def train(job: TrainJob, policy: PolicyArtifact, progress: Progress) -> None:
         )
     _quiet()
     settings, started = job.config.train, time.time()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.threads)
     plan = BatchPlan(
         rows_per_step=settings.rows_per_step,
         rows_per_microbatch=min(settings.rows_per_microbatch, settings.rows_per_step),
@@ -317,6 +316,7 @@ def _quiet() -> None:
 
     disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*treespec.*deprecated.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")

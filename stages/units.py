@@ -70,16 +70,16 @@ class UnitWorker:
     """A worker with one engine, kept alive between units, rounds and policies."""
 
     def __init__(self, store: str, batch_rows: int, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
         self.store = Store(Path(store))
-        self.batch_rows = batch_rows
+        self.batch_rows, self.threads = batch_rows, threads
         self._engine: Engine | None = None
         self._loaded: str | None = None
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Work on a table of orders (one row, as the streams are set up)."""
+        import torch
+
+        torch.set_num_threads(self.threads)  # the local loop shares the process with training
         return _each(table, self.work)
 
     def work(self, worked: Worked) -> Worked:

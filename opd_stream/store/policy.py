@@ -128,14 +128,14 @@ class PolicyArtifact:
         if not publish_new(self.artifact_folder / "manifest.json", canonical_json(manifest)):
             shutil.rmtree(attempt)
 
-    def damage(self) -> str | None:
-        """What is wrong with the published files, or None."""
+    def damage(self, *, cache: Path) -> str | None:
+        """What is wrong with the published files, or None; `cache` as in `identify`."""
         folder = self.folder()
         for name, expected in self.manifest()["files"].items():
             path = inside(folder, name)
             if not path.is_file():
                 return f"{name} is missing"
-            if sha256_file(path) != expected:
+            if _digest_file(path, cache) != expected:
                 return f"{name} is not the published file"
         return None
 

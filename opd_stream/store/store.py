@@ -16,6 +16,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.digests = root / "digests"  # of files that did not change since
 
     def check_writable(self) -> None:
         """Refuse a store that cannot be written, before any work.
@@ -58,7 +59,7 @@ class Store:
 
     def identify(self, checkpoint: Path) -> Identity:
         """The identity of a checkpoint folder, remembering digests of unchanged files."""
-        return identify(checkpoint, cache=self.root / "digests")
+        return identify(checkpoint, cache=self.digests)
 
     def recipes(self, kind: Kind) -> Iterator[Recipe]:
         """The recipes of a kind for which a folder was started."""

@@ -1,0 +1,53 @@
+"""A small run that every pipeline test can afford: two rounds over eight prompts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from opd_stream.config import Config
+from opd_stream.config_file import load_config
+
+MODELS = Path(__file__).parent.parent / "configs" / "models"
+
+SMALL_RUN: dict[str, Any] = {
+    "seed": 3,
+    "rounds": 2,
+    "student": {"path": str(MODELS / "ledger-student")},
+    "teacher": {"path": str(MODELS / "ledger-teacher")},
+    "prompts": {"kind": "ledger", "count": 32, "seed": 11},
+    "rollouts": {"prompts_per_round": 8, "window": {"kind": "fixed", "tokens": 48}},
+    "scores": {"top_k": 4},
+    "train": {
+        "objective": {"kind": "bucket"},
+        "learning_rate": 1e-3,
+        "rows_per_step": 4,
+        "rows_per_microbatch": 2,
+        "checkpoint_steps": 1,
+    },
+    "staleness": {"max_epochs": 2},
+    "evaluation": {
+        "prompts": {"kind": "ledger", "count": 4, "seed": 12},
+        "judge": {"kind": "ledger"},
+        "samples_per_prompt": 2,
+        "max_new_tokens": 16,
+    },
+    "executor": "local",
+    "prompts_per_unit": 4,
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Small tensors on a shared machine are fastest on one thread, and the same every time."""
+    torch.set_num_threads(1)
+
+
+def small_config(folder: Path, *overrides: str) -> Config:
+    """The small run with its store in `folder`, and overrides as on the command line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump({**SMALL_RUN, "store": str(folder / "store")}))
+    return load_config(path, list(overrides))

@@ -1,0 +1,282 @@
+"""Whole runs: what they leave, what they reuse, and what they refuse."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from opd_stream.errors import UserError
+from opd_stream.store.store import Store
+from pipeline.rounds import run
+from pipeline.run_directory import RunDirectory
+from pipeline.stage_commands import run_stage
+from pipeline.status import status_lines
+from stages.progress import Silent
+from tests.conftest import MODELS, small_config
+
+
+class Lines(Silent):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def run_small(folder: Path, *overrides: str, name: str = "run") -> dict[str, Any]:
+    return run(small_config(folder, *overrides), RunDirectory(folder / name), Lines())
+
+
+def weights(summary: dict[str, Any]) -> list[str]:
+    return [policy["weights_sha256"] for policy in summary["policies"]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    run_small(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A finished run of one's own to damage."""
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_a_run_leaves_what_other_programs_read(finished: Path) -> None:
+    summary = json.loads((finished / "run" / "summary.json").read_text())
+    assert summary["rounds"] == 2
+    assert summary["finished"]
+    assert [entry["round"] for entry in summary["evaluations"]] == [0, 2]
+    assert {"pass@1", "pass@2", "problems", "samples"} <= set(summary["evaluations"][0])
+    generated = summary["tokens"]["generated"]
+    assert 0 < generated <= 2 * 8 * 48
+    assert summary["tokens"]["teacher_scored"] == generated
+    assert summary["tokens"]["trained"] == 2 * generated  # two epochs
+    assert summary["reused"] == {"rollout_units": 0, "score_units": 0}
+    assert [policy["version"] for policy in summary["policies"]] == [0, 1, 2]
+    assert len(set(weights(summary))) == 3
+    metrics = [json.loads(line) for line in (finished / "run" / "metrics.jsonl").open()]
+    assert [line["step"] for line in metrics] == list(range(8))
+    assert sum(line["trained_tokens"] for line in metrics) == summary["tokens"]["trained"]
+
+
+def test_the_first_step_of_a_round_has_no_drift_and_later_epochs_have(finished: Path) -> None:
+    metrics = [json.loads(line) for line in (finished / "run" / "metrics.jsonl").open()]
+    for round_index in (0, 1):
+        drifts = [line["policy_drift"] for line in metrics if line["round"] == round_index]
+        assert drifts[0] < 1e-9
+        assert drifts[2] > 1e-6
+
+
+def test_the_same_command_again_does_nothing(copied: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (copied / "store").rglob("*")}
+    config = small_config(copied)
+    summary = run(config, RunDirectory(copied / "run"), Silent())
+    after = {path: path.stat().st_mtime_ns for path in (copied / "store").rglob("*")}
+    assert after == before
+    assert summary["rounds"] == 2
+
+
+def test_a_deleted_run_folder_is_made_again_without_sampling_or_scoring(copied: Path) -> None:
+    first = json.loads((copied / "run" / "summary.json").read_text())
+    metrics = (copied / "run" / "metrics.jsonl").read_text()
+    shutil.rmtree(copied / "run")
+    summary = run_small(copied)
+    assert weights(summary) == weights(first)
+    assert summary["tokens"] == {"generated": 0, "teacher_scored": 0, "trained": 0}
+    assert summary["reused"] == {"rollout_units": 4, "score_units": 4}
+    assert (copied / "run" / "metrics.jsonl").read_text() == metrics
+
+
+def test_other_workers_batches_and_units_train_the_same_policy(finished: Path, tmp_path: Path) -> None:
+    first = json.loads((finished / "run" / "summary.json").read_text())
+    shutil.copytree(finished / "store", tmp_path / "store")
+    for artifact in (tmp_path / "store" / "policies").iterdir():
+        shutil.rmtree(artifact)
+    overrides = ["prompts_per_unit=3", "student.batch_rows=2", "teacher.batch_rows=3"]
+    again = run_small(tmp_path, *overrides)
+    assert weights(again) == weights(first)
+    assert again["tokens"]["generated"] == 0
+
+
+def test_another_unit_size_from_scratch_trains_on_the_same_tokens(
+    finished: Path, tmp_path: Path
+) -> None:
+    first = json.loads((finished / "run" / "summary.json").read_text())
+    again = run_small(tmp_path, "prompts_per_unit=8", "rounds=1", "evaluation=null")
+    recipes = [first["caches"][0]["rollouts"], again["caches"][0]["rollouts"]]
+    assert recipes[0] == recipes[1]
+    rows = [
+        [row for unit in artifact.units() for row in artifact.read_unit(unit).to_pylist()]
+        for artifact in (
+            Store(folder / "store").by_fingerprint("rollouts", recipes[0])
+            for folder in (finished, tmp_path)
+        )
+    ]
+    assert [row["completion_ids"] for row in rows[0]] == [row["completion_ids"] for row in rows[1]]
+
+
+def test_a_flipped_bit_is_named_and_only_that_unit_is_made_again(copied: Path) -> None:
+    summary = json.loads((copied / "run" / "summary.json").read_text())
+    shutil.rmtree(copied / "run")
+    for artifact in (copied / "store" / "policies").iterdir():
+        shutil.rmtree(artifact)
+    store = Store(copied / "store")
+    scores = store.by_fingerprint("scores", summary["caches"][0]["scores"])
+    record = scores.commit_record(1)
+    assert record is not None
+    shard = scores.folder / record.file
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    shard.write_bytes(bytes(damaged))
+    lines = Lines()
+    again = run(small_config(copied), RunDirectory(copied / "run"), lines)
+    assert any(f"unit 1 of {scores.name} is damaged" in line for line in lines.lines)
+    assert weights(again) == weights(summary)
+    assert again["reused"] == {"rollout_units": 4, "score_units": 3}
+    assert again["tokens"]["generated"] == 0
+
+
+def test_a_torn_policy_is_trained_again(copied: Path) -> None:
+    summary = json.loads((copied / "run" / "summary.json").read_text())
+    folder = Path(summary["final_policy"])
+    folder = next((copied / "store").rglob(folder.name))
+    (folder / "model.safetensors").write_bytes(b"torn")
+    lines = Lines()
+    again = run(small_config(copied), RunDirectory(copied / "run"), lines)
+    assert any("is damaged" in line for line in lines.lines)
+    assert weights(again) == weights(summary)
+
+
+def test_two_objectives_share_the_first_round(copied: Path) -> None:
+    other = run_small(copied, "train.objective={kind: lsm}", "rounds=1", name="other")
+    assert other["tokens"]["generated"] == 0
+    assert other["reused"] == {"rollout_units": 2, "score_units": 2}
+
+
+@pytest.mark.parametrize("kind", ["lsm", "sampled_pg"])
+def test_a_replay_trains_another_objective_without_generation_or_teacher(
+    copied: Path, kind: str
+) -> None:
+    overrides = [f"replay.run={copied / 'run'}", f"train.objective={{kind: {kind}}}", "teacher=null"]
+    summary = run_small(copied, *overrides, name="replay")
+    assert summary["tokens"]["generated"] == summary["tokens"]["teacher_scored"] == 0
+    assert summary["tokens"]["trained"] > 0
+    assert len(set(weights(summary))) == 3
+
+
+def test_a_drift_bound_stops_the_epochs_and_says_so(tmp_path: Path) -> None:
+    overrides = ["staleness.max_epochs=6", "staleness.policy_drift=1e-4", "evaluation=null"]
+    summary = run_small(tmp_path, *overrides)
+    assert all(line.startswith("drift passed its bound") for line in summary["decisions"])
+    assert summary["steps"] < 2 * 6 * 2
+    assert "(bound 0.0001)" in summary["decisions"][0]
+
+
+def test_stage_commands_in_turn_make_the_policies_of_a_run(finished: Path, tmp_path: Path) -> None:
+    config, directory = small_config(tmp_path), RunDirectory(tmp_path / "run")
+    for round_index in range(2):
+        for stage in ("generate", "score", "train", "evaluate"):
+            run_stage(stage, config, directory, round_index=round_index, progress=Silent())
+    summary = run(config, directory, Silent())
+    first = json.loads((finished / "run" / "summary.json").read_text())
+    assert weights(summary) == weights(first)
+    assert summary["tokens"] == first["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "round_index", "line"),
+    [
+        ("generate", 1, "run train --round 0 first"),
+        ("score", 0, "run generate --round 0 first"),
+        ("train", 0, "run generate --round 0 first"),
+        ("evaluate", 0, "run train --round 0 first"),
+        ("train", 7, "the config has rounds 0 to 1"),
+    ],
+)
+def test_a_stage_before_its_time_says_which_comes_first(
+    tmp_path: Path, stage: str, round_index: int, line: str
+) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    with pytest.raises(UserError, match=line):
+        run_stage(stage, small_config(tmp_path), directory, round_index=round_index, progress=Silent())
+
+
+def test_status_names_the_field_in_which_the_nearest_artifact_differs(copied: Path) -> None:
+    assert all("complete" in line for line in status_lines(small_config(copied)))
+    lines = status_lines(small_config(copied, "rollouts.temperature=0.9"))
+    assert any("settings.temperature: 1.0 there, 0.9 here" in line for line in lines)
+
+
+def test_a_run_folder_with_other_settings_is_refused_by_field(copied: Path) -> None:
+    config = small_config(copied, "train.learning_rate=0.5")
+    with pytest.raises(UserError, match=r"train\.learning_rate: 0\.001 -> 0\.5"):
+        run(config, RunDirectory(copied / "run"), Silent())
+
+
+def model_with(folder: Path, source: str, **changes: Any) -> Path:
+    """A copy of a shipped model whose weights or tokenizer differ."""
+    target = folder / source
+    shutil.copytree(MODELS / source, target)
+    if "weights" in changes:
+        tensors = load_file(target / "model.safetensors")
+        save_file(changes["weights"](tensors), target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def with_nan(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """NaN in the embedding of one digit: rows that contain it cannot be scored."""
+    embedding = tensors["model.embed_tokens.weight"].copy()
+    embedding[300] = np.nan
+    return {**tensors, "model.embed_tokens.weight": embedding}
+
+
+def test_rows_with_nan_from_the_teacher_are_refused_and_counted(tmp_path: Path) -> None:
+    teacher = model_with(tmp_path, "ledger-teacher", weights=with_nan)
+    with pytest.raises(UserError, match="no rollout can be trained on"):
+        run_small(tmp_path, f"teacher.path={teacher}", "evaluation=null")
+    stored = list((tmp_path / "store" / "scores").rglob("units/*.json"))
+    assert sum(json.loads(path.read_text())["counts"]["refused_rows"] for path in stored) == 8
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    teacher = model_with(tmp_path, "ledger-teacher")
+    tokenizer = json.loads((teacher / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][0]["content"] = "<other>"
+    (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="have different tokenizers"):
+        run_small(tmp_path, f"teacher.path={teacher}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("student.path=nowhere", "is no checkpoint: found nothing"),
+        ("scores.top_k=1000", "scores.top_k is 1000 but the teacher has"),
+        ("rollouts.prompts_per_round=64", "prompts_per_round is 64 but there are 32 prompts"),
+        ("prompts.max_prompt_tokens=10", "tokens; the limit is 10"),
+        ("scores.forced_tokens=[no such token]", "is no token of"),
+        ("rollouts.window.tokens=5000", "lower the window or max_prompt_tokens"),
+    ],
+)
+def test_what_does_not_fit_together_is_one_line(tmp_path: Path, override: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        run_small(tmp_path, override, "evaluation=null")
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_store_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="expected a"):
+        run_small(tmp_path, f"store={tmp_path / 'file'}")
