@@ -1,0 +1,136 @@
+"""Killed anywhere, by any means, a run continues to the same weights, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.rounds import run
+from pipeline.run_directory import RunDirectory
+from stages.progress import Silent
+from tests.conftest import small_config
+
+KILLS = 20
+
+
+class Telling(Silent):
+    """Writes the name of the stage to a pipe at every sign of progress."""
+
+    def __init__(self, pipe: int) -> None:
+        self._pipe = pipe
+
+    def start(self, stage: str, total: int) -> None:
+        if total:
+            os.write(self._pipe, f"{stage}\n".encode())
+
+    def advance(self, stage: str, count: int, note: str = "") -> None:
+        if count:
+            os.write(self._pipe, f"{stage}\n".encode())
+
+
+def fingerprints(folder: Path) -> dict[str, Any]:
+    """Everything of a run that must not depend on how often it was killed."""
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
+    return {
+        "policies": summary["policies"],
+        "caches": summary["caches"],
+        "tokens": {k: summary["tokens"][k] for k in ("generated", "teacher_scored")},
+        "evaluations": summary["evaluations"],
+        "decisions": summary["decisions"],
+        "metrics": [{k: v for k, v in line.items() if k != "seconds"} for line in metrics],
+    }
+
+
+def attempt(folder: Path, *, signs: int, delay: float) -> str | None:
+    """Run in a process group of its own and kill it after some signs of progress.
+
+    Returns the stage it was killed in, or None if the run had ended by then.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os.close(reading)
+        status = 1
+        try:
+            run(small_config(folder), RunDirectory(folder / "run"), Telling(writing))
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writing)
+    stage = None
+    with os.fdopen(reading) as told:
+        for _ in range(signs):
+            line = told.readline()
+            if not line:
+                break
+            stage = line.strip()
+        time.sleep(delay)
+    _kill_group(child)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status):
+        assert os.WEXITSTATUS(status) == 0, "the run itself failed"
+        return None
+    return stage or "start"
+
+
+def _kill_group(child: int) -> None:
+    try:
+        os.killpg(child, signal.SIGKILL)
+    except ProcessLookupError:  # it has not made its group yet, or it has ended
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_run_killed_twenty_times_ends_in_the_same_place(tmp_path: Path) -> None:
+    run(small_config(tmp_path / "whole"), RunDirectory(tmp_path / "whole" / "run"), Silent())
+    expected = fingerprints(tmp_path / "whole")
+    moments = random.Random(20)
+    killed: Counter[str] = Counter()
+    number = 0
+    while sum(killed.values()) < KILLS:
+        folder = tmp_path / f"killed-{number}"
+        stage = attempt(folder, signs=moments.randint(1, 9), delay=moments.uniform(0, 0.05))
+        if stage is None:
+            assert fingerprints(folder) == expected
+            number += 1
+        else:
+            killed[stage] += 1
+    folder = tmp_path / f"killed-{number}"
+    run(small_config(folder), RunDirectory(folder / "run"), Silent())
+    assert fingerprints(folder) == expected
+    assert {"generate", "score", "train", "evaluate"} <= set(killed), killed
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_two_runs_on_one_store_at_the_same_time_both_finish(tmp_path: Path) -> None:
+    run(small_config(tmp_path / "alone"), RunDirectory(tmp_path / "alone" / "run"), Silent())
+    children: list[int] = []
+    for name, overrides in (("first", []), ("second", []), ("third", ["rounds=1"])):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                config = small_config(tmp_path / "shared", *overrides)
+                run(config, RunDirectory(tmp_path / "shared" / name), Silent())
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    alone = json.loads((tmp_path / "alone" / "run" / "summary.json").read_text())
+    made = 0
+    for name in ("first", "second"):
+        summary = json.loads((tmp_path / "shared" / name / "summary.json").read_text())
+        assert summary["policies"] == alone["policies"]
+        made += summary["tokens"]["generated"]
+    third = json.loads((tmp_path / "shared" / "third" / "summary.json").read_text())
+    assert third["caches"][0] == alone["caches"][0]
+    assert made + third["tokens"]["generated"] == alone["tokens"]["generated"]
