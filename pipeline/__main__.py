@@ -1,0 +1,5 @@
+"""`python -m pipeline` is `opd-stream`."""
+
+from pipeline.cli import main
+
+main()

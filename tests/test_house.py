@@ -1,0 +1,90 @@
+"""The house rules: imports point down, commands answer at once, docs say what the code says."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from opd_stream.config_docs import config_markdown
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {"opd_stream": 0, "stages": 1, "pipeline": 2}
+HEAVY = {"torch", "ray", "vllm", "lightning", "transformers", "datasets"}
+SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+
+
+def imports_of(tree: ast.AST) -> set[str]:
+    """Top-level packages that the given nodes import."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def imports_when_loaded(path: Path) -> set[str]:
+    """Packages that loading the module imports (not those inside functions or TYPE_CHECKING)."""
+    module = ast.parse(path.read_text())
+    top = [node for node in module.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return imports_of(ast.Module(body=top, type_ignores=[]))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    floor = FLOORS[path.relative_to(ROOT).parts[0]]
+    above = {name for name, level in FLOORS.items() if level > floor}
+    assert not imports_of(ast.parse(path.read_text())) & above
+    if floor == 0:
+        assert not imports_of(ast.parse(path.read_text())) & {"ray", "lightning"}
+    if floor == 2:
+        assert not imports_when_loaded(path) & HEAVY
+
+
+@pytest.mark.parametrize(
+    "module", ["pipeline.cli", "pipeline.rounds", "stages.executors", "opd_stream.config_file"]
+)
+def test_a_module_loads_without_heavy_libraries(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({HEAVY!r} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_help_answers_in_under_a_second() -> None:
+    command = [sys.executable, "-m", "pipeline", "--help"]
+    seconds: list[float] = []
+    for _ in range(3):
+        start = time.perf_counter()
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert "generate" in found.stdout
+    assert min(seconds) < 1
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    config = ROOT / "configs" / "quickstart.yaml"
+    command = [sys.executable, "-m", "pipeline", "run", str(config), "--set", "rounds=none"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert found.returncode == 2
+    assert found.stderr.startswith("opd-stream: 'rounds' is 'none'")
+    assert len(found.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_config_page_is_the_config() -> None:
+    assert (ROOT / "docs" / "config.md").read_text() == config_markdown(), (
+        "run: python -m opd_stream.config_docs > docs/config.md"
+    )
+
+
+def test_nothing_unpickles_what_it_reads() -> None:
+    forbidden = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
+    for path in SOURCES:
+        text = path.read_text()
+        assert not imports_of(ast.parse(text)) & forbidden, path
+        assert "torch.load" not in text, path
+        assert "trust_remote_code=True" not in text, path

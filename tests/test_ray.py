@@ -1,0 +1,70 @@
+"""Ray Data runs the very same stages: same weights, killed or not, with any number of workers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.rounds import run
+from pipeline.run_directory import RunDirectory
+from stages.progress import Silent
+from tests.conftest import SMALL_RUN, small_config
+
+
+def ray_command(folder: Path, *overrides: str) -> list[str]:
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump({**SMALL_RUN, "executor": "ray", "store": str(folder / "store")}))
+    command = [sys.executable, "-m", "pipeline", "run", str(path), "--run-dir", str(folder / "run")]
+    return command + [part for field in overrides for part in ("--set", field)]
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run" / "summary.json").read_text())
+
+
+@pytest.mark.timeout(200)
+def test_ray_killed_in_the_middle_ends_where_the_local_loop_does(tmp_path: Path) -> None:
+    local, ray = tmp_path / "local", tmp_path / "ray"
+    run(small_config(local), RunDirectory(local / "run"), Silent())
+    ray.mkdir()
+    command = ray_command(ray)
+    first = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        _wait_for(ray / "store" / "scores", first)
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert summary_of(ray)["policies"] == summary_of(local)["policies"]
+    assert summary_of(ray)["evaluations"] == summary_of(local)["evaluations"]
+    assert summary_of(ray)["tokens"] == summary_of(local)["tokens"]
+
+
+@pytest.mark.timeout(200)
+def test_a_users_mistake_in_a_ray_worker_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    command = ray_command(tmp_path, "rollouts.window.tokens=5000", "pools.student.workers=2")
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 2, found.stderr
+    assert found.stderr.splitlines()[-1].endswith("lower the window or max_prompt_tokens")
+    assert "Traceback" not in found.stderr
+
+
+def _wait_for(folder: Path, process: subprocess.Popen[bytes]) -> None:
+    """Until a first unit below the folder is committed."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if list(folder.glob("*/units/*.json")):
+            return
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    raise AssertionError(f"nothing was committed below {folder}")
