@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-quickstart: $(READY) ## distil the embedded teacher into the embedded student, about two minutes
+quickstart: $(READY) ## distil the embedded teacher into the embedded student, about a minute
 	$(BIN)/opd-stream run configs/quickstart.yaml
 
 test: $(READY) ## the test suite, under five minutes on two cores
@@ -27,7 +27,7 @@ lint: $(READY) ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-models: $(READY) ## make the embedded teacher and student again, about eight minutes
+models: $(READY) ## make the embedded teacher and student again, about five minutes
 	$(BIN)/python configs/models/make_models.py --out configs/models
 
 bench-generation: $(READY) ## tokens per second against stock generate

@@ -5,8 +5,10 @@ Ray Data buffers rows until a block is large (128 MiB by default); here a block 
 goes through the object store: workers publish their own shards and pass on a few hundred bytes.
 """
 
+import contextlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -35,13 +37,14 @@ def start_cluster(pools: Pools) -> bool:
         ray.init(address=address, **quiet)
         return True
     wanted = sum(pool.workers * pool.cpus for pool in (pools.student, pools.teacher))
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, -int(-wanted // 1)),
-        include_dashboard=False,
-        object_store_memory=200 * 2**20,
-        **quiet,
-    )
+    with _without_native_stderr():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, -int(-wanted // 1)),
+            include_dashboard=False,
+            object_store_memory=200 * 2**20,
+            **quiet,
+        )
     return True
 
 
@@ -152,3 +155,18 @@ def _source(queue: Any) -> Any:
             return [ReadTask(blocks, unknown)]
 
     return QueueSource()
+
+
+@contextlib.contextmanager
+def _without_native_stderr() -> Iterator[None]:
+    """Keep the native library's notes on its own log level off the terminal; errors are raised."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

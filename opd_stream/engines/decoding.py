@@ -1,159 +1,227 @@
-"""One-token-at-a-time decoding with a preallocated key-value cache.
+"""One token at a time for a batch of rows: prefill, step, select.
 
-Prompts are padded on the left, so all rows write the same column. Keys and values are written in
-place and attention reads the filled slice only; the query heads that share a key head are laid
-side by side as queries, so keys are never repeated. Rows that have ended are taken out.
+Two decoders with the same three verbs. `LibraryDecoder` drives any causal language model through
+the library's own forward pass and cache. `LlamaDecoder` is a step of its own for the plain Llama
+family, where a small model spends most of its time between the matrix products: keys and values are
+written in place, the projections that read the same input are one product, and the query heads that
+share a key head are laid side by side so that keys are never repeated.
 
-Shapes: B rows, C columns filled so far, G query heads per key head, D head size.
+Prompts are padded on the left, so all rows write the same column. Shapes: B rows, C filled columns,
+H hidden, D head size, N query heads, M key heads, G = N / M.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch.nn.functional import linear, rms_norm, silu
+from transformers.cache_utils import DynamicCache
 
 COLUMNS_PER_GROWTH = 256
-ATTENTION = "opd_stream_decode"
+LLAMA_FAMILY = ("llama", "qwen2", "qwen3", "mistral")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others depend on the length read
 
 
-class SlicedCache(Cache):
-    """Keys and values of every layer, [B, heads, capacity, D], with the filled columns counted."""
+class Decoder(Protocol):
+    """A batch of rows in decoding."""
 
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.filled = 0
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kw: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new columns; returns everything up to them."""
-        end = self.filled + key_states.shape[2]
-        for side, new in ((self._keys, key_states), (self._values, value_states)):
-            if len(side) == layer_idx:
-                side.append(new.new_empty(*new.shape[:2], 0, new.shape[3]))
-            if side[layer_idx].shape[2] < end:
-                side[layer_idx] = _grown(side[layer_idx], end + COLUMNS_PER_GROWTH)
-            side[layer_idx][:, :, self.filled : end] = new
-        return self._keys[layer_idx][:, :, :end], self._values[layer_idx][:, :, :end]
-
-    def get_seq_length(self, layer_idx: int = 0, *args: Any, **kw: Any) -> int:
-        """Filled columns."""
-        return self.filled
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows, in this order; a row may be named several times."""
-        for side in (self._keys, self._values):
-            side[:] = [layer.index_select(0, rows) for layer in side]
-
-
-class Decoder:
-    """A batch of rows in decoding, over any causal language model."""
-
-    def __init__(self, model: Any, mask_BC: torch.Tensor) -> None:
-        self._model, self._decoder = model, model.get_decoder()
-        self._mask = mask_BC  # True where a real token stands
-        layer_types = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-        # Layers with a window or a recurrent state need the library's own cache and masks.
-        self._sliced = layer_types == {"full_attention"} and _reads_positions(model.config)
-        self._cache: Any = SlicedCache() if self._sliced else DynamicCache(config=model.config)
-        self._next_position = mask_BC.sum(1, keepdim=True)
-
-    def prefill(self, ids_BC: torch.Tensor) -> torch.Tensor:
-        """Read the left-padded prompts; returns the last hidden state [B, H]."""
-        positions = (self._mask.long().cumsum(1) - 1).clamp(min=0)
-        hidden = self._forward(ids_BC, positions, self._mask.long())
-        return hidden[:, -1]
+    def prefill(self, ids_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
+        """Read the left-padded prompts (mask: True = a token); returns the last hidden state."""
+        ...
 
     def step(self, ids_B: torch.Tensor) -> torch.Tensor:
         """Append one token to every row; returns its hidden state [B, H]."""
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(ids_B), 1)], dim=1)
-        if self._sliced:
-            blocked = torch.zeros_like(self._mask, dtype=self._model.dtype)
-            blocked.masked_fill_(~self._mask, -torch.inf)
-            with _attention(self._model.config):
-                hidden = self._forward(
-                    ids_B[:, None], self._next_position, blocked[:, None, None, :]
-                )
-        else:
-            hidden = self._forward(ids_B[:, None], self._next_position, self._mask.long())
-        self._next_position = self._next_position + 1
-        return hidden[:, 0]
+        ...
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows, in this order; a row may be named several times."""
-        self._mask, self._next_position = self._mask[rows], self._next_position[rows]
-        if self._sliced:
-            self._cache.select(rows)
-        else:
-            self._cache.batch_select_indices(rows)
+        ...
 
-    def _forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        hidden = self._decoder(
+
+def open_decoder(model: Any) -> Decoder:
+    """The fast decoder where the architecture is the plain one it knows, else the library's."""
+    return LlamaDecoder(model) if is_plain_llama(model) else LibraryDecoder(model)
+
+
+def is_plain_llama(model: Any) -> bool:
+    """Whether `LlamaDecoder` computes exactly this model."""
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    return (
+        config.model_type in LLAMA_FAMILY
+        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        and getattr(config, "sliding_window", None) is None
+        and config.hidden_act == "silu"
+        and not getattr(config, "mlp_bias", False)
+        and rope.get("rope_type", "default") in STATIC_ROPE
+        and model.dtype == torch.float32
+    )
+
+
+class LibraryDecoder:
+    """Any causal language model."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._cache = DynamicCache(config=model.config)
+
+    def prefill(self, ids_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
+        self._mask = mask_BC.long()
+        self._positions = self._mask.sum(1, keepdim=True)
+        return self._forward(ids_BC, (self._mask.cumsum(1) - 1).clamp(min=0))
+
+    def step(self, ids_B: torch.Tensor) -> torch.Tensor:
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(ids_B), 1)], dim=1)
+        hidden_BH = self._forward(ids_B[:, None], self._positions)
+        self._positions = self._positions + 1
+        return hidden_BH
+
+    def select(self, rows: torch.Tensor) -> None:
+        self._mask, self._positions = self._mask[rows], self._positions[rows]
+        self._cache.batch_select_indices(rows)
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self._model.get_decoder()(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=self._mask,
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
+        ).last_hidden_state[:, -1]
+
+
+class LlamaDecoder:
+    """Llama, Qwen2, Qwen3 and Mistral with full attention, in float32."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._decoder, config = model, model.get_decoder(), model.config
+        self._layers = [_Layer(layer) for layer in self._decoder.layers]
+        self._queries, self._key_heads = config.num_attention_heads, config.num_key_value_heads
+        self._size = self._decoder.layers[0].self_attn.head_dim
+        self._epsilon = config.rms_norm_eps
+
+    def prefill(self, ids_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
+        """One pass of the library's forward; its keys and values start ours."""
+        cache = DynamicCache(config=self._model.config)
+        mask = mask_BC.long()
+        hidden = self._decoder(
+            input_ids=ids_BC,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
         ).last_hidden_state
-        if self._sliced:
-            self._cache.filled += ids.shape[1]
-        return hidden
+        self._filled = ids_BC.shape[1]
+        self._positions = mask.sum(1)
+        blocked_BC = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask_BC, -torch.inf)
+        self._blocked = blocked_BC.repeat_interleave(self._key_heads, 0)[:, None]  # [B*M, 1, C]
+        self._keys = [layer.keys.flatten(0, 1) for layer in cache.layers]  # [B*M, C, D]
+        self._values = [layer.values.flatten(0, 1) for layer in cache.layers]
+        self._reserve(COLUMNS_PER_GROWTH)
+        return hidden[:, -1]
 
+    def step(self, ids_B: torch.Tensor) -> torch.Tensor:
+        if self._filled == self._keys[0].shape[1]:
+            self._reserve(COLUMNS_PER_GROWTH)
+        hidden_BH = self._decoder.embed_tokens(ids_B)
+        cos_B1D, sin_B1D = self._rotation()
+        for number, layer in enumerate(self._layers):
+            attended = self._attend(number, layer, hidden_BH, cos_B1D, sin_B1D)
+            hidden_BH = torch.addmm(hidden_BH, attended, layer.out.t())
+            normed = rms_norm(hidden_BH, hidden_BH.shape[1:], layer.mlp_norm, self._epsilon)
+            gate, up = linear(normed, layer.gate_up).chunk(2, dim=1)
+            hidden_BH = torch.addmm(hidden_BH, silu(gate) * up, layer.down.t())
+        self._filled += 1
+        self._positions = self._positions + 1
+        return self._decoder.norm(hidden_BH)
 
-class _attention:
-    """The grouped attention below for the duration of a step; prefill and training keep theirs."""
+    def select(self, rows: torch.Tensor) -> None:
+        heads = torch.arange(self._key_heads, device=rows.device)
+        flat = (rows[:, None] * self._key_heads + heads).flatten()
+        self._positions, self._blocked = self._positions[rows], self._blocked[flat]
+        self._keys = [keys[flat] for keys in self._keys]
+        self._values = [values[flat] for values in self._values]
 
-    def __init__(self, config: Any) -> None:
-        self._config, self._before = config, config._attn_implementation
-
-    def __enter__(self) -> None:
-        self._config._attn_implementation = ATTENTION
-
-    def __exit__(self, *exception: object) -> None:
-        self._config._attn_implementation = self._before
-
-
-def _grouped_attention(
-    module: Any,
-    query: torch.Tensor,  # [B, heads, 1, D]
-    key: torch.Tensor,  # [B, key heads, C, D]
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # [B, 1, 1, C], 0 = read, -inf = do not
-    scaling: float | None = None,
-    **unused: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of one new token; G query heads of a key head are G queries of it.
-
-    On a CPU two batched products are several times faster than the fused kernel, which is made for
-    many queries.
-    """
-    rows, heads, _, size = query.shape
-    grouped = query.view(rows, key.shape[1], heads // key.shape[1], size)
-    scale = size**-0.5 if scaling is None else scaling
-    if key.device.type != "cpu":
-        output = torch.nn.functional.scaled_dot_product_attention(
-            grouped, key, value, attn_mask=attention_mask, scale=scale
+    def _attend(
+        self,
+        number: int,
+        layer: "_Layer",
+        hidden_BH: torch.Tensor,
+        cos_B1D: torch.Tensor,
+        sin_B1D: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention of the new token over everything read so far [B, N * D]."""
+        rows, size, end = len(hidden_BH), self._size, self._filled + 1
+        normed = rms_norm(hidden_BH, hidden_BH.shape[1:], layer.attention_norm, self._epsilon)
+        heads = linear(normed, layer.qkv, layer.qkv_bias).view(rows, -1, size)
+        turned = heads[:, : self._queries + self._key_heads]
+        if layer.head_norm is not None:
+            turned = rms_norm(turned, (size,), None, self._epsilon) * layer.head_norm
+        swapped = torch.cat([turned[..., size // 2 :], turned[..., : size // 2]], dim=2)
+        turned = torch.addcmul(turned * cos_B1D, swapped, sin_B1D)
+        keys, values = self._keys[number], self._values[number]
+        keys[:, self._filled] = turned[:, self._queries :].flatten(0, 1)
+        values[:, self._filled] = heads[:, self._queries + self._key_heads :].flatten(0, 1)
+        queries = turned[:, : self._queries].reshape(rows * self._key_heads, -1, size)
+        weights = torch.baddbmm(
+            self._blocked[:, :, :end], queries, keys[:, :end].transpose(1, 2), alpha=layer.scale
         )
-    else:
-        weights = torch.matmul(grouped * scale, key.transpose(2, 3)) + attention_mask
-        output = torch.matmul(torch.softmax(weights.float(), dim=3).to(value.dtype), value)
-    return output.reshape(rows, 1, heads, value.shape[3]), None
+        return torch.bmm(torch.softmax(weights, dim=2), values[:, :end]).view(rows, -1)
+
+    def _rotation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and signed sin [B, 1, D]: x * cos + swapped halves of x * sin turns x."""
+        if not hasattr(self, "_cos") or int(self._positions.max()) >= len(self._cos):
+            longest = int(self._positions.max()) + COLUMNS_PER_GROWTH
+            places = torch.arange(longest, device=self._positions.device)[None]
+            cos, sin = self._decoder.rotary_emb(self._decoder.embed_tokens.weight, places)
+            sign = torch.ones_like(sin[0])
+            sign[:, : self._size // 2] = -1
+            self._cos, self._sin = cos[0], sin[0] * sign
+        return self._cos[self._positions][:, None], self._sin[self._positions][:, None]
+
+    def _reserve(self, columns: int) -> None:
+        """Room for more columns; the mask of new ones says that they may be read."""
+        self._keys = [_grown(keys, columns) for keys in self._keys]
+        self._values = [_grown(values, columns) for values in self._values]
+        self._blocked = torch.nn.functional.pad(self._blocked, (0, columns))
+
+
+class _Layer:
+    """One layer's weights; the projections of one input are views of one matrix.
+
+    The module's own parameters become views too, so nothing is held twice and weights that are
+    loaded in place are seen here.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.attention_norm = layer.input_layernorm.weight
+        self.mlp_norm = layer.post_attention_layernorm.weight
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        self.qkv = _joined([projection.weight for projection in projections])
+        has_bias = attention.q_proj.bias is not None
+        self.qkv_bias = _joined([p.bias for p in projections]) if has_bias else None
+        self.gate_up = _joined([mlp.gate_proj.weight, mlp.up_proj.weight])
+        self.out, self.down = attention.o_proj.weight, mlp.down_proj.weight
+        self.scale = attention.scaling
+        self.head_norm = None
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm.weight, attention.k_norm.weight
+            counts = [p.out_features // len(query) for p in projections[:2]]
+            self.head_norm = torch.cat([query.expand(counts[0], -1), key.expand(counts[1], -1)])
+
+
+def _joined(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    """One tensor that holds all of them, each parameter a view into it."""
+    sizes = [len(parameter) for parameter in parameters]
+    whole = parameters[0].data._base
+    if whole is None or len(whole) != sum(sizes):
+        whole = torch.cat([parameter.data for parameter in parameters])
+        for parameter, view in zip(parameters, whole.split(sizes), strict=True):
+            parameter.data = view
+    return whole
 
 
 def _grown(tensor: torch.Tensor, columns: int) -> torch.Tensor:
-    grown = tensor.new_empty(*tensor.shape[:2], columns, tensor.shape[3])
-    grown[:, :, : tensor.shape[2]] = tensor
+    grown = tensor.new_empty(len(tensor), tensor.shape[1] + columns, tensor.shape[2])
+    grown[:, : tensor.shape[1]] = tensor
     return grown
-
-
-def _reads_positions(config: Any) -> bool:
-    """Whether attention is the plain kind that goes through the attention interface."""
-    return config._attn_implementation in ("sdpa", "eager") and not config.is_encoder_decoder
-
-
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _grouped_attention)

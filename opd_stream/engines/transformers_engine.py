@@ -130,15 +130,15 @@ class TransformersEngine:
         stop_ids: tuple[int, ...],
     ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.float32]]]:
         """Completion ids and behavior log-probabilities of R rows, R a multiple of the prompts."""
-        from opd_stream.engines.decoding import Decoder
+        from opd_stream.engines.decoding import open_decoder
 
         head = logits_head(self._model)
         rows, window = uniforms_RT.shape
         uniforms = torch.from_numpy(uniforms_RT).to(self._device)
         stops = torch.tensor(stop_ids, dtype=torch.long, device=self._device)
         ids, mask = _left_padded(prompt_ids, self._device)
-        decoder = Decoder(self._model, mask)
-        hidden = decoder.prefill(ids)
+        decoder = open_decoder(self._model)
+        hidden = decoder.prefill(ids, mask)
         samples = rows // len(prompt_ids)
         if samples > 1:
             spread = torch.arange(len(prompt_ids), device=self._device).repeat_interleave(samples)
