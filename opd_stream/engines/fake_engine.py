@@ -125,5 +125,5 @@ class FakeEngine:
 
     def _rows(self, last: int, tokens_T: NDArray[np.int32]) -> NDArray[np.float64]:
         """Log-probabilities [T, V] at every place of a completion."""
-        before_T = np.concatenate([[last], tokens_T[:-1]])
+        before_T = np.concatenate([[last], tokens_T])[: len(tokens_T)]
         return self._logprobs_VV[before_T % self._vocab_size]

@@ -1,0 +1,197 @@
+"""One contract over every engine."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from opd_stream.engines import open_engine
+from opd_stream.engines.base import Engine
+from opd_stream.errors import UserError
+from opd_stream.types import PromptBatch, RolloutBatch
+
+VOCAB = 97
+STOPS = (5, 6, 7, 8, 9, 10)
+
+Open = Callable[..., Engine]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        initializer_range=0.4,
+    )
+    folder = tmp_path_factory.mktemp("checkpoint")
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["transformers", "fake"])
+def opened(request: pytest.FixtureRequest, checkpoint: Path) -> Open:
+    def open_it(*, batch_rows: int = 4) -> Engine:
+        return open_engine(
+            engine=request.param, folder=checkpoint, dtype="float32", batch_rows=batch_rows
+        )
+
+    return open_it
+
+
+def prompts_of(count: int = 5) -> PromptBatch:
+    random = np.random.default_rng(3)
+    lengths = [4, 9, 1, 6, 3, 12, 2, 7][:count]
+    return PromptBatch(
+        prompt_id=tuple(f"p{row}" for row in range(count)),
+        prompt_ids=tuple(random.integers(11, VOCAB, n).astype(np.int32) for n in lengths),
+    )
+
+
+def sample(engine: Engine, prompts: PromptBatch, **changes: object) -> RolloutBatch:
+    settings = {"window_tokens": 12, "samples_per_prompt": 3, "temperature": 1.0, "seed": 7}
+    return engine.sample(prompts, **{**settings, "stop_ids": STOPS, **changes})  # type: ignore[arg-type]
+
+
+def tokens_of(batch: RolloutBatch) -> list[list[int]]:
+    return [row.tolist() for row in batch.completion_ids]
+
+
+def test_every_field_has_the_length_of_the_completion(opened: Open) -> None:
+    prompts = prompts_of()
+    batch = sample(opened(), prompts)
+    assert batch.prompt_id == tuple(p for p in prompts.prompt_id for _ in range(3))
+    assert batch.sample_index.tolist() == [0, 1, 2] * 5
+    for ids, logprobs in zip(batch.completion_ids, batch.behavior_logprobs, strict=True):
+        assert 1 <= len(ids) <= 12
+        assert len(logprobs) == len(ids)
+        assert (logprobs <= 0).all()
+
+
+def test_a_rollout_ends_with_its_first_stop_id_or_at_the_window(opened: Open) -> None:
+    batch = sample(opened(), prompts_of())
+    assert set(batch.finish_reason) == {"stop", "length"}
+    for ids, reason in zip(batch.completion_ids, batch.finish_reason, strict=True):
+        stops = [place for place, token in enumerate(ids.tolist()) if token in STOPS]
+        assert stops == ([len(ids) - 1] if reason == "stop" else [])
+        assert reason == "stop" or len(ids) == 12
+
+
+def test_the_seed_decides_the_rollouts(opened: Open) -> None:
+    engine, prompts = opened(), prompts_of()
+    first = tokens_of(sample(engine, prompts))
+    assert tokens_of(sample(engine, prompts)) == first
+    assert tokens_of(sample(engine, prompts, seed=8)) != first
+    assert any(first[row] != first[row + 1] for row in range(0, 15, 3))
+
+
+def test_neither_batch_size_nor_order_nor_company_changes_a_rollout(opened: Open) -> None:
+    prompts = prompts_of()
+    expected = dict(zip(range(15), tokens_of(sample(opened(), prompts)), strict=True))
+    assert tokens_of(sample(opened(batch_rows=64), prompts)) == list(expected.values())
+    alone = PromptBatch(prompt_id=prompts.prompt_id[3:4], prompt_ids=prompts.prompt_ids[3:4])
+    assert tokens_of(sample(opened(), alone)) == [expected[row] for row in (9, 10, 11)]
+
+
+def test_a_longer_window_continues_the_same_rollout(opened: Open) -> None:
+    engine, prompts = opened(), prompts_of()
+    short = tokens_of(sample(engine, prompts))
+    long = tokens_of(sample(engine, prompts, window_tokens=20))
+    assert [row[:12] for row in long] == short
+
+
+def test_greedy_takes_the_teachers_first_candidate(opened: Open) -> None:
+    engine = opened()
+    batch = sample(engine, prompts_of(), temperature=0.0, samples_per_prompt=1)
+    scores = engine.score(batch, top_k=1, forced_ids=())
+    for ids, top in zip(batch.completion_ids, scores.teacher_top_ids, strict=True):
+        assert ids.tolist() == top[:, 0].tolist()
+
+
+def test_scoring_its_own_rollouts_gives_the_behavior_logprobs(opened: Open) -> None:
+    engine = opened()
+    for temperature in (1.0, 0.7):
+        batch = sample(engine, prompts_of(), temperature=temperature)
+        scores = engine.score(batch, top_k=4, forced_ids=())
+        for mine, other in zip(scores.teacher_logprobs, batch.behavior_logprobs, strict=True):
+            np.testing.assert_allclose(mine, other, atol=1e-4)
+
+
+def test_the_candidates_stand_in_rank_order_and_with_the_tail_sum_to_one(opened: Open) -> None:
+    engine = opened()
+    scores = engine.score(sample(engine, prompts_of()), top_k=6, forced_ids=())
+    for top, tail in zip(scores.teacher_top_logprobs, scores.teacher_tail_logprobs, strict=True):
+        assert (np.diff(top, axis=1) <= 0).all()
+        np.testing.assert_allclose(np.exp(top).sum(1) + np.exp(tail), 1, atol=1e-5)
+
+
+def test_all_candidates_leave_an_empty_tail_and_forced_ids_are_among_them(opened: Open) -> None:
+    engine = opened()
+    forced = (5, 90)
+    scores = engine.score(sample(engine, prompts_of()), top_k=VOCAB, forced_ids=forced)
+    for row in range(len(scores)):
+        assert (scores.teacher_tail_logprobs[row] < -20).all()
+        dense = np.zeros_like(scores.teacher_top_logprobs[row])
+        ids = scores.teacher_top_ids[row]
+        np.put_along_axis(dense, ids, scores.teacher_top_logprobs[row], axis=1)
+        np.testing.assert_allclose(
+            scores.teacher_forced_logprobs[row], dense[:, forced], atol=1e-5
+        )
+
+
+def test_an_empty_completion_has_empty_scores(opened: Open) -> None:
+    engine = opened()
+    batch = sample(engine, prompts_of(2), samples_per_prompt=1)
+    empty = RolloutBatch(
+        prompt_id=batch.prompt_id,
+        sample_index=batch.sample_index,
+        prompt_ids=batch.prompt_ids,
+        completion_ids=(batch.completion_ids[0], np.zeros(0, np.int32)),
+        behavior_logprobs=(batch.behavior_logprobs[0], np.zeros(0, np.float32)),
+        finish_reason=("length", "length"),
+    )
+    scores = engine.score(empty, top_k=3, forced_ids=(1,))
+    assert scores.teacher_top_ids[1].shape == (0, 3)
+    assert len(scores.teacher_logprobs[0]) == len(batch.completion_ids[0])
+    assert scores.refused == {}
+
+
+def test_what_cannot_be_done_is_refused_in_one_line(opened: Open) -> None:
+    engine, prompts = opened(), prompts_of(2)
+    batch = sample(engine, prompts)
+    with pytest.raises(UserError, match=f"top_k is {VOCAB + 1} but the vocabulary has {VOCAB}"):
+        engine.score(batch, top_k=VOCAB + 1, forced_ids=())
+    with pytest.raises(UserError, match=r"prompt 'p0' has 4 tokens and the window 4093"):
+        sample(engine, prompts, window_tokens=4093)
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_says(opened: Open) -> None:
+    engine = opened(batch_rows=4000)
+    prompt = PromptBatch(prompt_id=("p",), prompt_ids=(np.array([20, 30], np.int32),))
+    drawn = sample(engine, prompt, window_tokens=1, samples_per_prompt=4000, stop_ids=())
+    counts = np.bincount([row[0] for row in drawn.completion_ids], minlength=VOCAB)
+    one = RolloutBatch(
+        prompt_id=("p",),
+        sample_index=np.zeros(1, np.int32),
+        prompt_ids=prompt.prompt_ids,
+        completion_ids=(np.array([0], np.int32),),
+        behavior_logprobs=(np.zeros(1, np.float32),),
+        finish_reason=("length",),
+    )
+    scores = engine.score(one, top_k=VOCAB, forced_ids=())
+    expected = np.zeros(VOCAB)
+    expected[scores.teacher_top_ids[0][0]] = np.exp(scores.teacher_top_logprobs[0][0]) * 4000
+    common = expected > 5
+    chi_square = ((counts - expected)[common] ** 2 / expected[common]).sum()
+    degrees = common.sum() - 1
+    assert chi_square < degrees + 5 * np.sqrt(2 * degrees)

@@ -1,0 +1,181 @@
+"""The transformers engine against one that is slow and obviously right, on several architectures."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from opd_stream.engines.decoding import is_plain_llama
+from opd_stream.engines.transformers_engine import TransformersEngine
+from opd_stream.errors import UserError
+from opd_stream.types import PromptBatch, RolloutBatch
+
+VOCAB = 61
+BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.4,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "pad_token_id": 0,
+}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "qwen3": Qwen3Config(**BASE),
+    "qwen2": Qwen2Config(**{k: v for k, v in BASE.items() if k != "head_dim"}),
+    "llama": LlamaConfig(**{**BASE, "head_dim": 6}),
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=2, n_head=4, n_positions=512),
+    "gemma2": Gemma2Config(**BASE, sliding_window=8, final_logit_softcapping=3.0),
+    "qwen3-windowed": Qwen3Config(
+        **BASE, use_sliding_window=True, sliding_window=8, max_window_layers=1
+    ),
+}
+FAST = {"qwen3", "qwen2", "llama"}
+
+
+@pytest.fixture(scope="module", params=sorted(CONFIGS))
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("models") / request.param
+    AutoModelForCausalLM.from_config(CONFIGS[request.param]).save_pretrained(folder)
+    return folder
+
+
+def engine_of(folder: Path, *, batch_rows: int = 8) -> TransformersEngine:
+    return TransformersEngine(folder, dtype="float32", batch_rows=batch_rows)
+
+
+def slow_logprobs(folder: Path, ids: list[int]) -> torch.Tensor:
+    """log softmax at every position of one unpadded sequence, by the model's own forward pass."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=1)
+
+
+def prompts() -> PromptBatch:
+    random = np.random.default_rng(0)
+    return PromptBatch(
+        prompt_id=tuple(f"p{n}" for n in range(6)),
+        prompt_ids=tuple(random.integers(3, VOCAB, n).astype(np.int32) for n in (3, 14, 1, 8, 5, 20)),
+    )
+
+
+def sampled(engine: TransformersEngine, *, temperature: float = 1.0) -> RolloutBatch:
+    return engine.sample(
+        prompts(),
+        window_tokens=24,
+        samples_per_prompt=2,
+        temperature=temperature,
+        seed=4,
+        stop_ids=(11, 12, 13, 14),
+    )
+
+
+def test_the_fast_decoder_takes_the_plain_llama_family_only(checkpoint: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    assert is_plain_llama(model) == (checkpoint.name in FAST)
+
+
+def test_sampling_agrees_with_a_full_forward_pass_at_every_token(checkpoint: Path) -> None:
+    batch = sampled(engine_of(checkpoint))
+    assert len({len(ids) for ids in batch.completion_ids}) > 2  # rows end at different times
+    for row in range(len(batch)):
+        prompt, completion = batch.prompt_ids[row].tolist(), batch.completion_ids[row]
+        dense = slow_logprobs(checkpoint, prompt + completion.tolist())[len(prompt) - 1 : -1]
+        expected = dense[torch.arange(len(completion)), torch.from_numpy(completion).long()]
+        np.testing.assert_allclose(batch.behavior_logprobs[row], expected, atol=1e-4)
+
+
+def test_greedy_decoding_is_the_argmax_of_a_full_forward_pass(checkpoint: Path) -> None:
+    batch = sampled(engine_of(checkpoint), temperature=0.0)
+    for row in range(0, len(batch), 2):
+        ids = batch.prompt_ids[row].tolist()
+        for token in batch.completion_ids[row].tolist():
+            assert token == int(slow_logprobs(checkpoint, ids)[-1].argmax())
+            ids.append(token)
+
+
+def test_scores_are_those_of_a_full_forward_pass(checkpoint: Path) -> None:
+    batch = sampled(engine_of(checkpoint))
+    scores = engine_of(checkpoint, batch_rows=5).score(batch, top_k=7, forced_ids=(1, 40))
+    for row in range(len(batch)):
+        prompt, completion = batch.prompt_ids[row].tolist(), batch.completion_ids[row].tolist()
+        dense = slow_logprobs(checkpoint, prompt + completion)[len(prompt) - 1 : -1]
+        top = dense.topk(7, dim=1)
+        np.testing.assert_allclose(scores.teacher_top_logprobs[row], top.values, atol=1e-4)
+        at_ids = dense.gather(1, torch.from_numpy(scores.teacher_top_ids[row]).long())
+        np.testing.assert_allclose(at_ids, top.values, atol=1e-4)
+        np.testing.assert_allclose(scores.teacher_forced_logprobs[row], dense[:, [1, 40]], atol=1e-4)
+        outside = dense.exp().sum(1) - top.values.exp().sum(1)
+        np.testing.assert_allclose(np.exp(scores.teacher_tail_logprobs[row]), outside, atol=1e-5)
+
+
+def test_loading_replaces_the_weights_that_decode_and_score(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(2)
+    other = tmp_path / "other"
+    AutoModelForCausalLM.from_config(CONFIGS[checkpoint.name]).save_pretrained(other)
+    engine = engine_of(checkpoint)
+    first = sampled(engine)
+    engine.load(other)
+    batch, expected = sampled(engine), sampled(engine_of(other))
+    assert [row.tolist() for row in batch.completion_ids] == [
+        row.tolist() for row in expected.completion_ids
+    ]
+    assert first.completion_ids[0].tolist() != batch.completion_ids[0].tolist()
+    for mine, others in zip(batch.behavior_logprobs, expected.behavior_logprobs, strict=True):
+        np.testing.assert_allclose(mine, others, atol=1e-5)
+
+
+def test_rows_with_logits_that_are_not_finite_are_refused_alone(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**BASE, "head_dim": 6}))
+    healthy = tmp_path / "healthy"
+    model.save_pretrained(healthy)
+    batch = sampled(engine_of(healthy))
+    poisoned = set(batch.completion_ids[0].tolist()) - {
+        token
+        for row in (4, 5)
+        for token in (*batch.completion_ids[row].tolist(), *batch.prompt_ids[row].tolist())
+    }
+    with torch.no_grad():
+        model.get_input_embeddings().weight[sorted(poisoned)] = torch.nan
+    model.save_pretrained(tmp_path / "poisoned")
+    scores = engine_of(tmp_path / "poisoned").score(batch, top_k=3, forced_ids=())
+    assert 0 in scores.refused
+    assert 4 not in scores.refused
+    assert len(scores.teacher_logprobs[0]) == 0
+    assert np.isfinite(scores.teacher_logprobs[4]).all()
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path, missing: str) -> None:
+    AutoModelForCausalLM.from_config(CONFIGS["llama"]).save_pretrained(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(UserError, match="cannot be loaded as a causal language model"):
+        engine_of(tmp_path)
+
+
+def test_a_checkpoint_in_half_precision_decodes_through_the_library(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(CONFIGS["qwen3"]).save_pretrained(tmp_path)
+    engine = TransformersEngine(tmp_path, dtype="bfloat16", batch_rows=8)
+    batch = sampled(engine)
+    scores = engine.score(batch, top_k=4, forced_ids=())
+    for mine, other in zip(scores.teacher_logprobs, batch.behavior_logprobs, strict=True):
+        np.testing.assert_allclose(mine, other, atol=0.2)
