@@ -44,14 +44,16 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for case, stops in (("fixed", ()), ("real", (eos,))):
         runs: dict[str, Callable[[int], int]] = {
-            "ours": lambda seed, stops=stops: engine.sample(
-                prompts,
-                window_tokens=arguments.tokens,
-                samples_per_prompt=1,
-                temperature=1.0,
-                seed=seed,
-                stop_ids=stops,
-            ).completion_tokens,
+            "ours": lambda seed, stops=stops: (
+                engine.sample(
+                    prompts,
+                    window_tokens=arguments.tokens,
+                    samples_per_prompt=1,
+                    temperature=1.0,
+                    seed=seed,
+                    stop_ids=stops,
+                ).completion_tokens
+            ),
             "stock": lambda seed, stops=stops: _stock(model, prompts, arguments.tokens, stops, {}),
             "static": lambda seed, stops=stops: _stock(
                 model,

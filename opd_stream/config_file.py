@@ -145,7 +145,9 @@ def _is_field(part: int | str, raw: dict[str, Any], loc: tuple[int | str, ...]) 
 
 def _similar_field(name: str) -> str | None:
     """The field a misspelt one most likely stands for."""
-    known = sorted({field for section in Section.__subclasses__() for field in section.model_fields})
+    known = sorted(
+        {field for section in Section.__subclasses__() for field in section.model_fields}
+    )
     longer = [field for field in known if field.startswith(name)]
     close = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return close[0] if close else None

@@ -81,7 +81,7 @@ def drift_sums(
     weight = d.exp()
     return DriftSums(
         tokens=float(d.numel()),
-        k3=(weight - 1 - d).sum().item(),
+        k3=(d.expm1() - d).sum().item(),
         signed=d.sum().item(),
         absolute=d.abs().sum().item(),
         squared=(d * d).sum().item(),

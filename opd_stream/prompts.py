@@ -102,7 +102,9 @@ def prompts_table(source: Prompts, tokenizer: Any) -> pa.Table:
                 "raise max_prompt_tokens, or set long_prompts=skip to leave such prompts out"
             )
     if not kept:
-        raise UserError(f"all {len(prompts)} prompts are longer than {limit} tokens; raise the limit")
+        raise UserError(
+            f"all {len(prompts)} prompts are longer than {limit} tokens; raise the limit"
+        )
     columns = [
         pa.array([prompts[row].prompt_id for row in kept], pa.string()),
         ragged([ids[row] for row in kept], pa.int32()),
@@ -126,7 +128,9 @@ def shuffled_rows(*, rows: int, seed: int, round_index: int, per_round: int) -> 
     rounds_per_pass = rows // per_round
     pass_index, place = divmod(round_index, rounds_per_pass)
     digest = hashlib.sha256(f"prompts/{seed}/{pass_index}".encode()).digest()
-    order = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:8], "big"))).permutation(rows)
+    order = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:8], "big"))).permutation(
+        rows
+    )
     return order[place * per_round : (place + 1) * per_round].tolist()
 
 
@@ -138,9 +142,13 @@ def _jsonl_rows(source: JsonlPrompts) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{place} is not valid JSON ({error}); mend or remove the line") from error
+            raise UserError(
+                f"{place} is not valid JSON ({error}); mend or remove the line"
+            ) from error
         if not isinstance(row, dict):
-            raise UserError(f"{place} holds a {type(row).__name__}; expected one JSON object a line")
+            raise UserError(
+                f"{place} holds a {type(row).__name__}; expected one JSON object a line"
+            )
         yield place, row
 
 
@@ -182,7 +190,9 @@ def _prompt(
 ) -> Prompt:
     def field(name: str) -> Any:
         if name not in row:
-            raise UserError(f"{place} has no field {name!r}; it has {', '.join(row)}; set the field")
+            raise UserError(
+                f"{place} has no field {name!r}; it has {', '.join(row)}; set the field"
+            )
         return row[name]
 
     text = field(source.prompt_field)

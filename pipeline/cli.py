@@ -48,7 +48,10 @@ def run(config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None)
 
 @app.command()
 def generate(
-    config: ConfigFile, round_index: RoundNumber, overrides: Overrides = None, run_dir: RunDir = None
+    config: ConfigFile,
+    round_index: RoundNumber,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
 ) -> None:
     """Sample the student's rollouts of one round."""
     _stage("generate", config, overrides, run_dir, round_index)
@@ -56,7 +59,10 @@ def generate(
 
 @app.command()
 def score(
-    config: ConfigFile, round_index: RoundNumber, overrides: Overrides = None, run_dir: RunDir = None
+    config: ConfigFile,
+    round_index: RoundNumber,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
 ) -> None:
     """Score the rollouts of one round with the teacher."""
     _stage("score", config, overrides, run_dir, round_index)
@@ -64,7 +70,10 @@ def score(
 
 @app.command()
 def train(
-    config: ConfigFile, round_index: RoundNumber, overrides: Overrides = None, run_dir: RunDir = None
+    config: ConfigFile,
+    round_index: RoundNumber,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
 ) -> None:
     """Train on the scores of one round."""
     _stage("train", config, overrides, run_dir, round_index)
@@ -72,7 +81,10 @@ def train(
 
 @app.command()
 def evaluate(
-    config: ConfigFile, round_index: RoundNumber, overrides: Overrides = None, run_dir: RunDir = None
+    config: ConfigFile,
+    round_index: RoundNumber,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
 ) -> None:
     """Evaluate the policy that a round made; --round -1 is the initial student."""
     _stage("evaluate", config, overrides, run_dir, round_index)

@@ -50,7 +50,9 @@ def run_stage(
             try:
                 train_policy(session, here)
             except DamagedUnit as error:
-                raise UserError(f"{error}; run generate and score again: only it is made") from error
+                raise UserError(
+                    f"{error}; run generate and score again: only it is made"
+                ) from error
         directory.add_metrics(here)
         return f"{here.policy.name} is complete: {here.policy.folder()}"
 

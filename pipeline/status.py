@@ -50,8 +50,13 @@ def _nearest(setup: Setup, artifact: Artifact | PolicyArtifact) -> list[str]:
         f"  {artifact.name} is not complete; the nearest is "
         f"{other.kind}/{other.fingerprint[:16]}, which differs in:"
     ]
-    return [*lines, *(f"    {name}: {_short(old)} there, {_short(new)} here"
-                      for name, (old, new) in fields.items())]
+    return [
+        *lines,
+        *(
+            f"    {name}: {_short(old)} there, {_short(new)} here"
+            for name, (old, new) in fields.items()
+        ),
+    ]
 
 
 def _short(value: Any) -> str:

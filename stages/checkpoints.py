@@ -77,4 +77,6 @@ def _tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder} has no readable tokenizer ({reason}); check the folder") from error
+        raise UserError(
+            f"{folder} has no readable tokenizer ({reason}); check the folder"
+        ) from error

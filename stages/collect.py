@@ -124,4 +124,3 @@ def _scored_from_other_bytes(rollouts: Artifact, scores: Artifact) -> list[int]:
         for unit, record in scores.commits().items()
         if unit in sources and sources[unit].sha256 != record.source_sha256
     ]
-

@@ -63,8 +63,9 @@ def _result(
     tokens = length_rows = 0
     for unit in rollouts.units():
         batch = rollouts_batch(rollouts.read_unit(unit))
-        texts = tokenizer.batch_decode([row.tolist() for row in batch.completion_ids],
-                                       skip_special_tokens=True)
+        texts = tokenizer.batch_decode(
+            [row.tolist() for row in batch.completion_ids], skip_special_tokens=True
+        )
         for prompt_id, text in zip(batch.prompt_id, texts, strict=True):
             correct[prompt_id] += is_right(text, answers[prompt_id])
         tokens += batch.completion_tokens

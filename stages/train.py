@@ -245,7 +245,8 @@ class _Keeper(Callback):
             train.schedule,
             peak=train.learning_rate,
             warmup=train.warmup,
-            progress=(self._job.round_index + (self._steps + 0.5) / planned) / self._job.config.rounds,
+            progress=(self._job.round_index + (self._steps + 0.5) / planned)
+            / self._job.config.rounds,
         )
 
     def _line(
@@ -320,4 +321,3 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
-

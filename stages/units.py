@@ -211,4 +211,3 @@ def _each(table: pa.Table, work: Callable[[Worked], Worked]) -> pa.Table:
 def _slice(prompts: pa.Table, artifact: Artifact, unit: int) -> pa.Table:
     rows = artifact.unit_rows(unit)
     return prompts.slice(rows.start, rows.stop - rows.start)
-

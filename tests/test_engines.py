@@ -144,9 +144,7 @@ def test_all_candidates_leave_an_empty_tail_and_forced_ids_are_among_them(opened
         dense = np.zeros_like(scores.teacher_top_logprobs[row])
         ids = scores.teacher_top_ids[row]
         np.put_along_axis(dense, ids, scores.teacher_top_logprobs[row], axis=1)
-        np.testing.assert_allclose(
-            scores.teacher_forced_logprobs[row], dense[:, forced], atol=1e-5
-        )
+        np.testing.assert_allclose(scores.teacher_forced_logprobs[row], dense[:, forced], atol=1e-5)
 
 
 def test_an_empty_completion_has_empty_scores(opened: Open) -> None:

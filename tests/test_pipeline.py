@@ -99,7 +99,9 @@ def test_a_deleted_run_folder_is_made_again_without_sampling_or_scoring(copied: 
     assert (copied / "run" / "metrics.jsonl").read_text() == metrics
 
 
-def test_other_workers_batches_and_units_train_the_same_policy(finished: Path, tmp_path: Path) -> None:
+def test_other_workers_batches_and_units_train_the_same_policy(
+    finished: Path, tmp_path: Path
+) -> None:
     first = json.loads((finished / "run" / "summary.json").read_text())
     shutil.copytree(finished / "store", tmp_path / "store")
     for artifact in (tmp_path / "store" / "policies").iterdir():
@@ -169,7 +171,11 @@ def test_two_objectives_share_the_first_round(copied: Path) -> None:
 def test_a_replay_trains_another_objective_without_generation_or_teacher(
     copied: Path, kind: str
 ) -> None:
-    overrides = [f"replay.run={copied / 'run'}", f"train.objective={{kind: {kind}}}", "teacher=null"]
+    overrides = [
+        f"replay.run={copied / 'run'}",
+        f"train.objective={{kind: {kind}}}",
+        "teacher=null",
+    ]
     summary = run_small(copied, *overrides, name="replay")
     assert summary["tokens"]["generated"] == summary["tokens"]["teacher_scored"] == 0
     assert summary["tokens"]["trained"] > 0
@@ -210,7 +216,9 @@ def test_a_stage_before_its_time_says_which_comes_first(
 ) -> None:
     directory = RunDirectory(tmp_path / "run")
     with pytest.raises(UserError, match=line):
-        run_stage(stage, small_config(tmp_path), directory, round_index=round_index, progress=Silent())
+        run_stage(
+            stage, small_config(tmp_path), directory, round_index=round_index, progress=Silent()
+        )
 
 
 def test_status_names_the_field_in_which_the_nearest_artifact_differs(copied: Path) -> None:

@@ -20,7 +20,9 @@ from tests.conftest import SMALL_RUN, small_config
 
 def ray_command(folder: Path, *overrides: str) -> list[str]:
     path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump({**SMALL_RUN, "executor": "ray", "store": str(folder / "store")}))
+    path.write_text(
+        yaml.safe_dump({**SMALL_RUN, "executor": "ray", "store": str(folder / "store")})
+    )
     command = [sys.executable, "-m", "pipeline", "run", str(path), "--run-dir", str(folder / "run")]
     return command + [part for field in overrides for part in ("--set", field)]
 

@@ -166,7 +166,9 @@ def test_a_newer_format_version_is_refused_by_name(tmp_path: Path) -> None:
     for name in ("manifest.json", "recipe.json"):
         path = artifact.folder / name
         publish(path, json.dumps({**json.loads(path.read_text()), "format_version": 99}).encode())
-    with pytest.raises(UserError, match=r"manifest\.json has format version 99; .* reads version 1"):
+    with pytest.raises(
+        UserError, match=r"manifest\.json has format version 99; .* reads version 1"
+    ):
         artifact.manifest()
     with pytest.raises(UserError, match="format version 99"):
         artifact.units()
@@ -179,8 +181,12 @@ def test_a_name_that_leads_out_of_the_store_is_refused(tmp_path: Path, name: str
 
 
 def test_a_recipe_differs_by_named_fields() -> None:
-    left = Recipe(kind="scores", settings={"top_k": 16, "dtype": "float32"}, inputs={"teacher": "a"})
-    right = Recipe(kind="scores", settings={"top_k": 32, "dtype": "float32"}, inputs={"teacher": "a"})
+    left = Recipe(
+        kind="scores", settings={"top_k": 16, "dtype": "float32"}, inputs={"teacher": "a"}
+    )
+    right = Recipe(
+        kind="scores", settings={"top_k": 32, "dtype": "float32"}, inputs={"teacher": "a"}
+    )
     assert left.fingerprint != right.fingerprint
     assert differing_fields(left.as_json(), right.as_json()) == {"settings.top_k": (16, 32)}
 

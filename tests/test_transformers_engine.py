@@ -71,7 +71,9 @@ def prompts() -> PromptBatch:
     random = np.random.default_rng(0)
     return PromptBatch(
         prompt_id=tuple(f"p{n}" for n in range(6)),
-        prompt_ids=tuple(random.integers(3, VOCAB, n).astype(np.int32) for n in (3, 14, 1, 8, 5, 20)),
+        prompt_ids=tuple(
+            random.integers(3, VOCAB, n).astype(np.int32) for n in (3, 14, 1, 8, 5, 20)
+        ),
     )
 
 
@@ -120,7 +122,9 @@ def test_scores_are_those_of_a_full_forward_pass(checkpoint: Path) -> None:
         np.testing.assert_allclose(scores.teacher_top_logprobs[row], top.values, atol=1e-4)
         at_ids = dense.gather(1, torch.from_numpy(scores.teacher_top_ids[row]).long())
         np.testing.assert_allclose(at_ids, top.values, atol=1e-4)
-        np.testing.assert_allclose(scores.teacher_forced_logprobs[row], dense[:, [1, 40]], atol=1e-4)
+        np.testing.assert_allclose(
+            scores.teacher_forced_logprobs[row], dense[:, [1, 40]], atol=1e-4
+        )
         outside = dense.exp().sum(1) - top.values.exp().sum(1)
         np.testing.assert_allclose(np.exp(scores.teacher_tail_logprobs[row]), outside, atol=1e-5)
 

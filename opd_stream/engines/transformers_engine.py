@@ -93,13 +93,13 @@ class TransformersEngine:
             raise UserError(
                 f"top_k is {top_k} but the vocabulary has {vocab} tokens; lower scores.top_k"
             )
-        columns: dict[str, list[Any]] = {name: [None] * len(rollouts) for name in HeadScores.__slots__}
+        columns: dict[str, list[Any]] = {
+            name: [None] * len(rollouts) for name in HeadScores.__slots__
+        }
         refused: dict[int, str] = {}
         lengths = [
             len(prompt) + len(completion)
-            for prompt, completion in zip(
-                rollouts.prompt_ids, rollouts.completion_ids, strict=True
-            )
+            for prompt, completion in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)
         ]
         order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
         for start in range(0, len(order), self._batch_rows):
@@ -107,7 +107,9 @@ class TransformersEngine:
             for row, scores in zip(
                 chosen, self._score_rows(rollouts, chosen, top_k, forced_ids), strict=True
             ):
-                finite = all(bool(np.isfinite(scores[name]).all()) for name in ("sampled_N", "top_NK"))
+                finite = all(
+                    bool(np.isfinite(scores[name]).all()) for name in ("sampled_N", "top_NK")
+                )
                 if not finite:
                     refused[row] = "the teacher's log-probabilities are not finite"
                     scores = {name: value[:0] for name, value in scores.items()}
@@ -261,14 +263,14 @@ def _inverted(probabilities_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch
     return block_B * size + within_B
 
 
-def _passed(
-    masses_BM: torch.Tensor, uniforms_B: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _passed(masses_BM: torch.Tensor, uniforms_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The mass in which the uniform falls, and how far into it, in [0, 1)."""
     cumulative_BM = masses_BM.double().cumsum(1)
     total_B1 = cumulative_BM[:, -1:]
     # Rounding must not reach the total: what lies there may have no mass.
-    sought_B1 = torch.minimum(uniforms_B[:, None], uniforms_B.new_tensor(LARGEST_UNIFORM)) * total_B1
+    sought_B1 = (
+        torch.minimum(uniforms_B[:, None], uniforms_B.new_tensor(LARGEST_UNIFORM)) * total_B1
+    )
     hit_B1 = torch.searchsorted(cumulative_BM, sought_B1, right=True)
     mass_B1 = masses_BM.double().gather(1, hit_B1)
     into_B1 = (sought_B1 - (cumulative_BM.gather(1, hit_B1) - mass_B1)) / mass_B1

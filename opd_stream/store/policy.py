@@ -67,12 +67,16 @@ def identify(folder: Path, *, cache: Path | None = None) -> Identity:
         if not there
     ]
     if missing:
-        found = "nothing: it does not exist" if not folder.is_dir() else "no " + ", no ".join(missing)
+        found = (
+            "nothing: it does not exist" if not folder.is_dir() else "no " + ", no ".join(missing)
+        )
         raise UserError(
             f"{folder} is no checkpoint: found {found}; expected a Hugging Face folder with "
             "config.json, safetensors and a tokenizer; check the path"
         )
-    config = {k: v for k, v in read_json(folder / "config.json").items() if k not in VOLATILE_CONFIG}
+    config = {
+        k: v for k, v in read_json(folder / "config.json").items() if k not in VOLATILE_CONFIG
+    }
     return Identity(
         weights_sha256=_digest_files(weights, cache),
         tokenizer_sha256=_digest_files(tokenizer, cache),

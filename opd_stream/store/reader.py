@@ -51,7 +51,9 @@ class ScoredRows:
         (151, 16)
     """
 
-    def __init__(self, caches: list[tuple[Artifact, Artifact]], *, units_in_memory: int = 64) -> None:
+    def __init__(
+        self, caches: list[tuple[Artifact, Artifact]], *, units_in_memory: int = 64
+    ) -> None:
         self._caches = caches
         self._units_in_memory = units_in_memory
         self._decoded: OrderedDict[tuple[int, int], _Unit] = OrderedDict()

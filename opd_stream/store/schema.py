@@ -82,7 +82,9 @@ def scores_table(batch: ScoreBatch, rollouts: RolloutBatch, *, top_k: int, force
         pa.array(rollouts.sample_index, pa.int32()),
         ragged(batch.teacher_logprobs, pa.float32()),
         ragged(batch.teacher_top_ids, pa.int32(), width=top_k),
-        ragged([rows.astype(half) for rows in batch.teacher_top_logprobs], pa.float16(), width=top_k),
+        ragged(
+            [rows.astype(half) for rows in batch.teacher_top_logprobs], pa.float16(), width=top_k
+        ),
         ragged(batch.teacher_tail_logprobs, pa.float32()),
         pa.array([batch.refused.get(row) for row in range(len(batch))], pa.string()),
     ]
@@ -100,7 +102,9 @@ def prompts_batch(table: pa.Table) -> PromptBatch:
 
 
 def ragged(
-    rows: tuple[NDArray[Any], ...] | list[NDArray[Any]], value_type: pa.DataType, *,
+    rows: tuple[NDArray[Any], ...] | list[NDArray[Any]],
+    value_type: pa.DataType,
+    *,
     width: int | None = None,
 ) -> pa.Array:
     """Rows of shape [T] (or [T, width]) as one list array (or list of fixed-size lists)."""
@@ -127,4 +131,3 @@ def rows_of(column: pa.ChunkedArray) -> tuple[NDArray[Any], ...]:
     if width is not None:
         flat = flat.reshape(-1, width)
     return tuple(flat[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True))
-

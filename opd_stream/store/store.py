@@ -77,4 +77,3 @@ class Store:
         }
         nearest = min(candidates, key=lambda other: len(fields[other.fingerprint]))
         return nearest, fields[nearest.fingerprint]
-

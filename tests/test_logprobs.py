@@ -1,0 +1,74 @@
+"""Log-probabilities against dense float64 formulas."""
+
+import pytest
+import torch
+
+from opd_stream.logprobs import completion_rows, head_scores, student_logprobs
+
+
+def head_of(vocab: int, hidden: int) -> torch.nn.Linear:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(hidden, vocab, bias=False)
+    head.weight.data *= 5
+    return head
+
+
+@pytest.mark.parametrize("chunk_rows", [3, 7, 100])
+def test_chunks_change_neither_values_nor_gradients(chunk_rows: int) -> None:
+    head = head_of(50, 8)
+    hidden = torch.randn(20, 8, requires_grad=True)
+    ids = torch.randint(0, 50, (20, 4))
+    logprobs, entropy = student_logprobs(hidden, head, ids, chunk_rows=chunk_rows)
+    weights = torch.randn(20, 4)
+    (logprobs * weights).sum().backward()
+    found = (hidden.grad.clone(), head.weight.grad.clone())  # type: ignore[union-attr]
+    hidden.grad = head.weight.grad = None
+    dense = torch.log_softmax(head(hidden).double(), dim=1)
+    (dense.gather(1, ids) * weights).sum().backward()
+    torch.testing.assert_close(logprobs.double(), dense.gather(1, ids), atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy.double(), -(dense.exp() * dense).sum(1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[0], hidden.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[1], head.weight.grad, atol=1e-5, rtol=1e-4)
+    assert not entropy.requires_grad
+
+
+def test_scores_of_a_head_are_those_of_the_dense_softmax() -> None:
+    head, hidden = head_of(50, 8), torch.randn(9, 8)
+    sampled, forced = torch.randint(0, 50, (9,)), torch.tensor([3, 4])
+    scores = head_scores(
+        hidden, head, sampled_ids_N=sampled, forced_ids_F=forced, top_k=5, chunk_rows=4
+    )
+    dense = torch.log_softmax(head(hidden).double(), dim=1)
+    top = dense.topk(5, dim=1)
+    torch.testing.assert_close(scores.top_NK.double(), top.values, atol=1e-5, rtol=0)
+    assert torch.equal(scores.top_ids_NK, top.indices)
+    torch.testing.assert_close(
+        scores.sampled_N.double(), dense[range(9), sampled], atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(scores.forced_NF.double(), dense[:, forced], atol=1e-5, rtol=0)
+
+
+def test_a_tail_far_below_rounding_is_still_exact() -> None:
+    logits = torch.tensor([[30.0, 25.0, 4.0, 3.0, 2.0]])
+    scores = head_scores(
+        logits,
+        lambda hidden: hidden,
+        sampled_ids_N=torch.tensor([0]),
+        forced_ids_F=torch.tensor([0]),
+        top_k=2,
+        chunk_rows=1,
+    )
+    exact = torch.log_softmax(logits.double(), dim=1)[0, 2:].logsumexp(0)
+    assert exact < -25  # 1 - sum would be 0 in float32
+    torch.testing.assert_close(scores.tail_N[0].double(), exact, atol=1e-5, rtol=0)
+
+
+def test_the_row_before_a_token_predicts_it() -> None:
+    prompts, completions = torch.tensor([3, 1, 2]), torch.tensor([2, 4, 0])
+    rows = completion_rows(prompts, completions, padded_length=6)
+    expected = [
+        row * 6 + int(prompts[row]) + place - 1
+        for row in range(3)
+        for place in range(int(completions[row]))
+    ]
+    assert rows.tolist() == expected == [2, 3, 6, 7, 8, 9]
