@@ -1,7 +1,8 @@
 """Sampling speed against stock `generate`: `make bench-generation`.
 
-Interleaved repeats in one process on one thread; completion tokens per CPU second. "fixed" draws the
-same number of tokens for every row; "real" stops at the end of the text, and only real tokens count.
+Interleaved repeats in one process on one thread; completion tokens per CPU second. "fixed" draws
+the same number of tokens for every row; "real" stops at the end of the text, and only real tokens
+count.
 """
 
 import argparse

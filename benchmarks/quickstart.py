@@ -66,7 +66,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     columns = [[row["before"][0] for row in rows], [row["before"][1] for row in rows]]
     columns += [[row["after"][0] for row in rows], [row["after"][1] for row in rows]]
     stages = ("generate", "score", "train", "evaluate", "other", "wall")
-    names += tuple(f"{stage} s" for stage in stages) + ("command s", "other share")
+    names += (*(f"{stage} s" for stage in stages), "command s", "other share")
     columns += [[row["seconds"][stage] for row in rows] for stage in stages]
     columns += [[row["command seconds"] for row in rows], [row["other share"] for row in rows]]
     lines = [

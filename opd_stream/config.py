@@ -20,15 +20,19 @@ class RawTemplate(Section):
     """The prompt text as it is, with a beginning-of-text token where the tokenizer has one."""
 
     kind: Literal["raw"] = "raw"
-    text: str = Field("{prompt}", description="text around the prompt; {prompt} is replaced")
+    text: str = Field(
+        default="{prompt}", description="text around the prompt; {prompt} is replaced"
+    )
 
 
 class ChatTemplate(Section):
     """The tokenizer's own chat template, with the prompt as the user's turn."""
 
     kind: Literal["chat"] = "chat"
-    text: str = Field("{prompt}", description="text of the user's turn; {prompt} is replaced")
-    system: str | None = Field(None, description="text of a system turn before it")
+    text: str = Field(
+        default="{prompt}", description="text of the user's turn; {prompt} is replaced"
+    )
+    system: str | None = Field(default=None, description="text of a system turn before it")
 
 
 Template = Annotated[RawTemplate | ChatTemplate, Field(discriminator="kind")]
@@ -41,7 +45,7 @@ class LedgerPrompts(Section):
     count: int = Field(ge=1, description="number of problems")
     seed: int = Field(description="seed of the problems; keep training and evaluation apart")
     template: Template = RawTemplate(text="{prompt}\n")
-    max_prompt_tokens: int = Field(512, ge=1, description="a longer prompt is refused")
+    max_prompt_tokens: int = Field(default=512, ge=1, description="a longer prompt is refused")
 
 
 class JsonlPrompts(Section):
@@ -49,13 +53,19 @@ class JsonlPrompts(Section):
 
     kind: Literal["jsonl"]
     path: Path = Field(description="file to read")
-    prompt_field: str = Field("prompt", description="field that holds the prompt text")
-    answer_field: str | None = Field(None, description="field that holds the reference answer")
-    id_field: str | None = Field(None, description="field that identifies a prompt; default: line")
-    limit: int | None = Field(None, ge=1, description="read only the first lines")
+    prompt_field: str = Field(default="prompt", description="field that holds the prompt text")
+    answer_field: str | None = Field(
+        default=None, description="field that holds the reference answer"
+    )
+    id_field: str | None = Field(
+        default=None, description="field that identifies a prompt; default: line"
+    )
+    limit: int | None = Field(default=None, ge=1, description="read only the first lines")
     template: Template = RawTemplate()
-    max_prompt_tokens: int = Field(1024, ge=1, description="tokens a prompt may have")
-    long_prompts: Literal["refuse", "skip"] = Field("refuse", description="what to do with more")
+    max_prompt_tokens: int = Field(default=1024, ge=1, description="tokens a prompt may have")
+    long_prompts: Literal["refuse", "skip"] = Field(
+        default="refuse", description="what to do with more"
+    )
 
 
 class DatasetPrompts(Section):
@@ -63,16 +73,22 @@ class DatasetPrompts(Section):
 
     kind: Literal["datasets"]
     path: str = Field(description="hub name, save_to_disk folder, or builder (json, parquet, ...)")
-    name: str | None = Field(None, description="configuration of the dataset")
-    data_files: Path | None = Field(None, description="local file for a builder")
-    split: str = Field("train", description="split to read")
-    prompt_field: str = Field("prompt", description="column that holds the prompt text")
-    answer_field: str | None = Field(None, description="column that holds the reference answer")
-    id_field: str | None = Field(None, description="column that identifies a prompt; default: row")
-    limit: int | None = Field(None, ge=1, description="read only the first rows")
+    name: str | None = Field(default=None, description="configuration of the dataset")
+    data_files: Path | None = Field(default=None, description="local file for a builder")
+    split: str = Field(default="train", description="split to read")
+    prompt_field: str = Field(default="prompt", description="column that holds the prompt text")
+    answer_field: str | None = Field(
+        default=None, description="column that holds the reference answer"
+    )
+    id_field: str | None = Field(
+        default=None, description="column that identifies a prompt; default: row"
+    )
+    limit: int | None = Field(default=None, ge=1, description="read only the first rows")
     template: Template = RawTemplate()
-    max_prompt_tokens: int = Field(1024, ge=1, description="tokens a prompt may have")
-    long_prompts: Literal["refuse", "skip"] = Field("refuse", description="what to do with more")
+    max_prompt_tokens: int = Field(default=1024, ge=1, description="tokens a prompt may have")
+    long_prompts: Literal["refuse", "skip"] = Field(
+        default="refuse", description="what to do with more"
+    )
 
 
 Prompts = Annotated[LedgerPrompts | JsonlPrompts | DatasetPrompts, Field(discriminator="kind")]
@@ -82,9 +98,15 @@ class Model(Section):
     """A checkpoint in a role, and the engine that runs it."""
 
     path: Path = Field(description="Hugging Face folder: config.json, safetensors, tokenizer")
-    engine: Literal["transformers", "fake"] = Field("transformers", description="what runs it")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the engine")
-    batch_rows: int = Field(64, ge=1, description="rows the engine runs at once; placement only")
+    engine: Literal["transformers", "fake"] = Field(
+        default="transformers", description="what runs it"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="of the engine"
+    )
+    batch_rows: int = Field(
+        default=64, ge=1, description="rows the engine runs at once; placement only"
+    )
 
 
 class FixedWindowConfig(Section):
@@ -108,7 +130,7 @@ class LinearWindowConfig(Section):
     kind: Literal["linear"]
     h0: int = Field(ge=1, description="new tokens at step 0")
     delta: int = Field(ge=0, description="new tokens added every `every` steps")
-    every: int = Field(1, ge=1, description="optimizer steps between two additions")
+    every: int = Field(default=1, ge=1, description="optimizer steps between two additions")
     max_window_tokens: int = Field(ge=1, description="new tokens of a full rollout")
 
 
@@ -121,17 +143,22 @@ class Rollouts(Section):
     """How the student writes."""
 
     prompts_per_round: int = Field(ge=1, description="prompts drawn for a round")
-    samples_per_prompt: int = Field(1, ge=1, description="rollouts of one prompt")
-    temperature: float = Field(1.0, ge=0, description="1 keeps the objectives' gradients exact")
+    samples_per_prompt: int = Field(default=1, ge=1, description="rollouts of one prompt")
+    temperature: float = Field(
+        default=1.0, ge=0, description="1 keeps the objectives' gradients exact"
+    )
     window: Window
 
 
 class Scores(Section):
     """What of the teacher is cached, per completion token."""
 
-    top_k: int = Field(32, ge=1, le=1024, description="teacher candidates, most probable first")
+    top_k: int = Field(
+        default=32, ge=1, le=1024, description="teacher candidates, most probable first"
+    )
     forced_tokens: tuple[str, ...] = Field(
-        (), description="tokens whose log-probability is always cached, beside the terminators"
+        default=(),
+        description="tokens whose log-probability is always cached, beside the terminators",
     )
 
 
@@ -164,23 +191,29 @@ class Train(Section):
 
     objective: Objective
     learning_rate: float = Field(gt=0, description="peak")
-    schedule: Literal["constant", "linear"] = Field("constant", description="linear: down to 0")
-    warmup: float = Field(0.0, ge=0, lt=1, description="share of the run with a rising rate")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW")
-    clip_norm: float = Field(1.0, gt=0, description="largest gradient norm")
-    rows_per_step: int = Field(16, ge=1, description="rollouts of an optimizer step")
-    rows_per_microbatch: int = Field(16, ge=1, description="rollouts in memory at once")
-    threads: int = Field(1, ge=1, description="CPU threads; more help on idle cores only")
-    checkpoint_steps: int = Field(50, ge=1, description="optimizer steps between two checkpoints")
+    schedule: Literal["constant", "linear"] = Field(
+        default="constant", description="linear: down to 0"
+    )
+    warmup: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the run with a rising rate"
+    )
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW")
+    clip_norm: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    rows_per_step: int = Field(default=16, ge=1, description="rollouts of an optimizer step")
+    rows_per_microbatch: int = Field(default=16, ge=1, description="rollouts in memory at once")
+    threads: int = Field(default=1, ge=1, description="CPU threads; more help on idle cores only")
+    checkpoint_steps: int = Field(
+        default=50, ge=1, description="optimizer steps between two checkpoints"
+    )
 
 
 class Staleness(Section):
     """When a cache has been used enough."""
 
-    max_epochs: int = Field(1, ge=1, description="passes over a round's scores, at most")
-    policy_drift: float = Field(0.1, gt=0, description="stop above; k3, nats per token")
-    effective_sample_fraction: float = Field(0.5, gt=0, le=1, description="stop below")
+    max_epochs: int = Field(default=1, ge=1, description="passes over a round's scores, at most")
+    policy_drift: float = Field(default=0.1, gt=0, description="stop above; k3, nats per token")
+    effective_sample_fraction: float = Field(default=0.5, gt=0, le=1, description="stop below")
 
 
 class Judge(Section):
@@ -196,12 +229,14 @@ class Evaluation(Section):
 
     prompts: Prompts
     judge: Judge
-    samples_per_prompt: int = Field(8, ge=1, description="for pass@k up to this k")
+    samples_per_prompt: int = Field(default=8, ge=1, description="for pass@k up to this k")
     max_new_tokens: int = Field(ge=1, description="never shortened by the training window")
-    temperature: float = Field(1.0, ge=0, description="0 is greedy")
-    seed: int = Field(0, description="of the sampling")
+    temperature: float = Field(default=1.0, ge=0, description="0 is greedy")
+    seed: int = Field(default=0, description="of the sampling")
     every_rounds: int | None = Field(
-        None, ge=1, description="also between rounds; default: before the first and after the last"
+        default=None,
+        ge=1,
+        description="also between rounds; default: before the first and after the last",
     )
 
 
@@ -214,10 +249,10 @@ class Replay(Section):
 class Pool(Section):
     """Where the workers of a role run (placement only)."""
 
-    workers: int = Field(1, ge=1, description="processes")
-    cpus: float = Field(1, gt=0, description="logical CPUs of one worker")
-    gpus: float = Field(0, ge=0, description="GPUs of one worker")
-    threads: int = Field(1, ge=1, description="CPU threads of one worker")
+    workers: int = Field(default=1, ge=1, description="processes")
+    cpus: float = Field(default=1, gt=0, description="logical CPUs of one worker")
+    gpus: float = Field(default=0, ge=0, description="GPUs of one worker")
+    threads: int = Field(default=1, ge=1, description="CPU threads of one worker")
 
 
 class Pools(Section):
@@ -230,28 +265,32 @@ class Pools(Section):
 class Config(Section):
     """A run."""
 
-    seed: int = Field(0, description="of prompts, sampling and batch order")
+    seed: int = Field(default=0, description="of prompts, sampling and batch order")
     rounds: int = Field(ge=1, description="rounds of generate, score, train")
     student: Model
-    teacher: Model | None = Field(None, description="left out only where `replay` is set")
+    teacher: Model | None = Field(default=None, description="left out only where `replay` is set")
     prompts: Prompts
     rollouts: Rollouts
     scores: Scores = Scores()
     train: Train
     staleness: Staleness = Staleness()
-    evaluation: Evaluation | None = Field(None, description="left out: no evaluation")
-    replay: Replay | None = Field(None, description="source run whose scores are used")
-    executor: Literal["ray", "local"] = Field("ray", description="Ray Data pools or a plain loop")
+    evaluation: Evaluation | None = Field(default=None, description="left out: no evaluation")
+    replay: Replay | None = Field(default=None, description="source run whose scores are used")
+    executor: Literal["ray", "local"] = Field(
+        default="ray", description="Ray Data pools or a plain loop"
+    )
     pools: Pools = Pools()
-    prompts_per_unit: int = Field(64, ge=1, description="prompts of a shard; placement only")
-    store: Path = Field(Path("store"), description="folder of artifacts, shared by runs")
+    prompts_per_unit: int = Field(
+        default=64, ge=1, description="prompts of a shard; placement only"
+    )
+    store: Path = Field(default=Path("store"), description="folder of artifacts, shared by runs")
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
         if self.teacher is None and self.replay is None:
             raise ValueError(
-                "'teacher' is missing; expected a checkpoint that scores the rollouts; add teacher, "
-                "or set replay.run to train from the scores of an earlier run"
+                "'teacher' is missing; expected a checkpoint that scores the rollouts; "
+                "add teacher, or set replay.run to train from the scores of an earlier run"
             )
         if self.rollouts.temperature == 0 and self.train.objective.kind == "sampled_pg":
             raise ValueError(

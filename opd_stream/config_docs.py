@@ -1,4 +1,4 @@
-"""docs/config.md, written from the config's own descriptions: `python -m opd_stream.config_docs`."""
+"""docs/config.md from the config's own descriptions: `python -m opd_stream.config_docs`."""
 
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -14,8 +14,9 @@ def config_markdown() -> str:
     parts = [
         "# Configuration",
         "One YAML file is one run. `--set a.b=c` overrides a field on the command line; "
-        "`base: OTHER.yaml` starts from another file's fields. A path in a file is relative to the "
-        "file, a path on the command line to where the command is called. Unknown keys are refused.",
+        "`base: OTHER.yaml` starts from another file's fields. A path in a file is relative to "
+        "the file, a path on the command line to where the command is called. Unknown keys are "
+        "refused.",
         "A `kind` chooses between forms of a section. These fields are placement: they may change "
         "between two calls of a run and name no other artifact: "
         + ", ".join(f"`{name}`" for name in PLACEMENT)

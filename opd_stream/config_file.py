@@ -138,8 +138,8 @@ def _is_field(part: int | str, raw: dict[str, Any], loc: tuple[int | str, ...]) 
             return not isinstance(here, dict) or part in here or step == loc[-1]
         if isinstance(here, dict) and step in here:
             here = here[step]
-        elif isinstance(here, list) and isinstance(step, int):
-            here = here[step]
+        elif isinstance(here, list):
+            here = here[int(step)]
     return True
 
 

@@ -36,7 +36,7 @@ class DriftSums:
 
     @property
     def policy_drift(self) -> float:
-        """Mean of exp(d) - 1 - d: unbiased for KL(behavior || student) per token, nats, never < 0."""
+        """Mean of exp(d) - 1 - d: unbiased for KL(behavior || student) per token, nats, >= 0."""
         return self.k3 / self.tokens if self.tokens else 0.0
 
     @property

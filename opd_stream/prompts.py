@@ -182,7 +182,7 @@ def _dataset_rows(source: DatasetPrompts) -> Iterator[tuple[str, dict[str, Any]]
         reason = " ".join(str(error).split())
         raise UserError(f"dataset {source.path!r} cannot be read: {reason}; check it") from error
     for number, row in enumerate(data):
-        yield f"{source.path} row {number}", row
+        yield f"{source.path} row {number}", dict(row)
 
 
 def _prompt(

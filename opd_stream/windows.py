@@ -1,7 +1,7 @@
 """Rollout windows: how many new tokens a rollout may have, as a pure function of the step.
 
-A round's rollouts are generated with the window of its last planned step; training masks each step to
-its own window, so a stored row is used exactly as far as the schedule says.
+A round's rollouts are generated with the window of its last planned step; training masks each step
+to its own window, so a stored row is used exactly as far as the schedule says.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Reports: what a round and a run did, read off the artifacts and never remembered.
 
-A unit's commit record says which run made it and how long that took, so the same run resumed after a
-kill counts its own work once, and a run that finds a unit made by another counts it as reused.
+A unit's commit record says which run made it and how long that took, so the same run resumed after
+a kill counts its own work once, and a run that finds a unit made by another counts it as reused.
 """
 
 from collections.abc import Iterable

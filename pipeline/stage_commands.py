@@ -63,6 +63,7 @@ def _round(session: Session, round_index: int) -> Round:
             f"--round is {round_index}; the config has rounds 0 to "
             f"{session.setup.config.rounds - 1}; choose one of them"
         )
+    reached = 0
     for here in walk(session.setup):
         if here.index == round_index:
             return here

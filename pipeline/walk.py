@@ -1,8 +1,9 @@
 """The rounds of a run as artifacts, in order, as far as they can be named.
 
-A round's recipes name the policy it starts from, so round R + 1 can be named once the policy of round
-R exists. `walk` is therefore lazy: whoever takes a round from it either finds its policy complete or
-completes it before asking for the next. Running, single stages and status all walk the same way.
+A round's recipes name the policy it starts from, so round R + 1 can be named once the policy of
+round R exists. `walk` is therefore lazy: whoever takes a round from it either finds its policy
+complete or completes it before asking for the next. Running, single stages and status all walk the
+same way.
 """
 
 from collections.abc import Iterator

@@ -64,8 +64,8 @@ def check_pair(student: Checkpoint, teacher: Checkpoint) -> None:
         )
     if not student.terminators():
         raise UserError(
-            f"student {student.folder} names no eos_token_id; expected one in generation_config.json "
-            "or config.json; add it"
+            f"student {student.folder} names no eos_token_id; expected one in "
+            "generation_config.json or config.json; add it"
         )
 
 

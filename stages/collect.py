@@ -16,7 +16,6 @@ from stages.progress import Progress
 from stages.selection import prompts_of
 from stages.units import Order
 
-
 Span = tuple[float, float]  # start and end of work, seconds since the epoch
 
 

@@ -6,7 +6,7 @@ the optimizer set-up asks of the trainer.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning
@@ -41,9 +41,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        fields = {name: getattr(self, name) for name in Batch.__slots__}
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in fields.items()}
-        return Batch(**moved)
+        fields: dict[str, Any] = {name: getattr(self, name) for name in Batch.__slots__}
+        tensors = {k: v.to(device) for k, v in fields.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

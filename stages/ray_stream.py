@@ -1,8 +1,8 @@
 """A Ray Data dataset that stays open: blocks are put into a queue and stream through actor pools.
 
 Ray Data buffers rows until a block is large (128 MiB by default); here a block is one order, so
-`target_max_block_size` is 1 byte, and an order moves on as soon as its worker is done. Almost nothing
-goes through the object store: workers publish their own shards and pass on a few hundred bytes.
+`target_max_block_size` is 1 byte, and an order moves on as soon as its worker is done. Workers
+publish their own shards and pass on a few hundred bytes.
 """
 
 import contextlib
@@ -97,6 +97,7 @@ def stream(queue: Any, workers: list[WorkerSpec], *, start_seconds: int) -> Iter
     """
     import ray
     import ray.data
+    from ray.exceptions import GetTimeoutError
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     # Bounded restarts have no named parameter in Ray 2.60 to 2.63.
@@ -124,7 +125,7 @@ def stream(queue: Any, workers: list[WorkerSpec], *, start_seconds: int) -> Iter
         blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     try:
         yield from blocks
-    except ray.exceptions.GetTimeoutError as error:
+    except GetTimeoutError as error:
         asked = [f"{p.workers} x {p.cpus} CPU, {p.gpus} GPU" for _, _, p in workers]
         raise UserError(
             f"no worker started within {start_seconds} s; the pools ask for {' and '.join(asked)}, "

@@ -97,8 +97,9 @@ class UnitWorker:
         found = identify(Path(folder)).fingerprint
         if found != expected_identity:
             raise UserError(
-                f"checkpoint {folder} is {found[:12]}; the recipe asks for {expected_identity[:12]}; "
-                "the folder changed during the run: restore it or start the run again"
+                f"checkpoint {folder} is {found[:12]}; the recipe asks for "
+                f"{expected_identity[:12]}; the folder changed during the run: restore it or start "
+                "the run again"
             )
         if self._engine is None:
             self._engine = open_engine(

@@ -74,7 +74,7 @@ def test_a_wrong_override_is_one_line(tmp_path: Path, override: str, line: str) 
 
 def test_an_impossible_combination_is_refused(tmp_path: Path) -> None:
     overrides = ["rollouts.temperature=0", "train.objective={kind: sampled_pg}"]
-    with pytest.raises(UserError, match="set rollouts.temperature=1 or another objective"):
+    with pytest.raises(UserError, match=r"set rollouts\.temperature=1 or another objective"):
         load_config(write(tmp_path, SMALL), overrides)
 
 

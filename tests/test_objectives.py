@@ -1,6 +1,7 @@
 """The laws of the objectives, in float64, by enumeration over a vocabulary of five."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_a_bucket_never_exceeds_the_full_divergence_and_grows_with_k(seed: int) 
             value_and_gradient(objective, student, teacher=teacher, top_k=k)[0]
             for k in range(1, 12)
         ]
-        assert all(low <= high + 1e-12 for low, high in zip(values, values[1:], strict=False))
+        assert all(low <= high + 1e-12 for low, high in pairwise(values))
         assert values[-1] <= exact + 1e-6
 
 

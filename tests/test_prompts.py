@@ -1,6 +1,7 @@
 """Prompts: read from three kinds of source, templated, counted; mistakes are named."""
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -115,8 +116,8 @@ def test_a_missing_dataset_is_one_line(tmp_path: Path) -> None:
 
 def test_the_rounds_of_a_pass_share_no_prompt_and_cover_it() -> None:
     rounds = [shuffled_rows(rows=20, seed=3, round_index=r, per_round=5) for r in range(8)]
-    assert sorted(sum(rounds[:4], [])) == list(range(20))
-    assert sorted(sum(rounds[4:], [])) == list(range(20))
+    assert sorted(chain.from_iterable(rounds[:4])) == list(range(20))
+    assert sorted(chain.from_iterable(rounds[4:])) == list(range(20))
     assert rounds[0] != rounds[4]
     assert rounds == [shuffled_rows(rows=20, seed=3, round_index=r, per_round=5) for r in range(8)]
 

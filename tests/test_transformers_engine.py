@@ -1,4 +1,4 @@
-"""The transformers engine against one that is slow and obviously right, on several architectures."""
+"""The transformers engine against one that is slow and obviously right, on many architectures."""
 
 from pathlib import Path
 

@@ -10,11 +10,11 @@ Prompts are padded on the left, so all rows write the same column. Shapes: B row
 H hidden, D head size, N query heads, M key heads, G = N / M.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch.nn.functional import linear, rms_norm, silu
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 COLUMNS_PER_GROWTH = 256
 LLAMA_FAMILY = ("llama", "qwen2", "qwen3", "mistral")
@@ -114,8 +114,9 @@ class LlamaDecoder:
         self._positions = mask.sum(1)
         blocked_BC = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask_BC, -torch.inf)
         self._blocked = blocked_BC.repeat_interleave(self._key_heads, 0)[:, None]  # [B*M, 1, C]
-        self._keys = [layer.keys.flatten(0, 1) for layer in cache.layers]  # [B*M, C, D]
-        self._values = [layer.values.flatten(0, 1) for layer in cache.layers]
+        layers = cast(list[DynamicLayer], cache.layers)
+        self._keys = [_flat(layer.keys) for layer in layers]  # [B*M, C, D]
+        self._values = [_flat(layer.values) for layer in layers]
         self._reserve(COLUMNS_PER_GROWTH)
         return hidden[:, -1]
 
@@ -219,6 +220,11 @@ def _joined(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
         for parameter, view in zip(parameters, whole.split(sizes), strict=True):
             parameter.data = view
     return whole
+
+
+def _flat(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None  # the forward pass has filled it
+    return tensor.flatten(0, 1)
 
 
 def _grown(tensor: torch.Tensor, columns: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """A language model of a page, for tests of everything around a model: numpy only, no weights read.
 
-The distribution of the next token is a function of (identity of the folder, last token), so sampling
-and scoring agree with each other and two folders differ as two models would.
+The distribution of the next token is a function of (identity of the folder, last token), so
+sampling and scoring agree with each other and two folders differ as two models would.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """The output head of any causal language model as one function from hidden states to logits.
 
-Engines and training call the decoder and the head apart, so that logits exist only for the rows that
-need them. What a model does between its head and its logits is done here too.
+Engines and training call the decoder and the head apart, so that logits exist only for the rows
+that need them. What a model does between its head and its logits is done here too.
 """
 
 from typing import Any

@@ -205,7 +205,7 @@ class TransformersEngine:
 
         disable_progress_bar()  # a bar per load of a policy would bury the stages' own
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=self._dtype, trust_remote_code=False, use_safetensors=True
             )
         except (OSError, ValueError, RuntimeError) as error:
@@ -252,8 +252,8 @@ def _draw(
 def _inverted(probabilities_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
     """The id at which the cumulative distribution passes the uniform; never one of probability 0.
 
-    A cumulative sum over the vocabulary is slow, so blocks of about sqrt(V) ids are summed first and
-    only the block that is hit is walked through.
+    A cumulative sum over the vocabulary is slow, so blocks of about sqrt(V) ids are summed first
+    and only the block that is hit is walked through.
     """
     rows, vocab = probabilities_BV.shape
     size = max(1, round(vocab**0.5))

@@ -11,12 +11,14 @@ LARGEST_LOG_IMPORTANCE = 20.0  # exp(20): nothing trains well from there; keeps 
 
 
 def sampled_pg(inputs: ObjectiveInputs) -> torch.Tensor:
-    """Policy gradient on reverse_kl = log p - log q of the sampled token [N] (2605.11182, 2606.24143).
+    """Policy gradient on reverse_kl = log p - log q of the sampled token [N].
 
     importance * sg(reverse_kl), importance = exp(student_logprobs - behavior_logprobs) with its
     gradient. The expectation of its gradient over the behavior distribution is the gradient of the
     full KL(student || teacher), also when the behavior is stale; the advantage is recomputed under
     the current student. Token level (gamma 0), no clipping. High variance.
+
+    Source: 2605.11182, 2606.24143.
     """
     log_importance = inputs.student_logprobs_N - inputs.behavior_logprobs_N
     importance = log_importance.clamp(max=LARGEST_LOG_IMPORTANCE).exp()

@@ -10,7 +10,7 @@ manifest is written; the artifact exists if and only if its manifest does.
     rollouts/3f0c…/manifest.json        all commit records, written last
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ class Artifact:
         unit: int,
         table: pa.Table,
         *,
-        counts: dict[str, float],
+        counts: Mapping[str, float],
         made_by: str = "",
         seconds: float = 0.0,
         source_sha256: str | None = None,
@@ -134,7 +134,7 @@ class Artifact:
             file=name,
             sha256=digest,
             bytes=len(data),
-            counts=counts,
+            counts=dict(counts),
             made_by=made_by,
             seconds=seconds,
             source_sha256=source_sha256,

@@ -20,7 +20,7 @@ class Recipe:
     """What an artifact is made of.
 
     Example:
-        >>> Recipe(kind="scores", settings={"top_k": 16}, inputs={"rollouts": "3f…", "teacher": "a0…"})
+        >>> Recipe(kind="scores", settings={"top_k": 16}, inputs={"rollouts": "3f…", …})
     """
 
     kind: Kind

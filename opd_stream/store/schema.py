@@ -4,6 +4,7 @@ One row is one rollout. The scores shard of a unit has the same rows in the same
 rollouts shard. Rows are ragged lists; a top-k entry is a fixed-size list of K.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -130,4 +131,4 @@ def rows_of(column: pa.ChunkedArray) -> tuple[NDArray[Any], ...]:
     flat = values.to_numpy(zero_copy_only=False)
     if width is not None:
         flat = flat.reshape(-1, width)
-    return tuple(flat[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True))
+    return tuple(flat[start:end] for start, end in pairwise(offsets))
