@@ -18,7 +18,7 @@ COLUMNS = (
     "\nscore",
     "\ntrain",
     "\nevaluate",
-    "\ndrift",
+    "\npolicy_drift",
 )
 
 
@@ -31,7 +31,8 @@ def print_run(
         table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
     evaluations = {entry["round"]: entry for entry in summary["evaluations"]}
     if 0 in evaluations:
-        table.add_row("start", "", *_passes(evaluations[0]))
+        start = evaluations[0]
+        table.add_row("start", "", *_passes(start), *[""] * 6, f"{start['seconds']:.1f}")
     for report in reports:
         evaluation = report["evaluation"]
         tokens, seconds = report["tokens"], report["seconds"]
