@@ -150,12 +150,45 @@ class Rollouts(Section):
     window: Window
 
 
+class ExactCodecConfig(Section):
+    """Ids as they are, log-probabilities rounded to a floating-point type."""
+
+    kind: Literal["exact"] = "exact"
+    dtype: Literal["float16", "float32"] = Field(default="float16", description="as stored")
+
+
+class CompactCodecConfig(Section):
+    """Quantised log-probabilities, packed ids, as many candidates as hold the mass."""
+
+    kind: Literal["compact"]
+    max_error: float = Field(
+        default=1 / 32, gt=0, le=1, description="of a stored log-probability, nats"
+    )
+    mass: float | None = Field(
+        default=None, gt=0, le=1, description="stop at this retained mass; null: always top_k"
+    )
+    min_k: int = Field(default=1, ge=1, description="candidates kept whatever the mass")
+
+
+class SampledCodecConfig(Section):
+    """Ids drawn from the teacher with replacement, and their counts (RS-KD)."""
+
+    kind: Literal["sampled"]
+    draws: int = Field(default=50, ge=1, le=1024, description="draws per completion token")
+
+
+Codec = Annotated[
+    ExactCodecConfig | CompactCodecConfig | SampledCodecConfig, Field(discriminator="kind")
+]
+
+
 class Scores(Section):
     """What of the teacher is cached, per completion token."""
 
     top_k: int = Field(
         default=32, ge=1, le=1024, description="teacher candidates, most probable first"
     )
+    codec: Codec = Field(default=ExactCodecConfig(), description="how it is stored")
     forced_tokens: tuple[str, ...] = Field(
         default=(),
         description="tokens whose log-probability is always cached, beside the terminators",
@@ -175,6 +208,12 @@ class LsmObjective(Section):
     kind: Literal["lsm"]
 
 
+class DrawnForwardObjective(Section):
+    """Cross-entropy to ids drawn from the teacher (RS-KD); needs codec sampled."""
+
+    kind: Literal["drawn_forward"]
+
+
 class SampledPgObjective(Section):
     """Policy gradient on the sampled token, with importance weights."""
 
@@ -182,7 +221,8 @@ class SampledPgObjective(Section):
 
 
 Objective = Annotated[
-    BucketObjective | LsmObjective | SampledPgObjective, Field(discriminator="kind")
+    BucketObjective | LsmObjective | SampledPgObjective | DrawnForwardObjective,
+    Field(discriminator="kind"),
 ]
 
 
@@ -283,7 +323,9 @@ class Config(Section):
     prompts_per_unit: int = Field(
         default=64, ge=1, description="prompts of a shard; placement only"
     )
-    store: Path = Field(default=Path("store"), description="folder of artifacts, shared by runs")
+    store: str = Field(
+        default="store", description="folder of artifacts, or s3://BUCKET/PATH; shared by runs"
+    )
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
@@ -296,6 +338,13 @@ class Config(Section):
             raise ValueError(
                 "rollouts.temperature is 0 with objective sampled_pg, which needs samples from "
                 "the student; set rollouts.temperature=1 or another objective"
+            )
+        drawn, objective = self.scores.codec.kind == "sampled", self.train.objective.kind
+        if drawn != (objective == "drawn_forward") and objective != "sampled_pg":
+            raise ValueError(
+                f"scores.codec is {self.scores.codec.kind} with train.objective {objective}; ids "
+                "drawn from the teacher serve drawn_forward, ranked ones every other objective "
+                "(sampled_pg takes both); change one of the two"
             )
         if self.train.rows_per_step % min(self.train.rows_per_microbatch, self.train.rows_per_step):
             raise ValueError(

@@ -103,7 +103,9 @@ def _anchor_paths(value: Any, folder: Path) -> Any:
     anchored: dict[str, Any] = {}
     for key, item in value.items():
         is_hub_name = value.get("kind") == "datasets" and key == "path"
-        if key in PATH_FIELDS and isinstance(item, str) and (folder / item).exists():
+        if isinstance(item, str) and "://" in item:
+            anchored[key] = item
+        elif key in PATH_FIELDS and isinstance(item, str) and (folder / item).exists():
             anchored[key] = str(folder / item)
         elif key in PATH_FIELDS and isinstance(item, str) and not is_hub_name:
             anchored[key] = str(Path(item) if Path(item).is_absolute() else folder / item)

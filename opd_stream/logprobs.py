@@ -69,7 +69,7 @@ def student_logprobs(
 class HeadScores:
     """A teacher's scores of N completion tokens; log-probabilities in nats, float32."""
 
-    sampled_N: torch.Tensor
+    asked_NJ: torch.Tensor  # of the sampled token, then of the candidates
     top_ids_NK: torch.Tensor
     top_NK: torch.Tensor  # rank order
     tail_N: torch.Tensor  # log of the mass outside the K, summed there: exact however small
@@ -81,17 +81,27 @@ def head_scores(
     hidden_NH: torch.Tensor,
     head: Head,
     *,
-    sampled_ids_N: torch.Tensor,
+    asked_ids_NJ: torch.Tensor,
     forced_ids_F: torch.Tensor,
     top_k: int,
     chunk_rows: int,
+    draws_ND: torch.Tensor | None = None,
 ) -> HeadScores:
-    """Top-k, tail, sampled token and forced ids, logits in chunks of rows."""
+    """Top-k (or drawn ids), tail, asked and forced ids, logits in chunks of rows.
+
+    With `draws_ND`, D uniform numbers a token, the K entries are the distinct ids drawn with them
+    from the teacher, with log(count / D); -inf after the last, and an empty tail.
+    """
+    starts = range(0, len(hidden_NH), chunk_rows)
     chunks = [
-        _chunk_scores(head(hidden).float(), sampled, forced_ids_F, top_k)
-        for hidden, sampled in zip(
-            hidden_NH.split(chunk_rows), sampled_ids_N.split(chunk_rows), strict=True
+        _chunk_scores(
+            head(hidden_NH[start : start + chunk_rows]).float(),
+            asked_ids_NJ[start : start + chunk_rows],
+            forced_ids_F,
+            top_k,
+            None if draws_ND is None else draws_ND[start : start + chunk_rows],
         )
+        for start in starts
     ]
     return HeadScores(
         **{
@@ -102,20 +112,47 @@ def head_scores(
 
 
 def _chunk_scores(
-    logits_NV: torch.Tensor, sampled_ids_N: torch.Tensor, forced_ids_F: torch.Tensor, top_k: int
+    logits_NV: torch.Tensor,
+    asked_ids_NJ: torch.Tensor,
+    forced_ids_F: torch.Tensor,
+    top_k: int,
+    draws_ND: torch.Tensor | None,
 ) -> HeadScores:
     norm_N1 = logits_NV.logsumexp(1, keepdim=True)
-    top_NK, top_ids_NK = logits_NV.topk(top_k, dim=1)
-    sampled_N = (logits_NV.gather(1, sampled_ids_N[:, None]) - norm_N1)[:, 0]
+    asked_NJ = logits_NV.gather(1, asked_ids_NJ) - norm_N1
     forced_NF = logits_NV[:, forced_ids_F] - norm_N1
+    if draws_ND is not None:
+        ids_ND, logprobs_ND = _drawn(logits_NV, draws_ND)
+        return HeadScores(
+            asked_NJ=asked_NJ,
+            top_ids_NK=ids_ND,
+            top_NK=logprobs_ND,
+            tail_N=torch.full_like(norm_N1[:, 0], -torch.inf),
+            forced_NF=forced_NF,
+        )
+    top_NK, top_ids_NK = logits_NV.topk(top_k, dim=1)
     rest_NV = logits_NV.scatter(1, top_ids_NK, -torch.inf)
     return HeadScores(
-        sampled_N=sampled_N,
+        asked_NJ=asked_NJ,
         top_ids_NK=top_ids_NK,
         top_NK=top_NK - norm_N1,
         tail_N=rest_NV.logsumexp(1) - norm_N1[:, 0],
         forced_NF=forced_NF,
     )
+
+
+def _drawn(logits_NV: torch.Tensor, draws_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct ids drawn with uniform numbers, and log(count / D); -inf behind the last [N, D]."""
+    cumulative_NV = torch.softmax(logits_NV.double(), dim=1).cumsum(1)
+    drawn_ND = torch.searchsorted(cumulative_NV, draws_ND * cumulative_NV[:, -1:], right=True)
+    ids_ND = drawn_ND.clamp(max=logits_NV.shape[1] - 1).sort(dim=1).values
+    is_new_ND = torch.ones_like(ids_ND, dtype=torch.bool)
+    is_new_ND[:, 1:] = ids_ND[:, 1:] != ids_ND[:, :-1]
+    place_ND = is_new_ND.cumsum(1) - 1
+    counts_ND = torch.zeros_like(logits_NV[:, :1]).expand(ids_ND.shape).contiguous()
+    counts_ND.scatter_add_(1, place_ND, torch.ones_like(counts_ND))
+    distinct_ND = torch.zeros_like(ids_ND).scatter(1, place_ND, ids_ND)
+    return distinct_ND, (counts_ND / ids_ND.shape[1]).log()
 
 
 def _gathered(

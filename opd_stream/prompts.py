@@ -17,7 +17,7 @@ import pyarrow as pa
 from opd_stream.config import DatasetPrompts, JsonlPrompts, LedgerPrompts, Prompts
 from opd_stream.errors import UserError
 from opd_stream.store.files import canonical_json, sha256, sha256_file
-from opd_stream.store.schema import PROMPTS, ragged
+from opd_stream.store.schema import PROMPTS, id_lists
 from opd_stream.tasks.ledger import make_problems
 
 
@@ -107,7 +107,7 @@ def prompts_table(source: Prompts, tokenizer: Any) -> pa.Table:
         )
     columns = [
         pa.array([prompts[row].prompt_id for row in kept], pa.string()),
-        ragged([ids[row] for row in kept], pa.int32()),
+        id_lists([ids[row] for row in kept]),
         pa.array([prompts[row].text for row in kept], pa.string()),
         pa.array([prompts[row].answer for row in kept], pa.string()),
     ]

@@ -9,7 +9,7 @@ K teacher top-k, F forced ids, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ class PromptBatch:
     """
 
     prompt_id: tuple[str, ...]  # R, unique
-    prompt_ids: tuple[NDArray[np.int32], ...]  # R x [P], P >= 1, template already applied
+    prompt_ids: tuple[NDArray[np.integer[Any]], ...]  # R x [P], P >= 1, template already applied
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +47,17 @@ class RolloutBatch:
 
     prompt_id: tuple[str, ...]  # R
     sample_index: NDArray[np.int32]  # [R], 0 .. samples_per_prompt - 1
-    prompt_ids: tuple[NDArray[np.int32], ...]  # R x [P]
-    completion_ids: tuple[NDArray[np.int32], ...]  # R x [T], with the terminator if one was drawn
+    prompt_ids: tuple[NDArray[np.integer[Any]], ...]  # R x [P]
+    completion_ids: tuple[
+        NDArray[np.integer[Any]], ...
+    ]  # R x [T], with the terminator if one was drawn
     behavior_logprobs: tuple[NDArray[np.float32], ...]  # R x [T], nats, raw (before temperature)
     finish_reason: tuple[FinishReason, ...]  # R, "length" = the window ended it, no terminator
+    loss_mask: tuple[NDArray[np.bool_], ...] | None = None  # R x [T], tokens that may train; all
+    candidate_ids: tuple[NDArray[np.integer[Any]], ...] | None = (
+        None  # R x [T, M], to be scored too
+    )
+    candidate_behavior_logprobs: tuple[NDArray[np.float32], ...] | None = None  # R x [T, M]
 
     def __len__(self) -> int:
         return len(self.prompt_id)
@@ -66,16 +73,19 @@ class ScoreBatch:
     """The teacher's view of a `RolloutBatch`, row by row.
 
     All log-probabilities are in nats, normalised over the full vocabulary, at temperature 1. The K
-    ids of a position stand in rank order (most probable first), so a smaller K is a prefix. A row
-    whose logits were not finite holds arrays of length 0 and its reason stands in `refused`.
+    ids of a position stand in rank order (most probable first), so a smaller K is a prefix. Where
+    ids were drawn instead (`draws`), they are the distinct ones with log(count / draws), and -inf
+    after the last. A row whose logits were not finite holds arrays of length 0 and its reason
+    stands in `refused`.
     """
 
     teacher_logprobs: tuple[NDArray[np.float32], ...]  # R x [T], of the sampled token
-    teacher_top_ids: tuple[NDArray[np.int32], ...]  # R x [T, K]
+    teacher_top_ids: tuple[NDArray[np.integer[Any]], ...]  # R x [T, K]
     teacher_top_logprobs: tuple[NDArray[np.float32], ...]  # R x [T, K]
     teacher_tail_logprobs: tuple[NDArray[np.float32], ...]  # R x [T], log(1 - sum of the K)
     teacher_forced_logprobs: tuple[NDArray[np.float32], ...]  # R x [T, F]
     refused: dict[int, str]  # row number -> reason
+    candidate_teacher_logprobs: tuple[NDArray[np.float32], ...] | None = None  # R x [T, M]
 
     def __len__(self) -> int:
         return len(self.teacher_logprobs)

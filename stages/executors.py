@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
+from opd_stream.store.store import Store
 from stages.ray_stream import WorkerSpec
 from stages.units import GenerateUnits, Order, ScoreUnits, UnitWorker, Worked, worked_of
 
@@ -131,7 +132,7 @@ class RayExecutor:
 
 def _worker_specs(config: Config) -> list[WorkerSpec]:
     """The two pools: worker class, constructor arguments, placement."""
-    store = str(config.store.resolve())
+    store = Store(config.store).address
     student, teacher = config.pools.student, config.pools.teacher
     specs: list[WorkerSpec] = [
         (GenerateUnits, [store, config.student.batch_rows, student.threads], student)

@@ -76,6 +76,8 @@ def scores_recipe(
         settings={
             "top_k": scores.top_k,
             "forced_ids": list(forced_ids),
+            "codec": scores.codec.model_dump(mode="json"),
+            "seed": config.seed if scores.codec.kind == "sampled" else 0,
             "temperature": 1.0,
             "engine": config.teacher.engine,
             "dtype": config.teacher.dtype,

@@ -11,12 +11,12 @@ from typing import Any
 import lightning
 import torch
 
+from opd_stream.batches import Batch
 from opd_stream.drift import DriftSums, drift_sums
 from opd_stream.engines.head import logits_head
 from opd_stream.logprobs import student_logprobs
-from opd_stream.objectives import Objective, ObjectiveInputs, token_losses
+from opd_stream.objectives import SMALLEST_LOGPROB, Objective, ObjectiveInputs, token_losses
 from opd_stream.store.tree import load_tree
-from stages.data_module import Batch
 
 HEAD_ROWS_PER_CHUNK = 4096  # rows whose logits exist at one time
 
@@ -59,11 +59,12 @@ class StudentModule(lightning.LightningModule):
         logprobs_NJ, entropy_N = student_logprobs(
             hidden_NH, logits_head(self.model), ids_NJ, chunk_rows=HEAD_ROWS_PER_CHUNK
         )
+        absent_NK = batch.teacher_top_logprobs_NK == -torch.inf
         inputs = ObjectiveInputs(
             student_logprobs_N=logprobs_NJ[:, 0],
-            student_top_logprobs_NK=logprobs_NJ[:, 1:],
-            teacher_logprobs_N=batch.teacher_logprobs_N,
-            teacher_top_logprobs_NK=batch.teacher_top_logprobs_NK,
+            student_top_logprobs_NK=logprobs_NJ[:, 1:].masked_fill(absent_NK, SMALLEST_LOGPROB),
+            teacher_logprobs_N=batch.teacher_logprobs_N.clamp(min=SMALLEST_LOGPROB),
+            teacher_top_logprobs_NK=batch.teacher_top_logprobs_NK.clamp(min=SMALLEST_LOGPROB),
             teacher_tail_logprobs_N=batch.teacher_tail_logprobs_N,
             behavior_logprobs_N=batch.behavior_logprobs_N,
         )

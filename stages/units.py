@@ -18,14 +18,15 @@ from opd_stream.engines import open_engine
 from opd_stream.engines.base import Engine
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, DamagedUnit
+from opd_stream.store.codecs import SampledCodec, build_codec, encode_scores
 from opd_stream.store.policy import identify
 from opd_stream.store.schema import (
     prompts_batch,
     rollouts_batch,
     rollouts_table,
-    scores_table,
 )
 from opd_stream.store.store import Store
+from opd_stream.types import RolloutBatch
 from stages.selection import prompts_of
 
 
@@ -70,7 +71,7 @@ class UnitWorker:
     """A worker with one engine, kept alive between units, rounds and policies."""
 
     def __init__(self, store: str, batch_rows: int, threads: int) -> None:
-        self.store = Store(Path(store))
+        self.store = Store(store)
         self.batch_rows, self.threads = batch_rows, threads
         self._engine: Engine | None = None
         self._loaded: str | None = None
@@ -176,8 +177,21 @@ class ScoreUnits(UnitWorker):
         engine = self.engine(order.teacher, scores.recipe.inputs["teacher"], settings)
         batch = rollouts_batch(rollouts.read_unit(order.unit))
         forced = tuple(settings["forced_ids"])
-        scored = engine.score(batch, top_k=settings["top_k"], forced_ids=forced)
-        table = scores_table(scored, batch, top_k=settings["top_k"], forced=len(forced))
+        codec = build_codec(**settings["codec"])
+        scored = engine.score(
+            batch,
+            top_k=settings["top_k"],
+            forced_ids=forced,
+            draws=codec.draws if isinstance(codec, SampledCodec) else 0,
+            seed=settings["seed"],
+        )
+        try:
+            table, fidelity = encode_scores(codec, scored, batch)
+        except ValueError as error:
+            raise UserError(
+                f"unit {order.unit} of {scores.name} cannot be stored: {error}; raise "
+                "scores.codec.max_error, or use scores.codec={kind: exact}"
+            ) from error
         tokens = sum(len(row) for row in scored.teacher_logprobs)
         counts = {
             "rows": len(batch),
@@ -192,6 +206,12 @@ class ScoreUnits(UnitWorker):
             made_by=order.made_by,
             seconds=end - start,
             source_sha256=source.sha256,
+            skipped_rows=[
+                row
+                for row, ids in enumerate(batch.completion_ids)
+                if row in scored.refused or not _trains(batch, row, len(ids))
+            ],
+            fidelity=fidelity.as_dict(),
         )
         return replace(worked, score_span=(start, end))
 
@@ -212,3 +232,7 @@ def _each(table: pa.Table, work: Callable[[Worked], Worked]) -> pa.Table:
 def _slice(prompts: pa.Table, artifact: Artifact, unit: int) -> pa.Table:
     rows = artifact.unit_rows(unit)
     return prompts.slice(rows.start, rows.stop - rows.start)
+
+
+def _trains(batch: RolloutBatch, row: int, tokens: int) -> bool:
+    return tokens > 0 if batch.loss_mask is None else bool(batch.loss_mask[row].any())

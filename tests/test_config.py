@@ -38,7 +38,7 @@ def test_a_path_in_a_file_is_relative_to_the_file_and_on_the_command_line_is_not
     assert config.student.path == tmp_path / "student"
     assert config.teacher is not None
     assert config.teacher.path == Path("elsewhere")
-    assert config.store == Path("cache")
+    assert config.store == "cache"
 
 
 def test_all_problems_are_told_at_once_with_suggestions(tmp_path: Path) -> None:

@@ -36,14 +36,14 @@ def test_scores_of_a_head_are_those_of_the_dense_softmax() -> None:
     head, hidden = head_of(50, 8), torch.randn(9, 8)
     sampled, forced = torch.randint(0, 50, (9,)), torch.tensor([3, 4])
     scores = head_scores(
-        hidden, head, sampled_ids_N=sampled, forced_ids_F=forced, top_k=5, chunk_rows=4
+        hidden, head, asked_ids_NJ=sampled[:, None], forced_ids_F=forced, top_k=5, chunk_rows=4
     )
     dense = torch.log_softmax(head(hidden).double(), dim=1)
     top = dense.topk(5, dim=1)
     torch.testing.assert_close(scores.top_NK.double(), top.values, atol=1e-5, rtol=0)
     assert torch.equal(scores.top_ids_NK, top.indices)
     torch.testing.assert_close(
-        scores.sampled_N.double(), dense[range(9), sampled], atol=1e-5, rtol=0
+        scores.asked_NJ[:, 0].double(), dense[range(9), sampled], atol=1e-5, rtol=0
     )
     torch.testing.assert_close(scores.forced_NF.double(), dense[:, forced], atol=1e-5, rtol=0)
 
@@ -53,7 +53,7 @@ def test_a_tail_far_below_rounding_is_still_exact() -> None:
     scores = head_scores(
         logits,
         lambda hidden: hidden,
-        sampled_ids_N=torch.tensor([0]),
+        asked_ids_NJ=torch.tensor([[0]]),
         forced_ids_F=torch.tensor([0]),
         top_k=2,
         chunk_rows=1,

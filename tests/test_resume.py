@@ -42,7 +42,9 @@ def fingerprints(folder: Path) -> dict[str, Any]:
         "policies": summary["policies"],
         "caches": summary["caches"],
         "tokens": {k: summary["tokens"][k] for k in ("generated", "teacher_scored")},
-        "evaluations": summary["evaluations"],
+        "evaluations": [
+            {k: v for k, v in entry.items() if k != "seconds"} for entry in summary["evaluations"]
+        ],
         "decisions": summary["decisions"],
         "metrics": [{k: v for k, v in line.items() if k != "seconds"} for line in metrics],
     }

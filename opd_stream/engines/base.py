@@ -41,9 +41,19 @@ class Engine(Protocol):
         ...
 
     def score(
-        self, rollouts: RolloutBatch, *, top_k: int, forced_ids: tuple[int, ...]
+        self,
+        rollouts: RolloutBatch,
+        *,
+        top_k: int,
+        forced_ids: tuple[int, ...],
+        draws: int = 0,
+        seed: int = 0,
     ) -> ScoreBatch:
         """Score every completion token at temperature 1 over the full vocabulary.
+
+        Candidate ids of the rollouts are scored too. With `draws` above 0, the top K are replaced
+        by that many ids drawn from the teacher with replacement, a function of `seed` and the
+        rollout.
 
         Raises:
             UserError: `top_k` is larger than the vocabulary.

@@ -7,6 +7,7 @@ sampling and scoring agree with each other and two folders differ as two models 
 import hashlib
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,7 @@ class FakeEngine:
         stop_ids: tuple[int, ...],
     ) -> RolloutBatch:
         """See `Engine.sample`."""
-        rows: list[tuple[str, int, NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]] = []
+        rows: list[tuple[str, int, NDArray[Any], NDArray[np.int32], NDArray[np.float32]]] = []
         for prompt_id, ids in zip(prompts.prompt_id, prompts.prompt_ids, strict=True):
             if len(ids) + window_tokens > CONTEXT_TOKENS:
                 raise UserError(
@@ -70,7 +71,13 @@ class FakeEngine:
         )
 
     def score(
-        self, rollouts: RolloutBatch, *, top_k: int, forced_ids: tuple[int, ...]
+        self,
+        rollouts: RolloutBatch,
+        *,
+        top_k: int,
+        forced_ids: tuple[int, ...],
+        draws: int = 0,
+        seed: int = 0,
     ) -> ScoreBatch:
         """See `Engine.score`."""
         if top_k > self._vocab_size:
@@ -78,29 +85,37 @@ class FakeEngine:
                 f"top_k is {top_k} but the vocabulary has {self._vocab_size} tokens; "
                 "lower scores.top_k"
             )
-        sampled: list[NDArray[np.float32]] = []
-        top_ids: list[NDArray[np.int32]] = []
-        top: list[NDArray[np.float32]] = []
-        tail: list[NDArray[np.float32]] = []
-        forced: list[NDArray[np.float32]] = []
-        for prompt, tokens in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True):
+        columns: dict[str, list[NDArray[Any]]] = {
+            name: [] for name in ("sampled", "ids", "top", "tail", "forced", "candidates")
+        }
+        for row, (prompt, tokens) in enumerate(
+            zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)
+        ):
             dense_TV = self._rows(int(prompt[-1]), tokens)
-            order_TV = np.argsort(-dense_TV, axis=1, kind="stable")
-            ranked_TV = np.take_along_axis(dense_TV, order_TV, axis=1)
-            with np.errstate(divide="ignore"):
-                tail.append(np.log(np.exp(ranked_TV[:, top_k:]).sum(1)).astype(np.float32))
-            sampled.append(dense_TV[np.arange(len(tokens)), tokens].astype(np.float32))
-            top_ids.append(order_TV[:, :top_k].astype(np.int32))
-            top.append(ranked_TV[:, :top_k].astype(np.float32))
-            forced.append(dense_TV[:, list(forced_ids)].astype(np.float32))
+            if draws:
+                key = f"{seed}/{rollouts.sample_index[row]}/{rollouts.prompt_id[row]}/draws"
+                ids, top, tail = _drawn(dense_TV, draws, key)
+            else:
+                ids, top, tail = _ranked(dense_TV, top_k)
+            columns["sampled"].append(dense_TV[np.arange(len(tokens)), tokens].astype(np.float32))
+            columns["ids"].append(ids)
+            columns["top"].append(top)
+            columns["tail"].append(tail)
+            columns["forced"].append(dense_TV[:, list(forced_ids)].astype(np.float32))
+            if rollouts.candidate_ids is not None:
+                asked = np.take_along_axis(dense_TV, rollouts.candidate_ids[row], axis=1)
+                columns["candidates"].append(asked.astype(np.float32))
         time.sleep(self._seconds_per_token * rollouts.completion_tokens)
         return ScoreBatch(
-            teacher_logprobs=tuple(sampled),
-            teacher_top_ids=tuple(top_ids),
-            teacher_top_logprobs=tuple(top),
-            teacher_tail_logprobs=tuple(tail),
-            teacher_forced_logprobs=tuple(forced),
+            teacher_logprobs=tuple(columns["sampled"]),
+            teacher_top_ids=tuple(columns["ids"]),
+            teacher_top_logprobs=tuple(columns["top"]),
+            teacher_tail_logprobs=tuple(columns["tail"]),
+            teacher_forced_logprobs=tuple(columns["forced"]),
             refused={},
+            candidate_teacher_logprobs=(
+                None if rollouts.candidate_ids is None else tuple(columns["candidates"])
+            ),
         )
 
     def _continue(
@@ -123,7 +138,32 @@ class FakeEngine:
                 break
         return np.array(tokens, np.int32)
 
-    def _rows(self, last: int, tokens_T: NDArray[np.int32]) -> NDArray[np.float64]:
+    def _rows(self, last: int, tokens_T: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
         """Log-probabilities [T, V] at every place of a completion."""
         before_T = np.concatenate([[last], tokens_T])[: len(tokens_T)]
         return self._logprobs_VV[before_T % self._vocab_size]
+
+
+Scores = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]  # ids, logprobs, tail
+
+
+def _ranked(dense_TV: NDArray[np.float64], top_k: int) -> Scores:
+    order_TV = np.argsort(-dense_TV, axis=1, kind="stable")
+    ranked_TV = np.take_along_axis(dense_TV, order_TV, axis=1)
+    with np.errstate(divide="ignore"):
+        tail_T = np.log(np.exp(ranked_TV[:, top_k:]).sum(1))
+    ids_TK = order_TV[:, :top_k].astype(np.int32)
+    return ids_TK, ranked_TV[:, :top_k].astype(np.float32), tail_T.astype(np.float32)
+
+
+def _drawn(dense_TV: NDArray[np.float64], draws: int, key: str) -> Scores:
+    random = np.random.default_rng(list(hashlib.sha256(key.encode()).digest()))
+    ids_TD = np.zeros((len(dense_TV), draws), np.int32)
+    logprobs_TD = np.full((len(dense_TV), draws), -np.inf, np.float32)
+    for place, logprobs_V in enumerate(dense_TV):
+        probabilities_V = np.exp(logprobs_V) / np.exp(logprobs_V).sum()
+        drawn = random.choice(len(logprobs_V), draws, p=probabilities_V)
+        distinct, counts = np.unique(drawn, return_counts=True)
+        ids_TD[place, : len(distinct)] = distinct
+        logprobs_TD[place, : len(distinct)] = np.log(counts / draws)
+    return ids_TD, logprobs_TD, np.full(len(dense_TV), -np.inf, np.float32)

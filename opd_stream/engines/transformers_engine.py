@@ -6,7 +6,7 @@ rows and the head only over completion tokens, in chunks, so no [B, T, V] tensor
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,13 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def score(
-        self, rollouts: RolloutBatch, *, top_k: int, forced_ids: tuple[int, ...]
+        self,
+        rollouts: RolloutBatch,
+        *,
+        top_k: int,
+        forced_ids: tuple[int, ...],
+        draws: int = 0,
+        seed: int = 0,
     ) -> ScoreBatch:
         """See `Engine.score`."""
         vocab = self._model.config.get_text_config().vocab_size
@@ -105,28 +111,32 @@ class TransformersEngine:
         for start in range(0, len(order), self._batch_rows):
             chosen = order[start : start + self._batch_rows]
             for row, scores in zip(
-                chosen, self._score_rows(rollouts, chosen, top_k, forced_ids), strict=True
+                chosen,
+                self._score_rows(rollouts, chosen, top_k, forced_ids, draws, seed),
+                strict=True,
             ):
-                finite = all(
-                    bool(np.isfinite(scores[name]).all()) for name in ("sampled_N", "top_NK")
-                )
-                if not finite:
+                if np.isnan(scores["asked_NJ"]).any() or np.isnan(scores["top_NK"]).any():
                     refused[row] = "the teacher's log-probabilities are not finite"
                     scores = {name: value[:0] for name, value in scores.items()}
                 for name, value in scores.items():
                     columns[name][row] = value
         return ScoreBatch(
-            teacher_logprobs=tuple(columns["sampled_N"]),
+            teacher_logprobs=tuple(asked[:, 0] for asked in columns["asked_NJ"]),
             teacher_top_ids=tuple(columns["top_ids_NK"]),
             teacher_top_logprobs=tuple(columns["top_NK"]),
             teacher_tail_logprobs=tuple(columns["tail_N"]),
             teacher_forced_logprobs=tuple(columns["forced_NF"]),
             refused=refused,
+            candidate_teacher_logprobs=(
+                None
+                if rollouts.candidate_ids is None
+                else tuple(asked[:, 1:] for asked in columns["asked_NJ"])
+            ),
         )
 
     def _decode(
         self,
-        prompt_ids: list[NDArray[np.int32]],
+        prompt_ids: Sequence[NDArray[np.integer[Any]]],
         uniforms_RT: NDArray[np.float64],
         temperature: float,
         stop_ids: tuple[int, ...],
@@ -170,7 +180,13 @@ class TransformersEngine:
             yield all_tokens[row, :length].copy(), all_logprobs[row, :length].copy()
 
     def _score_rows(
-        self, rollouts: RolloutBatch, chosen: list[int], top_k: int, forced_ids: tuple[int, ...]
+        self,
+        rollouts: RolloutBatch,
+        chosen: list[int],
+        top_k: int,
+        forced_ids: tuple[int, ...],
+        draws: int,
+        seed: int,
     ) -> Iterator[dict[str, NDArray[Any]]]:
         prompts = [rollouts.prompt_ids[row] for row in chosen]
         completions = [rollouts.completion_ids[row] for row in chosen]
@@ -182,14 +198,30 @@ class TransformersEngine:
         rows = completion_rows(
             torch.tensor([len(prompt) for prompt in prompts]), lengths, padded_length=ids.shape[1]
         )
-        sampled = np.concatenate(completions).astype(np.int64)
+        asked = np.concatenate(completions).astype(np.int64)[:, None]
+        if rollouts.candidate_ids is not None:
+            candidates = [rollouts.candidate_ids[row] for row in chosen]
+            asked = np.concatenate([asked, np.concatenate(candidates).astype(np.int64)], axis=1)
+        drawn = None
+        if draws:
+            uniforms = [
+                _uniforms(
+                    seed,
+                    f"{rollouts.prompt_id[row]}/draws",
+                    int(rollouts.sample_index[row]),
+                    draws * len(rollouts.completion_ids[row]),
+                ).reshape(-1, draws)
+                for row in chosen
+            ]
+            drawn = torch.from_numpy(np.concatenate(uniforms)).to(self._device)
         scores = head_scores(
             hidden.flatten(0, 1)[rows.to(self._device)],
             logits_head(self._model),
-            sampled_ids_N=torch.from_numpy(sampled).to(self._device),
+            asked_ids_NJ=torch.from_numpy(asked).to(self._device),
             forced_ids_F=torch.tensor(forced_ids, dtype=torch.long, device=self._device),
             top_k=top_k,
             chunk_rows=HEAD_ROWS_PER_CHUNK,
+            draws_ND=drawn,
         )
         split: dict[str, list[NDArray[Any]]] = {}
         for name in HeadScores.__slots__:
@@ -278,7 +310,7 @@ def _passed(masses_BM: torch.Tensor, uniforms_B: torch.Tensor) -> tuple[torch.Te
 
 
 def _left_padded(
-    prompts: list[NDArray[np.int32]], device: torch.device
+    prompts: Sequence[NDArray[np.integer[Any]]], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(len(ids) for ids in prompts)
     ids = np.zeros((len(prompts), longest), np.int64)
@@ -290,7 +322,9 @@ def _left_padded(
 
 
 def _right_padded(
-    prompts: list[NDArray[np.int32]], completions: list[NDArray[np.int32]], device: torch.device
+    prompts: Sequence[NDArray[np.integer[Any]]],
+    completions: Sequence[NDArray[np.integer[Any]]],
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     ids = np.zeros((len(prompts), max(lengths)), np.int64)

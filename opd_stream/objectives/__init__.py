@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 
 from opd_stream.objectives.dense import bucket_forward, bucket_reverse, lsm
-from opd_stream.objectives.inputs import ObjectiveInputs
-from opd_stream.objectives.sampled import sampled_pg
+from opd_stream.objectives.inputs import SMALLEST_LOGPROB, ObjectiveInputs
+from opd_stream.objectives.sampled import drawn_forward, sampled_pg
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +29,16 @@ class Lsm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DrawnForward:
+    """Cross-entropy to ids drawn from the teacher."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampledPg:
     """Policy gradient on the sampled token."""
 
 
-Objective = Bucket | Lsm | SampledPg
+Objective = Bucket | Lsm | DrawnForward | SampledPg
 
 
 def token_losses(objective: Objective, inputs: ObjectiveInputs) -> torch.Tensor:
@@ -45,17 +50,27 @@ def token_losses(objective: Objective, inputs: ObjectiveInputs) -> torch.Tensor:
             return bucket_forward(inputs)
         case Lsm():
             return lsm(inputs)
+        case DrawnForward():
+            return drawn_forward(inputs)
         case SampledPg():
             return sampled_pg(inputs)
 
 
 def build_objective(*, kind: str, **settings: Any) -> Objective:
     """The objective of a config section."""
-    return {"bucket": Bucket, "lsm": Lsm, "sampled_pg": SampledPg}[kind](**settings)
+    kinds = {
+        "bucket": Bucket,
+        "lsm": Lsm,
+        "drawn_forward": DrawnForward,
+        "sampled_pg": SampledPg,
+    }
+    return kinds[kind](**settings)
 
 
 __all__ = [
+    "SMALLEST_LOGPROB",
     "Bucket",
+    "DrawnForward",
     "Lsm",
     "Objective",
     "ObjectiveInputs",

@@ -7,7 +7,7 @@ value a token, to be averaged over the completion tokens of the global batch.
 import torch
 
 from opd_stream.logprobs import log_tail
-from opd_stream.objectives.inputs import ObjectiveInputs
+from opd_stream.objectives.inputs import SMALLEST_LOGPROB, ObjectiveInputs
 
 
 def bucket_reverse(inputs: ObjectiveInputs) -> torch.Tensor:
@@ -53,10 +53,6 @@ def _with_tails(inputs: ObjectiveInputs) -> tuple[torch.Tensor, torch.Tensor]:
     tail_N = inputs.teacher_tail_logprobs_N
     teacher = torch.cat([inputs.teacher_top_logprobs_NK, tail_N[:, None].to(student.dtype)], dim=1)
     return student, teacher.clamp(min=SMALLEST_LOGPROB)
-
-
-# A teacher's exact zero would make a reverse KL infinite; exp(-60) is zero to float32 all the same.
-SMALLEST_LOGPROB = -60.0
 
 
 def _kl(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,16 @@ from dataclasses import dataclass
 
 import torch
 
+# Stands for probability 0: exp(-60) adds nothing in float32, and no divergence is infinite.
+SMALLEST_LOGPROB = -60.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveInputs:
     """Student and teacher at N completion tokens; K teacher candidates in rank order.
 
-    Log-probabilities are normalised over the full vocabulary. The two student fields carry
+    Log-probabilities are normalised over the full vocabulary; where a position has fewer than K
+    candidates, both sides hold SMALLEST_LOGPROB. The two student fields carry
     gradients; the others are read from the cache.
     """
 

@@ -1,4 +1,4 @@
-"""Objectives on the sampled token alone.
+"""Objectives on drawn tokens: the student's own, or the teacher's.
 
 Shapes: N tokens. Every function returns one value a token.
 """
@@ -24,3 +24,14 @@ def sampled_pg(inputs: ObjectiveInputs) -> torch.Tensor:
     importance = log_importance.clamp(max=LARGEST_LOG_IMPORTANCE).exp()
     reverse_kl = (inputs.student_logprobs_N - inputs.teacher_logprobs_N).detach()
     return importance * reverse_kl
+
+
+def drawn_forward(inputs: ObjectiveInputs) -> torch.Tensor:
+    """Cross-entropy to D ids drawn from the teacher [N]: -sum of count / D * log p over them.
+
+    Its expectation over the draws is the cross-entropy H(teacher, student), whose gradient is that
+    of the full KL(teacher || student), p - q; a renormalised top-K is biased instead. Differs from
+    the KL by the teacher's entropy. Source: Sparse Logit Sampling (RS-KD).
+    """
+    weights_NK = inputs.teacher_top_logprobs_NK.exp()
+    return -(weights_NK * inputs.student_top_logprobs_NK).sum(1)

@@ -6,11 +6,11 @@ manifest is written; the artifact exists if and only if its manifest does.
 
     rollouts/3f0c…/recipe.json          what it is made of, and how many prompts a unit holds
     rollouts/3f0c…/units/00002-9a….arrow  a shard, named by its digest
-    rollouts/3f0c…/units/00002.json     its commit record
+    rollouts/3f0c…/units/00002.json     its commit record, with the digest of each of its parts
     rollouts/3f0c…/manifest.json        all commit records, written last
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from opd_stream.store.files import (
     publish_new,
     read_json,
     sha256,
+    verified_bytes,
 )
 from opd_stream.store.recipe import Recipe, recipe_from_json
-from opd_stream.store.shards import read_shard, shard_bytes, verified_bytes
+from opd_stream.store.shards import Part, batch_of, schema_of, shard_bytes, table_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,7 @@ class Commit:
     Example:
         >>> Commit(unit=2, file="units/00002-9a41b0c2.arrow", sha256="9a41…", bytes=81_920,
         ...        counts={"rows": 32, "completion_tokens": 5_310}, made_by="5b0c…", seconds=1.9,
-        ...        source_sha256="77c0…")
+        ...        source_sha256="77c0…", parts=(Part(offset=8, length=704, rows=0, sha256="1b…"),))
     """
 
     unit: int
@@ -48,6 +49,9 @@ class Commit:
     made_by: str = ""  # id of the run that made it; every other run reuses it
     seconds: float = 0.0  # it took to make
     source_sha256: str | None = None  # the shard of the input artifact this one was made from
+    parts: tuple[Part, ...] = ()  # the schema, then each record batch
+    skipped_rows: tuple[int, ...] = ()  # refused, or without a token that may train; scores only
+    fidelity: dict[str, Any] | None = None  # of the codec that wrote it; scores only
 
 
 class DamagedUnit(Exception):
@@ -55,7 +59,7 @@ class DamagedUnit(Exception):
 
     def __init__(self, artifact: "Artifact", unit: int, reason: str) -> None:
         super().__init__(f"unit {unit} of {artifact.name} is damaged: {reason}")
-        self.artifact, self.unit = artifact, unit
+        self.artifact, self.unit, self.reason = artifact, unit, reason
 
 
 class Artifact:
@@ -105,7 +109,7 @@ class Artifact:
     def commit_record(self, unit: int) -> Commit | None:
         """The commit record of a unit, if it has one."""
         path = self._commit_path(unit)
-        return Commit(**read_json(path)) if path.exists() else None
+        return commit_from_json(read_json(path)) if path.exists() else None
 
     def commits(self) -> dict[int, Commit]:
         """Unit -> commit record, for the units that are committed."""
@@ -123,9 +127,11 @@ class Artifact:
         made_by: str = "",
         seconds: float = 0.0,
         source_sha256: str | None = None,
+        skipped_rows: Sequence[int] = (),
+        fidelity: dict[str, Any] | None = None,
     ) -> Commit:
         """Publish a unit and return the record that stands, ours or an earlier writer's."""
-        data = shard_bytes(table)
+        data, parts = shard_bytes(table)
         digest = sha256(data)
         name = f"units/{unit:05d}-{digest[:8]}.arrow"
         publish(self.folder / name, data)
@@ -138,6 +144,9 @@ class Artifact:
             made_by=made_by,
             seconds=seconds,
             source_sha256=source_sha256,
+            parts=tuple(parts),
+            skipped_rows=tuple(skipped_rows),
+            fidelity=fidelity,
         )
         publish_new(self._commit_path(unit), canonical_json(asdict(commit)))
         standing = self.commit_record(unit)
@@ -152,29 +161,48 @@ class Artifact:
         Raises:
             DamagedUnit: its bytes are not the committed ones.
         """
-        commit = self.commit_record(unit)
-        if commit is None:
-            raise DamagedUnit(self, unit, "its commit record is missing")
-        try:
-            path = inside(self.folder, commit.file)
-            return read_shard(path, expected_sha256=commit.sha256)
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            raise DamagedUnit(self, unit, str(error)) from error
+        return table_of(self._verified(self._committed(unit)))
+
+    def read_schema(self, commit: Commit) -> pa.Schema:
+        """The verified schema of a committed unit, with the metadata of its codec.
+
+        Raises:
+            DamagedUnit: its bytes are not the committed ones.
+        """
+        return schema_of(self._verified(commit, commit.parts[0]))
+
+    def read_part(self, commit: Commit, number: int, schema: pa.Schema) -> pa.RecordBatch:
+        """One verified record batch of a committed unit, without reading the others.
+
+        Raises:
+            DamagedUnit: its bytes are not the committed ones.
+        """
+        return batch_of(self._verified(commit, commit.parts[number + 1]), schema)
 
     def damage(self, unit: int) -> str | None:
         """What is wrong with a committed unit, or None."""
+        try:
+            self._verified(self._committed(unit))
+        except DamagedUnit as damaged:
+            return damaged.reason
+        return None
+
+    def _committed(self, unit: int) -> Commit:
         commit = self.commit_record(unit)
         if commit is None:
-            return "its commit record is missing"
+            raise DamagedUnit(self, unit, "its commit record is missing")
+        return commit
+
+    def _verified(self, commit: Commit, part: Part | None = None) -> bytes:
+        """The bytes of a shard, or of one part of it."""
+        path = inside(self.folder, commit.file)
+        stretch = None if part is None else (part.offset, part.length)
         try:
-            verified_bytes(inside(self.folder, commit.file), expected_sha256=commit.sha256)
+            return verified_bytes(path, (part or commit).sha256, stretch)
         except UserError:
             raise
         except ValueError as error:
-            return str(error)
-        return None
+            raise DamagedUnit(self, commit.unit, str(error)) from error
 
     def condemn(self, unit: int) -> None:
         """Take a unit out of the artifact, so that the next stage makes it again, alone."""
@@ -216,6 +244,12 @@ class Artifact:
                 f"{self.fingerprint[:16]}…; the store was altered: move that folder away"
             )
         return record["layout"]
+
+
+def commit_from_json(value: dict[str, Any]) -> Commit:
+    """A commit record read back."""
+    parts = tuple(Part(**part) for part in value["parts"])
+    return Commit(**{**value, "parts": parts, "skipped_rows": tuple(value["skipped_rows"])})
 
 
 def summed_counts(commits: Iterable[Commit]) -> dict[str, float]:

@@ -1,8 +1,12 @@
 """Files that are either there, whole and durable, or not there at all.
 
-A file is written beside its destination under a temporary name, synced, and then linked or renamed
-into place. `publish_new` never replaces: when two writers race, the first one wins and the other is
-told, so everything that was derived from the winner's bytes stays true.
+On a disk, a file is written beside its destination under a temporary name, synced, and then linked
+or renamed into place. In an object store it is one put, which is whole or nothing. `publish_new`
+never replaces: when two writers race, the first one wins and the other is told, so everything that
+was derived from the winner's bytes stays true.
+
+A place is a `Path`, or for `s3://...` and other fsspec addresses a `UPath`, which has the same
+methods.
 """
 
 import contextlib
@@ -10,12 +14,53 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
 
 from opd_stream.errors import UserError
+
+READS = 3  # of an object that arrives torn, before it is called damaged
+
+
+def place(location: str) -> Path:
+    """A folder on this machine or in an object store.
+
+    Raises:
+        UserError: the package for this kind of address is not installed.
+    """
+    if "://" not in location:
+        return Path(location)
+    scheme = location.split("://")[0]
+    try:
+        from upath import UPath
+
+        # Listings are never remembered: other machines write here too.
+        return cast(Path, UPath(location, use_listings_cache=False, **_OPTIONS.get(scheme, {})))
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"store {location} cannot be opened ({error}); expected a folder or s3://BUCKET/PATH; "
+            "pip install 'opd-stream[s3]'"
+        ) from error
+
+
+# Requests that fail or are told to slow down are sent again by the client, with growing pauses.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {
+        "config_kwargs": {
+            "retries": {"mode": "standard", "max_attempts": 8},
+            "connect_timeout": 20,
+            "read_timeout": 60,
+        }
+    }
+}
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a place is in an object store."""
+    return not isinstance(path, Path)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -30,7 +75,7 @@ def sha256(data: bytes) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes, read in blocks."""
+    """Hexadecimal SHA-256 of a local file's bytes, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -50,8 +95,44 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def verified_bytes(
+    path: Path, expected_sha256: str, stretch: tuple[int, int] | None = None
+) -> bytes:
+    """The bytes of a file, or of the stretch (offset, length) of it, whose digest is known.
+
+    Raises:
+        ValueError: they are missing, torn or altered (says which).
+    """
+    data = b""
+    for _ in range(READS if is_remote(path) else 1):
+        try:
+            data = _read(path, stretch)
+        except FileNotFoundError:
+            raise ValueError("its shard is missing") from None
+        if sha256(data) == expected_sha256:
+            return data
+    raise ValueError(
+        f"its {len(data)} bytes have SHA-256 {sha256(data)[:12]}…, "
+        f"the commit record says {expected_sha256[:12]}…"
+    )
+
+
+def _read(path: Path, stretch: tuple[int, int] | None) -> bytes:
+    if is_remote(path):
+        start, end = (None, None) if stretch is None else (stretch[0], sum(stretch))
+        with explained(path):
+            return cast(Any, path).fs.cat_file(cast(Any, path).path, start=start, end=end)
+    with path.open("rb") as file:
+        file.seek(0 if stretch is None else stretch[0])
+        return file.read(-1 if stretch is None else stretch[1])
+
+
 def publish(path: Path, data: bytes) -> None:
     """Write `path` atomically and durably, replacing what was there."""
+    if is_remote(path):
+        with explained(path):
+            _put(path, data)
+        return
     with _temporary(path, data) as temporary:
         temporary.replace(path)
     sync_folder(path.parent)
@@ -59,6 +140,15 @@ def publish(path: Path, data: bytes) -> None:
 
 def publish_new(path: Path, data: bytes) -> bool:
     """Write `path` atomically unless it exists; returns whether these bytes are the ones there."""
+    if is_remote(path):
+        with explained(path):
+            try:
+                _put(path, data, mode="create")
+            except FileExistsError:
+                return (
+                    path.read_bytes() == data
+                )  # ours, if an answer was lost and the put sent again
+        return True
     with _temporary(path, data) as temporary:
         try:
             os.link(temporary, path)
@@ -87,19 +177,60 @@ def sync_tree(folder: Path) -> None:
         sync_folder(inner)
 
 
+def _put(path: Path, data: bytes, **options: Any) -> None:
+    remote = cast(Any, path)
+    remote.fs.pipe_file(remote.path, data, **options)
+
+
+def upload(source: Path, target: Path) -> None:
+    """Put every file below a local folder under a place in an object store."""
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        remote = cast(Any, target / file.relative_to(source).as_posix())
+        with explained(remote):
+            remote.fs.put_file(str(file), remote.path)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder and everything below it."""
+    if is_remote(folder):
+        remote = cast(Any, folder)
+        if remote.exists():
+            with explained(folder):
+                remote.fs.rm(remote.path, recursive=True)
+    else:
+        shutil.rmtree(folder)
+
+
 def inside(folder: Path, name: str) -> Path:
     """The path of `name` in `folder`, where `name` comes from a manifest.
 
     Raises:
         UserError: the name is absolute or leads out of the folder.
     """
-    path = folder / name
-    if Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+    pure, path = PurePosixPath(name), folder / name
+    leads_out = pure.is_absolute() or ".." in pure.parts or "://" in name or "\\" in name
+    if not leads_out and not is_remote(folder):
+        leads_out = not path.resolve().is_relative_to(folder.resolve())
+    if leads_out:
         raise UserError(
             f"a manifest in {folder} names the file {name!r}; expected a name inside that folder; "
             "do not use this store: it was altered"
         )
     return path
+
+
+def remove_stale_temporaries(root: Path, *, older_than_seconds: float, now: float) -> list[Path]:
+    """Remove what killed writers left; a writer that is still at work is younger than that."""
+    if is_remote(root):
+        return []  # a put leaves nothing behind
+    stale = [
+        path
+        for path in root.rglob(".*.tmp")
+        if path.is_file() and now - path.stat().st_mtime > older_than_seconds
+    ]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return stale
 
 
 @contextlib.contextmanager
@@ -118,7 +249,24 @@ def explained(path: Path) -> Iterator[None]:
                 f"cannot write {path} ({error.strerror}); expected a writable folder; "
                 "choose another one (--set store=DIR, --run-dir DIR)"
             ) from error
+        if is_remote(path) and not isinstance(error, FileNotFoundError | FileExistsError):
+            raise UserError(_unreachable(path, error)) from error
         raise
+    except Exception as error:
+        # Clients of object stores have exceptions of their own for a host that does not answer.
+        if is_remote(path) and type(error).__module__.startswith(
+            ("botocore", "aiobotocore", "aiohttp")
+        ):
+            raise UserError(_unreachable(path, error)) from error
+        raise
+
+
+def _unreachable(path: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:160]
+    return (
+        f"cannot reach {path} ({reason}); nothing half-written was kept; check the address, the "
+        "credentials and AWS_ENDPOINT_URL, and run the same command again"
+    )
 
 
 @contextlib.contextmanager

@@ -18,12 +18,16 @@ from opd_stream.errors import UserError
 from opd_stream.store.files import (
     canonical_json,
     inside,
+    is_remote,
     publish,
     publish_new,
     read_json,
+    remove_tree,
     sha256,
     sha256_file,
     sync_tree,
+    upload,
+    verified_bytes,
 )
 from opd_stream.store.recipe import Recipe, recipe_from_json
 
@@ -85,13 +89,18 @@ def identify(folder: Path, *, cache: Path | None = None) -> Identity:
 
 
 class PolicyArtifact:
-    """The policy that a train stage makes."""
+    """The policy that a train stage makes.
 
-    def __init__(self, root: Path, recipe: Recipe) -> None:
+    Libraries read and write checkpoints as local folders. Where the store is an object store,
+    `local` holds the attempt until it is uploaded, and a verified copy of what was published.
+    """
+
+    def __init__(self, root: Path, recipe: Recipe, *, local: Path) -> None:
         self.recipe = recipe
         self.fingerprint = recipe.fingerprint
         self.name = f"{recipe.kind}/{self.fingerprint[:16]}"
         self.artifact_folder = root / self.name
+        self._local_folder = local / self.name
 
     def is_complete(self) -> bool:
         """Whether the manifest is there."""
@@ -104,15 +113,19 @@ class PolicyArtifact:
         return manifest
 
     def folder(self) -> Path:
-        """The Hugging Face folder of the published attempt."""
-        return inside(self.artifact_folder, self.manifest()["folder"])
+        """The Hugging Face folder of the published attempt, on this machine."""
+        manifest = self.manifest()
+        folder = inside(self._local_folder, manifest["folder"])
+        if is_remote(self.artifact_folder) and not folder.exists():
+            _download(self.artifact_folder / manifest["folder"], manifest["files"], folder)
+        return folder
 
     def new_attempt(self) -> Path:
-        """An empty folder to fill before `publish`."""
+        """An empty local folder to fill before `publish`."""
         record = {**self.recipe.as_json(), "fingerprint": self.fingerprint}
         publish_new(self.artifact_folder / "recipe.json", canonical_json(record))
-        folder = self.artifact_folder / f"attempt-{uuid.uuid4().hex[:12]}"
-        folder.mkdir()
+        folder = self._local_folder / f"attempt-{uuid.uuid4().hex[:12]}"
+        folder.mkdir(parents=True)
         return folder
 
     def publish(self, attempt: Path, outcome: dict[str, Any]) -> None:
@@ -126,16 +139,26 @@ class PolicyArtifact:
             "folder": attempt.name,
             "identity": identity.fingerprint,
             **asdict(identity),
-            "files": {str(path.relative_to(attempt)): sha256_file(path) for path in files},
+            "files": {path.relative_to(attempt).as_posix(): sha256_file(path) for path in files},
             "outcome": outcome,
         }
+        if is_remote(self.artifact_folder):
+            upload(attempt, self.artifact_folder / attempt.name)
         if not publish_new(self.artifact_folder / "manifest.json", canonical_json(manifest)):
             shutil.rmtree(attempt)
+            if is_remote(self.artifact_folder):
+                remove_tree(self.artifact_folder / attempt.name)
 
     def damage(self, *, cache: Path) -> str | None:
         """What is wrong with the published files, or None; `cache` as in `identify`."""
-        folder = self.folder()
-        for name, expected in self.manifest()["files"].items():
+        manifest = self.manifest()
+        try:
+            folder = self.folder()
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            return str(error)
+        for name, expected in manifest["files"].items():
             path = inside(folder, name)
             if not path.is_file():
                 return f"{name} is missing"
@@ -145,7 +168,30 @@ class PolicyArtifact:
 
     def condemn(self) -> None:
         """Take the policy out of the store, so that the next train stage makes it again."""
+        folder = inside(self._local_folder, self.manifest()["folder"])
         (self.artifact_folder / "manifest.json").unlink(missing_ok=True)
+        if is_remote(self.artifact_folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _download(source: Path, files: dict[str, str], folder: Path) -> None:
+    """Copy verified files to a local folder that appears whole.
+
+    Raises:
+        ValueError: a file is missing or not the published one.
+    """
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    for name, expected in files.items():
+        try:
+            data = verified_bytes(inside(source, name), expected)
+        except ValueError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise ValueError(f"{name}: {error}") from error
+        publish(inside(temporary, name), data)
+    try:
+        temporary.rename(folder)
+    except OSError:  # another process was first
+        shutil.rmtree(temporary)
 
 
 def _digest_files(paths: list[Path], cache: Path | None) -> str:

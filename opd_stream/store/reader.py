@@ -1,49 +1,96 @@
 """Scored rollouts as one sequence of rows, read from any number of caches.
 
-The order of rows is that of the caches and, inside one, of its prompts: it depends on neither unit
-size nor the workers that wrote it. A few decoded units are kept, so memory does not grow with the
-cache.
+    rows = open_scores("store/scores/3f0c5d…")
+    rows[17].teacher_top_ids
+    for row in rows.epoch(seed=0, epoch=2, start=1_000): ...
+
+Rows stand in the order of the caches and, inside one, of its prompts, whatever the size of its
+units. A row is read with the 64 rows of its record batch, verified, and the latest batches are kept
+decoded up to a bound, so memory does not grow with the cache.
 """
 
+import threading
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from opd_stream.store.artifact import Artifact, DamagedUnit
-from opd_stream.store.schema import rollouts_batch, rows_of
+from opd_stream.errors import UserError
+from opd_stream.store.artifact import Artifact, Commit, DamagedUnit
+from opd_stream.store.codecs import decode_scores
+from opd_stream.store.codecs.block import ScoreBlock
+from opd_stream.store.order import epoch_order
+from opd_stream.store.schema import rollouts_batch
+from opd_stream.store.shards import ROWS_PER_PART
+from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
+
+MEMORY_BYTES = 256 * 2**20
+ROWS_AHEAD = 128  # of an epoch, read while the caller works
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRow:
     """One rollout and the teacher's view of it.
 
-    Shapes: P prompt tokens, T completion tokens, K teacher top-k; log-probabilities in nats over
-    the full vocabulary.
+    Shapes: P prompt tokens, T completion tokens, K teacher candidates, F forced ids, M candidates
+    of the student; log-probabilities in nats over the full vocabulary. A position with fewer than K
+    candidates is filled with id 0 and log-probability -inf.
     """
 
     prompt_id: str
-    prompt_ids: NDArray[np.int32]  # [P]
-    completion_ids: NDArray[np.int32]  # [T]
+    prompt_ids: NDArray[np.integer[Any]]  # [P]
+    completion_ids: NDArray[np.integer[Any]]  # [T]
     behavior_logprobs: NDArray[np.float32]  # [T]
+    loss_mask: NDArray[np.bool_] | None  # [T], None: every token may train
+    finish_reason: str
     teacher_logprobs: NDArray[np.float32]  # [T]
-    teacher_top_ids: NDArray[np.int32]  # [T, K]
-    teacher_top_logprobs: NDArray[np.float16]  # [T, K]
+    teacher_top_ids: NDArray[np.uint32]  # [T, K]
+    teacher_top_logprobs: NDArray[np.float32]  # [T, K]
     teacher_tail_logprobs: NDArray[np.float32]  # [T]
+    teacher_forced_logprobs: NDArray[np.float32]  # [T, F]
     cache: int  # which of the caches the row comes from
 
 
 @dataclass(frozen=True, slots=True)
-class _Unit:
+class _Part:
+    """The decoded record batches of 64 rows: the rollouts' and the scores'."""
+
     rollouts: RolloutBatch
-    columns: dict[str, tuple[NDArray[np.generic], ...]]
-    trainable: list[int]  # rows with completion tokens that the teacher did not refuse
+    scores: ScoreBlock
+    bytes: int
+
+
+def open_scores(location: str | Path, *, memory_bytes: int = MEMORY_BYTES) -> "ScoredRows":
+    """The rows of one scores artifact: `STORE/scores/FINGERPRINT`, a folder or an object store.
+
+    Raises:
+        UserError: there is no complete scores artifact.
+    """
+    root, kind, fingerprint = str(location).rstrip("/").rsplit("/", 2)
+    if kind != "scores":
+        raise UserError(
+            f"{location} is no scores artifact; expected STORE/scores/FINGERPRINT; "
+            "`opd-stream cache ls STORE` lists them"
+        )
+    store = Store(root)
+    scores = store.by_fingerprint("scores", fingerprint)
+    if not scores.is_complete():
+        raise UserError(f"{scores.name} is not complete; run its score stage again")
+    rollouts = store.by_fingerprint("rollouts", scores.recipe.inputs["rollouts"])
+    return ScoredRows([(rollouts, scores)], memory_bytes=memory_bytes)
 
 
 class ScoredRows:
     """Random access to the trainable rows of (rollouts, scores) pairs; every read is verified.
+
+    Rows without a trainable token, and rows the teacher refused, are left out.
 
     Example:
         >>> rows = ScoredRows([(rollouts, scores)])
@@ -52,61 +99,126 @@ class ScoredRows:
     """
 
     def __init__(
-        self, caches: list[tuple[Artifact, Artifact]], *, units_in_memory: int = 64
+        self, caches: list[tuple[Artifact, Artifact]], *, memory_bytes: int = MEMORY_BYTES
     ) -> None:
-        self._caches = caches
-        self._units_in_memory = units_in_memory
-        self._decoded: OrderedDict[tuple[int, int], _Unit] = OrderedDict()
-        self._index: list[tuple[int, int, int]] = []  # cache, unit, row in unit
-        for cache, (_, scores) in enumerate(caches):
+        self._caches, self._memory_bytes = caches, memory_bytes
+        self._commits: list[tuple[dict[int, Commit], dict[int, Commit]]] = []
+        self._schemas: dict[tuple[int, int], tuple[pa.Schema, pa.Schema]] = {}
+        self._decoded: OrderedDict[tuple[int, int, int], _Part] = OrderedDict()
+        self._held_bytes = 0
+        self._lock = threading.Lock()
+        index: list[NDArray[np.int64]] = [np.zeros((0, 3), np.int64)]
+        for cache, (rollouts, scores) in enumerate(caches):
+            self._commits.append((rollouts.commits(), scores.commits()))
             for unit in scores.units():
-                rows = self._unit(cache, unit).trainable
-                self._index.extend((cache, unit, row) for row in rows)
+                index.append(self._trainable(cache, unit))
+        self._index = np.concatenate(index)  # cache, unit, row of the unit
 
     def __len__(self) -> int:
         return len(self._index)
 
     def __getitem__(self, position: int) -> ScoredRow:
-        cache, unit, row = self._index[position]
-        decoded = self._unit(cache, unit)
-        rollouts, columns = decoded.rollouts, decoded.columns
+        cache, unit, row = (int(value) for value in self._index[position])
+        part = self._part((cache, unit, row // ROWS_PER_PART))
+        row %= ROWS_PER_PART
+        rollouts, scores = part.rollouts, part.scores
+        tokens = slice(int(scores.offsets[row]), int(scores.offsets[row + 1]))
         return ScoredRow(
             prompt_id=rollouts.prompt_id[row],
             prompt_ids=rollouts.prompt_ids[row],
             completion_ids=rollouts.completion_ids[row],
             behavior_logprobs=rollouts.behavior_logprobs[row],
+            loss_mask=None if rollouts.loss_mask is None else rollouts.loss_mask[row],
+            finish_reason=rollouts.finish_reason[row],
+            teacher_logprobs=scores.teacher_logprobs[tokens],
+            teacher_top_ids=scores.teacher_top_ids[tokens],
+            teacher_top_logprobs=scores.teacher_top_logprobs[tokens],
+            teacher_tail_logprobs=scores.teacher_tail_logprobs[tokens],
+            teacher_forced_logprobs=scores.teacher_forced_logprobs[tokens],
             cache=cache,
-            **{name: rows[row] for name, rows in columns.items()},  # pyright: ignore
         )
 
-    def _unit(self, cache: int, unit: int) -> _Unit:
-        key = (cache, unit)
-        if key in self._decoded:
-            self._decoded.move_to_end(key)
-            return self._decoded[key]
-        rollouts_artifact, scores_artifact = self._caches[cache]
-        record, source = scores_artifact.commit_record(unit), rollouts_artifact.commit_record(unit)
-        scores = scores_artifact.read_unit(unit)
-        rollouts = rollouts_batch(rollouts_artifact.read_unit(unit))
-        if record is None or source is None or record.source_sha256 != source.sha256:
-            raise DamagedUnit(scores_artifact, unit, "it scores other bytes than its rollouts unit")
-        columns = {
-            name: rows_of(scores[name])
-            for name in (
-                "teacher_logprobs",
-                "teacher_top_ids",
-                "teacher_top_logprobs",
-                "teacher_tail_logprobs",
-            )
-        }
-        refused = scores["refused"].to_pylist()
-        trainable = [
-            row
-            for row, reason in enumerate(refused)
-            if reason is None and len(rollouts.completion_ids[row])
-        ]
-        decoded = _Unit(rollouts, columns, trainable)
-        self._decoded[key] = decoded
-        while len(self._decoded) > self._units_in_memory:
-            self._decoded.popitem(last=False)
-        return decoded
+    def epoch(
+        self, *, seed: int, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1
+    ) -> Iterator[ScoredRow]:
+        """The rows of an epoch from position `start` on, read ahead.
+
+        The order is one for all ranks; each takes every `world_size`-th row of what is left, so a
+        stopped epoch can go on with another number of ranks from the sum of what they have done.
+        """
+        order = epoch_order(len(self), (seed, epoch))
+        yield from self.ahead(order[start + rank :: world_size].tolist())
+
+    def ahead(self, positions: Sequence[int]) -> Iterator[ScoredRow]:
+        """Rows in a given order; the next ones are read while the caller works."""
+        with ThreadPoolExecutor(1, "read-ahead") as reader:
+            coming: dict[int, Future[ScoredRow]] = {}
+            try:
+                for number in range(len(positions)):
+                    if number % ROWS_AHEAD == 0:
+                        last = number + 2 * ROWS_AHEAD
+                        for next_number in range(number, min(last, len(positions))):
+                            if next_number not in coming:
+                                coming[next_number] = reader.submit(
+                                    self.__getitem__, positions[next_number]
+                                )
+                    yield coming.pop(number).result()
+            finally:
+                for future in coming.values():
+                    future.cancel()
+
+    def _trainable(self, cache: int, unit: int) -> NDArray[np.int64]:
+        """Index rows of a unit."""
+        (rollouts, scores), (sources, commits) = self._caches[cache], self._commits[cache]
+        commit, source = commits.get(unit), sources.get(unit)
+        if commit is None or source is None:
+            artifact = scores if commit is None else rollouts
+            raise DamagedUnit(artifact, unit, "its commit record is missing")
+        if commit.source_sha256 != source.sha256:
+            raise DamagedUnit(scores, unit, "it scores other bytes than its rollouts unit")
+        rows = np.setdiff1d(np.arange(int(commit.counts["rows"])), np.array(commit.skipped_rows))
+        filled = np.empty((len(rows), 3), np.int64)
+        filled[:, 0], filled[:, 1], filled[:, 2] = cache, unit, rows
+        return filled
+
+    def _part(self, key: tuple[int, int, int]) -> _Part:
+        with self._lock:
+            if key in self._decoded:
+                self._decoded.move_to_end(key)
+                return self._decoded[key]
+        part = self._read(*key)
+        with self._lock:
+            if key not in self._decoded:
+                self._decoded[key] = part
+                self._held_bytes += part.bytes
+            while self._held_bytes > self._memory_bytes and len(self._decoded) > 1:
+                self._held_bytes -= self._decoded.popitem(last=False)[1].bytes
+        return part
+
+    def _read(self, cache: int, unit: int, number: int) -> _Part:
+        rollouts, scores = self._caches[cache]
+        source, commit = (commits[unit] for commits in self._commits[cache])
+        if (cache, unit) not in self._schemas:
+            self._schemas[cache, unit] = (rollouts.read_schema(source), scores.read_schema(commit))
+        schemas = self._schemas[cache, unit]
+        source_batch = rollouts.read_part(source, number, schemas[0])
+        batch = rollouts_batch(pa.Table.from_batches([source_batch]))
+        block = decode_scores(scores.read_part(commit, number, schemas[1]))
+        return _Part(batch, block, _bytes_of(batch) + _bytes_of(block))
+
+
+def _bytes_of(value: Any) -> int:
+    """Bytes of the arrays in a batch or block, each underlying array once."""
+    bases: dict[int, int] = {}
+
+    def visit(item: Any) -> None:
+        if isinstance(item, np.ndarray):
+            base: Any = item if item.base is None else item.base
+            bases[id(base)] = getattr(base, "nbytes", None) or item.nbytes
+        elif isinstance(item, Iterable) and not isinstance(item, str):
+            for inner in item:
+                visit(inner)
+
+    for name in value.__slots__:
+        visit(getattr(value, name))
+    return sum(bases.values())

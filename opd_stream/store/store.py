@@ -1,22 +1,40 @@
-"""The store: one folder of artifacts, shared by any number of runs and machines."""
+"""The store: one place full of artifacts, shared by any number of runs and machines."""
 
+import os
+import platform
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
-from opd_stream.store.files import explained, read_json
+from opd_stream.store.files import (
+    canonical_json,
+    explained,
+    is_remote,
+    place,
+    publish,
+    read_json,
+    sha256,
+)
 from opd_stream.store.policy import Identity, PolicyArtifact, identify
 from opd_stream.store.recipe import Kind, Recipe, differing_fields, recipe_from_json
 
 
 class Store:
-    """Artifacts by recipe."""
+    """Artifacts by recipe, in a folder or at an address like s3://BUCKET/PATH.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.digests = root / "digests"  # of files that did not change since
+    `local` is a folder on this machine for what cannot live in an object store: checkpoints while
+    they are read or written, and remembered digests.
+    """
+
+    def __init__(self, location: str | Path) -> None:
+        self.location = str(location)
+        self.root = place(self.location)
+        self.local = _local_folder(self.location) if is_remote(self.root) else self.root
+        # The same place for a process that works in another folder.
+        self.address = self.location if is_remote(self.root) else str(self.root.resolve())
+        self.digests = self.local / "digests"  # of files that did not change since
 
     def check_writable(self) -> None:
         """Refuse a store that cannot be written, before any work.
@@ -24,6 +42,11 @@ class Store:
         Raises:
             UserError: says why.
         """
+        if is_remote(self.root):
+            probe = self.root / f".probe.{uuid.uuid4().hex}.tmp"
+            publish(probe, b"")
+            probe.unlink()
+            return
         with explained(self.root):
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
@@ -41,7 +64,7 @@ class Store:
 
     def policy(self, recipe: Recipe) -> PolicyArtifact:
         """The trained policy of a recipe, whether it exists or not."""
-        return PolicyArtifact(self.root, recipe)
+        return PolicyArtifact(self.root, recipe, local=self.local)
 
     def by_fingerprint(self, kind: Kind, fingerprint: str) -> Artifact:
         """An artifact that was created before.
@@ -63,8 +86,33 @@ class Store:
 
     def recipes(self, kind: Kind) -> Iterator[Recipe]:
         """The recipes of a kind for which a folder was started."""
-        for path in sorted((self.root / kind).glob("*/recipe.json")):
-            yield recipe_from_json(read_json(path), str(path))
+        for folder in self.folders(kind):
+            path = folder / "recipe.json"
+            if path.exists():
+                yield recipe_from_json(read_json(path), str(path))
+
+    def folders(self, kind: Kind) -> list[Path]:
+        """The folders of a kind, whether an artifact was started in them or not."""
+        parent = self.root / kind
+        return sorted(parent.iterdir(), key=str) if parent.exists() else []
+
+    def record_run(self, run_id: str, folder: Path, artifacts: set[str]) -> None:
+        """Say what a run reaches, so that `gc` leaves it.
+
+        Args:
+            run_id: id of the run.
+            folder: its folder; where that is gone, the record counts no more.
+            artifacts: names as KIND/FINGERPRINT, the fingerprint's first 16 characters.
+        """
+        record = {
+            "id": run_id,
+            "host": platform.node(),
+            "folder": str(folder.resolve()),
+            "artifacts": sorted(artifacts),
+        }
+        path = self.root / "runs" / f"{run_id}.json"
+        if not path.exists() or read_json(path) != record:
+            publish(path, canonical_json(record))
 
     def nearest(self, recipe: Recipe) -> tuple[Recipe, dict[str, tuple[object, object]]] | None:
         """The started artifact of the same kind with the fewest other fields, and those fields."""
@@ -77,3 +125,10 @@ class Store:
         }
         nearest = min(candidates, key=lambda other: len(fields[other.fingerprint]))
         return nearest, fields[nearest.fingerprint]
+
+
+def _local_folder(location: str) -> Path:
+    """Where files of a remote store are kept on this machine."""
+    chosen = os.environ.get("OPD_STREAM_CACHE")
+    parent = Path(chosen) if chosen else Path.home() / ".cache" / "opd-stream"
+    return parent / sha256(location.encode())[:16]

@@ -1,0 +1,116 @@
+"""What an encoder kept and lost, as sums that add over units."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+BINS_PER_DECADE = 8
+DECADES = 8  # lost mass from 1e-8 to 1
+BINS = BINS_PER_DECADE * DECADES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """Example:
+    >>> (one_unit + another_unit).mean_error
+    0.0078
+    """
+
+    tokens: int = 0
+    entries: int = 0  # candidates stored
+    mass: float = 0.0  # sum over tokens of the teacher's probability of the stored candidates
+    lost_mass_bins: tuple[int, ...] = field(default=(0,) * BINS)  # log-spaced, 1e-8 to 1
+    error: float = 0.0  # sum over finite entries of |stored - true| log-probability, nats
+    max_error: float = 0.0  # largest of them
+    bound: float | None = None  # what the codec promises for it; None: no promise
+
+    def __add__(self, other: "Fidelity") -> "Fidelity":
+        bounds = [bound for bound in (self.bound, other.bound) if bound is not None]
+        return Fidelity(
+            tokens=self.tokens + other.tokens,
+            entries=self.entries + other.entries,
+            mass=self.mass + other.mass,
+            lost_mass_bins=tuple(
+                a + b for a, b in zip(self.lost_mass_bins, other.lost_mass_bins, strict=True)
+            ),
+            error=self.error + other.error,
+            max_error=max(self.max_error, other.max_error),
+            bound=max(bounds) if bounds else None,
+        )
+
+    def report(self) -> dict[str, Any]:
+        """The figures a person reads.
+
+        `kl_error_bound`: KL(student || teacher) over the stored candidates and the tail differs
+        from that with unrounded scores by at most the largest error of a log-probability, because
+        it is their mean under the student.
+        """
+        tokens, entries = max(1, self.tokens), max(1, self.entries)
+        return {
+            "tokens": self.tokens,
+            "candidates_per_token": self.entries / tokens,
+            "retained_mass_mean": self.mass / tokens,
+            "retained_mass_p1": 1 - self._lost_mass_quantile(0.99),
+            "logprob_error_mean": self.error / entries,
+            "logprob_error_max": self.max_error,
+            "logprob_error_bound": self.bound,
+            "kl_error_bound": self.max_error,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "lost_mass_bins": list(self.lost_mass_bins)}
+
+    @staticmethod
+    def from_dict(value: dict[str, Any]) -> "Fidelity":
+        """From JSON."""
+        return Fidelity(**{**value, "lost_mass_bins": tuple(value["lost_mass_bins"])})
+
+    def _lost_mass_quantile(self, share: float) -> float:
+        """Upper edge of the bin in which the quantile of the lost mass lies."""
+        counts = np.cumsum(self.lost_mass_bins)
+        if not counts[-1]:
+            return 0.0
+        place = int(np.searchsorted(counts, share * counts[-1]))
+        return float(10 ** ((place + 1) / BINS_PER_DECADE - DECADES))
+
+
+def measure(
+    *,
+    mass_N: NDArray[np.float64],
+    lost_N: NDArray[np.float64],
+    true_E: NDArray[np.floating[Any]],
+    stored_E: NDArray[np.floating[Any]],
+    bound: float | None,
+) -> Fidelity:
+    """Fidelity of N tokens with E stored candidates.
+
+    Raises:
+        ValueError: a finite value is further from the true one than the bound.
+    """
+    finite = np.isfinite(true_E)
+    if not np.array_equal(finite, np.isfinite(stored_E)):
+        raise ValueError("a finite log-probability would be stored as -inf, or the reverse")
+    error = np.abs(
+        stored_E[finite].astype(np.float64, copy=False)
+        - true_E[finite].astype(np.float64, copy=False)
+    )
+    largest = float(error.max()) if len(error) else 0.0
+    if bound is not None and largest > bound:
+        raise ValueError(
+            f"a stored log-probability would be {largest:.6g} nats off; "
+            f"the codec promises {bound:g}"
+        )
+    place = (np.log10(np.maximum(lost_N, 1e-300)) + DECADES) * BINS_PER_DECADE
+    bins = np.bincount(place.clip(0, BINS - 1).astype(np.int64), minlength=BINS)
+    return Fidelity(
+        tokens=len(mass_N),
+        entries=len(true_E),
+        mass=float(mass_N.sum()),
+        lost_mass_bins=tuple(bins.tolist()),
+        error=float(error.sum()),
+        max_error=largest,
+        bound=bound,
+    )

@@ -1,0 +1,73 @@
+"""The `sampled` codec: ids drawn from the teacher, and how often (Sparse Logit Sampling, RS-KD).
+
+With N draws and counts c_v the estimate q~_v = c_v / N is unbiased for q_v, which a renormalised
+top-K is not. It comes back as log q~ with an empty tail: right under an expectation over the
+teacher (forward KL), of no use under one over the student.
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from opd_stream.store.codecs.block import ScoreBlock
+from opd_stream.store.codecs.columns import (
+    flat,
+    flat_values,
+    lengths_of,
+    list_column,
+    offsets_of,
+    row_offsets,
+)
+from opd_stream.store.codecs.fidelity import Fidelity, measure
+from opd_stream.store.codecs.planes import plane_columns, plane_values
+from opd_stream.types import ScoreBatch
+
+
+def encode_sampled(scores: ScoreBatch, *, draws: int) -> tuple[dict[str, Any], Fidelity]:
+    """Columns of (id, count) pairs; `teacher_top_logprobs` holds log(count / draws), -inf = none.
+
+    Raises:
+        ValueError: the counts of a position do not sum to `draws`.
+    """
+    offsets = offsets_of(lengths_of(scores.teacher_logprobs))
+    tokens = int(offsets[-1])
+    ids_NK = flat(scores.teacher_top_ids, np.uint32)
+    logprobs_NK = flat(scores.teacher_top_logprobs, np.float64)
+    counts_NK = np.rint(np.exp(logprobs_NK) * draws).astype(np.uint32)
+    if tokens and not (counts_NK.sum(1) == draws).all():
+        raise ValueError(f"the counts of a position do not sum to its {draws} draws")
+    kept_NK = counts_NK > 0
+    unique_N = kept_NK.sum(1)
+    entry_offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(unique_N)])[offsets]
+    columns = {
+        "teacher_logprobs": list_column(flat(scores.teacher_logprobs, np.float32), offsets),
+        "draw_unique": list_column(unique_N.astype(np.uint16), offsets),
+        **plane_columns("draw_ids", ids_NK[kept_NK], entry_offsets),
+        **plane_columns("draw_counts", counts_NK[kept_NK], entry_offsets),
+    }
+    ones_N = np.ones(tokens)
+    nothing = np.zeros(int(entry_offsets[-1]), np.float32)
+    return columns, measure(
+        mass_N=ones_N, lost_N=ones_N * 0, true_E=nothing, stored_E=nothing, bound=None
+    )
+
+
+def decode_sampled(batch: pa.RecordBatch, *, draws: int) -> ScoreBlock:
+    """The arrays of a record batch; K is the most distinct ids of a position."""
+    unique_N = flat_values(batch.column("draw_unique"))
+    tokens, most = len(unique_N), int(unique_N.max()) if len(unique_N) else 0
+    kept_NK = np.arange(most) < unique_N[:, None]
+    ids_NK = np.zeros((tokens, most), np.uint32)
+    logprobs_NK = np.full((tokens, most), -np.inf, np.float32)
+    ids_NK[kept_NK] = plane_values("draw_ids", batch)
+    logprobs_NK[kept_NK] = np.log(plane_values("draw_counts", batch) / draws)
+    return ScoreBlock(
+        offsets=row_offsets(batch.column("teacher_logprobs")),
+        refused=tuple(batch.column("refused").to_pylist()),
+        teacher_logprobs=flat_values(batch.column("teacher_logprobs")),
+        teacher_top_ids=ids_NK,
+        teacher_top_logprobs=logprobs_NK,
+        teacher_tail_logprobs=np.full(tokens, -np.inf, np.float32),
+        teacher_forced_logprobs=np.zeros((tokens, 0), np.float32),
+    )
