@@ -281,9 +281,18 @@ class Evaluation(Section):
 
 
 class Replay(Section):
-    """Train from what an earlier run left in the store: nothing is sampled or scored."""
+    """Train from what is in the store: nothing is sampled or scored."""
 
-    run: Path = Field(description="folder of the earlier run")
+    run: Path | None = Field(default=None, description="folder of the earlier run")
+    scores: tuple[str, ...] = Field(
+        default=(), description="or scores/FINGERPRINT in the store, one for each round"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Replay":
+        if (self.run is None) == (not self.scores):
+            raise ValueError("replay has run and scores, or neither; expected one of the two")
+        return self
 
 
 class Pool(Section):
@@ -315,7 +324,7 @@ class Config(Section):
     train: Train
     staleness: Staleness = Staleness()
     evaluation: Evaluation | None = Field(default=None, description="left out: no evaluation")
-    replay: Replay | None = Field(default=None, description="source run whose scores are used")
+    replay: Replay | None = Field(default=None, description="scores that are there already")
     executor: Literal["ray", "local"] = Field(
         default="ray", description="Ray Data pools or a plain loop"
     )

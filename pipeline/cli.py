@@ -24,6 +24,10 @@ Overrides = Annotated[
 RunDir = Annotated[
     Path | None, typer.Option("--run-dir", help="Folder of the run. Default: runs/NAME of config.")
 ]
+cache = typer.Typer(help="Look at a store, verify it, free it, share it.", no_args_is_help=True)
+app.add_typer(cache, name="cache")
+StorePlace = Annotated[str, typer.Argument(metavar="STORE", help="Folder or s3://BUCKET/PATH.")]
+ArtifactName = Annotated[str, typer.Argument(metavar="NAME", help="KIND/FINGERPRINT.")]
 RoundNumber = Annotated[int, typer.Option("--round", help="Number of the round, from 0.")]
 
 
@@ -105,6 +109,68 @@ def status(
         typer.echo(line)
 
 
+@cache.command("ls")
+def cache_ls(store: StorePlace) -> None:
+    """List the artifacts of a store."""
+    _lines("ls", store)
+
+
+@cache.command("show")
+def cache_show(store: StorePlace, name: ArtifactName) -> None:
+    """Recipe, size and fidelity of an artifact."""
+    _lines("show", store, name)
+
+
+@cache.command("verify")
+def cache_verify(store: StorePlace) -> None:
+    """Read everything and say what is damaged; exit code 1 if anything is."""
+    if not _lines("verify", store):
+        raise typer.Exit(1)
+
+
+@cache.command("gc")
+def cache_gc(
+    store: StorePlace,
+    delete: Annotated[bool, typer.Option("--delete", help="Do it. Default: only say.")] = False,
+    hours: Annotated[float, typer.Option(help="Leave what is younger.")] = 24.0,
+) -> None:
+    """Free what no run and no pin reaches."""
+    _lines("gc", store, delete, hours)
+
+
+@cache.command("pin")
+def cache_pin(store: StorePlace, name: ArtifactName) -> None:
+    """Keep an artifact whatever the runs do."""
+    _lines("pin", store, name)
+
+
+@cache.command("unpin")
+def cache_unpin(store: StorePlace, name: ArtifactName) -> None:
+    """Take a pin away."""
+    _lines("unpin", store, name)
+
+
+@cache.command("export")
+def cache_export(
+    store: StorePlace,
+    name: ArtifactName,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
+    form: Annotated[str, typer.Option(help="parquet or datasets.")] = "parquet",
+) -> None:
+    """Write a scores artifact with its rollouts for other programs."""
+    _lines("export", store, name, out, form)
+
+
+@cache.command("import")
+def cache_import(
+    store: StorePlace,
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help=".jsonl, .jsonl.zst, .parquet")],
+    codec: Annotated[str, typer.Option(help="As scores.codec in a config.")] = "{kind: exact}",
+) -> None:
+    """Make artifacts of rollouts and scores that another program wrote."""
+    _lines("import", store, source, codec)
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
     from opd_stream.errors import UserError
@@ -136,3 +202,14 @@ def _stage(
     with TerminalProgress() as progress:
         line = run_stage(stage, settings, directory, round_index=round_index, progress=progress)
     typer.echo(line)
+
+
+def _lines(command: str, store: str, *arguments: object) -> bool:
+    """Print what a cache command says; returns whether all is well."""
+    from pipeline.cache_commands import COMMANDS
+
+    all_is_well = True
+    for line in COMMANDS[command](store, *arguments):
+        all_is_well = all_is_well and not line.startswith("damaged")
+        typer.echo(line)
+    return all_is_well

@@ -35,6 +35,7 @@ class Session:
     progress: Progress
     spans: list[Span] = field(default_factory=list)
     started: float = field(default_factory=time.time)
+    reached: set[str] = field(default_factory=set)  # names of artifacts
 
 
 def run(config: Config, directory: RunDirectory, progress: Progress) -> dict[str, Any]:
@@ -70,6 +71,8 @@ def run(config: Config, directory: RunDirectory, progress: Progress) -> dict[str
             evaluation = None
             if _is_due(config, here.index):
                 evaluation = evaluate_policy(session, checkpoint_of(here.policy))
+            session.reached |= {here.rollouts.name, here.scores.name, here.policy.name}
+            setup.store.record_run(run_id, directory.path, session.reached)
             reports.append(round_report(here, run_id, evaluation))
             directory.write_report(here.index, reports[-1])
             _write_summary(session, evaluation_0, reports, earlier)
@@ -168,6 +171,7 @@ def evaluate_policy(session: Session, student: Checkpoint) -> dict[str, Any]:
         name="evaluate",
         meanwhile=lambda: importlib.import_module("stages.train"),
     )
+    session.reached.add(rollouts.name)
     result = evaluate(setup.store, setup.config.evaluation, rollouts, student)
     kept = {name: value for name, value in result.items() if name.startswith("pass@")}
     own = made_by(rollouts.commits().values(), session.run_id)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd_stream.config import Config
+from opd_stream.config import Replay
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import read_json
@@ -47,13 +47,13 @@ def walk(setup: Setup) -> Iterator[Round]:
     """The rounds; stops after one whose policy is not complete when the next is asked for."""
     config = setup.config
     student, previous, first_step = setup.student, None, 0
-    source = None if config.replay is None else _Source(config, config.replay.run)
+    source = None if config.replay is None else _Source(setup, config.replay)
     for round_index in range(config.rounds):
         plan = plan_round(config, round_index=round_index, first_step=first_step)
         if source is None:
             rollouts, scores = _own_caches(setup, plan, student)
         else:
-            rollouts, scores = source.caches(setup, round_index)
+            rollouts, scores = source.caches(round_index)
         policy = setup.store.policy(
             policy_recipe(
                 config,
@@ -123,31 +123,43 @@ def _own_caches(setup: Setup, plan: RoundPlan, student: Checkpoint) -> tuple[Art
 
 
 class _Source:
-    """An earlier run whose scores are trained on again."""
+    """Scores that are in the store already: an earlier run's, or named ones."""
 
-    def __init__(self, config: Config, run: Path) -> None:
-        summary = run / "summary.json"
-        if not summary.is_file():
+    def __init__(self, setup: Setup, replay: Replay) -> None:
+        self._store, rounds = setup.store, setup.config.rounds
+        if replay.run is None:
+            self._where, self._names = "replay.scores", list(replay.scores)
+        else:
+            self._where, self._names = str(replay.run), _scores_of(replay.run)
+        if len(self._names) < rounds:
             raise UserError(
-                f"replay.run {run} has no summary.json; expected the folder of an earlier run; "
-                "check the path"
-            )
-        self._rounds = read_json(summary)["caches"]
-        self._run = run
-        if len(self._rounds) < config.rounds:
-            raise UserError(
-                f"replay.run {run} has {len(self._rounds)} finished rounds; the config asks for "
-                f"{config.rounds}; lower rounds"
+                f"{self._where} has {len(self._names)} finished rounds; the config asks for "
+                f"{rounds}; lower rounds"
             )
 
-    def caches(self, setup: Setup, round_index: int) -> tuple[Artifact, Artifact]:
-        """Rollouts and scores of a round of the earlier run."""
-        names = self._rounds[round_index]
-        rollouts = setup.store.by_fingerprint("rollouts", names["rollouts"])
-        scores = setup.store.by_fingerprint("scores", names["scores"])
+    def caches(self, round_index: int) -> tuple[Artifact, Artifact]:
+        """Rollouts and scores of a round."""
+        name = self._names[round_index]
+        scores = self._store.by_fingerprint("scores", name.removeprefix("scores/"))
+        rollouts = self._store.by_fingerprint("rollouts", scores.recipe.inputs["rollouts"])
         for artifact in (rollouts, scores):
             if not artifact.is_complete():
                 raise UserError(
-                    f"{artifact.name} of {self._run} is not complete; finish that run first"
+                    f"{artifact.name} of {self._where} is not complete; finish that run first"
                 )
         return rollouts, scores
+
+
+def _scores_of(run: Path) -> list[str]:
+    """The scores of each round of an earlier run.
+
+    Raises:
+        UserError: the folder is no run.
+    """
+    summary = run / "summary.json"
+    if not summary.is_file():
+        raise UserError(
+            f"replay.run {run} has no summary.json; expected the folder of an earlier run; "
+            "check the path"
+        )
+    return [names["scores"] for names in read_json(summary)["caches"]]

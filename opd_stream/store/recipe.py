@@ -5,7 +5,7 @@ change between two calls of the same command without making another artifact.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from opd_stream.errors import UserError
 from opd_stream.store.files import canonical_json, sha256
@@ -13,6 +13,7 @@ from opd_stream.store.files import canonical_json, sha256
 FORMAT_VERSION = 1
 
 Kind = Literal["prompts", "policies", "rollouts", "scores", "evaluations"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

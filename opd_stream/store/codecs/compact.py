@@ -1,7 +1,8 @@
 """The `compact` codec: error-bounded and as wide as the mass asks.
 
 - Per position as many candidates as hold `mass` (never fewer than `min_k`, never more than were
-  scored); what is left out is added to the exact tail before anything is rounded.
+  scored, none of probability 0); what is left out is added to the exact tail before anything is
+  rounded.
 - A log-probability is a number of steps of 1.998 * max_error below 0; 65,535 steps mean -inf. Down
   the ranks only the difference to the rank before is kept: small numbers, which compress.
 - An id is its place in the shard's dictionary, which lists ids by how often the shard has them, so
@@ -142,11 +143,12 @@ def _kept(
     top_k = true_NK.shape[1]
     probabilities_NK = np.exp(true_NK, dtype=np.float64)
     tail_mass_N = np.exp(tail_N)
+    possible_NK = true_NK > -np.inf
     if mass is None:
-        kept_NK = np.ones(true_NK.shape, np.bool_)
-        return kept_NK, 1 - tail_mass_N, tail_mass_N
+        return possible_NK, 1 - tail_mass_N, tail_mass_N
     reached_N = (probabilities_NK.cumsum(1) < mass).sum(1) + 1
     kept_NK = np.arange(top_k) < reached_N.clip(min(min_k, top_k), top_k)[:, None]
+    kept_NK &= possible_NK
     lost_N = tail_mass_N + np.where(kept_NK, 0, probabilities_NK).sum(1)
     return kept_NK, 1 - lost_N, lost_N
 

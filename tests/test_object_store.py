@@ -1,0 +1,115 @@
+"""A store in S3: a whole run, faults, races, and the same bytes as on a disk."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("moto", reason="pip install 'opd-stream[dev]' brings the S3 server")
+
+from s3fs import S3FileSystem
+
+from opd_stream.errors import UserError
+from opd_stream.store import Store, open_scores
+from opd_stream.store.files import place, publish, publish_new, verified_bytes
+from pipeline.rounds import run
+from pipeline.run_directory import RunDirectory
+from stages.progress import Silent
+from tests.conftest import small_config
+
+ROOT = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(params=["healthy", "faulty"])
+def bucket(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """An address in a fresh bucket of a running server."""
+    port = free_port()
+    environment = os.environ | {"S3_FAULT_EVERY": "53" if request.param == "faulty" else "0"}
+    command = [sys.executable, "-m", "tests.s3_server", str(port)]
+    with subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"ready\n"
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "OPD_STREAM_CACHE": str(tmp_path / "cache"),
+        }.items():
+            monkeypatch.setenv(name, value)
+        S3FileSystem.clear_instance_cache()  # it remembers the last server
+        name = f"bucket-{port}"
+        remote: Any = place(f"s3://{name}")
+        remote.fs.mkdir(name)
+        yield f"s3://{name}/some/store"
+        server.kill()
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_a_run_in_s3_ends_where_one_on_a_disk_does(bucket: str, tmp_path: Path) -> None:
+    for name, store in (("disk", str(tmp_path / "store")), ("s3", bucket)):
+        config = small_config(tmp_path, f"store={store}")
+        run(config, RunDirectory(tmp_path / name), Silent())
+    disk, remote = summary_of(tmp_path / "disk"), summary_of(tmp_path / "s3")
+    for key in ("policies", "caches", "tokens"):
+        assert disk[key] == remote[key]
+    again = RunDirectory(tmp_path / "again")
+    run(small_config(tmp_path, f"store={bucket}"), again, Silent())
+    assert again.summary()["tokens"]["teacher_scored"] == 0
+    assert again.summary()["policies"] == disk["policies"]
+    caches = disk["caches"][0]
+    near = open_scores(tmp_path / "store" / "scores" / caches["scores"][:16])
+    far = open_scores(f"{bucket}/scores/{caches['scores'][:16]}")
+    assert len(near) == len(far) > 0
+    for here, there in zip(near.epoch(seed=1, epoch=0), far.epoch(seed=1, epoch=0), strict=True):
+        assert here.prompt_id == there.prompt_id
+        assert (here.teacher_top_ids == there.teacher_top_ids).all()
+        assert (here.teacher_top_logprobs == there.teacher_top_logprobs).all()
+
+
+def test_of_many_writers_of_one_object_the_first_wins(bucket: str) -> None:
+    path = place(f"{bucket}/race.json")
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda n: publish_new(path, b"%d" % n), range(16)))
+    assert won.count(True) == 1
+    assert path.read_bytes() == b"%d" % won.index(True)
+
+
+def test_a_damaged_object_is_named_and_a_torn_answer_is_asked_for_again(bucket: str) -> None:
+    path = place(f"{bucket}/units/00000.arrow")
+    publish(path, b"x" * 1000)
+    with pytest.raises(ValueError, match="the commit record says"):
+        verified_bytes(path, "0" * 64)
+    from opd_stream.store.files import sha256
+
+    for start in range(0, 400, 10):
+        assert verified_bytes(path, sha256(b"x" * 50), (start, 50)) == b"x" * 50
+
+
+def test_a_store_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(UserError, match="cannot reach s3://nobody/store"):
+        Store("s3://nobody/store").check_writable()
