@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test lint models bench-generation bench-quickstart clean
+.PHONY: help quickstart test lint models bench-cache bench-generation bench-quickstart clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -32,6 +32,12 @@ models: $(READY) ## make the embedded teacher and student again, about five minu
 
 bench-generation: $(READY) ## tokens per second against stock generate
 	$(BIN)/python benchmarks/generation.py
+
+bench-cache: $(READY) models/text-teacher ## size, error and speed of the teacher cache
+	$(BIN)/python benchmarks/cache.py --text-teacher models/text-teacher
+
+models/text-teacher: | $(READY)
+	$(BIN)/python benchmarks/text_teacher.py --out $@
 
 bench-quickstart: $(READY) ## the quickstart over three seeds of problems and training
 	$(BIN)/python benchmarks/quickstart.py

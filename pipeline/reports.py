@@ -22,7 +22,9 @@ def round_report(here: Round, run_id: str, evaluation: dict[str, Any] | None) ->
     last = outcome["epochs"][-1]
     return {
         "round": here.index,
-        "window_tokens": here.rollouts.recipe.settings["window_tokens"],
+        "window_tokens": here.rollouts.recipe.settings.get(
+            "window_tokens", here.plan.window_tokens
+        ),
         "first_step": here.plan.first_step,
         "steps": outcome["steps"],
         "rows": outcome["rows"],

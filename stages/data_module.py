@@ -63,14 +63,14 @@ class CacheDataModule(lightning.LightningDataModule):
     def __init__(self, rows: ScoredRows, plan: BatchPlan) -> None:
         super().__init__()
         self.rows, self.plan = rows, plan
-        self._loader: _EpochLoader | None = None
+        self._loader: EpochLoader | None = None
         self._restored: dict[str, int] = {}
 
-    def train_dataloader(self) -> "_EpochLoader":
+    def train_dataloader(self) -> "EpochLoader":
         assert self.trainer is not None
         epoch = self.trainer.current_epoch
         done = self._restored.get("done", 0) if self._restored.get("epoch") == epoch else 0
-        self._loader = _EpochLoader(self.rows, self.plan, epoch, done)
+        self._loader = EpochLoader(self.rows, self.plan, epoch, done)
         return self._loader
 
     def state_dict(self) -> dict[str, int]:
@@ -86,7 +86,7 @@ class CacheDataModule(lightning.LightningDataModule):
         return batch.to(device)
 
 
-class _EpochLoader:
+class EpochLoader:
     """The micro-batches of an epoch from a position on; its length is that of the whole epoch."""
 
     def __init__(self, rows: ScoredRows, plan: BatchPlan, epoch: int, done: int) -> None:

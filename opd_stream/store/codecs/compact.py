@@ -170,7 +170,7 @@ def _steps(logprobs: NDArray[np.floating[Any]], step: float) -> NDArray[np.int32
 
 def _logprobs(steps: NDArray[np.int32], max_error: float) -> NDArray[np.float32]:
     """The log-probabilities of numbers of steps."""
-    logprobs = steps * np.float32(-STEP_PER_ERROR * max_error)
+    logprobs = steps.astype(np.float32) * np.float32(-STEP_PER_ERROR * max_error)
     if steps.size and steps.max() >= INFINITE_STEPS:
         logprobs[steps >= INFINITE_STEPS] = -np.inf
     return logprobs

@@ -1,0 +1,460 @@
+"""The cache as others meet it: the specification, damage, many writers, garbage, exchange."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from opd_stream.errors import UserError
+from opd_stream.store import Store, open_scores
+from opd_stream.store.artifact import Artifact, DamagedUnit
+from opd_stream.store.files import remove_stale_temporaries
+from opd_stream.store.inventory import entries, fidelity_report, problems
+from opd_stream.store.recipe import Recipe
+from opd_stream.store.schema import rollouts_table
+from pipeline.cache_commands import COMMANDS
+from pipeline.cli import app
+from pipeline.rounds import run
+from pipeline.run_directory import RunDirectory
+from stages.progress import Silent
+from tests.conftest import MODELS, small_config
+from tests.test_store import batch_of
+
+PAGE = (Path(__file__).parent.parent / "docs" / "cache-format.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+CODECS = ["{kind: exact}", "{kind: exact, dtype: float32}", "{kind: compact, mass: 0.99}"]
+
+
+@pytest.fixture(scope="module", params=CODECS)
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished small run in `run` and its store in `store`."""
+    folder = tmp_path_factory.mktemp("finished")
+    finish(folder, "run", f"scores.codec={request.param}")
+    return folder
+
+
+def finish(folder: Path, name: str, *overrides: str) -> dict[str, Any]:
+    directory = RunDirectory(folder / name)
+    return run(small_config(folder, *overrides), directory, Silent())
+
+
+def scores_names(folder: Path) -> list[str]:
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    return [f"scores/{cache['scores'][:16]}" for cache in summary["caches"]]
+
+
+def said(command: str, *arguments: Any) -> str:
+    return "\n".join(COMMANDS[command](*arguments))
+
+
+def test_the_forty_line_reader_of_the_specification_reads_what_we_read(finished: Path) -> None:
+    reader: dict[str, Any] = {}
+    exec(BLOCKS[0], reader)
+    assert len(BLOCKS[0].splitlines()) <= 50
+    for name in scores_names(finished):
+        ours = open_scores(finished / "store" / name)
+        theirs = list(reader["rows"](finished / "store", name))
+        assert len(ours) == len(theirs) > 0
+        for position, (rollout, ids, logprobs) in enumerate(theirs):
+            row = ours[position]
+            assert rollout["prompt_id"] == row.prompt_id
+            assert rollout["completion_ids"] == row.completion_ids.tolist()
+            for place in range(len(ids)):
+                kept = np.isfinite(row.teacher_top_logprobs[place])
+                assert list(ids[place]) == row.teacher_top_ids[place][kept].tolist()
+                mine = row.teacher_top_logprobs[place][kept]
+                np.testing.assert_allclose(np.array(logprobs[place], float), mine, atol=2e-6)
+
+
+def test_the_page_names_every_column_that_is_written(finished: Path) -> None:
+    store = Store(finished / "store")
+    for kind in ("rollouts", "scores"):
+        for recipe in store.recipes(kind):
+            for name in store.artifact(recipe).read_unit(0).column_names:
+                assert re.sub(r"_\d$", "_*", name) in PAGE, name
+
+
+def test_show_gives_the_fidelity_and_ls_every_artifact(finished: Path) -> None:
+    name = scores_names(finished)[0]
+    shown = said("show", str(finished / "store"), name)
+    for figure in ("bytes_per_token", "retained_mass_p1", "logprob_error_max", "kl_error_bound"):
+        assert figure in shown
+    listed = said("ls", str(finished / "store"))
+    assert all(entry.name in listed for entry in entries(Store(finished / "store")))
+    store = Store(finished / "store")
+    report = fidelity_report(store.by_fingerprint("scores", name.split("/")[1]))
+    bound = report["logprob_error_bound"]
+    assert bound is None or report["logprob_error_max"] <= bound
+    assert 0 < report["retained_mass_p1"] <= report["retained_mass_mean"] <= 1 + 1e-6
+
+
+def test_a_thousand_bit_flips_are_found_and_only_what_was_hit_is_made_again(
+    tmp_path: Path,
+) -> None:
+    finish(tmp_path, "run", "scores.codec={kind: compact, mass: 0.99}")
+    store = Store(tmp_path / "store")
+    shards = [p for p in store.root.rglob("*.arrow") if "prompts" not in str(p)]
+    rng = random.Random(7)
+    for _ in range(1000):
+        path = rng.choice(shards)
+        healthy = path.read_bytes()
+        bit = rng.randrange(8 * len(healthy))
+        damaged = bytearray(healthy)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(bytes(damaged))
+        artifact = store.by_fingerprint(path.parts[-4], path.parts[-3])
+        unit = int(path.name.split("-")[0])
+        with pytest.raises(DamagedUnit, match=f"unit {unit} of {artifact.name} is damaged"):
+            artifact.read_unit(unit)
+        path.write_bytes(healthy)
+    assert list(problems(store)) == []
+    for path in (hit := rng.sample(shards, 3)):
+        data = bytearray(path.read_bytes())
+        data[rng.randrange(len(data))] ^= 4
+        path.write_bytes(bytes(data))
+    named = list(problems(store))
+    assert len(named) == 3
+    before = {path: path.stat().st_mtime_ns for path in shards if path not in hit}
+    for policy in store.folders("policies"):
+        (policy / "manifest.json").unlink()  # so that the run reads its caches again
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    again = finish(tmp_path, "again", "scores.codec={kind: compact, mass: 0.99}")
+    assert again["policies"] == summary["policies"]
+    assert list(problems(store)) == []
+    untouched = {path: path.stat().st_mtime_ns for path in before if path.exists()}
+    scored_again = {p for p in before if p not in untouched}
+    assert len(scored_again) <= 3  # scores of a rollouts unit that was hit
+    assert all(before[path] == untouched[path] for path in untouched)
+
+
+def test_a_part_with_a_flipped_bit_is_never_decoded(finished: Path) -> None:
+    name = scores_names(finished)[0]
+    folder = finished / "store" / name / "units"
+    (shard, *_) = sorted(folder.glob("*.arrow"))
+    healthy = shard.read_bytes()
+    record = json.loads((folder / "00000.json").read_text())
+    for part in record["parts"]:
+        damaged = bytearray(healthy)
+        damaged[part["offset"] + part["length"] // 2] ^= 1
+        shard.write_bytes(bytes(damaged))
+        with pytest.raises(DamagedUnit):
+            open_scores(finished / "store" / name)[0]
+    shard.write_bytes(healthy)
+    assert open_scores(finished / "store" / name)[0].prompt_id
+
+
+def test_nothing_that_was_planted_is_unpickled(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+
+    finish(tmp_path, "run")
+    bomb = pickle.dumps(Bomb())
+    store = Store(tmp_path / "store")
+    for folder in [
+        *store.folders("policies"),
+        *store.folders("scores"),
+        *store.folders("rollouts"),
+    ]:
+        (folder / "pytorch_model.bin").write_bytes(bomb)
+        (folder / "data.pkl").write_bytes(bomb)
+        for attempt in folder.glob("attempt-*"):
+            (attempt / "pytorch_model.bin").write_bytes(bomb)
+            (attempt / "optimizer" / "state.pt").write_bytes(bomb)
+    for policy in store.folders("policies"):
+        if policy != store.folders("policies")[0]:
+            (policy / "manifest.json").unlink()
+    finish(tmp_path, "again")
+    said("verify", str(store.root))
+    said("gc", str(store.root), False, 0.0)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "units/../../../x"])
+def test_a_commit_record_that_points_out_of_the_store_is_refused(
+    finished: Path, tmp_path: Path, name: str
+) -> None:
+    import shutil
+
+    shutil.copytree(finished / "store", tmp_path / "store")
+    scores = scores_names(finished)[0]
+    path = tmp_path / "store" / scores / "units" / "00000.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "file": name}))
+    with pytest.raises(UserError, match="expected a name inside that folder"):
+        open_scores(tmp_path / "store" / scores)[0]
+    assert "inside that folder" in said("verify", str(tmp_path / "store"))
+
+
+# Order and reading
+
+
+def test_the_order_of_an_epoch_depends_on_nothing_but_seed_epoch_and_rows(tmp_path: Path) -> None:
+    for name, per_unit in (("small", 1), ("large", 8)):
+        finish(tmp_path / name, "run", f"prompts_per_unit={per_unit}")
+    small, large = (
+        open_scores(tmp_path / name / "store" / scores_names(tmp_path / name)[0])
+        for name in ("small", "large")
+    )
+    keys = [[row.prompt_id for row in rows.epoch(seed=4, epoch=1)] for rows in (small, large)]
+    assert keys[0] == keys[1]
+    assert sorted(keys[0]) == sorted(row.prompt_id for row in large.epoch(seed=4, epoch=2))
+    assert keys[0] != [row.prompt_id for row in large.epoch(seed=4, epoch=2)]
+
+
+def test_a_stopped_epoch_goes_on_with_another_number_of_ranks(finished: Path) -> None:
+    rows = open_scores(finished / "store" / scores_names(finished)[0])
+    whole = [row.prompt_id for row in rows.epoch(seed=0, epoch=0)]
+    two = [rows.epoch(seed=0, epoch=0, rank=rank, world_size=2) for rank in range(2)]
+    done = [next(two[rank]).prompt_id for _ in range(2) for rank in range(2)]
+    rest = [
+        [row.prompt_id for row in rows.epoch(seed=0, epoch=0, start=4, rank=rank, world_size=3)]
+        for rank in range(3)
+    ]
+    assert done == whole[:4]
+    assert sorted(done + [key for keys in rest for key in keys]) == sorted(whole)
+
+
+def test_a_large_order_is_a_permutation_that_stays_near() -> None:
+    from opd_stream.store.order import BLOCK_ROWS, epoch_order
+
+    order = epoch_order(100_003, (1, 2))
+    assert sorted(order.tolist()) == list(range(100_003))
+    assert (order == epoch_order(100_003, (1, 2))).all()
+    blocks = [
+        len(set((order[at : at + 512] // BLOCK_ROWS).tolist())) for at in range(0, 90_000, 512)
+    ]
+    assert max(blocks) <= 9
+
+
+def test_a_reader_holds_no_more_than_it_may(finished: Path) -> None:
+    name = finished / "store" / scores_names(finished)[0]
+    bounded, free = open_scores(name, memory_bytes=1), open_scores(name)
+    for rows in (bounded, free):
+        for row in rows.epoch(seed=0, epoch=0):
+            assert len(row.completion_ids)
+    assert len(bounded._decoded) == 1
+    assert len(free._decoded) > 1
+
+
+# Many writers
+
+
+def write_units(root: str, seed: int) -> None:
+    artifact = Artifact(Path(root), Recipe(kind="rollouts", settings={"many": 1}, inputs={}))
+    artifact.create(rows=24, rows_per_unit=1)
+    units = list(artifact.units())
+    random.Random(seed).shuffle(units)
+    for unit in units[:16]:
+        table = rollouts_table(batch_of([40 + unit], seed=1000 * seed + unit))  # never equal bytes
+        artifact.commit(unit, table, counts={"rows": 1})
+    artifact.finish()
+
+
+def read_units(root: str, seconds: float) -> None:
+    artifact = Artifact(Path(root), Recipe(kind="rollouts", settings={"many": 1}, inputs={}))
+    end = time.time() + seconds
+    while time.time() < end:
+        for unit in artifact.commits():
+            first = artifact.commit_record(unit)
+            artifact.read_unit(unit)  # raises on torn or foreign bytes
+            assert artifact.commit_record(unit) == first  # the first record stands
+
+
+def test_eight_writers_and_two_readers_lose_and_tear_nothing(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_units, args=(str(tmp_path), n)) for n in range(8)]
+    readers = [context.Process(target=read_units, args=(str(tmp_path), 1.5)) for _ in range(2)]
+    for process in [*readers, *writers]:
+        process.start()
+    for process in [*writers, *readers]:
+        process.join()
+        assert process.exitcode == 0
+    artifact = Artifact(tmp_path, Recipe(kind="rollouts", settings={"many": 1}, inputs={}))
+    assert artifact.is_complete()
+    listed = {record["unit"]: record["sha256"] for record in artifact.manifest()["units"]}
+    assert listed == {unit: commit.sha256 for unit, commit in artifact.commits().items()}
+    shards = {path.name for path in (artifact.folder / "units").glob("*.arrow")}
+    assert shards == {Path(commit.file).name for commit in artifact.commits().values()}
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_only_old_temporary_files_are_cleaned_up(tmp_path: Path) -> None:
+    old, young = tmp_path / ".a.1.tmp", tmp_path / ".b.2.tmp"
+    for path in (old, young):
+        path.write_text("half")
+    os.utime(old, (0, 0))
+    assert remove_stale_temporaries(tmp_path, older_than_seconds=3600, now=time.time()) == [old]
+    assert young.exists()
+
+
+# Garbage
+
+
+def names_in(folder: Path) -> set[str]:
+    return {entry.name for entry in entries(Store(folder / "store"))}
+
+
+def test_gc_frees_what_no_run_and_no_pin_reaches(tmp_path: Path) -> None:
+    import shutil
+
+    finish(tmp_path, "run")
+    kept = names_in(tmp_path)
+    finish(tmp_path, "other", "scores.top_k=3")
+    others = names_in(tmp_path) - kept
+    store = str(tmp_path / "store")
+    pinned = next(name for name in sorted(others) if name.startswith("scores/"))
+    assert said("gc", store, True, 0.0).startswith("0 folders")
+    shutil.rmtree(tmp_path / "other")
+    said("pin", store, pinned)
+    assert "would remove" in said("gc", store, False, 0.0)
+    assert names_in(tmp_path) == kept | others
+    assert said("gc", store, True, 24.0).startswith("0 folders")  # all of it is young
+    said("gc", store, True, 0.0)
+    assert kept <= names_in(tmp_path)
+    assert pinned in names_in(tmp_path)
+    assert len(names_in(tmp_path) - kept - {pinned}) < len(others) - 1
+    said("unpin", store, pinned)
+    said("gc", store, True, 0.0)
+    assert names_in(tmp_path) == kept
+    assert finish(tmp_path, "run")["tokens"]["teacher_scored"] > 0  # of the run's own, before
+    with pytest.raises(UserError, match="is not pinned"):
+        said("unpin", store, pinned)
+
+
+# Exchange
+
+
+@pytest.mark.parametrize("form", ["parquet", "datasets"])
+def test_what_is_exported_comes_back_the_same(finished: Path, tmp_path: Path, form: str) -> None:
+    store, name = str(finished / "store"), scores_names(finished)[0]
+    said("export", store, name, tmp_path / "out", form)
+    source = tmp_path / "out"
+    if form == "datasets":
+        import datasets
+
+        source = tmp_path / "table.parquet"
+        datasets.load_from_disk(str(tmp_path / "out")).to_parquet(source)
+    line = said("import", str(tmp_path / "store"), source, "{kind: exact, dtype: float32}")
+    mine = open_scores(finished / "store" / name)
+    theirs = open_scores(tmp_path / "store" / line.split(":")[0])
+    assert len(mine) == len(theirs)
+    for position in range(len(mine)):
+        for field in ("prompt_ids", "completion_ids", "behavior_logprobs", "teacher_logprobs"):
+            np.testing.assert_array_equal(
+                getattr(mine[position], field), getattr(theirs[position], field)
+            )
+        a, b = mine[position], theirs[position]
+        width = min(a.teacher_top_ids.shape[1], b.teacher_top_ids.shape[1])
+        for field in ("teacher_top_ids", "teacher_top_logprobs"):
+            np.testing.assert_array_equal(
+                getattr(a, field)[:, :width], getattr(b, field)[:, :width]
+            )
+        assert not np.isfinite(a.teacher_top_logprobs[:, width:]).any()
+        assert not np.isfinite(b.teacher_top_logprobs[:, width:]).any()
+        np.testing.assert_array_equal(a.teacher_tail_logprobs, b.teacher_tail_logprobs)
+        np.testing.assert_array_equal(a.teacher_forced_logprobs, b.teacher_forced_logprobs)
+
+
+ROW = {
+    "prompt_ids": [2, 3],
+    "completion_ids": [4, 5],
+    "behavior_logprobs": [-0.5, -0.25],
+    "teacher_logprobs": [-0.5, -1.0],
+    "teacher_top_ids": [[4, 9], [7]],
+    "teacher_top_logprobs": [[-0.5, -1.5], [-0.25]],
+}
+
+
+def written(path: Path, rows: list[Any]) -> Path:
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if path.suffix == ".zst":
+        import zstandard
+
+        text = zstandard.ZstdCompressor().compress(text)
+    path.write_bytes(text)
+    return path
+
+
+def test_a_run_trains_on_rows_another_program_wrote(tmp_path: Path) -> None:
+    source = written(tmp_path / "rows.jsonl.zst", [ROW | {"prompt_id": str(n)} for n in range(8)])
+    line = said("import", str(tmp_path / "store"), source, "{kind: compact}")
+    name = line.split(":")[0]
+    row = open_scores(tmp_path / "store" / name)[0]
+    assert row.teacher_tail_logprobs[0] == pytest.approx(
+        np.log(1 - np.exp(-0.5) - np.exp(-1.5)), abs=1 / 32
+    )
+    assert row.teacher_top_logprobs[1].tolist()[1] == -np.inf
+    summary = finish(tmp_path, "run", "rounds=1", f"replay.scores=[{name}]", "prompts_per_unit=4")
+    assert summary["tokens"]["teacher_scored"] == 0
+    assert summary["tokens"]["trained"] == 8 * 2
+    assert summary["decisions"][0].startswith("drift passed its bound")  # invented behavior
+    losses = [json.loads(x)["loss"] for x in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"teacher_top_ids": None}, "line 2 has no teacher_top_ids"),
+        ({"behavior_logprobs": [-1.0]}, "line 2 has 1 behavior_logprobs for 2 completion tokens"),
+        ({"teacher_top_ids": [[4], [7]]}, "1 teacher_top_ids and 2 teacher_top_logprobs"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    source = written(tmp_path / "rows.jsonl", [ROW, ROW | change])
+    with pytest.raises(UserError, match=words):
+        said("import", str(tmp_path / "store"), source, "{kind: exact}")
+
+
+def test_what_is_no_store_codec_or_file_is_one_line(tmp_path: Path) -> None:
+    for words, arguments in (
+        ("does not exist", ("ls", str(tmp_path / "nothing"))),
+        ("is no codec", ("import", str(tmp_path / "s"), tmp_path / "x", "{kind: magic}")),
+        ("is no file", ("import", str(tmp_path / "s"), tmp_path / "x.jsonl", "{kind: exact}")),
+    ):
+        with pytest.raises(UserError, match=words):
+            said(*arguments)
+    with pytest.raises(UserError, match="is no scores artifact"):
+        open_scores(tmp_path / "store" / "rollouts" / "0123")
+    assert {command.name for command in app.registered_groups} == {"cache"}
+
+
+# The page's training loops
+
+
+@pytest.fixture
+def page_names() -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(MODELS / "ledger-student", dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    return {"model": model, "optimizer": optimizer, "torch": torch}
+
+
+def test_the_plain_loop_of_the_page_runs(finished: Path, page_names: dict[str, Any]) -> None:
+    name = finished / "store" / scores_names(finished)[0]
+    before = [p.clone() for p in page_names["model"].parameters()]
+    code = BLOCKS[1].replace("store/scores/3f0c5d1a2b3c4d5e", str(name)).replace("== 16", "== 4")
+    exec(code, page_names)
+    assert torch.isfinite(page_names["loss"])
+    after = page_names["model"].parameters()
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_trainer_of_the_page_runs(
+    finished: Path, page_names: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate", reason="the Hugging Face Trainer needs accelerate")
+    name = finished / "store" / scores_names(finished)[0]
+    code = BLOCKS[2].replace('"out"', repr(str(tmp_path / "out"))).replace("=20", "=2")
+    code = "from opd_stream.batches import collate\n" + code
+    exec(code, page_names | {"rows": open_scores(name)})
