@@ -95,7 +95,7 @@ def summary(
         "finished": len(reports) == rounds,
         "rounds": len(reports),
         "rounds_planned": rounds,
-        "evaluations": evaluations,
+        "evaluations": [_without(evaluation, "seconds") for evaluation in evaluations],
         "tokens": {
             name: sum(report["tokens"][name] for report in reports)
             for name in ("generated", "teacher_scored", "trained")

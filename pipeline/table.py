@@ -31,8 +31,9 @@ def print_run(
         table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
     evaluations = {entry["round"]: entry for entry in summary["evaluations"]}
     if 0 in evaluations:
-        start = evaluations[0]
-        table.add_row("start", "", *_passes(start), *[""] * 6, f"{start['seconds']:.1f}")
+        later = sum(report["evaluation"]["seconds"] for report in reports if report["evaluation"])
+        first = f"{summary['seconds']['evaluate'] - later:.1f}"
+        table.add_row("start", "", *_passes(evaluations[0]), *[""] * 6, first)
     for report in reports:
         evaluation = report["evaluation"]
         tokens, seconds = report["tokens"], report["seconds"]

@@ -42,9 +42,7 @@ def fingerprints(folder: Path) -> dict[str, Any]:
         "policies": summary["policies"],
         "caches": summary["caches"],
         "tokens": {k: summary["tokens"][k] for k in ("generated", "teacher_scored")},
-        "evaluations": [
-            {k: v for k, v in entry.items() if k != "seconds"} for entry in summary["evaluations"]
-        ],
+        "evaluations": summary["evaluations"],
         "decisions": summary["decisions"],
         "metrics": [{k: v for k, v in line.items() if k != "seconds"} for line in metrics],
     }
