@@ -6,21 +6,21 @@ format's bytes are everything the teacher adds: candidates, tail, sampled token,
 
 import argparse
 import dataclasses
+import importlib.util
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from cache_formats import lance, parquet, parquet_default, raw_ipc
 from cache_rows import ledger_rows, synthetic_rows, text_rows
 
 from opd_stream.batches import Batch, collate
@@ -98,6 +98,7 @@ def _sizes(name: str, family: Family) -> None:
         f"## {name}: {tokens:,} tokens, entropy (of the top 256): "
         f"{(entropy < 0.01).mean():.0%} below 0.01, {(entropy > 0.67).mean():.0%} above 0.67 nats\n"
     )
+    print(f"Order-0 entropy of ids and steps at K = 50: {_bound(scores):.1f} B/token\n")
     print(
         "| format | K | k | B/token | retained mass | error mean / max, nats "
         "| write k tok/s | read M tok/s |"
@@ -110,10 +111,12 @@ def _sizes(name: str, family: Family) -> None:
         ("compact", 50, CompactCodec()),
         ("compact, mass 0.999", 64, CompactCodec(mass=0.999)),
         ("compact, mass 0.999", 256, CompactCodec(mass=0.999)),
-        ("raw IPC, int32 + float16", 50, _raw_ipc),
-        ("Parquet zstd, byte stream split", 50, _parquet),
-        ("Parquet zstd, default", 50, _parquet_default),
+        ("raw IPC, int32 + float16", 50, raw_ipc),
+        ("Parquet zstd, byte stream split", 50, parquet),
+        ("Parquet zstd, default", 50, parquet_default),
     ]
+    if importlib.util.find_spec("lance") is not None:  # pip install pylance
+        cases.append(("Lance, default", 50, lance))
     measured: dict[int, list[tuple[float, float]]] = {place: [] for place in range(len(cases))}
     sizes: dict[int, tuple[int, dict[str, Any] | None]] = {}
     for _ in range(REPEATS):
@@ -138,6 +141,25 @@ def _sizes(name: str, family: Family) -> None:
     print()
 
 
+def _bound(scores: ScoreBatch) -> float:
+    """Bytes a token that ideal codes without context would need for the candidates at K = 50.
+
+    One code for all ids of the family, and one per rank for the differences of steps.
+    """
+    ids = np.concatenate([row[:, :50] for row in scores.teacher_top_ids])
+    logprobs = np.concatenate([row[:, :50] for row in scores.teacher_top_logprobs])
+    steps = np.rint(-logprobs * (32 / 1.998)).astype(np.int64)
+    differences = np.diff(steps, axis=1, prepend=0)
+    bits = _entropy(ids.reshape(-1)) + sum(_entropy(column) for column in differences.T)
+    return bits / 8 / len(ids)
+
+
+def _entropy(values: np.ndarray) -> float:
+    """Bits of all values under their own frequencies."""
+    counts = np.unique(values, return_counts=True)[1]
+    return float((counts * np.log2(len(values) / counts)).sum())
+
+
 def _once(
     how: Any, rollouts: RolloutBatch, scores: ScoreBatch
 ) -> tuple[int, dict[str, Any] | None, tuple[float, float]]:
@@ -157,51 +179,6 @@ def _once(
         torch.from_numpy(block.teacher_top_ids.astype(np.int64))
         torch.from_numpy(block.teacher_top_logprobs)
     return len(data), fidelity.report(), (middle - start, time.process_time() - middle)
-
-
-def _flat_table(scores: ScoreBatch) -> pa.Table:
-    top_k = scores.teacher_top_ids[0].shape[1]
-    ids = np.concatenate(scores.teacher_top_ids).astype(np.int32)
-    logprobs = np.concatenate(scores.teacher_top_logprobs).astype(np.float16)
-    return pa.table(
-        {
-            "ids": pa.FixedSizeListArray.from_arrays(pa.array(ids.reshape(-1)), top_k),
-            "logprobs": pa.FixedSizeListArray.from_arrays(pa.array(logprobs.reshape(-1)), top_k),
-            "sampled": pa.array(np.concatenate(scores.teacher_logprobs)),
-            "tail": pa.array(np.concatenate(scores.teacher_tail_logprobs)),
-        }
-    )
-
-
-def _to_tensors(table: pa.Table) -> None:
-    for batch in table.combine_chunks().to_batches():
-        for name, dtype in (("ids", np.int64), ("logprobs", np.float32)):
-            values = batch.column(name).flatten().to_numpy(zero_copy_only=False)
-            torch.from_numpy(values.astype(dtype))
-
-
-def _raw_ipc(scores: ScoreBatch) -> tuple[bytes, Callable[[], None]]:
-    sink = pa.BufferOutputStream()
-    table = _flat_table(scores)
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    data = sink.getvalue().to_pybytes()
-    return data, lambda: _to_tensors(pa.ipc.open_file(data).read_all())
-
-
-def _parquet(scores: ScoreBatch, **options: Any) -> tuple[bytes, Callable[[], None]]:
-    sink = pa.BufferOutputStream()
-    split = ["ids.list.element", "logprobs.list.element", "sampled", "tail"]
-    options = options or {"use_dictionary": False, "use_byte_stream_split": split}
-    pq.write_table(_flat_table(scores), sink, compression="zstd", **options)
-    data = sink.getvalue()
-    return data.to_pybytes(), lambda: _to_tensors(
-        pq.read_table(pa.BufferReader(data), use_threads=False)
-    )
-
-
-def _parquet_default(scores: ScoreBatch) -> tuple[bytes, Callable[[], None]]:
-    return _parquet(scores, use_dictionary=True)
 
 
 def _random_access(family: Family) -> None:
