@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 from cache_formats import lance, parquet, parquet_default, raw_ipc
 from cache_rows import ledger_rows, synthetic_rows, text_rows
 
-from opd_stream.batches import Batch, collate
+from opd_stream.batches import collate
 from opd_stream.objectives import Bucket
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.codecs import (
@@ -40,7 +41,8 @@ from opd_stream.store.schema import rollouts_table
 from opd_stream.store.shards import batch_of, schema_of, shard_bytes
 from opd_stream.types import RolloutBatch, ScoreBatch
 from opd_stream.windows import FixedWindow
-from stages.data_module import BatchPlan, EpochLoader
+from stages.data_module import BatchPlan, EpochLoader, Step
+from stages.student_model import load_student
 from stages.student_module import StudentModule
 
 REPEATS = 5
@@ -205,7 +207,7 @@ def _random_access(family: Family) -> None:
                 first = 64 * (repeat % (len(fresh) // 64))
                 chosen = [fresh[first + place] for place in range(64)]
                 again = time.perf_counter()
-                collate(chosen, window_tokens=4096, tokens_of_step=1)
+                collate(chosen, window_tokens=4096)
                 reads.append(middle - start)
                 collates.append(time.perf_counter() - again)
         print(
@@ -261,25 +263,29 @@ def _loader_share(family: Family) -> None:
         stored = _stored(Path(folder), rollouts, cut(scores, 16), ExactCodec())
         plan = BatchPlan(
             rows_per_step=16,
-            rows_per_microbatch=16,
+            tokens_per_microbatch=16384,
             seed=0,
             first_step=0,
             window=FixedWindow(tokens=208),
         )
         seconds: list[float] = []
-        batches: list[Batch] = []
+        steps: list[Step] = []
         for _ in range(REPEATS):
             start = time.process_time()
-            batches = list(EpochLoader(ScoredRows(stored), plan, epoch=0, done=0))
-            seconds.append((time.process_time() - start) / len(batches))
-        model = StudentModule(STUDENT, Bucket(), {"lr": 1e-4}, None, micro_steps=1)
-        model.configure_model()
-        steps: list[float] = []
-        for batch in batches:
+            steps = list(EpochLoader(ScoredRows(stored), plan, 0))
+            seconds.append((time.process_time() - start) / len(steps))
+        load = partial(
+            load_student, STUDENT, lora=None, initial=STUDENT, gradient_checkpointing=False
+        )
+        module = StudentModule(load, (Bucket(),), optimizer={"lr": 1e-4})
+        module.configure_model()
+        passes: list[float] = []
+        for each in steps:
             start = time.process_time()
-            model.training_step(batch, 0).backward()
-            steps.append(time.process_time() - start)
-    loader, step = statistics.median(seconds), statistics.median(steps)
+            for batch in each.batches:
+                module.loss(batch).loss.backward()
+            passes.append(time.process_time() - start)
+    loader, step = statistics.median(seconds), statistics.median(passes)
     print("\n## DataLoader share of a quickstart training step (window 208, 16 rows)\n")
     print(
         f"{1e3 * loader:.1f} ms CPU a batch, read, decode and collate; {1e3 * step:.0f} ms forward "

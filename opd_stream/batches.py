@@ -1,55 +1,88 @@
 """Scored rows to tensors: right-padded inputs, and everything per completion token flat."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from opd_stream.guards import first_occurrences
 from opd_stream.logprobs import completion_rows
 from opd_stream.store.reader import ScoredRow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentDraws:
+    """M further ids a token, drawn from the student with replacement."""
+
+    ids_NM: torch.Tensor
+    behavior_logprobs_NM: torch.Tensor
+    teacher_logprobs_NM: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Rows of one micro-batch with the completion tokens that train.
 
-    B rows, L padded length, N completion tokens inside the window and the loss mask, K the most
-    teacher candidates of a position (fewer: id 0, log-probability -inf). `tokens_of_step` counts
-    the completion tokens of the whole optimizer step, so that the token mean is one mean whatever
-    the number of micro-batches.
+    B rows, L padded length, N completion tokens inside the window and the masks, K the most teacher
+    candidates of a position (fewer: id 0, log-probability -inf), T terminators, M further draws.
     """
 
     input_ids_BL: torch.Tensor
     attention_mask_BL: torch.Tensor
     hidden_rows_N: torch.Tensor  # rows of the flattened [B * L] hidden states that predict a token
+    positions_N: torch.Tensor  # place of the token in its completion, from 0
+    row_N: torch.Tensor  # row of the batch the token belongs to
+    weights_N: torch.Tensor  # of each token in the loss; they sum to 1 over an optimizer step
     completion_ids_N: torch.Tensor
     behavior_logprobs_N: torch.Tensor
     teacher_logprobs_N: torch.Tensor
     teacher_top_ids_NK: torch.Tensor
     teacher_top_logprobs_NK: torch.Tensor
     teacher_tail_logprobs_N: torch.Tensor
+    terminator_ids_T: torch.Tensor
+    teacher_terminator_logprobs_NT: torch.Tensor
+    draws: StudentDraws | None
     window_tokens: int
-    tokens_of_step: int
+    largest_id: int
+    names: tuple[str, ...]  # of the rows, for messages
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        fields: dict[str, Any] = {name: getattr(self, name) for name in Batch.__slots__}
-        tensors = {k: v.to(device) for k, v in fields.items() if isinstance(v, torch.Tensor)}
-        return replace(self, **tensors)
+        return _moved(self, device)
 
 
-def trained_tokens(row: ScoredRow, window_tokens: int) -> int:
-    """Completion tokens of a row that train under a window."""
-    if row.loss_mask is None:
-        return min(len(row.completion_ids), window_tokens)
-    return int(row.loss_mask[:window_tokens].sum())
+def trained_mask(
+    row: ScoredRow, window_tokens: int, masked_ids: Collection[int] = ()
+) -> NDArray[np.bool_]:
+    """Which completion tokens of a row train: window, loss mask, first-occurrence mask [T']."""
+    length = min(len(row.completion_ids), window_tokens)
+    mask = np.ones(length, np.bool_) if row.loss_mask is None else row.loss_mask[:length].copy()
+    if masked_ids:
+        mask &= ~first_occurrences(row.completion_ids[:length], masked_ids)
+    return mask
 
 
-def collate(rows: Sequence[ScoredRow], *, window_tokens: int, tokens_of_step: int) -> Batch:
-    """One micro-batch of rows, each used up to the window."""
-    lengths = [(len(row.prompt_ids), min(len(row.completion_ids), window_tokens)) for row in rows]
+def collate(
+    rows: Sequence[ScoredRow],
+    *,
+    window_tokens: int,
+    tokens_of_step: int | None = None,
+    masked_ids: Collection[int] = (),
+) -> Batch:
+    """One micro-batch of rows, each used up to the window.
+
+    Args:
+        rows: from `open_scores`.
+        window_tokens: completion tokens used of each row.
+        tokens_of_step: completion tokens of the whole optimizer step, so that the token mean is one
+            mean whatever the number of micro-batches; None: the batch is the step.
+        masked_ids: ids whose first occurrence in a completion does not train.
+    """
+    masks = [trained_mask(row, window_tokens, masked_ids) for row in rows]
+    lengths = [(len(row.prompt_ids), len(mask)) for row, mask in zip(rows, masks, strict=True)]
     padded = max(prompt + completion for prompt, completion in lengths)
     input_ids = np.zeros((len(rows), padded), np.int64)  # padding is masked, never read
     attention = np.zeros((len(rows), padded), np.int64)
@@ -57,18 +90,21 @@ def collate(rows: Sequence[ScoredRow], *, window_tokens: int, tokens_of_step: in
         input_ids[place, :prompt] = row.prompt_ids
         input_ids[place, prompt : prompt + completion] = row.completion_ids[:completion]
         attention[place, : prompt + completion] = 1
-    masks = [
-        slice(completion) if row.loss_mask is None else np.flatnonzero(row.loss_mask[:completion])
-        for row, (_, completion) in zip(rows, lengths, strict=True)
-    ]
+    kept = [slice(None) if mask.all() else mask for mask in masks]
 
     def flat(name: str, dtype: Any) -> torch.Tensor:
-        parts = [getattr(row, name)[mask] for row, mask in zip(rows, masks, strict=True)]
+        parts = [
+            getattr(row, name)[: len(mask)][keep]
+            for row, mask, keep in zip(rows, masks, kept, strict=True)
+        ]
         return torch.from_numpy(np.concatenate(parts).astype(dtype, copy=False))
 
     def wide(name: str, dtype: Any, fill: float) -> torch.Tensor:
         """As `flat`, rows with fewer candidates filled up."""
-        parts = [getattr(row, name)[mask] for row, mask in zip(rows, masks, strict=True)]
+        parts = [
+            getattr(row, name)[: len(mask)][keep]
+            for row, mask, keep in zip(rows, masks, kept, strict=True)
+        ]
         widths = {part.shape[1] for part in parts}
         if len(widths) == 1:
             return torch.from_numpy(np.concatenate(parts).astype(dtype, copy=False))
@@ -80,24 +116,49 @@ def collate(rows: Sequence[ScoredRow], *, window_tokens: int, tokens_of_step: in
         return torch.from_numpy(whole)
 
     prompts, completions = (torch.tensor(column) for column in zip(*lengths, strict=True))
-    hidden_rows = completion_rows(prompts, completions, padded_length=padded)
-    if any(row.loss_mask is not None for row in rows):
-        starts = np.cumsum([0, *(completion for _, completion in lengths)])
-        kept = [
-            start + np.arange(completion)[mask]
-            for start, (_, completion), mask in zip(starts, lengths, masks, strict=False)
-        ]
-        hidden_rows = hidden_rows[torch.from_numpy(np.concatenate(kept))]
+    everything = torch.from_numpy(np.concatenate(masks))
+    hidden_rows = completion_rows(prompts, completions, padded_length=padded)[everything]
+    row_N = torch.repeat_interleave(torch.arange(len(rows)), completions)[everything]
+    tokens = int(everything.sum()) if tokens_of_step is None else tokens_of_step
+    top_ids = wide("teacher_top_ids", np.int64, 0)
+    terminators, columns = rows[0].terminators
+    draws = None
+    if rows[0].candidate_ids is not None:
+        draws = StudentDraws(
+            ids_NM=flat("candidate_ids", np.int64),
+            behavior_logprobs_NM=flat("candidate_behavior_logprobs", np.float32),
+            teacher_logprobs_NM=flat("candidate_teacher_logprobs", np.float32),
+        )
     return Batch(
         input_ids_BL=torch.from_numpy(input_ids),
         attention_mask_BL=torch.from_numpy(attention),
         hidden_rows_N=hidden_rows,
+        positions_N=hidden_rows - row_N * padded - prompts[row_N] + 1,
+        row_N=row_N,
+        weights_N=torch.full((len(row_N),), 1 / max(tokens, 1)),
         completion_ids_N=flat("completion_ids", np.int64),
         behavior_logprobs_N=flat("behavior_logprobs", np.float32),
         teacher_logprobs_N=flat("teacher_logprobs", np.float32),
-        teacher_top_ids_NK=wide("teacher_top_ids", np.int64, 0),
+        teacher_top_ids_NK=top_ids,
         teacher_top_logprobs_NK=wide("teacher_top_logprobs", np.float32, -np.inf),
         teacher_tail_logprobs_N=flat("teacher_tail_logprobs", np.float32),
+        terminator_ids_T=torch.tensor(terminators, dtype=torch.long),
+        teacher_terminator_logprobs_NT=flat("teacher_forced_logprobs", np.float32)[
+            :, list(columns)
+        ],
+        draws=draws,
         window_tokens=window_tokens,
-        tokens_of_step=tokens_of_step,
+        largest_id=max(int(input_ids.max()), int(top_ids.max()) if top_ids.numel() else 0),
+        names=tuple(f"{row.prompt_id}/{row.sample_index}" for row in rows),
     )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    changes: dict[str, Any] = {}
+    for field in fields(value):
+        item = getattr(value, field.name)
+        if isinstance(item, torch.Tensor):
+            changes[field.name] = item.to(device, non_blocking=True)
+        elif isinstance(item, StudentDraws):
+            changes[field.name] = _moved(item, device)
+    return replace(value, **changes)

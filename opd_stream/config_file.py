@@ -8,7 +8,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from opd_stream.config import Config, Section
+from opd_stream.config import Config
+from opd_stream.config.section import Section
 from opd_stream.errors import UserError
 
 PATH_FIELDS = ("base", "path", "data_files", "run", "store")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 LARGEST_DIFFERENCE = 20.0  # nats; caps |d| before the exponential
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class DriftSums:
     """Additive statistics of d over tokens.
 
@@ -75,16 +75,23 @@ def drift_sums(
     student_logprobs_N: "torch.Tensor", behavior_logprobs_N: "torch.Tensor"
 ) -> DriftSums:
     """The sums of N tokens, in float64."""
+    everything = student_logprobs_N.new_ones(len(student_logprobs_N)).double()
+    sums = drift_tensor(student_logprobs_N, behavior_logprobs_N, everything)
+    return DriftSums(*sums.tolist())
+
+
+def drift_tensor(
+    student_logprobs_N: "torch.Tensor",
+    behavior_logprobs_N: "torch.Tensor",
+    counted_N: "torch.Tensor",
+) -> "torch.Tensor":
+    """The same as one vector in the order of the fields; `counted_N` is 1.0 or 0.0 for a token."""
+    import torch
+
     d = (student_logprobs_N.detach().double() - behavior_logprobs_N.double()).clamp(
         -LARGEST_DIFFERENCE, LARGEST_DIFFERENCE
     )
-    weight = d.exp()
-    return DriftSums(
-        tokens=float(d.numel()),
-        k3=(d.expm1() - d).sum().item(),
-        signed=d.sum().item(),
-        absolute=d.abs().sum().item(),
-        squared=(d * d).sum().item(),
-        weight=weight.sum().item(),
-        weight_squared=(weight * weight).sum().item(),
-    )
+    d, weight = d * counted_N, d.exp() * counted_N
+    k3 = d.expm1() - d
+    columns = [counted_N, k3, d, d.abs(), d * d, weight, weight * weight]
+    return torch.stack(columns).sum(1)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[torch.Tensor], torch.Tensor]  # hidden [n, H] -> logits [n, V]
 
@@ -45,24 +44,6 @@ def completion_rows(
         )
     ]
     return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
-
-
-def student_logprobs(
-    hidden_NH: torch.Tensor, head: Head, ids_NJ: torch.Tensor, *, chunk_rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Differentiable log p of given ids [N, J] and the entropy in nats (detached) [N].
-
-    Logits exist for at most `chunk_rows` rows at a time, in the forward and in the backward pass;
-    a chunk is computed a second time for its gradient.
-    """
-    if len(hidden_NH) <= chunk_rows:
-        return _gathered(hidden_NH, head, ids_NJ)
-    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for hidden, ids in zip(hidden_NH.split(chunk_rows), ids_NJ.split(chunk_rows), strict=True):
-        part = checkpoint(_gathered, hidden, head, ids, use_reentrant=False)
-        parts.append(part)  # pyright: ignore[reportArgumentType]
-    logprobs, entropy = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,14 +134,3 @@ def _drawn(logits_NV: torch.Tensor, draws_ND: torch.Tensor) -> tuple[torch.Tenso
     counts_ND.scatter_add_(1, place_ND, torch.ones_like(counts_ND))
     distinct_ND = torch.zeros_like(ids_ND).scatter(1, place_ND, ids_ND)
     return distinct_ND, (counts_ND / ids_ND.shape[1]).log()
-
-
-def _gathered(
-    hidden_NH: torch.Tensor, head: Head, ids_NJ: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    logits_NV = head(hidden_NH).float()
-    norm_N1 = logits_NV.logsumexp(1, keepdim=True)
-    with torch.no_grad():
-        probabilities_NV = (logits_NV - norm_N1).exp()
-        entropy_N = norm_N1[:, 0] - (probabilities_NV * logits_NV).sum(1)
-    return logits_NV.gather(1, ids_NJ) - norm_N1, entropy_N.detach()

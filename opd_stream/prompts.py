@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from opd_stream.config import DatasetPrompts, JsonlPrompts, LedgerPrompts, Prompts
+from opd_stream.config.prompts import DatasetPrompts, JsonlPrompts, LedgerPrompts, Prompts
 from opd_stream.errors import UserError
 from opd_stream.store.files import canonical_json, sha256, sha256_file
 from opd_stream.store.schema import PROMPTS, id_lists

@@ -4,11 +4,16 @@ Progress counts rounds, not steps, because the number of epochs on a cache is an
 that stops early because of drift moves the schedule to the next round's place.
 """
 
+import math
 from typing import Literal
 
 
 def learning_rate(
-    schedule: Literal["constant", "linear"], *, peak: float, warmup: float, progress: float
+    schedule: Literal["constant", "linear", "cosine"],
+    *,
+    peak: float,
+    warmup: float,
+    progress: float,
 ) -> float:
     """The rate at `progress` in [0, 1), after a linear rise over the first `warmup` of the run.
 
@@ -20,4 +25,5 @@ def learning_rate(
         return peak * progress / warmup
     if schedule == "constant":
         return peak
-    return peak * (1 - progress) / (1 - warmup)
+    left = (1 - progress) / (1 - warmup)
+    return peak * (left if schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)

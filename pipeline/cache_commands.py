@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from opd_stream.config import Codec as CodecConfig
+from opd_stream.config.collection import Codec as CodecConfig
 from opd_stream.errors import UserError
 from opd_stream.store import inventory
 from opd_stream.store.codecs import build_codec

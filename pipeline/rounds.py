@@ -11,8 +11,6 @@ from typing import Any
 
 from opd_stream.config import Config
 from opd_stream.store.artifact import DamagedUnit
-from opd_stream.store.reader import ScoredRows
-from pipeline.plan import training_window
 from pipeline.reports import Span, busy_seconds, made_by, round_report, summary
 from pipeline.run_directory import RunDirectory
 from pipeline.setup import Setup, open_setup
@@ -132,23 +130,28 @@ def train_policy(session: Session, here: Round) -> None:
         UserError: nothing can be trained on, or the loss is not finite.
         DamagedUnit: a shard is not what was committed.
     """
-    from stages.train import TrainJob, train
+    from stages.train import OPTIMIZER, train
+    from stages.train_job import TrainJob
 
     config, start = session.setup.config, time.time()
+    optimizer = None if here.previous is None else here.previous.folder() / OPTIMIZER
+    author = here.rollouts.recipe.inputs.get("student")
     train(
         TrainJob(
-            base=here.student.folder,
-            optimizer_state=None if here.previous is None else here.previous.folder() / "optimizer",
-            rows=ScoredRows([(here.rollouts, here.scores)]),
             config=config,
-            window=training_window(config),
+            policy=here.policy.recipe.as_json(),
+            base=str(here.student.folder),
+            initial=str(session.setup.student.folder),
+            optimizer_state=None if optimizer is None else str(optimizer),
+            caches=((here.rollouts.fingerprint, here.scores.fingerprint),),
+            is_fresh=author == here.student.identity.fingerprint,
+            masked_ids=session.setup.masked_ids,
             first_step=here.plan.first_step,
             round_index=here.index,
-            scratch=session.directory.scratch(here),
-            metrics=session.directory.metrics,
+            scratch=str(session.directory.scratch(here)),
+            metrics=str(session.directory.metrics),
             made_by=session.run_id,
         ),
-        here.policy,
         session.progress,
     )
     session.spans.append((start, time.time()))

@@ -20,6 +20,7 @@ class Setup:
     teacher: Checkpoint | None  # None in a replay
     stop_ids: tuple[int, ...]  # terminators of either model: generation stops on any of them
     forced_ids: tuple[int, ...]  # always scored
+    masked_ids: tuple[int, ...]  # the first occurrence in a rollout does not train
     prompts: Artifact
     evaluation_prompts: Artifact | None
 
@@ -50,6 +51,7 @@ def open_setup(config: Config) -> Setup:
         teacher=teacher,
         stop_ids=stop_ids,
         forced_ids=tuple(sorted({*stop_ids, *_forced(config, student)})),
+        masked_ids=_masked(config, student),
         prompts=make_prompts(store, config.prompts, student),
         evaluation_prompts=(
             None if evaluation is None else make_prompts(store, evaluation.prompts, student)
@@ -76,3 +78,10 @@ def _forced(config: Config, student: Checkpoint) -> list[int]:
             )
         found.append(token_id)
     return found
+
+
+def _masked(config: Config, student: Checkpoint) -> tuple[int, ...]:
+    """Ids of `train.guards.mask_first`; what the tokenizer lacks cannot occur."""
+    vocabulary = student.tokenizer().get_vocab()
+    names = config.train.guards.mask_first
+    return tuple(sorted(vocabulary[name] for name in names if name in vocabulary))

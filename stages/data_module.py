@@ -1,19 +1,18 @@
-"""Scored rows to training batches, in an order that any restart continues exactly.
+"""Scored rows to training steps, in an order that any restart continues exactly.
 
-The order of an epoch is a function of (seed, first step of the round, epoch, number of rows). The
-position is kept in the DataModule's state, the one place from which Lightning restores it whatever
-the optimizer set-up asks of the trainer.
+The order of an epoch is a function of (seed, first step of the round, epoch, number of rows), and a
+step is the same rows whatever the number of processes: its micro-batches are dealt out to them.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import lightning
 import torch
 
-from opd_stream.batches import Batch, collate, trained_tokens
+from opd_stream.batches import Batch, collate, trained_mask
 from opd_stream.store.order import epoch_order
 from opd_stream.store.reader import ScoredRow, ScoredRows
 from opd_stream.windows import Window, window_tokens
@@ -21,23 +20,20 @@ from opd_stream.windows import Window, window_tokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
-    """Everything that decides which rows meet in which step.
+    """Everything that decides which rows meet in which step, and how a step is cut.
 
     Example:
-        >>> BatchPlan(rows_per_step=16, rows_per_microbatch=16, seed=0, first_step=48,
+        >>> BatchPlan(rows_per_step=16, tokens_per_microbatch=16384, seed=0, first_step=48,
         ...           window=FixedWindow(tokens=208))
     """
 
     rows_per_step: int
-    rows_per_microbatch: int
+    tokens_per_microbatch: int
     seed: int
     first_step: int  # optimizer steps done before this round
     window: Window
-
-    @property
-    def micro_steps(self) -> int:
-        """Micro-batches of a full optimizer step."""
-        return -(-self.rows_per_step // self.rows_per_microbatch)
+    top_k: int | None = None  # teacher candidates to use; None: all that are cached
+    masked_ids: tuple[int, ...] = ()  # ids whose first occurrence does not train
 
     def epoch_steps(self, rows: int, epoch: int) -> list[list[int]]:
         """Row numbers of each optimizer step of an epoch; the last step may be smaller."""
@@ -46,68 +42,116 @@ class BatchPlan:
         return [order[start : start + size] for start in range(0, rows, size)]
 
 
-def microbatches(rows: list[ScoredRow], plan: BatchPlan, step: int) -> list[Batch]:
-    """The micro-batches of one optimizer step; `step` counts from the start of the run."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one process does in one optimizer step."""
+
+    number: int  # from the start of the run
+    window_tokens: int
+    batches: list[Batch]
+
+
+def bucketed(lengths: Sequence[int], *, budget: int, multiple: int = 1) -> list[list[int]]:
+    """Rows in groups of similar length whose padded size stays within a budget of tokens.
+
+    Args:
+        lengths: tokens of each row.
+        budget: tokens of a group, padding included; a longer row is a group of its own.
+        multiple: the number of groups is a multiple of it, some perhaps empty.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+    groups: list[list[int]] = []
+    for row in order:
+        if not groups or (len(groups[-1]) + 1) * lengths[row] > budget:
+            groups.append([])
+        groups[-1].append(row)
+    while len(groups) % multiple:
+        largest = max(range(len(groups)), key=lambda group: (len(groups[group]), group))
+        whole = groups[largest]
+        half = (len(whole) + 1) // 2
+        groups[largest : largest + 1] = [whole[:half], whole[half:]]
+    return groups
+
+
+def step_batches(
+    rows: Sequence[ScoredRow], plan: BatchPlan, step: int, *, rank: int = 0, world_size: int = 1
+) -> list[Batch]:
+    """The micro-batches that one of `world_size` processes does of an optimizer step."""
     window = window_tokens(plan.window, step)
-    tokens = sum(trained_tokens(row, window) for row in rows)
-    size = plan.rows_per_microbatch
-    return [
-        collate(rows[start : start + size], window_tokens=window, tokens_of_step=tokens)
-        for start in range(0, len(rows), size)
-    ]
+    masked = plan.masked_ids
+    tokens = sum(int(trained_mask(row, window, masked).sum()) for row in rows)
+    lengths = [len(row.prompt_ids) + min(len(row.completion_ids), window) for row in rows]
+    groups = bucketed(lengths, budget=plan.tokens_per_microbatch, multiple=world_size)
+    batches: list[Batch] = []
+    for group in groups[rank::world_size]:
+        # A process without rows takes part with one of no weight.
+        chosen = [rows[row] for row in group] or [rows[0]]
+        batch = collate(chosen, window_tokens=window, tokens_of_step=tokens, masked_ids=masked)
+        if not group:
+            batch = replace(batch, weights_N=torch.zeros_like(batch.weights_N))
+        batches.append(batch)
+    return batches
 
 
 class CacheDataModule(lightning.LightningDataModule):
     """One round's scored rows; a new loader for each epoch."""
 
-    def __init__(self, rows: ScoredRows, plan: BatchPlan) -> None:
+    def __init__(self, rows: ScoredRows, plan: BatchPlan, *, steps_done: int = 0) -> None:
         super().__init__()
         self.rows, self.plan = rows, plan
-        self._loader: EpochLoader | None = None
-        self._restored: dict[str, int] = {}
+        self.first_epoch, self._skipped = divmod(steps_done, len(plan.epoch_steps(len(rows), 0)))
 
     def train_dataloader(self) -> "EpochLoader":
         assert self.trainer is not None
-        epoch = self.trainer.current_epoch
-        done = self._restored.get("done", 0) if self._restored.get("epoch") == epoch else 0
-        self._loader = EpochLoader(self.rows, self.plan, epoch, done)
-        return self._loader
-
-    def state_dict(self) -> dict[str, int]:
-        assert self._loader is not None
-        return {"epoch": self._loader.epoch, "done": self._loader.done}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._restored = state_dict
+        loader = EpochLoader(
+            self.rows,
+            self.plan,
+            self.first_epoch + self.trainer.current_epoch,
+            skipped=self._skipped if self.trainer.current_epoch == 0 else 0,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+        return loader
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
-    ) -> Batch:
-        return batch.to(device)
+    ) -> Step:
+        return replace(batch, batches=[part.to(device) for part in batch.batches])
 
 
 class EpochLoader:
-    """The micro-batches of an epoch from a position on; its length is that of the whole epoch."""
+    """The steps of an epoch, from a position on."""
 
-    def __init__(self, rows: ScoredRows, plan: BatchPlan, epoch: int, done: int) -> None:
-        self.rows, self.plan, self.epoch, self.done = rows, plan, epoch, done
-        self.steps = plan.epoch_steps(len(rows), epoch)
-        self.sizes = [-(-len(step) // plan.rows_per_microbatch) for step in self.steps]
+    def __init__(
+        self,
+        rows: ScoredRows,
+        plan: BatchPlan,
+        epoch: int,
+        *,
+        skipped: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._rows, self._plan, self._epoch, self._skipped = rows, plan, epoch, skipped
+        self._rank, self._world_size = rank, world_size
+        self._steps = plan.epoch_steps(len(rows), epoch)
 
     def __len__(self) -> int:
-        return sum(self.sizes)
+        return len(self._steps) - self._skipped
 
-    def __iter__(self) -> Iterator[Batch]:
-        start, todo = 0, []
-        for number, size in enumerate(self.sizes):
-            if start + size > self.done:
-                todo.append((number, max(0, self.done - start)))
-            start += size
-        first_step = self.plan.first_step + self.epoch * len(self.steps)
-        positions = [position for number, _ in todo for position in self.steps[number]]
-        rows = self.rows.ahead(positions)
-        for number, skipped in todo:
-            chosen = list(islice(rows, len(self.steps[number])))
-            for batch in microbatches(chosen, self.plan, first_step + number)[skipped:]:
-                self.done += 1
-                yield batch
+    def __iter__(self) -> Iterator[Step]:
+        todo = self._steps[self._skipped :]
+        first = self._plan.first_step + self._epoch * len(self._steps) + self._skipped
+        rows = self._rows.ahead([position for step in todo for position in step])
+        for number, step in enumerate(todo, start=first):
+            chosen = [self._cut(row) for row in islice(rows, len(step))]
+            yield Step(
+                number=number,
+                window_tokens=window_tokens(self._plan.window, number),
+                batches=step_batches(
+                    chosen, self._plan, number, rank=self._rank, world_size=self._world_size
+                ),
+            )
+
+    def _cut(self, row: ScoredRow) -> ScoredRow:
+        return row if self._plan.top_k is None else row.first_candidates(self._plan.top_k)

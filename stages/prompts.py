@@ -1,6 +1,6 @@
 """Prompts stage: a source becomes one verified shard of token ids."""
 
-from opd_stream.config import Prompts
+from opd_stream.config.prompts import Prompts
 from opd_stream.prompts import prompts_table, source_settings
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.recipe import Recipe

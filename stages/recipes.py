@@ -6,7 +6,9 @@ batch sizes of engines, unit sizes and paths are missing on purpose.
 
 from typing import Any
 
-from opd_stream.config import Config, Evaluation, Rollouts, Scores, Staleness, Train
+from opd_stream.config import Config, Evaluation
+from opd_stream.config.collection import Rollouts, Scores
+from opd_stream.config.training import Staleness, Train
 from opd_stream.store.recipe import Recipe
 from stages.checkpoints import Checkpoint
 from stages.selection import every_prompt, round_prompts
@@ -34,6 +36,7 @@ def rollouts_recipe(
             "selection": selection,
             "window_tokens": window_tokens,
             "samples_per_prompt": rollouts.samples_per_prompt,
+            "extra_draws": rollouts.extra_draws,
             "temperature": rollouts.temperature,
             "seed": _sampling_seed(config.seed, round_index),
             "stop_ids": list(stop_ids),
@@ -58,6 +61,7 @@ def evaluation_rollouts_recipe(
             "selection": every_prompt(),
             "window_tokens": evaluation.max_new_tokens,
             "samples_per_prompt": evaluation.samples_per_prompt,
+            "extra_draws": 0,
             "temperature": evaluation.temperature,
             "seed": evaluation.seed,
             "stop_ids": list(stop_ids),
@@ -115,7 +119,11 @@ def policy_recipe(
     return Recipe(
         kind="policies",
         settings={
-            "objective": train.objective.model_dump(mode="json"),
+            "objectives": [part.model_dump(mode="json") for part in train.objective],
+            "top_k": train.top_k,
+            "guards": train.guards.model_dump(mode="json"),
+            "precision": train.precision,
+            "lora": None if train.lora is None else train.lora.model_dump(mode="json"),
             "learning_rate": train.learning_rate,
             "schedule": train.schedule,
             "warmup": train.warmup,

@@ -1,98 +1,132 @@
-"""The student in training: one forward pass gives the loss and, for free, the measured drift.
+"""One optimizer step of the student, as Lightning runs it.
 
-`student_logprobs` of the sampled tokens are needed by the objective anyway; their difference to the
-cached `behavior_logprobs` is the policy drift, so staleness is measured on every row at every step
-without another pass.
+A Lightning batch is everything of one optimizer step on this process: its micro-batches. Gradients
+are those of one mean over the tokens of the whole step, whatever the number of micro-batches and
+processes. `student_logprobs` of the sampled tokens are needed by the objective anyway; their
+difference to the cached `behavior_logprobs` is the policy drift, so staleness is measured on every
+row at every step without another pass.
 """
 
-from pathlib import Path
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
+from opd_stream.batch_loss import BatchLoss
 from opd_stream.batches import Batch
-from opd_stream.drift import DriftSums, drift_sums
-from opd_stream.engines.head import logits_head
-from opd_stream.logprobs import student_logprobs
-from opd_stream.objectives import SMALLEST_LOGPROB, Objective, ObjectiveInputs, token_losses
-from opd_stream.store.tree import load_tree
-
-HEAD_ROWS_PER_CHUNK = 4096  # rows whose logits exist at one time
+from opd_stream.errors import UserError
+from opd_stream.objectives import Objective
+from opd_stream.statistics import NAMES, named
+from stages.data_module import Step
+from stages.student_model import Loader, StudentModel
+from stages.training_state import load_optimizer_state
 
 
 class StudentModule(lightning.LightningModule):
-    """A causal language model, an objective and an optimizer."""
+    """A student, its objectives and its optimizer."""
 
     def __init__(
         self,
-        folder: Path,
-        objective: Objective,
-        optimizer: dict[str, Any],
-        optimizer_state: Path | None,
+        load: Loader,
+        objectives: tuple[Objective, ...],
         *,
-        micro_steps: int,
+        optimizer: dict[str, Any],
+        optimizer_state: dict[str, Any] | None = None,
+        clip_norm: float = math.inf,
+        merge_terminators: bool = True,
+        soft_clamp: float | None = None,
     ) -> None:
         super().__init__()
-        self._folder, self._objective, self._micro_steps = folder, objective, micro_steps
+        self.automatic_optimization = False
+        self._load, self._objectives = load, objectives
         self._optimizer, self._optimizer_state = optimizer, optimizer_state
-        self.model: Any = None
-        self.step_sums: list[dict[str, float]] = []  # one entry per micro-batch of the step
+        self._clip_norm, self._merge_terminators = clip_norm, merge_terminators
+        self._soft_clamp = soft_clamp
+        self.student: StudentModel | None = None
+        self.mean_loss: float | None = None  # of the step before, for the soft clamp
+        self.step_sums: dict[str, float] = {}  # of the latest step, over all processes
+        self.grad_norm = 0.0
+        self._resumed: Callable[[StudentModel], None] | None = None
+
+    def load_weights_with(self, load: Callable[[StudentModel], None]) -> None:
+        """Weights of a checkpoint, put in once the model is there."""
+        self._resumed = load
 
     def configure_model(self) -> None:
-        if self.model is not None:
+        if self.student is not None:
             return
-        from transformers import AutoModelForCausalLM
+        student = self._load()
+        if isinstance(self._trainer and self.trainer.strategy, ModelParallelStrategy):
+            student.shard(self.device_mesh["data_parallel"])  # pyright: ignore
+        self.student = student
+        if self._resumed is not None:
+            self._resumed(student)
 
-        self.model = AutoModelForCausalLM.from_pretrained(
-            self._folder, dtype=torch.float32, trust_remote_code=False
-        )
-        self.model.config.use_cache = False
-        self.model.train()
+    def training_step(self, step: Step, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        parts: list[tuple[Batch, torch.Tensor]] = []
+        sums = torch.zeros(len(NAMES), dtype=torch.float64, device=self.device)
+        for number, batch in enumerate(step.batches):
+            with self._synchronised(number + 1 == len(step.batches)):
+                found = self.loss(batch)
+                # Strategies average over processes; the loss is a sum over them.
+                self.manual_backward(found.loss * self.trainer.world_size)
+            sums += found.sums
+            parts.append((batch, found.losses_N))
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        self.step_sums = named(sums)
+        trained = [p for p in self.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(trained, self._clip_norm)
+        self.grad_norm = float(getattr(norm, "full_tensor", lambda: norm)())
+        if not math.isfinite(self.step_sums["loss"] + self.grad_norm):
+            raise UserError(self._not_finite(step, parts))
+        optimizer.step()
+        optimizer.zero_grad()
+        self.mean_loss = self.step_sums["loss"] / max(self.step_sums["tokens"], 1.0)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        hidden_BLH = self.model.get_decoder()(
-            input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL, use_cache=False
-        ).last_hidden_state
-        hidden_NH = hidden_BLH.flatten(0, 1)[batch.hidden_rows_N]
-        ids_NJ = torch.cat([batch.completion_ids_N[:, None], batch.teacher_top_ids_NK], dim=1)
-        logprobs_NJ, entropy_N = student_logprobs(
-            hidden_NH, logits_head(self.model), ids_NJ, chunk_rows=HEAD_ROWS_PER_CHUNK
+    def loss(self, batch: Batch) -> BatchLoss:
+        """Loss of one micro-batch under the current weights."""
+        assert self.student is not None
+        limit = None
+        if self._soft_clamp is not None and self.mean_loss is not None:
+            limit = self._soft_clamp * self.mean_loss
+        return self.student(
+            batch, self._objectives, merge_terminators=self._merge_terminators, limit=limit
         )
-        absent_NK = batch.teacher_top_logprobs_NK == -torch.inf
-        inputs = ObjectiveInputs(
-            student_logprobs_N=logprobs_NJ[:, 0],
-            student_top_logprobs_NK=logprobs_NJ[:, 1:].masked_fill(absent_NK, SMALLEST_LOGPROB),
-            teacher_logprobs_N=batch.teacher_logprobs_N.clamp(min=SMALLEST_LOGPROB),
-            teacher_top_logprobs_NK=batch.teacher_top_logprobs_NK.clamp(min=SMALLEST_LOGPROB),
-            teacher_tail_logprobs_N=batch.teacher_tail_logprobs_N,
-            behavior_logprobs_N=batch.behavior_logprobs_N,
-        )
-        losses_N = token_losses(self._objective, inputs)
-        self._measure(inputs, losses_N.detach(), entropy_N)
-        # Lightning divides by the number of micro-batches; the token mean already runs over them.
-        return losses_N.sum() / batch.tokens_of_step * self._micro_steps
-
-    @torch.no_grad()
-    def _measure(
-        self, inputs: ObjectiveInputs, losses_N: torch.Tensor, entropy_N: torch.Tensor
-    ) -> None:
-        reverse_kl_N = inputs.student_logprobs_N - inputs.teacher_logprobs_N
-        drift: DriftSums = drift_sums(inputs.student_logprobs_N, inputs.behavior_logprobs_N)
-        sums = {
-            "tokens": float(len(losses_N)),
-            "loss": losses_N.double().sum().item(),
-            "reverse_kl": reverse_kl_N.double().sum().item(),
-            "student_top_mass": inputs.student_top_logprobs_NK.exp().double().sum().item(),
-            "teacher_top_mass": inputs.teacher_top_logprobs_NK.exp().double().sum().item(),
-            "student_entropy": entropy_N.double().sum().item(),
-        }
-        self.step_sums.append({**sums, **{f"drift.{k}": v for k, v in drift.as_dict().items()}})
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = torch.optim.AdamW(self.model.parameters(), **self._optimizer)
+        trained = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, fused=True, **self._optimizer)
         if self._optimizer_state is not None:
-            previous = load_tree(self._optimizer_state)
-            settings = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": previous["state"], "param_groups": settings})
+            assert self.student is not None
+            load_optimizer_state(self.student, optimizer, self._optimizer_state)
         return optimizer
+
+    def _synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Gradients travel between processes once a step, with the last micro-batch."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            assert self.student is not None
+            self.student.set_requires_gradient_sync(is_last)  # pyright: ignore
+        elif isinstance(strategy, DDPStrategy) and not is_last:
+            return strategy.model.no_sync()  # pyright: ignore
+        return nullcontext()
+
+    def _not_finite(self, step: Step, parts: list[tuple[Batch, torch.Tensor]]) -> str:
+        rows = sorted(
+            {
+                batch.names[row]
+                for batch, losses_N in parts
+                for row in batch.row_N[~losses_N.isfinite()].tolist()
+            }
+        )
+        where = f"rows {', '.join(rows[:8])}" if rows else "no row; the gradient is what is not"
+        return (
+            f"the loss of step {step.number} is not finite in {where}; the policy of the round "
+            "before is intact; lower train.learning_rate, or look at these rows' scores"
+        )

@@ -134,6 +134,7 @@ class GenerateUnits(UnitWorker):
             temperature=settings["temperature"],
             seed=settings["seed"],
             stop_ids=tuple(settings["stop_ids"]),
+            extra_draws=settings["extra_draws"],
         )
         length_rows = sum(reason == "length" for reason in batch.finish_reason)
         counts = {

@@ -24,7 +24,7 @@ SMALL_RUN: dict[str, Any] = {
         "objective": {"kind": "bucket"},
         "learning_rate": 1e-3,
         "rows_per_step": 4,
-        "rows_per_microbatch": 2,
+        "tokens_per_microbatch": 400,
         "checkpoint_steps": 1,
     },
     "staleness": {"max_epochs": 2},

@@ -57,8 +57,10 @@ def test_all_problems_are_told_at_once_with_suggestions(tmp_path: Path) -> None:
     [
         ("rollouts.window.tokens=0", "'rollouts.window.tokens' is 0"),
         ("rollouts.samples=3", "did you mean 'samples_per_prompt'?"),
-        ("train.objective.kind=mse", "'train.objective'"),
-        ("train.rows_per_microbatch=5", "train.rows_per_step 16 is not a multiple of"),
+        ("train.objective.kind=mse", "'train.objective.0'"),
+        ("train.top_k=33", "train.top_k is 33 but scores.top_k is"),
+        ("train.objective.kind=mc", "rollouts.extra_draws is 0 with objective mc"),
+        ("train.objective=[]", "train.objective is an empty list"),
         ("rollouts", "has no '='"),
         ("rounds.deep=1", "rounds is a value, not a section"),
         ("teacher=null", "'teacher' is missing"),
@@ -94,5 +96,5 @@ def test_a_base_gives_its_fields_and_another_kind_replaces_a_section(tmp_path: P
     above = {"base": "run.yaml", "train": {"objective": {"kind": "lsm"}}}
     (tmp_path / "above.yaml").write_text(yaml.safe_dump(above))
     config = load_config(tmp_path / "above.yaml", [])
-    assert config.train.objective.kind == "lsm"
+    assert config.train.objective[0].kind == "lsm"
     assert config.train.learning_rate == 0.1

@@ -10,7 +10,12 @@ import pytest
 import zstandard
 from transformers import AutoTokenizer
 
-from opd_stream.config import ChatTemplate, DatasetPrompts, JsonlPrompts, LedgerPrompts
+from opd_stream.config.prompts import (
+    ChatTemplate,
+    DatasetPrompts,
+    JsonlPrompts,
+    LedgerPrompts,
+)
 from opd_stream.errors import UserError
 from opd_stream.prompts import prompts_table, read_prompts, shuffled_rows
 

@@ -28,12 +28,15 @@ class Engine(Protocol):
         temperature: float,
         seed: int,
         stop_ids: tuple[int, ...],
+        extra_draws: int = 0,
     ) -> RolloutBatch:
         """Sample up to `window_tokens` new tokens for each prompt, `samples_per_prompt` times.
 
         A rollout ends with the first id of `stop_ids` it draws (kept, finish_reason "stop") or at
         the window (finish_reason "length"). Temperature 0 is greedy. `behavior_logprobs` are raw:
-        log-softmax of the logits before temperature.
+        log-softmax of the logits before temperature. With `extra_draws` M, M further ids are drawn
+        at every position from the same distribution, with replacement, and kept as candidates; they
+        do not change what is sampled.
 
         Raises:
             UserError: a prompt plus the window does not fit the model's context.

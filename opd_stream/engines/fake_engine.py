@@ -45,9 +45,11 @@ class FakeEngine:
         temperature: float,
         seed: int,
         stop_ids: tuple[int, ...],
+        extra_draws: int = 0,
     ) -> RolloutBatch:
         """See `Engine.sample`."""
         rows: list[tuple[str, int, NDArray[Any], NDArray[np.int32], NDArray[np.float32]]] = []
+        candidates: list[tuple[NDArray[np.int32], NDArray[np.float32]]] = []
         for prompt_id, ids in zip(prompts.prompt_id, prompts.prompt_ids, strict=True):
             if len(ids) + window_tokens > CONTEXT_TOKENS:
                 raise UserError(
@@ -60,6 +62,12 @@ class FakeEngine:
                 tokens = self._continue(int(ids[-1]), uniforms, temperature, stop_ids)
                 logprobs = self._rows(int(ids[-1]), tokens)[np.arange(len(tokens)), tokens]
                 rows.append((prompt_id, sample, ids, tokens, logprobs.astype(np.float32)))
+                dense_TV = self._rows(int(ids[-1]), tokens)
+                extra = np.random.default_rng([*key, 1]).random((len(tokens), extra_draws, 1))
+                cumulative_TV = np.exp(dense_TV).cumsum(1)
+                drawn = (extra > cumulative_TV[:, None]).sum(2).clip(max=self._vocab_size - 1)
+                asked = np.take_along_axis(dense_TV, drawn, axis=1)
+                candidates.append((drawn.astype(np.int32), asked.astype(np.float32)))
         time.sleep(self._seconds_per_token * sum(len(row[3]) for row in rows))
         return RolloutBatch(
             prompt_id=tuple(row[0] for row in rows),
@@ -68,6 +76,10 @@ class FakeEngine:
             completion_ids=tuple(row[3] for row in rows),
             behavior_logprobs=tuple(row[4] for row in rows),
             finish_reason=tuple("stop" if row[3][-1] in stop_ids else "length" for row in rows),
+            candidate_ids=tuple(ids for ids, _ in candidates) if extra_draws else None,
+            candidate_behavior_logprobs=(
+                tuple(logprobs for _, logprobs in candidates) if extra_draws else None
+            ),
         )
 
     def score(

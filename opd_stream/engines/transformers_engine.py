@@ -5,7 +5,6 @@ taken out, prompts read once for all their samples. Scoring runs the decoder onc
 rows and the head only over completion tokens, in chunks, so no [B, T, V] tensor ever exists.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from opd_stream.engines.head import logits_head
+from opd_stream.engines.sampling import draw, draw_uniforms, uniforms
 from opd_stream.errors import UserError
 from opd_stream.logprobs import HeadScores, completion_rows, head_scores
 from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
 
 HEAD_ROWS_PER_CHUNK = 2048  # rows whose logits exist at one time while scoring
 LIVE_SHARE = 0.75  # ended rows are taken out when fewer than this share is still running
-
-LARGEST_UNIFORM = 1 - 2**-50
 
 
 class TransformersEngine:
@@ -47,25 +45,26 @@ class TransformersEngine:
         temperature: float,
         seed: int,
         stop_ids: tuple[int, ...],
+        extra_draws: int = 0,
     ) -> RolloutBatch:
         """See `Engine.sample`."""
         self._check_context(prompts, window_tokens)
         lengths = [len(ids) for ids in prompts.prompt_ids]
         order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
         per_batch = max(1, self._batch_rows // samples_per_prompt)
-        tokens: dict[int, NDArray[np.int32]] = {}
+        tokens: dict[int, NDArray[np.int32]] = {}  # rollout -> [T, 1 + M], the sampled first
         logprobs: dict[int, NDArray[np.float32]] = {}
         for start in range(0, len(order), per_batch):
             chosen = order[start : start + per_batch]
-            uniforms = np.stack(
+            numbers = np.stack(
                 [
-                    _uniforms(seed, prompts.prompt_id[row], sample, window_tokens)
+                    draw_uniforms(seed, prompts.prompt_id[row], sample, window_tokens, extra_draws)
                     for row in chosen
                     for sample in range(samples_per_prompt)
                 ]
             )
             ids = [prompts.prompt_ids[row] for row in chosen]
-            done = self._decode(ids, uniforms, temperature, stop_ids)
+            done = self._decode(ids, numbers, temperature, stop_ids)
             for place, (row_tokens, row_logprobs) in enumerate(done):
                 prompt, sample = divmod(place, samples_per_prompt)
                 rollout = chosen[prompt] * samples_per_prompt + sample
@@ -76,10 +75,14 @@ class TransformersEngine:
             prompt_id=tuple(prompts.prompt_id[row // samples_per_prompt] for row in rollouts),
             sample_index=np.tile(np.arange(samples_per_prompt, dtype=np.int32), len(lengths)),
             prompt_ids=tuple(prompts.prompt_ids[row // samples_per_prompt] for row in rollouts),
-            completion_ids=tuple(tokens[row] for row in rollouts),
-            behavior_logprobs=tuple(logprobs[row] for row in rollouts),
+            completion_ids=tuple(tokens[row][:, 0] for row in rollouts),
+            behavior_logprobs=tuple(logprobs[row][:, 0] for row in rollouts),
             finish_reason=tuple(
-                "stop" if int(tokens[row][-1]) in stops else "length" for row in rollouts
+                "stop" if int(tokens[row][-1, 0]) in stops else "length" for row in rollouts
+            ),
+            candidate_ids=tuple(tokens[row][:, 1:] for row in rollouts) if extra_draws else None,
+            candidate_behavior_logprobs=(
+                tuple(logprobs[row][:, 1:] for row in rollouts) if extra_draws else None
             ),
         )
 
@@ -137,16 +140,19 @@ class TransformersEngine:
     def _decode(
         self,
         prompt_ids: Sequence[NDArray[np.integer[Any]]],
-        uniforms_RT: NDArray[np.float64],
+        uniforms_RTM: NDArray[np.float64],
         temperature: float,
         stop_ids: tuple[int, ...],
     ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.float32]]]:
-        """Completion ids and behavior log-probabilities of R rows, R a multiple of the prompts."""
+        """Drawn ids and behavior log-probabilities of R rows [T, M], R a multiple of the prompts.
+
+        Column 0 is what is sampled.
+        """
         from opd_stream.engines.decoding import open_decoder
 
         head = logits_head(self._model)
-        rows, window = uniforms_RT.shape
-        uniforms = torch.from_numpy(uniforms_RT).to(self._device)
+        rows, window, columns = uniforms_RTM.shape
+        numbers = torch.from_numpy(uniforms_RTM).to(self._device)
         stops = torch.tensor(stop_ids, dtype=torch.long, device=self._device)
         ids, mask = _left_padded(prompt_ids, self._device)
         decoder = open_decoder(self._model)
@@ -156,14 +162,15 @@ class TransformersEngine:
             spread = torch.arange(len(prompt_ids), device=self._device).repeat_interleave(samples)
             decoder.select(spread)
             hidden = hidden[spread]
-        tokens = torch.zeros(rows, window, dtype=torch.long, device=self._device)
-        logprobs = torch.zeros(rows, window, device=self._device)
+        tokens = torch.zeros(rows, window, columns, dtype=torch.long, device=self._device)
+        logprobs = torch.zeros(rows, window, columns, device=self._device)
         lengths = torch.full((rows,), window, device=self._device)
         live = torch.arange(rows, device=self._device)  # rows the decoder still holds
         running = torch.ones(rows, dtype=torch.bool, device=self._device)  # of them, not ended
         for place in range(window):
-            drawn, drawn_logprobs = _draw(head(hidden), uniforms[live, place], temperature)
-            tokens[live, place], logprobs[live, place] = drawn, drawn_logprobs
+            all_drawn, drawn_logprobs = draw(head(hidden), numbers[live, place], temperature)
+            tokens[live, place], logprobs[live, place] = all_drawn, drawn_logprobs
+            drawn = all_drawn[:, 0]
             ended = running & torch.isin(drawn, stops)
             lengths[live[ended]] = place + 1
             running = running & ~ended
@@ -204,8 +211,8 @@ class TransformersEngine:
             asked = np.concatenate([asked, np.concatenate(candidates).astype(np.int64)], axis=1)
         drawn = None
         if draws:
-            uniforms = [
-                _uniforms(
+            numbers = [
+                uniforms(
                     seed,
                     f"{rollouts.prompt_id[row]}/draws",
                     int(rollouts.sample_index[row]),
@@ -213,7 +220,7 @@ class TransformersEngine:
                 ).reshape(-1, draws)
                 for row in chosen
             ]
-            drawn = torch.from_numpy(np.concatenate(uniforms)).to(self._device)
+            drawn = torch.from_numpy(np.concatenate(numbers)).to(self._device)
         scores = head_scores(
             hidden.flatten(0, 1)[rows.to(self._device)],
             logits_head(self._model),
@@ -258,55 +265,6 @@ class TransformersEngine:
                     f"prompt {prompt_id!r} has {len(ids)} tokens and the window {window_tokens}; "
                     f"the model reads {context}; lower the window or max_prompt_tokens"
                 )
-
-
-def _uniforms(seed: int, prompt_id: str, sample: int, window: int) -> NDArray[np.float64]:
-    """The rollout's own random numbers in [0, 1); a longer window only adds to them."""
-    digest = hashlib.sha256(f"{seed}/{sample}/{prompt_id}".encode()).digest()
-    key = int.from_bytes(digest[:16], "big")
-    return np.random.Generator(np.random.Philox(key=key)).random(window)
-
-
-def _draw(
-    logits_BV: torch.Tensor, uniforms_B: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token a row by inverting the cumulative distribution, and its raw log-probability."""
-    logprobs_BV = torch.log_softmax(logits_BV.float(), dim=1)
-    if temperature == 0:
-        drawn_B = logprobs_BV.argmax(1)
-    elif temperature == 1:
-        drawn_B = _inverted(logprobs_BV.exp(), uniforms_B)
-    else:
-        drawn_B = _inverted(torch.softmax(logits_BV.float() / temperature, dim=1), uniforms_B)
-    return drawn_B, logprobs_BV.gather(1, drawn_B[:, None])[:, 0]
-
-
-def _inverted(probabilities_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
-    """The id at which the cumulative distribution passes the uniform; never one of probability 0.
-
-    A cumulative sum over the vocabulary is slow, so blocks of about sqrt(V) ids are summed first
-    and only the block that is hit is walked through.
-    """
-    rows, vocab = probabilities_BV.shape
-    size = max(1, round(vocab**0.5))
-    blocks = torch.nn.functional.pad(probabilities_BV, (0, -vocab % size)).view(rows, -1, size)
-    block_B, rest_B = _passed(blocks.sum(2), uniforms_B)
-    within_B, _ = _passed(blocks[torch.arange(rows, device=block_B.device), block_B], rest_B)
-    return block_B * size + within_B
-
-
-def _passed(masses_BM: torch.Tensor, uniforms_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mass in which the uniform falls, and how far into it, in [0, 1)."""
-    cumulative_BM = masses_BM.double().cumsum(1)
-    total_B1 = cumulative_BM[:, -1:]
-    # Rounding must not reach the total: what lies there may have no mass.
-    sought_B1 = (
-        torch.minimum(uniforms_B[:, None], uniforms_B.new_tensor(LARGEST_UNIFORM)) * total_B1
-    )
-    hit_B1 = torch.searchsorted(cumulative_BM, sought_B1, right=True)
-    mass_B1 = masses_BM.double().gather(1, hit_B1)
-    into_B1 = (sought_B1 - (cumulative_BM.gather(1, hit_B1) - mass_B1)) / mass_B1
-    return hit_B1[:, 0], into_B1[:, 0].clamp(0, LARGEST_UNIFORM)
 
 
 def _left_padded(

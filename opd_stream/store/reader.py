@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class ScoredRow:
     """
 
     prompt_id: str
+    sample_index: int
     prompt_ids: NDArray[np.integer[Any]]  # [P]
     completion_ids: NDArray[np.integer[Any]]  # [T]
     behavior_logprobs: NDArray[np.float32]  # [T]
@@ -55,7 +56,23 @@ class ScoredRow:
     teacher_top_logprobs: NDArray[np.float32]  # [T, K]
     teacher_tail_logprobs: NDArray[np.float32]  # [T]
     teacher_forced_logprobs: NDArray[np.float32]  # [T, F]
+    candidate_ids: NDArray[np.integer[Any]] | None  # [T, M]
+    candidate_behavior_logprobs: NDArray[np.float32] | None  # [T, M]
+    candidate_teacher_logprobs: NDArray[np.float32] | None  # [T, M]
+    terminators: tuple[tuple[int, ...], tuple[int, ...]]  # ids, and their columns in F
     cache: int  # which of the caches the row comes from
+
+    def first_candidates(self, top_k: int) -> "ScoredRow":
+        """The row as a smaller K would have given it: the rest joins the tail."""
+        rest = np.exp(self.teacher_top_logprobs[:, top_k:], dtype=np.float64).sum(1)
+        with np.errstate(divide="ignore"):
+            tail = np.log(np.exp(self.teacher_tail_logprobs, dtype=np.float64) + rest)
+        return replace(
+            self,
+            teacher_top_ids=self.teacher_top_ids[:, :top_k],
+            teacher_top_logprobs=self.teacher_top_logprobs[:, :top_k],
+            teacher_tail_logprobs=tail.astype(np.float32),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +130,7 @@ class ScoredRows:
             for unit in scores.units():
                 index.append(self._trainable(cache, unit))
         self._index = np.concatenate(index)  # cache, unit, row of the unit
+        self._terminators = [_terminators(rollouts, scores) for rollouts, scores in caches]
 
     def __len__(self) -> int:
         return len(self._index)
@@ -125,16 +143,21 @@ class ScoredRows:
         tokens = slice(int(scores.offsets[row]), int(scores.offsets[row + 1]))
         return ScoredRow(
             prompt_id=rollouts.prompt_id[row],
+            sample_index=int(rollouts.sample_index[row]),
             prompt_ids=rollouts.prompt_ids[row],
             completion_ids=rollouts.completion_ids[row],
             behavior_logprobs=rollouts.behavior_logprobs[row],
-            loss_mask=None if rollouts.loss_mask is None else rollouts.loss_mask[row],
+            loss_mask=_row_of(rollouts.loss_mask, row),
             finish_reason=rollouts.finish_reason[row],
             teacher_logprobs=scores.teacher_logprobs[tokens],
             teacher_top_ids=scores.teacher_top_ids[tokens],
             teacher_top_logprobs=scores.teacher_top_logprobs[tokens],
             teacher_tail_logprobs=scores.teacher_tail_logprobs[tokens],
             teacher_forced_logprobs=scores.teacher_forced_logprobs[tokens],
+            candidate_ids=_row_of(rollouts.candidate_ids, row),
+            candidate_behavior_logprobs=_row_of(rollouts.candidate_behavior_logprobs, row),
+            candidate_teacher_logprobs=_row_of(scores.candidate_teacher_logprobs, tokens),
+            terminators=self._terminators[cache],
             cache=cache,
         )
 
@@ -205,6 +228,18 @@ class ScoredRows:
         batch = rollouts_batch(pa.Table.from_batches([source_batch]))
         block = decode_scores(scores.read_part(commit, number, schemas[1]))
         return _Part(batch, block, _bytes_of(batch) + _bytes_of(block))
+
+
+def _terminators(rollouts: Artifact, scores: Artifact) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Terminators of the rollouts that the teacher was asked for, and their forced columns."""
+    stops = set(rollouts.recipe.settings.get("stop_ids", ()))
+    forced = scores.recipe.settings.get("forced_ids", ())
+    found = [(token, place) for place, token in enumerate(forced) if token in stops]
+    return tuple(token for token, _ in found), tuple(place for _, place in found)
+
+
+def _row_of(column: Any, row: int | slice) -> Any:
+    return None if column is None else column[row]
 
 
 def _bytes_of(value: Any) -> int:

@@ -8,7 +8,7 @@ schema metadata which codec wrote it, so a reader needs no config.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,13 @@ import pyarrow as pa
 
 from opd_stream.errors import UserError
 from opd_stream.store.codecs.block import ScoreBlock
-from opd_stream.store.codecs.columns import flat, lengths_of, matrix_column, offsets_of
+from opd_stream.store.codecs.columns import (
+    flat,
+    lengths_of,
+    matrix_column,
+    matrix_of,
+    offsets_of,
+)
 from opd_stream.store.codecs.compact import decode_compact, encode_compact
 from opd_stream.store.codecs.exact import decode_exact, encode_exact
 from opd_stream.store.codecs.fidelity import Fidelity
@@ -111,13 +117,17 @@ def decode_scores(batch: pa.RecordBatch) -> ScoreBlock:
     settings = json.loads(metadata.get(METADATA_KEY, b"{}")).get("codec", {})
     match settings.get("kind"):
         case "exact":
-            return decode_exact(batch)
+            block = decode_exact(batch)
         case "compact":
-            return decode_compact(batch, max_error=settings["max_error"])
+            block = decode_compact(batch, max_error=settings["max_error"])
         case "sampled":
-            return decode_sampled(batch, draws=settings["draws"])
+            block = decode_sampled(batch, draws=settings["draws"])
         case other:
             raise UserError(
                 f"a shard was written by codec {other!r}; this opd-stream knows {sorted(KINDS)}; "
                 "update opd-stream"
             )
+    if "candidate_teacher_logprobs" not in batch.schema.names:
+        return block
+    candidates = matrix_of(batch.column("candidate_teacher_logprobs").flatten())
+    return replace(block, candidate_teacher_logprobs=candidates)

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreBlock:
-    """R rollouts, N completion tokens in all, K the most candidates of a position, F forced ids.
+    """R rollouts, N completion tokens in all, K the most candidates of a position, F forced ids,
+    M ids of the student.
 
     Tokens of row r stand at `offsets[r] : offsets[r + 1]`. A position with fewer than K candidates
     is filled with id 0 and log-probability -inf.
@@ -21,3 +22,4 @@ class ScoreBlock:
     teacher_top_logprobs: NDArray[np.float32]  # [N, K]
     teacher_tail_logprobs: NDArray[np.float32]  # [N]
     teacher_forced_logprobs: NDArray[np.float32]  # [N, F]
+    candidate_teacher_logprobs: NDArray[np.float32] | None = None  # [N, M], the student's ids

@@ -1,0 +1,194 @@
+"""The loss of a batch of cached rows: hidden states in, loss and statistics out.
+
+This is where cached columns meet the student: which ids it is asked for, which of them count as one
+outcome, what each objective reads. One pass over the head serves all of it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from opd_stream.batches import Batch
+from opd_stream.errors import UserError
+from opd_stream.fused import OutputHead, fused_loss
+from opd_stream.guards import Terminators, merge_into_candidates, soft_clamp
+from opd_stream.objectives import (
+    SMALLEST_LOGPROB,
+    DrawnForward,
+    Draws,
+    MonteCarlo,
+    Objective,
+    ObjectiveInputs,
+    token_losses,
+)
+from opd_stream.objectives.dense import teacher_entropy
+from opd_stream.statistics import step_sums
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchLoss:
+    """The loss of a batch and what was measured on the way."""
+
+    loss: torch.Tensor  # scalar: weighted sum over the batch's tokens, with a gradient
+    losses_N: torch.Tensor  # of each token before weights and clamp, nats
+    sums: torch.Tensor  # in the order of `opd_stream.statistics.NAMES`
+
+
+def batch_loss(
+    hidden_BLH: torch.Tensor,
+    head: OutputHead,
+    batch: Batch,
+    objectives: Sequence[Objective],
+    *,
+    merge_terminators: bool = True,
+    limit: float | None = None,
+) -> BatchLoss:
+    """Loss of the batch's completion tokens, by `fused_loss`.
+
+    Args:
+        hidden_BLH: last hidden states of the student for `batch.input_ids_BL`.
+        head: its output head.
+        batch: rows from the cache; `batch.weights_N` sums to 1 over an optimizer step.
+        objectives: what to minimise; their weighted sum.
+        merge_terminators: all terminators are one outcome.
+        limit: of a token's loss, for `soft_clamp`; None: no clamp.
+
+    Raises:
+        UserError: an objective needs a column the cache lacks, or an id is none of the student's.
+    """
+    check_columns(batch, objectives)
+    hidden_NH = hidden_BLH.flatten(0, 1)[batch.hidden_rows_N]
+    ids_NJ = _asked_ids(batch)
+    vocabulary = len(head.weight_VH)
+    if batch.largest_id >= vocabulary:
+        raise UserError(
+            f"the cache holds token id {batch.largest_id}; the student has {vocabulary} tokens; "
+            "train a student with the vocabulary of the rollouts"
+        )
+    is_drawn = any(isinstance(part, DrawnForward) for part in objectives)
+
+    def token_loss(logprobs_nJ: torch.Tensor, rows: slice) -> torch.Tensor:
+        inputs = _inputs(logprobs_nJ, batch, rows, merge=merge_terminators, is_drawn=is_drawn)
+        losses = token_losses(objectives, inputs)
+        return losses if limit is None else soft_clamp(losses, limit)
+
+    fused = fused_loss(
+        hidden_NH,
+        head,
+        ids_NJ=ids_NJ,
+        weights_N=batch.weights_N,
+        token_loss=token_loss,
+        top_NK=None if is_drawn else batch.teacher_top_logprobs_NK,
+    )
+    with torch.no_grad():
+        inputs = _inputs(
+            fused.logprobs_NJ, batch, slice(None), merge=merge_terminators, is_drawn=is_drawn
+        )
+        sums = step_sums(
+            losses_N=fused.losses_N,
+            weights_N=batch.weights_N,
+            student_logprobs_N=inputs.student_logprobs_N,
+            behavior_logprobs_N=batch.behavior_logprobs_N,
+            reverse_kl_N=inputs.reverse_kl_N,
+            student_top_mass_N=inputs.student_top_logprobs_NK.exp().sum(1),
+            teacher_top_mass_N=inputs.teacher_top_logprobs_NK.exp().sum(1),
+            student_entropy_N=fused.entropy_N,
+            teacher_entropy_N=teacher_entropy(inputs),
+            overlap_M=fused.overlap_M,
+            positions_N=batch.positions_N,
+        )
+    return BatchLoss(loss=fused.loss, losses_N=fused.losses_N, sums=sums)
+
+
+def check_columns(batch: Batch, objectives: Sequence[Objective]) -> None:
+    """Refuse objectives that read what the cache does not hold.
+
+    Raises:
+        UserError: says which column, and which stage makes it.
+    """
+    if batch.draws is None and any(isinstance(part, MonteCarlo) for part in objectives):
+        raise UserError(
+            "objective mc reads the column candidate_ids, which these rollouts do not have; set "
+            "rollouts.extra_draws, and run generate and score again"
+        )
+
+
+def _asked_ids(batch: Batch) -> torch.Tensor:
+    """sampled token | teacher's K | T terminators | M further draws [N, J]."""
+    sampled_N1 = batch.completion_ids_N[:, None]
+    stops_NT = batch.terminator_ids_T.expand(len(sampled_N1), -1)
+    parts = [sampled_N1, batch.teacher_top_ids_NK, stops_NT]
+    return torch.cat(parts if batch.draws is None else [*parts, batch.draws.ids_NM], dim=1)
+
+
+def _inputs(
+    logprobs_nJ: torch.Tensor, batch: Batch, rows: slice, *, merge: bool, is_drawn: bool
+) -> ObjectiveInputs:
+    """What the objectives read, for some of the batch's tokens."""
+    stops = len(batch.terminator_ids_T)
+    top_ids, teacher_top = batch.teacher_top_ids_NK[rows], batch.teacher_top_logprobs_NK[rows]
+    draws = 0 if batch.draws is None else batch.draws.ids_NM.shape[1]
+    widths = [1, top_ids.shape[1], stops, draws]
+    student, student_top, student_stops, student_draws = logprobs_nJ.split(widths, dim=1)
+    sampled_ids = batch.completion_ids_N[rows]
+    teacher = batch.teacher_logprobs_N[rows].clamp(min=SMALLEST_LOGPROB)
+    student_top = student_top.masked_fill(teacher_top == -torch.inf, SMALLEST_LOGPROB)
+    teacher_top = teacher_top.clamp(min=SMALLEST_LOGPROB)
+    tail = batch.teacher_tail_logprobs_N[rows]
+    in_top = (top_ids == sampled_ids[:, None]).any(1)
+    student_outcome = student[:, 0].detach()
+    student_draw_outcomes = student_draws.detach()
+    teacher_draws = None
+    if batch.draws is not None:
+        teacher_draws = batch.draws.teacher_logprobs_NM[rows].clamp(min=SMALLEST_LOGPROB)
+    if merge and stops:
+        stop = Terminators(
+            ids_T=batch.terminator_ids_T,
+            student_logprobs_NT=student_stops,
+            teacher_logprobs_NT=batch.teacher_terminator_logprobs_NT[rows],
+        )
+        ended = torch.isin(sampled_ids, stop.ids_T)
+        student_outcome = torch.where(ended, stop.student_N.detach(), student_outcome)
+        teacher = torch.where(ended, stop.teacher_N, teacher)
+        in_top = in_top | ended
+        if batch.draws is not None and teacher_draws is not None:
+            drawn_end = torch.isin(batch.draws.ids_NM[rows], stop.ids_T)
+            student_draw_outcomes = torch.where(
+                drawn_end, stop.student_N.detach()[:, None], student_draw_outcomes
+            )
+            teacher_draws = torch.where(drawn_end, stop.teacher_N[:, None], teacher_draws)
+        if is_drawn:
+            is_stop = torch.isin(top_ids, stop.ids_T) & (teacher_top > SMALLEST_LOGPROB)
+            student_top = torch.where(is_stop, stop.student_N[:, None], student_top)
+        else:
+            student_top, teacher_top, tail = merge_into_candidates(
+                stop,
+                top_ids_NK=top_ids,
+                student_top_NK=student_top,
+                teacher_top_NK=teacher_top,
+                teacher_tail_N=tail,
+            )
+    reverse_kl = student_outcome - teacher
+    drawn = None
+    if batch.draws is not None and teacher_draws is not None:
+        behavior = batch.behavior_logprobs_N[rows][:, None]
+        drawn = Draws(
+            student_logprobs_NM=torch.cat([student, student_draws], dim=1),
+            behavior_logprobs_NM=torch.cat(
+                [behavior, batch.draws.behavior_logprobs_NM[rows]], dim=1
+            ),
+            reverse_kl_NM=torch.cat(
+                [reverse_kl[:, None], student_draw_outcomes - teacher_draws], dim=1
+            ),
+        )
+    return ObjectiveInputs(
+        student_logprobs_N=student[:, 0],
+        student_top_logprobs_NK=student_top,
+        teacher_top_logprobs_NK=teacher_top,
+        teacher_tail_logprobs_N=tail,
+        behavior_logprobs_N=batch.behavior_logprobs_N[rows],
+        reverse_kl_N=reverse_kl,
+        sampled_in_top_N=in_top,
+        draws=drawn,
+    )

@@ -1,0 +1,168 @@
+"""One YAML file is one run: every field, its unit and its effect.
+
+A path written in a config file is relative to that file; a path given on the command line, and the
+default store and run folder, are relative to where the command is called. Unknown keys are refused.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from opd_stream.config.collection import Model, Rollouts, Scores
+from opd_stream.config.prompts import Prompts
+from opd_stream.config.section import Section
+from opd_stream.config.training import Staleness, Train
+
+
+class Judge(Section):
+    """How an answer is checked."""
+
+    kind: Literal["ledger", "final_number"] = Field(
+        description="ledger: the embedded task; final_number: last number of the text, GSM8K's ####"
+    )
+
+
+class Evaluation(Section):
+    """Sampling on held-out prompts, judged by program."""
+
+    prompts: Prompts
+    judge: Judge
+    samples_per_prompt: int = Field(default=8, ge=1, description="for pass@k up to this k")
+    max_new_tokens: int = Field(ge=1, description="never shortened by the training window")
+    temperature: float = Field(default=1.0, ge=0, description="0 is greedy")
+    seed: int = Field(default=0, description="of the sampling")
+    every_rounds: int | None = Field(
+        default=None,
+        ge=1,
+        description="also between rounds; default: before the first and after the last",
+    )
+
+
+class Replay(Section):
+    """Train from what is in the store: nothing is sampled or scored."""
+
+    run: Path | None = Field(default=None, description="folder of the earlier run")
+    scores: tuple[str, ...] = Field(
+        default=(), description="or scores/FINGERPRINT in the store, one for each round"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Replay":
+        if (self.run is None) == (not self.scores):
+            raise ValueError("replay has run and scores, or neither; expected one of the two")
+        return self
+
+
+class Pool(Section):
+    """Where the workers of a role run (placement only)."""
+
+    workers: int = Field(default=1, ge=1, description="processes")
+    cpus: float = Field(default=1, gt=0, description="logical CPUs of one worker")
+    gpus: float = Field(default=0, ge=0, description="GPUs of one worker")
+    threads: int = Field(default=1, ge=1, description="CPU threads of one worker")
+
+
+class TrainerPool(Section):
+    """Where training runs (placement only)."""
+
+    devices: int = Field(default=1, ge=1, description="processes, each with one GPU or the CPU")
+    strategy: Literal["ddp", "fsdp2"] = Field(
+        default="ddp", description="of several devices: whole copies, or shards of the weights"
+    )
+
+
+class Pools(Section):
+    """Placement of the two roles, and of training."""
+
+    student: Pool = Pool()
+    teacher: Pool = Pool()
+    trainer: TrainerPool = TrainerPool()
+
+
+_EITHER = {"sampled_pg", "mc"}  # objectives that read no candidates of the teacher
+
+
+class Config(Section):
+    """A run."""
+
+    seed: int = Field(default=0, description="of prompts, sampling and batch order")
+    rounds: int = Field(ge=1, description="rounds of generate, score, train")
+    student: Model
+    teacher: Model | None = Field(default=None, description="left out only where `replay` is set")
+    prompts: Prompts
+    rollouts: Rollouts
+    scores: Scores = Scores()
+    train: Train
+    staleness: Staleness = Staleness()
+    evaluation: Evaluation | None = Field(default=None, description="left out: no evaluation")
+    replay: Replay | None = Field(default=None, description="scores that are there already")
+    executor: Literal["ray", "local"] = Field(
+        default="ray", description="Ray Data pools or a plain loop"
+    )
+    pools: Pools = Pools()
+    prompts_per_unit: int = Field(
+        default=64, ge=1, description="prompts of a shard; placement only"
+    )
+    store: str = Field(
+        default="store", description="folder of artifacts, or s3://BUCKET/PATH; shared by runs"
+    )
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Config":
+        if self.teacher is None and self.replay is None:
+            raise ValueError(
+                "'teacher' is missing; expected a checkpoint that scores the rollouts; "
+                "add teacher, or set replay.run to train from the scores of an earlier run"
+            )
+        kinds = {part.kind for part in self.train.objective}
+        if not kinds:
+            raise ValueError("train.objective is an empty list; name at least one objective")
+        if self.rollouts.temperature == 0 and kinds & {"sampled_pg", "mc", "hybrid"}:
+            raise ValueError(
+                f"rollouts.temperature is 0 with objective {sorted(kinds)[0]}, which needs samples "
+                "from the student; set rollouts.temperature=1 or another objective"
+            )
+        drawn = self.scores.codec.kind == "sampled"
+        needs_drawn, needs_ranked = "drawn_forward" in kinds, kinds - _EITHER - {"drawn_forward"}
+        if (drawn and needs_ranked) or (not drawn and needs_drawn):
+            raise ValueError(
+                f"scores.codec is {self.scores.codec.kind} with train.objective "
+                f"{', '.join(sorted(kinds))}; ids drawn from the teacher serve drawn_forward, "
+                "ranked ones every other objective (sampled_pg and mc take both); change one of "
+                "the two"
+            )
+        if "mc" in kinds and self.replay is None and not self.rollouts.extra_draws:
+            raise ValueError(
+                "rollouts.extra_draws is 0 with objective mc, which averages over several draws; "
+                "set rollouts.extra_draws (3 already helps), or use sampled_pg"
+            )
+        top_k = self.train.top_k
+        if top_k is not None and self.replay is None and top_k > self.scores.top_k:
+            raise ValueError(
+                f"train.top_k is {top_k} but scores.top_k is {self.scores.top_k}; lower the one or "
+                "raise the other"
+            )
+        window = self.rollouts.window
+        if window.kind == "linear" and window.h0 > window.max_window_tokens:
+            raise ValueError(
+                f"rollouts.window.h0 {window.h0} is larger than max_window_tokens "
+                f"{window.max_window_tokens}; lower h0 or raise max_window_tokens"
+            )
+        return self
+
+
+# Fields that decide where and how fast a run happens, never what it produces.
+PLACEMENT = (
+    "executor",
+    "pools",
+    "prompts_per_unit",
+    "store",
+    "student.batch_rows",
+    "teacher.batch_rows",
+    "train.tokens_per_microbatch",
+    "train.gradient_checkpointing",
+    "train.loggers",
+    "train.threads",
+    "train.checkpoint_steps",
+)

@@ -1,0 +1,115 @@
+"""What the student writes and what is cached of the teacher."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from opd_stream.config.section import Section
+
+
+class Model(Section):
+    """A checkpoint in a role, and the engine that runs it."""
+
+    path: Path = Field(description="Hugging Face folder: config.json, safetensors, tokenizer")
+    engine: Literal["transformers", "fake"] = Field(
+        default="transformers", description="what runs it"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="of the engine"
+    )
+    batch_rows: int = Field(
+        default=64, ge=1, description="rows the engine runs at once; placement only"
+    )
+
+
+class FixedWindowConfig(Section):
+    """The same window in every round (ESR, 2605.27028)."""
+
+    kind: Literal["fixed"]
+    tokens: int = Field(ge=1, description="new tokens per rollout")
+
+
+class RatioWindowConfig(Section):
+    """A share of the longest rollout (TOPD, 2605.31490)."""
+
+    kind: Literal["ratio"]
+    ratio: float = Field(gt=0, le=1, description="share of max_window_tokens")
+    max_window_tokens: int = Field(ge=1, description="new tokens of a full rollout")
+
+
+class LinearWindowConfig(Section):
+    """A window that grows with optimizer steps (POPD, 2605.31490)."""
+
+    kind: Literal["linear"]
+    h0: int = Field(ge=1, description="new tokens at step 0")
+    delta: int = Field(ge=0, description="new tokens added every `every` steps")
+    every: int = Field(default=1, ge=1, description="optimizer steps between two additions")
+    max_window_tokens: int = Field(ge=1, description="new tokens of a full rollout")
+
+
+Window = Annotated[
+    FixedWindowConfig | RatioWindowConfig | LinearWindowConfig, Field(discriminator="kind")
+]
+
+
+class Rollouts(Section):
+    """How the student writes."""
+
+    prompts_per_round: int = Field(ge=1, description="prompts drawn for a round")
+    samples_per_prompt: int = Field(default=1, ge=1, description="rollouts of one prompt")
+    temperature: float = Field(
+        default=1.0, ge=0, description="1 keeps the objectives' gradients exact"
+    )
+    extra_draws: int = Field(
+        default=0,
+        ge=0,
+        le=63,
+        description="further ids drawn at each position, for objective mc",
+    )
+    window: Window
+
+
+class ExactCodecConfig(Section):
+    """Ids as they are, log-probabilities rounded to a floating-point type."""
+
+    kind: Literal["exact"] = "exact"
+    dtype: Literal["float16", "float32"] = Field(default="float16", description="as stored")
+
+
+class CompactCodecConfig(Section):
+    """Quantised log-probabilities, packed ids, as many candidates as hold the mass."""
+
+    kind: Literal["compact"]
+    max_error: float = Field(
+        default=1 / 32, gt=0, le=1, description="of a stored log-probability, nats"
+    )
+    mass: float | None = Field(
+        default=None, gt=0, le=1, description="stop at this retained mass; null: always top_k"
+    )
+    min_k: int = Field(default=1, ge=1, description="candidates kept whatever the mass")
+
+
+class SampledCodecConfig(Section):
+    """Ids drawn from the teacher with replacement, and their counts (RS-KD)."""
+
+    kind: Literal["sampled"]
+    draws: int = Field(default=50, ge=1, le=1024, description="draws per completion token")
+
+
+Codec = Annotated[
+    ExactCodecConfig | CompactCodecConfig | SampledCodecConfig, Field(discriminator="kind")
+]
+
+
+class Scores(Section):
+    """What of the teacher is cached, per completion token."""
+
+    top_k: int = Field(
+        default=32, ge=1, le=1024, description="teacher candidates, most probable first"
+    )
+    codec: Codec = Field(default=ExactCodecConfig(), description="how it is stored")
+    forced_tokens: tuple[str, ...] = Field(
+        default=(),
+        description="tokens whose log-probability is always cached, beside the terminators",
+    )

@@ -1,0 +1,167 @@
+"""How cached scores are read into weights, and for how long."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from opd_stream.config.section import Section
+
+
+class BucketObjective(Section):
+    """A divergence over the K teacher candidates and one bucket for everything else."""
+
+    kind: Literal["bucket"]
+    direction: Literal["reverse", "forward", "js"] = "reverse"
+    beta: float = Field(
+        default=0.5, ge=0, le=1, description="of direction js: 0 is forward, 1 is reverse"
+    )
+    weight: float = Field(default=1.0, gt=0, description="factor among several objectives")
+
+
+class SkewObjective(Section):
+    """KL to a mixture with alpha of its own left side (DistiLLM, 2402.03898)."""
+
+    kind: Literal["skew"]
+    direction: Literal["reverse", "forward"] = "reverse"
+    alpha: float = Field(default=0.1, ge=0, lt=1, description="0 is the plain KL")
+    weight: float = Field(default=1.0, gt=0, description="factor among several objectives")
+
+
+class LsmObjective(Section):
+    """Reverse KL with both sides renormalised over the K candidates (2603.25562)."""
+
+    kind: Literal["lsm"]
+    weight: float = Field(default=1.0, gt=0, description="factor among several objectives")
+
+
+class HybridObjective(Section):
+    """The full reverse KL: the bucket, and the sampled token where the bucket is blind."""
+
+    kind: Literal["hybrid"]
+    importance_cap: float = Field(default=5.0, gt=0, description="largest p / b of that token")
+    weight: float = Field(default=1.0, gt=0, description="factor among several objectives")
+
+
+class SampledPgObjective(Section):
+    """Policy gradient on the sampled token, with importance weights."""
+
+    kind: Literal["sampled_pg"]
+    baseline: Literal["none", "bucket"] = Field(
+        default="none", description="subtracted from the advantage; bucket: a little less variance"
+    )
+    weight: float = Field(default=1.0, gt=0, description="factor among several objectives")
+
+
+class MonteCarloObjective(Section):
+    """Policy gradient on several draws from the student; needs rollouts.extra_draws."""
+
+    kind: Literal["mc"]
+    weight: float = Field(default=1.0, gt=0, description="factor among several objectives")
+
+
+class DrawnForwardObjective(Section):
+    """Cross-entropy to ids drawn from the teacher (RS-KD); needs codec sampled."""
+
+    kind: Literal["drawn_forward"]
+    weight: float = Field(default=1.0, gt=0, description="factor among several objectives")
+
+
+class EntropyAwareObjective(Section):
+    """Forward KL where the teacher is unsure: a term to add to another objective."""
+
+    kind: Literal["entropy_aware"]
+    threshold: float = Field(default=0.67, ge=0, description="teacher entropy above it, nats")
+    weight: float = Field(default=1.0, gt=0, description="factor among several objectives")
+
+
+Objective = Annotated[
+    BucketObjective
+    | SkewObjective
+    | LsmObjective
+    | HybridObjective
+    | SampledPgObjective
+    | MonteCarloObjective
+    | DrawnForwardObjective
+    | EntropyAwareObjective,
+    Field(discriminator="kind"),
+]
+
+
+class Guards(Section):
+    """Protections against known failures; docs/objectives.md says which."""
+
+    merge_terminators: bool = Field(
+        default=True, description="all terminators of student and teacher are one outcome"
+    )
+    mask_first: tuple[str, ...] = Field(
+        default=("<", "think", "<think>"),
+        description="tokens whose first occurrence in a rollout does not train",
+    )
+    soft_clamp: float | None = Field(
+        default=None,
+        gt=1,
+        description="largest loss of a token, in mean losses of the step before (3 is published)",
+    )
+
+
+class Lora(Section):
+    """Low-rank adapters instead of all weights (needs the extra `lora`)."""
+
+    rank: int = Field(default=32, ge=1, description="of each adapter")
+    alpha: float = Field(default=64, gt=0, description="the adapters' scale is alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="on the adapters' input")
+    targets: str | tuple[str, ...] = Field(
+        default="all-linear", description="module names, or all-linear: all but the head"
+    )
+
+
+def _as_tuple(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+class Train(Section):
+    """How the scores are read into weights."""
+
+    objective: Annotated[tuple[Objective, ...], BeforeValidator(_as_tuple)] = Field(
+        description="one, or a list whose weighted sum is the loss"
+    )
+    top_k: int | None = Field(
+        default=None, ge=1, description="use only so many of the cached candidates; null: all"
+    )
+    guards: Guards = Guards()
+    learning_rate: float = Field(gt=0, description="peak")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="over the whole run; linear and cosine: down to 0"
+    )
+    warmup: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the run with a rising rate"
+    )
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW")
+    clip_norm: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    rows_per_step: int = Field(default=16, ge=1, description="rollouts of an optimizer step")
+    precision: Literal["float32", "bf16-mixed"] = Field(
+        default="float32", description="bf16-mixed: float32 weights, bfloat16 products"
+    )
+    lora: Lora | None = Field(default=None, description="left out: all weights are trained")
+    tokens_per_microbatch: int = Field(
+        default=16384, ge=1, description="tokens in memory at once, padding included"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="less memory, a second forward pass"
+    )
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        default=(), description="beside metrics.jsonl and metrics.csv"
+    )
+    threads: int = Field(default=1, ge=1, description="CPU threads; more help on idle cores only")
+    checkpoint_steps: int = Field(
+        default=50, ge=1, description="optimizer steps between two checkpoints"
+    )
+
+
+class Staleness(Section):
+    """When a cache has been used enough."""
+
+    max_epochs: int = Field(default=1, ge=1, description="passes over a round's scores, at most")
+    policy_drift: float = Field(default=0.1, gt=0, description="stop above; k3, nats per token")
+    effective_sample_fraction: float = Field(default=0.5, gt=0, le=1, description="stop below")

@@ -1,0 +1,86 @@
+"""Training on several devices of one machine: one process each, through torch's own launcher.
+
+The processes are fresh interpreters that know nothing but the job, so neither the command that was
+called nor Ray runs twice. The first one reports in JSON lines, which become this process's bars,
+errors and nothing else.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from opd_stream.errors import UserError
+from opd_stream.store.artifact import DamagedUnit
+from stages.progress import Progress
+from stages.train_job import TrainJob
+
+MARK = "opd-stream: "  # begins a line of the first process that is meant for this one
+LAST_LINES = 12
+
+
+def launch(job: TrainJob, progress: Progress) -> None:
+    """Run `stages.train_worker` on as many processes as the config has devices.
+
+    Raises:
+        UserError: a process said so, or died (with its last lines).
+        DamagedUnit: a process found one.
+    """
+    scratch = Path(job.scratch)
+    scratch.mkdir(parents=True, exist_ok=True)
+    path = scratch / "job.json"
+    path.write_text(job.as_json())
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={job.config.pools.trainer.devices}",
+        "--module",
+        "stages.train_worker",
+        str(path),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job.config.train.threads)}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    assert process.stdout is not None
+    last: list[str] = []
+    problem: Exception | None = None
+    try:
+        for line in process.stdout:
+            if line.startswith(MARK):
+                problem = _heard(json.loads(line.removeprefix(MARK)), job, progress) or problem
+            else:
+                last = [*last, line.rstrip()][-LAST_LINES:]
+    finally:
+        process.terminate() if process.poll() is None else None
+        process.wait()
+    if problem is not None:
+        raise problem
+    if process.returncode:
+        raise UserError(
+            f"training stopped with exit code {process.returncode}; the policy of the round before "
+            "is intact; its last lines: " + " | ".join(line for line in last if line)
+        )
+
+
+def _heard(message: dict[str, object], job: TrainJob, progress: Progress) -> Exception | None:
+    """Act on a message of the first process; an error is returned, to be raised at the end."""
+    match message:
+        case {"start": str(stage), "total": int(total)}:
+            progress.start(stage, total)
+        case {"advance": str(stage), "count": int(count), "note": str(note)}:
+            progress.advance(stage, count, note)
+        case {"say": str(line)}:
+            progress.say(line)
+        case {"error": str(text)}:
+            return UserError(text)
+        case {"damaged": str(kind), "unit": int(unit), **found}:
+            known = "rollouts" if kind == "rollouts" else "scores"
+            artifact = job.store().by_fingerprint(known, str(found["fingerprint"]))
+            return DamagedUnit(artifact, unit, str(found["reason"]))
+        case _:
+            raise ValueError(f"unknown message {message}")
+    return None

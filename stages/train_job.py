@@ -1,0 +1,112 @@
+"""One round of training as a value that can travel to other processes."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from opd_stream.config import Config
+from opd_stream.errors import UserError
+from opd_stream.objectives import Objective, build_objectives
+from opd_stream.store.policy import PolicyArtifact
+from opd_stream.store.reader import ScoredRows
+from opd_stream.store.recipe import recipe_from_json
+from opd_stream.store.store import Store
+from opd_stream.windows import Window, build_window
+from stages.data_module import BatchPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainJob:
+    """What a process needs to know; everything else lies in the store.
+
+    Example:
+        >>> TrainJob.from_json(job.as_json()) == job
+        True
+    """
+
+    config: Config
+    policy: dict[str, Any]  # recipe of the policy to make, as JSON
+    base: str  # Hugging Face folder the round starts from
+    initial: str  # that of the run's first student
+    optimizer_state: str | None  # folder of the previous round's optimizer, if any
+    caches: tuple[tuple[str, str], ...]  # fingerprints of rollouts and scores
+    is_fresh: bool  # the rollouts were written by the weights the round starts from
+    masked_ids: tuple[int, ...]  # ids whose first occurrence in a rollout does not train
+    first_step: int  # optimizer steps done before the round
+    round_index: int
+    scratch: str  # checkpoints of this round; removed when the policy is published
+    metrics: str  # metrics.jsonl of the run
+    made_by: str  # id of the run
+
+    def as_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps({**asdict(replace(self)), "config": self.config.model_dump(mode="json")})
+
+    @staticmethod
+    def from_json(text: str) -> "TrainJob":
+        """The job of a line."""
+        value = json.loads(text)
+        return TrainJob(
+            **{
+                **value,
+                "config": Config.model_validate(value["config"]),
+                "caches": tuple((rollouts, scores) for rollouts, scores in value["caches"]),
+                "masked_ids": tuple(value["masked_ids"]),
+            }
+        )
+
+    def store(self) -> Store:
+        """Where the caches lie and the policy goes."""
+        return Store(self.config.store)
+
+    def target(self) -> PolicyArtifact:
+        """The policy to make."""
+        return self.store().policy(recipe_from_json(self.policy, "the job's policy"))
+
+    def rows(self) -> ScoredRows:
+        """The rows to train on.
+
+        Raises:
+            UserError: there is none, or they hold fewer candidates than the config asks for.
+        """
+        store = self.store()
+        artifacts = [
+            (store.by_fingerprint("rollouts", rollouts), store.by_fingerprint("scores", scores))
+            for rollouts, scores in self.caches
+        ]
+        asked = self.config.train.top_k
+        for _, scores in artifacts:
+            cached = scores.recipe.settings["top_k"]
+            if asked is not None and asked > cached:
+                raise UserError(
+                    f"train.top_k is {asked} but {scores.name} holds {cached} candidates a token; "
+                    "lower it, or score again with a larger scores.top_k"
+                )
+        rows = ScoredRows(artifacts)
+        if not len(rows):
+            raise UserError(
+                "no rollout can be trained on: every one is empty or was refused by the teacher; "
+                "look at the teacher's checkpoint, then run the score stage again"
+            )
+        return rows
+
+    def window(self) -> Window:
+        """The training window."""
+        return build_window(**self.config.rollouts.window.model_dump())
+
+    def objectives(self) -> tuple[Objective, ...]:
+        """What to minimise."""
+        return build_objectives([part.model_dump() for part in self.config.train.objective])
+
+    def plan(self) -> BatchPlan:
+        """Which rows meet in which step."""
+        train = self.config.train
+        return BatchPlan(
+            rows_per_step=train.rows_per_step,
+            tokens_per_microbatch=train.tokens_per_microbatch,
+            seed=self.config.seed,
+            first_step=self.first_step,
+            window=self.window(),
+            top_k=train.top_k,
+            masked_ids=self.masked_ids,
+        )
