@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def export(location: str, name: str, out: Path, form: str) -> Lines:
     yield f"{rows:,} rows in {out}"
 
 
-def import_(location: str, source: Path, codec: str) -> Lines:
+def import_(location: str, source: Path, codec: str, stop_ids: Sequence[int] = ()) -> Lines:
     """Artifacts of another program's file."""
     try:
         settings: Any = TypeAdapter(CodecConfig).validate_python(yaml.safe_load(codec))
@@ -107,7 +107,8 @@ def import_(location: str, source: Path, codec: str) -> Lines:
         raise UserError(f"--codec {codec!r} is no codec ({reason}); see docs/config.md") from error
     store = Store(location)
     store.check_writable()
-    scores = import_scores(source, store, build_codec(**settings.model_dump()))
+    built = build_codec(**settings.model_dump())
+    scores = import_scores(source, store, built, stop_ids=stop_ids)
     yield f"{scores.name}: train on it with replay: {{scores: [{scores.name}]}}"
 
 

@@ -166,9 +166,13 @@ def cache_import(
     store: StorePlace,
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help=".jsonl, .jsonl.zst, .parquet")],
     codec: Annotated[str, typer.Option(help="As scores.codec in a config.")] = "{kind: exact}",
+    stop_id: Annotated[
+        list[int] | None,
+        typer.Option(help="A terminator; in the order of teacher_forced_logprobs' columns."),
+    ] = None,
 ) -> None:
     """Make artifacts of rollouts and scores that another program wrote."""
-    _lines("import", store, source, codec)
+    _lines("import", store, source, codec, stop_id or [])
 
 
 def main() -> None:

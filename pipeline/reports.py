@@ -34,7 +34,7 @@ def round_report(here: Round, run_id: str, evaluation: dict[str, Any] | None) ->
             "trained": outcome["trained_tokens"] if trained_here else 0,
         },
         "refused_rows": int(summed_counts(scores).get("refused_rows", 0)),
-        "length_rows": int(summed_counts(rollouts).get("length_rows", 0)),
+        **_endings(summed_counts(rollouts)),
         "cache_bytes": sum(commit.bytes for commit in (*rollouts, *scores)),
         "seconds": {
             "generate": _seconds(made_by(rollouts, run_id)),
@@ -46,6 +46,8 @@ def round_report(here: Round, run_id: str, evaluation: dict[str, Any] | None) ->
             "score_units": len(scores) - len(made_by(scores, run_id)),
             "policy": not trained_here,
         },
+        "processes": outcome["processes"],
+        "sampler_gap": outcome["sampler_gap"],
         "policy_drift": last["policy_drift"],
         "effective_sample_fraction": last["effective_sample_fraction"],
         "epochs": outcome["epochs"],
@@ -132,6 +134,17 @@ def busy_seconds(spans: list[Span]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
+
+
+def _endings(counts: dict[str, float]) -> dict[str, float]:
+    """How rollouts ended, and how much of them said the same again."""
+    rows, tokens = max(counts.get("rows", 0), 1), max(counts.get("completion_tokens", 0), 1)
+    length_share = counts.get("length_rows", 0) / rows
+    return {
+        "length_share": length_share,
+        "terminator_rate": 1 - length_share,
+        "repeat_ratio": counts.get("repeated_tokens", 0) / tokens,
+    }
 
 
 def _tokens(commits: list[Commit]) -> int:

@@ -1,6 +1,7 @@
 """Everything that is the same in all rounds, checked before any work."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
@@ -32,6 +33,7 @@ def open_setup(config: Config) -> Setup:
         UserError: the store cannot be written, a checkpoint is none, the pair does not fit
             together, K is larger than the vocabulary, or the prompts are refused.
     """
+    _check_extras(config)
     store = Store(config.store)
     store.check_writable()
     student = open_checkpoint(store, config.student.path)
@@ -57,6 +59,19 @@ def open_setup(config: Config) -> Setup:
             None if evaluation is None else make_prompts(store, evaluation.prompts, student)
         ),
     )
+
+
+def _check_extras(config: Config) -> None:
+    """Refuse what needs a library that is not installed, before any work."""
+    wanted = [("train.loggers", name, name) for name in config.train.loggers]
+    if config.train.lora is not None:
+        wanted.append(("train.lora", "peft", "'opd-stream[lora]'"))
+    for field, library, package in wanted:
+        if find_spec(library) is None:
+            raise UserError(
+                f"{field} needs the library {library}, which is not installed; "
+                f"pip install {package}, or take it out"
+            )
 
 
 def _check_top_k(config: Config, teacher: Checkpoint) -> None:

@@ -25,8 +25,6 @@ from stages.student_module import StudentModule
 from stages.train_job import TrainJob
 from stages.training_state import optimizer_state, save_checkpoint, weights
 
-PRINTED_EVERY = 10  # steps between two lines where there is no bar
-
 
 class Keeper(Callback):
     """State of the round beside weights and optimizer."""
@@ -45,6 +43,7 @@ class Keeper(Callback):
         self._epoch_sums: dict[str, float] = {}
         self._decisions: list[dict[str, Any]] = []
         self._since = time.perf_counter()
+        self._processes = 1
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -63,6 +62,7 @@ class Keeper(Callback):
         self._decisions = state["decisions"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self._processes = trainer.world_size
         if trainer.is_global_zero:
             forget_metrics_from(Path(self._job.metrics), self._job.first_step + self.steps)
         self._progress.start("train", self._steps_per_epoch * self._bounds.max_epochs)
@@ -122,6 +122,7 @@ class Keeper(Callback):
             "trained_tokens": self._trained_tokens,
             "epochs": self._decisions,
             "sampler_gap": self._first["mean_absolute_d"] if self._job.is_fresh else None,
+            "processes": self._processes,
             "made_by": self._job.made_by,
         }
 

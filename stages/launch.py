@@ -2,7 +2,8 @@
 
 The processes are fresh interpreters that know nothing but the job, so neither the command that was
 called nor Ray runs twice. The first one reports in JSON lines, which become this process's bars,
-errors and nothing else.
+errors and all else goes to
+training.log in the run's folder.
 """
 
 import json
@@ -17,7 +18,6 @@ from stages.progress import Progress
 from stages.train_job import TrainJob
 
 MARK = "opd-stream: "  # begins a line of the first process that is meant for this one
-LAST_LINES = 12
 
 
 def launch(job: TrainJob, progress: Progress) -> None:
@@ -46,14 +46,18 @@ def launch(job: TrainJob, progress: Progress) -> None:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
     assert process.stdout is not None
-    last: list[str] = []
+    log = Path(job.metrics).with_name("training.log")
+    last = ""
     problem: Exception | None = None
     try:
         for line in process.stdout:
             if line.startswith(MARK):
                 problem = _heard(json.loads(line.removeprefix(MARK)), job, progress) or problem
-            else:
-                last = [*last, line.rstrip()][-LAST_LINES:]
+                continue
+            with log.open("a") as file:
+                file.write(line)
+            if line.startswith("[rank"):  # the end of a traceback
+                last = " ".join(line.split()[1:])
     finally:
         process.terminate() if process.poll() is None else None
         process.wait()
@@ -62,7 +66,7 @@ def launch(job: TrainJob, progress: Progress) -> None:
     if process.returncode:
         raise UserError(
             f"training stopped with exit code {process.returncode}; the policy of the round before "
-            "is intact; its last lines: " + " | ".join(line for line in last if line)
+            f"is intact; all it said is in {log}; at the end: {last[:300]}"
         )
 
 

@@ -105,13 +105,8 @@ def save_student(
 
 
 def _adapted(model: Any, lora: Lora, adapter: Path) -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise UserError(
-            "train.lora needs the library peft, which is not installed; "
-            "pip install 'opd-stream[lora]'"
-        ) from error
+    import peft
+
     if adapter.exists():
         return peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)

@@ -10,7 +10,6 @@ import shutil
 import time
 import warnings
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -145,18 +144,9 @@ def _placement(config: Config) -> dict[str, Any]:
 
 
 def _loggers(job: TrainJob) -> list[Logger] | bool:
-    """Loggers beside the run's own files.
-
-    Raises:
-        UserError: a library is not installed.
-    """
+    """Loggers beside the run's own files."""
     folder, found = Path(job.metrics).parent, []
     for name in job.config.train.loggers:
-        if find_spec(name) is None:
-            raise UserError(
-                f"train.loggers names {name}, which is not installed; pip install {name}, or take "
-                "it out"
-            )
         from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
         if name == "tensorboard":

@@ -76,7 +76,7 @@ class TrainJob:
         ]
         asked = self.config.train.top_k
         for _, scores in artifacts:
-            cached = scores.recipe.settings["top_k"]
+            cached = scores.recipe.settings.get("top_k", asked)  # unknown of imported rows
             if asked is not None and asked > cached:
                 raise UserError(
                     f"train.top_k is {asked} but {scores.name} holds {cached} candidates a token; "

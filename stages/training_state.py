@@ -33,7 +33,11 @@ def load_optimizer_state(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
     """Continue with moments that were saved before; settings stay those of the optimizer."""
-    groups = get_optimizer_state_dict(model, optimizer, options=_WHOLE)["param_groups"]
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [
+        {**group, "params": [names[parameter] for parameter in group["params"]]}
+        for group in optimizer.param_groups
+    ]
     whole: dict[str, Any] = {"state": state, "param_groups": groups}
     set_optimizer_state_dict(model, optimizer, whole, options=_WHOLE)
 

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import Engine
@@ -141,6 +143,7 @@ class GenerateUnits(UnitWorker):
             "rows": len(batch),
             "completion_tokens": batch.completion_tokens,
             "length_rows": length_rows,
+            "repeated_tokens": sum(repeated_tokens(ids) for ids in batch.completion_ids),
         }
         end = time.time()
         rollouts.commit(
@@ -233,6 +236,14 @@ def _each(table: pa.Table, work: Callable[[Worked], Worked]) -> pa.Table:
 def _slice(prompts: pa.Table, artifact: Artifact, unit: int) -> pa.Table:
     rows = artifact.unit_rows(unit)
     return prompts.slice(rows.start, rows.stop - rows.start)
+
+
+def repeated_tokens(ids: NDArray[np.integer[Any]]) -> int:
+    """Tokens of a completion that end a stretch of 4 which stood in it before."""
+    if len(ids) < 5:
+        return 0
+    stretches = np.lib.stride_tricks.sliding_window_view(ids, 4)
+    return len(stretches) - len(np.unique(stretches, axis=0))
 
 
 def _trains(batch: RolloutBatch, row: int, tokens: int) -> bool:

@@ -393,7 +393,10 @@ def test_a_run_trains_on_rows_another_program_wrote(tmp_path: Path) -> None:
         np.log(1 - np.exp(-0.5) - np.exp(-1.5)), abs=1 / 32
     )
     assert row.teacher_top_logprobs[1].tolist()[1] == -np.inf
-    summary = finish(tmp_path, "run", "rounds=1", f"replay.scores=[{name}]", "prompts_per_unit=4")
+    replay = ["rounds=1", f"replay.scores=[{name}]", "prompts_per_unit=4"]
+    with pytest.raises(UserError, match="the rollouts are stale"):  # invented behavior
+        finish(tmp_path, "reverse", *replay)
+    summary = finish(tmp_path, "run", *replay, "train.objective.direction=forward")
     assert summary["tokens"]["teacher_scored"] == 0
     assert summary["tokens"]["trained"] == 8 * 2
     assert summary["decisions"][0].startswith("drift passed its bound")  # invented behavior

@@ -8,7 +8,7 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,12 @@ def export_scores(store: Store, scores: Artifact, out: Path, *, form: str) -> in
     return rows
 
 
-def import_scores(source: Path, store: Store, codec: Codec) -> Artifact:
+def import_scores(
+    source: Path, store: Store, codec: Codec, *, stop_ids: Sequence[int] = ()
+) -> Artifact:
     """Make rollouts and scores artifacts of a JSONL(.zst) or Parquet file, or a folder of Parquet.
+
+    `stop_ids` are the terminators that the first columns of teacher_forced_logprobs speak of.
 
     Raises:
         UserError: a row is missing a column, or its lengths do not agree (file and row named).
@@ -114,11 +118,18 @@ def import_scores(source: Path, store: Store, codec: Codec) -> Artifact:
     rows = sum(1 for file in files for _ in _rows_of(file))
     if rows == 0:
         raise UserError(f"{source} holds no rows; expected one scored rollout a row")
-    rollouts = store.artifact(Recipe(kind="rollouts", settings={"imported": digests}, inputs={}))
+    stops = {"stop_ids": list(stop_ids)} if stop_ids else {}
+    rollouts = store.artifact(
+        Recipe(kind="rollouts", settings={"imported": digests, **stops}, inputs={})
+    )
     scores = store.artifact(
         Recipe(
             kind="scores",
-            settings={"imported": digests, "codec": codec_settings(codec)},
+            settings={
+                "imported": digests,
+                "codec": codec_settings(codec),
+                "forced_ids": list(stop_ids),
+            },
             inputs={"rollouts": rollouts.fingerprint},
         )
     )
@@ -128,6 +139,11 @@ def import_scores(source: Path, store: Store, codec: Codec) -> Artifact:
     for unit in scores.units():
         chunk = list(islice(everything, ROWS_PER_UNIT))
         batch, scored = _batches(chunk)
+        if any(row.shape[1] < len(stop_ids) for row in scored.teacher_forced_logprobs if len(row)):
+            raise UserError(
+                f"{chunk[0][0]} has fewer teacher_forced_logprobs than the {len(stop_ids)} "
+                "terminators named; add their log-probabilities, or name no terminators"
+            )
         try:
             table, fidelity = encode_scores(codec, scored, batch)
         except ValueError as error:
