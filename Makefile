@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH := .venv-bench/bin
+BENCH_READY := .venv-bench/.ready
 
-.PHONY: help quickstart test lint models bench-cache bench-generation bench-quickstart clean
+.PHONY: help quickstart test lint models bench-cache bench-generation bench-loss \
+	bench-quickstart bench-train clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -36,6 +39,18 @@ bench-generation: $(READY) ## tokens per second against stock generate
 bench-cache: $(READY) models/text-teacher ## size, error and speed of the teacher cache
 	$(BIN)/python benchmarks/cache.py --text-teacher models/text-teacher
 
+bench-loss: $(BENCH_READY) ## the fused loss beside dense logits, trl and liger-kernel
+	$(BENCH)/python benchmarks/loss.py
+
+bench-train: $(BENCH_READY) ## the training stage beside a live teacher and trl's trainer
+	$(BENCH)/python benchmarks/training.py
+
+$(BENCH_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	$(BENCH)/pip install --quiet --disable-pip-version-check -c constraints.txt -e . \
+		trl==1.16.0 liger-kernel==0.8.5
+	@touch $@
+
 models/text-teacher: | $(READY)
 	$(BIN)/python benchmarks/text_teacher.py --out $@
 
@@ -43,4 +58,4 @@ bench-quickstart: $(READY) ## the quickstart over three seeds of problems and tr
 	$(BIN)/python benchmarks/quickstart.py
 
 clean: ## remove the environment, the store and the runs
-	rm -rf $(VENV) store runs
+	rm -rf $(VENV) .venv-bench store runs

@@ -1,11 +1,13 @@
 """CPU seconds and memory of the fused loss beside dense logits and public chunked losses.
 
-    python benchmarks/loss.py                     # CPU
-    python benchmarks/loss.py --device cuda       # bf16, V 151,936
+    python benchmarks/loss.py                     # CPU, float32
+    python benchmarks/loss.py --dtype bfloat16    # hidden states and head in bfloat16
+    python benchmarks/loss.py --device cuda       # bfloat16, larger shapes
 
 All compute the same number: the forward KL over K teacher candidates and one tail bucket, mean over
 tokens, with gradients for hidden states and head weight. Memory is the growth of the process's peak
-over its state before the call, each measured in a process of its own. trl and liger-kernel are in
+over its state before the call, each measured in a process of its own; "beyond gradients" leaves out
+the gradients themselves, which every loss has to return. trl and liger-kernel are in
 the benchmark environment (`make bench-loss`), never in the project's.
 """
 
@@ -37,15 +39,15 @@ CUDA_SHAPES = {
 }
 LARGEST_DENSE = 10**8  # logits; more does not fit beside the others
 Loss = Callable[["Case"], torch.Tensor]
+Shape = tuple[int, int, int, int]
 
 
 class Case:
     """Hidden states, head and teacher candidates of one shape."""
 
-    def __init__(self, shape: tuple[int, int, int, int], device: str) -> None:
+    def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
         tokens, hidden, vocabulary, top_k = shape
         torch.manual_seed(0)
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
         with torch.device(device):
             self.hidden_NH = torch.randn(tokens, hidden).to(dtype).requires_grad_()
             weight = torch.randn(vocabulary, hidden) * 2 / hidden**0.5
@@ -148,24 +150,28 @@ def main() -> None:
     """Print one table a shape."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--memory-of", nargs=2, metavar=("LOSS", "SHAPE"), help="one measurement")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     shapes = CPU_SHAPES if arguments.device == "cpu" else CUDA_SHAPES
+    default = torch.float32 if arguments.device == "cpu" else torch.bfloat16
+    dtype = default if arguments.dtype is None else getattr(torch, arguments.dtype)
     if arguments.memory_of:
         loss, shape = arguments.memory_of
-        print(json.dumps(_growth(LOSSES[loss], shapes[shape], arguments.device)))
+        print(json.dumps(_growth(LOSSES[loss], shapes[shape], arguments.device, dtype)))
         return
     device = platform.processor() or platform.machine()
     if arguments.device == "cuda":
         device = torch.cuda.get_device_name()
-    print(f"torch {torch.__version__}, {device}, one thread, median of {REPEATS}\n")
+    print(f"torch {torch.__version__}, {device}, {dtype}, one thread, median of {REPEATS}\n")
     for name, shape in shapes.items():
-        _compare(name, shape, arguments.device)
+        _compare(name, shape, arguments.device, dtype)
 
 
-def _compare(name: str, shape: tuple[int, int, int, int], device: str) -> None:
-    case = Case(shape, device)
+def _compare(name: str, shape: Shape, device: str, dtype: torch.dtype) -> None:
+    case = Case(shape, device, dtype)
+    held = sum(t.numel() * t.element_size() for t in (case.hidden_NH, case.weight_VH)) / 2**20
     losses = {label: loss for label, loss in LOSSES.items() if _runs(label, shape, device)}
     seconds: dict[str, list[float]] = {label: [] for label in losses}
     values: dict[str, tuple[float, torch.Tensor, torch.Tensor]] = {}
@@ -178,8 +184,10 @@ def _compare(name: str, shape: tuple[int, int, int, int], device: str) -> None:
             gradients = case.gradients()
             values[label] = (value.item(), *gradients)
     print(f"## {name}\n")
-    print("| loss | seconds (range) | against fused | extra MiB | value | gradient difference |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| loss | seconds (range) | against fused | extra MiB | beyond gradients | value | gradient difference |"
+    )
+    print("|---|---|---|---|---|---|---|")
     ours = statistics.median(seconds["fused"])
     for label in losses:
         value, *gradients = values[label]
@@ -188,44 +196,48 @@ def _compare(name: str, shape: tuple[int, int, int, int], device: str) -> None:
             for one, other in zip(gradients, values["fused"][1:], strict=True)
         )
         median = statistics.median(seconds[label])
+        memory = _memory(label, name, device, dtype)
         same = "" if "live teacher" in label else f"{apart:.1e}"
         print(
             f"| {label} | {median:.3f} ({min(seconds[label]):.3f} to {max(seconds[label]):.3f}) "
-            f"| {median / ours:.2f} | {_memory(label, name, device):,.0f} | {value:.6f} | {same} |"
+            f"| {median / ours:.2f} | {memory:,.0f} | {memory - held:,.0f} | {value:.6f} | {same} |"
         )
     print()
 
 
-def _runs(label: str, shape: tuple[int, int, int, int], device: str) -> bool:
+def _runs(label: str, shape: Shape, device: str) -> bool:
     package = {"trl": "trl", "liger": "liger_kernel"}.get(label.split()[0])
     if package is not None and importlib.util.find_spec(package) is None:
         return False
     return device == "cuda" or label != "dense" or shape[0] * shape[2] <= LARGEST_DENSE
 
 
-def _memory(label: str, shape: str, device: str) -> float:
+def _memory(label: str, shape: str, device: str, dtype: torch.dtype) -> float:
     """MiB of a process that does only this."""
-    command = [sys.executable, __file__, "--device", device, "--memory-of", label, shape]
+    name = str(dtype).removeprefix("torch.")
+    command = [sys.executable, __file__, "--device", device, "--dtype", name]
+    command += ["--memory-of", label, shape]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _growth(loss: Loss, shape: tuple[int, int, int, int], device: str) -> float:
+def _growth(loss: Loss, shape: Shape, device: str, dtype: torch.dtype) -> float:
     """MiB that the peak rises over what is there before, a small call having gone before."""
-    loss(Case((32, 64, 512, 8), device)).backward()
-    case = Case(shape, device)
+    loss(Case((32, 64, 512, 8), device, dtype)).backward()
+    case = Case(shape, device, dtype)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         loss(case).backward()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = _status("VmRSS")
+    before = status_kib("VmRSS")
     loss(case).backward()
-    return (_status("VmHWM") - before) / 1024
+    return (status_kib("VmHWM") - before) / 1024
 
 
-def _status(field: str) -> int:
+def status_kib(field: str) -> int:
+    """A memory figure of this process, KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from stages import keeper as keeper_module
 from stages.data_module import bucketed
 from stages.progress import Silent
 from stages.student_module import StudentModule
-from tests.conftest import small_config
+from tests.conftest import MODELS, small_config
 
 TWO = ("pools.trainer.devices=2",)
 
@@ -268,6 +269,24 @@ def test_a_report_says_what_was_measured(collected: Path) -> None:
     assert 0 <= report["repeat_ratio"] <= 1
     places = report["epochs"][0]["reverse_kl_by_position"]
     assert sum(place["tokens"] for place in places) == report["tokens"]["generated"]
+
+
+def test_the_loop_of_the_objectives_page_lowers_the_loss(collected: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    page = (MODELS.parent.parent / "docs" / "objectives.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (scores,) = (collected / "store" / "scores").iterdir()
+    model = AutoModelForCausalLM.from_pretrained(MODELS / "ledger-student", dtype=torch.float32)
+    printed: list[float] = []
+    names = {
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+        "print": printed.append,
+    }
+    exec(code.replace("store/scores/3f0c5d1a2b3c4d5e", str(scores)), names)
+    assert len(printed) == 2
+    assert printed[1] < printed[0]
 
 
 @pytest.fixture(autouse=True)
