@@ -185,7 +185,8 @@ def _compare(name: str, shape: Shape, device: str, dtype: torch.dtype) -> None:
             values[label] = (value.item(), *gradients)
     print(f"## {name}\n")
     print(
-        "| loss | seconds (range) | against fused | extra MiB | beyond gradients | value | gradient difference |"
+        "| loss | seconds (range) | against fused | extra MiB | beyond gradients | value "
+        "| gradient difference |"
     )
     print("|---|---|---|---|---|---|---|")
     ours = statistics.median(seconds["fused"])
