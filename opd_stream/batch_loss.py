@@ -13,6 +13,7 @@ from opd_stream.batches import Batch
 from opd_stream.errors import UserError
 from opd_stream.fused import OutputHead, fused_loss
 from opd_stream.guards import Terminators, merge_into_candidates, soft_clamp
+from opd_stream.logprobs import sampled_logprobs
 from opd_stream.objectives import (
     SMALLEST_LOGPROB,
     DrawnForward,
@@ -24,6 +25,7 @@ from opd_stream.objectives import (
 )
 from opd_stream.objectives.dense import teacher_entropy
 from opd_stream.statistics import step_sums
+from opd_stream.weighting import Weighting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,7 @@ def batch_loss(
     *,
     merge_terminators: bool = True,
     limit: float | None = None,
+    weighting: Weighting | None = None,
 ) -> BatchLoss:
     """Loss of the batch's completion tokens, by `fused_loss`.
 
@@ -53,6 +56,8 @@ def batch_loss(
         objectives: what to minimise; their weighted sum.
         merge_terminators: all terminators are one outcome.
         limit: of a token's loss, for `soft_clamp`; None: no clamp.
+        weighting: of tokens by measured drift; the caller divides the gradient of the step by the
+            mean weight, which is in the sums.
 
     Raises:
         UserError: an objective needs a column the cache lacks, or an id is none of the student's.
@@ -73,11 +78,22 @@ def batch_loss(
         losses = token_losses(objectives, inputs)
         return losses if limit is None else soft_clamp(losses, limit)
 
+    drift_weights_N = torch.ones_like(batch.weights_N)
+    if weighting is not None:
+        sampled_N = sampled_logprobs(
+            hidden_NH, head, batch.completion_ids_N, chunk_rows=head.chunk_rows
+        )
+        drift_weights_N = weighting.token_weights(
+            sampled_N - batch.behavior_logprobs_N,
+            block_N=batch.block_N,
+            row_N=batch.row_N,
+            staleness_N=batch.staleness_N,
+        )
     fused = fused_loss(
         hidden_NH,
         head,
         ids_NJ=ids_NJ,
-        weights_N=batch.weights_N,
+        weights_N=batch.weights_N * drift_weights_N,
         token_loss=token_loss,
         top_NK=None if is_drawn else batch.teacher_top_logprobs_NK,
     )
@@ -87,7 +103,8 @@ def batch_loss(
         )
         sums = step_sums(
             losses_N=fused.losses_N,
-            weights_N=batch.weights_N,
+            counted_N=batch.weights_N > 0,
+            drift_weights_N=drift_weights_N,
             student_logprobs_N=inputs.student_logprobs_N,
             behavior_logprobs_N=batch.behavior_logprobs_N,
             reverse_kl_N=inputs.reverse_kl_N,

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from opd_stream.guards import first_occurrences
 from opd_stream.logprobs import completion_rows
 from opd_stream.store.reader import ScoredRow
+from opd_stream.weighting import fixed_blocks, newline_spans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,8 @@ class Batch:
     hidden_rows_N: torch.Tensor  # rows of the flattened [B * L] hidden states that predict a token
     positions_N: torch.Tensor  # place of the token in its completion, from 0
     row_N: torch.Tensor  # row of the batch the token belongs to
+    block_N: torch.Tensor  # block of the drift gate, numbered through the batch
+    staleness_N: torch.Tensor  # policies between that of the row and the current one
     weights_N: torch.Tensor  # of each token in the loss; they sum to 1 over an optimizer step
     completion_ids_N: torch.Tensor
     behavior_logprobs_N: torch.Tensor
@@ -71,6 +74,9 @@ def collate(
     window_tokens: int,
     tokens_of_step: int | None = None,
     masked_ids: Collection[int] = (),
+    blocks: int | Literal["spans"] = 64,
+    newline_ids: Collection[int] = (),
+    staleness: Sequence[int] = (),
 ) -> Batch:
     """One micro-batch of rows, each used up to the window.
 
@@ -80,6 +86,9 @@ def collate(
         tokens_of_step: completion tokens of the whole optimizer step, so that the token mean is one
             mean whatever the number of micro-batches; None: the batch is the step.
         masked_ids: ids whose first occurrence in a completion does not train.
+        blocks: tokens of a block of the drift gate, or spans between newlines.
+        newline_ids: ids of tokens that hold a newline.
+        staleness: policies between that of each cache and the current one; none: 0.
     """
     masks = [trained_mask(row, window_tokens, masked_ids) for row in rows]
     lengths = [(len(row.prompt_ids), len(mask)) for row, mask in zip(rows, masks, strict=True)]
@@ -119,6 +128,12 @@ def collate(
     everything = torch.from_numpy(np.concatenate(masks))
     hidden_rows = completion_rows(prompts, completions, padded_length=padded)[everything]
     row_N = torch.repeat_interleave(torch.arange(len(rows)), completions)[everything]
+    parts = [
+        _blocks(row, len(mask), blocks, newline_ids) for row, mask in zip(rows, masks, strict=True)
+    ]
+    starts = np.cumsum([0, *(int(part[-1]) + 1 if len(part) else 0 for part in parts)])
+    block_N = np.concatenate([part + start for part, start in zip(parts, starts, strict=False)])
+    ages = torch.tensor([staleness[row.cache] if staleness else 0 for row in rows])
     tokens = int(everything.sum()) if tokens_of_step is None else tokens_of_step
     top_ids = wide("teacher_top_ids", np.int64, 0)
     terminators, columns = rows[0].terminators
@@ -135,6 +150,8 @@ def collate(
         hidden_rows_N=hidden_rows,
         positions_N=hidden_rows - row_N * padded - prompts[row_N] + 1,
         row_N=row_N,
+        block_N=torch.from_numpy(block_N)[everything],
+        staleness_N=ages[row_N],
         weights_N=torch.full((len(row_N),), 1 / max(tokens, 1)),
         completion_ids_N=flat("completion_ids", np.int64),
         behavior_logprobs_N=flat("behavior_logprobs", np.float32),
@@ -151,6 +168,14 @@ def collate(
         largest_id=max(int(input_ids.max()), int(top_ids.max()) if top_ids.numel() else 0),
         names=tuple(f"{row.prompt_id}/{row.sample_index}" for row in rows),
     )
+
+
+def _blocks(
+    row: ScoredRow, tokens: int, blocks: int | Literal["spans"], newline_ids: Collection[int]
+) -> NDArray[np.int64]:
+    if blocks != "spans":
+        return fixed_blocks(tokens, blocks)
+    return newline_spans(np.isin(row.completion_ids[:tokens], list(newline_ids)))
 
 
 def _moved(value: Any, device: torch.device) -> Any:

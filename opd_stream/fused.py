@@ -36,6 +36,12 @@ class OutputHead:
     scale: float = 1.0
     cap: float | None = None  # None: no soft cap
 
+    @property
+    def chunk_rows(self) -> int:
+        """Rows whose logits may exist at one time."""
+        budget = CHUNK_BYTES.get(self.weight_VH.device.type, CHUNK_BYTES["cuda"])
+        return max(FEWEST_ROWS, budget // (4 * len(self.weight_VH)))
+
     def __call__(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """The logits [N, V], all at once."""
         logits_NV = torch.nn.functional.linear(hidden_NH, self.weight_VH, self.bias_V)
@@ -79,8 +85,7 @@ def fused_loss(
         chunk_rows: rows whose logits exist at one time; None: by device and vocabulary.
     """
     if chunk_rows is None:
-        budget = CHUNK_BYTES.get(hidden_NH.device.type, CHUNK_BYTES["cuda"])
-        chunk_rows = max(FEWEST_ROWS, budget // (4 * len(head.weight_VH)))
+        chunk_rows = head.chunk_rows
     settings = _Settings(token_loss, top_NK, chunk_rows, head.cap)
     scaled_NH = hidden_NH if head.scale == 1.0 else hidden_NH * head.scale
     bias_V = None if head.bias_V is None else head.bias_V * head.scale

@@ -46,6 +46,15 @@ def completion_rows(
     return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
 
 
+@torch.no_grad()
+def sampled_logprobs(
+    hidden_NH: torch.Tensor, head: Head, ids_N: torch.Tensor, *, chunk_rows: int
+) -> torch.Tensor:
+    """log p of one id a row [N], logits in chunks of rows; without gradient."""
+    chunks = zip(hidden_NH.split(chunk_rows), ids_N.split(chunk_rows), strict=True)
+    return torch.cat([logprobs_at(head(hidden), ids[:, None])[:, 0] for hidden, ids in chunks])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadScores:
     """A teacher's scores of N completion tokens; log-probabilities in nats, float32."""

@@ -30,6 +30,8 @@ _POSITION_TOKENS = tuple(f"position_tokens.{bin_}" for bin_ in range(POSITION_BI
 _POSITION_SUMS = tuple(f"position_reverse_kl.{bin_}" for bin_ in range(POSITION_BINS))
 NAMES = (
     "tokens",
+    "drift_weight",
+    "drift_weight_squared",
     "overlap",
     "overlap_tokens",
     *_MEANS,
@@ -44,7 +46,8 @@ NAMES = (
 def step_sums(
     *,
     losses_N: torch.Tensor,
-    weights_N: torch.Tensor,
+    counted_N: torch.Tensor,
+    drift_weights_N: torch.Tensor,
     student_logprobs_N: torch.Tensor,
     behavior_logprobs_N: torch.Tensor,
     reverse_kl_N: torch.Tensor,
@@ -57,10 +60,12 @@ def step_sums(
 ) -> torch.Tensor:
     """The sums of N tokens, in the order of `NAMES`.
 
-    Tokens of weight 0 are not counted. `overlap_M` is the share of the student's own candidates
+    Only tokens of `counted_N` are. Drift weights are those of gate and freshness, before
+    normalisation. `overlap_M` is the share of the student's own candidates
     among the teacher's, on a sample of M tokens; positions count from 0 in each completion.
     """
-    counted_N = (weights_N > 0).double()
+    counted_N = counted_N.double()
+    drift_N = drift_weights_N.double() * counted_N
     importance_N = (student_logprobs_N - behavior_logprobs_N).exp()
     columns = torch.stack(
         [
@@ -79,7 +84,9 @@ def step_sums(
     zeros = counted_N.new_zeros
     return torch.cat(
         [
-            torch.stack([counted_N.sum(), overlap_M.double().sum()]),
+            torch.stack(
+                [counted_N.sum(), drift_N.sum(), drift_N.square().sum(), overlap_M.double().sum()]
+            ),
             counted_N.new_tensor([len(overlap_M)]),
             torch.where(counted_N > 0, columns, 0.0).sum(1),
             drift_tensor(student_logprobs_N, behavior_logprobs_N, counted_N),
@@ -99,10 +106,14 @@ def means(sums: Mapping[str, float]) -> dict[str, float]:
     """Per token: what a line of metrics or an epoch's record shows."""
     tokens = max(sums["tokens"], 1.0)
     drift = drift_of(sums)
+    mean_weight = sums["drift_weight"] / tokens
     return {
         **{name: sums[name] / tokens for name in _MEANS},
         **absolute_percentiles(sums),
         "overlap": sums["overlap"] / max(sums["overlap_tokens"], 1.0),
+        "mean_drift_weight": mean_weight,
+        "drift_weight_spread": max(sums["drift_weight_squared"] / tokens - mean_weight**2, 0.0)
+        ** 0.5,
         "policy_drift": drift.policy_drift,
         "mean_absolute_d": drift.absolute_mean,
         "effective_sample_fraction": drift.effective_sample_fraction,

@@ -146,6 +146,7 @@ def train_policy(session: Session, here: Round) -> None:
             caches=((here.rollouts.fingerprint, here.scores.fingerprint),),
             is_fresh=author == here.student.identity.fingerprint,
             masked_ids=session.setup.masked_ids,
+            newline_ids=session.setup.newline_ids,
             first_step=here.plan.first_step,
             round_index=here.index,
             scratch=str(session.directory.scratch(here)),

@@ -21,6 +21,7 @@ class Setup:
     teacher: Checkpoint | None  # None in a replay
     stop_ids: tuple[int, ...]  # terminators of either model: generation stops on any of them
     forced_ids: tuple[int, ...]  # always scored
+    newline_ids: tuple[int, ...]  # tokens that hold a newline, if the drift gate asks for them
     masked_ids: tuple[int, ...]  # the first occurrence in a rollout does not train
     prompts: Artifact
     evaluation_prompts: Artifact | None
@@ -54,6 +55,7 @@ def open_setup(config: Config) -> Setup:
         stop_ids=stop_ids,
         forced_ids=tuple(sorted({*stop_ids, *_forced(config, student)})),
         masked_ids=_masked(config, student),
+        newline_ids=_newlines(config, student),
         prompts=make_prompts(store, config.prompts, student),
         evaluation_prompts=(
             None if evaluation is None else make_prompts(store, evaluation.prompts, student)
@@ -100,3 +102,13 @@ def _masked(config: Config, student: Checkpoint) -> tuple[int, ...]:
     vocabulary = student.tokenizer().get_vocab()
     names = config.train.guards.mask_first
     return tuple(sorted(vocabulary[name] for name in names if name in vocabulary))
+
+
+def _newlines(config: Config, student: Checkpoint) -> tuple[int, ...]:
+    if config.train.gate is None or config.train.gate.blocks != "spans":
+        return ()
+    marks = ("\n", "Ċ", "<0x0A>")  # as it is, in byte-level and in byte-fallback vocabularies
+    vocabulary = student.tokenizer().get_vocab()
+    return tuple(
+        sorted(number for token, number in vocabulary.items() if any(m in token for m in marks))
+    )

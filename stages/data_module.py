@@ -7,7 +7,7 @@ step is the same rows whatever the number of processes: its micro-batches are de
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -34,6 +34,8 @@ class BatchPlan:
     window: Window
     top_k: int | None = None  # teacher candidates to use; None: all that are cached
     masked_ids: tuple[int, ...] = ()  # ids whose first occurrence does not train
+    blocks: int | Literal["spans"] = 64  # of the drift gate
+    newline_ids: tuple[int, ...] = ()
 
     def epoch_steps(self, rows: int, epoch: int) -> list[list[int]]:
         """Row numbers of each optimizer step of an epoch; the last step may be smaller."""
@@ -86,7 +88,14 @@ def step_batches(
     for group in groups[rank::world_size]:
         # A process without rows takes part with one of no weight.
         chosen = [rows[row] for row in group] or [rows[0]]
-        batch = collate(chosen, window_tokens=window, tokens_of_step=tokens, masked_ids=masked)
+        batch = collate(
+            chosen,
+            window_tokens=window,
+            tokens_of_step=tokens,
+            masked_ids=masked,
+            blocks=plan.blocks,
+            newline_ids=plan.newline_ids,
+        )
         if not group:
             batch = replace(batch, weights_N=torch.zeros_like(batch.weights_N))
         batches.append(batch)

@@ -8,6 +8,7 @@ from typing import Any
 
 from opd_stream.config import Config, Evaluation
 from opd_stream.config.collection import Rollouts, Scores
+from opd_stream.config.section import Section
 from opd_stream.config.training import Staleness, Train
 from opd_stream.store.recipe import Recipe
 from stages.checkpoints import Checkpoint
@@ -121,9 +122,11 @@ def policy_recipe(
         settings={
             "objectives": [part.model_dump(mode="json") for part in train.objective],
             "top_k": train.top_k,
+            "gate": _dumped(train.gate),
+            "freshness": _dumped(train.freshness),
             "guards": train.guards.model_dump(mode="json"),
             "precision": train.precision,
-            "lora": None if train.lora is None else train.lora.model_dump(mode="json"),
+            "lora": _dumped(train.lora),
             "learning_rate": train.learning_rate,
             "schedule": train.schedule,
             "warmup": train.warmup,
@@ -159,6 +162,10 @@ def _sampling(
         settings={**settings, **engine},
         inputs={"prompts": prompts, "student": student.identity.fingerprint},
     )
+
+
+def _dumped(section: Section | None) -> dict[str, Any] | None:
+    return None if section is None else section.model_dump(mode="json")
 
 
 def _sampling_seed(seed: int, round_index: int) -> int:

@@ -13,6 +13,7 @@ from opd_stream.config.training import Lora
 from opd_stream.engines.head import output_head
 from opd_stream.errors import UserError
 from opd_stream.objectives import Objective
+from opd_stream.weighting import Weighting
 
 ADAPTER = "adapter"  # folder of the LoRA adapter inside a policy
 
@@ -34,6 +35,7 @@ class StudentModel(torch.nn.Module):
         *,
         merge_terminators: bool,
         limit: float | None,
+        weighting: Weighting | None = None,
     ) -> BatchLoss:
         """See `batch_loss`."""
         hidden_BLH = self.model.get_decoder()(
@@ -46,6 +48,7 @@ class StudentModel(torch.nn.Module):
             objectives,
             merge_terminators=merge_terminators,
             limit=limit,
+            weighting=weighting,
         )
 
     def shard(self, mesh: Any) -> None:

@@ -21,6 +21,7 @@ from opd_stream.batches import Batch
 from opd_stream.errors import UserError
 from opd_stream.objectives import Objective
 from opd_stream.statistics import NAMES, named
+from opd_stream.weighting import Weighting
 from stages.data_module import Step
 from stages.student_model import Loader, StudentModel
 from stages.training_state import load_optimizer_state
@@ -39,13 +40,14 @@ class StudentModule(lightning.LightningModule):
         clip_norm: float = math.inf,
         merge_terminators: bool = True,
         soft_clamp: float | None = None,
+        weighting: Weighting | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self._load, self._objectives = load, objectives
         self._optimizer, self._optimizer_state = optimizer, optimizer_state
         self._clip_norm, self._merge_terminators = clip_norm, merge_terminators
-        self._soft_clamp = soft_clamp
+        self._soft_clamp, self._weighting = soft_clamp, weighting
         self.student: StudentModel | None = None
         self.mean_loss: float | None = None  # of the step before, for the soft clamp
         self.step_sums: dict[str, float] = {}  # of the latest step, over all processes
@@ -81,6 +83,11 @@ class StudentModule(lightning.LightningModule):
             torch.distributed.all_reduce(sums)
         self.step_sums = named(sums)
         trained = [p for p in self.parameters() if p.requires_grad]
+        if self._weighting is not None and self.step_sums["drift_weight"] > 0:
+            mean_weight = self.step_sums["drift_weight"] / self.step_sums["tokens"]
+            for parameter in trained:
+                if parameter.grad is not None:
+                    parameter.grad.div_(mean_weight)
         norm = torch.nn.utils.clip_grad_norm_(trained, self._clip_norm)
         self.grad_norm = float(getattr(norm, "full_tensor", lambda: norm)())
         if not math.isfinite(self.step_sums["loss"] + self.grad_norm):
@@ -96,7 +103,11 @@ class StudentModule(lightning.LightningModule):
         if self._soft_clamp is not None and self.mean_loss is not None:
             limit = self._soft_clamp * self.mean_loss
         return self.student(
-            batch, self._objectives, merge_terminators=self._merge_terminators, limit=limit
+            batch,
+            self._objectives,
+            merge_terminators=self._merge_terminators,
+            limit=limit,
+            weighting=self._weighting,
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

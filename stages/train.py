@@ -72,6 +72,7 @@ def train_here(job: TrainJob, progress: Progress) -> None:
         clip_norm=settings.clip_norm,
         merge_terminators=settings.guards.merge_terminators,
         soft_clamp=settings.guards.soft_clamp,
+        weighting=job.weighting(),
     )
     keeper = Keeper(job, len(plan.epoch_steps(len(rows), 0)), progress)
     if resumed is not None:

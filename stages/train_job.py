@@ -11,6 +11,7 @@ from opd_stream.store.policy import PolicyArtifact
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.recipe import recipe_from_json
 from opd_stream.store.store import Store
+from opd_stream.weighting import DriftGate, Freshness, Weighting
 from opd_stream.windows import Window, build_window
 from stages.data_module import BatchPlan
 
@@ -32,6 +33,7 @@ class TrainJob:
     caches: tuple[tuple[str, str], ...]  # fingerprints of rollouts and scores
     is_fresh: bool  # the rollouts were written by the weights the round starts from
     masked_ids: tuple[int, ...]  # ids whose first occurrence in a rollout does not train
+    newline_ids: tuple[int, ...]  # tokens that hold a newline
     first_step: int  # optimizer steps done before the round
     round_index: int
     scratch: str  # checkpoints of this round; removed when the policy is published
@@ -52,6 +54,7 @@ class TrainJob:
                 "config": Config.model_validate(value["config"]),
                 "caches": tuple((rollouts, scores) for rollouts, scores in value["caches"]),
                 "masked_ids": tuple(value["masked_ids"]),
+                "newline_ids": tuple(value["newline_ids"]),
             }
         )
 
@@ -98,6 +101,16 @@ class TrainJob:
         """What to minimise."""
         return build_objectives([part.model_dump() for part in self.config.train.objective])
 
+    def weighting(self) -> Weighting | None:
+        """How measured drift weighs tokens."""
+        gate, fresh = self.config.train.gate, self.config.train.freshness
+        if gate is None and fresh is None:
+            return None
+        return Weighting(
+            gate=None if gate is None else DriftGate(**gate.model_dump()),
+            freshness=None if fresh is None else Freshness(**fresh.model_dump()),
+        )
+
     def plan(self) -> BatchPlan:
         """Which rows meet in which step."""
         train = self.config.train
@@ -109,4 +122,6 @@ class TrainJob:
             window=self.window(),
             top_k=train.top_k,
             masked_ids=self.masked_ids,
+            blocks=64 if train.gate is None else train.gate.blocks,
+            newline_ids=self.newline_ids,
         )

@@ -169,6 +169,7 @@ def test_an_adapter_is_trained_merged_and_continued(tmp_path: Path) -> None:
         ("train.guards.soft_clamp=3",),
         ("train.objective={kind: hybrid}", "train.schedule=cosine", "train.warmup=0.1"),
         ("train.objective={kind: mc}",),
+        ("train.gate={blocks: spans, statistic: abs}", "train.freshness={alpha: 2}"),
         ("train.objective=[{kind: skew}, {kind: entropy_aware, weight: 0.5}]",),
         ("train.top_k=2",),
     ],

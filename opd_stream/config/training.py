@@ -104,6 +104,27 @@ class Guards(Section):
     )
 
 
+class DriftGate(Section):
+    """Tokens of blocks that have drifted count less (PDG)."""
+
+    blocks: Annotated[int, Field(ge=1)] | Literal["spans"] = Field(
+        default=64, description="tokens of a block, or spans: lines of the text"
+    )
+    tau: float = Field(default=1.0, gt=0, description="weight exp(-tau |drift|), then normalised")
+    statistic: Literal["signed", "abs", "rms"] = Field(
+        default="signed", description="of the drift in a block; in signed, opposite shifts cancel"
+    )
+
+
+class Freshness(Section):
+    """Rows that are old or have drifted count less (f-OPD)."""
+
+    alpha: float = Field(default=1.0, ge=0, description="exp(-alpha sqrt(policy_drift)) of the row")
+    floor: float = Field(
+        default=0.05, ge=0, lt=1, description="subtracted; rows below it have no weight"
+    )
+
+
 class Lora(Section):
     """Low-rank adapters instead of all weights (needs the extra `lora`)."""
 
@@ -129,6 +150,8 @@ class Train(Section):
         default=None, ge=1, description="use only so many of the cached candidates; null: all"
     )
     guards: Guards = Guards()
+    gate: DriftGate | None = Field(default=None, description="left out: every block counts")
+    freshness: Freshness | None = Field(default=None, description="left out: every row counts")
     learning_rate: float = Field(gt=0, description="peak")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="over the whole run; linear and cosine: down to 0"

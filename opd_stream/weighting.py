@@ -1,0 +1,131 @@
+"""Token weights from measured drift: the blockwise gate and row freshness.
+
+Both read d = student_logprobs - behavior_logprobs of the sampled tokens under the current student.
+Weights are returned before their normalisation: the step divides its gradient once by their mean
+over the whole global batch, so that a weighting is no hidden change of the learning rate.
+
+Shapes: N tokens of a batch, T tokens of one completion.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from opd_stream.drift import LARGEST_DIFFERENCE
+
+SHORTEST_SPAN, LONGEST_SPAN, FALLBACK_BLOCK = 16, 128, 64  # tokens, for newline spans
+
+Statistic = Literal["signed", "abs", "rms"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriftGate:
+    """exp(-tau * |s|), s the drift of a token's block (PDG)."""
+
+    blocks: int | Literal["spans"] = 64
+    tau: float = 1.0
+    statistic: Statistic = "signed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Freshness:
+    """max(0, f - floor), f from a row's age and drift (f-OPD)."""
+
+    alpha: float = 1.0
+    floor: float = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weighting:
+    """What weighs the tokens of a step."""
+
+    gate: DriftGate | None = None
+    freshness: Freshness | None = None
+
+    def token_weights(
+        self,
+        d_N: torch.Tensor,
+        *,
+        block_N: torch.Tensor,
+        row_N: torch.Tensor,
+        staleness_N: torch.Tensor,
+    ) -> torch.Tensor:
+        """Weights before normalisation [N]; without gradient."""
+        d_N = d_N.detach().clamp(-LARGEST_DIFFERENCE, LARGEST_DIFFERENCE)
+        weights_N = torch.ones_like(d_N)
+        if self.gate is not None:
+            weights_N = drift_gate(d_N, block_N, tau=self.gate.tau, statistic=self.gate.statistic)
+        if self.freshness is not None:
+            drift_N = group_means(d_N.expm1() - d_N, row_N)
+            fresh_N = freshness(staleness_N, drift_N, alpha=self.freshness.alpha)
+            weights_N = weights_N * (fresh_N - self.freshness.floor).clamp(min=0)
+        return weights_N
+
+
+def drift_gate(
+    d_N: torch.Tensor, block_N: torch.Tensor, *, tau: float, statistic: Statistic = "signed"
+) -> torch.Tensor:
+    """exp(-tau |s|) with s the drift of the block [N], before normalisation.
+
+    Args:
+        d_N: student_logprobs - behavior_logprobs.
+        block_N: block of each token.
+        tau: strength; 1 for `signed`, 0.3 to 1 to start with for the others.
+        statistic: signed: mean of d, in which opposite shifts cancel (published); abs: mean |d|;
+            rms: root of the mean of d^2.
+
+    No drift gives 1 everywhere. Source: blockwise policy-drift gating (PDG).
+    """
+    match statistic:
+        case "signed":
+            drift_N = group_means(d_N, block_N)
+        case "abs":
+            drift_N = group_means(d_N.abs(), block_N)
+        case "rms":
+            drift_N = group_means(d_N.square(), block_N).sqrt()
+    return (-tau * drift_N.abs()).exp()
+
+
+def freshness(
+    staleness_N: torch.Tensor, policy_drift_N: torch.Tensor, *, alpha: float
+) -> torch.Tensor:
+    """1 / (staleness + 1) * exp(-alpha * sqrt(policy_drift)) [N].
+
+    Staleness counts policies between the row's and the current one; the drift is that of the row.
+    The published term for a changed teacher is left out: here the teacher is frozen, and scores of
+    another one are another artifact. Source: f-OPD.
+    """
+    return (-alpha * policy_drift_N.clamp(min=0).sqrt()).exp() / (staleness_N + 1)
+
+
+def group_means(values_N: torch.Tensor, group_N: torch.Tensor) -> torch.Tensor:
+    """Mean of each group, at each of its tokens [N]."""
+    groups = int(group_N.max()) + 1 if len(group_N) else 0
+    sums = values_N.new_zeros(groups).index_add(0, group_N, values_N)
+    counts = values_N.new_zeros(groups).index_add(0, group_N, torch.ones_like(values_N))
+    return (sums / counts.clamp(min=1))[group_N]
+
+
+def fixed_blocks(tokens: int, size: int) -> NDArray[np.int64]:
+    """Block of each token of a completion [T]."""
+    return np.arange(tokens) // size
+
+
+def newline_spans(is_newline_T: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Span of each token: a line, short ones joined, long ones cut; fixed blocks without a newline.
+
+    A span holds 16 to 128 tokens, the last of a completion perhaps fewer.
+    """
+    if not is_newline_T.any():
+        return fixed_blocks(len(is_newline_T), FALLBACK_BLOCK)
+    span_T = np.zeros(len(is_newline_T), np.int64)
+    span, held = 0, 0
+    for place, is_newline in enumerate(is_newline_T.tolist()):
+        span_T[place] = span
+        held += 1
+        if (is_newline and held >= SHORTEST_SPAN) or held == LONGEST_SPAN:
+            span, held = span + 1, 0
+    return span_T
