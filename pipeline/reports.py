@@ -47,6 +47,7 @@ def round_report(here: Round, run_id: str, evaluation: dict[str, Any] | None) ->
             "policy": not trained_here,
         },
         "processes": outcome["processes"],
+        "extrapolations": outcome["extrapolations"],
         "sampler_gap": outcome["sampler_gap"],
         "policy_drift": last["policy_drift"],
         "effective_sample_fraction": last["effective_sample_fraction"],

@@ -147,6 +147,8 @@ def train_policy(session: Session, here: Round) -> None:
             is_fresh=author == here.student.identity.fingerprint,
             masked_ids=session.setup.masked_ids,
             newline_ids=session.setup.newline_ids,
+            stop_ids=session.setup.stop_ids,
+            prompts=session.setup.prompts.fingerprint,
             first_step=here.plan.first_step,
             round_index=here.index,
             scratch=str(session.directory.scratch(here)),

@@ -16,9 +16,10 @@ from lightning.pytorch.callbacks import Callback
 from opd_stream.errors import UserError
 from opd_stream.objectives import tolerates_staleness
 from opd_stream.schedule import learning_rate
-from opd_stream.staleness import StalenessBounds, decide_epoch
+from opd_stream.staleness import Decision, StalenessBounds, decide_epoch
 from opd_stream.statistics import drift_of, means, reverse_kl_by_position
 from opd_stream.store.files import publish
+from stages.extrapolate import Extrapolate
 from stages.metrics import forget_metrics_from, write_csv
 from stages.progress import Progress
 from stages.student_module import StudentModule
@@ -29,8 +30,15 @@ from stages.training_state import optimizer_state, save_checkpoint, weights
 class Keeper(Callback):
     """State of the round beside weights and optimizer."""
 
-    def __init__(self, job: TrainJob, steps_per_epoch: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        job: TrainJob,
+        steps_per_epoch: int,
+        progress: Progress,
+        extrapolate: Extrapolate | None,
+    ) -> None:
         self._job, self._steps_per_epoch, self._progress = job, steps_per_epoch, progress
+        self._extrapolate = extrapolate
         staleness = job.config.staleness
         self._bounds = StalenessBounds(
             max_epochs=staleness.max_epochs,
@@ -110,7 +118,14 @@ class Keeper(Callback):
         note = f"loss {line['loss']:.3f} drift {line['policy_drift']:.4f}"
         rate_text = f"{line['trained_tokens'] / max(seconds, 1e-9):,.0f} tokens/s"
         self._progress.advance("train", 1, f"{note} {rate_text}")
-        if self.steps % self._steps_per_epoch == 0:
+        jumped = None if self._extrapolate is None else self._extrapolate.drift_after_jump
+        if jumped is not None and jumped > self._bounds.policy_drift:
+            bound = self._bounds.policy_drift
+            reason = (
+                f"an extrapolation drifted too far: policy_drift {jumped:.4f} (bound {bound:g})"
+            )
+            self._decide(trainer, Decision(action="regenerate", reason=reason))
+        elif self.steps % self._steps_per_epoch == 0:
             self._decide(trainer)
         elif self.steps % self._job.config.train.checkpoint_steps == 0:
             self._checkpoint(trainer, module)
@@ -122,6 +137,7 @@ class Keeper(Callback):
             "trained_tokens": self._trained_tokens,
             "epochs": self._decisions,
             "sampler_gap": self._first["mean_absolute_d"] if self._job.is_fresh else None,
+            "extrapolations": [] if self._extrapolate is None else self._extrapolate.outcomes,
             "processes": self._processes,
             "made_by": self._job.made_by,
         }
@@ -134,10 +150,10 @@ class Keeper(Callback):
         publish(folder / "metrics.jsonl", "".join(own).encode())
         write_csv(metrics)
 
-    def _decide(self, trainer: lightning.Trainer) -> None:
-        """At the end of an epoch: another one over the same scores, or not."""
+    def _decide(self, trainer: lightning.Trainer, early: Decision | None = None) -> None:
+        """At the end of an epoch, or early: go on with the same scores, or not."""
         drift, epochs_done = drift_of(self._epoch_sums), len(self._decisions) + 1
-        decision = decide_epoch(drift, epochs_done=epochs_done, bounds=self._bounds)
+        decision = early or decide_epoch(drift, epochs_done=epochs_done, bounds=self._bounds)
         self._decisions.append(
             {
                 "epoch": epochs_done - 1,
@@ -171,6 +187,7 @@ class Keeper(Callback):
             "weights": weights(module.student),
             "optimizer": optimizer_state(module.student, trainer.optimizers[0]),
             "keeper": self.state(),
+            "extrapolation": None if self._extrapolate is None else self._extrapolate.state(),
             "mean_loss": module.mean_loss,
         }
         if trainer.is_global_zero:

@@ -124,6 +124,7 @@ def policy_recipe(
             "top_k": train.top_k,
             "gate": _dumped(train.gate),
             "freshness": _dumped(train.freshness),
+            "extrapolation": _dumped(train.extrapolation),
             "guards": train.guards.model_dump(mode="json"),
             "precision": train.precision,
             "lora": _dumped(train.lora),

@@ -19,11 +19,14 @@ from lightning.pytorch.loggers import Logger
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
+from opd_stream.store.reader import ScoredRows
 from opd_stream.store.tree import load_tree, save_tree
-from stages.data_module import CacheDataModule
+from stages.data_module import BatchPlan, CacheDataModule
+from stages.extrapolate import Extrapolate, load_base, save_base
 from stages.keeper import Keeper
 from stages.launch import launch
 from stages.progress import Progress
+from stages.reward import open_reward
 from stages.student_model import load_student, save_student
 from stages.student_module import StudentModule
 from stages.train_job import TrainJob
@@ -74,8 +77,11 @@ def train_here(job: TrainJob, progress: Progress) -> None:
         soft_clamp=settings.guards.soft_clamp,
         weighting=job.weighting(),
     )
-    keeper = Keeper(job, len(plan.epoch_steps(len(rows), 0)), progress)
+    extrapolate = _extrapolate(job, rows, plan)
+    keeper = Keeper(job, len(plan.epoch_steps(len(rows), 0)), progress, extrapolate)
     if resumed is not None:
+        if extrapolate is not None:
+            extrapolate.load_state(resumed["extrapolation"])
         keeper.load_state(resumed["keeper"])
         module.mean_loss = resumed["mean_loss"]
         module.load_weights_with(partial(load_weights, state=resumed["weights"]))
@@ -89,12 +95,14 @@ def train_here(job: TrainJob, progress: Progress) -> None:
         reload_dataloaders_every_n_epochs=1,
         use_distributed_sampler=False,
         precision="bf16-mixed" if settings.precision == "bf16-mixed" else "32-true",
-        callbacks=[keeper],
+        callbacks=[keeper] if extrapolate is None else [extrapolate, keeper],
         **_placement(job.config),
     )
     with _memory_explained():
         trainer.fit(module, data)
-    _publish(job, module, trainer, keeper, seconds=time.time() - started, rows=len(rows))
+    base = None if extrapolate is None else extrapolate.state()["base"]
+    seconds = time.time() - started
+    _publish(job, module, trainer, keeper, base=base, seconds=seconds, rows=len(rows))
 
 
 def _publish(
@@ -103,6 +111,7 @@ def _publish(
     trainer: lightning.Trainer,
     keeper: Keeper,
     *,
+    base: dict[str, torch.Tensor] | None,
     seconds: float,
     rows: int,
 ) -> None:
@@ -126,9 +135,19 @@ def _publish(
     attempt = policy.new_attempt()
     save_student(student, trained, Path(job.base), attempt)
     save_tree(state, attempt / OPTIMIZER)
+    if base is not None:
+        save_base(base, attempt)
     keeper.write_round_metrics(attempt)
     policy.publish(attempt, {**keeper.outcome(), "rows": rows, "seconds": round(seconds, 3)})
     shutil.rmtree(job.scratch, ignore_errors=True)
+
+
+def _extrapolate(job: TrainJob, rows: ScoredRows, plan: BatchPlan) -> Extrapolate | None:
+    settings = job.config.train.extrapolation
+    if settings is None:
+        return None
+    reward = None if settings.signal == "kl" else open_reward(job)
+    return Extrapolate(settings, rows, plan, reward, load_base(Path(job.base)))
 
 
 def _placement(config: Config) -> dict[str, Any]:

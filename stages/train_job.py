@@ -34,6 +34,8 @@ class TrainJob:
     is_fresh: bool  # the rollouts were written by the weights the round starts from
     masked_ids: tuple[int, ...]  # ids whose first occurrence in a rollout does not train
     newline_ids: tuple[int, ...]  # tokens that hold a newline
+    stop_ids: tuple[int, ...]  # terminators
+    prompts: str  # fingerprint of the training prompts
     first_step: int  # optimizer steps done before the round
     round_index: int
     scratch: str  # checkpoints of this round; removed when the policy is published
@@ -55,6 +57,7 @@ class TrainJob:
                 "caches": tuple((rollouts, scores) for rollouts, scores in value["caches"]),
                 "masked_ids": tuple(value["masked_ids"]),
                 "newline_ids": tuple(value["newline_ids"]),
+                "stop_ids": tuple(value["stop_ids"]),
             }
         )
 

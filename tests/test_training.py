@@ -272,6 +272,66 @@ def test_a_report_says_what_was_measured(collected: Path) -> None:
     assert sum(place["tokens"] for place in places) == report["tokens"]["generated"]
 
 
+@pytest.mark.parametrize("signal", ["kl", "reward", "both"])
+def test_an_extrapolation_is_searched_recorded_and_continued(tmp_path: Path, signal: str) -> None:
+    settings = (
+        f"train.extrapolation={{signal: {signal}, rows: 8, prompts: 4, candidates: 2}}",
+        "staleness.policy_drift=10",
+        "evaluation.max_new_tokens=8",
+    )
+    config = small_config(tmp_path, *settings)
+    run(config, RunDirectory(tmp_path / "run"), Silent())
+    reports = [
+        json.loads((tmp_path / "run" / "rounds" / f"{n:04d}" / "report.json").read_text())
+        for n in range(2)
+    ]
+    searches = [entry for report in reports for entry in report["extrapolations"]]
+    assert [entry["step"] for entry in searches] == [1, 2, 4, 8]
+    for entry in searches:
+        asked = {name for name, value in entry["scores"][0].items() if value is not None}
+        assert asked == ({"kl", "reward"} if signal == "both" else {signal})
+        assert (entry["policy_drift"] is not None) == (entry["kept"] > 0)
+    if signal == "kl":
+        assert any(entry["kept"] for entry in searches)  # the first steps of a descent
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_stopped_extrapolating_round_goes_on_the_same_in_two_processes(
+    collected: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    rate = 1.3e-3 if strategy == "ddp" else 1.4e-3
+    own = ("train.extrapolation={rows: 8}", "staleness.policy_drift=10")
+    whole = train(collected, f"jump-{strategy}", *own, f"train.learning_rate={rate}")
+    saved = keeper_module.Keeper._checkpoint
+
+    def stop(self: Any, trainer: Any, module: Any) -> None:
+        saved(self, trainer, module)
+        if self.steps == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(keeper_module.Keeper, "_checkpoint", stop)
+    again = (*own, f"train.learning_rate={rate + 1e-9}")
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(collected, f"jumped-{strategy}", *again)
+    monkeypatch.undo()
+    placed = (*again, *TWO, f"pools.trainer.strategy={strategy}")
+    summary = train(collected, f"jumped-{strategy}", *placed)
+    assert summary["steps"] == whole["steps"]
+    np.testing.assert_allclose(
+        column(collected, f"jumped-{strategy}"),
+        column(collected, f"jump-{strategy}"),
+        rtol=2e-3,
+        atol=1e-6,
+    )
+    reports = [
+        json.loads((collected / name / "rounds" / "0000" / "report.json").read_text())
+        for name in (f"jump-{strategy}", f"jumped-{strategy}")
+    ]
+    kept = [[entry["kept"] for entry in report["extrapolations"]] for report in reports]
+    assert kept[0] == kept[1]
+    assert sum(kept[0]) > 0
+
+
 def test_the_loop_of_the_objectives_page_lowers_the_loss(collected: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -143,6 +143,18 @@ class Config(Section):
                 f"train.top_k is {top_k} but scores.top_k is {self.scores.top_k}; lower the one or "
                 "raise the other"
             )
+        jump = self.train.extrapolation
+        if jump is not None and jump.signal != "kl":
+            if self.evaluation is None:
+                raise ValueError(
+                    f"train.extrapolation.signal is {jump.signal}, which judges answers as "
+                    "evaluation does, but there is no evaluation section; add one, or use kl"
+                )
+            if self.pools.trainer.devices > 1 and self.pools.trainer.strategy == "fsdp2":
+                raise ValueError(
+                    f"train.extrapolation.signal is {jump.signal}, which samples from the model in "
+                    "training, with sharded weights; use strategy ddp, or signal kl"
+                )
         window = self.rollouts.window
         if window.kind == "linear" and window.h0 > window.max_window_tokens:
             raise ValueError(

@@ -125,6 +125,29 @@ class Freshness(Section):
     )
 
 
+class Extrapolation(Section):
+    """After steps 1, 2, 4, 8, ... jump further along the way the weights came (EffOPD)."""
+
+    signal: Literal["kl", "reward", "both"] = Field(
+        default="kl",
+        description="kl: cached objective on `rows` rows; reward: judged answers to `prompts` "
+        "training prompts (published); both: neither may fall",
+    )
+    base: Literal["accepted", "previous"] = Field(
+        default="accepted",
+        description="start of the direction: last accepted point, or ordinary point (paper)",
+    )
+    acceptance: Literal["strict", "equal"] = Field(
+        default="strict", description="equal: an equal score is accepted too (paper)"
+    )
+    candidates: int = Field(default=5, ge=1, description="points W + 2 k (W - base), k = 1, 2, ...")
+    rows: int = Field(default=64, ge=1, description="cached rows that score a point")
+    prompts: int = Field(default=50, ge=1, description="training prompts that score a point")
+    reset_moments: bool = Field(
+        default=False, description="forget the optimizer's moments of what jumped"
+    )
+
+
 class Lora(Section):
     """Low-rank adapters instead of all weights (needs the extra `lora`)."""
 
@@ -152,6 +175,7 @@ class Train(Section):
     guards: Guards = Guards()
     gate: DriftGate | None = Field(default=None, description="left out: every block counts")
     freshness: Freshness | None = Field(default=None, description="left out: every row counts")
+    extrapolation: Extrapolation | None = Field(default=None, description="left out: none")
     learning_rate: float = Field(gt=0, description="peak")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="over the whole run; linear and cosine: down to 0"

@@ -7,12 +7,13 @@ rows and the head only over completion tokens, in chunks, so no [B, T, V] tensor
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from opd_stream.engines.decoding import LibraryDecoder, open_decoder
 from opd_stream.engines.head import logits_head
 from opd_stream.engines.sampling import draw, draw_uniforms, uniforms
 from opd_stream.errors import UserError
@@ -29,7 +30,17 @@ class TransformersEngine:
     def __init__(self, folder: Path, *, dtype: str, batch_rows: int, device: str = "cpu") -> None:
         self._dtype, self._device = getattr(torch, dtype), torch.device(device)
         self._batch_rows = batch_rows
+        self._open_decoder = open_decoder
         self._model: Any = self._read(folder)
+
+    @classmethod
+    def over(cls, model: Any, *, batch_rows: int = 64) -> Self:
+        """An engine over a model in memory, which stays as it is (it may be in training)."""
+        engine = cls.__new__(cls)
+        engine._dtype, engine._device = model.dtype, model.device
+        engine._batch_rows, engine._model = batch_rows, model
+        engine._open_decoder = LibraryDecoder  # the fast one lays weights out anew
+        return engine
 
     def load(self, folder: Path) -> None:
         """Other weights of the same architecture, in place."""
@@ -148,14 +159,12 @@ class TransformersEngine:
 
         Column 0 is what is sampled.
         """
-        from opd_stream.engines.decoding import open_decoder
-
         head = logits_head(self._model)
         rows, window, columns = uniforms_RTM.shape
         numbers = torch.from_numpy(uniforms_RTM).to(self._device)
         stops = torch.tensor(stop_ids, dtype=torch.long, device=self._device)
         ids, mask = _left_padded(prompt_ids, self._device)
-        decoder = open_decoder(self._model)
+        decoder = self._open_decoder(self._model)
         hidden = decoder.prefill(ids, mask)
         samples = rows // len(prompt_ids)
         if samples > 1:

@@ -1,0 +1,115 @@
+"""Extrapolation along the update direction (EffOPD): pure parts, without a trainer.
+
+After optimizer step t = 2^n the weights may jump further along the way they came: candidates
+W + 2 k (W - base), k = 1, 2, ..., are scored and the last one before the score stops rising is
+kept. Nothing is trained, the optimizer's state stays.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+MATRICES = re.compile(r"\.(self_attn|attn|attention|mlp|feed_forward)\..*weight$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """How far to look, and what counts as better.
+
+    Example:
+        >>> Search(signal="kl", base="accepted", acceptance="strict", candidates=5)
+    """
+
+    signal: Literal["kl", "reward", "both"] = "kl"
+    base: Literal["accepted", "previous"] = "accepted"  # official code; paper: point at 2^(n - 1)
+    acceptance: Literal["strict", "equal"] = "strict"  # official code; paper: may stay equal
+    candidates: int = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What a point is worth; higher is better in both. None: not asked for."""
+
+    reward: float | None = None
+    kl: float | None = None  # minus the cached loss, nats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A search: the scores of k = 0, 1, ... and the k that was kept (0: rejected)."""
+
+    step: int
+    scores: tuple[Score, ...]
+    kept: int
+
+
+def is_due(step: int) -> bool:
+    """Whether a search follows optimizer step `step` (counted from 1): powers of two."""
+    return step > 0 and step & (step - 1) == 0
+
+
+def is_better(candidate: Score, best: Score, acceptance: Literal["strict", "equal"]) -> bool:
+    """Whether a candidate replaces the best point; with two signals neither may fall."""
+    pairs = [
+        (ours, theirs)
+        for ours, theirs in ((candidate.reward, best.reward), (candidate.kl, best.kl))
+        if ours is not None and theirs is not None
+    ]
+    if any(ours < theirs for ours, theirs in pairs):
+        return False
+    return acceptance == "equal" or any(ours > theirs for ours, theirs in pairs)
+
+
+def moved_parameters(
+    named: Iterator[tuple[str, torch.nn.Parameter]],
+) -> dict[str, torch.nn.Parameter]:
+    """The parameters that an extrapolation moves: trained matrices of attention and MLP.
+
+    Embeddings, norms and the head stay. A LoRA product B A is bilinear, so only its factor B moves:
+    the product then moves along a straight line.
+    """
+    found = {name: p for name, p in named if p.requires_grad and p.ndim == 2}
+    factors = {name: p for name, p in found.items() if ".lora_B." in name}
+    return factors or {name: p for name, p in found.items() if MATRICES.search(name)}
+
+
+@torch.no_grad()
+def search(
+    parameters: Sequence[torch.Tensor],
+    bases: Sequence[torch.Tensor],
+    score: Callable[[], Score],
+    *,
+    step: int,
+    settings: Search,
+) -> Outcome:
+    """Move the parameters to the best candidate; exactly where they were if none is better.
+
+    Element-wise, so every process moves its own shard; `score` must agree between processes.
+    """
+    here = [parameter.detach().clone() for parameter in parameters]
+    scores, kept = [score()], 0
+    for k in range(1, settings.candidates + 1):
+        _place(parameters, here, bases, k)
+        scores.append(score())
+        if not is_better(scores[-1], scores[kept], settings.acceptance):
+            break
+        kept = k
+    _place(parameters, here, bases, kept)
+    return Outcome(step=step, scores=tuple(scores), kept=kept)
+
+
+def _place(
+    parameters: Sequence[torch.Tensor],
+    here: Sequence[torch.Tensor],
+    bases: Sequence[torch.Tensor],
+    k: int,
+) -> None:
+    """W + 2 k (W - base), differenced in float32; k = 0 copies W back bit for bit."""
+    for parameter, now, base in zip(parameters, here, bases, strict=True):
+        if k == 0:
+            parameter.copy_(now)
+        else:
+            parameter.copy_(now.float() + 2 * k * (now.float() - base.float()))
