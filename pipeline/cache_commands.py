@@ -15,6 +15,8 @@ from opd_stream.store import inventory
 from opd_stream.store.codecs import build_codec
 from opd_stream.store.exchange import export_scores, import_scores
 from opd_stream.store.store import Store
+from opd_stream.style_bias import StyleSettings
+from stages.residual import make_residual
 
 Lines = Iterator[str]
 _ROW = "{:30} {:9} {:>10} {:>9} {:>12} {:>14} {:>8}"
@@ -112,6 +114,13 @@ def import_(location: str, source: Path, codec: str, stop_ids: Sequence[int] = (
     yield f"{scores.name}: train on it with replay: {{scores: [{scores.name}]}}"
 
 
+def residual(location: str, name: str) -> Lines:
+    """Scores without the teacher's style bias."""
+    store = _existing(location)
+    target = make_residual(store, inventory.open_artifact(store, name), StyleSettings())
+    yield f"{target.name}: train on it with replay: {{scores: [{target.name}]}}"
+
+
 def _existing(location: str) -> Store:
     store = Store(location)
     if not store.root.exists():
@@ -128,4 +137,5 @@ COMMANDS: dict[str, Callable[..., Lines]] = {
     "unpin": unpin,
     "export": export,
     "import": import_,
+    "residual": residual,
 }

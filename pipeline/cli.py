@@ -161,6 +161,12 @@ def cache_export(
     _lines("export", store, name, out, form)
 
 
+@cache.command("residual")
+def cache_residual(store: StorePlace, name: ArtifactName) -> None:
+    """Make scores without the teacher's style bias, from the cache alone (Lightning OPD 2.0)."""
+    _lines("residual", store, name)
+
+
 @cache.command("import")
 def cache_import(
     store: StorePlace,

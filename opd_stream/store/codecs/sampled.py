@@ -16,6 +16,8 @@ from opd_stream.store.codecs.columns import (
     flat_values,
     lengths_of,
     list_column,
+    matrix_column,
+    matrix_of,
     offsets_of,
     row_offsets,
 )
@@ -45,6 +47,9 @@ def encode_sampled(scores: ScoreBatch, *, draws: int) -> tuple[dict[str, Any], F
         "draw_unique": list_column(unique_N.astype(np.uint16), offsets),
         **plane_columns("draw_ids", ids_NK[kept_NK], entry_offsets),
         **plane_columns("draw_counts", counts_NK[kept_NK], entry_offsets),
+        "teacher_forced_logprobs": matrix_column(
+            flat(scores.teacher_forced_logprobs, np.float16), offsets
+        ),
     }
     ones_N = np.ones(tokens)
     nothing = np.zeros(int(entry_offsets[-1]), np.float32)
@@ -69,5 +74,7 @@ def decode_sampled(batch: pa.RecordBatch, *, draws: int) -> ScoreBlock:
         teacher_top_ids=ids_NK,
         teacher_top_logprobs=logprobs_NK,
         teacher_tail_logprobs=np.full(tokens, -np.inf, np.float32),
-        teacher_forced_logprobs=np.zeros((tokens, 0), np.float32),
+        teacher_forced_logprobs=matrix_of(batch.column("teacher_forced_logprobs").flatten()).astype(
+            np.float32
+        ),
     )

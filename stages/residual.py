@@ -1,0 +1,141 @@
+"""The style-bias residual of scores: another scores artifact, made from the cache alone."""
+
+from dataclasses import asdict
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_stream.errors import UserError
+from opd_stream.store.artifact import Artifact
+from opd_stream.store.codecs import build_codec, decode_scores, encode_scores
+from opd_stream.store.codecs.block import ScoreBlock
+from opd_stream.store.recipe import Recipe
+from opd_stream.store.schema import rollouts_batch
+from opd_stream.store.store import Store
+from opd_stream.style_bias import StyleBias, StyleSettings, style_bias
+from opd_stream.types import RolloutBatch, ScoreBatch
+
+
+def make_residual(store: Store, scores: Artifact, settings: StyleSettings) -> Artifact:
+    """Scores without the teacher's style bias; units that are committed are not made again.
+
+    The sampled token loses the bias of its id and place. Candidates lose the bias of their ids, and
+    are renormalised with the tail.
+
+    Raises:
+        UserError: the artifact is not complete, or holds ids drawn from the teacher.
+        DamagedUnit: a shard is not what was committed.
+    """
+    if not scores.is_complete():
+        raise UserError(f"{scores.name} is not complete; run its score stage again")
+    codec = build_codec(**scores.recipe.settings["codec"])
+    if scores.recipe.settings["codec"]["kind"] == "sampled":
+        raise UserError(
+            f"{scores.name} holds ids drawn from the teacher, whose counts cannot be corrected; "
+            "score with codec exact or compact"
+        )
+    rollouts = store.by_fingerprint("rollouts", scores.recipe.inputs["rollouts"])
+    target = store.artifact(
+        Recipe(
+            kind="scores",
+            settings={**scores.recipe.settings, "style_bias": asdict(settings)},
+            inputs={**scores.recipe.inputs, "scores": scores.fingerprint},
+        )
+    )
+    layout = scores.layout()
+    target.create(rows=layout["rows"], rows_per_unit=layout["rows_per_unit"])
+    units = [
+        (unit, rollouts_batch(rollouts.read_unit(unit)), _scores_of(scores, unit))
+        for unit in scores.units()
+    ]
+    bias = _fit(units, settings)
+    first = 0
+    for unit, batch, scored in units:
+        rows = [row for row in range(len(batch)) if len(scored.teacher_logprobs[row])]
+        source = rollouts.commit_record(unit)
+        record = scores.commit_record(unit)
+        assert source is not None
+        assert record is not None
+        if target.commit_record(unit) is None:
+            corrected = _corrected(scored, rows, bias, first)
+            table, fidelity = encode_scores(codec, corrected, batch)
+            target.commit(
+                unit,
+                table,
+                counts=record.counts,
+                source_sha256=source.sha256,
+                skipped_rows=record.skipped_rows,
+                fidelity=fidelity.as_dict(),
+            )
+        first += len(rows)
+    target.finish()
+    return target
+
+
+def _fit(units: list[tuple[int, RolloutBatch, ScoreBatch]], settings: StyleSettings) -> StyleBias:
+    rows = [
+        (batch.prompt_id[row], batch.completion_ids[row], batch.behavior_logprobs[row], teacher)
+        for _, batch, scored in units
+        for row, teacher in enumerate(scored.teacher_logprobs)
+        if len(teacher)
+    ]
+    if not rows:
+        raise UserError("no row of the cache has scores; there is nothing to correct")
+    prompts, ids, reference, teacher = zip(*rows, strict=True)
+    return style_bias(prompts, ids, reference, teacher, settings)
+
+
+def _corrected(scored: ScoreBatch, rows: list[int], bias: StyleBias, first: int) -> ScoreBatch:
+    sampled, top_ids = list(scored.teacher_logprobs), list(scored.teacher_top_ids)
+    top, tails = list(scored.teacher_top_logprobs), list(scored.teacher_tail_logprobs)
+    for number, row in enumerate(rows, start=first):
+        fold = bias.fold[number]
+        sampled[row] = (sampled[row] - bias.rows[number]).astype(np.float32)
+        table, unseen = bias.by_id[fold], bias.unseen[fold]
+        of_ids = np.vectorize(lambda i, t=table, u=unseen: t.get(int(i), u), otypes=[float])
+        ids, logprobs = top_ids[row], top[row].astype(np.float64)
+        moved = np.where(np.isfinite(logprobs), logprobs - of_ids(ids), -np.inf)
+        tail = tails[row].astype(np.float64) - unseen
+        norm = np.logaddexp(np.logaddexp.reduce(moved, axis=1), tail)
+        order = np.argsort(-moved, axis=1, kind="stable")
+        top_ids[row] = np.take_along_axis(ids, order, 1)
+        top[row] = (np.take_along_axis(moved, order, 1) - norm[:, None]).astype(np.float32)
+        tails[row] = (tail - norm).astype(np.float32)
+    return ScoreBatch(
+        teacher_logprobs=tuple(sampled),
+        teacher_top_ids=tuple(top_ids),
+        teacher_top_logprobs=tuple(top),
+        teacher_tail_logprobs=tuple(tails),
+        teacher_forced_logprobs=scored.teacher_forced_logprobs,
+        refused=scored.refused,
+        candidate_teacher_logprobs=scored.candidate_teacher_logprobs,
+    )
+
+
+def _scores_of(scores: Artifact, unit: int) -> ScoreBatch:
+    """The decoded scores of a unit, row by row."""
+    blocks = [decode_scores(batch) for batch in scores.read_unit(unit).to_batches()]
+
+    def rows(name: str) -> tuple[NDArray[np.generic], ...]:
+        return tuple(
+            getattr(block, name)[start:end]
+            for block in blocks
+            for start, end in pairwise(block.offsets.tolist())
+        )
+
+    refused = [reason for block in blocks for reason in block.refused]
+    has_candidates = any(_candidates(block) for block in blocks)
+    return ScoreBatch(
+        teacher_logprobs=rows("teacher_logprobs"),  # pyright: ignore[reportArgumentType]
+        teacher_top_ids=rows("teacher_top_ids"),  # pyright: ignore[reportArgumentType]
+        teacher_top_logprobs=rows("teacher_top_logprobs"),  # pyright: ignore[reportArgumentType]
+        teacher_tail_logprobs=rows("teacher_tail_logprobs"),  # pyright: ignore[reportArgumentType]
+        teacher_forced_logprobs=rows("teacher_forced_logprobs"),  # pyright: ignore
+        refused={row: reason for row, reason in enumerate(refused) if reason is not None},
+        candidate_teacher_logprobs=rows("candidate_teacher_logprobs") if has_candidates else None,  # pyright: ignore
+    )
+
+
+def _candidates(block: ScoreBlock) -> bool:
+    return block.candidate_teacher_logprobs is not None
