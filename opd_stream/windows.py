@@ -33,7 +33,19 @@ class LinearWindow:
     max_window_tokens: int
 
 
-Window = FixedWindow | RatioWindow | LinearWindow
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptiveWindow:
+    """The shortest prefix whose gradient still points where that of full rollouts points (ADWIN).
+
+    The window of a round is decided by the audit of the round before: `opd_stream/adaptive.py`.
+    """
+
+    candidates: tuple[int, ...]  # ascending
+    max_window_tokens: int  # of the probes
+    start: int  # window of the first round
+
+
+Window = FixedWindow | RatioWindow | LinearWindow | AdaptiveWindow
 
 
 def window_tokens(window: Window, step: int) -> int:
@@ -45,6 +57,8 @@ def window_tokens(window: Window, step: int) -> int:
             return max(1, min(most, round(ratio * most)))
         case LinearWindow(h0=h0, delta=delta, every=every, max_window_tokens=most):
             return max(1, min(most, h0 + delta * (step // every)))
+        case AdaptiveWindow(start=start):
+            return start
 
 
 def round_window(window: Window, first_step: int, steps: int) -> int:
@@ -54,4 +68,10 @@ def round_window(window: Window, first_step: int, steps: int) -> int:
 
 def build_window(*, kind: str, **settings: Any) -> Window:
     """The window of a config section."""
+    if kind == "adaptive":
+        return AdaptiveWindow(
+            candidates=tuple(settings["candidates"]),
+            max_window_tokens=settings["max_window_tokens"],
+            start=settings["start"] or settings["candidates"][-1],
+        )
     return {"fixed": FixedWindow, "ratio": RatioWindow, "linear": LinearWindow}[kind](**settings)

@@ -20,8 +20,10 @@ class RoundPlan:
     window_tokens: int  # new tokens of its rollouts: the window of its last planned step
 
 
-def plan_round(config: Config, *, round_index: int, first_step: int) -> RoundPlan:
-    """Plan a round."""
+def plan_round(
+    config: Config, *, round_index: int, first_step: int, decided_window: int | None = None
+) -> RoundPlan:
+    """Plan a round; `decided_window` is that of the round before's audit, if it took one."""
     rows = config.rollouts.prompts_per_round * config.rollouts.samples_per_prompt
     steps_per_epoch = -(-rows // config.train.rows_per_step)
     planned = steps_per_epoch * config.staleness.max_epochs
@@ -29,7 +31,7 @@ def plan_round(config: Config, *, round_index: int, first_step: int) -> RoundPla
         round_index=round_index,
         first_step=first_step,
         planned_steps=planned,
-        window_tokens=round_window(training_window(config), first_step, planned),
+        window_tokens=decided_window or round_window(training_window(config), first_step, planned),
     )
 
 

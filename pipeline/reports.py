@@ -4,20 +4,27 @@ A unit's commit record says which run made it and how long that took, so the sam
 a kill counts its own work once, and a run that finds a unit made by another counts it as reused.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from opd_stream.store.artifact import Commit, summed_counts
+from opd_stream.store.artifact import Artifact, Commit, summed_counts
 from pipeline.walk import Round
 
 Span = tuple[float, float]
 
 
-def round_report(here: Round, run_id: str, evaluation: dict[str, Any] | None) -> dict[str, Any]:
-    """The report of a finished round."""
+def round_report(
+    here: Round,
+    run_id: str,
+    evaluation: dict[str, Any] | None,
+    probe: Sequence[Artifact] = (),
+) -> dict[str, Any]:
+    """The report of a finished round; `probe` holds the audit's rollouts and scores, if any."""
     manifest = here.policy.manifest()
     outcome = manifest["outcome"]
     rollouts, scores = here.rollouts.commits().values(), here.scores.commits().values()
+    probed = [list(artifact.commits().values()) for artifact in probe] or [[], []]
+    generated, scored = [*rollouts, *probed[0]], [*scores, *probed[1]]
     trained_here = outcome["made_by"] == run_id
     last = outcome["epochs"][-1]
     return {
@@ -29,16 +36,17 @@ def round_report(here: Round, run_id: str, evaluation: dict[str, Any] | None) ->
         "steps": outcome["steps"],
         "rows": outcome["rows"],
         "tokens": {
-            "generated": _tokens(made_by(rollouts, run_id)),
-            "teacher_scored": _tokens(made_by(scores, run_id)),
+            "generated": _tokens(made_by(generated, run_id)),
+            "teacher_scored": _tokens(made_by(scored, run_id)),
+            "probed": _tokens(made_by(probed[1], run_id)),
             "trained": outcome["trained_tokens"] if trained_here else 0,
         },
         "refused_rows": int(summed_counts(scores).get("refused_rows", 0)),
         **_endings(summed_counts(rollouts)),
         "cache_bytes": sum(commit.bytes for commit in (*rollouts, *scores)),
         "seconds": {
-            "generate": _seconds(made_by(rollouts, run_id)),
-            "score": _seconds(made_by(scores, run_id)),
+            "generate": _seconds(made_by(generated, run_id)),
+            "score": _seconds(made_by(scored, run_id)),
             "train": outcome["seconds"] if trained_here else 0.0,
         },
         "reused": {
@@ -48,6 +56,7 @@ def round_report(here: Round, run_id: str, evaluation: dict[str, Any] | None) ->
         },
         "processes": outcome["processes"],
         "extrapolations": outcome["extrapolations"],
+        "window_decision": outcome["window_decision"],
         "sampler_gap": outcome["sampler_gap"],
         "policy_drift": last["policy_drift"],
         "effective_sample_fraction": last["effective_sample_fraction"],

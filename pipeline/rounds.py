@@ -10,13 +10,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opd_stream.config import Config
-from opd_stream.store.artifact import DamagedUnit
+from opd_stream.store.artifact import Artifact, DamagedUnit
 from pipeline.reports import Span, busy_seconds, made_by, round_report, summary
 from pipeline.run_directory import RunDirectory
 from pipeline.setup import Setup, open_setup
-from pipeline.walk import Round, checkpoint_of, evaluation_rollouts, walk
+from pipeline.walk import (
+    Round,
+    checkpoint_of,
+    evaluation_rollouts,
+    probe_artifacts,
+    probe_scores,
+    walk,
+)
 from stages.checkpoints import Checkpoint
-from stages.collect import collect, start_rollouts, start_scores
+from stages.collect import collect, start_probe, start_rollouts, start_scores
 from stages.evaluate import evaluate
 from stages.executors import Executor, open_executor
 from stages.progress import Progress
@@ -69,9 +76,11 @@ def run(config: Config, directory: RunDirectory, progress: Progress) -> dict[str
             evaluation = None
             if _is_due(config, here.index):
                 evaluation = evaluate_policy(session, checkpoint_of(here.policy))
+            probe = () if here.probe is None else probe_artifacts(setup, here.probe)
             session.reached |= {here.rollouts.name, here.scores.name, here.policy.name}
+            session.reached |= {artifact.name for artifact in probe}
             setup.store.record_run(run_id, directory.path, session.reached)
-            reports.append(round_report(here, run_id, evaluation))
+            reports.append(round_report(here, run_id, evaluation, probe))
             directory.write_report(here.index, reports[-1])
             _write_summary(session, evaluation_0, reports, earlier)
     return _write_summary(session, evaluation_0, reports, earlier)
@@ -121,6 +130,27 @@ def make_caches(session: Session, here: Round, *, score: bool = True) -> None:
         progress=session.progress,
         meanwhile=lambda: importlib.import_module("stages.train"),
     )
+    if score and here.probe is not None:
+        _make_probe(session, here, rollouts)
+
+
+def _make_probe(session: Session, here: Round, rollouts: Artifact) -> None:
+    """Probes of the round's rollouts, continued and scored; counted in every figure of cost."""
+    setup = session.setup
+    assert here.probe is not None
+    probe = start_probe(setup.store, here.probe, rollouts)
+    if probe is None:
+        return
+    session.spans += collect(
+        session.executor,
+        probe,
+        start_scores(setup.store, probe_scores(setup, probe), probe),
+        student=here.student,
+        teacher=setup.teacher,
+        made_by=session.run_id,
+        progress=session.progress,
+        name="probe",
+    )
 
 
 def train_policy(session: Session, here: Round) -> None:
@@ -145,6 +175,11 @@ def train_policy(session: Session, here: Round) -> None:
             optimizer_state=None if optimizer is None else str(optimizer),
             caches=((here.rollouts.fingerprint, here.scores.fingerprint),),
             is_fresh=author == here.student.identity.fingerprint,
+            probe=_complete_probe(session, here),
+            earlier_decision=here.decision,
+            window_tokens=here.rollouts.recipe.settings.get(
+                "window_tokens", here.plan.window_tokens
+            ),
             masked_ids=session.setup.masked_ids,
             newline_ids=session.setup.newline_ids,
             stop_ids=session.setup.stop_ids,
@@ -158,6 +193,16 @@ def train_policy(session: Session, here: Round) -> None:
         session.progress,
     )
     session.spans.append((start, time.time()))
+
+
+def _complete_probe(session: Session, here: Round) -> tuple[str, str] | None:
+    if here.probe is None:
+        return None
+    found = probe_artifacts(session.setup, here.probe)
+    if not all(artifact.is_complete() for artifact in found):
+        return None
+    rollouts, scores = found
+    return rollouts.fingerprint, scores.fingerprint
 
 
 def evaluate_policy(session: Session, student: Checkpoint) -> dict[str, Any]:

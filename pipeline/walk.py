@@ -9,18 +9,22 @@ same way.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from opd_stream.config import Replay
+from opd_stream.config.collection import AdaptiveWindowConfig
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import read_json
 from opd_stream.store.policy import Identity, PolicyArtifact
+from opd_stream.store.recipe import Recipe
 from pipeline.plan import RoundPlan, plan_round
 from pipeline.setup import Setup
 from stages.checkpoints import Checkpoint
 from stages.recipes import (
     evaluation_rollouts_recipe,
     policy_recipe,
+    probe_recipe,
     rollouts_recipe,
     scores_recipe,
 )
@@ -35,6 +39,8 @@ class Round:
     previous: PolicyArtifact | None  # made `student`; None in round 0
     rollouts: Artifact
     scores: Artifact
+    probe: Recipe | None  # of the audit's rollouts; None: this round takes none
+    decision: dict[str, Any] | None  # of the audit before
     policy: PolicyArtifact
 
     @property
@@ -47,9 +53,16 @@ def walk(setup: Setup) -> Iterator[Round]:
     """The rounds; stops after one whose policy is not complete when the next is asked for."""
     config = setup.config
     student, previous, first_step = setup.student, None, 0
+    decision: dict[str, Any] | None = None
+    window = config.rollouts.window
     source = None if config.replay is None else _Source(setup, config.replay)
     for round_index in range(config.rounds):
-        plan = plan_round(config, round_index=round_index, first_step=first_step)
+        plan = plan_round(
+            config,
+            round_index=round_index,
+            first_step=first_step,
+            decided_window=None if decision is None else decision["window_tokens"],
+        )
         if source is None:
             rollouts, scores = _own_caches(setup, plan, student)
         else:
@@ -64,8 +77,14 @@ def walk(setup: Setup) -> Iterator[Round]:
                 first_step=first_step,
             )
         )
+        probe = None
+        is_last = round_index == config.rounds - 1
+        if isinstance(window, AdaptiveWindowConfig) and source is None and not is_last:
+            probe = probe_recipe(window, rollouts.recipe)
         yield Round(
             plan=plan,
+            probe=probe,
+            decision=decision,
             student=student,
             previous=previous,
             rollouts=rollouts,
@@ -75,7 +94,9 @@ def walk(setup: Setup) -> Iterator[Round]:
         if not policy.is_complete():
             return
         student, previous = checkpoint_of(policy), policy
-        first_step += policy.manifest()["outcome"]["steps"]
+        outcome = policy.manifest()["outcome"]
+        first_step += outcome["steps"]
+        decision = outcome["window_decision"] or decision
 
 
 def checkpoint_of(policy: PolicyArtifact) -> Checkpoint:
@@ -101,6 +122,23 @@ def evaluation_rollouts(setup: Setup, student: Checkpoint) -> Artifact:
         stop_ids=setup.stop_ids,
     )
     return setup.store.artifact(recipe)
+
+
+def probe_scores(setup: Setup, rollouts: Artifact) -> Recipe:
+    """The scores of a probe."""
+    assert setup.teacher is not None
+    return scores_recipe(
+        setup.config,
+        rollouts=rollouts.fingerprint,
+        teacher=setup.teacher,
+        forced_ids=setup.forced_ids,
+    )
+
+
+def probe_artifacts(setup: Setup, probe: Recipe) -> tuple[Artifact, Artifact]:
+    """Rollouts and scores of a probe, whether they exist or not."""
+    rollouts = setup.store.artifact(probe)
+    return rollouts, setup.store.artifact(probe_scores(setup, rollouts))
 
 
 def _own_caches(setup: Setup, plan: RoundPlan, student: Checkpoint) -> tuple[Artifact, Artifact]:

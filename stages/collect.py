@@ -7,13 +7,13 @@ every rollout committed it is the score stage; without scores it is the generate
 from collections.abc import Callable
 
 from opd_stream.errors import UserError
-from opd_stream.store.artifact import Artifact
+from opd_stream.store.artifact import Artifact, summed_counts
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
 from stages.checkpoints import Checkpoint
 from stages.executors import Executor
 from stages.progress import Progress
-from stages.selection import prompts_of
+from stages.selection import probe_size, prompts_of
 from stages.units import Order
 
 Span = tuple[float, float]  # start and end of work, seconds since the epoch
@@ -25,6 +25,19 @@ def start_rollouts(store: Store, recipe: Recipe, *, prompts_per_unit: int) -> Ar
     if not artifact.is_started():
         rows = prompts_of(store, recipe).num_rows
         artifact.create(rows=rows, rows_per_unit=prompts_per_unit)
+    return artifact
+
+
+def start_probe(store: Store, recipe: Recipe, rollouts: Artifact) -> Artifact | None:
+    """Join or start the probe of complete rollouts, one unit; None where none is unfinished."""
+    counts = summed_counts(rollouts.commits().values())
+    cut = int(counts.get("length_rows", 0))
+    if not cut:
+        return None
+    artifact = store.artifact(recipe)
+    if not artifact.is_started():
+        rows = probe_size(int(counts["rows"]), recipe.settings["probe"], cut)
+        artifact.create(rows=rows, rows_per_unit=rows)
     return artifact
 
 

@@ -7,7 +7,7 @@ batch sizes of engines, unit sizes and paths are missing on purpose.
 from typing import Any
 
 from opd_stream.config import Config, Evaluation
-from opd_stream.config.collection import Rollouts, Scores
+from opd_stream.config.collection import AdaptiveWindowConfig, Rollouts, Scores
 from opd_stream.config.section import Section
 from opd_stream.config.training import Staleness, Train
 from opd_stream.store.recipe import Recipe
@@ -42,6 +42,21 @@ def rollouts_recipe(
             "seed": _sampling_seed(config.seed, round_index),
             "stop_ids": list(stop_ids),
         },
+    )
+
+
+def probe_recipe(window: AdaptiveWindowConfig, rollouts: Recipe) -> Recipe:
+    """Probes of a rollouts artifact: some of its unfinished rows, continued to full length."""
+    share = {"rows": window.probe_rows, "share": window.probe_share}
+    return Recipe(
+        kind="rollouts",
+        settings={
+            **rollouts.settings,
+            "window_tokens": window.max_window_tokens,
+            "extra_draws": 0,
+            "probe": share,
+        },
+        inputs={**rollouts.inputs, "rollouts": rollouts.fingerprint},
     )
 
 

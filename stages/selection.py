@@ -6,11 +6,14 @@ the same prompts name the same artifact.
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from opd_stream.prompts import shuffled_rows
 from opd_stream.store.recipe import Recipe
+from opd_stream.store.schema import rollouts_batch
 from opd_stream.store.store import Store
+from opd_stream.types import RolloutBatch
 
 
 def every_prompt() -> dict[str, Any]:
@@ -39,3 +42,19 @@ def prompts_of(store: Store, rollouts: Recipe) -> pa.Table:
     """The prompts a rollouts recipe covers, in its order."""
     prompts = store.by_fingerprint("prompts", rollouts.inputs["prompts"]).read_unit(0)
     return prompts.take(selected_rows(rollouts.settings["selection"], prompts.num_rows))
+
+
+def probe_size(rows: int, probe: dict[str, Any], unfinished: int) -> int:
+    """Rows of a probe: a share of the round's, within its bounds and what is unfinished."""
+    return min(unfinished, probe["rows"], max(2, round(probe["share"] * rows)))
+
+
+def probe_rows(store: Store, probe: Recipe) -> RolloutBatch:
+    """The unfinished rollouts that a probe continues, drawn by the seed of the sampling."""
+    source = store.by_fingerprint("rollouts", probe.inputs["rollouts"])
+    table = pa.concat_tables([source.read_unit(unit) for unit in source.units()])
+    unfinished = np.flatnonzero(np.array(table["finish_reason"].to_pylist()) == "length")
+    size = probe_size(table.num_rows, probe.settings["probe"], len(unfinished))
+    random = np.random.default_rng([probe.settings["seed"], len(unfinished)])
+    chosen = np.sort(random.permutation(unfinished)[:size])
+    return rollouts_batch(table.take(chosen))

@@ -6,6 +6,7 @@ are several processes of `stages.train_worker`, started by `stages.launch`.
 """
 
 import logging
+import os
 import shutil
 import time
 import warnings
@@ -21,6 +22,7 @@ from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.tree import load_tree, save_tree
+from stages.audit import audit
 from stages.data_module import BatchPlan, CacheDataModule
 from stages.extrapolate import Extrapolate, load_base, save_base
 from stages.keeper import Keeper
@@ -77,6 +79,8 @@ def train_here(job: TrainJob, progress: Progress) -> None:
         soft_clamp=settings.guards.soft_clamp,
         weighting=job.weighting(),
     )
+    is_first = os.environ.get("RANK", "0") == "0"
+    decision = audit(job) if is_first else None
     extrapolate = _extrapolate(job, rows, plan)
     keeper = Keeper(job, len(plan.epoch_steps(len(rows), 0)), progress, extrapolate)
     if resumed is not None:
@@ -102,7 +106,8 @@ def train_here(job: TrainJob, progress: Progress) -> None:
         trainer.fit(module, data)
     base = None if extrapolate is None else extrapolate.state()["base"]
     seconds = time.time() - started
-    _publish(job, module, trainer, keeper, base=base, seconds=seconds, rows=len(rows))
+    outcome = {"window_decision": decision, "rows": len(rows), "seconds": round(seconds, 3)}
+    _publish(job, module, trainer, keeper, base=base, outcome=outcome)
 
 
 def _publish(
@@ -112,8 +117,7 @@ def _publish(
     keeper: Keeper,
     *,
     base: dict[str, torch.Tensor] | None,
-    seconds: float,
-    rows: int,
+    outcome: dict[str, Any],
 ) -> None:
     """Write the policy; every process helps to gather it, the first one writes."""
     assert module.student is not None
@@ -138,7 +142,7 @@ def _publish(
     if base is not None:
         save_base(base, attempt)
     keeper.write_round_metrics(attempt)
-    policy.publish(attempt, {**keeper.outcome(), "rows": rows, "seconds": round(seconds, 3)})
+    policy.publish(attempt, {**keeper.outcome(), **outcome})
     shutil.rmtree(job.scratch, ignore_errors=True)
 
 

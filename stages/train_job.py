@@ -12,7 +12,7 @@ from opd_stream.store.reader import ScoredRows
 from opd_stream.store.recipe import recipe_from_json
 from opd_stream.store.store import Store
 from opd_stream.weighting import DriftGate, Freshness, Weighting
-from opd_stream.windows import Window, build_window
+from opd_stream.windows import FixedWindow, Window, build_window
 from stages.data_module import BatchPlan
 
 
@@ -36,6 +36,9 @@ class TrainJob:
     newline_ids: tuple[int, ...]  # tokens that hold a newline
     stop_ids: tuple[int, ...]  # terminators
     prompts: str  # fingerprint of the training prompts
+    probe: tuple[str, str] | None  # fingerprints of the audit's rollouts and scores
+    earlier_decision: dict[str, Any] | None  # of the audit before
+    window_tokens: int  # of the rollouts
     first_step: int  # optimizer steps done before the round
     round_index: int
     scratch: str  # checkpoints of this round; removed when the policy is published
@@ -55,6 +58,7 @@ class TrainJob:
                 **value,
                 "config": Config.model_validate(value["config"]),
                 "caches": tuple((rollouts, scores) for rollouts, scores in value["caches"]),
+                "probe": None if value["probe"] is None else tuple(value["probe"]),
                 "masked_ids": tuple(value["masked_ids"]),
                 "newline_ids": tuple(value["newline_ids"]),
                 "stop_ids": tuple(value["stop_ids"]),
@@ -97,7 +101,9 @@ class TrainJob:
         return rows
 
     def window(self) -> Window:
-        """The training window."""
+        """The training window; an adaptive one is what the rollouts were made with."""
+        if self.config.rollouts.window.kind == "adaptive":
+            return FixedWindow(tokens=self.window_tokens)
         return build_window(**self.config.rollouts.window.model_dump())
 
     def objectives(self) -> tuple[Objective, ...]:

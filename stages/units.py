@@ -29,7 +29,7 @@ from opd_stream.store.schema import (
 )
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
-from stages.selection import prompts_of
+from stages.selection import probe_rows, prompts_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,16 +128,22 @@ class GenerateUnits(UnitWorker):
         start = time.time()
         settings = rollouts.recipe.settings
         engine = self.engine(order.student, rollouts.recipe.inputs["student"], settings)
-        prompts = prompts_of(self.store, rollouts.recipe)
-        batch = engine.sample(
-            prompts_batch(_slice(prompts, rollouts, order.unit)),
-            window_tokens=settings["window_tokens"],
-            samples_per_prompt=settings["samples_per_prompt"],
-            temperature=settings["temperature"],
-            seed=settings["seed"],
-            stop_ids=tuple(settings["stop_ids"]),
-            extra_draws=settings["extra_draws"],
-        )
+        sampling = {
+            "window_tokens": settings["window_tokens"],
+            "temperature": settings["temperature"],
+            "seed": settings["seed"],
+            "stop_ids": tuple(settings["stop_ids"]),
+        }
+        if "probe" in settings:
+            batch = engine.extend(probe_rows(self.store, rollouts.recipe), **sampling)
+        else:
+            prompts = prompts_of(self.store, rollouts.recipe)
+            batch = engine.sample(
+                prompts_batch(_slice(prompts, rollouts, order.unit)),
+                samples_per_prompt=settings["samples_per_prompt"],
+                extra_draws=settings["extra_draws"],
+                **sampling,
+            )
         length_rows = sum(reason == "length" for reason in batch.finish_reason)
         counts = {
             "rows": len(batch),

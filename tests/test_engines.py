@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,6 +109,41 @@ def test_a_longer_window_continues_the_same_rollout(opened: Open) -> None:
     short = tokens_of(sample(engine, prompts))
     long = tokens_of(sample(engine, prompts, window_tokens=20))
     assert [row[:12] for row in long] == short
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_extending_is_what_a_longer_window_would_have_given(
+    opened: Open, temperature: float
+) -> None:
+    engine, prompts = opened(), prompts_of()
+    settings: dict[str, Any] = {"temperature": temperature, "stop_ids": STOPS}
+    short = sample(engine, prompts, window_tokens=5, **settings)
+    long = sample(engine, prompts, window_tokens=20, **settings)
+    assert {"stop", "length"} <= {*short.finish_reason, *long.finish_reason}
+    found = engine.extend(short, window_tokens=20, seed=7, **settings)
+    assert tokens_of(found) == tokens_of(long)
+    assert found.finish_reason == long.finish_reason
+    for mine, other in zip(found.behavior_logprobs, long.behavior_logprobs, strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-4)
+    same = engine.extend(short, window_tokens=5, seed=7, **settings)
+    assert tokens_of(same) == tokens_of(short)
+
+
+def test_further_draws_change_nothing_that_is_sampled(opened: Open) -> None:
+    engine, prompts = opened(), prompts_of()
+    plain, several = sample(engine, prompts), sample(engine, prompts, extra_draws=3)
+    assert tokens_of(plain) == tokens_of(several)
+    assert several.candidate_ids is not None
+    assert several.candidate_behavior_logprobs is not None
+    scores = engine.score(several, top_k=2, forced_ids=())
+    assert scores.candidate_teacher_logprobs is not None
+    for row, ids in enumerate(several.candidate_ids):
+        assert ids.shape == (len(several.completion_ids[row]), 3)
+        np.testing.assert_allclose(
+            scores.candidate_teacher_logprobs[row],
+            several.candidate_behavior_logprobs[row],
+            atol=1e-4,
+        )
 
 
 def test_greedy_takes_the_teachers_first_candidate(opened: Open) -> None:

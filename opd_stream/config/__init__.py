@@ -156,6 +156,18 @@ class Config(Section):
                     "training, with sharded weights; use strategy ddp, or signal kl"
                 )
         window = self.rollouts.window
+        if window.kind == "adaptive":
+            rising = list(window.candidates)
+            if rising != sorted(set(rising)):
+                raise ValueError(
+                    f"rollouts.window.candidates are {rising}; expected ascending windows; "
+                    "sort them"
+                )
+            if rising[-1] >= window.max_window_tokens:
+                raise ValueError(
+                    f"rollouts.window.candidates end at {rising[-1]}, which is not below "
+                    f"max_window_tokens {window.max_window_tokens}; raise max_window_tokens"
+                )
         if window.kind == "linear" and window.h0 > window.max_window_tokens:
             raise ValueError(
                 f"rollouts.window.h0 {window.h0} is larger than max_window_tokens "

@@ -48,8 +48,37 @@ class LinearWindowConfig(Section):
     max_window_tokens: int = Field(ge=1, description="new tokens of a full rollout")
 
 
+class AdaptiveWindowConfig(Section):
+    """Decided each round by an audit on full-length probes (ADWIN)."""
+
+    kind: Literal["adaptive"]
+    candidates: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(64, 128, 256, 512, 1024, 2048), min_length=1, description="windows, ascending"
+    )
+    max_window_tokens: int = Field(ge=2, description="new tokens of a full rollout, and of a probe")
+    start: int | None = Field(
+        default=None, ge=1, description="window of the first round; null: the last candidate"
+    )
+    threshold: float = Field(
+        default=2**-0.5, gt=0, le=1, description="cosine from which a prefix stands for the whole"
+    )
+    probe_rows: int = Field(default=64, ge=1, description="unfinished rollouts continued, at most")
+    probe_share: float = Field(
+        default=0.05, gt=0, le=1, description="of a round's rollouts, at most (never below 2 rows)"
+    )
+    metric: Literal["identity", "adam"] = Field(
+        default="identity", description="of the cosine; adam: divided by root second moments"
+    )
+    layers: int = Field(default=2, ge=1, description="last layers whose gradients are compared")
+    hysteresis: bool = Field(default=False, description="move one candidate a round at most")
+    smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the cosines of the audit before"
+    )
+
+
 Window = Annotated[
-    FixedWindowConfig | RatioWindowConfig | LinearWindowConfig, Field(discriminator="kind")
+    FixedWindowConfig | RatioWindowConfig | LinearWindowConfig | AdaptiveWindowConfig,
+    Field(discriminator="kind"),
 ]
 
 

@@ -6,10 +6,46 @@ matters: the k-th token of a rollout uses the k-th number of that rollout's own 
 longer window continues the same rollout and another batch size changes nothing but rounding.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
+
+
+def unfinished(rollouts: RolloutBatch, window_tokens: int) -> list[int]:
+    """Rows that a window shorter than `window_tokens` ended."""
+    return [
+        row
+        for row, reason in enumerate(rollouts.finish_reason)
+        if reason == "length" and len(rollouts.completion_ids[row]) < window_tokens
+    ]
+
+
+def extended(
+    rollouts: RolloutBatch,
+    grown: Mapping[int, tuple[NDArray[np.integer[Any]], NDArray[np.float32]]],
+    stop_ids: tuple[int, ...],
+) -> RolloutBatch:
+    """The rollouts with new ids and log-probabilities at the end of some rows."""
+    ids, logprobs = list(rollouts.completion_ids), list(rollouts.behavior_logprobs)
+    reasons = list(rollouts.finish_reason)
+    for row, (new_ids, new_logprobs) in grown.items():
+        ids[row] = np.concatenate([ids[row], new_ids])
+        logprobs[row] = np.concatenate([logprobs[row], new_logprobs]).astype(np.float32)
+        reasons[row] = "stop" if int(ids[row][-1]) in stop_ids else "length"
+    return replace(
+        rollouts,
+        completion_ids=tuple(ids),
+        behavior_logprobs=tuple(logprobs),
+        finish_reason=tuple(reasons),
+        candidate_ids=None,
+        candidate_behavior_logprobs=None,
+    )
 
 
 class Engine(Protocol):
@@ -40,6 +76,26 @@ class Engine(Protocol):
 
         Raises:
             UserError: a prompt plus the window does not fit the model's context.
+        """
+        ...
+
+    def extend(
+        self,
+        rollouts: RolloutBatch,
+        *,
+        window_tokens: int,
+        temperature: float,
+        seed: int,
+        stop_ids: tuple[int, ...],
+    ) -> RolloutBatch:
+        """Continue the rollouts that a window ended, up to `window_tokens` tokens each.
+
+        Finished ones stay. New tokens have the log-probabilities of the weights at hand. Under the
+        weights, seed and temperature of the first sampling, the result is what `sample` with the
+        longer window would have given. Candidates of the student are not kept.
+
+        Raises:
+            UserError: a row plus the window does not fit the model's context.
         """
         ...
 

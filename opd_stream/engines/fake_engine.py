@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opd_stream.engines.base import extended, unfinished
 from opd_stream.errors import UserError
 from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
 
@@ -57,8 +58,8 @@ class FakeEngine:
                     f"the model reads {CONTEXT_TOKENS}; lower the window or max_prompt_tokens"
                 )
             for sample in range(samples_per_prompt):
-                key = hashlib.sha256(f"{seed}/{sample}/{prompt_id}".encode()).digest()
-                uniforms = np.random.default_rng(list(key)).random(window_tokens)
+                key = _key(seed, prompt_id, sample)
+                uniforms = _uniforms(seed, prompt_id, sample, window_tokens)
                 tokens = self._continue(int(ids[-1]), uniforms, temperature, stop_ids)
                 logprobs = self._rows(int(ids[-1]), tokens)[np.arange(len(tokens)), tokens]
                 rows.append((prompt_id, sample, ids, tokens, logprobs.astype(np.float32)))
@@ -81,6 +82,27 @@ class FakeEngine:
                 tuple(logprobs for _, logprobs in candidates) if extra_draws else None
             ),
         )
+
+    def extend(
+        self,
+        rollouts: RolloutBatch,
+        *,
+        window_tokens: int,
+        temperature: float,
+        seed: int,
+        stop_ids: tuple[int, ...],
+    ) -> RolloutBatch:
+        """See `Engine.extend`."""
+        grown: dict[int, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
+        for row in unfinished(rollouts, window_tokens):
+            before, sample = rollouts.completion_ids[row], int(rollouts.sample_index[row])
+            last = int(before[-1] if len(before) else rollouts.prompt_ids[row][-1])
+            uniforms = _uniforms(seed, rollouts.prompt_id[row], sample, window_tokens)
+            tokens = self._continue(last, uniforms[len(before) :], temperature, stop_ids)
+            logprobs = self._rows(last, tokens)[np.arange(len(tokens)), tokens]
+            grown[row] = (tokens, logprobs.astype(np.float32))
+        time.sleep(self._seconds_per_token * sum(len(ids) for ids, _ in grown.values()))
+        return extended(rollouts, grown, stop_ids)
 
     def score(
         self,
@@ -154,6 +176,14 @@ class FakeEngine:
         """Log-probabilities [T, V] at every place of a completion."""
         before_T = np.concatenate([[last], tokens_T])[: len(tokens_T)]
         return self._logprobs_VV[before_T % self._vocab_size]
+
+
+def _key(seed: int, prompt_id: str, sample: int) -> list[int]:
+    return list(hashlib.sha256(f"{seed}/{sample}/{prompt_id}".encode()).digest())
+
+
+def _uniforms(seed: int, prompt_id: str, sample: int, window: int) -> NDArray[np.float64]:
+    return np.random.default_rng(_key(seed, prompt_id, sample)).random(window)
 
 
 Scores = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]  # ids, logprobs, tail

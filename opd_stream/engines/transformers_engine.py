@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from opd_stream.engines.base import extended, unfinished
 from opd_stream.engines.decoding import LibraryDecoder, open_decoder
 from opd_stream.engines.head import logits_head
 from opd_stream.engines.sampling import draw, draw_uniforms, uniforms
@@ -96,6 +97,42 @@ class TransformersEngine:
                 tuple(logprobs[row][:, 1:] for row in rollouts) if extra_draws else None
             ),
         )
+
+    @torch.inference_mode()
+    def extend(
+        self,
+        rollouts: RolloutBatch,
+        *,
+        window_tokens: int,
+        temperature: float,
+        seed: int,
+        stop_ids: tuple[int, ...],
+    ) -> RolloutBatch:
+        """See `Engine.extend`."""
+        self._check_context(
+            PromptBatch(prompt_id=rollouts.prompt_id, prompt_ids=rollouts.prompt_ids), window_tokens
+        )
+        todo = unfinished(rollouts, window_tokens)
+        texts = {
+            row: np.concatenate([rollouts.prompt_ids[row], rollouts.completion_ids[row]])
+            for row in todo
+        }
+        grown: dict[int, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
+        order = sorted(todo, key=lambda row: (len(texts[row]), row))
+        for start in range(0, len(order), self._batch_rows):
+            chosen = order[start : start + self._batch_rows]
+            starts = {row: len(rollouts.completion_ids[row]) for row in chosen}
+            most = window_tokens - min(starts.values())
+            numbers = np.zeros((len(chosen), most, 1))
+            for place, row in enumerate(chosen):
+                sample = int(rollouts.sample_index[row])
+                stream = uniforms(seed, rollouts.prompt_id[row], sample, window_tokens)
+                numbers[place, : window_tokens - starts[row], 0] = stream[starts[row] :]
+            done = self._decode([texts[row] for row in chosen], numbers, temperature, stop_ids)
+            for row, (ids, logprobs) in zip(chosen, done, strict=True):
+                room = window_tokens - starts[row]
+                grown[row] = (ids[:room, 0], logprobs[:room, 0])
+        return extended(rollouts, grown, stop_ids)
 
     @torch.inference_mode()
     def score(

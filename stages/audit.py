@@ -1,0 +1,120 @@
+"""The audit of the adaptive window: do prefixes still point where full rollouts point?
+
+Probes are unfinished rollouts of the round, continued to full length by the weights that wrote them
+and scored like any other; nothing trains on them. Before the round trains, the gradient of the
+sampled objective is taken segment by segment on the last layers, and the decision is the window of
+the next round.
+"""
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd_stream.adaptive import choose_window, sketch
+from opd_stream.batch_loss import batch_loss
+from opd_stream.batches import Batch
+from opd_stream.config.collection import AdaptiveWindowConfig
+from opd_stream.engines.head import output_head
+from opd_stream.objectives import SampledPg
+from opd_stream.store.reader import ScoredRows
+from opd_stream.store.tree import load_tree
+from opd_stream.windows import FixedWindow
+from stages.data_module import step_batches
+from stages.student_model import StudentModel, load_student
+from stages.train_job import TrainJob
+
+EPSILON = 1e-8  # of the adam metric
+
+
+def audit(job: TrainJob) -> dict[str, Any] | None:
+    """The decision for the next round, with its cosines and cost; None without probes."""
+    settings = job.config.rollouts.window
+    if not isinstance(settings, AdaptiveWindowConfig) or job.probe is None:
+        return None
+    started, store = time.time(), job.store()
+    rollouts, scores = job.probe
+    rows = ScoredRows(
+        [(store.by_fingerprint("rollouts", rollouts), store.by_fingerprint("scores", scores))]
+    )
+    student = load_student(
+        Path(job.base),
+        lora=job.config.train.lora,
+        initial=Path(job.initial),
+        gradient_checkpointing=False,
+    )
+    student.eval()
+    parameters = audited_parameters(student, layers=settings.layers)
+    scales = _scales(job, student, parameters) if settings.metric == "adam" else None
+    plan = replace(job.plan(), window=FixedWindow(tokens=settings.max_window_tokens), top_k=None)
+    segments = [torch.zeros(1)] * (len(settings.candidates) + 1)
+    for batch in step_batches([rows[n] for n in range(len(rows))], plan, job.first_step):
+        found = segment_sketches(student, batch, settings.candidates, parameters, scales)
+        segments = [one + other for one, other in zip(segments, found, strict=True)]
+    earlier = job.earlier_decision or {}
+    decision = choose_window(
+        segments,
+        settings.candidates,
+        threshold=settings.threshold,
+        current=job.window_tokens if settings.hysteresis else None,
+        earlier=earlier.get("cosines") or (),
+        smoothing=settings.smoothing,
+    )
+    return {**asdict(decision), "probe_rows": len(rows), "seconds": time.time() - started}
+
+
+def audited_parameters(student: StudentModel, *, layers: int) -> list[torch.nn.Parameter]:
+    """Matrices of the last layers (their adapters where there are some); all others are frozen."""
+    last = student.model.get_decoder().layers[-layers:]
+    chosen = [p for layer in last for p in layer.parameters() if p.requires_grad and p.ndim == 2]
+    for parameter in student.parameters():
+        parameter.requires_grad_(False)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    return chosen
+
+
+def segment_sketches(
+    student: StudentModel,
+    batch: Batch,
+    candidates: tuple[int, ...],
+    parameters: list[torch.nn.Parameter],
+    scales: list[torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """Sketches of the gradient of tokens in (0, c_1], (c_1, c_2], ..., and beyond the last one.
+
+    The head is passed once; each segment then costs a backward pass through the last layers.
+    """
+    hidden_BLH = student.model.get_decoder()(
+        input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL, use_cache=False
+    ).last_hidden_state
+    leaf_BLH = hidden_BLH.detach().requires_grad_()
+    head = output_head(student.model)
+    head = replace(head, weight_VH=head.weight_VH.detach())
+    found = batch_loss(leaf_BLH, head, batch, (SampledPg(),))
+    (grad_BLH,) = torch.autograd.grad(found.loss, leaf_BLH)
+    edges = torch.tensor(candidates, device=batch.positions_N.device)
+    segment_N = torch.bucketize(batch.positions_N, edges, right=True)
+    sketches: list[torch.Tensor] = []
+    for segment in range(len(candidates) + 1):
+        rows = batch.hidden_rows_N[segment_N == segment]
+        part = torch.zeros_like(grad_BLH)
+        part.flatten(0, 1)[rows] = grad_BLH.flatten(0, 1)[rows]
+        gradients = torch.autograd.grad(hidden_BLH, parameters, part, retain_graph=True)
+        if scales is not None:
+            gradients = [g / scale for g, scale in zip(gradients, scales, strict=True)]
+        sketches.append(sketch(gradients))
+    return sketches
+
+
+def _scales(
+    job: TrainJob, student: StudentModel, parameters: list[torch.nn.Parameter]
+) -> list[torch.Tensor] | None:
+    """Root second moments of the optimizer; None before the first round has made some."""
+    if job.optimizer_state is None:
+        return None
+    state = load_tree(Path(job.optimizer_state))
+    names = {parameter: name for name, parameter in student.named_parameters()}
+    return [state[names[p]]["exp_avg_sq"].sqrt() + EPSILON for p in parameters]
