@@ -1,6 +1,7 @@
 """The adaptive window: its decision on made-up gradients, and its audit on real ones."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def test_a_run_takes_the_windows_its_audits_decide(tmp_path: Path) -> None:
         for n in range(3)
     ]
     assert reports[0]["window_tokens"] == 16
-    for now, following in zip(reports, reports[1:], strict=False):
+    for now, following in pairwise(reports):
         decision = now["window_decision"]
         assert decision["window_tokens"] == following["window_tokens"]
         assert decision["probe_rows"] == 4
