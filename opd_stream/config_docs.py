@@ -63,9 +63,14 @@ def _type(annotation: Any) -> str:
         return "null"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
-    return {"str": "text", "int": "integer", "float": "number", "Path": "path"}.get(
-        getattr(annotation, "__name__", ""), str(annotation)
-    )
+    names = {
+        "str": "text",
+        "int": "integer",
+        "float": "number",
+        "Path": "path",
+        "bool": "yes or no",
+    }
+    return names.get(getattr(annotation, "__name__", ""), str(annotation))
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:

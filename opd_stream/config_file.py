@@ -12,7 +12,7 @@ from opd_stream.config import Config
 from opd_stream.config.section import Section
 from opd_stream.errors import UserError
 
-PATH_FIELDS = ("base", "path", "data_files", "run", "store")
+PATH_FIELDS = ("base", "path", "data_files", "run", "store", "taught_by")
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:

@@ -52,6 +52,8 @@ def run(config: Config, directory: RunDirectory, progress: Progress) -> dict[str
     started = time.time()
     setup = open_setup(config)
     run_id = directory.open(config)
+    for line in setup.warnings:
+        progress.say(f"warning: {line}")
     earlier = directory.summary().get("seconds", {"wall": 0.0, "other": 0.0})
     reports: list[dict[str, Any]] = []
     with open_executor(config) as executor:

@@ -19,6 +19,8 @@ class Setup:
     store: Store
     student: Checkpoint  # policy 0
     teacher: Checkpoint | None  # None in a replay
+    replayed_teacher: str | None  # identity of the teacher that a replay's config names
+    warnings: tuple[str, ...]  # what may be wrong, a line each
     stop_ids: tuple[int, ...]  # terminators of either model: generation stops on any of them
     forced_ids: tuple[int, ...]  # always scored
     newline_ids: tuple[int, ...]  # tokens that hold a newline, if the drift gate asks for them
@@ -52,6 +54,8 @@ def open_setup(config: Config) -> Setup:
         store=store,
         student=student,
         teacher=teacher,
+        replayed_teacher=_replayed_teacher(store, config),
+        warnings=_warnings(store, config, teacher),
         stop_ids=stop_ids,
         forced_ids=tuple(sorted({*stop_ids, *_forced(config, student)})),
         masked_ids=_masked(config, student),
@@ -111,4 +115,28 @@ def _newlines(config: Config, student: Checkpoint) -> tuple[int, ...]:
     vocabulary = student.tokenizer().get_vocab()
     return tuple(
         sorted(number for token, number in vocabulary.items() if any(m in token for m in marks))
+    )
+
+
+def _replayed_teacher(store: Store, config: Config) -> str | None:
+    if config.replay is None or config.teacher is None or not config.teacher.path.is_dir():
+        return None
+    return open_checkpoint(store, config.teacher.path).identity.fingerprint
+
+
+def _warnings(store: Store, config: Config, teacher: Checkpoint | None) -> tuple[str, ...]:
+    """Offline distillation inherits a bias if another model taught the student (Lightning OPD)."""
+    if config.rounds > 1 or teacher is None:
+        return ()
+    taught_by = config.student.taught_by
+    if taught_by is None:
+        return (
+            "one round trains offline: its gradient is biased unless this teacher wrote the "
+            "student's fine-tuning data; student.taught_by is not set, so that is unknown",
+        )
+    if open_checkpoint(store, taught_by).identity == teacher.identity:
+        return ()
+    return (
+        f"one round trains offline, and another model ({taught_by}) taught the student: the "
+        "gradient is biased; use that teacher, or `opd-stream cache residual` on the scores",
     )

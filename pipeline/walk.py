@@ -169,6 +169,7 @@ class _Source:
             self._where, self._names = "replay.scores", list(replay.scores)
         else:
             self._where, self._names = str(replay.run), _scores_of(replay.run)
+        self._teacher = setup.replayed_teacher
         if len(self._names) < rounds:
             raise UserError(
                 f"{self._where} has {len(self._names)} finished rounds; the config asks for "
@@ -185,7 +186,19 @@ class _Source:
                 raise UserError(
                     f"{artifact.name} of {self._where} is not complete; finish that run first"
                 )
+        self._check_teacher(scores)
         return rollouts, scores
+
+    def _check_teacher(self, scores: Artifact) -> None:
+        """All scores of a run are of one teacher: the config's, if it names one."""
+        found = scores.recipe.inputs.get("teacher")  # imported rows have none
+        self._teacher = self._teacher or found
+        if found is not None and found != self._teacher:
+            raise UserError(
+                f"{scores.name} of {self._where} was scored by teacher {found[:12]}; expected "
+                f"{str(self._teacher)[:12]}, as the config or an earlier round says; leave "
+                "`teacher` out, or replay scores of one teacher"
+            )
 
 
 def _scores_of(run: Path) -> list[str]:

@@ -33,6 +33,30 @@ def run_small(folder: Path, *overrides: str, name: str = "run") -> dict[str, Any
     return run(small_config(folder, *overrides), RunDirectory(folder / name), Lines())
 
 
+def test_offline_training_asks_who_taught_the_student(tmp_path: Path) -> None:
+    teacher, student = MODELS / "ledger-teacher", MODELS / "ledger-student"
+    cases = [
+        ((), "that is unknown"),
+        ((f"student.taught_by={student}",), "another model"),
+        ((f"student.taught_by={teacher}",), None),
+        (("rounds=2",), None),
+    ]
+    for number, (overrides, expected) in enumerate(cases):
+        config = small_config(tmp_path, "rounds=1", "evaluation=null", *overrides)
+        said = Lines()
+        run(config, RunDirectory(tmp_path / f"run{number}"), said)
+        warnings = [line for line in said.lines if line.startswith("warning: ")]
+        assert len(warnings) == (expected is not None)
+        assert expected is None or expected in warnings[0]
+
+
+def test_scores_of_another_teacher_are_refused(tmp_path: Path) -> None:
+    run_small(tmp_path, "rounds=1", "evaluation=null")
+    other = (f"replay.run={tmp_path / 'run'}", f"teacher.path={MODELS / 'ledger-student'}")
+    with pytest.raises(UserError, match=r"was scored by teacher .*as the config"):
+        run_small(tmp_path, "rounds=1", "evaluation=null", *other, name="other")
+
+
 def weights(summary: dict[str, Any]) -> list[str]:
     return [policy["weights_sha256"] for policy in summary["policies"]]
 

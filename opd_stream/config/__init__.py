@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from opd_stream.config.collection import Model, Rollouts, Scores
+from opd_stream.config.collection import Model, Rollouts, Scores, Student
 from opd_stream.config.prompts import Prompts
 from opd_stream.config.section import Section
 from opd_stream.config.training import Staleness, Train
@@ -88,7 +88,7 @@ class Config(Section):
 
     seed: int = Field(default=0, description="of prompts, sampling and batch order")
     rounds: int = Field(ge=1, description="rounds of generate, score, train")
-    student: Model
+    student: Student
     teacher: Model | None = Field(default=None, description="left out only where `replay` is set")
     prompts: Prompts
     rollouts: Rollouts

@@ -23,6 +23,16 @@ class Model(Section):
     )
 
 
+class Student(Model):
+    """The checkpoint that is trained."""
+
+    taught_by: Path | None = Field(
+        default=None,
+        description="checkpoint that wrote the student's fine-tuning data; offline distillation "
+        "from another teacher is biased, so a run of one round asks",
+    )
+
+
 class FixedWindowConfig(Section):
     """The same window in every round (ESR, 2605.27028)."""
 
