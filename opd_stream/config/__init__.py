@@ -187,6 +187,7 @@ PLACEMENT = (
     "train.tokens_per_microbatch",
     "train.gradient_checkpointing",
     "train.loggers",
+    "student.taught_by",
     "train.threads",
     "train.checkpoint_steps",
 )
