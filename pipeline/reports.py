@@ -7,8 +7,11 @@ a kill counts its own work once, and a run that finds a unit made by another cou
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from opd_stream.costs import TokenCounts, forward_flops, shape_of
 from opd_stream.store.artifact import Artifact, Commit, summed_counts
+from opd_stream.store.files import read_json
 from pipeline.walk import Round
+from stages.checkpoints import Checkpoint
 
 Span = tuple[float, float]
 
@@ -18,13 +21,23 @@ def round_report(
     run_id: str,
     evaluation: dict[str, Any] | None,
     probe: Sequence[Artifact] = (),
+    teacher: Checkpoint | None = None,
 ) -> dict[str, Any]:
-    """The report of a finished round; `probe` holds the audit's rollouts and scores, if any."""
+    """The report of a finished round.
+
+    Args:
+        here: the round.
+        run_id: id of the run; what others made counts as reused.
+        evaluation: of its policy, if there is one.
+        probe: the audit's rollouts and scores, if any.
+        teacher: None where no teacher ran.
+    """
     manifest = here.policy.manifest()
     outcome = manifest["outcome"]
     rollouts, scores = here.rollouts.commits().values(), here.scores.commits().values()
     probed = [list(artifact.commits().values()) for artifact in probe] or [[], []]
     generated, scored = [*rollouts, *probed[0]], [*scores, *probed[1]]
+    passes = outcome["trained_tokens"] / max(summed_counts(scores)["completion_tokens"], 1)
     trained_here = outcome["made_by"] == run_id
     last = outcome["epochs"][-1]
     return {
@@ -44,6 +57,11 @@ def round_report(
         "refused_rows": int(summed_counts(scores).get("refused_rows", 0)),
         **_endings(summed_counts(rollouts)),
         "cache_bytes": sum(commit.bytes for commit in (*rollouts, *scores)),
+        "flops": {
+            "generate": _flops(here.student, made_by(generated, run_id)),
+            "score": _flops(teacher, made_by(scored, run_id)),
+            "train": 3 * _flops(here.student, rollouts) * passes if trained_here else 0.0,
+        },
         "seconds": {
             "generate": _seconds(made_by(generated, run_id)),
             "score": _seconds(made_by(scored, run_id)),
@@ -112,6 +130,10 @@ def summary(
             name: sum(report["tokens"][name] for report in reports)
             for name in ("generated", "teacher_scored", "trained")
         },
+        "flops": {
+            stage: sum(report["flops"][stage] for report in reports)
+            for stage in ("generate", "score", "train")
+        },
         "seconds": {
             **seconds,
             "evaluate": round(sum(evaluation["seconds"] for evaluation in evaluations), 3),
@@ -144,6 +166,16 @@ def busy_seconds(spans: list[Span]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
+
+
+def _flops(model: Checkpoint | None, commits: Iterable[Commit]) -> float:
+    """Forward passes of a model over the rows of units (docs/results.md says what counts)."""
+    counts = summed_counts(commits)
+    if model is None or "pairs" not in counts:
+        return 0.0
+    shape = shape_of(read_json(model.folder / "config.json"))
+    names = ("tokens", "completion_tokens", "pairs")
+    return forward_flops(shape, TokenCounts(**{name: counts[name] for name in names}))
 
 
 def _endings(counts: dict[str, float]) -> dict[str, float]:

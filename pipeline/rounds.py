@@ -82,7 +82,7 @@ def run(config: Config, directory: RunDirectory, progress: Progress) -> dict[str
             session.reached |= {here.rollouts.name, here.scores.name, here.policy.name}
             session.reached |= {artifact.name for artifact in probe}
             setup.store.record_run(run_id, directory.path, session.reached)
-            reports.append(round_report(here, run_id, evaluation, probe))
+            reports.append(round_report(here, run_id, evaluation, probe, setup.teacher))
             directory.write_report(here.index, reports[-1])
             _write_summary(session, evaluation_0, reports, earlier)
     return _write_summary(session, evaluation_0, reports, earlier)

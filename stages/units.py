@@ -7,7 +7,7 @@ nothing but the store and a checkpoint folder.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from opd_stream.costs import TokenCounts, counts_of
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import Engine
 from opd_stream.errors import UserError
@@ -146,8 +147,8 @@ class GenerateUnits(UnitWorker):
             )
         length_rows = sum(reason == "length" for reason in batch.finish_reason)
         counts = {
+            **_work_counts(batch, range(len(batch))),
             "rows": len(batch),
-            "completion_tokens": batch.completion_tokens,
             "length_rows": length_rows,
             "repeated_tokens": sum(repeated_tokens(ids) for ids in batch.completion_ids),
         }
@@ -202,10 +203,9 @@ class ScoreUnits(UnitWorker):
                 f"unit {order.unit} of {scores.name} cannot be stored: {error}; raise "
                 "scores.codec.max_error, or use scores.codec={kind: exact}"
             ) from error
-        tokens = sum(len(row) for row in scored.teacher_logprobs)
         counts = {
+            **_work_counts(batch, [row for row in range(len(batch)) if row not in scored.refused]),
             "rows": len(batch),
-            "completion_tokens": tokens,
             "refused_rows": len(scored.refused),
         }
         end = time.time()
@@ -242,6 +242,15 @@ def _each(table: pa.Table, work: Callable[[Worked], Worked]) -> pa.Table:
 def _slice(prompts: pa.Table, artifact: Artifact, unit: int) -> pa.Table:
     rows = artifact.unit_rows(unit)
     return prompts.slice(rows.start, rows.stop - rows.start)
+
+
+def _work_counts(batch: RolloutBatch, rows: Iterable[int]) -> dict[str, float]:
+    """What the cost of rows follows from: tokens and attended pairs."""
+    total = TokenCounts(tokens=0, completion_tokens=0, pairs=0)
+    for row in rows:
+        prompt, completion = len(batch.prompt_ids[row]), len(batch.completion_ids[row])
+        total += counts_of(prompt_tokens=prompt, completion_tokens=completion)
+    return asdict(total)
 
 
 def repeated_tokens(ids: NDArray[np.integer[Any]]) -> int:
