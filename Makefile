@@ -23,7 +23,7 @@ quickstart: $(READY) ## distil the embedded teacher into the embedded student, a
 	$(BIN)/opd-stream run configs/quickstart.yaml
 
 test: $(READY) ## the test suite, under five minutes on two cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .

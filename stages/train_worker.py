@@ -26,11 +26,15 @@ class _Reports:
 
 def main() -> int:
     """Train; exit code 2 after a mistake that the user can mend."""
+    import torch.distributed as processes
+
     from stages.train import train_here
 
     job = TrainJob.from_json(Path(sys.argv[1]).read_text())
     try:
         train_here(job, _Reports())
+        if processes.is_initialized():
+            processes.barrier()  # the first one writes the policy while the others wait
     except UserError as error:
         _tell({"error": str(error)}, always=True)
         return 2
@@ -48,4 +52,7 @@ def _tell(message: dict[str, object], *, always: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    # Threads of the process groups may abort an interpreter that takes itself down in good order.
+    os._exit(code)
