@@ -101,8 +101,9 @@ def batch_loss(
         inputs = _inputs(
             fused.logprobs_NJ, batch, slice(None), merge=merge_terminators, is_drawn=is_drawn
         )
+        losses_N = fused.losses_N if limit is None else token_losses(objectives, inputs)
         sums = step_sums(
-            losses_N=fused.losses_N,
+            losses_N=losses_N,
             counted_N=batch.weights_N > 0,
             drift_weights_N=drift_weights_N,
             student_logprobs_N=inputs.student_logprobs_N,
@@ -115,7 +116,7 @@ def batch_loss(
             overlap_M=fused.overlap_M,
             positions_N=batch.positions_N,
         )
-    return BatchLoss(loss=fused.loss, losses_N=fused.losses_N, sums=sums)
+    return BatchLoss(loss=fused.loss, losses_N=losses_N, sums=sums)
 
 
 def check_columns(batch: Batch, objectives: Sequence[Objective]) -> None:

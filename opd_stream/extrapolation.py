@@ -20,11 +20,9 @@ class Search:
     """How far to look, and what counts as better.
 
     Example:
-        >>> Search(signal="kl", base="accepted", acceptance="strict", candidates=5)
+        >>> Search(acceptance="strict", candidates=5)
     """
 
-    signal: Literal["kl", "reward", "both"] = "kl"
-    base: Literal["accepted", "previous"] = "accepted"  # official code; paper: point at 2^(n - 1)
     acceptance: Literal["strict", "equal"] = "strict"  # official code; paper: may stay equal
     candidates: int = 5
 

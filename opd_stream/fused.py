@@ -84,6 +84,9 @@ def fused_loss(
             among the student's own as many. None: not measured.
         chunk_rows: rows whose logits exist at one time; None: by device and vocabulary.
     """
+    device = hidden_NH.device.type
+    if torch.is_autocast_enabled(device):  # a norm has widened what the head takes as narrow
+        hidden_NH = hidden_NH.to(torch.get_autocast_dtype(device))
     if chunk_rows is None:
         chunk_rows = head.chunk_rows
     settings = _Settings(token_loss, top_NK, chunk_rows, head.cap)

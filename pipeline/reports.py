@@ -4,10 +4,10 @@ A unit's commit record says which run made it and how long that took, so the sam
 a kill counts its own work once, and a run that finds a unit made by another counts it as reused.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from opd_stream.costs import TokenCounts, forward_flops, shape_of
+from opd_stream.costs import ModelShape, TokenCounts, forward_flops, shape_of, train_flops
 from opd_stream.store.artifact import Artifact, Commit, summed_counts
 from opd_stream.store.files import read_json
 from pipeline.walk import Round
@@ -58,9 +58,9 @@ def round_report(
         **_endings(summed_counts(rollouts)),
         "cache_bytes": sum(commit.bytes for commit in (*rollouts, *scores)),
         "flops": {
-            "generate": _flops(here.student, made_by(generated, run_id)),
-            "score": _flops(teacher, made_by(scored, run_id)),
-            "train": 3 * _flops(here.student, rollouts) * passes if trained_here else 0.0,
+            "generate": _flops(forward_flops, here.student, made_by(generated, run_id)),
+            "score": _flops(forward_flops, teacher, made_by(scored, run_id)),
+            "train": passes * _flops(train_flops, here.student, rollouts) if trained_here else 0.0,
         },
         "seconds": {
             "generate": _seconds(made_by(generated, run_id)),
@@ -168,14 +168,18 @@ def busy_seconds(spans: list[Span]) -> float:
     return total
 
 
-def _flops(model: Checkpoint | None, commits: Iterable[Commit]) -> float:
-    """Forward passes of a model over the rows of units (docs/results.md says what counts)."""
+def _flops(
+    cost: Callable[[ModelShape, TokenCounts], float],
+    model: Checkpoint | None,
+    commits: Iterable[Commit],
+) -> float:
+    """Operations of a model over the rows of units, by the cost model of `opd_stream/costs.py`."""
     counts = summed_counts(commits)
     if model is None or "pairs" not in counts:
         return 0.0
     shape = shape_of(read_json(model.folder / "config.json"))
     names = ("tokens", "completion_tokens", "pairs")
-    return forward_flops(shape, TokenCounts(**{name: counts[name] for name in names}))
+    return cost(shape, TokenCounts(**{name: counts[name] for name in names}))
 
 
 def _endings(counts: dict[str, float]) -> dict[str, float]:

@@ -45,13 +45,14 @@ def audit(job: TrainJob) -> dict[str, Any] | None:
         initial=Path(job.initial),
         gradient_checkpointing=False,
     )
-    student.eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student = student.to(device).eval()
     parameters = audited_parameters(student, layers=settings.layers)
     scales = _scales(job, student, parameters) if settings.metric == "adam" else None
     plan = replace(job.plan(), window=FixedWindow(tokens=settings.max_window_tokens), top_k=None)
-    segments = [torch.zeros(1)] * (len(settings.candidates) + 1)
+    segments = [torch.zeros(1, device=device)] * (len(settings.candidates) + 1)
     for batch in step_batches([rows[n] for n in range(len(rows))], plan, job.first_step):
-        found = segment_sketches(student, batch, settings.candidates, parameters, scales)
+        found = segment_sketches(student, batch.to(device), settings.candidates, parameters, scales)
         segments = [one + other for one, other in zip(segments, found, strict=True)]
     earlier = job.earlier_decision or {}
     decision = choose_window(
@@ -117,4 +118,4 @@ def _scales(
         return None
     state = load_tree(Path(job.optimizer_state))
     names = {parameter: name for name, parameter in student.named_parameters()}
-    return [state[names[p]]["exp_avg_sq"].sqrt() + EPSILON for p in parameters]
+    return [state[names[p]]["exp_avg_sq"].to(p.device).sqrt() + EPSILON for p in parameters]

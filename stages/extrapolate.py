@@ -40,8 +40,6 @@ class Extrapolate(Callback):
     ) -> None:
         self._settings, self._rows, self._plan, self._reward = settings, rows, plan, reward
         self._search = Search(
-            signal=settings.signal,
-            base=settings.base,
             acceptance=settings.acceptance,
             candidates=settings.candidates,
         )

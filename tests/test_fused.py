@@ -135,6 +135,21 @@ def test_bfloat16_stays_near_float64() -> None:
     assert (grad.double() - expected_grad).norm() / expected_grad.norm() < 0.03
 
 
+def test_under_autocast_the_products_are_narrow_and_the_gradients_of_the_weights_wide() -> None:
+    hidden, weight, _, ids, weights = example(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(OutputHead(weight_VH=weight), hidden, ids, weights)
+    narrow = run(OutputHead(weight_VH=weight.bfloat16()), hidden.bfloat16(), ids, weights)
+    assert torch.equal(found.logprobs_NJ, narrow.logprobs_NJ)
+    gradients = torch.autograd.grad(found.loss, [hidden, weight])
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    exact = run(OutputHead(weight_VH=weight), hidden, ids, weights)
+    for one, other in zip(
+        gradients, torch.autograd.grad(exact.loss, [hidden, weight]), strict=True
+    ):
+        assert (one - other).norm() / other.norm() < 0.03
+
+
 def test_ids_that_no_float_can_hold_still_have_their_log_probability() -> None:
     weight = torch.zeros(4, 1, dtype=torch.float32)
     weight[0] = 200.0
