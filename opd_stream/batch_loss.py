@@ -103,6 +103,7 @@ def batch_loss(
         )
         losses_N = fused.losses_N if limit is None else token_losses(objectives, inputs)
         sums = step_sums(
+            row_tokens_B=batch.attention_mask_BL.sum(1).double(),
             losses_N=losses_N,
             counted_N=batch.weights_N > 0,
             drift_weights_N=drift_weights_N,
@@ -115,6 +116,7 @@ def batch_loss(
             teacher_entropy_N=teacher_entropy(inputs),
             overlap_M=fused.overlap_M,
             positions_N=batch.positions_N,
+            block_N=batch.block_N,
         )
     return BatchLoss(loss=fused.loss, losses_N=losses_N, sums=sums)
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from opd_stream.config.prompts import DatasetPrompts, JsonlPrompts, LedgerPrompts, Prompts
+from opd_stream.config.prompts import DatasetPrompts, EmbeddedPrompts, JsonlPrompts, Prompts
 from opd_stream.errors import UserError
 from opd_stream.store.files import canonical_json, sha256, sha256_file
 from opd_stream.store.schema import PROMPTS, id_lists
-from opd_stream.tasks.ledger import make_problems
+from opd_stream.tasks import ledger, routine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +57,9 @@ def read_prompts(source: Prompts) -> list[Prompt]:
     Raises:
         UserError: no prompts, a malformed line, a missing field or a duplicate id.
     """
-    if isinstance(source, LedgerPrompts):
-        problems = make_problems(count=source.count, seed=source.seed)
+    if isinstance(source, EmbeddedPrompts):
+        task = {"ledger": ledger, "routine": routine}[source.kind]
+        problems = task.make_problems(count=source.count, seed=source.seed)
         return [Prompt(prompt_id=p.problem_id, text=p.question, answer=p.answer) for p in problems]
     rows = _jsonl_rows(source) if isinstance(source, JsonlPrompts) else _dataset_rows(source)
     prompts: list[Prompt] = []
@@ -89,7 +90,7 @@ def prompts_table(source: Prompts, tokenizer: Any) -> pa.Table:
     prompts = read_prompts(source)
     ids = [_tokenise(source, tokenizer, prompt) for prompt in prompts]
     limit = source.max_prompt_tokens
-    skip = not isinstance(source, LedgerPrompts) and source.long_prompts == "skip"
+    skip = not isinstance(source, EmbeddedPrompts) and source.long_prompts == "skip"
     kept: list[int] = []
     for row, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True)):
         if not len(tokens):

@@ -1,13 +1,18 @@
-"""When a cache has been used enough: a pure decision on measured drift.
+"""When cached rows have been used enough: pure decisions on measured drift.
 
-The number of epochs on a cache is an outcome. Every training step measures the drift of the rows it
-trains on; after each epoch the sums decide whether another epoch pays or fresh rollouts are due.
+The number of epochs on a cache is an outcome, and so is the number of rounds that a unit of it
+lives. Every training step measures the drift of the rows it trains on; after an epoch, and inside
+one, the sums decide whether training goes on. Between rounds a small sample of the rows of each
+unit decides whether the unit is kept, continued to a longer window, or made again.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 from opd_stream.drift import DriftSums
+
+EpochAction = Literal["train", "gated", "stop", "regenerate"]
+UnitAction = Literal["train", "gated", "extend", "regenerate", "retire"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,34 +24,148 @@ class StalenessBounds:
     max_epochs: int
     policy_drift: float  # k3, nats per token
     effective_sample_fraction: float
+    gated_from: float = 0.0  # policy_drift from which gate and freshness weigh tokens
+    student_top_mass: float = 0.0  # least mass of the student on the teacher's candidates
+    max_policies: int = 0  # policies that a unit may outlive the one that wrote it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What to do, and the sentence with the numbers that decided it."""
+    """What to do with the rows in training, and the sentence with the numbers that decided it."""
 
-    action: Literal["train", "regenerate"]
+    action: EpochAction
     reason: str
 
 
-def decide_epoch(drift: DriftSums, *, epochs_done: int, bounds: StalenessBounds) -> Decision:
-    """After an epoch over a cache: another one, or fresh rollouts.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitState:
+    """What is known of a unit when a round begins.
+
+    Example:
+        >>> UnitState(drift=DriftSums(...), student_top_mass=0.99, policies=2, window_tokens=64,
+        ...           unfinished=12)
+    """
+
+    drift: DriftSums  # of a sample of its rows, under the weights that the round starts from
+    student_top_mass: float  # of the same sample, mean
+    policies: int  # between the one that wrote it and the current one
+    window_tokens: int  # it was sampled with
+    unfinished: int  # rows that this window ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitDecision:
+    """What happens to a unit, and the sentence with the numbers that decided it."""
+
+    action: UnitAction
+    reason: str
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether its rows train again."""
+        return self.action in ("train", "gated", "extend")
+
+
+def beyond(drift: DriftSums, *, floor: float) -> float:
+    """policy_drift above what sampler and trainer disagree by on fresh rows.
+
+    Below that floor nothing can be read off drift (`sampler_gap`).
+    """
+    return max(0.0, drift.policy_drift - floor)
+
+
+def decide_epoch(
+    drift: DriftSums, *, epochs_done: int, bounds: StalenessBounds, floor: float = 0.0
+) -> Decision:
+    """After an epoch over a cache: another one, with or without gate, or fresh rollouts.
 
     Args:
         drift: sums over the tokens of the epoch that has just ended.
         epochs_done: epochs over this cache, with that one.
         bounds: the limits.
+        floor: policy_drift of fresh rows before training.
     """
-    measured = (
-        f"policy_drift {drift.policy_drift:.4f} (bound {bounds.policy_drift:g}), "
-        f"effective_sample_fraction {drift.effective_sample_fraction:.3f} "
-        f"(bound {bounds.effective_sample_fraction:g}), "
-        f"epoch {epochs_done} of at most {bounds.max_epochs}"
+    measured = f"{_measured(drift, bounds, floor)}, epoch {epochs_done} of at most " + str(
+        bounds.max_epochs
     )
-    if drift.policy_drift > bounds.policy_drift:
-        return Decision(action="regenerate", reason=f"drift passed its bound: {measured}")
-    if drift.effective_sample_fraction < bounds.effective_sample_fraction:
-        return Decision(action="regenerate", reason=f"too few effective samples: {measured}")
+    too_far = _too_far(drift, bounds, floor)
+    if too_far is not None:
+        return Decision(action="regenerate", reason=f"{too_far}: {measured}")
     if epochs_done >= bounds.max_epochs:
         return Decision(action="regenerate", reason=f"all epochs done: {measured}")
+    if bounds.gated_from and beyond(drift, floor=floor) >= bounds.gated_from:
+        return Decision(action="gated", reason=f"weights by drift from here on: {measured}")
     return Decision(action="train", reason=f"the cache is still fresh: {measured}")
+
+
+def decide_stop(
+    drift: DriftSums, *, bounds: StalenessBounds, floor: float = 0.0
+) -> Decision | None:
+    """Inside an epoch: stop at once if the latest rows are too far, or None.
+
+    Args:
+        drift: sums over the tokens of the latest steps.
+        bounds: the limits.
+        floor: policy_drift of fresh rows before training.
+    """
+    too_far = _too_far(drift, bounds, floor)
+    if too_far is None:
+        return None
+    return Decision(
+        action="stop", reason=f"{too_far} inside the epoch: {_measured(drift, bounds, floor)}"
+    )
+
+
+def decide_unit(
+    state: UnitState, *, window_tokens: int, bounds: StalenessBounds, floor: float = 0.0
+) -> UnitDecision:
+    """Between rounds: train on a unit again, continue it, or make it again.
+
+    Args:
+        state: the unit, measured.
+        window_tokens: of the coming round; a unit with a shorter one is continued.
+        bounds: the limits.
+        floor: policy_drift of fresh rows before training.
+    """
+    measured = (
+        f"{_measured(state.drift, bounds, floor)}, student_top_mass {state.student_top_mass:.3f} "
+        f"(bound {bounds.student_top_mass:g}), {state.policies} policies old (bound "
+        f"{bounds.max_policies})"
+    )
+    if not state.drift.tokens:
+        return UnitDecision(action="regenerate", reason="no row of it can be trained on")
+    too_far = _too_far(state.drift, bounds, floor)
+    if state.policies > bounds.max_policies:
+        return UnitDecision(action="retire", reason=f"too old: {measured}")
+    if too_far is not None:
+        return UnitDecision(action="regenerate", reason=f"{too_far}: {measured}")
+    if state.student_top_mass < bounds.student_top_mass:
+        return UnitDecision(
+            action="regenerate", reason=f"the student left the teacher's candidates: {measured}"
+        )
+    if state.unfinished and state.window_tokens < window_tokens:
+        return UnitDecision(
+            action="extend",
+            reason=f"{state.unfinished} rows go on from {state.window_tokens} to {window_tokens} "
+            f"tokens: {measured}",
+        )
+    if bounds.gated_from and beyond(state.drift, floor=floor) >= bounds.gated_from:
+        return UnitDecision(action="gated", reason=f"kept, weights by drift: {measured}")
+    return UnitDecision(action="train", reason=f"kept: {measured}")
+
+
+def _too_far(drift: DriftSums, bounds: StalenessBounds, floor: float) -> str | None:
+    if beyond(drift, floor=floor) > bounds.policy_drift:
+        return "drift passed its bound"
+    if drift.effective_sample_fraction < bounds.effective_sample_fraction:
+        return "too few effective samples"
+    return None
+
+
+def _measured(drift: DriftSums, bounds: StalenessBounds, floor: float) -> str:
+    above = f" above a sampler gap of {floor:.4f}" if floor >= 5e-5 else ""
+    return (
+        f"policy_drift {drift.policy_drift:.4f} (bound {bounds.policy_drift:g}{above}), "
+        f"effective_sample_fraction {drift.effective_sample_fraction:.3f} "
+        f"(bound {bounds.effective_sample_fraction:g})"
+    )

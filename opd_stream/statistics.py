@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd_stream.drift import DriftSums, drift_tensor
+from opd_stream.drift import LARGEST_DIFFERENCE, DriftSums, drift_tensor
+from opd_stream.weighting import group_means
 
 LARGEST_IMPORTANCE = 5.0  # p / b above it is counted as capped
 ABSOLUTE_EDGES = tuple(float(edge) for edge in np.geomspace(1e-4, 32, 27))  # nats, |reverse_kl|
+WEIGHT_BINS = 21  # of drift weights: bin b holds b / 20 up to the next
 POSITION_BINS = 14  # bin b holds places 2^b - 1 to 2^(b + 1) - 2 of a completion
 
 _MEANS = (
@@ -23,13 +25,18 @@ _MEANS = (
     "student_entropy",
     "teacher_entropy",
     "capped_importance",
+    "block_drift",
 )
 _DRIFT = tuple(f"drift.{name}" for name in DriftSums.__dataclass_fields__)
 _ABSOLUTE = tuple(f"absolute.{bin_}" for bin_ in range(len(ABSOLUTE_EDGES) + 1))
 _POSITION_TOKENS = tuple(f"position_tokens.{bin_}" for bin_ in range(POSITION_BINS))
 _POSITION_SUMS = tuple(f"position_reverse_kl.{bin_}" for bin_ in range(POSITION_BINS))
+_POSITION_DRIFT = tuple(f"position_k3.{bin_}" for bin_ in range(POSITION_BINS))
+_WEIGHT_BINS = tuple(f"weight.{bin_}" for bin_ in range(WEIGHT_BINS))
 NAMES = (
     "tokens",
+    "row_tokens",
+    "row_pairs",
     "drift_weight",
     "drift_weight_squared",
     "overlap",
@@ -39,12 +46,15 @@ NAMES = (
     *_ABSOLUTE,
     *_POSITION_TOKENS,
     *_POSITION_SUMS,
+    *_POSITION_DRIFT,
+    *_WEIGHT_BINS,
 )
 
 
 @torch.no_grad()
 def step_sums(
     *,
+    row_tokens_B: torch.Tensor,
     losses_N: torch.Tensor,
     counted_N: torch.Tensor,
     drift_weights_N: torch.Tensor,
@@ -57,16 +67,19 @@ def step_sums(
     teacher_entropy_N: torch.Tensor,
     overlap_M: torch.Tensor,
     positions_N: torch.Tensor,
+    block_N: torch.Tensor,
 ) -> torch.Tensor:
-    """The sums of N tokens, in the order of `NAMES`.
+    """The sums of N tokens in B rows, in the order of `NAMES`.
 
-    Only tokens of `counted_N` are. Drift weights are those of gate and freshness, before
-    normalisation. `overlap_M` is the share of the student's own candidates
-    among the teacher's, on a sample of M tokens; positions count from 0 in each completion.
+    Row tokens are prompt and completion together. Only tokens of `counted_N` are counted. Drift
+    weights are those of gate and freshness, before normalisation. `overlap_M` is the share of the
+    student's own candidates among the teacher's, on a sample of M tokens; positions count from 0 in
+    each completion; blocks are those of the gate.
     """
     counted_N = counted_N.double()
     drift_N = drift_weights_N.double() * counted_N
-    importance_N = (student_logprobs_N - behavior_logprobs_N).exp()
+    d_N = (student_logprobs_N - behavior_logprobs_N).clamp(-LARGEST_DIFFERENCE, LARGEST_DIFFERENCE)
+    k3_N = (d_N.double().expm1() - d_N.double()) * counted_N
     columns = torch.stack(
         [
             losses_N,
@@ -75,17 +88,26 @@ def step_sums(
             teacher_top_mass_N,
             student_entropy_N,
             teacher_entropy_N,
-            (importance_N > LARGEST_IMPORTANCE).to(losses_N.dtype),
+            (d_N.exp() > LARGEST_IMPORTANCE).to(losses_N.dtype),
+            group_means(d_N, block_N).abs(),
         ]
     ).double()
     edges = torch.tensor(ABSOLUTE_EDGES, device=losses_N.device, dtype=reverse_kl_N.dtype)
     absolute_N = torch.bucketize(reverse_kl_N.abs(), edges)
+    weight_N = (drift_weights_N * (WEIGHT_BINS - 1)).long().clamp(0, WEIGHT_BINS - 1)
     place_N = (positions_N + 1).log2().long().clamp(max=POSITION_BINS - 1)
     zeros = counted_N.new_zeros
     return torch.cat(
         [
             torch.stack(
-                [counted_N.sum(), drift_N.sum(), drift_N.square().sum(), overlap_M.double().sum()]
+                [
+                    counted_N.sum(),
+                    row_tokens_B.sum(),
+                    (row_tokens_B * (row_tokens_B + 1) / 2).sum(),
+                    drift_N.sum(),
+                    drift_N.square().sum(),
+                    overlap_M.double().sum(),
+                ]
             ),
             counted_N.new_tensor([len(overlap_M)]),
             torch.where(counted_N > 0, columns, 0.0).sum(1),
@@ -93,6 +115,8 @@ def step_sums(
             zeros(len(_ABSOLUTE)).index_add(0, absolute_N, counted_N),
             zeros(POSITION_BINS).index_add(0, place_N, counted_N),
             zeros(POSITION_BINS).index_add(0, place_N, reverse_kl_N.double() * counted_N),
+            zeros(POSITION_BINS).index_add(0, place_N, k3_N),
+            zeros(WEIGHT_BINS).index_add(0, weight_N, counted_N),
         ]
     )
 
@@ -114,8 +138,11 @@ def means(sums: Mapping[str, float]) -> dict[str, float]:
         "mean_drift_weight": mean_weight,
         "drift_weight_spread": max(sums["drift_weight_squared"] / tokens - mean_weight**2, 0.0)
         ** 0.5,
+        **_weight_range(sums),
         "policy_drift": drift.policy_drift,
+        "mean_d": drift.signed_mean,
         "mean_absolute_d": drift.absolute_mean,
+        "rms_d": drift.root_mean_square,
         "effective_sample_fraction": drift.effective_sample_fraction,
     }
 
@@ -131,15 +158,25 @@ def absolute_percentiles(sums: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def reverse_kl_by_position(sums: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Mean reverse_kl of the places of each bin that has any."""
+def _weight_range(sums: Mapping[str, float]) -> dict[str, float]:
+    """Least and greatest drift weight before normalisation, to the bins' width."""
+    filled = [bin_ for bin_, name in enumerate(_WEIGHT_BINS) if sums[name]] or [WEIGHT_BINS - 1]
+    width = 1 / (WEIGHT_BINS - 1)
+    return {"least_drift_weight": filled[0] * width, "greatest_drift_weight": filled[-1] * width}
+
+
+def by_position(sums: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Mean reverse_kl and policy_drift of the places of each bin that has any."""
     return [
         {
             "first": 2**bin_ - 1,
             "tokens": int(sums[tokens]),
             "reverse_kl": sums[total] / sums[tokens],
+            "policy_drift": sums[k3] / sums[tokens],
         }
-        for bin_, (tokens, total) in enumerate(zip(_POSITION_TOKENS, _POSITION_SUMS, strict=True))
+        for bin_, (tokens, total, k3) in enumerate(
+            zip(_POSITION_TOKENS, _POSITION_SUMS, _POSITION_DRIFT, strict=True)
+        )
         if sums[tokens]
     ]
 

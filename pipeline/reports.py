@@ -10,6 +10,7 @@ from typing import Any
 from opd_stream.costs import ModelShape, TokenCounts, forward_flops, shape_of, train_flops
 from opd_stream.store.artifact import Artifact, Commit, summed_counts
 from opd_stream.store.files import read_json
+from pipeline.caches import Cache
 from pipeline.walk import Round
 from stages.checkpoints import Checkpoint
 
@@ -34,17 +35,19 @@ def round_report(
     """
     manifest = here.policy.manifest()
     outcome = manifest["outcome"]
-    rollouts, scores = here.rollouts.commits().values(), here.scores.commits().values()
+    rollouts = [c for cache in here.caches for c in _used(cache, cache.rollouts)]
+    scores = [c for cache in here.caches for c in _used(cache, cache.scores)]
+    new = [cache for cache in here.caches if cache.made_in == here.index]
+    new_rollouts = [c for cache in new for c in _used(cache, cache.rollouts)]
+    new_scores = [c for cache in new for c in _used(cache, cache.scores)]
     probed = [list(artifact.commits().values()) for artifact in probe] or [[], []]
-    generated, scored = [*rollouts, *probed[0]], [*scores, *probed[1]]
-    passes = outcome["trained_tokens"] / max(summed_counts(scores)["completion_tokens"], 1)
+    generated, scored = [*new_rollouts, *probed[0]], [*new_scores, *probed[1]]
+    trained = outcome["trained"]
     trained_here = outcome["made_by"] == run_id
     last = outcome["epochs"][-1]
     return {
         "round": here.index,
-        "window_tokens": here.rollouts.recipe.settings.get(
-            "window_tokens", here.plan.window_tokens
-        ),
+        "window_tokens": here.window_tokens,
         "first_step": here.plan.first_step,
         "steps": outcome["steps"],
         "rows": outcome["rows"],
@@ -52,15 +55,15 @@ def round_report(
             "generated": _tokens(made_by(generated, run_id)),
             "teacher_scored": _tokens(made_by(scored, run_id)),
             "probed": _tokens(made_by(probed[1], run_id)),
-            "trained": outcome["trained_tokens"] if trained_here else 0,
+            "trained": int(trained["tokens"]) if trained_here else 0,
         },
         "refused_rows": int(summed_counts(scores).get("refused_rows", 0)),
         **_endings(summed_counts(rollouts)),
-        "cache_bytes": sum(commit.bytes for commit in (*rollouts, *scores)),
+        "cache_bytes": sum(commit.bytes for commit in (*new_rollouts, *new_scores)),
         "flops": {
             "generate": _flops(forward_flops, here.student, made_by(generated, run_id)),
             "score": _flops(forward_flops, teacher, made_by(scored, run_id)),
-            "train": passes * _flops(train_flops, here.student, rollouts) if trained_here else 0.0,
+            "train": _train_flops(here.student, trained) if trained_here else 0.0,
         },
         "seconds": {
             "generate": _seconds(made_by(generated, run_id)),
@@ -68,14 +71,16 @@ def round_report(
             "train": outcome["seconds"] if trained_here else 0.0,
         },
         "reused": {
-            "rollout_units": len(rollouts) - len(made_by(rollouts, run_id)),
-            "score_units": len(scores) - len(made_by(scores, run_id)),
+            "rollout_units": len(new_rollouts) - len(made_by(new_rollouts, run_id)),
+            "score_units": len(new_scores) - len(made_by(new_scores, run_id)),
             "policy": not trained_here,
         },
         "processes": outcome["processes"],
         "extrapolations": outcome["extrapolations"],
         "window_decision": outcome["window_decision"],
-        "sampler_gap": outcome["sampler_gap"],
+        "sampler_gap": outcome["start"]["sampler_gap"],
+        "start_drift": outcome["start"]["policy_drift"],
+        "unit_decisions": here.unit_decisions,
         "policy_drift": last["policy_drift"],
         "effective_sample_fraction": last["effective_sample_fraction"],
         "epochs": outcome["epochs"],
@@ -86,7 +91,7 @@ def round_report(
             "weights_sha256": manifest["weights_sha256"],
             "folder": str(here.policy.folder()),
         },
-        "caches": {"rollouts": here.rollouts.fingerprint, "scores": here.scores.fingerprint},
+        "caches": [cache.as_json() for cache in here.caches],
         "evaluation": evaluation,
     }
 
@@ -166,6 +171,21 @@ def busy_seconds(spans: list[Span]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
+
+
+def _used(cache: Cache, artifact: Artifact) -> list[Commit]:
+    """The commits of the units that a round uses."""
+    commits = artifact.commits()
+    return [commits[unit] for unit in cache.units or commits]
+
+
+def _train_flops(student: Checkpoint, trained: dict[str, float]) -> float:
+    counts = TokenCounts(
+        tokens=trained["row_tokens"],
+        completion_tokens=trained["tokens"],
+        pairs=trained["row_pairs"],
+    )
+    return train_flops(shape_of(read_json(student.folder / "config.json")), counts)
 
 
 def _flops(

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opd_stream.config import Config
-from opd_stream.store.artifact import Artifact, DamagedUnit
+from opd_stream.store.artifact import DamagedUnit
+from pipeline.caches import Cache, scores_of
 from pipeline.reports import Span, busy_seconds, made_by, round_report, summary
 from pipeline.run_directory import RunDirectory
 from pipeline.setup import Setup, open_setup
@@ -19,7 +20,6 @@ from pipeline.walk import (
     checkpoint_of,
     evaluation_rollouts,
     probe_artifacts,
-    probe_scores,
     walk,
 )
 from stages.checkpoints import Checkpoint
@@ -79,7 +79,9 @@ def run(config: Config, directory: RunDirectory, progress: Progress) -> dict[str
             if _is_due(config, here.index):
                 evaluation = evaluate_policy(session, checkpoint_of(here.policy))
             probe = () if here.probe is None else probe_artifacts(setup, here.probe)
-            session.reached |= {here.rollouts.name, here.scores.name, here.policy.name}
+            session.reached.add(here.policy.name)
+            session.reached |= {cache.rollouts.name for cache in here.caches}
+            session.reached |= {cache.scores.name for cache in here.caches}
             session.reached |= {artifact.name for artifact in probe}
             setup.store.record_run(run_id, directory.path, session.reached)
             reports.append(round_report(here, run_id, evaluation, probe, setup.teacher))
@@ -119,34 +121,46 @@ def make_caches(session: Session, here: Round, *, score: bool = True) -> None:
         f"round {here.index}: window {here.plan.window_tokens} tokens, "
         f"policy {here.student.identity.fingerprint[:12]}"
     )
-    per_unit = setup.config.prompts_per_unit
-    rollouts = start_rollouts(setup.store, here.rollouts.recipe, prompts_per_unit=per_unit)
-    scores = start_scores(setup.store, here.scores.recipe, rollouts) if score else None
+    for cache in here.caches:
+        if cache.made_in == here.index or not cache.is_complete():
+            _make_cache(session, cache, score=score)
+    if score and here.probe is not None:
+        _make_probe(session, here)
+
+
+def _make_cache(session: Session, cache: Cache, *, score: bool) -> None:
+    setup = session.setup
+    assert cache.student is not None
+    rollouts = start_rollouts(
+        setup.store,
+        cache.rollouts.recipe,
+        prompts_per_unit=cache.prompts_per_unit(setup.config.prompts_per_unit),
+    )
     session.spans += collect(
         session.executor,
         rollouts,
-        scores,
-        student=here.student,
+        start_scores(setup.store, cache.scores.recipe, rollouts) if score else None,
+        student=cache.student,
         teacher=setup.teacher,
         made_by=session.run_id,
         progress=session.progress,
+        name="extend" if cache.origin == "extended" else "generate",
         meanwhile=lambda: importlib.import_module("stages.train"),
     )
-    if score and here.probe is not None:
-        _make_probe(session, here, rollouts)
 
 
-def _make_probe(session: Session, here: Round, rollouts: Artifact) -> None:
+def _make_probe(session: Session, here: Round) -> None:
     """Probes of the round's rollouts, continued and scored; counted in every figure of cost."""
     setup = session.setup
     assert here.probe is not None
-    probe = start_probe(setup.store, here.probe, rollouts)
+    assert here.fresh is not None
+    probe = start_probe(setup.store, here.probe, here.fresh.rollouts)
     if probe is None:
         return
     session.spans += collect(
         session.executor,
         probe,
-        start_scores(setup.store, probe_scores(setup, probe), probe),
+        start_scores(setup.store, scores_of(setup, here.probe), probe),
         student=here.student,
         teacher=setup.teacher,
         made_by=session.run_id,
@@ -167,7 +181,7 @@ def train_policy(session: Session, here: Round) -> None:
 
     config, start = session.setup.config, time.time()
     optimizer = None if here.previous is None else here.previous.folder() / OPTIMIZER
-    author = here.rollouts.recipe.inputs.get("student")
+    author = here.caches[-1].rollouts.recipe.inputs.get("student")
     train(
         TrainJob(
             config=config,
@@ -175,13 +189,11 @@ def train_policy(session: Session, here: Round) -> None:
             base=str(here.student.folder),
             initial=str(session.setup.student.folder),
             optimizer_state=None if optimizer is None else str(optimizer),
-            caches=((here.rollouts.fingerprint, here.scores.fingerprint),),
+            caches=tuple(cache.cache_units() for cache in here.caches),
             is_fresh=author == here.student.identity.fingerprint,
             probe=_complete_probe(session, here),
             earlier_decision=here.decision,
-            window_tokens=here.rollouts.recipe.settings.get(
-                "window_tokens", here.plan.window_tokens
-            ),
+            window_tokens=here.window_tokens,
             masked_ids=session.setup.masked_ids,
             newline_ids=session.setup.newline_ids,
             stop_ids=session.setup.stop_ids,

@@ -74,8 +74,8 @@ class RunDirectory:
         """What the round will do, and the artifacts it names."""
         record = {
             **asdict(here.plan),
-            "rollouts": here.rollouts.fingerprint,
-            "scores": here.scores.fingerprint,
+            "caches": [cache.as_json() for cache in here.caches],
+            "unit_decisions": here.unit_decisions,
             "policy": here.policy.fingerprint,
         }
         publish(self._round(here.index) / "plan.json", _pretty(record))

@@ -34,16 +34,18 @@ def run_stage(
         directory.write_plan(here)
         if stage == "generate":
             make_caches(session, here, score=False)
-            return f"{here.rollouts.name} is complete"
-        _need(here.rollouts.is_complete(), here, "generate", "rollouts")
+            return f"{_names(here, 'rollouts')} complete"
+        rollouts = all(cache.rollouts.is_complete() for cache in here.caches)
+        _need(rollouts, here, "generate", "rollouts")
         if stage == "score":
             make_caches(session, here)
-            return f"{here.scores.name} is complete"
-        _need(here.scores.is_complete(), here, "score", "scores")
+            return f"{_names(here, 'scores')} complete"
+        _need(all(cache.is_complete() for cache in here.caches), here, "score", "scores")
         if not has_policy(session, here):
             damaged = [
                 f"unit {unit} of {artifact.name}"
-                for artifact in (here.rollouts, here.scores)
+                for cache in here.caches
+                for artifact in (cache.rollouts, cache.scores)
                 for unit in missing_units(artifact, progress)
             ]
             _need(not damaged, here, "generate and score", ", ".join(damaged))
@@ -55,6 +57,11 @@ def run_stage(
                 ) from error
         directory.add_metrics(here)
         return f"{here.policy.name} is complete: {here.policy.folder()}"
+
+
+def _names(here: Round, kind: str) -> str:
+    names = [getattr(cache, kind).name for cache in here.caches]
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
 
 
 def _round(session: Session, round_index: int) -> Round:

@@ -20,10 +20,12 @@ def status_lines(config: Config) -> list[str]:
     for here in walk(setup):
         lines.append(
             f"round {here.index}: window {here.plan.window_tokens}; "
-            f"generate {_units(here.rollouts)}; score {_units(here.scores)}; "
+            f"generate {_units([cache.rollouts for cache in here.caches])}; "
+            f"score {_units([cache.scores for cache in here.caches])}; "
             f"train {'complete' if here.policy.is_complete() else 'not complete'}"
         )
-        for artifact in (here.rollouts, here.scores, here.policy):
+        caches = [part for cache in here.caches for part in (cache.rollouts, cache.scores)]
+        for artifact in (*caches, here.policy):
             if not artifact.is_complete():
                 lines += _nearest(setup, artifact)
                 break
@@ -33,12 +35,14 @@ def status_lines(config: Config) -> list[str]:
     return lines
 
 
-def _units(artifact: Artifact) -> str:
-    if artifact.is_complete():
+def _units(artifacts: list[Artifact]) -> str:
+    if all(artifact.is_complete() for artifact in artifacts):
         return "complete"
-    if not artifact.is_started():
+    started = [artifact for artifact in artifacts if artifact.is_started()]
+    if not started:
         return "not started"
-    return f"{len(artifact.commits())} of {len(artifact.units())} units"
+    done = sum(len(artifact.commits()) for artifact in started)
+    return f"{done} of {sum(len(artifact.units()) for artifact in started)} units"
 
 
 def _nearest(setup: Setup, artifact: Artifact | PolicyArtifact) -> list[str]:

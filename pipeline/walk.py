@@ -18,16 +18,12 @@ from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import read_json
 from opd_stream.store.policy import Identity, PolicyArtifact
 from opd_stream.store.recipe import Recipe
+from pipeline.caches import Cache, Kept, fresh_cache, refreshed_caches, scores_of
 from pipeline.plan import RoundPlan, plan_round
 from pipeline.setup import Setup
+from stages.cache_units import Slot, bounds_of
 from stages.checkpoints import Checkpoint
-from stages.recipes import (
-    evaluation_rollouts_recipe,
-    policy_recipe,
-    probe_recipe,
-    rollouts_recipe,
-    scores_recipe,
-)
+from stages.recipes import evaluation_rollouts_recipe, policy_recipe, probe_recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +33,8 @@ class Round:
     plan: RoundPlan
     student: Checkpoint  # samples the rollouts and is trained
     previous: PolicyArtifact | None  # made `student`; None in round 0
-    rollouts: Artifact
-    scores: Artifact
+    caches: tuple[Cache, ...]  # what it trains on
+    unit_decisions: tuple[dict[str, Any], ...]  # about the units of the round before
     probe: Recipe | None  # of the audit's rollouts; None: this round takes none
     decision: dict[str, Any] | None  # of the audit before
     policy: PolicyArtifact
@@ -48,13 +44,24 @@ class Round:
         """Number of the round, from 0; also the policy_version of its rollouts."""
         return self.plan.round_index
 
+    @property
+    def window_tokens(self) -> int:
+        """New tokens of its newest rollouts."""
+        return self.caches[-1].window_tokens or self.plan.window_tokens
+
+    @property
+    def fresh(self) -> Cache | None:
+        """The rollouts that the current student samples, if the round needs any."""
+        return next((cache for cache in self.caches if cache.origin == "fresh"), None)
+
 
 def walk(setup: Setup) -> Iterator[Round]:
     """The rounds; stops after one whose policy is not complete when the next is asked for."""
     config = setup.config
-    student, previous, first_step = setup.student, None, 0
+    students, previous, first_step = [setup.student], None, 0
+    outcome: dict[str, Any] = {}
     decision: dict[str, Any] | None = None
-    window = config.rollouts.window
+    window, bounds = config.rollouts.window, bounds_of(config)
     source = None if config.replay is None else _Source(setup, config.replay)
     for round_index in range(config.rounds):
         plan = plan_round(
@@ -63,38 +70,46 @@ def walk(setup: Setup) -> Iterator[Round]:
             first_step=first_step,
             decided_window=None if decision is None else decision["window_tokens"],
         )
-        if source is None:
-            rollouts, scores = _own_caches(setup, plan, student)
+        student, kept = students[-1], Kept(caches=(), decisions=())
+        if source is not None:
+            caches = source.caches(round_index)
+        elif outcome.get("units"):
+            kept = refreshed_caches(setup, plan, students, outcome, bounds)
+            caches = kept.caches
         else:
-            rollouts, scores = source.caches(round_index)
+            caches = (fresh_cache(setup, plan, student),)
         policy = setup.store.policy(
             policy_recipe(
                 config,
                 base=student,
                 previous=None if previous is None else previous.fingerprint,
-                caches=[(scores.fingerprint, round_index)],
+                caches=[
+                    (cache.scores.fingerprint, cache.policy_version, cache.units)
+                    for cache in caches
+                ],
                 round_index=round_index,
                 first_step=first_step,
             )
         )
         probe = None
         is_last = round_index == config.rounds - 1
-        if isinstance(window, AdaptiveWindowConfig) and source is None and not is_last:
-            probe = probe_recipe(window, rollouts.recipe)
+        fresh = next((cache for cache in caches if cache.origin == "fresh"), None)
+        if isinstance(window, AdaptiveWindowConfig) and fresh is not None and not is_last:
+            probe = probe_recipe(window, fresh.rollouts.recipe)
         yield Round(
             plan=plan,
             probe=probe,
             decision=decision,
             student=student,
             previous=previous,
-            rollouts=rollouts,
-            scores=scores,
+            caches=caches,
+            unit_decisions=kept.decisions,
             policy=policy,
         )
         if not policy.is_complete():
             return
-        student, previous = checkpoint_of(policy), policy
-        outcome = policy.manifest()["outcome"]
+        students.append(checkpoint_of(policy))
+        previous, outcome = policy, policy.manifest()["outcome"]
         first_step += outcome["steps"]
         decision = outcome["window_decision"] or decision
 
@@ -124,40 +139,9 @@ def evaluation_rollouts(setup: Setup, student: Checkpoint) -> Artifact:
     return setup.store.artifact(recipe)
 
 
-def probe_scores(setup: Setup, rollouts: Artifact) -> Recipe:
-    """The scores of a probe."""
-    assert setup.teacher is not None
-    return scores_recipe(
-        setup.config,
-        rollouts=rollouts.fingerprint,
-        teacher=setup.teacher,
-        forced_ids=setup.forced_ids,
-    )
-
-
 def probe_artifacts(setup: Setup, probe: Recipe) -> tuple[Artifact, Artifact]:
     """Rollouts and scores of a probe, whether they exist or not."""
-    rollouts = setup.store.artifact(probe)
-    return rollouts, setup.store.artifact(probe_scores(setup, rollouts))
-
-
-def _own_caches(setup: Setup, plan: RoundPlan, student: Checkpoint) -> tuple[Artifact, Artifact]:
-    assert setup.teacher is not None
-    rollouts = rollouts_recipe(
-        setup.config,
-        prompts=setup.prompts.fingerprint,
-        student=student,
-        stop_ids=setup.stop_ids,
-        round_index=plan.round_index,
-        window_tokens=plan.window_tokens,
-    )
-    scores = scores_recipe(
-        setup.config,
-        rollouts=rollouts.fingerprint,
-        teacher=setup.teacher,
-        forced_ids=setup.forced_ids,
-    )
-    return setup.store.artifact(rollouts), setup.store.artifact(scores)
+    return setup.store.artifact(probe), setup.store.artifact(scores_of(setup, probe))
 
 
 class _Source:
@@ -166,20 +150,24 @@ class _Source:
     def __init__(self, setup: Setup, replay: Replay) -> None:
         self._store, rounds = setup.store, setup.config.rounds
         if replay.run is None:
-            self._where, self._names = "replay.scores", list(replay.scores)
+            named = [[{"scores": name, "units": None}] for name in replay.scores]
+            self._where, self._rounds = "replay.scores", named
         else:
-            self._where, self._names = str(replay.run), _scores_of(replay.run)
+            self._where, self._rounds = str(replay.run), _caches_of(replay.run)
         self._teacher = setup.replayed_teacher
-        if len(self._names) < rounds:
+        if len(self._rounds) < rounds:
             raise UserError(
-                f"{self._where} has {len(self._names)} finished rounds; the config asks for "
+                f"{self._where} has {len(self._rounds)} finished rounds; the config asks for "
                 f"{rounds}; lower rounds"
             )
 
-    def caches(self, round_index: int) -> tuple[Artifact, Artifact]:
-        """Rollouts and scores of a round."""
-        name = self._names[round_index]
-        scores = self._store.by_fingerprint("scores", name.removeprefix("scores/"))
+    def caches(self, round_index: int) -> tuple[Cache, ...]:
+        """What a round trained on."""
+        return tuple(self._cache(named, round_index) for named in self._rounds[round_index])
+
+    def _cache(self, named: dict[str, Any], round_index: int) -> Cache:
+        fingerprint = named["scores"].removeprefix("scores/")
+        scores = self._store.by_fingerprint("scores", fingerprint)
         rollouts = self._store.by_fingerprint("rollouts", scores.recipe.inputs["rollouts"])
         for artifact in (rollouts, scores):
             if not artifact.is_complete():
@@ -187,7 +175,18 @@ class _Source:
                     f"{artifact.name} of {self._where} is not complete; finish that run first"
                 )
         self._check_teacher(scores)
-        return rollouts, scores
+        return Cache(
+            rollouts=rollouts,
+            scores=scores,
+            origin="replayed",
+            policy_version=round_index,
+            made_in=round_index,
+            student=None,
+            slots=tuple(
+                Slot(unit=unit, first=place, last=place + 1)
+                for place, unit in enumerate(named["units"] or ())
+            ),
+        )
 
     def _check_teacher(self, scores: Artifact) -> None:
         """All scores of a run are of one teacher: the config's, if it names one."""
@@ -201,8 +200,8 @@ class _Source:
             )
 
 
-def _scores_of(run: Path) -> list[str]:
-    """The scores of each round of an earlier run.
+def _caches_of(run: Path) -> list[list[dict[str, Any]]]:
+    """What each round of an earlier run trained on.
 
     Raises:
         UserError: the folder is no run.
@@ -213,4 +212,4 @@ def _scores_of(run: Path) -> list[str]:
             f"replay.run {run} has no summary.json; expected the folder of an earlier run; "
             "check the path"
         )
-    return [names["scores"] for names in read_json(summary)["caches"]]
+    return read_json(summary)["caches"]

@@ -12,6 +12,7 @@ from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
 from stages.checkpoints import Checkpoint
 from stages.executors import Executor
+from stages.extension import extension_layout
 from stages.progress import Progress
 from stages.selection import probe_size, prompts_of
 from stages.units import Order
@@ -22,7 +23,12 @@ Span = tuple[float, float]  # start and end of work, seconds since the epoch
 def start_rollouts(store: Store, recipe: Recipe, *, prompts_per_unit: int) -> Artifact:
     """Join or start a rollouts artifact."""
     artifact = store.artifact(recipe)
-    if not artifact.is_started():
+    if artifact.is_started():
+        return artifact
+    if "extends" in recipe.settings:
+        base = store.by_fingerprint("rollouts", recipe.inputs["rollouts"])
+        artifact.create(**extension_layout(base, recipe.settings["extends"]))
+    else:
         rows = prompts_of(store, recipe).num_rows
         artifact.create(rows=rows, rows_per_unit=prompts_per_unit)
     return artifact

@@ -36,6 +36,7 @@ class BatchPlan:
     masked_ids: tuple[int, ...] = ()  # ids whose first occurrence does not train
     blocks: int | Literal["spans"] = 64  # of the drift gate
     newline_ids: tuple[int, ...] = ()
+    staleness: tuple[int, ...] = ()  # of each cache: policies since it was written; none: 0
 
     def epoch_steps(self, rows: int, epoch: int) -> list[list[int]]:
         """Row numbers of each optimizer step of an epoch; the last step may be smaller."""
@@ -95,6 +96,7 @@ def step_batches(
             masked_ids=masked,
             blocks=plan.blocks,
             newline_ids=plan.newline_ids,
+            staleness=plan.staleness,
         )
         if not group:
             batch = replace(batch, weights_N=torch.zeros_like(batch.weights_N))

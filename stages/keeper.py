@@ -6,6 +6,7 @@ first one writes.
 
 import json
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,22 @@ from lightning.pytorch.callbacks import Callback
 from opd_stream.errors import UserError
 from opd_stream.objectives import tolerates_staleness
 from opd_stream.schedule import learning_rate
-from opd_stream.staleness import Decision, StalenessBounds, decide_epoch
-from opd_stream.statistics import drift_of, means, reverse_kl_by_position
+from opd_stream.staleness import Decision, beyond, decide_epoch, decide_stop
+from opd_stream.statistics import NAMES, by_position, drift_of, means
 from opd_stream.store.files import publish
+from opd_stream.store.reader import ScoredRows
+from stages.cache_units import bounds_of
+from stages.data_module import BatchPlan
 from stages.extrapolate import Extrapolate
+from stages.measure import measure_units
 from stages.metrics import forget_metrics_from, write_csv
 from stages.progress import Progress
 from stages.student_module import StudentModule
 from stages.train_job import TrainJob
 from stages.training_state import optimizer_state, save_checkpoint, weights
+
+TRAINED = ("tokens", "row_tokens", "row_pairs")  # sums the cost of training follows from
+LOOKS_PER_EPOCH = 4
 
 
 class Keeper(Callback):
@@ -33,22 +41,22 @@ class Keeper(Callback):
     def __init__(
         self,
         job: TrainJob,
-        steps_per_epoch: int,
+        rows: ScoredRows,
+        plan: BatchPlan,
         progress: Progress,
         extrapolate: Extrapolate | None,
     ) -> None:
-        self._job, self._steps_per_epoch, self._progress = job, steps_per_epoch, progress
+        self._job, self._rows, self._plan, self._progress = job, rows, plan, progress
+        self._steps_per_epoch = len(plan.epoch_steps(len(rows), 0))
         self._extrapolate = extrapolate
-        staleness = job.config.staleness
-        self._bounds = StalenessBounds(
-            max_epochs=staleness.max_epochs,
-            policy_drift=staleness.policy_drift,
-            effective_sample_fraction=staleness.effective_sample_fraction,
-        )
+        self._bounds = bounds_of(job.config)
         self.steps = 0  # optimizer steps of this round
-        self._trained_tokens = 0
-        self._first: dict[str, float] = {}  # means of the round's first step
+        self._trained = dict.fromkeys(TRAINED, 0.0)
+        self._start: dict[str, Any] = {}  # drift of a sample of the rows before training
+        self._is_gated = True
         self._epoch_sums: dict[str, float] = {}
+        self._recent_sums: dict[str, float] = {}  # since the latest look at drift
+        self._units: list[dict[str, Any]] = []  # after training, where units may be kept
         self._decisions: list[dict[str, Any]] = []
         self._since = time.perf_counter()
         self._processes = 1
@@ -57,22 +65,28 @@ class Keeper(Callback):
         """For a checkpoint."""
         return {
             "steps": self.steps,
-            "trained_tokens": self._trained_tokens,
-            "first": self._first,
+            "trained": self._trained,
+            "start": self._start,
+            "is_gated": self._is_gated,
             "epoch_sums": self._epoch_sums,
+            "recent_sums": self._recent_sums,
             "decisions": self._decisions,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self.steps, self._trained_tokens = state["steps"], state["trained_tokens"]
-        self._first, self._epoch_sums = state["first"], state["epoch_sums"]
+        self.steps, self._trained = state["steps"], state["trained"]
+        self._start, self._is_gated = state["start"], state["is_gated"]
+        self._epoch_sums, self._recent_sums = state["epoch_sums"], state["recent_sums"]
         self._decisions = state["decisions"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self._processes = trainer.world_size
         if trainer.is_global_zero:
             forget_metrics_from(Path(self._job.metrics), self._job.first_step + self.steps)
+        if not self._start:
+            self._measure_start(pl_module)
+        pl_module.is_gated = self._is_gated
         self._progress.start("train", self._steps_per_epoch * self._bounds.max_epochs)
         self._progress.advance("train", self.steps)
         self._since = time.perf_counter()
@@ -89,8 +103,10 @@ class Keeper(Callback):
     ) -> None:
         module: StudentModule = pl_module
         sums, rate = module.step_sums, self._learning_rate()
-        for name, value in sums.items():
-            self._epoch_sums[name] = self._epoch_sums.get(name, 0.0) + value
+        _add(self._epoch_sums, sums)
+        _add(self._recent_sums, sums)
+        for name in TRAINED:
+            self._trained[name] += sums[name]
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         line = {
@@ -104,11 +120,7 @@ class Keeper(Callback):
             **means(sums),
             "seconds": round(seconds, 4),
         }
-        if not self.steps:
-            self._first = {name: line[name] for name in ("policy_drift", "mean_absolute_d")}
-            self._refuse_stale_rows(line["policy_drift"])
         self.steps += 1
-        self._trained_tokens += int(sums["tokens"])
         if trainer.is_global_zero:
             with Path(self._job.metrics).open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -127,6 +139,9 @@ class Keeper(Callback):
             self._decide(trainer, Decision(action="regenerate", reason=reason))
         elif self.steps % self._steps_per_epoch == 0:
             self._decide(trainer)
+            module.is_gated = self._is_gated
+        elif (stop := self._look()) is not None:
+            self._decide(trainer, stop)
         elif self.steps % self._job.config.train.checkpoint_steps == 0:
             self._checkpoint(trainer, module)
 
@@ -134,9 +149,10 @@ class Keeper(Callback):
         """What the round did, for the policy's manifest and the round's report."""
         return {
             "steps": self.steps,
-            "trained_tokens": self._trained_tokens,
+            "trained": self._trained,
             "epochs": self._decisions,
-            "sampler_gap": self._first["mean_absolute_d"] if self._job.is_fresh else None,
+            "start": self._start,
+            "units": self._units,
             "extrapolations": [] if self._extrapolate is None else self._extrapolate.outcomes,
             "processes": self._processes,
             "made_by": self._job.made_by,
@@ -153,25 +169,83 @@ class Keeper(Callback):
     def _decide(self, trainer: lightning.Trainer, early: Decision | None = None) -> None:
         """At the end of an epoch, or early: go on with the same scores, or not."""
         drift, epochs_done = drift_of(self._epoch_sums), len(self._decisions) + 1
-        decision = early or decide_epoch(drift, epochs_done=epochs_done, bounds=self._bounds)
+        decision = early or decide_epoch(
+            drift, epochs_done=epochs_done, bounds=self._bounds, floor=self._floor
+        )
         self._decisions.append(
             {
                 "epoch": epochs_done - 1,
                 "action": decision.action,
                 "reason": decision.reason,
                 **means(self._epoch_sums),
-                "reverse_kl_by_position": reverse_kl_by_position(self._epoch_sums),
+                "by_position": by_position(self._epoch_sums),
             }
         )
-        self._epoch_sums = {}
-        if decision.action == "regenerate":
+        self._epoch_sums, self._recent_sums = {}, {}
+        self._is_gated = decision.action == "gated" or not self._bounds.gated_from
+        if decision.action in ("regenerate", "stop"):
             trainer.should_stop = True
+
+    def _look(self) -> Decision | None:
+        """Inside an epoch, four times: stop if the rows since the last look are too far."""
+        if self.steps % max(1, self._steps_per_epoch // LOOKS_PER_EPOCH):
+            return None
+        drift, self._recent_sums = drift_of(self._recent_sums), {}
+        if tolerates_staleness(self._job.objectives()):
+            return None
+        return decide_stop(drift, bounds=self._bounds, floor=self._floor)
+
+    @property
+    def _floor(self) -> float:
+        """policy_drift of fresh rows: what sampler and trainer disagree by."""
+        return self._start["floor"] or 0.0
+
+    def _measure(self, module: StudentModule) -> dict[tuple[int, int], dict[str, float]]:
+        share = self._job.config.staleness.sample_share
+        return measure_units(module, self._rows, self._plan, share=share)
+
+    def _measure_start(self, module: StudentModule) -> None:
+        """Before any training: sampler gap, drift of rows that are older, gate or not."""
+        job, everything, fresh = self._job, dict[str, float](), dict[str, float]()
+        for (cache, _), sums in self._measure(module).items():
+            _add(everything, sums)
+            if job.is_fresh and job.caches[cache].policy_version == job.round_index:
+                _add(fresh, sums)
+        gap = drift_of(fresh) if fresh else None
+        self._start = {
+            "tokens": int(everything["tokens"]),
+            "policy_drift": drift_of(everything).policy_drift,
+            "sampler_gap": None if gap is None else gap.absolute_mean,
+            "floor": None if gap is None else gap.policy_drift,
+        }
+        drift = beyond(drift_of(everything), floor=self._floor)
+        self._is_gated = drift >= self._bounds.gated_from
+        self._refuse_stale_rows(self._start["policy_drift"])
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """What is known of each unit when the next round decides about it."""
+        job = self._job
+        if not self._bounds.max_policies or job.round_index == job.config.rounds - 1:
+            return
+        measured = self._measure(pl_module)
+        for number, cache in enumerate(job.caches):
+            for slot in cache.slots:
+                sums = measured.get((number, slot.unit), dict.fromkeys(NAMES, 0.0))
+                unit = asdict(replace(cache, slots=())) | asdict(slot)
+                del unit["slots"]
+                self._units.append(
+                    {
+                        **unit,
+                        "drift": drift_of(sums).as_dict(),
+                        "student_top_mass": means(sums)["student_top_mass"],
+                    }
+                )
 
     def _refuse_stale_rows(self, policy_drift: float) -> None:
         """A reverse KL on rows that another student wrote teaches for prefixes it does not write.
 
         Raises:
-            UserError: the drift of the first step is above the bound.
+            UserError: the drift before training is above the bound.
         """
         bound = self._bounds.policy_drift
         if policy_drift > bound and not tolerates_staleness(self._job.objectives()):
@@ -203,3 +277,8 @@ class Keeper(Callback):
             progress=(self._job.round_index + (self.steps + 0.5) / planned)
             / self._job.config.rounds,
         )
+
+
+def _add(total: dict[str, float], sums: dict[str, float]) -> None:
+    for name, value in sums.items():
+        total[name] = total.get(name, 0.0) + value

@@ -4,6 +4,7 @@ All recipes stand here so that one page answers "what makes a cache entry mine".
 batch sizes of engines, unit sizes and paths are missing on purpose.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from opd_stream.config import Config, Evaluation
@@ -23,11 +24,18 @@ def rollouts_recipe(
     stop_ids: tuple[int, ...],
     round_index: int,
     window_tokens: int,
+    ranges: Sequence[tuple[int, int]] | None = None,
 ) -> Recipe:
-    """Rollouts of one round; `prompts` is the fingerprint of the prompts artifact."""
+    """Rollouts of one round, on all of its prompts or on some ranges of them.
+
+    `prompts` is the fingerprint of the prompts artifact.
+    """
     rollouts: Rollouts = config.rollouts
     selection = round_prompts(
-        seed=config.seed, round_index=round_index, per_round=rollouts.prompts_per_round
+        seed=config.seed,
+        round_index=round_index,
+        per_round=rollouts.prompts_per_round,
+        ranges=ranges,
     )
     return _sampling(
         config,
@@ -41,6 +49,21 @@ def rollouts_recipe(
             "temperature": rollouts.temperature,
             "seed": _sampling_seed(config.seed, round_index),
             "stop_ids": list(stop_ids),
+        },
+    )
+
+
+def extension_recipe(
+    base: Recipe, *, units: Sequence[int], student: Checkpoint, window_tokens: int
+) -> Recipe:
+    """Units of a rollouts artifact, their unfinished rows continued by the current student."""
+    return Recipe(
+        kind="rollouts",
+        settings={**base.settings, "window_tokens": window_tokens, "extends": list(units)},
+        inputs={
+            **base.inputs,
+            "student": student.identity.fingerprint,
+            "rollouts": base.fingerprint,
         },
     )
 
@@ -86,9 +109,17 @@ def evaluation_rollouts_recipe(
 
 
 def scores_recipe(
-    config: Config, *, rollouts: str, teacher: Checkpoint, forced_ids: tuple[int, ...]
+    config: Config,
+    *,
+    rollouts: str,
+    teacher: Checkpoint,
+    forced_ids: tuple[int, ...],
+    extends: str | None = None,
 ) -> Recipe:
-    """Teacher scores of a rollouts artifact; `rollouts` is its fingerprint."""
+    """Teacher scores of a rollouts artifact; `rollouts` is its fingerprint.
+
+    `extends` is that of the scores of what an extension continues.
+    """
     scores: Scores = config.scores
     assert config.teacher is not None  # the config asks for one wherever scores are made
     return Recipe(
@@ -102,7 +133,11 @@ def scores_recipe(
             "engine": config.teacher.engine,
             "dtype": config.teacher.dtype,
         },
-        inputs={"rollouts": rollouts, "teacher": teacher.identity.fingerprint},
+        inputs={
+            "rollouts": rollouts,
+            "teacher": teacher.identity.fingerprint,
+            **({} if extends is None else {"scores": extends}),
+        },
     )
 
 
@@ -111,7 +146,7 @@ def policy_recipe(
     *,
     base: Checkpoint,
     previous: str | None,
-    caches: list[tuple[str, int]],
+    caches: Sequence[tuple[str, int, Sequence[int] | None]],
     round_index: int,
     first_step: int,
 ) -> Recipe:
@@ -121,7 +156,7 @@ def policy_recipe(
         config: the run.
         base: the student at the start of the round.
         previous: fingerprint of the policy artifact whose optimizer state continues, if any.
-        caches: fingerprint of scores and their policy_version, for everything that is trained on.
+        caches: scores that are trained on: fingerprint, policy_version, and units (None: all).
         round_index: the round, from 0.
         first_step: optimizer steps done before the round.
     """
@@ -130,7 +165,7 @@ def policy_recipe(
     inputs = {"base": base.identity.fingerprint}
     if previous is not None:
         inputs["optimizer"] = previous
-    for number, (scores, version) in enumerate(caches):
+    for number, (scores, version, _) in enumerate(caches):
         inputs[f"scores.{number}.version_{version}"] = scores
     return Recipe(
         kind="policies",
@@ -153,6 +188,7 @@ def policy_recipe(
             "rows_per_step": train.rows_per_step,
             "staleness": staleness.model_dump(mode="json"),
             "window": config.rollouts.window.model_dump(mode="json"),
+            "units": [None if units is None else list(units) for _, _, units in caches],
             "first_step": first_step,
             "seed": config.seed,
         },

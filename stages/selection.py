@@ -4,6 +4,7 @@ The selection stands in the recipe as parameters, not as a list, so that two run
 the same prompts name the same artifact.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,21 +22,26 @@ def every_prompt() -> dict[str, Any]:
     return {"order": "all"}
 
 
-def round_prompts(*, seed: int, round_index: int, per_round: int) -> dict[str, Any]:
-    """The prompts of a round."""
-    return {"order": "shuffled", "seed": seed, "round": round_index, "per_round": per_round}
+def round_prompts(
+    *, seed: int, round_index: int, per_round: int, ranges: Sequence[tuple[int, int]] | None = None
+) -> dict[str, Any]:
+    """The prompts of a round; `ranges` are those (first, last) for which nothing is kept."""
+    selection = {"order": "shuffled", "seed": seed, "round": round_index, "per_round": per_round}
+    return selection if ranges is None else {**selection, "ranges": [list(r) for r in ranges]}
 
 
 def selected_rows(selection: dict[str, Any], rows: int) -> list[int]:
     """Row numbers in the prompts artifact."""
     if selection["order"] == "all":
         return list(range(rows))
-    return shuffled_rows(
+    drawn = shuffled_rows(
         rows=rows,
         seed=selection["seed"],
         round_index=selection["round"],
         per_round=selection["per_round"],
     )
+    ranges = selection.get("ranges", [[0, len(drawn)]])
+    return [row for first, last in ranges for row in drawn[first:last]]
 
 
 def prompts_of(store: Store, rollouts: Recipe) -> pa.Table:

@@ -50,6 +50,7 @@ class StudentModule(lightning.LightningModule):
         self._soft_clamp, self._weighting = soft_clamp, weighting
         self.student: StudentModel | None = None
         self.mean_loss: float | None = None  # of the step before, for the soft clamp
+        self.is_gated = True  # whether the weighting acts
         self.step_sums: dict[str, float] = {}  # of the latest step, over all processes
         self.grad_norm = 0.0
         self._resumed: Callable[[StudentModel], None] | None = None
@@ -107,7 +108,7 @@ class StudentModule(lightning.LightningModule):
             self._objectives,
             merge_terminators=self._merge_terminators,
             limit=limit,
-            weighting=self._weighting,
+            weighting=self._weighting if self.is_gated else None,
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -82,7 +82,7 @@ def train_here(job: TrainJob, progress: Progress) -> None:
     is_first = os.environ.get("RANK", "0") == "0"
     decision = audit(job) if is_first else None
     extrapolate = _extrapolate(job, rows, plan)
-    keeper = Keeper(job, len(plan.epoch_steps(len(rows), 0)), progress, extrapolate)
+    keeper = Keeper(job, rows, plan, progress, extrapolate)
     if resumed is not None:
         if extrapolate is not None:
             extrapolate.load_state(resumed["extrapolation"])

@@ -13,6 +13,7 @@ from opd_stream.store.recipe import recipe_from_json
 from opd_stream.store.store import Store
 from opd_stream.weighting import DriftGate, Freshness, Weighting
 from opd_stream.windows import FixedWindow, Window, build_window
+from stages.cache_units import CacheUnits
 from stages.data_module import BatchPlan
 
 
@@ -30,8 +31,8 @@ class TrainJob:
     base: str  # Hugging Face folder the round starts from
     initial: str  # that of the run's first student
     optimizer_state: str | None  # folder of the previous round's optimizer, if any
-    caches: tuple[tuple[str, str], ...]  # fingerprints of rollouts and scores
-    is_fresh: bool  # the rollouts were written by the weights the round starts from
+    caches: tuple[CacheUnits, ...]
+    is_fresh: bool  # the newest rollouts were written by the weights the round starts from
     masked_ids: tuple[int, ...]  # ids whose first occurrence in a rollout does not train
     newline_ids: tuple[int, ...]  # tokens that hold a newline
     stop_ids: tuple[int, ...]  # terminators
@@ -57,7 +58,7 @@ class TrainJob:
             **{
                 **value,
                 "config": Config.model_validate(value["config"]),
-                "caches": tuple((rollouts, scores) for rollouts, scores in value["caches"]),
+                "caches": tuple(map(CacheUnits.from_json, value["caches"])),
                 "probe": None if value["probe"] is None else tuple(value["probe"]),
                 "masked_ids": tuple(value["masked_ids"]),
                 "newline_ids": tuple(value["newline_ids"]),
@@ -81,8 +82,11 @@ class TrainJob:
         """
         store = self.store()
         artifacts = [
-            (store.by_fingerprint("rollouts", rollouts), store.by_fingerprint("scores", scores))
-            for rollouts, scores in self.caches
+            (
+                store.by_fingerprint("rollouts", cache.rollouts),
+                store.by_fingerprint("scores", cache.scores),
+            )
+            for cache in self.caches
         ]
         asked = self.config.train.top_k
         for _, scores in artifacts:
@@ -92,7 +96,9 @@ class TrainJob:
                     f"train.top_k is {asked} but {scores.name} holds {cached} candidates a token; "
                     "lower it, or score again with a larger scores.top_k"
                 )
-        rows = ScoredRows(artifacts)
+        rows = ScoredRows(
+            artifacts, units=[[slot.unit for slot in cache.slots] for cache in self.caches]
+        )
         if not len(rows):
             raise UserError(
                 "no rollout can be trained on: every one is empty or was refused by the teacher; "
@@ -133,4 +139,5 @@ class TrainJob:
             masked_ids=self.masked_ids,
             blocks=64 if train.gate is None else train.gate.blocks,
             newline_ids=self.newline_ids,
+            staleness=tuple(self.round_index - cache.policy_version for cache in self.caches),
         )

@@ -7,7 +7,7 @@ nothing but the store and a checkpoint folder.
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from opd_stream.store.schema import (
     rollouts_table,
 )
 from opd_stream.store.store import Store
-from opd_stream.types import RolloutBatch
+from opd_stream.types import RolloutBatch, ScoreBatch
+from stages.extension import base_rollouts, grown_rows, joined, new_parts, old_scores
 from stages.selection import probe_rows, prompts_of
 
 
@@ -135,7 +136,11 @@ class GenerateUnits(UnitWorker):
             "seed": settings["seed"],
             "stop_ids": tuple(settings["stop_ids"]),
         }
-        if "probe" in settings:
+        before = None
+        if "extends" in settings:
+            before = base_rollouts(self.store, rollouts.recipe, order.unit)
+            batch = engine.extend(before, **sampling)
+        elif "probe" in settings:
             batch = engine.extend(probe_rows(self.store, rollouts.recipe), **sampling)
         else:
             prompts = prompts_of(self.store, rollouts.recipe)
@@ -146,8 +151,9 @@ class GenerateUnits(UnitWorker):
                 **sampling,
             )
         length_rows = sum(reason == "length" for reason in batch.finish_reason)
+        work = _work_counts(batch) if before is None else _extension_counts(before, batch)
         counts = {
-            **_work_counts(batch, range(len(batch))),
+            **work,
             "rows": len(batch),
             "length_rows": length_rows,
             "repeated_tokens": sum(repeated_tokens(ids) for ids in batch.completion_ids),
@@ -187,15 +193,18 @@ class ScoreUnits(UnitWorker):
         settings = scores.recipe.settings
         engine = self.engine(order.teacher, scores.recipe.inputs["teacher"], settings)
         batch = rollouts_batch(rollouts.read_unit(order.unit))
-        forced = tuple(settings["forced_ids"])
         codec = build_codec(**settings["codec"])
-        scored = engine.score(
-            batch,
-            top_k=settings["top_k"],
-            forced_ids=forced,
-            draws=codec.draws if isinstance(codec, SampledCodec) else 0,
-            seed=settings["seed"],
-        )
+        asked = {
+            "top_k": settings["top_k"],
+            "forced_ids": tuple(settings["forced_ids"]),
+            "draws": codec.draws if isinstance(codec, SampledCodec) else 0,
+            "seed": settings["seed"],
+        }
+        if "extends" in rollouts.recipe.settings:
+            scored, work = self._score_new(engine, scores, rollouts, order.unit, batch, asked)
+        else:
+            scored = engine.score(batch, **asked)
+            work = _work_counts(batch, without=scored.refused)
         try:
             table, fidelity = encode_scores(codec, scored, batch)
         except ValueError as error:
@@ -204,7 +213,7 @@ class ScoreUnits(UnitWorker):
                 "scores.codec.max_error, or use scores.codec={kind: exact}"
             ) from error
         counts = {
-            **_work_counts(batch, [row for row in range(len(batch)) if row not in scored.refused]),
+            **work,
             "rows": len(batch),
             "refused_rows": len(scored.refused),
         }
@@ -225,6 +234,25 @@ class ScoreUnits(UnitWorker):
         )
         return replace(worked, score_span=(start, end))
 
+    def _score_new(
+        self,
+        engine: Engine,
+        scores: Artifact,
+        rollouts: Artifact,
+        unit: int,
+        batch: RolloutBatch,
+        asked: dict[str, Any],
+    ) -> tuple[ScoreBatch, dict[str, float]]:
+        """The scores of an extended unit: the old ones, and new ones of new tokens."""
+        before = base_rollouts(self.store, rollouts.recipe, unit)
+        base = self.store.by_fingerprint("scores", scores.recipe.inputs["scores"])
+        rows = grown_rows(before, batch)
+        old = old_scores(base, rollouts.recipe.settings["extends"][unit])
+        if not rows:
+            return old, _extension_counts(before, batch)
+        new = engine.score(new_parts(before, batch, rows), **asked)
+        return joined(old, new, rows), _extension_counts(before, batch)
+
 
 def _each(table: pa.Table, work: Callable[[Worked], Worked]) -> pa.Table:
     """Work on every row; a user's mistake becomes a row with its line, not a dead worker."""
@@ -241,16 +269,22 @@ def _each(table: pa.Table, work: Callable[[Worked], Worked]) -> pa.Table:
 
 def _slice(prompts: pa.Table, artifact: Artifact, unit: int) -> pa.Table:
     rows = artifact.unit_rows(unit)
-    return prompts.slice(rows.start, rows.stop - rows.start)
+    return prompts.slice(rows.start, len(rows))
 
 
-def _work_counts(batch: RolloutBatch, rows: Iterable[int]) -> dict[str, float]:
+def _work_counts(batch: RolloutBatch, *, without: Container[int] = ()) -> dict[str, float]:
     """What the cost of rows follows from: tokens and attended pairs."""
     total = TokenCounts(tokens=0, completion_tokens=0, pairs=0)
-    for row in rows:
-        prompt, completion = len(batch.prompt_ids[row]), len(batch.completion_ids[row])
-        total += counts_of(prompt_tokens=prompt, completion_tokens=completion)
+    for row in range(len(batch)):
+        if row not in without:
+            prompt, completion = len(batch.prompt_ids[row]), len(batch.completion_ids[row])
+            total += counts_of(prompt_tokens=prompt, completion_tokens=completion)
     return asdict(total)
+
+
+def _extension_counts(before: RolloutBatch, after: RolloutBatch) -> dict[str, float]:
+    """The same of an extension: rows that grew are read whole, only their new tokens are made."""
+    return _work_counts(new_parts(before, after, grown_rows(before, after)))
 
 
 def repeated_tokens(ids: NDArray[np.integer[Any]]) -> int:

@@ -49,7 +49,7 @@ def finish(folder: Path, name: str, *overrides: str) -> dict[str, Any]:
 
 def scores_names(folder: Path) -> list[str]:
     summary = json.loads((folder / "run" / "summary.json").read_text())
-    return [f"scores/{cache['scores'][:16]}" for cache in summary["caches"]]
+    return [f"scores/{cache['scores'][:16]}" for caches in summary["caches"] for cache in caches]
 
 
 def said(command: str, *arguments: Any) -> str:

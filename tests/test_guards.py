@@ -20,7 +20,7 @@ from opd_stream.objectives import (
     Objective,
     SampledPg,
 )
-from opd_stream.statistics import NAMES, means, named, reverse_kl_by_position
+from opd_stream.statistics import NAMES, by_position, means, named
 from opd_stream.store.reader import ScoredRow
 
 VOCABULARY, HIDDEN, TOP_K = 11, 6, 3
@@ -228,7 +228,7 @@ def test_statistics_are_means_over_the_tokens() -> None:
     assert 0 < found["student_top_mass"] < 1
     assert 0 < found["teacher_entropy"] < np.log(VOCABULARY)
     assert found["absolute_reverse_kl_p50"] <= found["absolute_reverse_kl_p99"]
-    places = reverse_kl_by_position(sums)
+    places = by_position(sums)
     assert [place["first"] for place in places] == [0, 1, 3, 7]
     assert sum(place["tokens"] for place in places) == 22
     total = sum(place["tokens"] * place["reverse_kl"] for place in places)

@@ -77,7 +77,7 @@ def test_a_run_in_s3_ends_where_one_on_a_disk_does(bucket: str, tmp_path: Path) 
     run(small_config(tmp_path, f"store={bucket}"), again, Silent())
     assert again.summary()["tokens"]["teacher_scored"] == 0
     assert again.summary()["policies"] == disk["policies"]
-    caches = disk["caches"][0]
+    caches = disk["caches"][0][0]
     near = open_scores(tmp_path / "store" / "scores" / caches["scores"][:16])
     far = open_scores(f"{bucket}/scores/{caches['scores'][:16]}")
     assert len(near) == len(far) > 0

@@ -141,7 +141,7 @@ def test_another_unit_size_from_scratch_trains_on_the_same_tokens(
 ) -> None:
     first = json.loads((finished / "run" / "summary.json").read_text())
     again = run_small(tmp_path, "prompts_per_unit=8", "rounds=1", "evaluation=null")
-    recipes = [first["caches"][0]["rollouts"], again["caches"][0]["rollouts"]]
+    recipes = [first["caches"][0][0]["rollouts"], again["caches"][0][0]["rollouts"]]
     assert recipes[0] == recipes[1]
     rows = [
         [row for unit in artifact.units() for row in artifact.read_unit(unit).to_pylist()]
@@ -159,7 +159,7 @@ def test_a_flipped_bit_is_named_and_only_that_unit_is_made_again(copied: Path) -
     for artifact in (copied / "store" / "policies").iterdir():
         shutil.rmtree(artifact)
     store = Store(copied / "store")
-    scores = store.by_fingerprint("scores", summary["caches"][0]["scores"])
+    scores = store.by_fingerprint("scores", summary["caches"][0][0]["scores"])
     record = scores.commit_record(1)
     assert record is not None
     shard = scores.folder / record.file

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from opd_stream.config.prompts import (
     ChatTemplate,
     DatasetPrompts,
+    EmbeddedPrompts,
     JsonlPrompts,
-    LedgerPrompts,
 )
 from opd_stream.errors import UserError
 from opd_stream.prompts import prompts_table, read_prompts, shuffled_rows
@@ -133,7 +133,7 @@ def test_more_prompts_a_round_than_there_are_is_refused() -> None:
 
 
 def test_ledger_prompts_carry_their_answers(tokenizer: object) -> None:
-    source = LedgerPrompts(kind="ledger", count=3, seed=7)
+    source = EmbeddedPrompts(kind="ledger", count=3, seed=7)
     table: pa.Table = prompts_table(source, tokenizer)
     assert table["prompt_id"].to_pylist() == ["ledger-7-0", "ledger-7-1", "ledger-7-2"]
     assert all(len(answer) == 2 for answer in table["answer"].to_pylist())

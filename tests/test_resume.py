@@ -48,7 +48,7 @@ def fingerprints(folder: Path) -> dict[str, Any]:
     }
 
 
-def attempt(folder: Path, *, signs: int, delay: float) -> str | None:
+def attempt(folder: Path, *overrides: str, signs: int, delay: float) -> str | None:
     """Run in a process group of its own and kill it after some signs of progress.
 
     Returns the stage it was killed in, or None if the run had ended by then.
@@ -60,7 +60,8 @@ def attempt(folder: Path, *, signs: int, delay: float) -> str | None:
         os.close(reading)
         status = 1
         try:
-            run(small_config(folder), RunDirectory(folder / "run"), Telling(writing))
+            config = small_config(folder, *overrides)
+            run(config, RunDirectory(folder / "run"), Telling(writing))
             status = 0
         finally:
             os._exit(status)
@@ -88,23 +89,44 @@ def _kill_group(child: int) -> None:
         os.kill(child, signal.SIGKILL)
 
 
+# Windows by audit, gate, freshness, extrapolation, and units that outlive their policy, together.
+EVERY_METHOD = (
+    "rounds=3",
+    "rollouts.window={kind: adaptive, candidates: [16, 32], max_window_tokens: 48, start: 16}",
+    "train.gate={blocks: spans}",
+    "train.freshness={}",
+    "train.extrapolation={rows: 4}",
+    "train.learning_rate=3e-4",
+    "staleness.max_policies=2",
+    "staleness.gated_from=1e-5",
+)
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*")
-def test_a_run_killed_twenty_times_ends_in_the_same_place(tmp_path: Path) -> None:
-    run(small_config(tmp_path / "whole"), RunDirectory(tmp_path / "whole" / "run"), Silent())
+@pytest.mark.parametrize("overrides", [(), EVERY_METHOD], ids=["plain", "every method"])
+def test_a_run_killed_twenty_times_ends_in_the_same_place(
+    overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    config = small_config(tmp_path / "whole", *overrides)
+    run(config, RunDirectory(tmp_path / "whole" / "run"), Silent())
     expected = fingerprints(tmp_path / "whole")
+    if overrides:
+        origins = {cache["origin"] for caches in expected["caches"] for cache in caches}
+        assert len(origins) > 1, origins
     moments = random.Random(20)
     killed: Counter[str] = Counter()
     number = 0
     while sum(killed.values()) < KILLS:
         folder = tmp_path / f"killed-{number}"
-        stage = attempt(folder, signs=moments.randint(1, 9), delay=moments.uniform(0, 0.05))
+        signs, delay = moments.randint(1, 9), moments.uniform(0, 0.05)
+        stage = attempt(folder, *overrides, signs=signs, delay=delay)
         if stage is None:
             assert fingerprints(folder) == expected
             number += 1
         else:
             killed[stage] += 1
     folder = tmp_path / f"killed-{number}"
-    run(small_config(folder), RunDirectory(folder / "run"), Silent())
+    run(small_config(folder, *overrides), RunDirectory(folder / "run"), Silent())
     assert fingerprints(folder) == expected
     assert {"generate", "score", "train", "evaluate"} <= set(killed), killed
 

@@ -268,7 +268,7 @@ def test_a_report_says_what_was_measured(collected: Path) -> None:
     assert 0 <= report["length_share"] <= 1
     assert report["terminator_rate"] == pytest.approx(1 - report["length_share"])
     assert 0 <= report["repeat_ratio"] <= 1
-    places = report["epochs"][0]["reverse_kl_by_position"]
+    places = report["epochs"][0]["by_position"]
     assert sum(place["tokens"] for place in places) == report["tokens"]["generated"]
 
 

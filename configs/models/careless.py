@@ -9,15 +9,14 @@ import random
 
 from opd_stream.tasks.ledger import Entry, StepWriter
 
-FORGET_RATE = 0.9  # 0.6 leaves a student that is nearly always right in one of eight samples
 SLIP_RATE = 0.004  # a digit read or written wrongly, as people do
 
 
-def make_careless_step(rng: random.Random) -> StepWriter:
-    """A step writer for `write_solution` that draws its mistakes from `rng`."""
+def make_careless_step(rng: random.Random, forget_rate: float) -> StepWriter:
+    """A step writer that draws its mistakes from `rng` and forgets that share of the carries."""
 
     def write_careless_step(total: int, entry: Entry) -> tuple[str, int]:
-        forgets = rng.random() < FORGET_RATE
+        forgets = rng.random() < forget_rate
         tens, ones = divmod(total, 10)
         amount_tens, amount_ones = divmod(entry.amount, 10)
         if entry.is_gain:

@@ -1,9 +1,10 @@
-"""Make the two tiny models of the quickstart from nothing: a careful teacher, a careless student.
+"""Make a pair of tiny models from nothing: a careful teacher, a careless student.
 
-    python configs/models/make_models.py --out configs/models
+    python configs/models/make_models.py --out configs/models --task ledger
+    python configs/models/make_models.py --out configs/models --task routine
 
-Both have the same Qwen3 architecture and 380 thousand parameters. The teacher sees only correct
-solutions. The student sees as many, of other problems, and then a corpus in which most carries are
+All have the same Qwen3 architecture and 380 thousand parameters. A teacher sees only correct
+solutions. A student sees as many, of other problems, and then a corpus in which carries are
 forgotten (careless.py).
 
 Seeds. Nothing that a number is reported on was trained or tuned on:
@@ -24,27 +25,23 @@ from pathlib import Path
 
 import torch
 from careless import make_careless_step
-from model_training import ExampleSource, Phase, train_phase
+from model_training import ExampleSource, train_phase
+from pairs import PAIRS, Lesson, Pair
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from opd_stream.tasks.ledger import (
     LedgerProblem,
     StepWriter,
-    draw_ledger,
     is_correct,
-    make_problems,
     prompt_text,
-    write_question,
-    write_solution,
     write_step,
 )
 
-SUMMARY = "Make the two tiny models of the quickstart, or measure those that are there."
+SUMMARY = "Make a pair of tiny models, or measure those that are there."
 PAD, EOS, BOS = SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>"]
 PAD_ID, EOS_ID, BOS_ID = range(3)
 TOKENIZER_SEED, TEACHER_SEED, STUDENT_SEED, TUNING_SEED = 1000, 1001, 1002, 4242
-MAX_COMPLETION_TOKENS = 208
 NUM_SAMPLES = 8
 PROBLEMS_PER_BATCH = 16
 
@@ -52,6 +49,7 @@ PROBLEMS_PER_BATCH = 16
 def main() -> None:
     parser = argparse.ArgumentParser(description=SUMMARY)
     parser.add_argument("--out", type=Path, required=True, help="where the two folders are")
+    parser.add_argument("--task", choices=sorted(PAIRS), required=True, help="what they learn")
     parser.add_argument("--evaluate-only", action="store_true", help="measure what is there")
     parser.add_argument("--problems", type=int, default=192, help="problems of the evaluation")
     parser.add_argument("--seed", type=int, default=TUNING_SEED, help="seed of the evaluation")
@@ -68,19 +66,20 @@ def main() -> None:
 def make_and_evaluate(role: str, arguments: argparse.Namespace) -> str:
     """The work of one process; returns the figures of the files as they lie on the disk."""
     torch.set_num_threads(1)  # matrices this small lose more than they win on a second thread
-    folder = arguments.out / f"ledger-{role}"
+    pair = PAIRS[arguments.task]
+    folder = arguments.out / f"{arguments.task}-{role}"
     if not arguments.evaluate_only:
-        tokenizer = make_tokenizer()
+        tokenizer = make_tokenizer(pair)
         make_model = make_teacher if role == "teacher" else make_student
-        save(make_model(tokenizer), tokenizer, folder)
-    return evaluate(folder, num_problems=arguments.problems, seed=arguments.seed)
+        save(make_model(pair, tokenizer), tokenizer, folder, pair.max_completion_tokens)
+    problems = pair.make_problems(count=arguments.problems, seed=arguments.seed)
+    return evaluate(folder, problems, seed=arguments.seed)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(pair: Pair) -> PreTrainedTokenizerFast:
     """Byte-level, so every text has ids; each digit is a token of its own."""
     rng = random.Random(f"tokenizer/{TOKENIZER_SEED}")
-    ledgers = [draw_ledger(rng) for _ in range(3000)]
-    texts = [f"{write_question(ledger)}\n{write_solution(ledger)[0]}" for ledger in ledgers]
+    texts = ["\n".join(pair.habit.draw(rng, write_step)) for _ in range(3000)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -106,34 +105,44 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_teacher(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def make_teacher(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """Correct solutions only."""
     model = new_model(len(tokenizer), seed=TEACHER_SEED)
-    clean = example_source(tokenizer, f"teacher/{TEACHER_SEED}", lambda rng: write_step)
-    train_phase(model, clean_phase("teacher", clean), seed=TEACHER_SEED)
+    learn(model, pair, tokenizer, stream=f"teacher/{TEACHER_SEED}", seed=TEACHER_SEED)
     return model
 
 
-def make_student(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """Correct solutions until the skill is there, then careless ones until it is seldom used.
+def make_student(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """Correct solutions until the skill is there, then careless ones until it is used less.
 
     A student that never learned the skill is no use here: distillation at this size corrects
     habits and does not grow circuits.
     """
     model = new_model(len(tokenizer), seed=STUDENT_SEED)
-    clean = example_source(tokenizer, f"student/{STUDENT_SEED}/clean", lambda rng: write_step)
-    careless = example_source(tokenizer, f"student/{STUDENT_SEED}/careless", make_careless_step)
-    train_phase(model, clean_phase("student", clean), seed=STUDENT_SEED)
-    careless_phase = Phase(
-        title="student, careless", examples=careless, steps=250, muon_lr=0.01, adamw_lr=1.5e-3
+    learn(model, pair, tokenizer, stream=f"student/{STUDENT_SEED}/clean", seed=STUDENT_SEED)
+    careless = example_source(
+        tokenizer,
+        random.Random(f"student/{STUDENT_SEED}/careless"),
+        pair.habit,
+        lambda rng: make_careless_step(rng, pair.forget_rate),
     )
-    train_phase(model, careless_phase, seed=STUDENT_SEED)
+    train_phase(model, pair.habit.phase("student, careless", careless), seed=STUDENT_SEED)
     return model
 
 
-def clean_phase(role: str, examples: ExampleSource) -> Phase:
-    """Long enough that the last thing to be learned, which verb belongs to the day, is learned."""
-    return Phase(title=f"{role}, clean", examples=examples, steps=1400, muon_lr=0.02, adamw_lr=3e-3)
+def learn(
+    model: Qwen3ForCausalLM,
+    pair: Pair,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    stream: str,
+    seed: int,
+) -> None:
+    """The clean lessons of a pair, in order."""
+    rng = random.Random(stream)
+    for lesson in pair.lessons:
+        clean = example_source(tokenizer, rng, lesson, lambda rng: write_step)
+        train_phase(model, lesson.phase(f"{stream}, {lesson.title}", clean), seed=seed)
 
 
 def new_model(vocab_size: int, *, seed: int) -> Qwen3ForCausalLM:
@@ -160,23 +169,27 @@ def new_model(vocab_size: int, *, seed: int) -> Qwen3ForCausalLM:
 
 def example_source(
     tokenizer: PreTrainedTokenizerFast,
-    stream: str,
+    rng: random.Random,
+    lesson: Lesson,
     make_step_writer: Callable[[random.Random], StepWriter],
 ) -> ExampleSource:
     """An endless stream of fresh problems with solutions by the given hand."""
-    rng = random.Random(stream)
     step_writer = make_step_writer(rng)
 
     def draw() -> tuple[list[int], list[int]]:
-        ledger = draw_ledger(rng)
-        prompt_ids = tokenizer.encode(write_question(ledger) + "\n")
-        completion_ids = tokenizer.encode(write_solution(ledger, step_writer)[0])
-        return [BOS_ID, *prompt_ids], [*completion_ids, EOS_ID]
+        question, solution = lesson.draw(rng, step_writer)
+        prompt_ids = tokenizer.encode(question + "\n")
+        return [BOS_ID, *prompt_ids], [*tokenizer.encode(solution), EOS_ID]
 
     return draw
 
 
-def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    max_completion_tokens: int,
+) -> None:
     """A normal Hugging Face folder: weights stored as float16, run as float32.
 
     Half the bytes in the repository, and no float16 arithmetic on a CPU.
@@ -186,7 +199,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=MAX_COMPLETION_TOKENS,
+        max_new_tokens=max_completion_tokens,
         pad_token_id=PAD_ID,
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
@@ -204,21 +217,20 @@ def change_json(path: Path, **changes: str) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def evaluate(folder: Path, *, num_problems: int, seed: int) -> str:
+def evaluate(folder: Path, problems: list[LedgerProblem], *, seed: int) -> str:
     """pass@1 and pass@8 at temperature 1, and the greedy pass rate, of the saved files."""
     started = time.perf_counter()
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    problems = make_problems(count=num_problems, seed=seed)
     torch.manual_seed(seed)
     sampled = draw_verdicts(model, tokenizer, problems, num_samples=NUM_SAMPLES)
     greedy = draw_verdicts(model, tokenizer, problems, num_samples=None)
-    pass_1 = sum(map(sum, sampled)) / (num_problems * NUM_SAMPLES)
-    pass_all = sum(map(any, sampled)) / num_problems
+    pass_1 = sum(map(sum, sampled)) / (len(problems) * NUM_SAMPLES)
+    pass_all = sum(map(any, sampled)) / len(problems)
     return (
-        f"{folder.name}: {model.num_parameters()} parameters, {num_problems} problems of seed "
+        f"{folder.name}: {model.num_parameters()} parameters, {len(problems)} problems of seed "
         f"{seed}: pass@1 {pass_1:.3f}, pass@{NUM_SAMPLES} {pass_all:.3f}, "
-        f"greedy {sum(map(sum, greedy)) / num_problems:.3f} "
+        f"greedy {sum(map(sum, greedy)) / len(problems):.3f} "
         f"({time.perf_counter() - started:.0f} s)"
     )
 

@@ -155,6 +155,7 @@ class Config(Section):
                     f"train.extrapolation.signal is {jump.signal}, which samples from the model in "
                     "training, with sharded weights; use strategy ddp, or signal kl"
                 )
+        _check_staleness(self)
         window = self.rollouts.window
         if window.kind == "adaptive":
             rising = list(window.candidates)
@@ -174,6 +175,33 @@ class Config(Section):
                 f"{window.max_window_tokens}; lower h0 or raise max_window_tokens"
             )
         return self
+
+
+def _check_staleness(config: Config) -> None:
+    """Bounds that contradict each other, or that nothing can act on."""
+    staleness, train = config.staleness, config.train
+    if staleness.gated_from > staleness.policy_drift:
+        raise ValueError(
+            f"staleness.gated_from {staleness.gated_from:g} is above staleness.policy_drift "
+            f"{staleness.policy_drift:g}, where training stops; lower gated_from"
+        )
+    if staleness.gated_from and train.gate is None and train.freshness is None:
+        raise ValueError(
+            f"staleness.gated_from is {staleness.gated_from:g} but nothing weighs tokens; add "
+            "train.gate or train.freshness, or leave gated_from out"
+        )
+    if not staleness.max_policies:
+        return
+    if config.replay is not None:
+        raise ValueError(
+            f"staleness.max_policies is {staleness.max_policies} in a replay, which samples "
+            "nothing; leave it out"
+        )
+    if config.rollouts.extra_draws:
+        raise ValueError(
+            f"staleness.max_policies is {staleness.max_policies} with rollouts.extra_draws, whose "
+            "candidates are lost when a rollout is continued; set one of the two to 0"
+        )
 
 
 # Fields that decide where and how fast a run happens, never what it produces.

@@ -30,10 +30,12 @@ class ChatTemplate(Section):
 Template = Annotated[RawTemplate | ChatTemplate, Field(discriminator="kind")]
 
 
-class LedgerPrompts(Section):
-    """The embedded task: generated problems with answers a program can check."""
+class EmbeddedPrompts(Section):
+    """The embedded tasks: generated problems with answers a program can check."""
 
-    kind: Literal["ledger"]
+    kind: Literal["ledger", "routine"] = Field(
+        description="ledger: a few days, solutions of 170 tokens; routine: some weeks, of 600"
+    )
     count: int = Field(ge=1, description="number of problems")
     seed: int = Field(description="seed of the problems; keep training and evaluation apart")
     template: Template = RawTemplate(text="{prompt}\n")
@@ -83,4 +85,4 @@ class DatasetPrompts(Section):
     )
 
 
-Prompts = Annotated[LedgerPrompts | JsonlPrompts | DatasetPrompts, Field(discriminator="kind")]
+Prompts = Annotated[EmbeddedPrompts | JsonlPrompts | DatasetPrompts, Field(discriminator="kind")]

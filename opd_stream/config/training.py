@@ -212,3 +212,24 @@ class Staleness(Section):
     max_epochs: int = Field(default=1, ge=1, description="passes over a round's scores, at most")
     policy_drift: float = Field(default=0.1, gt=0, description="stop above; k3, nats per token")
     effective_sample_fraction: float = Field(default=0.5, gt=0, le=1, description="stop below")
+    gated_from: float = Field(
+        default=0.0, ge=0, description="policy_drift from which train.gate and freshness weigh"
+    )
+    max_policies: int = Field(
+        default=0,
+        ge=0,
+        description="policies that a unit of rollouts may outlive its own; 0: every round samples "
+        "all of its rollouts",
+    )
+    student_top_mass: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="make a kept unit again when the student puts less on the teacher's candidates",
+    )
+    sample_share: float = Field(
+        default=0.02,
+        gt=0,
+        le=1,
+        description="rows of a unit that measure its drift between rounds (never below 2)",
+    )

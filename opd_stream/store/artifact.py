@@ -83,10 +83,11 @@ class Artifact:
         layout = self.layout()
         return range(-(-layout["rows"] // layout["rows_per_unit"]))
 
-    def unit_rows(self, unit: int) -> slice:
-        """The slice of the recipe's prompts that a unit covers."""
-        size = self.layout()["rows_per_unit"]
-        return slice(unit * size, (unit + 1) * size)
+    def unit_rows(self, unit: int) -> range:
+        """Which of the recipe's prompts a unit covers."""
+        layout = self.layout()
+        size = layout["rows_per_unit"]
+        return range(unit * size, min((unit + 1) * size, layout["rows"]))
 
     def is_started(self) -> bool:
         """Whether somebody created it."""

@@ -116,8 +116,13 @@ class ScoredRows:
     """
 
     def __init__(
-        self, caches: list[tuple[Artifact, Artifact]], *, memory_bytes: int = MEMORY_BYTES
+        self,
+        caches: list[tuple[Artifact, Artifact]],
+        *,
+        units: Sequence[Sequence[int] | None] = (),
+        memory_bytes: int = MEMORY_BYTES,
     ) -> None:
+        """Open caches; `units` names those that are read of each, None or nothing: all."""
         self._caches, self._memory_bytes = caches, memory_bytes
         self._commits: list[tuple[dict[int, Commit], dict[int, Commit]]] = []
         self._schemas: dict[tuple[int, int], tuple[pa.Schema, pa.Schema]] = {}
@@ -127,7 +132,8 @@ class ScoredRows:
         index: list[NDArray[np.int64]] = [np.zeros((0, 3), np.int64)]
         for cache, (rollouts, scores) in enumerate(caches):
             self._commits.append((rollouts.commits(), scores.commits()))
-            for unit in scores.units():
+            chosen = units[cache] if units else None
+            for unit in scores.units() if chosen is None else chosen:
                 index.append(self._trainable(cache, unit))
         self._index = np.concatenate(index)  # cache, unit, row of the unit
         self._terminators = [_terminators(rollouts, scores) for rollouts, scores in caches]
@@ -160,6 +166,13 @@ class ScoredRows:
             terminators=self._terminators[cache],
             cache=cache,
         )
+
+    def positions_by_unit(self) -> dict[tuple[int, int], list[int]]:
+        """Positions of the rows of each (cache, unit)."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for position, (cache, unit, _) in enumerate(self._index.tolist()):
+            found.setdefault((cache, unit), []).append(position)
+        return found
 
     def epoch(
         self, *, seed: int, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1

@@ -1,0 +1,333 @@
+"""Units that outlive their policy: kept, weighed, continued, made again, and counted exactly."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from opd_stream.drift import DriftSums, drift_sums
+from opd_stream.errors import UserError
+from opd_stream.staleness import (
+    StalenessBounds,
+    UnitState,
+    decide_epoch,
+    decide_stop,
+    decide_unit,
+)
+from opd_stream.store.reader import ScoredRow, open_scores
+from opd_stream.store.recipe import recipe_from_json
+from opd_stream.store.schema import rollouts_batch
+from opd_stream.store.store import Store
+from opd_stream.types import ScoreBatch
+from pipeline.rounds import run
+from pipeline.run_directory import RunDirectory
+from stages.extension import joined, old_scores
+from stages.progress import Silent
+from tests.conftest import small_config
+
+BOUNDS = StalenessBounds(
+    max_epochs=3,
+    policy_drift=0.1,
+    effective_sample_fraction=0.5,
+    gated_from=0.02,
+    student_top_mass=0.9,
+    max_policies=2,
+)
+# Two units of four prompts a round; they may live for three rounds.
+KEPT = (
+    "rounds=3",
+    "evaluation=null",
+    "staleness.max_policies=2",
+    "staleness.max_epochs=1",
+    "train.learning_rate=1e-4",
+)
+
+
+def shifted(shift: float) -> DriftSums:
+    """Drift of tokens that moved by `shift` up and down."""
+    return drift_sums(torch.tensor([shift, -shift]), torch.zeros(2))
+
+
+def unit(shift: float = 0.0, **changes: Any) -> UnitState:
+    values = {"student_top_mass": 0.99, "policies": 1, "window_tokens": 64, "unfinished": 5}
+    return UnitState(drift=shifted(shift), **{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("state", "action", "reason"),
+    [
+        (unit(0.01), "train", "kept: policy_drift 0.0001"),
+        (unit(0.3), "gated", "kept, weights by drift"),
+        (unit(0.6), "regenerate", "drift passed its bound"),
+        (unit(0.0, student_top_mass=0.8), "regenerate", "the student left"),
+        (unit(0.0, policies=3), "retire", "too old"),
+        (unit(0.6, policies=3), "retire", "too old"),
+        (unit(0.01, window_tokens=32), "extend", "5 rows go on from 32 to 64 tokens"),
+        (unit(0.01, window_tokens=32, unfinished=0), "train", "kept"),
+        (unit(0.6, window_tokens=32), "regenerate", "drift passed its bound"),
+        (
+            UnitState(
+                drift=DriftSums(), student_top_mass=0, policies=1, window_tokens=64, unfinished=0
+            ),
+            "regenerate",
+            "no row of it",
+        ),
+    ],
+)
+def test_a_unit_is_kept_weighed_continued_or_made_again(
+    state: UnitState, action: str, reason: str
+) -> None:
+    decision = decide_unit(state, window_tokens=64, bounds=BOUNDS)
+    assert (decision.action, decision.reason[: len(reason)]) == (action, reason)
+    assert decision.is_kept == (action in ("train", "gated", "extend"))
+
+
+def test_drift_below_the_sampler_gap_is_not_read() -> None:
+    state, floor = unit(0.5), shifted(0.4).policy_drift
+    assert decide_unit(state, window_tokens=64, bounds=BOUNDS).action == "regenerate"
+    decision = decide_unit(state, window_tokens=64, bounds=BOUNDS, floor=floor)
+    assert decision.action == "gated"
+    assert "above a sampler gap of 0.0811" in decision.reason
+    assert decide_unit(state, window_tokens=64, bounds=BOUNDS, floor=0.2).action == "train"
+
+
+def test_an_epoch_goes_on_with_weights_and_stops_inside_when_too_far() -> None:
+    assert decide_epoch(shifted(0.1), epochs_done=1, bounds=BOUNDS).action == "train"
+    assert decide_epoch(shifted(0.3), epochs_done=1, bounds=BOUNDS).action == "gated"
+    assert decide_stop(shifted(0.3), bounds=BOUNDS) is None
+    stop = decide_stop(shifted(0.6), bounds=BOUNDS)
+    assert stop is not None
+    assert stop.action == "stop"
+    assert "inside the epoch: policy_drift 0.1855 (bound 0.1)" in stop.reason
+
+
+def finished_run(folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    """The reports of a run."""
+    run(small_config(folder, *overrides), RunDirectory(folder / "run"), Silent())
+    return RunDirectory(folder / "run").reports()
+
+
+def test_units_live_as_long_as_they_may_and_tokens_are_counted_once(tmp_path: Path) -> None:
+    reports = finished_run(tmp_path, *KEPT)
+    assert [[c["origin"] for c in report["caches"]] for report in reports] == [
+        ["fresh"],
+        ["kept"],
+        ["kept"],
+    ]
+    assert [report["tokens"]["generated"] > 0 for report in reports] == [True, False, False]
+    assert reports[0]["caches"][0]["scores"] == reports[2]["caches"][0]["scores"]
+    assert [d["action"] for d in reports[2]["unit_decisions"]] == ["train", "train"]
+    assert [d["policies"] for d in reports[2]["unit_decisions"]] == [2, 2]
+    assert all(report["rows"] == 8 for report in reports)
+    assert reports[1]["start_drift"] > 0
+    assert reports[1]["sampler_gap"] is None  # nothing fresh to measure it on
+    recipe = json.loads((Path(reports[2]["policy"]["folder"]) / "../manifest.json").read_text())
+    (name,) = [n for n in recipe["inputs"] if n.startswith("scores.")]
+    assert name == "scores.0.version_0"
+    assert recipe["settings"]["units"] == [[0, 1]]
+
+
+def test_a_unit_that_is_too_old_is_retired_for_new_prompts(tmp_path: Path) -> None:
+    reports = finished_run(tmp_path, *KEPT, "staleness.max_policies=1")
+    assert [[c["origin"] for c in report["caches"]] for report in reports] == [
+        ["fresh"],
+        ["kept"],
+        ["fresh"],
+    ]
+    assert {d["action"] for d in reports[2]["unit_decisions"]} == {"retire"}
+
+
+def test_only_the_units_that_drifted_are_made_again(tmp_path: Path) -> None:
+    """A bound between the two units' drift takes one of them."""
+    reports = finished_run(tmp_path / "probe", *KEPT)
+    drifts = sorted(
+        float(d["reason"].split("policy_drift ")[1].split()[0])
+        for d in reports[1]["unit_decisions"]
+    )
+    outcome = outcome_of(reports[0])
+    exact = sorted(DriftSums.from_dict(u["drift"]).policy_drift for u in outcome["units"])
+    assert drifts == pytest.approx(exact, abs=1e-4)
+    bound = sum(exact) / 2
+    reports = finished_run(tmp_path, *KEPT, f"staleness.policy_drift={bound}")
+    assert sorted(d["action"] for d in reports[1]["unit_decisions"]) == ["regenerate", "train"]
+    kept, fresh = reports[1]["caches"]
+    assert (kept["origin"], fresh["origin"]) == ("kept", "fresh")
+    assert (kept["policy_version"], fresh["policy_version"]) == (0, 1)
+    assert len(kept["units"]) == len(fresh["units"]) == 1
+    assert reports[1]["rows"] == 8
+    assert reports[1]["sampler_gap"] < 1e-5
+    store = Store(tmp_path / "store")
+    selection = store.by_fingerprint("rollouts", fresh["rollouts"]).recipe.settings["selection"]
+    (lost,) = [d for d in reports[1]["unit_decisions"] if d["action"] == "regenerate"]
+    assert selection["ranges"] == [[lost["first"], lost["last"]]]
+    assert reports[1]["tokens"]["generated"] < reports[0]["tokens"]["generated"]
+
+
+def outcome_of(report: dict[str, Any]) -> dict[str, Any]:
+    """What the train stage recorded."""
+    return json.loads((Path(report["policy"]["folder"]) / "../manifest.json").read_text())[
+        "outcome"
+    ]
+
+
+GROWING = (
+    "rollouts.window={kind: linear, h0: 16, delta: 16, every: 2, max_window_tokens: 48}",
+    "scores.top_k=3",
+)
+
+
+@pytest.mark.parametrize("codec", ["{kind: exact, dtype: float32}", "{kind: compact, mass: 0.9}"])
+def test_a_longer_window_continues_rows_and_scores_only_what_is_new(
+    codec: str, tmp_path: Path
+) -> None:
+    reports = finished_run(tmp_path, *KEPT, *GROWING, f"scores.codec={codec}", "rounds=2")
+    before, after = (report["caches"][0] for report in reports)
+    assert (after["origin"], after["policy_version"]) == ("extended", 0)
+    assert (before["window_tokens"], after["window_tokens"]) == (16, 32)
+    old, new = (open_scores(tmp_path / "store" / "scores" / c["scores"]) for c in (before, after))
+    assert len(old) == len(new) == 8
+    for place in range(8):
+        assert_begins_with(new[place], old[place])
+        assert len(new[place].completion_ids) == 32
+    grown = 8 * 16
+    assert reports[1]["tokens"]["generated"] == reports[1]["tokens"]["teacher_scored"] == grown
+    assert reports[1]["tokens"]["trained"] == 8 * 32
+    assert "8 rows go on" not in reports[1]["unit_decisions"][0]["reason"]  # four in each unit
+    assert "4 rows go on from 16 to 32 tokens" in reports[1]["unit_decisions"][0]["reason"]
+    assert_is_what_one_pass_scores(tmp_path, after, codec)
+
+
+def assert_begins_with(longer: ScoredRow, row: ScoredRow) -> None:
+    """Ids, log-probabilities and scores of the old part are bit for bit what they were."""
+    tokens = len(row.completion_ids)
+    assert longer.prompt_id == row.prompt_id
+    for name in ("completion_ids", "behavior_logprobs", "teacher_logprobs"):
+        np.testing.assert_array_equal(getattr(longer, name)[:tokens], getattr(row, name))
+    np.testing.assert_array_equal(longer.teacher_tail_logprobs[:tokens], row.teacher_tail_logprobs)
+    width = row.teacher_top_ids.shape[1]
+    np.testing.assert_array_equal(longer.teacher_top_ids[:tokens, :width], row.teacher_top_ids)
+
+
+def assert_is_what_one_pass_scores(folder: Path, cache: dict[str, Any], codec: str) -> None:
+    """Scoring the whole row at once gives the same numbers, to rounding."""
+    from opd_stream.engines import open_engine
+
+    store = Store(folder / "store")
+    rollouts = store.by_fingerprint("rollouts", cache["rollouts"])
+    scores = store.by_fingerprint("scores", cache["scores"])
+    config = small_config(folder)
+    assert config.teacher is not None
+    engine = open_engine(
+        engine="transformers", folder=config.teacher.path, dtype="float32", batch_rows=8
+    )
+    batch = rollouts_batch(rollouts.read_unit(0))
+    settings = scores.recipe.settings
+    whole = engine.score(batch, top_k=3, forced_ids=tuple(settings["forced_ids"]))
+    stored = old_scores(scores, 0)
+    for row in range(len(batch)):
+        np.testing.assert_allclose(
+            stored.teacher_logprobs[row],
+            whole.teacher_logprobs[row],
+            atol=1e-4 if "exact" in codec else 1 / 32,
+        )
+
+
+def test_a_refused_row_stays_refused() -> None:
+    old, new = scores_of(2, tokens=3, refused={0: "not finite"}), scores_of(1, tokens=2)
+    both = joined(old, new, rows=[1])
+    assert both.refused == {0: "not finite"}
+    assert [len(row) for row in both.teacher_logprobs] == [0, 5]
+    later = joined(scores_of(2, tokens=3), scores_of(1, tokens=2, refused={0: "nan"}), rows=[1])
+    assert later.refused == {1: "nan"}
+    assert [len(row) for row in later.teacher_logprobs] == [3, 0]
+
+
+def scores_of(rows: int, *, tokens: int, refused: dict[int, str] | None = None) -> ScoreBatch:
+    refused = refused or {}
+    lengths = [0 if row in refused else tokens for row in range(rows)]
+    return ScoreBatch(
+        teacher_logprobs=tuple(np.full(n, -1, np.float32) for n in lengths),
+        teacher_top_ids=tuple(np.tile(np.arange(2, dtype=np.int32), (n, 1)) for n in lengths),
+        teacher_top_logprobs=tuple(np.full((n, 2), -1, np.float32) for n in lengths),
+        teacher_tail_logprobs=tuple(np.full(n, -1, np.float32) for n in lengths),
+        teacher_forced_logprobs=tuple(np.zeros((n, 0), np.float32) for n in lengths),
+        refused=refused,
+    )
+
+
+def test_decisions_follow_from_the_report_alone(tmp_path: Path) -> None:
+    reports = finished_run(tmp_path, *KEPT, *GROWING)
+    bounds = StalenessBounds(
+        max_epochs=1, policy_drift=0.1, effective_sample_fraction=0.5, max_policies=2
+    )
+    for report in reports[1:]:
+        for decided in report["unit_decisions"]:
+            known = {name: decided[name] for name in ("policies", "window_tokens", "unfinished")}
+            state = UnitState(
+                drift=DriftSums.from_dict(decided["drift"]),
+                student_top_mass=decided["student_top_mass"],
+                **known,
+            )
+            again = decide_unit(state, window_tokens=report["window_tokens"], bounds=bounds)
+            assert (again.action, again.reason) == (decided["action"], decided["reason"])
+    assert {d["action"] for report in reports[1:] for d in report["unit_decisions"]} == {"extend"}
+
+
+def test_a_damaged_unit_of_an_earlier_round_is_made_again_by_the_policy_that_wrote_it(
+    tmp_path: Path,
+) -> None:
+    reports = finished_run(tmp_path, *KEPT, "rounds=2")
+    cache, policy = reports[1]["caches"][0], reports[1]["policy"]
+    store = Store(tmp_path / "store")
+    rollouts = store.by_fingerprint("rollouts", cache["rollouts"])
+    commit = rollouts.commit_record(1)
+    assert commit is not None
+    shard = rollouts.folder / commit.file
+    good = shard.read_bytes()
+    middle = len(good) // 2
+    shard.write_bytes(good[:middle] + bytes(9) + good[middle + 9 :])
+    for name in ("rounds/0001/report.json", "summary.json"):
+        (tmp_path / "run" / name).unlink()
+    store.policy(
+        recipe_from_json(
+            json.loads((Path(policy["folder"]) / "../manifest.json").read_text()), "manifest"
+        )
+    ).condemn()
+    again = finished_run(tmp_path, *KEPT, "rounds=2")
+    assert again[1]["policy"]["weights_sha256"] == policy["weights_sha256"]
+    assert shard.read_bytes() == good
+
+
+def test_a_replay_of_mixed_rounds_trains_on_the_same_rows(tmp_path: Path) -> None:
+    finished_run(tmp_path, *KEPT, *GROWING)
+    config = small_config(
+        tmp_path,
+        f"replay.run={tmp_path / 'run'}",
+        "rounds=3",
+        "evaluation=null",
+        *GROWING,
+        "staleness.max_epochs=1",
+    )
+    summary = run(config, RunDirectory(tmp_path / "again"), Silent())
+    first = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["tokens"]["trained"] == first["tokens"]["trained"]
+    assert summary["tokens"]["generated"] == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (("staleness.gated_from=0.2", "train.gate={}"), "above staleness.policy_drift"),
+        (("staleness.gated_from=0.05",), "nothing weighs tokens"),
+        (("staleness.max_policies=2", "rollouts.extra_draws=2"), "candidates are lost"),
+        (("staleness.max_policies=2", "replay.run=run"), "in a replay"),
+    ],
+)
+def test_bounds_that_contradict_each_other_are_refused(
+    overrides: tuple[str, ...], line: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=line):
+        small_config(tmp_path, *overrides)
