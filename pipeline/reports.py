@@ -70,6 +70,13 @@ def round_report(
             "score": _seconds(made_by(scored, run_id)),
             "train": outcome["seconds"] if trained_here else 0.0,
         },
+        "cpu_seconds": {
+            "generate": _cpu_seconds(made_by(generated, run_id)),
+            "score": _cpu_seconds(made_by(scored, run_id)),
+            "train": outcome["cpu_seconds"] if trained_here else 0.0,
+        },
+        "audit_cpu_seconds": _cpu_seconds(made_by([*probed[0], *probed[1]], run_id))
+        + (outcome["window_decision"] or {}).get("cpu_seconds", 0.0),
         "reused": {
             "rollout_units": len(new_rollouts) - len(made_by(new_rollouts, run_id)),
             "score_units": len(new_scores) - len(made_by(new_scores, run_id)),
@@ -145,6 +152,10 @@ def summary(
             "wall": round(wall_seconds, 3),
             "other": round(idle_seconds, 3),
         },
+        "cpu_seconds": {
+            stage: round(sum(report["cpu_seconds"][stage] for report in reports), 3)
+            for stage in ("generate", "score", "train")
+        },
         "reused": {
             name: sum(report["reused"][name] for report in reports)
             for name in ("rollout_units", "score_units")
@@ -219,6 +230,11 @@ def _tokens(commits: list[Commit]) -> int:
 
 def _seconds(commits: list[Commit]) -> float:
     return round(sum(commit.seconds for commit in commits), 3)
+
+
+def _cpu_seconds(commits: list[Commit]) -> float:
+    """Of the processes that did the work, all threads; of the first process in training."""
+    return round(summed_counts(commits).get("cpu_seconds", 0.0), 3)
 
 
 def _without(value: dict[str, Any], key: str) -> dict[str, Any]:

@@ -91,11 +91,12 @@ def walk(setup: Setup) -> Iterator[Round]:
                 first_step=first_step,
             )
         )
-        probe = None
-        is_last = round_index == config.rounds - 1
         fresh = next((cache for cache in caches if cache.origin == "fresh"), None)
-        if isinstance(window, AdaptiveWindowConfig) and fresh is not None and not is_last:
-            probe = probe_recipe(window, fresh.rollouts.recipe)
+        probe = None
+        if isinstance(window, AdaptiveWindowConfig) and fresh is not None:
+            is_last = round_index == config.rounds - 1
+            if not is_last and round_index % window.every_rounds == 0:
+                probe = probe_recipe(window, fresh.rollouts.recipe)
         yield Round(
             plan=plan,
             probe=probe,

@@ -34,7 +34,7 @@ def audit(job: TrainJob) -> dict[str, Any] | None:
     settings = job.config.rollouts.window
     if not isinstance(settings, AdaptiveWindowConfig) or job.probe is None:
         return None
-    started, store = time.time(), job.store()
+    started, cpu, store = time.time(), time.process_time(), job.store()
     rollouts, scores = job.probe
     rows = ScoredRows(
         [(store.by_fingerprint("rollouts", rollouts), store.by_fingerprint("scores", scores))]
@@ -63,7 +63,12 @@ def audit(job: TrainJob) -> dict[str, Any] | None:
         earlier=earlier.get("cosines") or (),
         smoothing=settings.smoothing,
     )
-    return {**asdict(decision), "probe_rows": len(rows), "seconds": time.time() - started}
+    return {
+        **asdict(decision),
+        "probe_rows": len(rows),
+        "seconds": round(time.time() - started, 3),
+        "cpu_seconds": round(time.process_time() - cpu, 3),
+    }
 
 
 def audited_parameters(student: StudentModel, *, layers: int) -> list[torch.nn.Parameter]:

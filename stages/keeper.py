@@ -220,7 +220,8 @@ class Keeper(Callback):
         }
         drift = beyond(drift_of(everything), floor=self._floor)
         self._is_gated = drift >= self._bounds.gated_from
-        self._refuse_stale_rows(self._start["policy_drift"])
+        if not self._bounds.max_policies:  # else each unit has been decided about
+            self._refuse_stale_rows(drift)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """What is known of each unit when the next round decides about it."""

@@ -22,12 +22,13 @@ def measure_units(
 ) -> dict[tuple[int, int], dict[str, float]]:
     """Sums (`opd_stream.statistics.NAMES`) of a sample of each (cache, unit).
 
-    The sample is a function of the plan's seed and first step and of the unit's size; all that is
-    stored of a row counts, whatever the window. Every process of a sharded model takes part.
+    The sample is a function of the plan's seed and of the unit's size, so the same rows are measured
+    at the end of a round and at the start of the next. All that is stored of a row counts, whatever
+    the window. Every process of a sharded model takes part.
     """
     sums: dict[tuple[int, int], dict[str, float]] = {}
     for (cache, unit), positions in rows.positions_by_unit().items():
-        order = epoch_order(len(positions), (plan.seed, plan.first_step, SAMPLE_KEY + unit))
+        order = epoch_order(len(positions), (plan.seed, SAMPLE_KEY + unit))
         size = max(LEAST_ROWS, round(share * len(positions)))
         chosen = [rows[positions[place]] for place in order[:size].tolist()]
         sums[cache, unit] = named(_sums(module, chosen, plan))

@@ -54,7 +54,7 @@ def train(job: TrainJob, progress: Progress) -> None:
 def train_here(job: TrainJob, progress: Progress) -> None:
     """The same in this process, which may be one of several."""
     _quiet()
-    settings, started = job.config.train, time.time()
+    settings, started, cpu = job.config.train, time.time(), time.process_time()
     torch.set_num_threads(settings.threads)
     rows, plan = job.rows(), job.plan()
     resumed = latest_checkpoint(Path(job.scratch))
@@ -105,8 +105,12 @@ def train_here(job: TrainJob, progress: Progress) -> None:
     with _memory_explained():
         trainer.fit(module, data)
     base = None if extrapolate is None else extrapolate.state()["base"]
-    seconds = time.time() - started
-    outcome = {"window_decision": decision, "rows": len(rows), "seconds": round(seconds, 3)}
+    outcome = {
+        "window_decision": decision,
+        "rows": len(rows),
+        "seconds": round(time.time() - started, 3),
+        "cpu_seconds": round(time.process_time() - cpu, 3),
+    }
     _publish(job, module, trainer, keeper, base=base, outcome=outcome)
 
 

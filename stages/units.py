@@ -127,7 +127,7 @@ class GenerateUnits(UnitWorker):
         rollouts = self.store.by_fingerprint("rollouts", order.rollouts)
         if rollouts.commit_record(order.unit) is not None:
             return worked
-        start = time.time()
+        start, cpu = time.time(), time.process_time()
         settings = rollouts.recipe.settings
         engine = self.engine(order.student, rollouts.recipe.inputs["student"], settings)
         sampling = {
@@ -157,6 +157,7 @@ class GenerateUnits(UnitWorker):
             "rows": len(batch),
             "length_rows": length_rows,
             "repeated_tokens": sum(repeated_tokens(ids) for ids in batch.completion_ids),
+            "cpu_seconds": round(time.process_time() - cpu, 3),
         }
         end = time.time()
         rollouts.commit(
@@ -189,7 +190,7 @@ class ScoreUnits(UnitWorker):
             return worked
         if standing is not None:
             scores.condemn(order.unit)
-        start = time.time()
+        start, cpu = time.time(), time.process_time()
         settings = scores.recipe.settings
         engine = self.engine(order.teacher, scores.recipe.inputs["teacher"], settings)
         batch = rollouts_batch(rollouts.read_unit(order.unit))
@@ -216,6 +217,7 @@ class ScoreUnits(UnitWorker):
             **work,
             "rows": len(batch),
             "refused_rows": len(scored.refused),
+            "cpu_seconds": round(time.process_time() - cpu, 3),
         }
         end = time.time()
         scores.commit(

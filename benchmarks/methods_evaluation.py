@@ -1,0 +1,51 @@
+"""pass@k of a policy folder on problems of an embedded task."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from opd_stream.engines import open_engine
+from opd_stream.tasks import ledger, routine
+from opd_stream.tasks.pass_at_k import pass_at_k, standard_error
+from opd_stream.types import PromptBatch
+
+
+def evaluate(
+    folder: Path, task: str, *, problems: int, samples: int, seed: int, window_tokens: int
+) -> dict[str, Any]:
+    """Sampled at temperature 1, judged by the task's program."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    chosen = {"ledger": ledger, "routine": routine}[task].make_problems(count=problems, seed=seed)
+    engine = open_engine(engine="transformers", folder=folder, dtype="float32", batch_rows=128)
+    rollouts = engine.sample(
+        PromptBatch(
+            prompt_id=tuple(problem.problem_id for problem in chosen),
+            prompt_ids=tuple(
+                np.array([tokenizer.bos_token_id, *tokenizer.encode(ledger.prompt_text(problem))])
+                for problem in chosen
+            ),
+        ),
+        window_tokens=window_tokens,
+        samples_per_prompt=samples,
+        temperature=1.0,
+        seed=seed,
+        stop_ids=(tokenizer.eos_token_id,),
+    )
+    texts = tokenizer.batch_decode(
+        [ids.tolist() for ids in rollouts.completion_ids], skip_special_tokens=True
+    )
+    answers = {problem.problem_id: problem.answer for problem in chosen}
+    right = dict.fromkeys(answers, 0)
+    for prompt_id, text in zip(rollouts.prompt_id, texts, strict=True):
+        right[prompt_id] += ledger.is_correct(text, answers[prompt_id])
+    counts = list(right.values())
+    return {
+        "pass@1": pass_at_k(counts, samples=samples, k=1),
+        **({"pass@8": pass_at_k(counts, samples=samples, k=8)} if samples >= 8 else {}),
+        "standard_error": standard_error(counts, samples=samples),
+        "problems": problems,
+        "samples": samples,
+        "mean_tokens": rollouts.completion_tokens / len(rollouts),
+    }

@@ -1,0 +1,73 @@
+"""The figures of the comparison: accuracy against cost, one curve a method."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from methods_rows import ROWS, TASKS
+
+mpl.use("svg")
+mpl.rcParams["svg.hashsalt"] = "opd-stream"  # the same file from the same numbers
+import matplotlib.pyplot as plt  # noqa: E402
+
+SHOWN = ("full", "TOPD 0.25", "TOPD 0.50", "POPD", "prefix schedule", "ADWIN", "EffOPD", "SFT")
+
+Line = dict[str, Any]
+
+
+def draw(lines: list[Line], folder: Path) -> None:
+    """One figure a task."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in TASKS:
+        own = [line for line in lines if line["task"] == task]
+        if own:
+            _figure(task, own, folder / f"methods-{task}.svg")
+
+
+def _figure(task: str, lines: list[Line], path: Path) -> None:
+    from methods_tables import cpu_seconds, flops
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    sides: list[tuple[str, Callable[[Line], float], float]] = [
+        ("TFLOP of generate, score and train", flops, 1e12),
+        ("CPU seconds of the same", cpu_seconds, 1.0),
+    ]
+    names = [row.name for row in ROWS[task] if _is_shown(row.name)]
+    colors = dict(zip(names, plt.colormaps["tab20"](np.linspace(0, 1, len(names))), strict=True))
+    for axis, (label, cost, unit) in zip(axes, sides, strict=True):
+        for name in names:
+            own = [line for line in lines if line["row"] == name]
+            if own:
+                _curve(axis, name, own, cost, unit, colors[name])
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("pass@1, held-out problems")
+    axes[0].set_ylim(0, 1)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _is_shown(name: str) -> bool:
+    return name in SHOWN or name.startswith("ESR")
+
+
+def _curve(
+    axis: Any, name: str, lines: list[Line], cost: Callable[[Line], float], unit: float, color: Any
+) -> None:
+    """Means over seeds, with the range as a bar."""
+    rounds = [point["rounds"] for point in lines[0]["curve"]]
+    spent = np.array(
+        [
+            np.cumsum([0.0, *(cost(record) for record in line["rounds"])])[rounds] / unit
+            for line in lines
+        ]
+    ).mean(0)
+    values = np.array([[point["pass@1"] for point in line["curve"]] for line in lines])
+    mean = values.mean(0)
+    bars = np.stack([mean - values.min(0), values.max(0) - mean])
+    axis.errorbar(
+        spent, mean, yerr=bars, label=name, color=color, marker="o", ms=3, lw=1.2, elinewidth=0.5
+    )

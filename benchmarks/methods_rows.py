@@ -1,0 +1,217 @@
+"""The rows of the comparison: overrides on the config of a task, and how many seeds each gets."""
+
+from dataclasses import dataclass, field
+
+HELD_OUT = 900_001  # problems of seed s are those of HELD_OUT + s; no tuning has seen them
+TUNING = 4242
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One of the two tasks.
+
+    Example:
+        >>> TASKS["routine"].full_tokens
+        864
+    """
+
+    full_tokens: int
+    rounds: int
+    curve_rounds: tuple[int, ...]  # after which the policy is evaluated, beside the last
+    final_problems: int
+    curve_problems: int = 48
+    curve_samples: int = 2
+    final_samples: int = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of the table.
+
+    Example:
+        >>> ROWS["routine"][0].name
+        'full'
+    """
+
+    name: str
+    group: str
+    overrides: tuple[str, ...] = field(default=())
+    seeds: int = 3
+
+
+TASKS = {
+    "ledger": Task(full_tokens=208, rounds=12, curve_rounds=(2, 3, 4, 6, 8, 10), final_problems=96),
+    "routine": Task(full_tokens=864, rounds=8, curve_rounds=(1, 2, 3, 4, 6), final_problems=64),
+}
+
+
+def _window(text: str) -> str:
+    return "rollouts.window={" + text + "}"
+
+
+def _windows(task: str) -> list[Row]:
+    """Windows over the same rounds and rows as full rollouts."""
+    full = TASKS[task].full_tokens
+    fixed = {"ledger": (16, 32, 64, 96, 128), "routine": (32, 64, 128, 256, 512)}[task]
+    candidates = {"ledger": "[32, 64, 96, 128]", "routine": "[32, 64, 128, 256, 512]"}[task]
+    rows = [Row(name="full", group="windows", seeds=5)]
+    rows += [
+        Row(
+            name=f"ESR {tokens}",
+            group="windows",
+            overrides=(_window(f"kind: fixed, tokens: {tokens}"),),
+        )
+        for tokens in fixed
+    ]
+    rows += [
+        Row(
+            name=f"TOPD {ratio:.2f}",
+            group="windows",
+            overrides=(_window(f"kind: ratio, ratio: {ratio}, max_window_tokens: {full}"),),
+        )
+        for ratio in (0.1, 0.25, 0.5)
+    ]
+    steps = TASKS[task].rounds * 4
+    h0, step = full // 8, full // 8 // (TASKS[task].rounds // 4)
+    rows.append(
+        Row(
+            name="POPD",
+            group="windows",
+            overrides=(
+                _window(
+                    f"kind: linear, h0: {h0}, delta: {(full - h0) // (2 * steps)}, every: 1, "
+                    f"max_window_tokens: {full}"
+                ),
+            ),
+        )
+    )
+    rows.append(
+        Row(
+            name="prefix schedule",
+            group="windows",
+            overrides=(
+                _window(
+                    f"kind: linear, h0: {h0}, delta: {step}, every: 4, max_window_tokens: {full}"
+                ),
+            ),
+        )
+    )
+    rows.append(
+        Row(
+            name="ADWIN",
+            group="windows",
+            overrides=(
+                _window(
+                    f"kind: adaptive, candidates: {candidates}, max_window_tokens: {full}, "
+                    "start: 64, probe_rows: 3, layers: 1, every_rounds: 3"
+                ),
+            ),
+        )
+    )
+    return rows
+
+
+def _objectives() -> list[Row]:
+    """Objectives on full rollouts; the bucket is `full`."""
+    kinds = {
+        "sampled_pg": "{kind: sampled_pg}",
+        "lsm": "{kind: lsm}",
+        "hybrid": "{kind: hybrid}",
+        "forward bucket": "{kind: bucket, direction: forward}",
+    }
+    return [
+        Row(name=name, group="objectives", overrides=(f"train.objective={objective}",))
+        for name, objective in kinds.items()
+    ]
+
+
+NO_BOUND = ("staleness.policy_drift=100", "staleness.effective_sample_fraction=1e-6")
+
+
+def _reuse(task: str) -> list[Row]:
+    """The same number of passes over rollouts, sampled anew after 1, 4 or 10 of them."""
+    passes = {"ledger": 20, "routine": 8}[task]
+    epochs = {"ledger": (1, 4, 10), "routine": (1, 4, 8)}[task]
+    objectives = {"sampled_pg": "{kind: sampled_pg}", "bucket": "{kind: bucket}"}
+    gates = {
+        "": (),
+        " Block16": ("train.gate={blocks: 16}",),
+        " Block64": ("train.gate={blocks: 64}",),
+        " spans": ("train.gate={blocks: spans}",),
+        " Block16 tau 10": ("train.gate={blocks: 16, tau: 10}",),
+    }
+    rows: list[Row] = []
+    for name, objective in objectives.items():
+        for count in epochs:
+            gated = name == "sampled_pg" and count == 4
+            rows += [
+                Row(
+                    name=f"{name} x{count}{gate}",
+                    group="reuse",
+                    overrides=(
+                        f"train.objective={objective}",
+                        f"rounds={passes // count}",
+                        f"staleness.max_epochs={count}",
+                        *NO_BOUND,
+                        *settings,
+                    ),
+                    seeds=5 if gated and task == "ledger" else 3,
+                )
+                for gate, settings in (gates.items() if gated else [("", ())])
+            ]
+    return rows
+
+
+def _regeneration(task: str) -> list[Row]:
+    """Units made again when they have drifted, instead of all of them every round."""
+    window = _window(f"kind: fixed, tokens: {TASKS[task].full_tokens}")
+    return [
+        Row(
+            name=f"{name} by drift {bound:g}",
+            group="regeneration",
+            overrides=(
+                window,
+                f"train.objective={objective}",
+                "staleness.max_policies=20",
+                f"staleness.policy_drift={bound}",
+                "staleness.sample_share=0.2",
+            ),
+        )
+        for name, objective in (
+            ("bucket", "{kind: bucket}"),
+            ("sampled_pg", "{kind: sampled_pg}"),
+        )
+        for bound in (0.01, 0.03)
+    ]
+
+
+def _others(task: str) -> list[Row]:
+    rounds = TASKS[task].rounds
+    offline = (
+        "rounds=1",
+        f"rollouts.prompts_per_round={64 * rounds}",
+        "prompts_per_unit=64",
+        *NO_BOUND,
+    )
+    return [
+        Row(name="EffOPD", group="extrapolation", overrides=("train.extrapolation={}",), seeds=5),
+        Row(name="one-shot", group="offline", overrides=offline),
+        Row(
+            name="one-shot forward",
+            group="offline",
+            overrides=(*offline, "train.objective={kind: bucket, direction: forward}"),
+        ),
+        Row(name="SFT", group="control"),
+    ]
+
+
+ROWS = {
+    task: [
+        *_windows(task),
+        *_objectives(),
+        *_reuse(task),
+        *_regeneration(task),
+        *_others(task),
+    ]
+    for task in TASKS
+}

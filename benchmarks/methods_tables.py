@@ -1,0 +1,154 @@
+"""Tables and figures of the comparison, from the stored lines alone."""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from methods_rows import ROWS, TASKS
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "results.md"
+BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
+STAGES = ("generate", "score", "train")
+
+Line = dict[str, Any]
+
+
+def write(results: Path) -> None:
+    """Put the tables between their marks in docs/results.md, and draw the figures."""
+    from methods_figures import draw
+
+    lines = [json.loads(line) for line in results.open()]
+    draw(lines, DOCS / "figures")
+    text = "\n\n".join(_task(task, lines) for task in TASKS if _of(lines, task))
+    before, rest = PAGE.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+
+
+def target_of(lines: list[Line], task: str) -> float:
+    """The mean result of full rollouts, less one standard error."""
+    full = [line for line in _of(lines, task) if line["row"] == "full"]
+    return _mean(_final(full, "pass@1")) - standard_error_of_mean(full)
+
+
+def standard_error_of_mean(lines: list[Line]) -> float:
+    """Of the mean over seeds: each seed has problems of its own."""
+    values = _final(lines, "pass@1")
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def cost_to(line: Line, target: float, cost: Callable[[Line], float]) -> float | None:
+    """What a run had spent when its curve first reached the target; None: it never did.
+
+    Between two evaluations the curve is a straight line.
+    """
+    spent = np.cumsum([0.0, *(cost(record) for record in line["rounds"])])
+    before: tuple[float, float] | None = None
+    for point in line["curve"]:
+        here = (float(spent[point["rounds"]]), float(point["pass@1"]))
+        if here[1] >= target:
+            if before is None or here[1] == before[1]:
+                return here[0]
+            share = (target - before[1]) / (here[1] - before[1])
+            return before[0] + max(0.0, share) * (here[0] - before[0])
+        before = here
+    return None
+
+
+def flops(record: Line) -> float:
+    """Operations of a round, probes with it."""
+    return sum(record["flops"].values())
+
+
+def cpu_seconds(record: Line) -> float:
+    """CPU seconds of a round's three stages, probes and audits with them."""
+    return sum(record["cpu_seconds"].values())
+
+
+def _task(task: str, lines: list[Line]) -> str:
+    own, target = _of(lines, task), target_of(lines, task)
+    head = (
+        f"### Task `{task}`\n\n"
+        f"{TASKS[task].final_problems} held-out problems a seed, 8 samples each. `to target`: "
+        f"median over seeds of what a run had spent when it reached {target:.3f}, the mean of full "
+        "rollouts less one standard error, and how many seeds did. CPU seconds are those of "
+        "generate, score and train; evaluation is not in them, probes and audits are.\n\n"
+        f"![accuracy against cost](figures/methods-{task}.svg)\n\n"
+    )
+    table = [
+        "| row | seeds | pass@1 (min to max) | pass@8 | tokens generated / scored / trained, k | "
+        "TFLOP | CPU s: generate + score + train | TFLOP to target | CPU s to target | reached |",
+        "|" + "---|" * 10,
+    ]
+    group = ""
+    for row in ROWS[task]:
+        found = [line for line in own if line["row"] == row.name]
+        if not found:
+            continue
+        if row.group != group:
+            group = row.group
+            table.append(f"| **{group}** |" + " |" * 9)
+        table.append(_row(row.name, found, target))
+    return head + "\n".join(table) + "\n\n" + _windows(own)
+
+
+def _row(name: str, lines: list[Line], target: float) -> str:
+    ones, eights = _final(lines, "pass@1"), _final(lines, "pass@8")
+    tokens = [
+        _mean(sum(record["tokens"][kind] for record in line["rounds"]) for line in lines) / 1000
+        for kind in ("generated", "teacher_scored", "trained")
+    ]
+    seconds = [
+        _mean(sum(record["cpu_seconds"][stage] for record in line["rounds"]) for line in lines)
+        for stage in STAGES
+    ]
+    operations = _mean(sum(map(flops, line["rounds"])) for line in lines) / 1e12
+    costs = [
+        [value for line in lines if (value := cost_to(line, target, cost)) is not None]
+        for cost in (flops, cpu_seconds)
+    ]
+    return (
+        f"| {name} | {len(lines)} | {_mean(ones):.3f} ({min(ones):.3f} to {max(ones):.3f}) | "
+        f"{_mean(eights):.3f} | " + " / ".join(f"{value:.0f}" for value in tokens) + " | "
+        f"{operations:.2f} | " + " + ".join(f"{value:.1f}" for value in seconds) + " | "
+        f"{_median(costs[0], 1e12, 2)} | {_median(costs[1], 1, 1)} | "
+        f"{len(costs[0])} of {len(lines)} |"
+    )
+
+
+def _windows(lines: list[Line]) -> str:
+    """What the adaptive window did, and what looking cost."""
+    found = [line for line in lines if line["row"] == "ADWIN"]
+    if not found:
+        return ""
+    share = [
+        sum(record["audit_cpu_seconds"] for record in line["rounds"])
+        / sum(map(cpu_seconds, line["rounds"]))
+        for line in found
+    ]
+    windows = [[record["window_tokens"] for record in line["rounds"]] for line in found]
+    text = "; ".join(" ".join(map(str, chosen)) for chosen in windows)
+    return (
+        f"ADWIN's windows, a seed each: {text}. Probes and audits: {100 * _mean(share):.0f} % of "
+        f"the CPU seconds (at most {100 * max(share):.0f} %)."
+    )
+
+
+def _of(lines: list[Line], task: str) -> list[Line]:
+    return [line for line in lines if line["task"] == task]
+
+
+def _final(lines: list[Line], name: str) -> list[float]:
+    return [line["curve"][-1][name] for line in lines]
+
+
+def _mean(values: Any) -> float:
+    return statistics.mean(list(values))
+
+
+def _median(values: Sequence[float], unit: float, digits: int) -> str:
+    return f"{statistics.median(values) / unit:.{digits}f}" if values else "never"
