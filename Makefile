@@ -7,7 +7,7 @@ BENCH := .venv-bench/bin
 BENCH_READY := .venv-bench/.ready
 
 .PHONY: help quickstart test lint models bench-cache bench-generation bench-loss \
-	bench-quickstart bench-train clean
+	bench-methods bench-quickstart bench-train clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -30,8 +30,9 @@ lint: $(READY) ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-models: $(READY) ## make the embedded teacher and student again, about five minutes
-	$(BIN)/python configs/models/make_models.py --out configs/models
+models: $(READY) ## make the embedded teachers and students again, about twenty minutes
+	$(BIN)/python configs/models/make_models.py --out configs/models --task ledger
+	$(BIN)/python configs/models/make_models.py --out configs/models --task routine
 
 bench-generation: $(READY) ## tokens per second against stock generate
 	$(BIN)/python benchmarks/generation.py
@@ -48,7 +49,7 @@ bench-train: $(BENCH_READY) ## the training stage beside a live teacher and trl'
 $(BENCH_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
 	$(BENCH)/pip install --quiet --disable-pip-version-check -c constraints.txt -e . \
-		trl==1.16.0 liger-kernel==0.8.5
+		trl==1.16.0 liger-kernel==0.8.5 matplotlib==3.11.2
 	@touch $@
 
 models/text-teacher: | $(READY)
@@ -56,6 +57,10 @@ models/text-teacher: | $(READY)
 
 bench-quickstart: $(READY) ## the quickstart over three seeds of problems and training
 	$(BIN)/python benchmarks/quickstart.py
+
+bench-methods: $(BENCH_READY) ## all methods on two tasks: missing runs (hours), then the tables
+	$(BENCH)/python benchmarks/methods.py run
+	$(BENCH)/python benchmarks/methods.py tables
 
 clean: ## remove the environment, the store and the runs
 	rm -rf $(VENV) .venv-bench store runs

@@ -110,7 +110,8 @@ def measure(
             rounds = fine_tune(task, seed, Path(folder))
         else:
             rounds = distil(task, row, seed, overrides, Path(folder))
-        curve = _curve(TASKS[task], task, rounds, TUNING if tuning else HELD_OUT + seed)
+        problems = TUNING if tuning else HELD_OUT + seed
+        curve = _curve(TASKS[task], task, rounds, problems, has_curve=row.has_curve)
     return {
         "task": task,
         "row": row.name,
@@ -164,14 +165,14 @@ def distil(
 
 
 def _curve(
-    task: Task, name: str, rounds: list[dict[str, Any]], problems_seed: int
+    task: Task, name: str, rounds: list[dict[str, Any]], problems_seed: int, *, has_curve: bool
 ) -> list[dict[str, Any]]:
     """Evaluations after some rounds, and a larger one after the last."""
     from methods_evaluation import evaluate
 
     start = FOLDER.parent / "configs" / "models" / f"{name}-student"
     points = [(0, start), *((n + 1, Path(r["folder"])) for n, r in enumerate(rounds))]
-    due = {0, *task.curve_rounds, len(rounds)}
+    due = {0, *task.curve_rounds, len(rounds)} if has_curve else {len(rounds)}
     curve: list[dict[str, Any]] = []
     for number, folder in points:
         if number not in due:

@@ -22,8 +22,8 @@ def measure_units(
 ) -> dict[tuple[int, int], dict[str, float]]:
     """Sums (`opd_stream.statistics.NAMES`) of a sample of each (cache, unit).
 
-    The sample is a function of the plan's seed and of the unit's size, so the same rows are measured
-    at the end of a round and at the start of the next. All that is stored of a row counts, whatever
+    The sample is a function of the plan's seed and of the unit's size, so the rows measured at the
+    end of a round are those of the start of the next. All that is stored of a row counts, whatever
     the window. Every process of a sharded model takes part.
     """
     sums: dict[tuple[int, int], dict[str, float]] = {}

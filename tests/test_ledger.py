@@ -22,7 +22,7 @@ from opd_stream.tasks.ledger import (
 
 MODELS = Path(__file__).parents[1] / "configs" / "models"
 FOLDERS = [MODELS / "ledger-teacher", MODELS / "ledger-student"]
-MAX_BYTES_OF_ALL_WEIGHTS = 3_000_000
+MAX_BYTES_OF_ALL_WEIGHTS = 6_000_000
 
 
 @functools.cache
