@@ -7,7 +7,8 @@ BENCH := .venv-bench/bin
 BENCH_READY := .venv-bench/.ready
 
 .PHONY: help quickstart test lint models bench-cache bench-generation bench-loss \
-	bench-methods bench-quickstart bench-train clean
+	bench-methods bench-quickstart bench-train \
+	bench-truncated clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -61,6 +62,9 @@ bench-quickstart: $(READY) ## the quickstart over three seeds of problems and tr
 bench-methods: $(BENCH_READY) ## all methods on two tasks: missing runs (hours), then the tables
 	$(BENCH)/python benchmarks/methods.py run
 	$(BENCH)/python benchmarks/methods.py tables
+
+bench-truncated: $(READY) ## what a truncated reverse KL does to a student
+	$(BIN)/python benchmarks/truncated_kl.py
 
 clean: ## remove the environment, the store and the runs
 	rm -rf $(VENV) .venv-bench store runs

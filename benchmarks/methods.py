@@ -87,6 +87,7 @@ def _run_one(task: str, row: str, seed: int) -> None:
         print(f"{task} {row} {seed}: failed\n{found.stderr[-2000:]}", flush=True)
         return
     line = found.stdout.strip().splitlines()[-1]
+    RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:
         file.write(line + "\n")
     final = json.loads(line)["curve"][-1]
