@@ -19,8 +19,6 @@ from opd_stream.store.store import Store
 from stages.ray_stream import WorkerSpec
 from stages.units import GenerateUnits, Order, ScoreUnits, UnitWorker, Worked, worked_of
 
-START_SECONDS = 120  # a pool that has no worker by then can never be scheduled
-
 
 class Executor(Protocol):
     """Runs orders; results come back as they are done, in any order."""
@@ -124,7 +122,7 @@ class RayExecutor:
 
         try:
             specs = _worker_specs(self._config)
-            for table in stream(self._orders, specs, start_seconds=START_SECONDS):
+            for table in stream(self._orders, specs):
                 self._done.put(table)
         except BaseException as error:  # handed to the thread that waits for results
             self._done.put(error)
@@ -133,12 +131,14 @@ class RayExecutor:
 def _worker_specs(config: Config) -> list[WorkerSpec]:
     """The two pools: worker class, constructor arguments, placement."""
     store = Store(config.store).address
-    student, teacher = config.pools.student, config.pools.teacher
-    specs: list[WorkerSpec] = [
-        (GenerateUnits, [store, config.student.batch_rows, student.threads], student)
-    ]
-    if config.teacher is not None:
-        specs.append((ScoreUnits, [store, config.teacher.batch_rows, teacher.threads], teacher))
+    pools, specs = config.pools, list[WorkerSpec]()
+    for worker, model, pool in (
+        (GenerateUnits, config.student, pools.student),
+        (ScoreUnits, config.teacher, pools.teacher),
+    ):
+        if model is not None:
+            arguments = [store, model.batch_rows, pool.threads, model.vllm.model_dump()]
+            specs.append((worker, arguments, pool))
     return specs
 
 

@@ -89,7 +89,7 @@ def close_queue(queue: Any) -> None:
     ray.get(queue.put.remote([None]))
 
 
-def stream(queue: Any, workers: list[WorkerSpec], *, start_seconds: int) -> Iterator[pa.Table]:
+def stream(queue: Any, workers: list[WorkerSpec]) -> Iterator[pa.Table]:
     """Send the queue's blocks through one actor pool per worker class.
 
     Raises:
@@ -107,6 +107,7 @@ def stream(queue: Any, workers: list[WorkerSpec], *, start_seconds: int) -> Iter
     context.print_on_execution_start = False
     context.target_max_block_size = 1
     context.execution_no_progress_timeout_s = -1  # the stream rests while the student trains
+    start_seconds = max(pool.start_seconds for _, _, pool in workers)
     context.wait_for_min_actors_s = start_seconds
     with ray.data.DataContext.current(context):
         dataset = ray.data.read_datasource(_source(queue), override_num_blocks=1, num_cpus=0)
@@ -117,8 +118,7 @@ def stream(queue: Any, workers: list[WorkerSpec], *, start_seconds: int) -> Iter
                 batch_size=1,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=pool.workers),
-                num_cpus=pool.cpus,
-                num_gpus=pool.gpus or None,
+                **_placement(pool),
                 max_restarts=3,
                 max_task_retries=3,
             )
@@ -126,11 +126,52 @@ def stream(queue: Any, workers: list[WorkerSpec], *, start_seconds: int) -> Iter
     try:
         yield from blocks
     except GetTimeoutError as error:
-        asked = [f"{p.workers} x {p.cpus} CPU, {p.gpus} GPU" for _, _, p in workers]
+        names = ("pools.student", "pools.teacher")
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        lacks = [
+            f"{name}: {lack}"
+            for name, (_, _, pool) in zip(names, workers, strict=False)
+            for lack in lacking(pool, nodes)
+        ] or [f"every node could, but has no room left; the cluster has {ray.cluster_resources()}"]
         raise UserError(
-            f"no worker started within {start_seconds} s; the pools ask for {' and '.join(asked)}, "
-            f"the cluster has {ray.cluster_resources()}; lower pools.student / pools.teacher"
+            f"a pool has no worker after {start_seconds} s; {'; '.join(lacks)}; lower what it asks "
+            "for, add such a node, or raise start_seconds of the pool"
         ) from error
+
+
+def _placement(pool: Pool) -> dict[str, Any]:
+    """Arguments of Ray for the workers of a pool."""
+    asked: dict[str, Any] = {"num_cpus": pool.cpus, "num_gpus": pool.gpus or None}
+    if pool.accelerator is not None:
+        asked["accelerator_type"] = pool.accelerator
+    if pool.resources:
+        asked["resources"] = pool.resources
+    if pool.labels:
+        asked["label_selector"] = pool.labels
+    if pool.env:
+        asked["runtime_env"] = {"env_vars": pool.env}
+    return asked
+
+
+def lacking(pool: Pool, nodes: list[dict[str, Any]]) -> list[str]:
+    """What a worker of the pool asks for that no node has, a phrase each.
+
+    Args:
+        pool: of a role.
+        nodes: of the cluster, as `ray.nodes()` describes them.
+    """
+    wanted = {"CPU": pool.cpus, "GPU": pool.gpus, **pool.resources}
+    if pool.accelerator is not None:
+        wanted[f"accelerator_type:{pool.accelerator}"] = 0.001
+    found: list[str] = []
+    for name, amount in wanted.items():
+        most = max((node["Resources"].get(name, 0.0) for node in nodes), default=0.0)
+        if amount > most:
+            found.append(f"a worker asks for {amount:g} {name}, the largest node has {most:g}")
+    for key, value in pool.labels.items():
+        if not any(node.get("Labels", {}).get(key) == value for node in nodes):
+            found.append(f"no node has the label {key}={value}")
+    return found
 
 
 def _source(queue: Any) -> Any:

@@ -74,9 +74,9 @@ def worked_of(table: pa.Table) -> list[Worked]:
 class UnitWorker:
     """A worker with one engine, kept alive between units, rounds and policies."""
 
-    def __init__(self, store: str, batch_rows: int, threads: int) -> None:
+    def __init__(self, store: str, batch_rows: int, threads: int, vllm: dict[str, Any]) -> None:
         self.store = Store(store)
-        self.batch_rows, self.threads = batch_rows, threads
+        self.batch_rows, self.threads, self.vllm = batch_rows, threads, vllm
         self._engine: Engine | None = None
         self._loaded: str | None = None
 
@@ -112,6 +112,7 @@ class UnitWorker:
                 folder=Path(folder),
                 dtype=settings["dtype"],
                 batch_rows=self.batch_rows,
+                vllm=self.vllm,
             )
         else:
             self._engine.load(Path(folder))

@@ -331,3 +331,12 @@ def test_bounds_that_contradict_each_other_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=line):
         small_config(tmp_path, *overrides)
+
+
+def test_freshness_reads_the_age_of_each_cache(tmp_path: Path) -> None:
+    """1 / (age + 1), less the floor of 0.05; drift takes a little more."""
+    finished_run(tmp_path, *KEPT, "train.freshness={}", "train.learning_rate=1e-6")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    for round_index, expected in enumerate((0.95, 0.45, 1 / 3 - 0.05)):
+        found = [x["mean_drift_weight"] for x in lines if x["round"] == round_index]
+        assert found == pytest.approx([expected] * len(found), rel=0.02)

@@ -61,6 +61,19 @@ class Pool(Section):
     cpus: float = Field(default=1, gt=0, description="logical CPUs of one worker")
     gpus: float = Field(default=0, ge=0, description="GPUs of one worker")
     threads: int = Field(default=1, ge=1, description="CPU threads of one worker")
+    accelerator: str | None = Field(
+        default=None, description="kind of GPU as Ray names it, such as H100"
+    )
+    resources: dict[str, float] = Field(
+        default={}, description="custom Ray resources of one worker"
+    )
+    labels: dict[str, str] = Field(
+        default={}, description="labels of the nodes that may run the workers"
+    )
+    env: dict[str, str] = Field(default={}, description="environment of the workers")
+    start_seconds: int = Field(
+        default=60, ge=1, description="a pool without a worker by then ends the run"
+    )
 
 
 class TrainerPool(Section):
@@ -132,6 +145,12 @@ class Config(Section):
                 "ranked ones every other objective (sampled_pg and mc take both); change one of "
                 "the two"
             )
+        for role, model in (("student", self.student), ("teacher", self.teacher)):
+            if model is not None and model.engine == "vllm" and self.executor == "local":
+                raise ValueError(
+                    f"{role}.engine is vllm with executor local, which shares a process with "
+                    "training; vLLM changes its process; set executor=ray"
+                )
         if "mc" in kinds and self.replay is None and not self.rollouts.extra_draws:
             raise ValueError(
                 "rollouts.extra_draws is 0 with objective mc, which averages over several draws; "
@@ -212,6 +231,8 @@ PLACEMENT = (
     "store",
     "student.batch_rows",
     "teacher.batch_rows",
+    "student.vllm",
+    "teacher.vllm",
     "train.tokens_per_microbatch",
     "train.gradient_checkpointing",
     "train.loggers",

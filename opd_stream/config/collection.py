@@ -8,13 +8,33 @@ from pydantic import Field
 from opd_stream.config.section import Section
 
 
+class Vllm(Section):
+    """How engine vllm uses its device (placement only)."""
+
+    memory_share: float = Field(
+        default=0.8, gt=0, le=1, description="of the device; logits need some of the rest"
+    )
+    kv_cache_bytes: int | None = Field(
+        default=None, ge=1, description="for keys and values, instead of what the share leaves"
+    )
+    max_context: int | None = Field(
+        default=None, ge=2, description="tokens of prompt and completion; null: the model's"
+    )
+    tensor_parallel: int = Field(default=1, ge=1, description="devices of one worker")
+    batched_tokens: int = Field(
+        default=8192, ge=64, description="of a forward pass; bounds the logits in scoring"
+    )
+    compiled: bool = Field(default=True, description="graphs and compilation; no: starts faster")
+
+
 class Model(Section):
     """A checkpoint in a role, and the engine that runs it."""
 
     path: Path = Field(description="Hugging Face folder: config.json, safetensors, tokenizer")
-    engine: Literal["transformers", "fake"] = Field(
+    engine: Literal["transformers", "vllm", "fake"] = Field(
         default="transformers", description="what runs it"
     )
+    vllm: Vllm = Field(default=Vllm(), description="settings of engine vllm")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="of the engine"
     )

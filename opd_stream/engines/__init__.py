@@ -1,16 +1,36 @@
 """Engines: one class with two verbs, `sample` (as a student) and `score` (as a teacher)."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from opd_stream.engines.base import Engine
 
 
-def open_engine(*, engine: str, folder: Path, dtype: str, batch_rows: int) -> Engine:
+def open_engine(
+    *,
+    engine: str,
+    folder: Path,
+    dtype: str,
+    batch_rows: int,
+    vllm: Mapping[str, Any] | None = None,
+) -> Engine:
     """The engine of a name, with the weights of a folder; heavy imports happen here.
 
+    Args:
+        engine: transformers, vllm or fake.
+        folder: Hugging Face checkpoint.
+        dtype: of weights and arithmetic.
+        batch_rows: rows that transformers runs at once.
+        vllm: fields of `VllmOptions`.
+
     Raises:
-        UserError: the folder is no checkpoint.
+        UserError: the folder is no checkpoint, or the engine's library is not installed.
     """
+    if engine == "vllm":
+        from opd_stream.engines.vllm_engine import VllmEngine, VllmOptions
+
+        return VllmEngine(folder, dtype=dtype, options=VllmOptions(**(vllm or {})))
     if engine == "fake":
         from opd_stream.engines.fake_engine import FakeEngine
 

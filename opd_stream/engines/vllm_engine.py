@@ -1,0 +1,362 @@
+"""The fast engine: vLLM, token ids in and out.
+
+Log-probabilities are read at temperature 1 over the full vocabulary, before temperature and top-p,
+flat and without detokenising. Scoring never reads the prefix cache (vLLM would return memory that
+nothing wrote), and every load of weights empties it, so that no old key or value meets new weights;
+outputs say which weights wrote them, and that is checked.
+
+vLLM changes the process it runs in (threads, environment, seeds), so it lives in worker processes,
+never beside training.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_stream.engines.base import extended, unfinished
+from opd_stream.engines.vllm_scores import COLUMNS, asked_ids, dense, given_scores, scores_of
+from opd_stream.errors import UserError
+from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
+
+WHOLE_VOCABULARY = 8192  # largest that is read whole where single ids cannot be asked for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmOptions:
+    """How vLLM uses its device; placement only.
+
+    Example:
+        >>> VllmOptions(memory_share=0.8, kv_cache_bytes=None, tensor_parallel=1,
+        ...             batched_tokens=8192, compiled=True)
+    """
+
+    memory_share: float = 0.8  # of the device; leaves room for logits, which vLLM does not plan for
+    kv_cache_bytes: int | None = None  # instead of what is left of the share
+    max_context: int | None = None  # tokens of prompt and completion; None: the model's
+    tensor_parallel: int = 1
+    batched_tokens: int = 8192  # of one forward pass: bounds the logits of scoring
+    compiled: bool = True  # graphs and compilation; False starts faster
+
+
+class VllmEngine:
+    """A vLLM engine in this process."""
+
+    def __init__(self, folder: Path, *, dtype: str, options: VllmOptions | None = None) -> None:
+        """Load a folder.
+
+        Args:
+            folder: Hugging Face checkpoint.
+            dtype: of weights and arithmetic.
+            options: of the device.
+
+        Raises:
+            UserError: vLLM is not installed or cannot serve the folder.
+        """
+        _prepare_environment()
+        try:
+            import vllm
+        except ImportError as error:
+            raise UserError(
+                "engine vllm needs the library vllm, which is not installed; pip install "
+                "'opd-stream[vllm]' (GPU) or see docs/deploy.md for a CPU, or use transformers"
+            ) from error
+        self._vllm = vllm
+        self._options = options or VllmOptions()
+        self._dtype, self._version = dtype, 0
+        self._llm: Any = self._open(folder)
+        engine = self._llm.llm_engine
+        self._asks_for_ids = bool(getattr(engine.vllm_config, "use_v2_model_runner", False))
+        config = engine.model_config
+        self._vocab, self._context = config.get_vocab_size(), config.max_model_len
+
+    def load(self, folder: Path) -> None:
+        """See `Engine.load`: in place, and nothing of the old weights is left in the cache."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        if self._vllm.platforms.current_platform.is_cpu():
+            self._llm.apply_model(_pack_head)
+        self._reset_prefix_cache()
+        self._version += 1
+        self._llm.llm_engine.set_weight_version(str(self._version))
+
+    def sample(
+        self,
+        prompts: PromptBatch,
+        *,
+        window_tokens: int,
+        samples_per_prompt: int,
+        temperature: float,
+        seed: int,
+        stop_ids: tuple[int, ...],
+        extra_draws: int = 0,
+    ) -> RolloutBatch:
+        """See `Engine.sample`.
+
+        Raises:
+            UserError: a prompt plus the window does not fit, or further draws are asked for.
+        """
+        if extra_draws:
+            raise UserError(
+                f"rollouts.extra_draws is {extra_draws}, which engine vllm cannot draw; use "
+                "student.engine=transformers, or an objective that needs no further draws"
+            )
+        self._check_context(prompts.prompt_id, prompts.prompt_ids, window_tokens)
+        rows = [
+            (row, sample)
+            for row in range(len(prompts.prompt_id))
+            for sample in range(samples_per_prompt)
+        ]
+        done = self._generate(
+            [prompts.prompt_ids[row] for row, _ in rows],
+            [window_tokens] * len(rows),
+            [_seed(seed, prompts.prompt_id[row], sample, 0) for row, sample in rows],
+            temperature,
+            stop_ids,
+        )
+        return RolloutBatch(
+            prompt_id=tuple(prompts.prompt_id[row] for row, _ in rows),
+            sample_index=np.array([sample for _, sample in rows], np.int32),
+            prompt_ids=tuple(prompts.prompt_ids[row] for row, _ in rows),
+            completion_ids=tuple(ids for ids, _ in done),
+            behavior_logprobs=tuple(logprobs for _, logprobs in done),
+            finish_reason=tuple(
+                "stop" if len(ids) and int(ids[-1]) in stop_ids else "length" for ids, _ in done
+            ),
+        )
+
+    def extend(
+        self,
+        rollouts: RolloutBatch,
+        *,
+        window_tokens: int,
+        temperature: float,
+        seed: int,
+        stop_ids: tuple[int, ...],
+    ) -> RolloutBatch:
+        """See `Engine.extend`.
+
+        The new part has a random stream of its own, so it is a draw from the same distribution but
+        not what `sample` with the longer window would have drawn.
+        """
+        self._check_context(rollouts.prompt_id, rollouts.prompt_ids, window_tokens)
+        todo = unfinished(rollouts, window_tokens)
+        starts = [len(rollouts.completion_ids[row]) for row in todo]
+        done = self._generate(
+            [np.concatenate([rollouts.prompt_ids[r], rollouts.completion_ids[r]]) for r in todo],
+            [window_tokens - start for start in starts],
+            [
+                _seed(seed, rollouts.prompt_id[row], int(rollouts.sample_index[row]), start)
+                for row, start in zip(todo, starts, strict=True)
+            ],
+            temperature,
+            stop_ids,
+        )
+        return extended(rollouts, dict(zip(todo, done, strict=True)), stop_ids)
+
+    def score(
+        self,
+        rollouts: RolloutBatch,
+        *,
+        top_k: int,
+        forced_ids: tuple[int, ...],
+        draws: int = 0,
+        seed: int = 0,
+    ) -> ScoreBatch:
+        """See `Engine.score`.
+
+        Raises:
+            UserError: more candidates than the engine was opened for, draws from the teacher, or
+                ids that this runner of vLLM cannot be asked for.
+        """
+        if top_k > self._vocab:
+            raise UserError(
+                f"top_k is {top_k} but the vocabulary has {self._vocab} tokens; lower scores.top_k"
+            )
+        if draws:
+            raise UserError(
+                "scores.codec is sampled, which needs draws from the teacher's whole distribution; "
+                "engine vllm returns its top candidates only; use teacher.engine=transformers"
+            )
+        if not self._asks_for_ids and self._vocab > WHOLE_VOCABULARY:
+            raise UserError(
+                f"engine vllm cannot be asked for the log-probabilities of {len(forced_ids)} given "
+                f"ids on this machine (vocabulary {self._vocab}, model runner V1); terminators "
+                "and forced tokens would be lost; use teacher.engine=transformers"
+            )
+        texts = [
+            np.concatenate([prompt, completion])
+            for prompt, completion in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)
+        ]
+        self._check_context(rollouts.prompt_id, texts, 1)
+        outputs = self._run(
+            texts, [self._asking(rollouts, row, top_k, forced_ids) for row in range(len(texts))]
+        )
+        columns: dict[str, list[NDArray[Any]]] = {name: [] for name in COLUMNS}
+        refused: dict[int, str] = {}
+        for row, (output, completion) in enumerate(
+            zip(outputs, rollouts.completion_ids, strict=True)
+        ):
+            if self._asks_for_ids:
+                found = given_scores(output, len(completion), top_k, len(forced_ids))
+            else:
+                found = scores_of(
+                    dense(output.prompt_logprobs, len(completion), self._vocab),
+                    asked_ids(rollouts, row, forced_ids),
+                    top_k=top_k,
+                    forced=len(forced_ids),
+                )
+            if any(np.isnan(values).any() for values in found.values()):
+                refused[row] = "the teacher's log-probabilities are not finite"
+                found = {name: values[:0] for name, values in found.items()}
+            for name, values in found.items():
+                columns[name].append(values)
+        candidates = columns.pop("candidate_teacher_logprobs")
+        return ScoreBatch(
+            **{name: tuple(values) for name, values in columns.items()},
+            refused=refused,
+            candidate_teacher_logprobs=(
+                None if rollouts.candidate_ids is None else tuple(candidates)
+            ),
+        )
+
+    def _asking(
+        self, rollouts: RolloutBatch, row: int, top_k: int, forced_ids: tuple[int, ...]
+    ) -> Any:
+        """How the prompt scores of a row are asked for: given ids where vLLM can, else all ids."""
+        settings: dict[str, Any] = {"max_tokens": 1, "flat_logprobs": True, "detokenize": False}
+        if not self._asks_for_ids:
+            return self._vllm.SamplingParams(**settings, prompt_logprobs=-1)
+        asked_TJ = asked_ids(rollouts, row, forced_ids)
+        if not len(asked_TJ):
+            return self._vllm.SamplingParams(**settings)
+        return self._vllm.SamplingParams(
+            **settings,
+            prompt_logprobs=top_k,
+            prompt_logprob_token_ids=asked_TJ,
+            prompt_logprob_start=len(rollouts.prompt_ids[row]) - 1,
+        )
+
+    def _generate(
+        self,
+        texts: Sequence[NDArray[np.integer[Any]]],
+        windows: Sequence[int],
+        seeds: Sequence[int],
+        temperature: float,
+        stop_ids: tuple[int, ...],
+    ) -> list[tuple[NDArray[np.int32], NDArray[np.float32]]]:
+        """Ids and log-probabilities of what follows each text."""
+        shared = self._vllm.SamplingParams(
+            temperature=temperature,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            ignore_eos=True,  # stop ids say it all
+            stop_token_ids=list(stop_ids),
+        )
+        params: list[Any] = []
+        for window, seed in zip(windows, seeds, strict=True):
+            own = shared.clone()
+            own.max_tokens, own.seed = window, seed
+            params.append(own)
+        done: list[tuple[NDArray[np.int32], NDArray[np.float32]]] = []
+        for output in self._run(texts, params):
+            (completion,) = output.outputs
+            self._check_version(completion)
+            ids = np.array(completion.token_ids, np.int32)
+            # One entry a token: the token itself.
+            done.append((ids, np.array(completion.logprobs.logprobs, np.float32)[: len(ids)]))
+        return done
+
+    def _run(self, texts: Sequence[NDArray[np.integer[Any]]], params: Sequence[Any]) -> list[Any]:
+        prompts = [{"prompt_token_ids": [int(token) for token in text]} for text in texts]
+        return self._llm.generate(prompts, list(params), use_tqdm=False)
+
+    def _check_version(self, completion: Any) -> None:
+        versions = {span.version for span in completion.weight_versions or ()}
+        expected = str(self._version) if self._version else "default"
+        if versions - {expected}:
+            raise RuntimeError(
+                f"vLLM sampled with weights {sorted(versions)}; {expected} were loaded"
+            )
+
+    def _reset_prefix_cache(self) -> None:
+        self._llm.reset_prefix_cache()
+
+    def _check_context(
+        self,
+        names: Sequence[str],
+        texts: Sequence[NDArray[np.integer[Any]]],
+        window_tokens: int,
+    ) -> None:
+        for name, ids in zip(names, texts, strict=True):
+            if len(ids) + window_tokens > self._context:
+                raise UserError(
+                    f"prompt {name!r} has {len(ids)} tokens and the window {window_tokens}; the "
+                    f"engine reads {self._context}; lower the window or max_prompt_tokens"
+                )
+
+    def _open(self, folder: Path) -> Any:
+        options = self._options
+        settings: dict[str, Any] = {
+            "model": str(folder),
+            "dtype": self._dtype,
+            "seed": 0,
+            "tensor_parallel_size": options.tensor_parallel,
+            "gpu_memory_utilization": options.memory_share,
+            "max_num_batched_tokens": options.batched_tokens,
+            "enforce_eager": not options.compiled,
+            "max_logprobs": -1,
+            "logprobs_mode": "raw_logprobs",
+            "disable_log_stats": True,
+            "trust_remote_code": False,
+        }
+        if options.kv_cache_bytes is not None:
+            settings["kv_cache_memory_bytes"] = options.kv_cache_bytes
+        if options.max_context is not None:
+            settings["max_model_len"] = options.max_context
+        try:
+            return self._vllm.LLM(**settings)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"vLLM cannot serve {folder} ({reason}); check the folder and the vllm options of "
+                "the role, or use engine transformers"
+            ) from error
+
+
+def _pack_head(model: Any) -> None:
+    """Refresh the output head's packed copy of its weights.
+
+    vLLM 0.32 packs it for a CPU when it is first loaded and forgets it when tied embeddings are
+    reloaded: without this, new hidden states meet the old head.
+    """
+    head = model.lm_head
+    if model.config.tie_word_embeddings:
+        head.weight = model.model.embed_tokens.weight
+    head.quant_method.process_weights_after_loading(head)
+
+
+def _seed(seed: int, prompt_id: str, sample: int, start: int) -> int:
+    """A random stream for each rollout, whatever else is in the batch."""
+    digest = hashlib.sha256(f"{seed}/{sample}/{start}/{prompt_id}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+def _prepare_environment() -> None:
+    """What vLLM reads while it is imported; what the user has set stays."""
+    import torch
+
+    defaults = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    if not torch.cuda.is_available():
+        defaults |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its processes start slowly
+            "TORCH_COMPILE_DISABLE": "1",  # it would compile one small function for seconds
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+        }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
