@@ -4,13 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
+import matplotlib as mpl  # pyright: ignore[reportMissingImports]
 import numpy as np
 from methods_rows import ROWS, TASKS
 
 mpl.use("svg")
 mpl.rcParams["svg.hashsalt"] = "opd-stream"  # the same file from the same numbers
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 SHOWN = ("full", "TOPD 0.25", "TOPD 0.50", "POPD", "prefix schedule", "ADWIN", "EffOPD", "SFT")
 

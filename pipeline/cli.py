@@ -29,6 +29,9 @@ app.add_typer(cache, name="cache")
 StorePlace = Annotated[str, typer.Argument(metavar="STORE", help="Folder or s3://BUCKET/PATH.")]
 ArtifactName = Annotated[str, typer.Argument(metavar="NAME", help="KIND/FINGERPRINT.")]
 RoundNumber = Annotated[int, typer.Option("--round", help="Number of the round, from 0.")]
+Follow = Annotated[
+    bool, typer.Option("--follow", help="Wait for what other machines have not published yet.")
+]
 
 
 @app.command()
@@ -56,9 +59,10 @@ def generate(
     round_index: RoundNumber,
     overrides: Overrides = None,
     run_dir: RunDir = None,
+    follow: Follow = False,
 ) -> None:
     """Sample the student's rollouts of one round."""
-    _stage("generate", config, overrides, run_dir, round_index)
+    _stage("generate", config, overrides, run_dir, round_index, follow=follow)
 
 
 @app.command()
@@ -67,9 +71,10 @@ def score(
     round_index: RoundNumber,
     overrides: Overrides = None,
     run_dir: RunDir = None,
+    follow: Follow = False,
 ) -> None:
     """Score the rollouts of one round with the teacher."""
-    _stage("score", config, overrides, run_dir, round_index)
+    _stage("score", config, overrides, run_dir, round_index, follow=follow)
 
 
 @app.command()
@@ -78,9 +83,10 @@ def train(
     round_index: RoundNumber,
     overrides: Overrides = None,
     run_dir: RunDir = None,
+    follow: Follow = False,
 ) -> None:
     """Train on the scores of one round."""
-    _stage("train", config, overrides, run_dir, round_index)
+    _stage("train", config, overrides, run_dir, round_index, follow=follow)
 
 
 @app.command()
@@ -203,14 +209,22 @@ def _open(
 
 
 def _stage(
-    stage: str, config: Path, overrides: list[str] | None, run_dir: Path | None, round_index: int
+    stage: str,
+    config: Path,
+    overrides: list[str] | None,
+    run_dir: Path | None,
+    round_index: int,
+    *,
+    follow: bool = False,
 ) -> None:
     from pipeline.progress import TerminalProgress
     from pipeline.stage_commands import run_stage
 
     settings, directory = _open(config, overrides, run_dir)
     with TerminalProgress() as progress:
-        line = run_stage(stage, settings, directory, round_index=round_index, progress=progress)
+        line = run_stage(
+            stage, settings, directory, round_index=round_index, progress=progress, follow=follow
+        )
     typer.echo(line)
 
 

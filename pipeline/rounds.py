@@ -112,8 +112,13 @@ def train_round(session: Session, here: Round) -> None:
             damaged.artifact.condemn(damaged.unit)
 
 
-def make_caches(session: Session, here: Round, *, score: bool = True) -> None:
-    """The generate and score stages of a round (a replay has nothing to make)."""
+def make_caches(
+    session: Session, here: Round, *, score: bool = True, shuffle: bool = False
+) -> None:
+    """The generate and score stages of a round (a replay has nothing to make).
+
+    Without `score` only the student's side; with `shuffle` in an order of this process's own.
+    """
     setup = session.setup
     if setup.config.replay is not None:
         return
@@ -123,12 +128,12 @@ def make_caches(session: Session, here: Round, *, score: bool = True) -> None:
     )
     for cache in here.caches:
         if cache.made_in == here.index or not cache.is_complete():
-            _make_cache(session, cache, score=score)
-    if score and here.probe is not None:
-        _make_probe(session, here)
+            _make_cache(session, cache, score=score, shuffle=shuffle)
+    if here.probe is not None:
+        _make_probe(session, here, score=score)
 
 
-def _make_cache(session: Session, cache: Cache, *, score: bool) -> None:
+def _make_cache(session: Session, cache: Cache, *, score: bool, shuffle: bool) -> None:
     setup = session.setup
     assert cache.student is not None
     rollouts = start_rollouts(
@@ -145,11 +150,12 @@ def _make_cache(session: Session, cache: Cache, *, score: bool) -> None:
         made_by=session.run_id,
         progress=session.progress,
         name="extend" if cache.origin == "extended" else "generate",
+        shuffle=shuffle,
         meanwhile=lambda: importlib.import_module("stages.train"),
     )
 
 
-def _make_probe(session: Session, here: Round) -> None:
+def _make_probe(session: Session, here: Round, *, score: bool) -> None:
     """Probes of the round's rollouts, continued and scored; counted in every figure of cost."""
     setup = session.setup
     assert here.probe is not None
@@ -160,7 +166,7 @@ def _make_probe(session: Session, here: Round) -> None:
     session.spans += collect(
         session.executor,
         probe,
-        start_scores(setup.store, scores_of(setup, here.probe), probe),
+        start_scores(setup.store, scores_of(setup, here.probe), probe) if score else None,
         student=here.student,
         teacher=setup.teacher,
         made_by=session.run_id,

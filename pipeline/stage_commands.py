@@ -1,62 +1,148 @@
-"""One stage of one round, for a machine that does only that."""
+"""One stage of one round, for a machine that does only that.
+
+A stage needs the config and the store, nothing else. With `follow` it waits for what the stage
+before has not published yet, so generation, scoring and training can be started on three machines
+at once; several machines on one stage take the units in orders of their own and so share them.
+"""
+
+import time
+from collections.abc import Callable
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit
+from pipeline.caches import Cache
 from pipeline.rounds import Session, evaluate_policy, has_policy, make_caches, train_policy
 from pipeline.run_directory import RunDirectory
 from pipeline.setup import open_setup
-from pipeline.walk import Round, checkpoint_of, walk
-from stages.collect import missing_units
-from stages.executors import open_executor
+from pipeline.walk import Round, checkpoint_of, probe_artifacts, walk
+from stages.collect import collect, missing_units, start_scores
+from stages.executors import Role, open_executor
 from stages.progress import Progress
 
 STAGES = ("generate", "score", "train", "evaluate")
+POLL_SECONDS = 2.0
+_ROLES: dict[str, tuple[Role, ...]] = {"score": ("teacher",)}
 
 
 def run_stage(
-    stage: str, config: Config, directory: RunDirectory, *, round_index: int, progress: Progress
+    stage: str,
+    config: Config,
+    directory: RunDirectory,
+    *,
+    round_index: int,
+    progress: Progress,
+    follow: bool = False,
 ) -> str:
     """Do one stage of a round; returns the line to print.
+
+    Args:
+        stage: one of `STAGES`.
+        config: the run.
+        directory: folder of this machine's notes on the run.
+        round_index: from 0.
+        progress: told of every unit.
+        follow: wait for what is missing instead of refusing.
 
     Raises:
         UserError: an earlier stage has not been run yet, or anything else the user can mend.
     """
     setup = open_setup(config)
     run_id = directory.open(config)
-    with open_executor(config) as executor:
+    with open_executor(config, _ROLES.get(stage, ("student",))) as executor:
         session = Session(
             setup=setup, directory=directory, run_id=run_id, executor=executor, progress=progress
         )
         if stage == "evaluate":
             return _evaluate(session, round_index)
-        here = _round(session, round_index)
+        here = _round(session, round_index, follow=follow)
         directory.write_plan(here)
         if stage == "generate":
-            make_caches(session, here, score=False)
+            make_caches(session, here, score=False, shuffle=True)
             return f"{_names(here, 'rollouts')} complete"
-        rollouts = all(cache.rollouts.is_complete() for cache in here.caches)
-        _need(rollouts, here, "generate", "rollouts")
         if stage == "score":
-            make_caches(session, here)
-            return f"{_names(here, 'scores')} complete"
-        _need(all(cache.is_complete() for cache in here.caches), here, "score", "scores")
-        if not has_policy(session, here):
-            damaged = [
-                f"unit {unit} of {artifact.name}"
-                for cache in here.caches
-                for artifact in (cache.rollouts, cache.scores)
-                for unit in missing_units(artifact, progress)
-            ]
-            _need(not damaged, here, "generate and score", ", ".join(damaged))
-            try:
-                train_policy(session, here)
-            except DamagedUnit as error:
-                raise UserError(
-                    f"{error}; run generate and score again: only it is made"
-                ) from error
-        directory.add_metrics(here)
-        return f"{here.policy.name} is complete: {here.policy.folder()}"
+            return _score(session, here, follow=follow)
+        return _train(session, here, follow=follow)
+
+
+def _score(session: Session, here: Round, *, follow: bool) -> str:
+    """Score what the student's machines have published, until the round is scored."""
+    for cache in _new_caches(session, here):
+        if not follow:
+            _need(cache.rollouts.is_complete(), here, "generate", "rollouts")
+        _wait(session, cache.rollouts.is_started, f"{cache.rollouts.name} to be started")
+        scores = start_scores(session.setup.store, cache.scores.recipe, cache.rollouts)
+        while not scores.is_complete():
+            session.spans += collect(
+                session.executor,
+                cache.rollouts,
+                scores,
+                student=here.student,
+                teacher=session.setup.teacher,
+                made_by=session.run_id,
+                progress=session.progress,
+                generate=False,
+                shuffle=True,
+            )
+            if not scores.is_complete():
+                _check_rollouts(cache, here, follow=follow)
+                time.sleep(POLL_SECONDS)
+    return f"{_names(here, 'scores')} complete"
+
+
+def _check_rollouts(cache: Cache, here: Round, *, follow: bool) -> None:
+    """Without `follow` nobody else is at work: what is missing has to be made first."""
+    missing = [u for u in cache.rollouts.units() if cache.rollouts.commit_record(u) is None]
+    _need(follow or not missing, here, "generate", f"rollouts (units {missing[:8]} are missing)")
+
+
+def _train(session: Session, here: Round, *, follow: bool) -> str:
+    for cache in _new_caches(session, here):
+        if follow:
+            _wait(session, cache.is_complete, f"{cache.scores.name} to be complete")
+        _need(cache.is_complete(), here, "score", "scores")
+    if not has_policy(session, here):
+        damaged = [
+            f"unit {unit} of {artifact.name}"
+            for cache in here.caches
+            for artifact in (cache.rollouts, cache.scores)
+            for unit in missing_units(artifact, session.progress)
+        ]
+        _need(not damaged, here, "generate and score", ", ".join(damaged))
+        try:
+            train_policy(session, here)
+        except DamagedUnit as error:
+            raise UserError(f"{error}; run generate and score again: only it is made") from error
+    session.directory.add_metrics(here)
+    return f"{here.policy.name} is complete: {here.policy.folder()}"
+
+
+def _new_caches(session: Session, here: Round) -> list[Cache]:
+    """The caches of a round that are not there from earlier ones, and the audit's."""
+    caches = list(here.caches)
+    if here.probe is not None and here.fresh is not None:
+        rollouts, scores = probe_artifacts(session.setup, here.probe)
+        if rollouts.is_started():
+            version = here.fresh.policy_version
+            caches.append(
+                Cache(
+                    rollouts=rollouts,
+                    scores=scores,
+                    origin="fresh",
+                    policy_version=version,
+                    made_in=version,
+                    student=here.student,
+                )
+            )
+    return caches
+
+
+def _wait(session: Session, is_there: Callable[[], bool], what: str) -> None:
+    """Poll until another machine has published something."""
+    if not is_there():
+        session.progress.say(f"waiting for {what}")
+    while not is_there():
+        time.sleep(POLL_SECONDS)
 
 
 def _names(here: Round, kind: str) -> str:
@@ -64,21 +150,28 @@ def _names(here: Round, kind: str) -> str:
     return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
 
 
-def _round(session: Session, round_index: int) -> Round:
+def _round(session: Session, round_index: int, *, follow: bool = False) -> Round:
     if not 0 <= round_index < session.setup.config.rounds:
         raise UserError(
             f"--round is {round_index}; the config has rounds 0 to "
             f"{session.setup.config.rounds - 1}; choose one of them"
         )
-    reached = 0
-    for here in walk(session.setup):
-        if here.index == round_index:
-            return here
-        reached = here.index
-    raise UserError(
-        f"round {round_index} starts from the policy of round {round_index - 1}, which is not "
-        f"trained yet; run train --round {reached} first"
-    )
+    said = False
+    while True:
+        reached = 0
+        for here in walk(session.setup):
+            if here.index == round_index:
+                return here
+            reached = here.index
+        if not follow:
+            raise UserError(
+                f"round {round_index} starts from the policy of round {round_index - 1}, which is "
+                f"not trained yet; run train --round {reached} first"
+            )
+        if not said:
+            session.progress.say(f"waiting for the policy of round {round_index - 1}")
+            said = True
+        time.sleep(POLL_SECONDS)
 
 
 def _evaluate(session: Session, round_index: int) -> str:

@@ -4,6 +4,7 @@ One call serves both stages because they stream: a unit is scored as soon as it 
 every rollout committed it is the score stage; without scores it is the generate stage.
 """
 
+import random
 from collections.abc import Callable
 
 from opd_stream.errors import UserError
@@ -83,6 +84,8 @@ def collect(
     made_by: str,
     progress: Progress,
     name: str = "generate",
+    generate: bool = True,
+    shuffle: bool = False,
     meanwhile: Callable[[], object] | None = None,
 ) -> list[Span]:
     """Sample and score what is missing; returns when the workers were busy.
@@ -96,16 +99,20 @@ def collect(
         made_by: id of the run.
         progress: told of every unit.
         name: what the sampling is called there.
+        generate: False: score only what is published.
+        shuffle: an order of its own, so that several machines on one artifact share the work.
         meanwhile: done in this process while the workers start.
 
     Raises:
         UserError: a worker met a user's mistake.
     """
-    to_generate = missing_units(rollouts, progress)
+    to_generate = missing_units(rollouts, progress) if generate else []
     to_score: list[int] = []
     if scores is not None:
         stale = _scored_from_other_bytes(rollouts, scores)
         to_score = sorted({*missing_units(scores, progress), *stale, *to_generate})
+        if not generate:
+            to_score = [unit for unit in to_score if rollouts.commit_record(unit) is not None]
     orders = [
         Order(
             unit=unit,
@@ -117,7 +124,10 @@ def collect(
         )
         for unit in sorted({*to_generate, *to_score})
     ]
-    progress.start(name, len(to_generate))
+    if shuffle:
+        random.shuffle(orders)
+    if generate:
+        progress.start(name, len(to_generate))
     if scores is not None:
         progress.start("score", len(to_score))
     if orders:

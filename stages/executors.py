@@ -9,7 +9,7 @@ the next one is being sampled, because both pools are stages of that one dataset
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import pyarrow as pa
 
@@ -40,22 +40,29 @@ class Executor(Protocol):
     def __exit__(self, *exception: object) -> None: ...
 
 
-def open_executor(config: Config) -> Executor:
-    """The executor a config asks for."""
-    return RayExecutor(config) if config.executor == "ray" else LocalExecutor(config)
+Role = Literal["student", "teacher"]
+BOTH: tuple[Role, ...] = ("student", "teacher")
+
+
+def open_executor(config: Config, roles: tuple[Role, ...] = BOTH) -> Executor:
+    """The executor a config asks for, with workers of some roles only."""
+    if config.executor == "ray":
+        return RayExecutor(config, roles)
+    return LocalExecutor(config, roles)
 
 
 class LocalExecutor:
-    """Both workers in this process, one order after another."""
+    """The workers in this process, one order after another."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, roles: tuple[Role, ...] = BOTH) -> None:
+        self._config, self._roles = config, roles
         self._workers: list[UnitWorker] = []
         self._orders: list[Order] = []
 
     def submit(self, orders: Iterable[Order]) -> None:
         if not self._workers:
-            self._workers = [worker(*args) for worker, args, _ in _worker_specs(self._config)]
+            specs = _worker_specs(self._config, self._roles)
+            self._workers = [worker(*arguments) for worker, arguments, _ in specs]
         self._orders.extend(orders)
 
     def results(self, count: int) -> Iterator[Worked]:
@@ -79,8 +86,8 @@ class RayExecutor:
     takes the results, so workers go on while this process trains.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, roles: tuple[Role, ...] = BOTH) -> None:
+        self._config, self._roles = config, roles
         self._orders: Any = None
         self._done: queue.SimpleQueue[pa.Table | BaseException] = queue.SimpleQueue()
         self._taker: threading.Thread | None = None
@@ -121,22 +128,22 @@ class RayExecutor:
         from stages.ray_stream import stream
 
         try:
-            specs = _worker_specs(self._config)
+            specs = _worker_specs(self._config, self._roles)
             for table in stream(self._orders, specs):
                 self._done.put(table)
         except BaseException as error:  # handed to the thread that waits for results
             self._done.put(error)
 
 
-def _worker_specs(config: Config) -> list[WorkerSpec]:
-    """The two pools: worker class, constructor arguments, placement."""
+def _worker_specs(config: Config, roles: tuple[Role, ...]) -> list[WorkerSpec]:
+    """The pools: worker class, constructor arguments, placement."""
     store = Store(config.store).address
     pools, specs = config.pools, list[WorkerSpec]()
-    for worker, model, pool in (
-        (GenerateUnits, config.student, pools.student),
-        (ScoreUnits, config.teacher, pools.teacher),
+    for role, worker, model, pool in (
+        ("student", GenerateUnits, config.student, pools.student),
+        ("teacher", ScoreUnits, config.teacher, pools.teacher),
     ):
-        if model is not None:
+        if role in roles and model is not None:
             arguments = [store, model.batch_rows, pool.threads, model.vllm.model_dump()]
             specs.append((worker, arguments, pool))
     return specs

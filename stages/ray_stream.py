@@ -126,11 +126,10 @@ def stream(queue: Any, workers: list[WorkerSpec]) -> Iterator[pa.Table]:
     try:
         yield from blocks
     except GetTimeoutError as error:
-        names = ("pools.student", "pools.teacher")
         nodes = [node for node in ray.nodes() if node["Alive"]]
         lacks = [
-            f"{name}: {lack}"
-            for name, (_, _, pool) in zip(names, workers, strict=False)
+            f"{worker.__name__}: {lack}"
+            for worker, _, pool in workers
             for lack in lacking(pool, nodes)
         ] or [f"every node could, but has no room left; the cluster has {ray.cluster_resources()}"]
         raise UserError(

@@ -28,7 +28,8 @@ def open_engine(
         UserError: the folder is no checkpoint, or the engine's library is not installed.
     """
     if engine == "vllm":
-        from opd_stream.engines.vllm_engine import VllmEngine, VllmOptions
+        from opd_stream.engines.vllm_engine import VllmEngine
+        from opd_stream.engines.vllm_options import VllmOptions
 
         return VllmEngine(folder, dtype=dtype, options=VllmOptions(**(vllm or {})))
     if engine == "fake":

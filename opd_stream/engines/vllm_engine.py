@@ -10,9 +10,7 @@ never beside training.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_stream.engines.base import extended, unfinished
+from opd_stream.engines.vllm_options import VllmOptions, prepare_environment
 from opd_stream.engines.vllm_scores import COLUMNS, asked_ids, dense, given_scores, scores_of
 from opd_stream.errors import UserError
 from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
 
 WHOLE_VOCABULARY = 8192  # largest that is read whole where single ids cannot be asked for
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VllmOptions:
-    """How vLLM uses its device; placement only.
-
-    Example:
-        >>> VllmOptions(memory_share=0.8, kv_cache_bytes=None, tensor_parallel=1,
-        ...             batched_tokens=8192, compiled=True)
-    """
-
-    memory_share: float = 0.8  # of the device; leaves room for logits, which vLLM does not plan for
-    kv_cache_bytes: int | None = None  # instead of what is left of the share
-    max_context: int | None = None  # tokens of prompt and completion; None: the model's
-    tensor_parallel: int = 1
-    batched_tokens: int = 8192  # of one forward pass: bounds the logits of scoring
-    compiled: bool = True  # graphs and compilation; False starts faster
 
 
 class VllmEngine:
@@ -58,9 +40,9 @@ class VllmEngine:
         Raises:
             UserError: vLLM is not installed or cannot serve the folder.
         """
-        _prepare_environment()
+        prepare_environment()
         try:
-            import vllm
+            import vllm  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise UserError(
                 "engine vllm needs the library vllm, which is not installed; pip install "
@@ -345,18 +327,3 @@ def _seed(seed: int, prompt_id: str, sample: int, start: int) -> int:
     """A random stream for each rollout, whatever else is in the batch."""
     digest = hashlib.sha256(f"{seed}/{sample}/{start}/{prompt_id}".encode()).digest()
     return int.from_bytes(digest[:4], "little")
-
-
-def _prepare_environment() -> None:
-    """What vLLM reads while it is imported; what the user has set stays."""
-    import torch
-
-    defaults = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    if not torch.cuda.is_available():
-        defaults |= {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its processes start slowly
-            "TORCH_COMPILE_DISABLE": "1",  # it would compile one small function for seconds
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-        }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
