@@ -1,5 +1,6 @@
 """pass@k of a policy folder on problems of an embedded task."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,4 +49,32 @@ def evaluate(
         "problems": problems,
         "samples": samples,
         "mean_tokens": rollouts.completion_tokens / len(rollouts),
+        **({"right_by_week": right_by_week(texts)} if task == "routine" else {}),
     }
+
+
+def right_by_week(texts: list[str]) -> list[float]:
+    """Share of lines that go on from the total before them and calculate rightly, week by week.
+
+    A line counts by itself, whatever went wrong earlier in the solution.
+    """
+    right: list[list[bool]] = [[] for _ in range(max(routine.WEEKS))]
+    for text in texts:
+        week, total = -1, None
+        for line in text.split("\n"):
+            if line.startswith("Week "):
+                week = min(week + 1, len(right) - 1)
+            found = _LINE.search(line)
+            if found is None or week < 0:
+                start = _START.search(line)
+                total = start.group(1) if start else total
+                continue
+            before, sign, amount, after = found.groups()
+            expected = int(before) + (1 if sign == "+" else -1) * int(amount)
+            right[week].append(before == total and int(after) == expected)
+            total = after
+    return [round(sum(lines) / len(lines), 4) for lines in right if lines]
+
+
+_LINE = re.compile(r": (\d\d)([+-])(\d\d),.*,so (\d\d)\.")
+_START = re.compile(r"starts with (\d\d)\.")

@@ -12,6 +12,7 @@ from methods_rows import ROWS, TASKS
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "results.md"
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
+WEEK_ROWS = ("full", "ESR 64", "ESR 128", "ESR 256", "TOPD 0.50", "ADWIN")
 STAGES = ("generate", "score", "train")
 
 Line = dict[str, Any]
@@ -93,7 +94,7 @@ def _task(task: str, lines: list[Line]) -> str:
             group = row.group
             table.append(f"| **{group}** |" + " |" * 9)
         table.append(_row(row.name, found, target))
-    return head + "\n".join(table) + "\n\n" + _windows(own)
+    return head + "\n".join(table) + "\n\n" + _weeks(own) + _windows(own)
 
 
 def _row(name: str, lines: list[Line], target: float) -> str:
@@ -118,6 +119,28 @@ def _row(name: str, lines: list[Line], target: float) -> str:
         f"{_median(costs[0], 1e12, 2)} | {_median(costs[1], 1, 1)} | "
         f"{len(costs[0])} of {len(lines)} |"
     )
+
+
+def _weeks(lines: list[Line]) -> str:
+    """Where on the long task solutions go wrong."""
+    finals = [(line["row"], line["curve"][-1].get("right_by_week")) for line in lines]
+    by_row = [
+        (row, [value for name, value in finals if name == row and value]) for row in WEEK_ROWS
+    ]
+    found = [(row, values) for row, values in by_row if values]
+    if not found:
+        return ""
+    weeks = len(found[0][1][0])
+    table = [
+        "Share of lines that calculate rightly from the total before them, by week of the solution:",
+        "",
+        "| row | " + " | ".join(f"week {week + 1}" for week in range(weeks)) + " |",
+        "|" + "---|" * (weeks + 1),
+    ]
+    for row, values in found:
+        means = [_mean(value[week] for value in values) for week in range(weeks)]
+        table.append(f"| {row} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
+    return "\n".join(table) + "\n\n"
 
 
 def _windows(lines: list[Line]) -> str:
