@@ -132,7 +132,7 @@ def _weeks(lines: list[Line]) -> str:
         return ""
     weeks = len(found[0][1][0])
     table = [
-        "Share of lines that calculate rightly from the total before them, by week of the solution:",
+        "Share of lines that calculate rightly from the total before them, by week:",
         "",
         "| row | " + " | ".join(f"week {week + 1}" for week in range(weeks)) + " |",
         "|" + "---|" * (weeks + 1),

@@ -85,7 +85,7 @@ class Keeper(Callback):
         if trainer.is_global_zero:
             forget_metrics_from(Path(self._job.metrics), self._job.first_step + self.steps)
         if not self._start:
-            self._measure_start(pl_module)
+            self._measure_start(trainer, pl_module)
         pl_module.is_gated = self._is_gated
         self._progress.start("train", self._steps_per_epoch * self._bounds.max_epochs)
         self._progress.advance("train", self.steps)
@@ -200,14 +200,20 @@ class Keeper(Callback):
         """policy_drift of fresh rows: what sampler and trainer disagree by."""
         return self._start["floor"] or 0.0
 
-    def _measure(self, module: StudentModule) -> dict[tuple[int, int], dict[str, float]]:
+    def _measure(
+        self, trainer: lightning.Trainer, module: StudentModule
+    ) -> dict[tuple[int, int], dict[str, float]]:
         share = self._job.config.staleness.sample_share
-        return measure_units(module, self._rows, self._plan, share=share)
+        module.eval()
+        with trainer.precision_plugin.forward_context():  # as a training step computes
+            measured = measure_units(module, self._rows, self._plan, share=share)
+        module.train()
+        return measured
 
-    def _measure_start(self, module: StudentModule) -> None:
+    def _measure_start(self, trainer: lightning.Trainer, module: StudentModule) -> None:
         """Before any training: sampler gap, drift of rows that are older, gate or not."""
         job, everything, fresh = self._job, dict[str, float](), dict[str, float]()
-        for (cache, _), sums in self._measure(module).items():
+        for (cache, _), sums in self._measure(trainer, module).items():
             _add(everything, sums)
             if job.is_fresh and job.caches[cache].policy_version == job.round_index:
                 _add(fresh, sums)
@@ -228,7 +234,7 @@ class Keeper(Callback):
         job = self._job
         if not self._bounds.max_policies or job.round_index == job.config.rounds - 1:
             return
-        measured = self._measure(pl_module)
+        measured = self._measure(trainer, pl_module)
         for number, cache in enumerate(job.caches):
             for slot in cache.slots:
                 sums = measured.get((number, slot.unit), dict.fromkeys(NAMES, 0.0))

@@ -1,6 +1,7 @@
 """The transformers engine against one that is slow and obviously right, on many architectures."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,3 +184,35 @@ def test_a_checkpoint_in_half_precision_decodes_through_the_library(tmp_path: Pa
     scores = engine.score(batch, top_k=4, forced_ids=())
     for mine, other in zip(scores.teacher_logprobs, batch.behavior_logprobs, strict=True):
         np.testing.assert_allclose(mine, other, atol=0.2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shared_prompts_are_read_once_and_change_no_score(
+    checkpoint: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TransformersEngine(checkpoint, dtype=dtype, batch_rows=64)
+    random = np.random.default_rng(0)
+    prompts = PromptBatch(
+        prompt_id=("a", "b", "c"),
+        prompt_ids=tuple(random.integers(15, VOCAB, n).astype(np.int32) for n in (40, 25, 33)),
+    )
+    settings: dict[str, Any] = {"temperature": 1.0, "seed": 1, "stop_ids": (11, 12, 13, 14)}
+    rollouts = engine.sample(prompts, window_tokens=9, samples_per_prompt=4, **settings)
+    assert len({len(ids) for ids in rollouts.completion_ids}) > 1
+    read: list[int] = []
+    decoder = engine._model.get_decoder()
+    hook = decoder.register_forward_pre_hook(
+        lambda module, args, named: read.append(named["input_ids"].numel()), with_kwargs=True
+    )
+    once = engine.score(rollouts, top_k=5, forced_ids=(5,))
+    shared = sum(read)
+    monkeypatch.setattr("opd_stream.engines.prefill.LEAST_SAVING", 0.0)
+    read.clear()
+    apart = engine.score(rollouts, top_k=5, forced_ids=(5,))
+    hook.remove()
+    assert shared < 0.5 * sum(read)
+    tolerance = 1e-4 if dtype == "float32" else 0.15
+    for row in range(len(rollouts)):
+        for name in ("teacher_logprobs", "teacher_top_logprobs", "teacher_forced_logprobs"):
+            mine, other = getattr(once, name)[row], getattr(apart, name)[row]
+            np.testing.assert_allclose(mine, other, atol=tolerance, err_msg=name)

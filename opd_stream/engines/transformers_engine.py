@@ -1,8 +1,8 @@
 """The reference engine: any Hugging Face causal language model, CPU or one GPU.
 
 Sampling is a loop of its own: no logits processors, the head only at the last position, ended rows
-taken out, prompts read once for all their samples. Scoring runs the decoder once over right-padded
-rows and the head only over completion tokens, in chunks, so no [B, T, V] tensor ever exists.
+taken out, prompts read once for all their samples. Scoring reads them once, too (`prefill`), and
+runs the head only over completion tokens, in chunks, so no [B, T, V] tensor ever exists.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from opd_stream.engines.base import extended, unfinished
 from opd_stream.engines.decoding import LibraryDecoder, open_decoder
 from opd_stream.engines.head import logits_head
+from opd_stream.engines.prefill import completion_hidden, padded
 from opd_stream.engines.sampling import draw, draw_uniforms, uniforms
 from opd_stream.errors import UserError
-from opd_stream.logprobs import HeadScores, completion_rows, head_scores
+from opd_stream.logprobs import HeadScores, head_scores
 from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
 
 HEAD_ROWS_PER_CHUNK = 2048  # rows whose logits exist at one time while scoring
@@ -158,7 +159,12 @@ class TransformersEngine:
             len(prompt) + len(completion)
             for prompt, completion in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)
         ]
-        order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+        prompts = [ids.tobytes() for ids in rollouts.prompt_ids]
+        longest: dict[bytes, int] = {}
+        for prompt, length in zip(prompts, lengths, strict=True):
+            longest[prompt] = max(length, longest.get(prompt, 0))
+        # Similar lengths together, and rows of one prompt, which is then read once.
+        order = sorted(range(len(lengths)), key=lambda r: (longest[prompts[r]], prompts[r], r))
         for start in range(0, len(order), self._batch_rows):
             chosen = order[start : start + self._batch_rows]
             for row, scores in zip(
@@ -200,9 +206,9 @@ class TransformersEngine:
         rows, window, columns = uniforms_RTM.shape
         numbers = torch.from_numpy(uniforms_RTM).to(self._device)
         stops = torch.tensor(stop_ids, dtype=torch.long, device=self._device)
-        ids, mask = _left_padded(prompt_ids, self._device)
+        ids, mask = padded(prompt_ids, self._device, side="left")
         decoder = self._open_decoder(self._model)
-        hidden = decoder.prefill(ids, mask)
+        hidden = decoder.prefill(ids, mask.bool())
         samples = rows // len(prompt_ids)
         if samples > 1:
             spread = torch.arange(len(prompt_ids), device=self._device).repeat_interleave(samples)
@@ -243,14 +249,8 @@ class TransformersEngine:
     ) -> Iterator[dict[str, NDArray[Any]]]:
         prompts = [rollouts.prompt_ids[row] for row in chosen]
         completions = [rollouts.completion_ids[row] for row in chosen]
-        ids, mask = _right_padded(prompts, completions, self._device)
-        hidden = self._model.get_decoder()(
-            input_ids=ids, attention_mask=mask, use_cache=False
-        ).last_hidden_state
+        hidden = completion_hidden(self._model.get_decoder(), prompts, completions, self._device)
         lengths = torch.tensor([len(completion) for completion in completions])
-        rows = completion_rows(
-            torch.tensor([len(prompt) for prompt in prompts]), lengths, padded_length=ids.shape[1]
-        )
         asked = np.concatenate(completions).astype(np.int64)[:, None]
         if rollouts.candidate_ids is not None:
             candidates = [rollouts.candidate_ids[row] for row in chosen]
@@ -268,7 +268,7 @@ class TransformersEngine:
             ]
             drawn = torch.from_numpy(np.concatenate(numbers)).to(self._device)
         scores = head_scores(
-            hidden.flatten(0, 1)[rows.to(self._device)],
+            hidden,
             logits_head(self._model),
             asked_ids_NJ=torch.from_numpy(asked).to(self._device),
             forced_ids_F=torch.tensor(forced_ids, dtype=torch.long, device=self._device),
@@ -311,29 +311,3 @@ class TransformersEngine:
                     f"prompt {prompt_id!r} has {len(ids)} tokens and the window {window_tokens}; "
                     f"the model reads {context}; lower the window or max_prompt_tokens"
                 )
-
-
-def _left_padded(
-    prompts: Sequence[NDArray[np.integer[Any]]], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    longest = max(len(ids) for ids in prompts)
-    ids = np.zeros((len(prompts), longest), np.int64)
-    mask = np.zeros((len(prompts), longest), bool)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = True
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
-
-
-def _right_padded(
-    prompts: Sequence[NDArray[np.integer[Any]]],
-    completions: Sequence[NDArray[np.integer[Any]]],
-    device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-    ids = np.zeros((len(prompts), max(lengths)), np.int64)
-    mask = np.zeros((len(prompts), max(lengths)), np.int64)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        ids[row, : lengths[row]] = np.concatenate([prompt, completion])
-        mask[row, : lengths[row]] = 1
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
