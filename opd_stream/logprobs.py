@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+BLOCK_IDS = 32  # of a vocabulary, compared by their largest logit
 Head = Callable[[torch.Tensor], torch.Tensor]  # hidden [n, H] -> logits [n, V]
 
 LARGEST_TOP_LOGPROB = -1e-6  # a head closer to 1 has no tail that float32 can tell from rounding
@@ -79,6 +80,8 @@ def head_scores(
 ) -> HeadScores:
     """Top-k (or drawn ids), tail, asked and forced ids, logits in chunks of rows.
 
+    What `head` returns is overwritten.
+
     With `draws_ND`, D uniform numbers a token, the K entries are the distinct ids drawn with them
     from the teacher, with log(count / D); -inf after the last, and an empty tail.
     """
@@ -108,27 +111,47 @@ def _chunk_scores(
     top_k: int,
     draws_ND: torch.Tensor | None,
 ) -> HeadScores:
-    norm_N1 = logits_NV.logsumexp(1, keepdim=True)
-    asked_NJ = logits_NV.gather(1, asked_ids_NJ) - norm_N1
-    forced_NF = logits_NV[:, forced_ids_F] - norm_N1
+    asked_NJ, forced_NF = logits_NV.gather(1, asked_ids_NJ), logits_NV[:, forced_ids_F]
     if draws_ND is not None:
+        norm_N1 = logits_NV.logsumexp(1, keepdim=True)
         ids_ND, logprobs_ND = _drawn(logits_NV, draws_ND)
         return HeadScores(
-            asked_NJ=asked_NJ,
+            asked_NJ=asked_NJ - norm_N1,
             top_ids_NK=ids_ND,
             top_NK=logprobs_ND,
             tail_N=torch.full_like(norm_N1[:, 0], -torch.inf),
-            forced_NF=forced_NF,
+            forced_NF=forced_NF - norm_N1,
         )
-    top_NK, top_ids_NK = logits_NV.topk(top_k, dim=1)
-    rest_NV = logits_NV.scatter(1, top_ids_NK, -torch.inf)
+    top_NK, top_ids_NK = _largest(logits_NV, top_k)
+    largest_N1 = top_NK[:, :1]
+    # The logits are ours: one pass turns them into weights, of which the top K are taken out, so
+    # the rest is summed by itself and is exact however small.
+    weights_NV = logits_NV.sub_(largest_N1).exp_().scatter_(1, top_ids_NK, 0.0)
+    rest_N = weights_NV.sum(1)
+    norm_N1 = (rest_N + (top_NK - largest_N1).exp().sum(1)).log()[:, None] + largest_N1
     return HeadScores(
-        asked_NJ=asked_NJ,
+        asked_NJ=asked_NJ - norm_N1,
         top_ids_NK=top_ids_NK,
         top_NK=top_NK - norm_N1,
-        tail_N=rest_NV.logsumexp(1) - norm_N1[:, 0],
-        forced_NF=forced_NF,
+        tail_N=rest_N.log() + (largest_N1 - norm_N1)[:, 0],
+        forced_NF=forced_NF - norm_N1,
     )
+
+
+def _largest(logits_NV: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as `topk`, faster on a CPU: all of the top K stand in the K best blocks of ids."""
+    rows, vocabulary = logits_NV.shape
+    blocks = vocabulary // BLOCK_IDS
+    if logits_NV.is_cuda or blocks < 4 * top_k:
+        return logits_NV.topk(top_k, dim=1)
+    whole_NBI = logits_NV[:, : blocks * BLOCK_IDS].unflatten(1, (blocks, BLOCK_IDS))
+    best_NK = whole_NBI.amax(2).topk(top_k, dim=1, sorted=False).indices
+    within_I = torch.arange(BLOCK_IDS, device=logits_NV.device)
+    ids_NC = (best_NK[:, :, None] * BLOCK_IDS + within_I).flatten(1)
+    left = torch.arange(blocks * BLOCK_IDS, vocabulary, device=logits_NV.device)
+    ids_NC = torch.cat([ids_NC, left.expand(rows, -1)], dim=1)
+    top_NK, places_NK = logits_NV.gather(1, ids_NC).topk(top_k, dim=1)
+    return top_NK, ids_NC.gather(1, places_NK)
 
 
 def _drawn(logits_NV: torch.Tensor, draws_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,6 +37,7 @@ def launch(job: TrainJob, progress: Progress) -> None:
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={job.config.pools.trainer.devices}",
+        f"--log-dir={scratch}",  # else a folder is left behind for every round
         "--module",
         "stages.train_worker",
         str(path),

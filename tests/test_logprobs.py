@@ -1,5 +1,6 @@
 """Log-probabilities against dense float64 formulas."""
 
+import pytest
 import torch
 
 from opd_stream.logprobs import completion_rows, head_scores
@@ -32,7 +33,7 @@ def test_a_tail_far_below_rounding_is_still_exact() -> None:
     logits = torch.tensor([[30.0, 25.0, 4.0, 3.0, 2.0]])
     scores = head_scores(
         logits,
-        lambda hidden: hidden,
+        lambda hidden: hidden.clone(),
         asked_ids_NJ=torch.tensor([[0]]),
         forced_ids_F=torch.tensor([0]),
         top_k=2,
@@ -52,3 +53,26 @@ def test_the_row_before_a_token_predicts_it() -> None:
         for place in range(int(completions[row]))
     ]
     assert rows.tolist() == expected == [2, 3, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("vocabulary", [700, 4096, 4113])
+def test_the_best_blocks_hold_the_top_k(vocabulary: int) -> None:
+    """Whether the blocks divide the vocabulary or not, and where values are equal."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(40, vocabulary, generator=generator).mul(2).round(decimals=1)
+    scores = head_scores(
+        logits,
+        lambda hidden: hidden.clone(),
+        asked_ids_NJ=torch.zeros(40, 1, dtype=torch.long),
+        forced_ids_F=torch.tensor([3]),
+        top_k=16,
+        chunk_rows=7,
+    )
+    dense = torch.log_softmax(logits.double(), dim=1)
+    expected = dense.topk(16, dim=1).values
+    torch.testing.assert_close(scores.top_NK.double(), expected, atol=1e-5, rtol=0)
+    found = dense.gather(1, scores.top_ids_NK)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    assert all(len(set(row)) == 16 for row in scores.top_ids_NK.tolist())
+    rest = dense.scatter(1, scores.top_ids_NK, -torch.inf).logsumexp(1)
+    torch.testing.assert_close(scores.tail_N.double(), rest, atol=1e-5, rtol=0)

@@ -22,7 +22,7 @@ from opd_stream.errors import UserError
 from opd_stream.logprobs import HeadScores, head_scores
 from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
 
-HEAD_ROWS_PER_CHUNK = 2048  # rows whose logits exist at one time while scoring
+LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**28}  # that exist at one time while scoring
 LIVE_SHARE = 0.75  # ended rows are taken out when fewer than this share is still running
 
 
@@ -273,7 +273,7 @@ class TransformersEngine:
             asked_ids_NJ=torch.from_numpy(asked).to(self._device),
             forced_ids_F=torch.tensor(forced_ids, dtype=torch.long, device=self._device),
             top_k=top_k,
-            chunk_rows=HEAD_ROWS_PER_CHUNK,
+            chunk_rows=self.head_rows_per_chunk(),
             draws_ND=drawn,
         )
         split: dict[str, list[NDArray[Any]]] = {}
@@ -283,6 +283,11 @@ class TransformersEngine:
             split[name] = np.split(column, np.cumsum(lengths.numpy())[:-1])
         for place in range(len(chosen)):
             yield {name: parts[place] for name, parts in split.items()}
+
+    def head_rows_per_chunk(self) -> int:
+        """Completion tokens whose logits exist at one time: few enough for a CPU's caches."""
+        vocabulary = self._model.config.get_text_config().vocab_size
+        return max(16, LOGITS_PER_CHUNK[self._device.type] // vocabulary)
 
     def _read(self, folder: Path) -> Any:
         from transformers import AutoModelForCausalLM

@@ -1,0 +1,151 @@
+"""What scoring costs beside what it cannot do without: `make bench-engines`.
+
+Everything runs in one process on one thread; figures are medians of interleaved runs in CPU
+seconds. The bare pass is the decoder over the same padded batches, without the head, plus the
+product of the completion tokens' hidden states with the head, in the same chunks.
+"""
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from opd_stream.engines import prefill
+from opd_stream.engines.head import logits_head
+from opd_stream.engines.transformers_engine import TransformersEngine
+from opd_stream.types import RolloutBatch
+
+TINY = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3, "heads": 3}
+SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "heads": 8}
+SHAPES: dict[str, tuple[dict[str, int], int]] = {
+    "tiny, V 32,768": (TINY, 32_768),
+    "tiny, V 151,936": (TINY, 151_936),
+    "70 M, V 32,768": (SMALL, 32_768),
+    "130 M, V 151,936": (SMALL, 151_936),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--top-k", type=int, default=64)
+    parser.add_argument("--shape", action="append", choices=sorted(SHAPES), default=[])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"Python {platform.python_version()}, torch {version('torch')}, one thread\n")
+    print("| model | scoring, CPU s | decoder + head, CPU s | speed of the bare pass |")
+    print("|---|---|---|---|")
+    engines: dict[str, TransformersEngine] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.shape or SHAPES:
+            engines[name] = _engine(Path(folder), name)
+            _compare_with_bare(name, engines[name], arguments)
+        print("\n| model | 8 samples of a 512-token prompt | separately | saving |")
+        print("|---|---|---|---|")
+        for name, engine in engines.items():
+            _compare_shared(name, engine, arguments)
+
+
+def _engine(folder: Path, name: str) -> TransformersEngine:
+    shape, vocabulary = SHAPES[name]
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=shape["hidden_size"],
+        intermediate_size=shape["intermediate_size"],
+        num_hidden_layers=shape["num_hidden_layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=max(1, shape["heads"] // 4),
+        head_dim=32 if shape is TINY else 64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    place = folder / name.replace(" ", "-").replace(",", "")
+    Qwen3ForCausalLM(config).save_pretrained(place)
+    return TransformersEngine(place, dtype="float32", batch_rows=8)
+
+
+def _rollouts(rows: int, *, prompt: int, completion: int, shared: bool) -> RolloutBatch:
+    random = np.random.default_rng(0)
+    one = random.integers(0, 30_000, prompt).astype(np.int32)
+    return RolloutBatch(
+        prompt_id=tuple(f"p{0 if shared else row}" for row in range(rows)),
+        sample_index=np.arange(rows, dtype=np.int32),
+        prompt_ids=tuple(
+            one if shared else random.integers(0, 30_000, prompt).astype(np.int32)
+            for _ in range(rows)
+        ),
+        completion_ids=tuple(
+            random.integers(0, 30_000, completion).astype(np.int32) for _ in range(rows)
+        ),
+        behavior_logprobs=tuple(np.zeros(completion, np.float32) for _ in range(rows)),
+        finish_reason=("length",) * rows,
+    )
+
+
+def _compare_with_bare(name: str, engine: TransformersEngine, arguments: Any) -> None:
+    rollouts = _rollouts(arguments.rows, prompt=64, completion=192, shared=False)
+    mine, bare = _interleaved(
+        arguments.repeats,
+        lambda: engine.score(rollouts, top_k=arguments.top_k, forced_ids=(1, 2)),
+        lambda: _bare(engine, rollouts),
+    )
+    print(f"| {name} | {mine:.2f} | {bare:.2f} | {bare / mine:.2f} |", flush=True)
+
+
+@torch.inference_mode()
+def _bare(engine: TransformersEngine, rollouts: RolloutBatch) -> None:
+    """The decoder and the head's product, and nothing made of them."""
+    model: Any = engine._model
+    head = logits_head(model)
+    for start in range(0, len(rollouts), 8):
+        rows = slice(start, start + 8)
+        hidden = prefill.completion_hidden(
+            model.get_decoder(),
+            rollouts.prompt_ids[rows],
+            rollouts.completion_ids[rows],
+            torch.device("cpu"),
+        )
+        for chunk in hidden.split(engine.head_rows_per_chunk()):
+            head(chunk)
+
+
+def _compare_shared(name: str, engine: TransformersEngine, arguments: Any) -> None:
+    rollouts = _rollouts(8, prompt=512, completion=64, shared=True)
+
+    def score() -> None:
+        engine.score(rollouts, top_k=arguments.top_k, forced_ids=(1, 2))
+
+    def separately() -> None:
+        kept, prefill.LEAST_SAVING = prefill.LEAST_SAVING, 0.0
+        score()
+        prefill.LEAST_SAVING = kept
+
+    together, apart = _interleaved(arguments.repeats, score, separately)
+    print(f"| {name} | {together:.2f} | {apart:.2f} | {apart / together:.2f} |", flush=True)
+
+
+def _interleaved(repeats: int, *work: Callable[[], object]) -> list[float]:
+    """Median CPU seconds of each, run in turn after one run that is not counted."""
+    seconds: list[list[float]] = [[] for _ in work]
+    for number in range(repeats + 1):
+        for place, do in enumerate(work):
+            start = time.process_time()
+            do()
+            if number:
+                seconds[place].append(time.process_time() - start)
+    return [statistics.median(values) for values in seconds]
+
+
+if __name__ == "__main__":
+    main()
