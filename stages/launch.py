@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from opd_stream.errors import UserError
@@ -31,13 +32,14 @@ def launch(job: TrainJob, progress: Progress) -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     path = scratch / "job.json"
     path.write_text(job.as_json())
+    logs = tempfile.TemporaryDirectory()
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={job.config.pools.trainer.devices}",
-        f"--log-dir={scratch}",  # else a folder is left behind for every round
+        f"--log-dir={logs.name}",  # its own choice would be left behind, one a round
         "--module",
         "stages.train_worker",
         str(path),
@@ -62,6 +64,7 @@ def launch(job: TrainJob, progress: Progress) -> None:
     finally:
         process.terminate() if process.poll() is None else None
         process.wait()
+        logs.cleanup()
     if problem is not None:
         raise problem
     if process.returncode:
