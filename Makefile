@@ -8,7 +8,7 @@ VLLM_READY := .venv-vllm/.ready
 BENCH := .venv-bench/bin
 BENCH_READY := .venv-bench/.ready
 
-.PHONY: help quickstart test test-vllm lint models bench-cache bench-generation bench-loss \
+.PHONY: help quickstart test test-vllm lint models bench-cache bench-engines bench-generation bench-loss \
 	bench-methods bench-quickstart bench-train \
 	bench-truncated clean
 
@@ -50,6 +50,9 @@ models: $(READY) ## make the embedded teachers and students again, about twenty 
 
 bench-generation: $(READY) ## tokens per second against stock generate
 	$(BIN)/python benchmarks/generation.py
+
+bench-engines: $(READY) ## scoring beside the bare forward pass, and with shared prompts
+	$(BIN)/python benchmarks/engines.py
 
 bench-cache: $(READY) models/text-teacher ## size, error and speed of the teacher cache
 	$(BIN)/python benchmarks/cache.py --text-teacher models/text-teacher
