@@ -70,3 +70,14 @@ def _wait_for(folder: Path, process: subprocess.Popen[bytes]) -> None:
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.02)
     raise AssertionError(f"nothing was committed below {folder}")
+
+
+@pytest.mark.timeout(200)
+def test_a_pool_that_no_node_can_run_ends_the_run_with_what_is_missing(tmp_path: Path) -> None:
+    pool = "{labels: {pool: nowhere}, resources: {slot: 1}, start_seconds: 8}"
+    command = ray_command(tmp_path, f"pools.teacher={pool}", "evaluation=null")
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    last = found.stderr.strip().splitlines()[-1]
+    assert "no node has the label pool=nowhere" in last
+    assert "a worker asks for 1 slot, the largest node has 0" in last
