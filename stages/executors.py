@@ -7,6 +7,7 @@ the next one is being sampled, because both pools are stages of that one dataset
 """
 
 import queue
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Protocol, Self
@@ -152,6 +153,8 @@ def _worker_specs(config: Config, roles: tuple[Role, ...]) -> list[WorkerSpec]:
 def _checked(table: pa.Table) -> list[Worked]:
     done = worked_of(table)
     for worked in done:
+        if worked.traceback is not None:
+            sys.stderr.write(worked.traceback)
         if worked.problem is not None:
             raise UserError(worked.problem)
     return done

@@ -7,6 +7,7 @@ nothing but the store and a checkpoint folder.
 
 import json
 import time
+import traceback
 from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -58,7 +59,8 @@ class Worked:
     order: Order
     generate_span: tuple[float, float] | None = None  # None: it was committed already
     score_span: tuple[float, float] | None = None
-    problem: str | None = None  # a UserError's line
+    problem: str | None = None  # what went wrong, in a line
+    traceback: str | None = None  # of what is not a user's mistake
 
     def as_table(self) -> pa.Table:
         """One row that travels between workers."""
@@ -266,6 +268,14 @@ def _each(table: pa.Table, work: Callable[[Worked], Worked]) -> pa.Table:
                 worked = work(worked)
             except (UserError, DamagedUnit) as error:
                 worked = replace(worked, problem=str(error))
+            except Exception as error:  # a poisoned prompt must not look like a dead machine
+                text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                worked = replace(
+                    worked,
+                    problem=f"unit {worked.order.unit} of rollouts/{worked.order.rollouts[:16]} "
+                    f"failed ({text}); committed units stay; mend the cause and run again",
+                    traceback=traceback.format_exc(),
+                )
         done.append(worked.as_table())
     return pa.concat_tables(done)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
 from opd_stream.store.store import Store
 from pipeline.rounds import run
@@ -314,3 +315,25 @@ def test_a_store_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="expected a"):
         run_small(tmp_path, f"store={tmp_path / 'file'}")
+
+
+def test_a_poisoned_prompt_stops_the_run_with_its_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is not a user's mistake shows its traceback, then a line; the other unit stays."""
+    sample, calls = TransformersEngine.sample, list[int]()
+
+    def poisoned(self: Any, prompts: Any, **settings: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise ValueError("token 4711 poisons the kernel")
+        return sample(self, prompts, **settings)
+
+    monkeypatch.setattr(TransformersEngine, "sample", poisoned)
+    with pytest.raises(UserError, match=r"unit 1 of rollouts/\w+ failed \(ValueError: token 4711"):
+        run_small(tmp_path, "evaluation=null")
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.undo()
+    summary = run_small(tmp_path, "evaluation=null")
+    assert summary["finished"]
+    assert len(list((tmp_path / "store" / "rollouts").glob("*/units/00000.json"))) == 2
