@@ -100,6 +100,7 @@ def _train(session: Session, here: Round, *, follow: bool) -> str:
     for cache in _new_caches(session, here):
         if follow:
             _wait(session, cache.is_complete, f"{cache.scores.name} to be complete")
+        _need(cache.rollouts.is_complete(), here, "generate", "rollouts")
         _need(cache.is_complete(), here, "score", "scores")
     if not has_policy(session, here):
         damaged = [
