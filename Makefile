@@ -26,7 +26,7 @@ quickstart: $(READY) ## distil the embedded teacher into the embedded student, a
 	$(BIN)/opd-stream run configs/quickstart.yaml
 
 test: $(READY) ## the test suite, under five minutes on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-vllm: $(VLLM_READY) ## the engine contract and a run with vLLM, on a CPU; two minutes after set-up
 	OMP_WAIT_POLICY=PASSIVE $(VLLM)/python -m pytest tests/test_vllm.py tests/test_engines.py

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opd_stream.config import Config
+from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit
 from pipeline.caches import Cache, scores_of
 from pipeline.reports import Span, busy_seconds, made_by, round_report, summary
@@ -108,6 +109,10 @@ def train_round(session: Session, here: Round) -> None:
         try:
             return train_policy(session, here)
         except DamagedUnit as damaged:
+            if session.setup.config.replay is not None:
+                raise UserError(
+                    f"{damaged}; a replay only reads: continue the run that made it, then this one"
+                ) from damaged
             session.progress.say(f"{damaged}; it is made again")
             damaged.artifact.condemn(damaged.unit)
 

@@ -6,11 +6,12 @@ at once; several machines on one stage take the units in orders of their own and
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
-from opd_stream.store.artifact import DamagedUnit
+from opd_stream.store.artifact import DamagedUnit, summed_counts
 from pipeline.caches import Cache
 from pipeline.rounds import Session, evaluate_policy, has_policy, make_caches, train_policy
 from pipeline.run_directory import RunDirectory
@@ -118,24 +119,17 @@ def _train(session: Session, here: Round, *, follow: bool) -> str:
     return f"{here.policy.name} is complete: {here.policy.folder()}"
 
 
-def _new_caches(session: Session, here: Round) -> list[Cache]:
-    """The caches of a round that are not there from earlier ones, and the audit's."""
-    caches = list(here.caches)
-    if here.probe is not None and here.fresh is not None:
+def _new_caches(session: Session, here: Round) -> Iterator[Cache]:
+    """The caches that a round needs, then the audit's: it exists if a rollout was cut.
+
+    Whether one was is known once the rollouts before it are complete, so take the audit's last.
+    """
+    yield from here.caches
+    if here.probe is None or here.fresh is None:
+        return
+    if summed_counts(here.fresh.rollouts.commits().values()).get("length_rows"):
         rollouts, scores = probe_artifacts(session.setup, here.probe)
-        if rollouts.is_started():
-            version = here.fresh.policy_version
-            caches.append(
-                Cache(
-                    rollouts=rollouts,
-                    scores=scores,
-                    origin="fresh",
-                    policy_version=version,
-                    made_in=version,
-                    student=here.student,
-                )
-            )
-    return caches
+        yield replace(here.fresh, rollouts=rollouts, scores=scores, slots=())
 
 
 def _wait(session: Session, is_there: Callable[[], bool], what: str) -> None:

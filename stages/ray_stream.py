@@ -100,6 +100,7 @@ def stream(queue: Any, workers: list[WorkerSpec]) -> Iterator[pa.Table]:
     from ray.exceptions import GetTimeoutError
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)  # told in one line
     # Bounded restarts have no named parameter in Ray 2.60 to 2.63.
     warnings.filterwarnings("ignore", message=".*ray_remote_args.* is deprecated.*")
     context = ray.data.DataContext.get_current().copy()
@@ -107,7 +108,7 @@ def stream(queue: Any, workers: list[WorkerSpec]) -> Iterator[pa.Table]:
     context.print_on_execution_start = False
     context.target_max_block_size = 1
     context.execution_no_progress_timeout_s = -1  # the stream rests while the student trains
-    start_seconds = max(pool.start_seconds for _, _, pool in workers)
+    start_seconds = _patience([pool for _, _, pool in workers])
     context.wait_for_min_actors_s = start_seconds
     with ray.data.DataContext.current(context):
         dataset = ray.data.read_datasource(_source(queue), override_num_blocks=1, num_cpus=0)
@@ -136,6 +137,15 @@ def stream(queue: Any, workers: list[WorkerSpec]) -> Iterator[pa.Table]:
             f"a pool has no worker after {start_seconds} s; {'; '.join(lacks)}; lower what it asks "
             "for, add such a node, or raise start_seconds of the pool"
         ) from error
+
+
+def _patience(pools: list[Pool]) -> int:
+    """Seconds until a stream without workers gives up: a pool that no node can run decides."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    lost = [pool.start_seconds for pool in pools if lacking(pool, nodes)]
+    return min(lost) if lost else max(pool.start_seconds for pool in pools)
 
 
 def _placement(pool: Pool) -> dict[str, Any]:

@@ -39,6 +39,14 @@ SMALL_RUN: dict[str, Any] = {
 }
 
 
+LONGEST = ("test_ray", "test_training", "test_object_store", "test_real_prompts", "test_resume")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     """Small tensors on a shared machine are fastest on one thread, and the same every time."""

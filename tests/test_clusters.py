@@ -18,7 +18,11 @@ from stages.progress import Silent
 from stages.ray_stream import lacking
 from tests.conftest import small_config
 
-SETTINGS = ("evaluation=null", "prompts_per_unit=2")
+SETTINGS = (
+    "evaluation=null",
+    "prompts_per_unit=2",
+    "rollouts.window={kind: adaptive, candidates: [16, 32], max_window_tokens: 48, start: 16}",
+)
 
 
 def machine(work: Callable[[], Any]) -> int:
@@ -68,12 +72,16 @@ def test_three_machines_that_follow_each_other_make_the_policies_of_one(tmp_path
         Silent(),
     )
     assert together["policies"] == alone["policies"]
+    audits = [r["window_decision"] for r in RunDirectory(tmp_path / "apart" / "r").reports()]
+    assert audits[0]["probe_rows"] == 2  # the probe crossed machines, too
     assert together["tokens"]["generated"] == together["tokens"]["trained"] == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_two_machines_on_one_stage_share_its_units(tmp_path: Path) -> None:
-    config = small_config(tmp_path, *SETTINGS, "prompts_per_unit=1", "rollouts.window.tokens=160")
+    config = small_config(
+        tmp_path, "evaluation=null", "prompts_per_unit=1", "rollouts.window.tokens=160"
+    )
 
     def generate(name: str) -> Callable[[], None]:
         def work() -> None:
