@@ -8,7 +8,8 @@ VLLM_READY := .venv-vllm/.ready
 BENCH := .venv-bench/bin
 BENCH_READY := .venv-bench/.ready
 
-.PHONY: help quickstart test test-vllm lint models bench-cache bench-engines bench-generation bench-loss \
+.PHONY: help quickstart test test-faults test-vllm lint models bench-cache bench-engines bench-engines-memory \
+	bench-engines-vllm bench-generation bench-loss bench-overlap bench-reload \
 	bench-methods bench-quickstart bench-train \
 	bench-truncated clean
 
@@ -27,6 +28,9 @@ quickstart: $(READY) ## distil the embedded teacher into the embedded student, a
 
 test: $(READY) ## the test suite, under five minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-faults: $(READY) ## workers and nodes that die, hang or go away; three minutes
+	$(BIN)/python -m pytest -m faults
 
 test-vllm: $(VLLM_READY) ## the engine contract and a run with vLLM, on a CPU; two minutes after set-up
 	OMP_WAIT_POLICY=PASSIVE $(VLLM)/python -m pytest tests/test_vllm.py tests/test_engines.py
@@ -52,7 +56,20 @@ bench-generation: $(READY) ## tokens per second against stock generate
 	$(BIN)/python benchmarks/generation.py
 
 bench-engines: $(READY) ## scoring beside the bare forward pass, and with shared prompts
-	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python -m benchmarks.engines
+
+bench-engines-memory: $(READY) ## peak memory of scoring when sequences and batches grow
+	$(BIN)/python -m benchmarks.engines_memory
+
+bench-engines-vllm: $(VLLM_READY) ## both engines on the same model, sampling and scoring
+	$(VLLM)/python -m benchmarks.engines_vllm
+	$(VLLM)/python -m benchmarks.engines_reload --engine vllm
+
+bench-reload: $(READY) ## seconds from a written policy to its first token
+	$(BIN)/python -m benchmarks.engines_reload
+
+bench-overlap: $(READY) ## a round whose rollouts were made while the one before trained
+	$(BIN)/python benchmarks/overlap.py
 
 bench-cache: $(READY) models/text-teacher ## size, error and speed of the teacher cache
 	$(BIN)/python benchmarks/cache.py --text-teacher models/text-teacher

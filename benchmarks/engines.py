@@ -27,6 +27,8 @@ from opd_stream.types import RolloutBatch
 TINY = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3, "heads": 3}
 SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "heads": 8}
 SHAPES: dict[str, tuple[dict[str, int], int]] = {
+    "tiny, V 4,096": (TINY, 4_096),
+    "70 M, V 4,096": (SMALL, 4_096),
     "tiny, V 32,768": (TINY, 32_768),
     "tiny, V 151,936": (TINY, 151_936),
     "70 M, V 32,768": (SMALL, 32_768),
@@ -47,8 +49,8 @@ def main() -> None:
     print("|---|---|---|---|")
     engines: dict[str, TransformersEngine] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in arguments.shape or SHAPES:
-            engines[name] = _engine(Path(folder), name)
+        for name in arguments.shape or list(SHAPES)[2:]:
+            engines[name] = make_engine(Path(folder), name)
             _compare_with_bare(name, engines[name], arguments)
         print("\n| model | 8 samples of a 512-token prompt | separately | saving |")
         print("|---|---|---|---|")
@@ -56,7 +58,8 @@ def main() -> None:
             _compare_shared(name, engine, arguments)
 
 
-def _engine(folder: Path, name: str) -> TransformersEngine:
+def make_engine(folder: Path, name: str) -> TransformersEngine:
+    """An engine over a random model of a shape, written below a folder."""
     shape, vocabulary = SHAPES[name]
     torch.manual_seed(0)
     config = Qwen3Config(
@@ -75,18 +78,20 @@ def _engine(folder: Path, name: str) -> TransformersEngine:
     return TransformersEngine(place, dtype="float32", batch_rows=8)
 
 
-def _rollouts(rows: int, *, prompt: int, completion: int, shared: bool) -> RolloutBatch:
+def random_rollouts(
+    rows: int, *, prompt: int, completion: int, shared: bool, ids: int = 4_000
+) -> RolloutBatch:
+    """Rows of random ids, of one prompt or of one each."""
     random = np.random.default_rng(0)
-    one = random.integers(0, 30_000, prompt).astype(np.int32)
+    one = random.integers(0, ids, prompt).astype(np.int32)
     return RolloutBatch(
         prompt_id=tuple(f"p{0 if shared else row}" for row in range(rows)),
         sample_index=np.arange(rows, dtype=np.int32),
         prompt_ids=tuple(
-            one if shared else random.integers(0, 30_000, prompt).astype(np.int32)
-            for _ in range(rows)
+            one if shared else random.integers(0, ids, prompt).astype(np.int32) for _ in range(rows)
         ),
         completion_ids=tuple(
-            random.integers(0, 30_000, completion).astype(np.int32) for _ in range(rows)
+            random.integers(0, ids, completion).astype(np.int32) for _ in range(rows)
         ),
         behavior_logprobs=tuple(np.zeros(completion, np.float32) for _ in range(rows)),
         finish_reason=("length",) * rows,
@@ -94,7 +99,7 @@ def _rollouts(rows: int, *, prompt: int, completion: int, shared: bool) -> Rollo
 
 
 def _compare_with_bare(name: str, engine: TransformersEngine, arguments: Any) -> None:
-    rollouts = _rollouts(arguments.rows, prompt=64, completion=192, shared=False)
+    rollouts = random_rollouts(arguments.rows, prompt=64, completion=192, shared=False)
     mine, bare = _interleaved(
         arguments.repeats,
         lambda: engine.score(rollouts, top_k=arguments.top_k, forced_ids=(1, 2)),
@@ -121,7 +126,7 @@ def _bare(engine: TransformersEngine, rollouts: RolloutBatch) -> None:
 
 
 def _compare_shared(name: str, engine: TransformersEngine, arguments: Any) -> None:
-    rollouts = _rollouts(8, prompt=512, completion=64, shared=True)
+    rollouts = random_rollouts(8, prompt=512, completion=64, shared=True)
 
     def score() -> None:
         engine.score(rollouts, top_k=arguments.top_k, forced_ids=(1, 2))

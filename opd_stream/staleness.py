@@ -154,6 +154,17 @@ def decide_unit(
     return UnitDecision(action="train", reason=f"kept: {measured}")
 
 
+def may_run_ahead(policy_drift: float, *, bounds: StalenessBounds, floor: float = 0.0) -> bool:
+    """Whether the next rollouts may be written by the policy before the one they will train.
+
+    Args:
+        policy_drift: of the last finished round's last epoch; the next is expected to drift alike.
+        bounds: the limits.
+        floor: policy_drift of fresh rows before training.
+    """
+    return policy_drift - floor <= bounds.policy_drift
+
+
 def _too_far(drift: DriftSums, bounds: StalenessBounds, floor: float) -> str | None:
     if beyond(drift, floor=floor) > bounds.policy_drift:
         return "drift passed its bound"

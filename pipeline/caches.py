@@ -33,7 +33,7 @@ class Cache:
 
     rollouts: Artifact
     scores: Artifact
-    origin: Literal["fresh", "extended", "kept", "replayed"]
+    origin: Literal["fresh", "ahead", "extended", "kept", "replayed"]
     policy_version: int  # of the oldest tokens in it
     made_in: int  # the round that made it
     student: Checkpoint | None  # sampled it; None: not known here, it must be there

@@ -35,6 +35,18 @@ def plan_round(
     )
 
 
+def plan_ahead(config: Config, plan: RoundPlan) -> RoundPlan:
+    """The round after one that is not trained yet, as if drift stopped none of its steps.
+
+    A schedule's window is then at least what the training will ask for.
+    """
+    return plan_round(
+        config,
+        round_index=plan.round_index + 1,
+        first_step=plan.first_step + plan.planned_steps,
+    )
+
+
 def training_window(config: Config) -> Window:
     """The window of the config."""
     return build_window(**config.rollouts.window.model_dump())

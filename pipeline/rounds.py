@@ -24,7 +24,7 @@ from pipeline.walk import (
     walk,
 )
 from stages.checkpoints import Checkpoint
-from stages.collect import collect, start_probe, start_rollouts, start_scores
+from stages.collect import Collection, begin, finish, start_probe, start_rollouts, start_scores
 from stages.evaluate import evaluate
 from stages.executors import Executor, open_executor
 from stages.progress import Progress
@@ -39,6 +39,7 @@ class Session:
     run_id: str
     executor: Executor
     progress: Progress
+    ahead: Collection | None = None  # of the next round, begun before this one trained
     spans: list[Span] = field(default_factory=list)
     started: float = field(default_factory=time.time)
     reached: set[str] = field(default_factory=set)  # names of artifacts
@@ -106,6 +107,8 @@ def train_round(session: Session, here: Round) -> None:
     """Everything up to the policy of a round; a unit found damaged while reading is made again."""
     while True:
         make_caches(session, here)
+        if here.ahead is not None and session.ahead is None:
+            session.ahead = _begin(session, here.ahead, score=True, shuffle=False)
         try:
             return train_policy(session, here)
         except DamagedUnit as damaged:
@@ -127,18 +130,23 @@ def make_caches(
     setup = session.setup
     if setup.config.replay is not None:
         return
+    if session.ahead is not None:
+        _finish(session, session.ahead, "generate")
+        session.ahead = None
     session.progress.say(
-        f"round {here.index}: window {here.plan.window_tokens} tokens, "
+        f"round {here.index}: window {here.window_tokens} tokens, "
         f"policy {here.student.identity.fingerprint[:12]}"
     )
     for cache in here.caches:
         if cache.made_in == here.index or not cache.is_complete():
-            _make_cache(session, cache, score=score, shuffle=shuffle)
+            name = "extend" if cache.origin == "extended" else "generate"
+            _finish(session, _begin(session, cache, score=score, shuffle=shuffle), name)
     if here.probe is not None:
         _make_probe(session, here, score=score)
 
 
-def _make_cache(session: Session, cache: Cache, *, score: bool, shuffle: bool) -> None:
+def _begin(session: Session, cache: Cache, *, score: bool, shuffle: bool) -> Collection:
+    """Order what is missing of a cache."""
     setup = session.setup
     assert cache.student is not None
     rollouts = start_rollouts(
@@ -146,7 +154,7 @@ def _make_cache(session: Session, cache: Cache, *, score: bool, shuffle: bool) -
         cache.rollouts.recipe,
         prompts_per_unit=cache.prompts_per_unit(setup.config.prompts_per_unit),
     )
-    session.spans += collect(
+    return begin(
         session.executor,
         rollouts,
         start_scores(setup.store, cache.scores.recipe, rollouts) if score else None,
@@ -154,9 +162,7 @@ def _make_cache(session: Session, cache: Cache, *, score: bool, shuffle: bool) -
         teacher=setup.teacher,
         made_by=session.run_id,
         progress=session.progress,
-        name="extend" if cache.origin == "extended" else "generate",
         shuffle=shuffle,
-        meanwhile=lambda: importlib.import_module("stages.train"),
     )
 
 
@@ -168,7 +174,7 @@ def _make_probe(session: Session, here: Round, *, score: bool) -> None:
     probe = start_probe(setup.store, here.probe, here.fresh.rollouts)
     if probe is None:
         return
-    session.spans += collect(
+    work = begin(
         session.executor,
         probe,
         start_scores(setup.store, scores_of(setup, here.probe), probe) if score else None,
@@ -176,8 +182,15 @@ def _make_probe(session: Session, here: Round, *, score: bool) -> None:
         teacher=setup.teacher,
         made_by=session.run_id,
         progress=session.progress,
-        name="probe",
     )
+    _finish(session, work, "probe")
+
+
+def _finish(session: Session, work: Collection, name: str) -> None:
+    """Wait for a collection; this process gets ready for training while the workers start."""
+    if work.orders:
+        importlib.import_module("stages.train")
+    session.spans += finish(session.executor, work, session.progress, name=name)
 
 
 def train_policy(session: Session, here: Round) -> None:
@@ -236,7 +249,7 @@ def evaluate_policy(session: Session, student: Checkpoint) -> dict[str, Any]:
     assert setup.config.evaluation is not None
     rollouts = evaluation_rollouts(setup, student)
     start_rollouts(setup.store, rollouts.recipe, prompts_per_unit=setup.config.prompts_per_unit)
-    session.spans += collect(
+    work = begin(
         session.executor,
         rollouts,
         None,
@@ -244,9 +257,8 @@ def evaluate_policy(session: Session, student: Checkpoint) -> dict[str, Any]:
         teacher=None,
         made_by=session.run_id,
         progress=session.progress,
-        name="evaluate",
-        meanwhile=lambda: importlib.import_module("stages.train"),
     )
+    _finish(session, work, "evaluate")
     session.reached.add(rollouts.name)
     result = evaluate(setup.store, setup.config.evaluation, rollouts, student)
     kept = {name: value for name, value in result.items() if name.startswith("pass@")}

@@ -13,11 +13,12 @@ from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit, summed_counts
 from pipeline.caches import Cache
+from pipeline.plan import plan_ahead
 from pipeline.rounds import Session, evaluate_policy, has_policy, make_caches, train_policy
 from pipeline.run_directory import RunDirectory
 from pipeline.setup import open_setup
 from pipeline.walk import Round, checkpoint_of, probe_artifacts, walk
-from stages.collect import collect, missing_units, start_scores
+from stages.collect import begin, finish, missing_units, start_scores
 from stages.executors import Role, open_executor
 from stages.progress import Progress
 
@@ -56,8 +57,9 @@ def run_stage(
         )
         if stage == "evaluate":
             return _evaluate(session, round_index)
-        here = _round(session, round_index, follow=follow)
-        directory.write_plan(here)
+        here = _round(session, round_index, follow=follow, train=stage == "train")
+        if stage == "train":
+            directory.write_plan(here)
         if stage == "generate":
             make_caches(session, here, score=False, shuffle=True)
             return f"{_names(here, 'rollouts')} complete"
@@ -74,7 +76,7 @@ def _score(session: Session, here: Round, *, follow: bool) -> str:
         _wait(session, cache.rollouts.is_started, f"{cache.rollouts.name} to be started")
         scores = start_scores(session.setup.store, cache.scores.recipe, cache.rollouts)
         while not scores.is_complete():
-            session.spans += collect(
+            work = begin(
                 session.executor,
                 cache.rollouts,
                 scores,
@@ -85,6 +87,7 @@ def _score(session: Session, here: Round, *, follow: bool) -> str:
                 generate=False,
                 shuffle=True,
             )
+            session.spans += finish(session.executor, work, session.progress)
             if not scores.is_complete():
                 _check_rollouts(cache, here, follow=follow)
                 time.sleep(POLL_SECONDS)
@@ -145,7 +148,10 @@ def _names(here: Round, kind: str) -> str:
     return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
 
 
-def _round(session: Session, round_index: int, *, follow: bool = False) -> Round:
+def _round(
+    session: Session, round_index: int, *, follow: bool = False, train: bool = True
+) -> Round:
+    """The round, as soon as its rollouts can be named; to `train`, as soon as it can start."""
     if not 0 <= round_index < session.setup.config.rounds:
         raise UserError(
             f"--round is {round_index}; the config has rounds 0 to "
@@ -158,6 +164,8 @@ def _round(session: Session, round_index: int, *, follow: bool = False) -> Round
             if here.index == round_index:
                 return here
             reached = here.index
+            if here.ahead is not None and here.index == round_index - 1 and not train:
+                return _caches_ahead(session, here, here.ahead)
         if not follow:
             raise UserError(
                 f"round {round_index} starts from the policy of round {round_index - 1}, which is "
@@ -167,6 +175,12 @@ def _round(session: Session, round_index: int, *, follow: bool = False) -> Round
             session.progress.say(f"waiting for the policy of round {round_index - 1}")
             said = True
         time.sleep(POLL_SECONDS)
+
+
+def _caches_ahead(session: Session, here: Round, cache: Cache) -> Round:
+    """The next round, to make its caches only: its policy cannot be named yet."""
+    plan = plan_ahead(session.setup.config, here.plan)
+    return replace(here, plan=plan, caches=(cache,), unit_decisions=(), ahead=None)
 
 
 def _evaluate(session: Session, round_index: int) -> str:

@@ -7,19 +7,20 @@ same way.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from opd_stream.config import Replay
 from opd_stream.config.collection import AdaptiveWindowConfig
 from opd_stream.errors import UserError
+from opd_stream.staleness import may_run_ahead
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import read_json
 from opd_stream.store.policy import Identity, PolicyArtifact
 from opd_stream.store.recipe import Recipe
 from pipeline.caches import Cache, Kept, fresh_cache, refreshed_caches, scores_of
-from pipeline.plan import RoundPlan, plan_round
+from pipeline.plan import RoundPlan, plan_ahead, plan_round
 from pipeline.setup import Setup
 from stages.cache_units import Slot, bounds_of
 from stages.checkpoints import Checkpoint
@@ -38,6 +39,7 @@ class Round:
     probe: Recipe | None  # of the audit's rollouts; None: this round takes none
     decision: dict[str, Any] | None  # of the audit before
     policy: PolicyArtifact
+    ahead: Cache | None  # of the next round, if its rollouts need not wait for this policy
 
     @property
     def index(self) -> int:
@@ -63,6 +65,7 @@ def walk(setup: Setup) -> Iterator[Round]:
     decision: dict[str, Any] | None = None
     window, bounds = config.rollouts.window, bounds_of(config)
     source = None if config.replay is None else _Source(setup, config.replay)
+    ahead: Cache | None = None
     for round_index in range(config.rounds):
         plan = plan_round(
             config,
@@ -76,6 +79,8 @@ def walk(setup: Setup) -> Iterator[Round]:
         elif outcome.get("units"):
             kept = refreshed_caches(setup, plan, students, outcome, bounds)
             caches = kept.caches
+        elif ahead is not None:
+            caches = (ahead,)
         else:
             caches = (fresh_cache(setup, plan, student),)
         policy = setup.store.policy(
@@ -97,8 +102,10 @@ def walk(setup: Setup) -> Iterator[Round]:
             is_last = round_index == config.rounds - 1
             if not is_last and round_index % window.every_rounds == 0:
                 probe = probe_recipe(window, fresh.rollouts.recipe)
+        ahead = _ahead(setup, plan, student, outcome)
         yield Round(
             plan=plan,
+            ahead=ahead,
             probe=probe,
             decision=decision,
             student=student,
@@ -113,6 +120,21 @@ def walk(setup: Setup) -> Iterator[Round]:
         previous, outcome = policy, policy.manifest()["outcome"]
         first_step += outcome["steps"]
         decision = outcome["window_decision"] or decision
+
+
+def _ahead(
+    setup: Setup, plan: RoundPlan, student: Checkpoint, outcome: dict[str, Any]
+) -> Cache | None:
+    """The next round's cache, by the student of this one; `outcome` is of the round before."""
+    config = setup.config
+    is_last = plan.round_index == config.rounds - 1
+    if not config.rollouts.ahead or is_last or not outcome:
+        return None
+    drift, floor = outcome["epochs"][-1]["policy_drift"], outcome["start"]["floor"] or 0.0
+    if not may_run_ahead(drift, bounds=bounds_of(config), floor=floor):
+        return None
+    cache = fresh_cache(setup, plan_ahead(config, plan), student)
+    return replace(cache, origin="ahead", policy_version=plan.round_index)
 
 
 def checkpoint_of(policy: PolicyArtifact) -> Checkpoint:

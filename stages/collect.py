@@ -5,7 +5,7 @@ every rollout committed it is the score stage; without scores it is the generate
 """
 
 import random
-from collections.abc import Callable
+from dataclasses import dataclass
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, summed_counts
@@ -19,6 +19,17 @@ from stages.selection import probe_size, prompts_of
 from stages.units import Order
 
 Span = tuple[float, float]  # start and end of work, seconds since the epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collection:
+    """Orders that an executor has, for `finish`."""
+
+    rollouts: Artifact
+    scores: Artifact | None
+    orders: tuple[Order, ...]
+    to_generate: frozenset[int]
+    to_score: frozenset[int]
 
 
 def start_rollouts(store: Store, recipe: Recipe, *, prompts_per_unit: int) -> Artifact:
@@ -74,7 +85,7 @@ def missing_units(artifact: Artifact, progress: Progress) -> list[int]:
     return missing
 
 
-def collect(
+def begin(
     executor: Executor,
     rollouts: Artifact,
     scores: Artifact | None,
@@ -83,12 +94,10 @@ def collect(
     teacher: Checkpoint | None,
     made_by: str,
     progress: Progress,
-    name: str = "generate",
     generate: bool = True,
     shuffle: bool = False,
-    meanwhile: Callable[[], object] | None = None,
-) -> list[Span]:
-    """Sample and score what is missing; returns when the workers were busy.
+) -> Collection:
+    """Order what is missing of rollouts and scores; the workers start at once, where there are any.
 
     Args:
         executor: runs the orders.
@@ -97,14 +106,9 @@ def collect(
         student: checkpoint of the rollouts' recipe.
         teacher: checkpoint of the scores' recipe.
         made_by: id of the run.
-        progress: told of every unit.
-        name: what the sampling is called there.
+        progress: told of damaged units.
         generate: False: score only what is published.
         shuffle: an order of its own, so that several machines on one artifact share the work.
-        meanwhile: done in this process while the workers start.
-
-    Raises:
-        UserError: a worker met a user's mistake.
     """
     to_generate = missing_units(rollouts, progress) if generate else []
     to_score: list[int] = []
@@ -126,22 +130,42 @@ def collect(
     ]
     if shuffle:
         random.shuffle(orders)
-    if generate:
-        progress.start(name, len(to_generate))
-    if scores is not None:
-        progress.start("score", len(to_score))
     if orders:
         executor.submit(orders)
-        if meanwhile is not None:
-            meanwhile()
+    return Collection(
+        rollouts=rollouts,
+        scores=scores,
+        orders=tuple(orders),
+        to_generate=frozenset(to_generate),
+        to_score=frozenset(to_score),
+    )
+
+
+def finish(
+    executor: Executor, work: Collection, progress: Progress, *, name: str = "generate"
+) -> list[Span]:
+    """Wait for what was begun; returns when the workers were busy.
+
+    Args:
+        executor: has the orders.
+        work: what was begun.
+        progress: told of every unit.
+        name: what the sampling is called there.
+
+    Raises:
+        UserError: a worker met a user's mistake.
+    """
+    progress.start(name, len(work.to_generate))
+    if work.scores is not None:
+        progress.start("score", len(work.to_score))
     spans: list[Span] = []
-    for worked in executor.results(len(orders)):
+    for worked in executor.results(work.orders):
         spans.extend((s[0], s[1]) for s in (worked.generate_span, worked.score_span) if s)
-        progress.advance(name, worked.order.unit in to_generate)
-        progress.advance("score", worked.order.unit in to_score)
-    rollouts.finish()
-    if scores is not None:
-        scores.finish()
+        progress.advance(name, worked.order.unit in work.to_generate)
+        progress.advance("score", worked.order.unit in work.to_score)
+    work.rollouts.finish()
+    if work.scores is not None:
+        work.scores.finish()
     return spans
 
 

@@ -9,7 +9,7 @@ the next one is being sampled, because both pools are stages of that one dataset
 import queue
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol, Self
 
 import pyarrow as pa
@@ -28,8 +28,8 @@ class Executor(Protocol):
         """Queue orders."""
         ...
 
-    def results(self, count: int) -> Iterator[Worked]:
-        """The next `count` results.
+    def results(self, orders: Sequence[Order]) -> Iterator[Worked]:
+        """What became of submitted orders; those of others wait for whoever asks for them.
 
         Raises:
             UserError: a worker met a user's mistake.
@@ -58,16 +58,14 @@ class LocalExecutor:
     def __init__(self, config: Config, roles: tuple[Role, ...] = BOTH) -> None:
         self._config, self._roles = config, roles
         self._workers: list[UnitWorker] = []
-        self._orders: list[Order] = []
 
     def submit(self, orders: Iterable[Order]) -> None:
         if not self._workers:
             specs = _worker_specs(self._config, self._roles)
             self._workers = [worker(*arguments) for worker, arguments, _ in specs]
-        self._orders.extend(orders)
 
-    def results(self, count: int) -> Iterator[Worked]:
-        for order in [self._orders.pop(0) for _ in range(count)]:
+    def results(self, orders: Sequence[Order]) -> Iterator[Worked]:
+        for order in orders:
             table = Worked(order=order).as_table()
             for worker in self._workers:
                 table = worker(table)
@@ -77,7 +75,7 @@ class LocalExecutor:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._orders.clear()
+        pass
 
 
 class RayExecutor:
@@ -91,6 +89,7 @@ class RayExecutor:
         self._config, self._roles = config, roles
         self._orders: Any = None
         self._done: queue.SimpleQueue[pa.Table | BaseException] = queue.SimpleQueue()
+        self._early: dict[Order, Worked] = {}  # done before anybody asked
         self._taker: threading.Thread | None = None
         self._owns_cluster = False
 
@@ -104,12 +103,17 @@ class RayExecutor:
             self._taker.start()
         put(self._orders, [Worked(order=order).as_table() for order in orders])
 
-    def results(self, count: int) -> Iterator[Worked]:
-        for _ in range(count):
-            done = self._done.get()
-            if isinstance(done, BaseException):
-                raise done
-            yield from _checked(done)
+    def results(self, orders: Sequence[Order]) -> Iterator[Worked]:
+        wanted = set(orders)
+        while wanted:
+            for order in wanted & self._early.keys():
+                yield self._early.pop(order)
+                wanted.remove(order)
+            if wanted:
+                done = self._done.get()
+                if isinstance(done, BaseException):
+                    raise done
+                self._early |= {worked.order: worked for worked in _checked(done)}
 
     def __enter__(self) -> Self:
         return self
@@ -145,7 +149,8 @@ def _worker_specs(config: Config, roles: tuple[Role, ...]) -> list[WorkerSpec]:
         ("teacher", ScoreUnits, config.teacher, pools.teacher),
     ):
         if role in roles and model is not None:
-            arguments = [store, model.batch_rows, pool.threads, model.vllm.model_dump()]
+            patience = pool.unit_seconds if config.executor == "ray" else None
+            arguments = [store, model.batch_rows, pool.threads, model.vllm.model_dump(), patience]
             specs.append((worker, arguments, pool))
     return specs
 

@@ -226,7 +226,8 @@ class Keeper(Callback):
         }
         drift = beyond(drift_of(everything), floor=self._floor)
         self._is_gated = drift >= self._bounds.gated_from
-        if not self._bounds.max_policies:  # else each unit has been decided about
+        decided = self._bounds.max_policies or job.config.rollouts.ahead
+        if not decided:  # else the rows were looked at before they were taken
             self._refuse_stale_rows(drift)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:

@@ -18,6 +18,8 @@ import pyarrow as pa
 from opd_stream.config import Pool, Pools
 from opd_stream.errors import UserError
 
+RESTARTS = 3  # of a worker, and tries of its unit after the first
+
 WorkerSpec = tuple[type, list[Any], Pool]  # class, constructor arguments, placement
 
 
@@ -97,10 +99,11 @@ def stream(queue: Any, workers: list[WorkerSpec]) -> Iterator[pa.Table]:
     """
     import ray
     import ray.data
-    from ray.exceptions import GetTimeoutError
+    from ray.exceptions import GetTimeoutError, RayError
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)  # told in one line
+    for name in ("exceptions", "_internal.execution.streaming_executor_state"):
+        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)  # told in one line
     # Bounded restarts have no named parameter in Ray 2.60 to 2.63.
     warnings.filterwarnings("ignore", message=".*ray_remote_args.* is deprecated.*")
     context = ray.data.DataContext.get_current().copy()
@@ -120,8 +123,8 @@ def stream(queue: Any, workers: list[WorkerSpec]) -> Iterator[pa.Table]:
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=pool.workers),
                 **_placement(pool),
-                max_restarts=3,
-                max_task_retries=3,
+                max_restarts=RESTARTS,
+                max_task_retries=RESTARTS,
             )
         blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     try:
@@ -137,6 +140,19 @@ def stream(queue: Any, workers: list[WorkerSpec]) -> Iterator[pa.Table]:
             f"a pool has no worker after {start_seconds} s; {'; '.join(lacks)}; lower what it asks "
             "for, add such a node, or raise start_seconds of the pool"
         ) from error
+    except RayError as error:
+        raise UserError(
+            f"a worker died {RESTARTS + 1} times, or its node is gone: {_cause(error)}; committed "
+            "units stay: look at the worker's memory and, if it was only slow, at unit_seconds of "
+            "its pool, then run again"
+        ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """What Ray says of a death, in a line."""
+    whole = " ".join(str(error).split())
+    text = whole[max(0, whole.find("The actor is dead because")) :]
+    return text if len(text) <= 240 else f"{text[:240]}…"
 
 
 def _patience(pools: list[Pool]) -> int:

@@ -5,10 +5,13 @@ unit; everything that decides its content is read from the recipe in the store, 
 nothing but the store and a checkpoint folder.
 """
 
+import contextlib
 import json
+import os
+import threading
 import time
 import traceback
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,8 @@ from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch, ScoreBatch
 from stages.extension import base_rollouts, grown_rows, joined, new_parts, old_scores
 from stages.selection import probe_rows, prompts_of
+
+HUNG = 75  # exit status of a worker that gave its unit up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +81,15 @@ def worked_of(table: pa.Table) -> list[Worked]:
 class UnitWorker:
     """A worker with one engine, kept alive between units, rounds and policies."""
 
-    def __init__(self, store: str, batch_rows: int, threads: int, vllm: dict[str, Any]) -> None:
-        self.store = Store(store)
+    def __init__(
+        self,
+        store: str,
+        batch_rows: int,
+        threads: int,
+        vllm: dict[str, Any],
+        unit_seconds: int | None = None,
+    ) -> None:
+        self.store, self.unit_seconds = Store(store), unit_seconds
         self.batch_rows, self.threads, self.vllm = batch_rows, threads, vllm
         self._engine: Engine | None = None
         self._loaded: str | None = None
@@ -87,7 +99,8 @@ class UnitWorker:
         import torch
 
         torch.set_num_threads(self.threads)  # the local loop shares the process with training
-        return _each(table, self.work)
+        with _ending_if_hung(self.unit_seconds):
+            return _each(table, self.work)
 
     def work(self, worked: Worked) -> Worked:
         """Make the unit of one order, or pass it on if it is committed."""
@@ -257,6 +270,21 @@ class ScoreUnits(UnitWorker):
             return old, _extension_counts(before, batch)
         new = engine.score(new_parts(before, batch, rows), **asked)
         return joined(old, new, rows), _extension_counts(before, batch)
+
+
+@contextlib.contextmanager
+def _ending_if_hung(seconds: int | None) -> Iterator[None]:
+    """End the process if the work inside takes longer: nothing in it can be trusted to stop."""
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, os._exit, (HUNG,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _each(table: pa.Table, work: Callable[[Worked], Worked]) -> pa.Table:

@@ -41,7 +41,7 @@ def test_ray_killed_in_the_middle_ends_where_the_local_loop_does(tmp_path: Path)
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
-        _wait_for(ray / "store" / "scores", first)
+        wait_for_unit(ray / "store" / "scores", first)
     finally:
         os.killpg(first.pid, signal.SIGKILL)
     first.wait()
@@ -61,7 +61,7 @@ def test_a_users_mistake_in_a_ray_worker_is_one_line_and_exit_code_2(tmp_path: P
     assert "Traceback" not in found.stderr
 
 
-def _wait_for(folder: Path, process: subprocess.Popen[bytes]) -> None:
+def wait_for_unit(folder: Path, process: subprocess.Popen[bytes]) -> None:
     """Until a first unit below the folder is committed."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:

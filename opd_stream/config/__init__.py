@@ -74,6 +74,12 @@ class Pool(Section):
     start_seconds: int = Field(
         default=60, ge=1, description="a pool without a worker by then ends the run"
     )
+    unit_seconds: int | None = Field(
+        default=None,
+        ge=1,
+        description="a worker that takes longer over a unit, with loading its engine, counts as "
+        "hung and is started again; null: never",
+    )
 
 
 class TrainerPool(Section):
@@ -175,6 +181,7 @@ class Config(Section):
                     "training, with sharded weights; use strategy ddp, or signal kl"
                 )
         _check_staleness(self)
+        _check_ahead(self)
         window = self.rollouts.window
         if window.kind == "adaptive":
             rising = list(window.candidates)
@@ -194,6 +201,23 @@ class Config(Section):
                 f"{window.max_window_tokens}; lower h0 or raise max_window_tokens"
             )
         return self
+
+
+def _check_ahead(config: Config) -> None:
+    """Rollouts made ahead must follow from what is known before the round trains."""
+    if not config.rollouts.ahead:
+        return
+    against = {
+        "rollouts.window.kind=adaptive": config.rollouts.window.kind == "adaptive",
+        "staleness.max_policies": bool(config.staleness.max_policies),
+        "replay": config.replay is not None,
+    }
+    found = [name for name, is_set in against.items() if is_set]
+    if found:
+        raise ValueError(
+            f"rollouts.ahead is set with {', '.join(found)}, where a round's rollouts depend on "
+            "the training before it or are there already; leave one of them out"
+        )
 
 
 def _check_staleness(config: Config) -> None:

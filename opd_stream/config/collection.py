@@ -128,6 +128,11 @@ class Rollouts(Section):
         description="further ids drawn at each position, for objective mc",
     )
     window: Window
+    ahead: bool = Field(
+        default=False,
+        description="sample and score the next round's rollouts while a round trains, by the "
+        "policy it starts from, where the round before stayed within staleness.policy_drift",
+    )
 
 
 class ExactCodecConfig(Section):

@@ -1,5 +1,6 @@
 """Engines: one class with two verbs, `sample` (as a student) and `score` (as a teacher)."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def open_engine(
     if engine == "fake":
         from opd_stream.engines.fake_engine import FakeEngine
 
-        return FakeEngine(folder)
+        pace = os.environ.get("OPD_STREAM_FAKE_SECONDS_PER_TOKEN", "0")
+        return FakeEngine(folder, seconds_per_token=float(pace))
     import torch
 
     from opd_stream.engines.transformers_engine import TransformersEngine

@@ -1,0 +1,115 @@
+"""Rollouts made while the round before trains: by an older policy, and otherwise as ever."""
+
+import queue
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opd_stream.errors import UserError
+from opd_stream.staleness import StalenessBounds, may_run_ahead
+from pipeline.rounds import run
+from pipeline.run_directory import RunDirectory
+from pipeline.stage_commands import run_stage
+from pipeline.status import status_lines
+from stages.executors import RayExecutor
+from stages.progress import Silent
+from stages.units import Order, Worked
+from tests.conftest import small_config
+
+AHEAD = ("rounds=3", "evaluation=null", "rollouts.ahead=true", "staleness.policy_drift=5")
+
+
+def reports(folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    directory = RunDirectory(folder / "run")
+    run(small_config(folder, *AHEAD, *overrides), directory, Silent())
+    return directory.reports()
+
+
+def test_from_the_third_round_on_rollouts_are_of_the_policy_before(tmp_path: Path) -> None:
+    found = reports(tmp_path)
+    assert [cache["origin"] for report in found for cache in report["caches"]] == [
+        "fresh",
+        "fresh",
+        "ahead",
+    ]
+    assert [cache["policy_version"] for report in found for cache in report["caches"]] == [0, 1, 1]
+    assert found[1]["sampler_gap"] is not None
+    assert found[2]["sampler_gap"] is None  # no row of that round is fresh
+    assert found[2]["start_drift"] > 10 * found[1]["start_drift"]
+
+
+def test_a_round_that_drifted_too_far_makes_the_next_wait(tmp_path: Path) -> None:
+    found = reports(tmp_path, "staleness.policy_drift=1e-6")
+    assert {cache["origin"] for report in found for cache in report["caches"]} == {"fresh"}
+
+
+def test_the_bound_is_on_drift_above_the_gap_of_the_sampler() -> None:
+    bounds = StalenessBounds(max_epochs=1, policy_drift=0.1, effective_sample_fraction=0.5)
+    assert may_run_ahead(0.1, bounds=bounds)
+    assert not may_run_ahead(0.11, bounds=bounds)
+    assert may_run_ahead(0.11, bounds=bounds, floor=0.02)
+
+
+def test_a_window_schedule_is_read_as_if_every_planned_step_were_taken(tmp_path: Path) -> None:
+    window = "rollouts.window={kind: linear, h0: 16, delta: 2, every: 1, max_window_tokens: 64}"
+    found = reports(tmp_path, window)
+    assert [report["steps"] for report in found] == [4, 4, 4]
+    assert [report["window_tokens"] for report in found] == [22, 30, 38]
+
+
+def test_the_next_round_can_be_made_on_another_machine_before_this_one_trains(
+    tmp_path: Path,
+) -> None:
+    whole = reports(tmp_path / "whole")
+    config, directory = small_config(tmp_path, *AHEAD), RunDirectory(tmp_path / "run")
+
+    def stage(name: str, round_index: int) -> None:
+        run_stage(name, config, directory, round_index=round_index, progress=Silent())
+
+    for name in ("generate", "score", "train"):
+        stage(name, 0)
+    stage("generate", 1)
+    stage("score", 1)
+    with pytest.raises(UserError, match="which is not trained yet; run train --round 1 first"):
+        stage("train", 2)
+    stage("generate", 2)
+    stage("score", 2)
+    stage("train", 1)
+    assert status_lines(config)[2].startswith("round 2: window 48; generate complete; score comp")
+    stage("train", 2)
+    again = run(config, directory, Silent())
+    assert again["policies"][1:] == [
+        {name: report["policy"][name] for name in ("version", "fingerprint", "weights_sha256")}
+        for report in whole
+    ]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "staleness.max_policies=2",
+        "rollouts.window={kind: adaptive, candidates: [8], max_window_tokens: 48, start: 8}",
+    ],
+)
+def test_what_needs_the_policy_first_is_refused(setting: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"rollouts\.ahead is set with"):
+        small_config(tmp_path, "rollouts.ahead=true", setting)
+
+
+def test_results_wait_for_whoever_ordered_them(tmp_path: Path) -> None:
+    """Orders of two collections come back mixed; each gets its own."""
+    executor = RayExecutor(small_config(tmp_path))
+    done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    executor._done = done
+    first, second = (
+        [
+            Order(unit=unit, rollouts=name, scores=None, student="s", teacher=None, made_by="r")
+            for unit in range(2)
+        ]
+        for name in ("a", "b")
+    )
+    for order in (second[1], first[0], second[0], first[1]):
+        done.put(Worked(order=order).as_table())
+    assert sorted(worked.order.unit for worked in executor.results(first)) == [0, 1]
+    assert {worked.order for worked in executor.results(second)} == set(second)
