@@ -115,6 +115,59 @@ def status(
         typer.echo(line)
 
 
+@app.command()
+def inspect(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")],
+    round_index: RoundNumber,
+    prompt: Annotated[str | None, typer.Option(metavar="ID", help="Show its rollout.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Which one, from 0. Default: 0.")] = None,
+    worst: Annotated[
+        int | None, typer.Option(metavar="N", help="List the N with the largest mean.")
+    ] = None,
+    by: Annotated[
+        str,
+        typer.Option(help="reverse_kl, teacher_nll, entropy, logprob_gap, rank or tail_mass."),
+    ] = "reverse_kl",
+    html: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Write a page instead of showing it here.")
+    ] = None,
+    cache_number: Annotated[
+        int | None, typer.Option("--cache", help="Of the round's caches. Default: the newest.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """A cached rollout seen with its teacher scores, or the worst of a round."""
+    from rich.console import Console
+
+    from opd_stream.config_file import override_config
+    from pipeline.inspect import command, terminal
+    from pipeline.run_directory import RunDirectory
+
+    has_choice = sample is not None or cache_number is not None
+    command.check_question(prompt, worst, html, has_choice)
+    directory = RunDirectory(run_dir)
+    config = override_config(directory.config(), overrides or [])
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if prompt is None:
+        assert worst is not None
+        found = command.inspect_worst(
+            directory, config, round_index=round_index, count=worst, by=by
+        )
+        return terminal.print_worst(found, console=console)
+    view = command.inspect_rollout(
+        directory,
+        config,
+        round_index=round_index,
+        prompt_id=prompt,
+        sample=sample or 0,
+        cache=cache_number,
+        by=by,
+    )
+    if html is not None:
+        return typer.echo(command.write_page(view, html))
+    terminal.print_rollout(view, console=console)
+
+
 @cache.command("ls")
 def cache_ls(store: StorePlace) -> None:
     """List the artifacts of a store."""

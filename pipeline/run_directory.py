@@ -66,6 +66,22 @@ class RunDirectory:
             raise UserError(f"{self.path} has no config.json; expected the folder of a run")
         return Config.model_validate(read_json(stored))
 
+    def plan(self, round_index: int) -> dict[str, Any]:
+        """What a round will do or did, and the artifacts it names.
+
+        Raises:
+            UserError: the round is not planned.
+        """
+        path = self._round(round_index) / "plan.json"
+        if not path.is_file():
+            there = sorted(int(found.parent.name) for found in self.path.glob("rounds/*/plan.json"))
+            known = f"rounds {there[0]} to {there[-1]}" if there else "no round yet"
+            raise UserError(
+                f"{self.path} has no round {round_index}; it has {known}; choose --round, or "
+                "continue the run"
+            )
+        return read_json(path)
+
     def run_id(self) -> str:
         """The id of an existing run."""
         return read_json(self.path / "run.json")["id"]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
@@ -58,7 +59,7 @@ def open_setup(config: Config) -> Setup:
         warnings=_warnings(store, config, teacher),
         stop_ids=stop_ids,
         forced_ids=tuple(sorted({*stop_ids, *_forced(config, student)})),
-        masked_ids=_masked(config, student),
+        masked_ids=masked_ids(config, student.tokenizer()),
         newline_ids=_newlines(config, student),
         prompts=make_prompts(store, config.prompts, student),
         evaluation_prompts=(
@@ -101,9 +102,9 @@ def _forced(config: Config, student: Checkpoint) -> list[int]:
     return found
 
 
-def _masked(config: Config, student: Checkpoint) -> tuple[int, ...]:
+def masked_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
     """Ids of `train.guards.mask_first`; what the tokenizer lacks cannot occur."""
-    vocabulary = student.tokenizer().get_vocab()
+    vocabulary = tokenizer.get_vocab()
     names = config.train.guards.mask_first
     return tuple(sorted(vocabulary[name] for name in names if name in vocabulary))
 

@@ -24,7 +24,7 @@ class Checkpoint:
 
     def tokenizer(self) -> Any:
         """The tokenizer of the folder."""
-        return _tokenizer(self.folder)
+        return open_tokenizer(self.folder)
 
     def terminators(self) -> tuple[int, ...]:
         """The ids that end a text, from the generation config and the model config."""
@@ -70,7 +70,12 @@ def check_pair(student: Checkpoint, teacher: Checkpoint) -> None:
 
 
 @lru_cache(maxsize=8)
-def _tokenizer(folder: Path) -> Any:
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
     from transformers import AutoTokenizer
 
     try:

@@ -88,6 +88,12 @@ def identify(folder: Path, *, cache: Path | None = None) -> Identity:
     )
 
 
+def tokenizer_digest(folder: Path) -> str:
+    """`tokenizer_sha256` of the identity of a folder, read without its weights."""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    return _digest_files(files, None)
+
+
 class PolicyArtifact:
     """The policy that a train stage makes.
 

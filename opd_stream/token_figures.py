@@ -1,0 +1,134 @@
+"""What a cache alone says about each drawn token: no model is read.
+
+Shapes: T completion tokens, K teacher candidates.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_stream.store.reader import ScoredRow
+
+Values = NDArray[np.float64]  # [T]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One number a token, and the scale it is coloured by."""
+
+    name: str
+    unit: str
+    meaning: str
+    edges: tuple[float, ...]  # between levels 0, 1, ..., of the absolute value
+    needs_ranks: bool  # ids drawn from the teacher do not tell it
+
+    def level(self, value: float) -> int:
+        """Level of a value: 0 to `len(edges)`, negative for negative values."""
+        level = int(np.searchsorted(self.edges, abs(value), side="right"))
+        return -level if value < 0 else level
+
+
+_NATS = (0.1, 0.5, 2.0, 5.0, 10.0)
+FIGURES = {
+    figure.name: figure
+    for figure in (
+        Figure(
+            name="reverse_kl",
+            unit="nats",
+            meaning="log-probability of the drawn token, student's minus teacher's: its mean over "
+            "draws is KL(student || teacher)",
+            edges=_NATS,
+            needs_ranks=False,
+        ),
+        Figure(
+            name="teacher_nll",
+            unit="nats",
+            meaning="minus the teacher's log-probability of the drawn token",
+            edges=_NATS,
+            needs_ranks=False,
+        ),
+        Figure(
+            name="entropy",
+            unit="nats",
+            meaning="the teacher's over its candidates and the rest as one outcome: at most its "
+            "entropy over the vocabulary",
+            edges=(0.05, 0.2, 0.5, 1.0, 2.0),
+            needs_ranks=True,
+        ),
+        Figure(
+            name="logprob_gap",
+            unit="nats",
+            meaning="the teacher's log-probability of its first candidate minus that of the drawn "
+            "token",
+            edges=_NATS,
+            needs_ranks=True,
+        ),
+        Figure(
+            name="rank",
+            unit="",
+            meaning="place of the drawn token among the teacher's candidates, from 1; outside "
+            "them it counts as one more than there are",
+            edges=(2, 3, 5, 9, 17),
+            needs_ranks=True,
+        ),
+        Figure(
+            name="tail_mass",
+            unit="",
+            meaning="the teacher's probability outside its candidates: 1 minus the retained mass",
+            edges=(0.001, 0.01, 0.05, 0.1, 0.5),
+            needs_ranks=True,
+        ),
+    )
+}
+
+
+def token_figures(row: ScoredRow, *, has_ranks: bool) -> dict[str, Values]:
+    """Every figure of a row by name.
+
+    Args:
+        row: from `open_scores`.
+        has_ranks: whether its candidates stand in rank order; without (codec `sampled`, or none at
+            all), figures that need ranks are left out.
+    """
+    teacher = row.teacher_logprobs.astype(np.float64)
+    found = {
+        "reverse_kl": row.behavior_logprobs.astype(np.float64) - teacher,
+        "teacher_nll": -teacher,
+    }
+    if not has_ranks:
+        return found
+    outside, place = drawn_places(row)
+    first = row.teacher_top_logprobs[:, 0].astype(np.float64)
+    gap = np.where(place == 0, 0.0, np.maximum(first - teacher, 0.0))
+    return {
+        **found,
+        "entropy": entropy_bound(row),
+        "logprob_gap": gap,
+        "rank": np.where(outside, candidate_counts(row), place) + 1.0,
+        "tail_mass": np.exp(row.teacher_tail_logprobs.astype(np.float64)),
+    }
+
+
+def entropy_bound(row: ScoredRow) -> Values:
+    """Entropy of the teacher's K + 1 outcomes: merging outcomes can only lower it [T], nats."""
+    outcomes = np.concatenate(
+        [row.teacher_top_logprobs, row.teacher_tail_logprobs[:, None]], axis=1
+    ).astype(np.float64)
+    present = np.isfinite(outcomes)
+    finite = np.where(present, outcomes, 0.0)
+    return -(np.exp(finite) * finite * present).sum(1)
+
+
+def candidate_counts(row: ScoredRow) -> NDArray[np.int64]:
+    """Candidates that each position has [T]; what fills it up is not counted."""
+    return np.isfinite(row.teacher_top_logprobs).sum(1)
+
+
+def drawn_places(row: ScoredRow) -> tuple[NDArray[np.bool_], NDArray[Any]]:
+    """Whether the drawn token is outside the candidates, and its place among them [T]."""
+    same = row.teacher_top_ids == np.asarray(row.completion_ids)[:, None]
+    same &= np.isfinite(row.teacher_top_logprobs)
+    outside = ~same.any(1)
+    return outside, np.where(outside, -1, same.argmax(1))

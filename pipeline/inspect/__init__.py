@@ -1,0 +1,1 @@
+"""A cached rollout seen with its teacher scores: read from the store, nothing is computed anew."""

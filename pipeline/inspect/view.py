@@ -1,0 +1,262 @@
+"""One rollout as it is shown: texts, figures, marks, verdict."""
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_stream.errors import UserError
+from opd_stream.store.reader import ScoredRow
+from opd_stream.tasks.judges import judge
+from opd_stream.token_figures import (
+    FIGURES,
+    Figure,
+    Values,
+    candidate_counts,
+    drawn_places,
+    token_figures,
+)
+from opd_stream.token_text import TokenText, visible
+from opd_stream.windows import window_tokens
+from pipeline.inspect.source import Found, RoundCache, RoundSource
+from pipeline.plan import training_window
+
+WORST_TOKENS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """What the teacher would have written."""
+
+    token_id: int
+    text: str
+    probability: float
+    is_drawn: bool  # the student wrote it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """A boundary in front of a token."""
+
+    place: int  # of the token, from 0
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the judge of the run's evaluation says."""
+
+    judge: str
+    is_right: bool
+    answer: str
+
+    def __str__(self) -> str:
+        return "right" if self.is_right else "wrong"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What is needed to read the rollouts of a round."""
+
+    source: RoundSource
+    text: TokenText
+    masked_ids: tuple[int, ...]  # first occurrences do not train
+    _answers: dict[int, dict[str, str | None]] = field(default_factory=dict)
+
+    @cached_property
+    def windows(self) -> dict[int, int]:
+        """Window -> the first planned step of the round that trains up to it."""
+        plan, config = self.source.plan, self.source.config
+        if config.rollouts.window.kind == "adaptive":
+            return {plan["window_tokens"]: plan["first_step"]}
+        window, found = training_window(config), dict[int, int]()
+        for step in range(plan["first_step"], plan["first_step"] + max(1, plan["planned_steps"])):
+            found.setdefault(window_tokens(window, step), step)
+        return found
+
+    def trains(self, row: ScoredRow) -> NDArray[np.bool_]:
+        """Which completion tokens train in some step of the round [T]."""
+        from opd_stream.batches import trained_mask
+
+        mask = trained_mask(row, max(self.windows), self.masked_ids)
+        return np.pad(mask, (0, len(row.completion_ids) - len(mask)))
+
+    def figures(self, cache: RoundCache, row: ScoredRow) -> dict[str, Values]:
+        """Every figure that the cache tells."""
+        has_ranks = cache.has_ranks and row.teacher_top_ids.shape[1] > 0
+        return token_figures(row, has_ranks=has_ranks)
+
+    def verdict(self, cache: RoundCache, row: ScoredRow) -> Verdict | None:
+        """None where the run has no judge or the prompt no answer."""
+        evaluation = self.source.config.evaluation
+        if evaluation is None:
+            return None
+        if cache.number not in self._answers:
+            self._answers[cache.number] = self.source.answers(cache)
+        answer = self._answers[cache.number].get(row.prompt_id)
+        if answer is None:
+            return None
+        name = evaluation.judge.kind
+        text = self.text.whole(row.completion_ids.tolist(), special=False)
+        return Verdict(judge=name, is_right=judge(name)(text, answer), answer=answer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutView:
+    """A rollout under one figure."""
+
+    reading: Reading
+    found: Found
+    figure: Figure
+    figures: dict[str, Values]  # name -> one value a completion token
+    trains: NDArray[np.bool_]  # [T]
+    pieces: tuple[str, ...]  # text of each completion token
+
+    @property
+    def row(self) -> ScoredRow:
+        """The rollout and its scores."""
+        return self.found.row
+
+    @property
+    def values(self) -> Values:
+        """The chosen figure [T]."""
+        return self.figures[self.figure.name]
+
+    @property
+    def prompt(self) -> str:
+        """The prompt as the student read it, special tokens included."""
+        return visible(self.reading.text.whole(self.row.prompt_ids.tolist()))
+
+    @property
+    def mean(self) -> float:
+        """Of the chosen figure over the tokens that train; nan if none does."""
+        return mean_of(self.values, self.trains)
+
+    @cached_property
+    def verdict(self) -> Verdict | None:
+        """See `Reading.verdict`."""
+        return self.reading.verdict(self.found.cache, self.row)
+
+    @property
+    def finish(self) -> str:
+        """Why the text ends: stop, window or context, and where."""
+        tokens, window = len(self.row.completion_ids), self.window_tokens
+        if self.row.finish_reason == "stop":
+            last = visible(self.pieces[-1]) if self.pieces else ""
+            return f"stop: the student ended it with {last} after {tokens} tokens"
+        if window is None:
+            return f"length: no terminator in {tokens} tokens; imported rows do not say why"
+        if tokens >= window:
+            return f"window: cut after {tokens} tokens"
+        return f"context: cut after {tokens} tokens, before its window of {window}"
+
+    @property
+    def window_tokens(self) -> int | None:
+        """The most new tokens it could have; None of imported rows."""
+        return self.found.cache.rollouts.recipe.settings.get("window_tokens")
+
+    @cached_property
+    def marks(self) -> tuple[Mark, ...]:
+        """Where windows of the round end, and where a later policy went on, in order of place."""
+        tokens, source = len(self.row.completion_ids), self.reading.source
+        found = [
+            Mark(place=window, text=f"window {window} from step {step}")
+            for window, step in self.reading.windows.items()
+            if window < tokens
+        ]
+        recipe = self.found.cache.rollouts.recipe
+        while "extends" in recipe.settings:
+            recipe = source.store.by_fingerprint("rollouts", recipe.inputs["rollouts"]).recipe
+            place = recipe.settings["window_tokens"]
+            if place < tokens:
+                found.append(Mark(place=place, text="a later policy goes on"))
+        return tuple(sorted(found, key=lambda mark: mark.place))
+
+    def worst(self, count: int) -> list[int]:
+        """Places of the tokens that train with the largest figure, the largest first."""
+        places = np.flatnonzero(self.trains)
+        order = np.argsort(-self.values[places], kind="stable")
+        return places[order[:count]].tolist()
+
+    def worst_tokens(self) -> list[int]:
+        """The worst places to show: those that are coloured, but at least one."""
+        places = self.worst(WORST_TOKENS)
+        coloured = [p for p in places if self.figure.level(float(self.values[p])) > 0]
+        return coloured or places[:1]
+
+    def candidates(self, place: int, count: int) -> list[Candidate]:
+        """The teacher's most probable tokens at a place."""
+        row = self.row
+        logprobs, ids = row.teacher_top_logprobs[place], row.teacher_top_ids[place]
+        order = np.argsort(-logprobs, kind="stable")[:count]
+        before = (row.prompt_ids if place == 0 else row.completion_ids)[place - 1]
+        return [
+            Candidate(
+                token_id=int(ids[k]),
+                text=self.reading.text.after(int(before), int(ids[k])),
+                probability=math.exp(logprobs[k]),
+                is_drawn=int(ids[k]) == int(row.completion_ids[place]),
+            )
+            for k in order
+            if np.isfinite(logprobs[k])
+        ]
+
+    @cached_property
+    def ranks(self) -> list[str]:
+        """Rank of each drawn token among the teacher's candidates, as text; empty without ranks."""
+        if "rank" not in self.figures:
+            return [""] * len(self.pieces)
+        outside, place = drawn_places(self.row)
+        counts = candidate_counts(self.row)
+        return [
+            f">{count}" if is_outside else str(at + 1)
+            for is_outside, at, count in zip(outside, place, counts, strict=True)
+        ]
+
+    def retained_mass(self, place: int) -> float | None:
+        """The teacher's probability of its candidates; None without ranks."""
+        if "tail_mass" not in self.figures:
+            return None
+        return -math.expm1(self.row.teacher_tail_logprobs[place])
+
+
+def view_of(reading: Reading, found: Found, by: str) -> RolloutView:
+    """A rollout under one figure.
+
+    Raises:
+        UserError: its scores do not tell that figure.
+    """
+    row = found.row
+    figures = reading.figures(found.cache, row)
+    check_figure(by, figures, found.cache)
+    return RolloutView(
+        reading=reading,
+        found=found,
+        figure=FIGURES[by],
+        figures=figures,
+        trains=reading.trains(row),
+        pieces=tuple(
+            reading.text.pieces(row.completion_ids.tolist(), before=int(row.prompt_ids[-1]))
+        ),
+    )
+
+
+def check_figure(by: str, figures: dict[str, Any], cache: RoundCache) -> None:
+    """Refuse a figure that the scores do not tell.
+
+    Raises:
+        UserError: says which they tell.
+    """
+    if by not in figures:
+        raise UserError(
+            f"{cache.scores.name} holds no ranked candidates, so it does not tell {by}; "
+            f"choose --by {' or '.join(figures)}"
+        )
+
+
+def mean_of(values: Values, trains: NDArray[np.bool_]) -> float:
+    """Mean over the tokens that train; nan if none does."""
+    return float(values[trains].mean()) if trains.any() else math.nan

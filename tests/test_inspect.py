@@ -1,0 +1,402 @@
+"""A rollout seen with its scores: the numbers are those of the cache, the page is safe to open."""
+
+import io
+import json
+import math
+import shutil
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from opd_stream.config import Config
+from opd_stream.config_file import override_config
+from opd_stream.errors import UserError
+from opd_stream.store.reader import ScoredRow, ScoredRows, open_scores
+from opd_stream.store.store import Store
+from opd_stream.token_figures import FIGURES
+from opd_stream.token_text import TokenText, quoted, visible
+from pipeline.cli import main
+from pipeline.inspect.command import inspect_rollout, inspect_worst
+from pipeline.inspect.page import page
+from pipeline.inspect.terminal import print_rollout
+from pipeline.inspect.view import RolloutView, view_of
+from pipeline.rounds import run
+from pipeline.run_directory import RunDirectory
+from stages.checkpoints import open_tokenizer
+from stages.progress import Silent
+from tests.conftest import MODELS, small_config
+
+HOSTILE = '<script>alert("x")</script>\x1b[31m'
+
+
+def run_small(folder: Path, *overrides: str) -> tuple[RunDirectory, Config]:
+    config, directory = small_config(folder, *overrides), RunDirectory(folder / "run")
+    run(config, directory, Silent())
+    return directory, config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, Config]:
+    return run_small(tmp_path_factory.mktemp("finished"), "rounds=1")
+
+
+@pytest.fixture
+def copied(finished: tuple[RunDirectory, Config], tmp_path: Path) -> tuple[RunDirectory, Config]:
+    """The same run to damage."""
+    shutil.copytree(finished[0].path.parent, tmp_path / "copy")
+    config = override_config(finished[1], [f"store={tmp_path / 'copy' / 'store'}"])
+    return RunDirectory(tmp_path / "copy" / "run"), config
+
+
+def rows_of(directory: RunDirectory, config: Config, round_index: int = 0) -> ScoredRows:
+    (cache,) = directory.plan(round_index)["caches"]
+    return open_scores(f"{config.store}/scores/{cache['scores'][:16]}")
+
+
+def by_hand(row: ScoredRow, place: int) -> dict[str, float]:
+    """Every figure of one token, written out."""
+    token, teacher = int(row.completion_ids[place]), float(row.teacher_logprobs[place])
+    ids, logprobs = row.teacher_top_ids[place].tolist(), row.teacher_top_logprobs[place].tolist()
+    tail = float(row.teacher_tail_logprobs[place])
+    outcomes = [math.exp(value) * -value for value in [*logprobs, tail] if value > -math.inf]
+    rank = ids.index(token) + 1 if token in ids else len(ids) + 1
+    return {
+        "reverse_kl": float(row.behavior_logprobs[place]) - teacher,
+        "teacher_nll": -teacher,
+        "entropy": sum(outcomes),
+        "logprob_gap": 0.0 if rank == 1 else logprobs[0] - teacher,
+        "rank": rank,
+        "tail_mass": math.exp(tail),
+    }
+
+
+def test_the_figures_are_those_of_the_cache(finished: tuple[RunDirectory, Config]) -> None:
+    directory, config = finished
+    rows = rows_of(directory, config)
+    ranks: set[int] = set()
+    for row in (rows[n] for n in range(len(rows))):
+        view = inspect_rollout(
+            directory, config, round_index=0, prompt_id=row.prompt_id, by="entropy"
+        )
+        assert set(view.figures) == set(FIGURES)
+        for place in range(len(row.completion_ids)):
+            expected = by_hand(row, place)
+            found = {name: values[place] for name, values in view.figures.items()}
+            assert found == pytest.approx(expected, abs=1e-6)
+            shown = view.candidates(place, 3)
+            assert [c.token_id for c in shown] == row.teacher_top_ids[place][:3].tolist()
+            assert [c.probability for c in shown] == pytest.approx(
+                np.exp(row.teacher_top_logprobs[place][:3]).tolist()
+            )
+            rank = int(expected["rank"])
+            assert view.ranks[place] == (">4" if rank == 5 else str(rank))
+            ranks.add(rank)
+        assert view.mean == pytest.approx(view.figures["entropy"].mean())
+    assert {1, 5} <= ranks, "the rows hold a first candidate and a token outside of all"
+
+
+@pytest.mark.parametrize("by", ["reverse_kl", "teacher_nll", "rank"])
+def test_the_worst_are_the_worst(finished: tuple[RunDirectory, Config], by: str) -> None:
+    directory, config = finished
+    rows = rows_of(directory, config)
+    means = {
+        row.prompt_id: np.mean(
+            [by_hand(row, place)[by] for place in range(len(row.completion_ids))]
+        )
+        for row in (rows[n] for n in range(len(rows)))
+    }
+    worst = sorted(means, key=lambda prompt_id: -means[prompt_id])[:3]
+    found = inspect_worst(directory, config, round_index=0, count=3, by=by)
+    assert [entry.view.row.prompt_id for entry in found] == worst
+    assert [entry.view.mean for entry in found] == pytest.approx([means[name] for name in worst])
+    place = found[0].view.worst(1)[0]
+    assert found[0].view.values[place] == found[0].view.values.max()
+    assert len(inspect_worst(directory, config, round_index=0, count=99, by=by)) == len(rows)
+
+
+def test_the_command_of_the_list_opens_the_rollout(
+    finished: tuple[RunDirectory, Config],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    directory, config = finished
+    (worst,) = inspect_worst(directory, config, round_index=0, count=1)
+    monkeypatch.setattr(sys, "argv", worst.command.split())
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert not left.value.code
+    output = capsys.readouterr().out
+    view = worst.view
+    assert f"{view.row.prompt_id}, sample 0" in output
+    assert f"reverse_kl {view.mean:.4f} over {len(view.pieces)} tokens" in output
+    assert f"window: cut after {len(view.pieces)} tokens" in output
+    text = TokenText(open_tokenizer(MODELS / "ledger-student"))
+    completion = text.whole(view.row.completion_ids.tolist())
+    assert completion.replace("\n", "⏎\n") in output
+
+
+def test_the_verdict_is_that_of_the_runs_judge(
+    finished: tuple[RunDirectory, Config], tmp_path: Path
+) -> None:
+    directory, config = finished
+    prompt_id = rows_of(directory, config)[0].prompt_id
+    view = inspect_rollout(directory, config, round_index=0, prompt_id=prompt_id)
+    prompts = {
+        row["prompt_id"]: row["answer"]
+        for recipe in Store(config.store).recipes("prompts")
+        for row in Store(config.store).artifact(recipe).read_unit(0).to_pylist()
+    }
+    assert view.verdict is not None
+    assert view.verdict.answer == prompts[prompt_id]
+    assert not view.verdict.is_right, "cut by the window, it has no answer"
+    answer = prompts[prompt_id]
+    text = view.reading.text
+    right = open_tokenizer(MODELS / "ledger-student").encode(f"Answer: {answer}")
+    row = replace(view.row, completion_ids=np.array(right))
+    assert text.whole(right) == f"Answer: {answer}"
+    assert str(view.reading.verdict(view.found.cache, row)) == "right"
+    without = override_config(config, ["evaluation=null"])
+    view = inspect_rollout(directory, without, round_index=0, prompt_id=prompt_id)
+    assert view.verdict is None
+
+
+def test_windows_and_masks_are_marked_and_left_out_of_the_mean(tmp_path: Path) -> None:
+    """Planned steps of windows 16 and 32, a first full stop that does not train."""
+    window = "{kind: linear, h0: 16, delta: 16, every: 2, max_window_tokens: 48}"
+    overrides = [f"rollouts.window={window}", "train.guards.mask_first=['.']", "rounds=1"]
+    directory, config = run_small(tmp_path, *overrides, "evaluation=null")
+    row = rows_of(directory, config)[0]
+    view = inspect_rollout(directory, config, round_index=0, prompt_id=row.prompt_id)
+    assert len(row.completion_ids) == 32
+    assert [(mark.place, mark.text) for mark in view.marks] == [(16, "window 16 from step 0")]
+    stop = view.pieces.index(".")
+    assert np.flatnonzero(~view.trains).tolist() == [stop]
+    assert view.mean == pytest.approx(np.delete(view.values, stop).mean())
+    assert stop not in view.worst(99)
+    text = printed(view)
+    assert "⟦.⟧" in text
+    assert "┃ in front of token 16: window 16 from step 0" in text
+    shorter = override_config(config, ["rollouts.window.max_window_tokens=20"])
+    view = inspect_rollout(directory, shorter, round_index=0, prompt_id=row.prompt_id)
+    assert not view.trains[20:].any()
+    assert view.mean == pytest.approx(np.delete(view.values[:20], stop).mean())
+
+
+def test_nothing_is_written(finished: tuple[RunDirectory, Config]) -> None:
+    directory, config = finished
+
+    def files() -> dict[Path, int]:
+        whole = directory.path.parent.rglob("*")
+        return {path: path.stat().st_mtime_ns for path in whole}
+
+    before = files()
+    inspect_worst(directory, config, round_index=0, count=2)
+    assert files() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--round", "5", "--worst", "3"], "has no round 5; it has rounds 0 to 0"),
+        (["--round", "0", "--prompt", "nobody"], "has no rollout of prompt 'nobody'"),
+        (["--round", "0", "--prompt", "{known}", "--sample", "4"], "it has samples 0"),
+        (["--round", "0", "--prompt", "{known}", "--cache", "1"], "trains on caches 0 to 0"),
+        (["--round", "0", "--prompt", "{known}", "--by", "size"], "expected one of reverse_kl"),
+        (["--round", "0"], "neither of --prompt and --worst"),
+        (["--round", "0", "--worst", "0"], "--worst is 0"),
+        (["--round", "0", "--worst", "2", "--html", "a.html"], "belong to --prompt"),
+        (["--round", "0", "--prompt", "{known}", "--html", "."], "expected a file to write"),
+        (["--round", "0", "--worst", "1", "--set", "store=nowhere"], "the store nowhere has no"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    finished: tuple[RunDirectory, Config],
+    arguments: list[str],
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    directory, config = finished
+    known = rows_of(directory, config)[0].prompt_id
+    words = [word.replace("{known}", known) for word in arguments]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["opd-stream", "inspect", str(directory.path), *words])
+    with pytest.raises(SystemExit) as left:
+        main()
+    said = capsys.readouterr()
+    assert left.value.code == 2
+    assert line in said.err
+    assert len(said.err.splitlines()) == 1
+    assert said.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_shard_is_one_line(copied: tuple[RunDirectory, Config]) -> None:
+    directory, config = copied
+    row = rows_of(directory, config)[0]
+    (shard,) = (Path(config.store) / "scores").glob("*/units/00000-*.arrow")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    for ask in (
+        lambda: inspect_rollout(directory, config, round_index=0, prompt_id=row.prompt_id),
+        lambda: inspect_worst(directory, config, round_index=0, count=1),
+    ):
+        with pytest.raises(UserError, match=r"unit 0 of scores/.* is damaged"):
+            ask()
+
+
+def test_a_refused_rollout_says_why(copied: tuple[RunDirectory, Config]) -> None:
+    directory, config = copied
+    rows = rows_of(directory, config)
+    left_out, kept = rows[0], rows[1]
+    (record,) = (Path(config.store) / "scores").glob("*/units/00000.json")
+    commit = json.loads(record.read_text())
+    record.write_text(json.dumps({**commit, "skipped_rows": [0]}))
+    with pytest.raises(UserError, match="is left out of training"):
+        inspect_rollout(directory, config, round_index=0, prompt_id=left_out.prompt_id)
+    view = inspect_rollout(directory, config, round_index=0, prompt_id=kept.prompt_id)
+    assert view.row.completion_ids.tolist() == kept.completion_ids.tolist()
+
+
+def test_the_tokenizer_comes_from_the_store_where_the_student_is_gone(
+    finished: tuple[RunDirectory, Config], tmp_path: Path
+) -> None:
+    directory, config = finished
+    prompt_id = rows_of(directory, config)[0].prompt_id
+    here = inspect_rollout(directory, config, round_index=0, prompt_id=prompt_id)
+    moved = override_config(config, [f"student.path={tmp_path / 'gone'}"])
+    there = inspect_rollout(directory, moved, round_index=0, prompt_id=prompt_id)
+    assert there.pieces == here.pieces
+    empty = tmp_path / "store"
+    shutil.copytree(config.store, empty)
+    shutil.rmtree(empty / "policies")
+    moved = override_config(moved, [f"store={empty}"])
+    with pytest.raises(UserError, match="gone does not exist, and no policy"):
+        inspect_rollout(directory, moved, round_index=0, prompt_id=prompt_id)
+
+
+class Hostile:
+    """Every token is markup and a control sequence."""
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return HOSTILE * len(ids)
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def hostile(finished: tuple[RunDirectory, Config]) -> RolloutView:
+    directory, config = finished
+    prompt_id = rows_of(directory, config)[0].prompt_id
+    view = inspect_rollout(directory, config, round_index=0, prompt_id=prompt_id)
+    found = replace(view.found, row=replace(view.row, prompt_id=f'"><img src=x>{HOSTILE}'))
+    return view_of(replace(view.reading, text=TokenText(Hostile())), found, "reverse_kl")
+
+
+def printed(view: RolloutView) -> str:
+    output = io.StringIO()
+    print_rollout(view, console=Console(file=output, width=140))
+    return output.getvalue()
+
+
+def test_the_page_escapes_everything(finished: tuple[RunDirectory, Config]) -> None:
+    view = hostile(finished)
+    text = page(view)
+    read = Page(text)
+    assert not {"script", "img", "link", "iframe", "object"} & {tag for tag, _ in read.tags}
+    assert "<script" not in text
+    assert "\x1b" not in text
+    shown = visible(HOSTILE)
+    assert sum(data.startswith(shown) for data in read.text) >= len(view.pieces)
+    names = {name for _, attributes in read.tags for name in attributes}
+    assert not {name for name in names if name.startswith("on")}
+    assert not {"src", "srcset", "action"} & names
+    assert all(
+        (attributes["href"] or "").startswith("#t") for tag, attributes in read.tags if tag == "a"
+    )
+    policy = next(a["content"] for _, a in read.tags if "http-equiv" in a)
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_the_terminal_gets_no_control_sequence_from_a_rollout(
+    finished: tuple[RunDirectory, Config],
+) -> None:
+    text = printed(hostile(finished))
+    assert "\x1b" not in text
+    assert "\\x1b[31m" in text
+
+
+def test_the_page_says_of_every_token_what_the_cache_says(
+    finished: tuple[RunDirectory, Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    directory, config = finished
+    view = inspect_worst(directory, config, round_index=0, count=1)[0].view
+    out = tmp_path / "rollout.html"
+    words = ["inspect", str(directory.path), "--round", "0", "--prompt", view.row.prompt_id]
+    monkeypatch.setattr(sys, "argv", ["opd-stream", *words, "--html", str(out)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert not left.value.code
+    assert str(out) in capsys.readouterr().out
+    read = Page(out.read_text())
+    tokens = [attributes for _, attributes in read.tags if attributes.get("tabindex") == "0"]
+    tips = {attributes["id"] for _, attributes in read.tags if attributes.get("role") == "tooltip"}
+    assert [token["id"] for token in tokens] == [f"t{n}" for n in range(len(view.pieces))]
+    assert {token["aria-describedby"] for token in tokens} == tips
+    place = view.worst(1)[0]
+    assert (tokens[place]["class"] or "").split() == ["t", "w5"]
+    start = read.text.index(f"token {place}, id {view.row.completion_ids[place]}")
+    said = [data.strip() for data in read.text[start : start + 60]]
+    assert said[said.index("reverse_kl") + 1] == f"{view.values[place]:.4g}"
+    assert said[said.index("rank") + 1] == view.ranks[place]
+    first = view.candidates(place, 1)[0]
+    assert said[said.index(quoted(first.text)) + 1] == f"{first.probability:.4f}"
+
+
+@pytest.mark.parametrize("codec", ["{kind: compact, mass: 0.9999}", "{kind: sampled, draws: 8}"])
+def test_other_codecs_say_what_they_know(tmp_path: Path, codec: str) -> None:
+    overrides = [f"scores.codec={codec}", "rounds=1", "evaluation=null"]
+    if "sampled" in codec:
+        overrides.append("train.objective={kind: sampled_pg}")
+    directory, config = run_small(tmp_path, *overrides)
+    row = rows_of(directory, config)[0]
+    view = inspect_rollout(directory, config, round_index=0, prompt_id=row.prompt_id)
+    assert page(view).count('class="t ') == len(row.completion_ids)
+    if "sampled" in codec:
+        assert set(view.figures) == {"reverse_kl", "teacher_nll"}
+        shown = [c.probability for c in view.candidates(0, 9)]
+        assert shown == sorted(shown, reverse=True)
+        assert sum(shown) == pytest.approx(1)
+        with pytest.raises(UserError, match="does not tell entropy; choose --by reverse_kl or"):
+            inspect_worst(directory, config, round_index=0, count=1, by="entropy")
+        return
+    counts = np.isfinite(row.teacher_top_logprobs).sum(1)
+    assert counts.min() < counts.max(), "positions differ in how many candidates they keep"
+    for place, token in enumerate(row.completion_ids.tolist()):
+        ids = row.teacher_top_ids[place][: counts[place]].tolist()
+        expected = str(ids.index(token) + 1) if token in ids else f">{counts[place]}"
+        assert view.ranks[place] == expected
