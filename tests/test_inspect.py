@@ -6,7 +6,6 @@ import math
 import shutil
 import sys
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,16 @@ from opd_stream.errors import UserError
 from opd_stream.store.reader import ScoredRow, ScoredRows, open_scores
 from opd_stream.store.store import Store
 from opd_stream.token_figures import FIGURES
-from opd_stream.token_text import TokenText, quoted, visible
+from opd_stream.token_text import TokenText
 from pipeline.cli import main
 from pipeline.inspect.command import inspect_rollout, inspect_worst
-from pipeline.inspect.page import page
 from pipeline.inspect.terminal import print_rollout
-from pipeline.inspect.view import RolloutView, view_of
+from pipeline.inspect.view import RolloutView
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from stages.checkpoints import open_tokenizer
 from stages.progress import Silent
 from tests.conftest import MODELS, small_config
-
-HOSTILE = '<script>alert("x")</script>\x1b[31m'
 
 
 def run_small(folder: Path, *overrides: str) -> tuple[RunDirectory, Config]:
@@ -57,6 +53,12 @@ def copied(finished: tuple[RunDirectory, Config], tmp_path: Path) -> tuple[RunDi
 def rows_of(directory: RunDirectory, config: Config, round_index: int = 0) -> ScoredRows:
     (cache,) = directory.plan(round_index)["caches"]
     return open_scores(f"{config.store}/scores/{cache['scores'][:16]}")
+
+
+def printed(view: RolloutView) -> str:
+    output = io.StringIO()
+    print_rollout(view, console=Console(file=output, width=140))
+    return output.getvalue()
 
 
 def by_hand(row: ScoredRow, place: int) -> dict[str, float]:
@@ -166,28 +168,6 @@ def test_the_verdict_is_that_of_the_runs_judge(
     assert view.verdict is None
 
 
-def test_windows_and_masks_are_marked_and_left_out_of_the_mean(tmp_path: Path) -> None:
-    """Planned steps of windows 16 and 32, a first full stop that does not train."""
-    window = "{kind: linear, h0: 16, delta: 16, every: 2, max_window_tokens: 48}"
-    overrides = [f"rollouts.window={window}", "train.guards.mask_first=['.']", "rounds=1"]
-    directory, config = run_small(tmp_path, *overrides, "evaluation=null")
-    row = rows_of(directory, config)[0]
-    view = inspect_rollout(directory, config, round_index=0, prompt_id=row.prompt_id)
-    assert len(row.completion_ids) == 32
-    assert [(mark.place, mark.text) for mark in view.marks] == [(16, "window 16 from step 0")]
-    stop = view.pieces.index(".")
-    assert np.flatnonzero(~view.trains).tolist() == [stop]
-    assert view.mean == pytest.approx(np.delete(view.values, stop).mean())
-    assert stop not in view.worst(99)
-    text = printed(view)
-    assert "⟦.⟧" in text
-    assert "┃ in front of token 16: window 16 from step 0" in text
-    shorter = override_config(config, ["rollouts.window.max_window_tokens=20"])
-    view = inspect_rollout(directory, shorter, round_index=0, prompt_id=row.prompt_id)
-    assert not view.trains[20:].any()
-    assert view.mean == pytest.approx(np.delete(view.values[:20], stop).mean())
-
-
 def test_nothing_is_written(finished: tuple[RunDirectory, Config]) -> None:
     directory, config = finished
 
@@ -212,6 +192,7 @@ def test_nothing_is_written(finished: tuple[RunDirectory, Config]) -> None:
         (["--round", "0", "--worst", "0"], "--worst is 0"),
         (["--round", "0", "--worst", "2", "--html", "a.html"], "belong to --prompt"),
         (["--round", "0", "--prompt", "{known}", "--html", "."], "expected a file to write"),
+        (["--round", "0", "--prompt", "{known}", "--html", "no/a.html"], "in a folder that is"),
         (["--round", "0", "--worst", "1", "--set", "store=nowhere"], "the store nowhere has no"),
     ],
 )
@@ -283,120 +264,23 @@ def test_the_tokenizer_comes_from_the_store_where_the_student_is_gone(
         inspect_rollout(directory, moved, round_index=0, prompt_id=prompt_id)
 
 
-class Hostile:
-    """Every token is markup and a control sequence."""
-
-    def decode(self, ids: list[int], **_: Any) -> str:
-        return HOSTILE * len(ids)
-
-
-class Page(HTMLParser):
-    """What a browser would make of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
-def hostile(finished: tuple[RunDirectory, Config]) -> RolloutView:
+def test_the_end_of_a_rollout_is_told_apart(finished: tuple[RunDirectory, Config]) -> None:
     directory, config = finished
-    prompt_id = rows_of(directory, config)[0].prompt_id
-    view = inspect_rollout(directory, config, round_index=0, prompt_id=prompt_id)
-    found = replace(view.found, row=replace(view.row, prompt_id=f'"><img src=x>{HOSTILE}'))
-    return view_of(replace(view.reading, text=TokenText(Hostile())), found, "reverse_kl")
-
-
-def printed(view: RolloutView) -> str:
-    output = io.StringIO()
-    print_rollout(view, console=Console(file=output, width=140))
-    return output.getvalue()
-
-
-def test_the_page_escapes_everything(finished: tuple[RunDirectory, Config]) -> None:
-    view = hostile(finished)
-    text = page(view)
-    read = Page(text)
-    assert not {"script", "img", "link", "iframe", "object"} & {tag for tag, _ in read.tags}
-    assert "<script" not in text
-    assert "\x1b" not in text
-    shown = visible(HOSTILE)
-    assert sum(data.startswith(shown) for data in read.text) >= len(view.pieces)
-    names = {name for _, attributes in read.tags for name in attributes}
-    assert not {name for name in names if name.startswith("on")}
-    assert not {"src", "srcset", "action"} & names
-    assert all(
-        (attributes["href"] or "").startswith("#t") for tag, attributes in read.tags if tag == "a"
-    )
-    policy = next(a["content"] for _, a in read.tags if "http-equiv" in a)
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
-
-
-def test_the_terminal_gets_no_control_sequence_from_a_rollout(
-    finished: tuple[RunDirectory, Config],
-) -> None:
-    text = printed(hostile(finished))
-    assert "\x1b" not in text
-    assert "\\x1b[31m" in text
-
-
-def test_the_page_says_of_every_token_what_the_cache_says(
-    finished: tuple[RunDirectory, Config],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    directory, config = finished
-    view = inspect_worst(directory, config, round_index=0, count=1)[0].view
-    out = tmp_path / "rollout.html"
-    words = ["inspect", str(directory.path), "--round", "0", "--prompt", view.row.prompt_id]
-    monkeypatch.setattr(sys, "argv", ["opd-stream", *words, "--html", str(out)])
-    with pytest.raises(SystemExit) as left:
-        main()
-    assert not left.value.code
-    assert str(out) in capsys.readouterr().out
-    read = Page(out.read_text())
-    tokens = [attributes for _, attributes in read.tags if attributes.get("tabindex") == "0"]
-    tips = {attributes["id"] for _, attributes in read.tags if attributes.get("role") == "tooltip"}
-    assert [token["id"] for token in tokens] == [f"t{n}" for n in range(len(view.pieces))]
-    assert {token["aria-describedby"] for token in tokens} == tips
-    place = view.worst(1)[0]
-    assert (tokens[place]["class"] or "").split() == ["t", "w5"]
-    start = read.text.index(f"token {place}, id {view.row.completion_ids[place]}")
-    said = [data.strip() for data in read.text[start : start + 60]]
-    assert said[said.index("reverse_kl") + 1] == f"{view.values[place]:.4g}"
-    assert said[said.index("rank") + 1] == view.ranks[place]
-    first = view.candidates(place, 1)[0]
-    assert said[said.index(quoted(first.text)) + 1] == f"{first.probability:.4f}"
-
-
-@pytest.mark.parametrize("codec", ["{kind: compact, mass: 0.9999}", "{kind: sampled, draws: 8}"])
-def test_other_codecs_say_what_they_know(tmp_path: Path, codec: str) -> None:
-    overrides = [f"scores.codec={codec}", "rounds=1", "evaluation=null"]
-    if "sampled" in codec:
-        overrides.append("train.objective={kind: sampled_pg}")
-    directory, config = run_small(tmp_path, *overrides)
     row = rows_of(directory, config)[0]
     view = inspect_rollout(directory, config, round_index=0, prompt_id=row.prompt_id)
-    assert page(view).count('class="t ') == len(row.completion_ids)
-    if "sampled" in codec:
-        assert set(view.figures) == {"reverse_kl", "teacher_nll"}
-        shown = [c.probability for c in view.candidates(0, 9)]
-        assert shown == sorted(shown, reverse=True)
-        assert sum(shown) == pytest.approx(1)
-        with pytest.raises(UserError, match="does not tell entropy; choose --by reverse_kl or"):
-            inspect_worst(directory, config, round_index=0, count=1, by="entropy")
-        return
-    counts = np.isfinite(row.teacher_top_logprobs).sum(1)
-    assert counts.min() < counts.max(), "positions differ in how many candidates they keep"
-    for place, token in enumerate(row.completion_ids.tolist()):
-        ids = row.teacher_top_ids[place][: counts[place]].tolist()
-        expected = str(ids.index(token) + 1) if token in ids else f">{counts[place]}"
-        assert view.ranks[place] == expected
+    stop = open_tokenizer(MODELS / "ledger-student").convert_tokens_to_ids("<eos>")
+
+    def end(**changes: Any) -> str:
+        found = replace(view.found, row=replace(row, **changes))
+        ids = found.row.completion_ids.tolist()
+        pieces = tuple(view.reading.text.pieces(ids))
+        return replace(view, found=found, pieces=pieces).finish
+
+    assert end() == "window: cut after 48 tokens"
+    stopped = np.array([*row.completion_ids[:5], stop])
+    assert end(finish_reason="stop", completion_ids=stopped) == (
+        "stop: the student ended it with <eos> after 6 tokens"
+    )
+    assert end(completion_ids=row.completion_ids[:30]) == (
+        "context: cut after 30 tokens, before its window of 48"
+    )

@@ -83,8 +83,13 @@ def check_question(
             "--worst lists rollouts; --html, --sample and --cache belong to --prompt ID; "
             "leave them out"
         )
-    if html is not None and (html.is_dir() or html.suffix not in (".html", ".htm")):
-        raise UserError(f"--html is {html}; expected a file to write, such as rollout.html")
+    if html is None:
+        return
+    if html.is_dir() or html.suffix not in (".html", ".htm") or not html.parent.is_dir():
+        raise UserError(
+            f"--html is {html}; expected a file to write in a folder that is there, such as "
+            "rollout.html"
+        )
 
 
 def write_page(view: RolloutView, path: Path) -> str:

@@ -13,6 +13,7 @@ from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.policy import tokenizer_digest
 from opd_stream.store.reader import ScoredRow, ScoredRows
 from opd_stream.store.store import Store
+from opd_stream.token_text import quoted
 from pipeline.run_directory import RunDirectory
 
 
@@ -178,7 +179,9 @@ def _scored(cache: RoundCache, unit: int, row: int) -> ScoredRow:
         raise DamagedUnit(cache.scores, unit, "its commit record is missing")
     if row in record.skipped_rows:
         reason = cache.scores.read_unit(unit)["refused"][row].as_py()
-        why = "no token of it may train" if reason is None else f"the teacher refused it: {reason}"
+        why = "no token of it may train"
+        if reason is not None:
+            why = f"the teacher refused it: {quoted(reason)}"
         raise UserError(
             f"row {row} of unit {unit} of {cache.scores.name} is left out of training ({why}); "
             "choose another rollout"

@@ -1,0 +1,113 @@
+"""The page and the terminal: what they say is what the cache says, and nothing in it is obeyed."""
+
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opd_stream.config import Config
+from opd_stream.token_text import TokenText, quoted, visible
+from pipeline.cli import main
+from pipeline.inspect.command import inspect_rollout, inspect_worst
+from pipeline.inspect.page import page
+from pipeline.inspect.view import RolloutView, view_of
+from pipeline.run_directory import RunDirectory
+from tests.test_inspect import printed, rows_of, run_small
+
+HOSTILE = '<script>alert("x")</script>\x1b[31m'
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, Config]:
+    return run_small(tmp_path_factory.mktemp("finished"), "rounds=1", "evaluation=null")
+
+
+class Hostile:
+    """Every token is markup and a control sequence."""
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return HOSTILE * len(ids)
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def hostile(finished: tuple[RunDirectory, Config]) -> RolloutView:
+    directory, config = finished
+    prompt_id = rows_of(directory, config)[0].prompt_id
+    view = inspect_rollout(directory, config, round_index=0, prompt_id=prompt_id)
+    found = replace(view.found, row=replace(view.row, prompt_id=f'"><img src=x>{HOSTILE}'))
+    return view_of(replace(view.reading, text=TokenText(Hostile())), found, "reverse_kl")
+
+
+def test_the_page_escapes_everything(finished: tuple[RunDirectory, Config]) -> None:
+    view = hostile(finished)
+    text = page(view)
+    read = Page(text)
+    assert not {"script", "img", "link", "iframe", "object"} & {tag for tag, _ in read.tags}
+    assert "<script" not in text
+    assert "\x1b" not in text
+    shown = visible(HOSTILE)
+    assert sum(data.startswith(shown) for data in read.text) >= len(view.pieces)
+    names = {name for _, attributes in read.tags for name in attributes}
+    assert not {name for name in names if name.startswith("on")}
+    assert not {"src", "srcset", "action"} & names
+    assert all(
+        (attributes["href"] or "").startswith("#t") for tag, attributes in read.tags if tag == "a"
+    )
+    policy = next(a["content"] for _, a in read.tags if "http-equiv" in a)
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_the_terminal_gets_no_control_sequence_from_a_rollout(
+    finished: tuple[RunDirectory, Config],
+) -> None:
+    text = printed(hostile(finished))
+    assert "\x1b" not in text
+    assert "\\x1b[31m" in text
+
+
+def test_the_page_says_of_every_token_what_the_cache_says(
+    finished: tuple[RunDirectory, Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    directory, config = finished
+    view = inspect_worst(directory, config, round_index=0, count=1)[0].view
+    out = tmp_path / "rollout.html"
+    words = ["inspect", str(directory.path), "--round", "0", "--prompt", view.row.prompt_id]
+    monkeypatch.setattr(sys, "argv", ["opd-stream", *words, "--html", str(out)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert not left.value.code
+    assert str(out) in capsys.readouterr().out
+    read = Page(out.read_text())
+    tokens = [attributes for _, attributes in read.tags if attributes.get("tabindex") == "0"]
+    tips = {attributes["id"] for _, attributes in read.tags if attributes.get("role") == "tooltip"}
+    assert [token["id"] for token in tokens] == [f"t{n}" for n in range(len(view.pieces))]
+    assert {token["aria-describedby"] for token in tokens} == tips
+    place = view.worst(1)[0]
+    assert (tokens[place]["class"] or "").split() == ["t", "w5"]
+    start = read.text.index(f"token {place}, id {view.row.completion_ids[place]}")
+    said = [data.strip() for data in read.text[start : start + 60]]
+    assert said[said.index("reverse_kl") + 1] == f"{view.values[place]:.4g}"
+    assert said[said.index("rank") + 1] == view.ranks[place]
+    first = view.candidates(place, 1)[0]
+    assert said[said.index(quoted(first.text)) + 1] == f"{first.probability:.4f}"
