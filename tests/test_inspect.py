@@ -55,9 +55,9 @@ def rows_of(directory: RunDirectory, config: Config, round_index: int = 0) -> Sc
     return open_scores(f"{config.store}/scores/{cache['scores'][:16]}")
 
 
-def printed(view: RolloutView) -> str:
+def printed(view: RolloutView, *, width: int = 140) -> str:
     output = io.StringIO()
-    print_rollout(view, console=Console(file=output, width=140))
+    print_rollout(view, console=Console(file=output, width=width))
     return output.getvalue()
 
 

@@ -111,3 +111,16 @@ def test_the_page_says_of_every_token_what_the_cache_says(
     assert said[said.index("rank") + 1] == view.ranks[place]
     first = view.candidates(place, 1)[0]
     assert said[said.index(quoted(first.text)) + 1] == f"{first.probability:.4f}"
+
+
+def test_a_narrow_terminal_still_reads_the_candidates(
+    finished: tuple[RunDirectory, Config],
+) -> None:
+    directory, config = finished
+    view = inspect_worst(directory, config, round_index=0, count=1)[0].view
+    (first,) = view.candidates(view.worst(1)[0], 1)
+    for width in (80, 140):
+        lines = printed(view, width=width).splitlines()
+        table = lines[lines.index(f"tokens with the largest {view.figure.name}".ljust(width)) :]
+        assert any(f"{quoted(first.text)} {first.probability:.4f}" in line for line in table)
+        assert any("retained" in line for line in table) == (width == 140)

@@ -15,6 +15,7 @@ from pipeline.inspect.view import RolloutView
 from pipeline.inspect.worst import Worst
 
 CANDIDATES = 4
+WIDE = 110  # columns of a terminal from which every column of the table fits
 PART = "◌"  # stands for a token that is only part of a character
 
 # Black on light, so that one palette serves dark and light terminals; cold where negative.
@@ -36,7 +37,7 @@ def print_rollout(view: RolloutView, *, console: Console) -> None:
     _line(console, _legend(view.figure))
     for note in notes(view):
         _line(console, Text(note, "dim"))
-    console.print(_worst_tokens(view))
+    console.print(_worst_tokens(view, is_wide=console.width >= WIDE))
 
 
 def print_worst(found: list[Worst], *, console: Console) -> None:
@@ -148,40 +149,40 @@ def _completion(view: RolloutView) -> Text:
 
 
 def _legend(figure: Figure) -> Text:
-    text = Text("scale ", "dim")
+    text = Text.assemble(("scale ", "dim"))
     for level, meaning in levels(figure):
         text.append(f" {meaning} ", _style(level))
         text.append(" ")
     return text.append(figure.unit, "dim")
 
 
-def _worst_tokens(view: RolloutView) -> Table:
-    named = dict.fromkeys([view.figure.name, "reverse_kl", "entropy"])
+def _worst_tokens(view: RolloutView, *, is_wide: bool) -> Table:
+    named = dict.fromkeys([view.figure.name, *(["reverse_kl", "entropy"] if is_wide else [])])
     extra = [name for name in named if name in view.figures and name != "rank"]
-    has_ranks = "rank" in view.figures
+    ranked = ["rank", *(["retained"] if is_wide else [])] if "rank" in view.figures else []
     table = Table(
         title=f"tokens with the largest {view.figure.name}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1),
         pad_edge=False,
     )
-    numbers = ["p student", "p teacher", *extra, *(("rank", "retained") if has_ranks else ())]
     table.add_column("at", justify="right")
-    table.add_column("token")
-    for column in numbers:
-        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("token", min_width=8)
+    for column in ["p student", "p teacher", *extra, *ranked]:
+        table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
     table.add_column("teacher's candidates", ratio=1)
+    row = view.row
     for place in view.worst_tokens():
-        row = view.row
-        cells = [
+        rank = [view.ranks[place], probability(view.retained_mass(place))]
+        table.add_row(
+            str(place),
+            Text(quoted(view.pieces[place])),
             probability(exp(row.behavior_logprobs[place])),
             probability(exp(row.teacher_logprobs[place])),
             *(f"{view.figures[name][place]:.3f}" for name in extra),
-        ]
-        if has_ranks:
-            cells += [view.ranks[place], probability(view.retained_mass(place))]
-        table.add_row(
-            str(place), Text(quoted(view.pieces[place])), *cells, _candidates(view, place)
+            *rank[: len(ranked)],
+            _candidates(view, place),
         )
     return table
 
