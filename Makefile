@@ -82,8 +82,8 @@ bench-train: $(BENCH_READY) ## the training stage beside a live teacher and trl'
 
 $(BENCH_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
-	$(BENCH)/pip install --quiet --disable-pip-version-check -c constraints.txt -e . \
-		trl==1.16.0 liger-kernel==0.8.5 matplotlib==3.11.2
+	$(BENCH)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report]' \
+		trl==1.16.0 liger-kernel==0.8.5
 	@touch $@
 
 models/text-teacher: | $(READY)

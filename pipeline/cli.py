@@ -168,6 +168,20 @@ def inspect(
     terminal.print_rollout(view, console=console)
 
 
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
+    out: Annotated[Path, typer.Option("--out", help="HTML file.")] = Path("report.html"),
+) -> None:
+    """Show runs on one HTML page: accuracy, cost, drift, decisions, lineage."""
+    from pipeline.report import check_libraries
+
+    check_libraries()
+    from pipeline.report.page import write_report
+
+    typer.echo(write_report(run_dirs, out))
+
+
 @cache.command("ls")
 def cache_ls(store: StorePlace) -> None:
     """List the artifacts of a store."""

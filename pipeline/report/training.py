@@ -1,0 +1,165 @@
+"""Figures of one run over its optimizer steps: drift, effective samples, gates, regenerations."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from pipeline.report.parts import Entry, Exhibit, Table, left_out, shown
+from pipeline.report.read import Run, Step
+from pipeline.report.style import FAINT, SERIES, Look, look
+from pipeline.report.svg import count_axis, inline, panels
+
+TITLE = "Drift, effective samples, gates and regenerations"
+BOUND = Look(color=FAINT, mark="", glyph="", dashes=(5, 2))
+REGENERATION = Look(color=FAINT, mark="", glyph="", dashes=())
+KEPT = Look(color=FAINT, mark="", glyph="", dashes=(1.5, 2.5))
+JUMP = Look(color=SERIES[1], mark="D", glyph="◆", dashes=())
+GATED = Look(color=SERIES[3], mark="s", glyph="■", dashes=(), alpha=0.35)
+
+
+def drift_exhibit(run: Run, name: str) -> Exhibit:
+    """Drift and its consequences, a step each."""
+    tables = _tables(run)
+    steps = [step for step in run.steps if step.policy_drift is not None]
+    if not steps:
+        return left_out(name, TITLE, "No optimizer step has recorded its drift.", tables)
+    is_weighed = any((step.mean_drift_weight or 1.0) < 1.0 for step in steps)
+    figure, axes = panels(3 if is_weighed else 2, height=1.35)
+    legend: list[Entry] = []
+    _measure(
+        axes[0], steps, lambda step: step.policy_drift, look(0), "policy_drift\n(nats a token)"
+    )
+    _measure(
+        axes[1], steps, lambda s: s.effective_sample_fraction, look(2), "effective\nsample fraction"
+    )
+    axes[1].set_ylim(-0.02, 1.04)
+    if is_weighed:
+        _measure(axes[2], steps, lambda s: s.mean_drift_weight, look(3), "mean weight\nby drift")
+        axes[2].set_ylim(-0.02, 1.04)
+    far = _bounds(run, axes, steps, legend)
+    _events(run, axes, steps, legend)
+    axes[-1].set_xlabel("optimizer step")
+    count_axis(axes[-1])
+    caption = (
+        "policy_drift estimates KL(behavior ‖ student) on the tokens of a step; the effective "
+        "sample fraction is 1 on fresh rollouts. At a vertical line a round begins."
+    )
+    caption += f" The bound on policy_drift is {far:g}, above what is drawn." if far else ""
+    caption += "" if is_weighed else " No token was weighed by drift."
+    return Exhibit(
+        name=name,
+        title=TITLE,
+        caption=caption,
+        svg=inline(figure, name, title=f"{TITLE}: {run.name}", description=caption),
+        legend=legend,
+        tables=tables,
+    )
+
+
+def _measure(
+    axis: Axes, steps: Sequence[Step], of: Callable[[Step], float | None], drawn: Look, label: str
+) -> None:
+    values = [of(step) for step in steps]
+    finite = [math.nan if v is None or not math.isfinite(v) else v for v in values]
+    places = [step.step for step in steps]
+    axis.plot(places, finite, color=drawn.color, marker="o", markersize=2, linewidth=1.1)
+    axis.set_ylabel(label)
+
+
+def _bounds(run: Run, axes: Sequence[Axes], steps: Sequence[Step], legend: list[Entry]) -> float:
+    """Draw the limits; returns the one of drift where it is too far above to be drawn."""
+    drift = _number(run.setting("staleness.policy_drift"))
+    samples = _number(run.setting("staleness.effective_sample_fraction"))
+    highest = max(step.policy_drift or 0.0 for step in steps)
+    is_near = drift is not None and drift <= 4 * highest
+    for axis, bound in ((axes[0], drift if is_near else None), (axes[1], samples)):
+        if bound is not None:
+            axis.axhline(bound, color=FAINT, linewidth=1, linestyle=BOUND.line)
+    if is_near or samples is not None:
+        legend.append(Entry(label="bound", look=BOUND))
+    return drift if drift is not None and not is_near else 0.0
+
+
+def _events(run: Run, axes: Sequence[Axes], steps: Sequence[Step], legend: list[Entry]) -> None:
+    for label, drawn, starts in _round_starts(run, steps):
+        for axis in axes:
+            for start in starts:
+                axis.axvline(start - 0.5, color=FAINT, linewidth=0.8, linestyle=drawn.line)
+        if starts:
+            legend.append(Entry(label=label, look=drawn))
+    spans = _gated_spans(run, steps)
+    for first, last in spans:
+        for axis in axes:
+            axis.axvspan(first - 0.5, last + 0.5, color=GATED.color, alpha=0.16, linewidth=0)
+    if spans:
+        legend.append(Entry(label="epoch with gates", look=GATED, is_mark=True))
+    jumps = [jump.step - 1 for here in run.rounds for jump in here.extrapolations if jump.kept]
+    drift = {step.step: step.policy_drift for step in steps}
+    known = [step for step in jumps if step in drift]
+    if known:
+        heights: Any = [drift[step] for step in known]
+        axes[0].plot(known, heights, JUMP.mark, color=JUMP.color, markersize=5, zorder=3)
+        legend.append(Entry(label="step before a kept extrapolation", look=JUMP, is_mark=True))
+
+
+def _round_starts(run: Run, steps: Sequence[Step]) -> list[tuple[str, Look, list[int]]]:
+    """First steps of the rounds after the first: with fresh rollouts, and without."""
+    first: dict[int, int] = {}
+    for step in steps:
+        first.setdefault(step.round, step.step)
+    caches = {plan.round_index: plan.caches for plan in run.plans}
+    caches |= {report.round: report.caches for report in run.rounds}
+    fresh = {
+        place for place, used in caches.items() if any(cache.origin == "fresh" for cache in used)
+    }
+    later = list(first.items())[1:]
+    return [
+        ("fresh rollouts", REGENERATION, [step for place, step in later if place in fresh]),
+        ("round without any", KEPT, [step for place, step in later if place not in fresh]),
+    ]
+
+
+def _gated_spans(run: Run, steps: Sequence[Step]) -> list[tuple[int, int]]:
+    """First and last step of every epoch that drift's weights were at work in."""
+    if run.setting("train.gate") is None and run.setting("train.freshness") is None:
+        return []
+    epochs: dict[tuple[int, int], list[Step]] = {}
+    for step in steps:
+        epochs.setdefault((step.round, step.epoch), []).append(step)
+    return [
+        (inside[0].step, inside[-1].step)
+        for inside in epochs.values()
+        if any((step.mean_drift_weight or 1.0) < 1.0 for step in inside)
+    ]
+
+
+def _tables(run: Run) -> list[Table]:
+    rows = [
+        [
+            str(report.round),
+            str(epoch.epoch),
+            epoch.action,
+            shown(epoch.policy_drift),
+            shown(epoch.effective_sample_fraction, 3),
+            shown(epoch.reverse_kl),
+            shown(epoch.teacher_entropy),
+        ]
+        for report in run.rounds
+        for epoch in report.epochs
+    ]
+    head = [
+        "round",
+        "epoch",
+        "then",
+        "policy_drift",
+        "effective sample fraction",
+        "reverse KL, nats",
+        "teacher entropy, nats",
+    ]
+    return [Table(caption="Epochs", head=head, rows=rows)] if rows else []
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
