@@ -1,0 +1,323 @@
+"""The report of runs: one page that needs nothing else, shows their numbers and hides no gap."""
+
+import json
+import shutil
+import subprocess
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opd_stream.errors import UserError
+from pipeline.rounds import run
+from pipeline.run_directory import RunDirectory
+from stages.progress import Silent
+from tests.conftest import small_config
+
+pytest.importorskip("matplotlib", reason="pip install 'opd-stream[report]' brings what draws")
+
+from pipeline.report.page import page, write_report
+from pipeline.report.read import read_run, read_runs
+
+WINDOW = (
+    "rollouts.window={kind: adaptive, candidates: [12, 24], max_window_tokens: 48, start: 24, "
+    "probe_rows: 4, probe_share: 0.5}"
+)
+FIGURES = ("window", "drift", "position", "cache", "stages", "lineage")
+VOID = {"meta", "link", "input", "br", "img", "hr"}
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+
+
+class Page(HTMLParser):
+    """Elements of a page, its text, and whether every element is closed in its place."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        """All that is read, with single spaces."""
+        return " ".join(" ".join(self.words).split())
+
+    def figure(self, name: str) -> bool:
+        """Whether the page has the drawing of this name."""
+        return any(
+            tag == "svg" and str(attributes.get("aria-labelledby")).startswith(f"{name}-")
+            for tag, attributes in self.tags
+        )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the adaptive window with gates, and the same once more from its store."""
+    place = tmp_path_factory.mktemp("report")
+    config = small_config(place, WINDOW, "train.gate={blocks: 8}", "evaluation.every_rounds=1")
+    for name in ("first", "second"):
+        run(config, RunDirectory(place / name), Silent())
+    return place
+
+
+def report_of(folder: Path, index: int) -> dict[str, Any]:
+    return json.loads((folder / "rounds" / f"{index:04d}" / "report.json").read_text())
+
+
+def test_a_finished_run_is_shown_whole(folder: Path) -> None:
+    shown = Page(page(read_runs([folder / "first"])))
+    summary = json.loads((folder / "first" / "summary.json").read_text())
+    assert "finished, 2 rounds" in shown.text
+    for value in summary["tokens"].values():
+        assert f"{value:,}" in shown.text
+    for evaluation in summary["evaluations"]:
+        assert f"{evaluation['pass@1']:.3f}" in shown.text
+    for index in (0, 1):
+        report = report_of(folder / "first", index)
+        for epoch in report["epochs"]:
+            assert epoch["reason"] in shown.text
+            assert f"{epoch['reverse_kl']:.4f}" in shown.text
+        assert f"scores/{report['caches'][0]['scores'][:16]}" in shown.text
+        assert f"policies/{report['policy']['fingerprint'][:16]}" in shown.text
+    decision = report_of(folder / "first", 0)["window_decision"]
+    assert decision["reason"] in shown.text
+    assert all(f"{cosine:.3f}" in shown.text for cosine in decision["cosines"])
+    assert [name for name in FIGURES if not shown.figure(f"run-0-{name}")] == []
+    for cost in ("tokens", "teacher", "flops", "seconds"):
+        assert shown.figure(f"accuracy-{cost}")
+        assert ("label", {"for": f"cost-{cost}"}) in shown.tags
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing(folder: Path) -> None:
+    text = page(read_runs([folder / "first", folder / "second"]))
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "@import" not in text
+    tags = Page(text).tags
+    assert not {"script", "iframe", "object", "embed", "img"} & {tag for tag, _ in tags}
+    for _, attributes in tags:
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "xlink:href"):
+            assert str(attributes.get(name, "#")).startswith(("#", "data:,"))
+    names = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    targets = {str(a["href"])[1:] for _, a in tags if str(a.get("href", "")).startswith("#")}
+    assert len(set(names)) == len(names)
+    assert targets <= set(names)
+
+
+def test_colours_follow_the_reader(folder: Path) -> None:
+    text = page(read_runs([folder / "first"]))
+    drawn = text[text.index("<body>") :]
+    assert "prefers-color-scheme: dark" in text
+    assert "var(--series-0)" in drawn
+    assert "#" not in "".join(
+        str(a["style"]) for tag, a in Page(text).tags if "style" in a and tag != "g"
+    ).replace("url(#", "")
+
+
+def test_what_was_found_in_the_store_costs_nothing_and_is_said(folder: Path) -> None:
+    both = Page(page(read_runs([folder / "first", folder / "second"])))
+    assert "It made all its rollouts, scores and policies itself." in both.text
+    assert "It found 4 rollout units, 4 score units, 2 policies" in both.text
+    assert both.figure("run-1-lineage")
+    alone = Page(page(read_runs([folder / "second"])))
+    assert "no finished round has spent anything" in alone.text
+
+
+def test_text_of_a_run_is_escaped(folder: Path, tmp_path: Path) -> None:
+    name = "<img src=x onerror=alert(1)>$\\frac{"
+    shutil.copytree(folder / "first", tmp_path / name)
+    config = json.loads((tmp_path / name / "config.json").read_text())
+    config["student"]["path"] = "</pre><script>alert(2)</script>"
+    (tmp_path / name / "config.json").write_text(json.dumps(config))
+    report = report_of(tmp_path / name, 0)
+    report["epochs"][0]["reason"] = "<script>alert(3)</script>"
+    (tmp_path / name / "rounds" / "0000" / "report.json").write_text(json.dumps(report))
+    shown = Page(page(read_runs([tmp_path / name, folder / "second"])))
+    assert not {"img", "script"} & {tag for tag, _ in shown.tags}
+    for text in (name, config["student"]["path"], report["epochs"][0]["reason"]):
+        assert text in shown.text
+
+
+def test_an_unfinished_run_is_shown_as_far_as_it_is(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "half"
+    shutil.copytree(folder / "first", place)
+    (place / "rounds" / "0001" / "report.json").unlink()
+    (place / "summary.json").unlink()
+    metrics = (place / "metrics.jsonl").read_text()
+    (place / "metrics.jsonl").write_text(metrics[:-20])
+    found = read_run(place)
+    assert len(found.steps) == len(metrics.splitlines()) - 1
+    shown = Page(page([found]))
+    assert "unfinished, 1 of 2 rounds; round 1 is planned and not finished" in shown.text
+    assert "No curve is drawn: no policy has been evaluated." in shown.text
+    assert "Planned, not finished." in shown.text
+    assert [name for name in FIGURES if not shown.figure(f"run-0-{name}")] == []
+
+
+def test_a_run_that_has_only_begun_is_a_page_of_sentences(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "first" / "config.json", tmp_path)
+    shown = Page(page(read_runs([tmp_path])))
+    assert "unfinished, 0 of 2 rounds" in shown.text
+    assert "No optimizer step has recorded its drift." in shown.text
+    assert not any(shown.figure(f"run-0-{name}") for name in FIGURES)
+
+
+def test_reports_of_an_older_version_are_shown_without_what_they_lack(
+    folder: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "old"
+    shutil.copytree(folder / "first", place)
+    for index in (0, 1):
+        report = report_of(place, index)
+        kept = {name: report[name] for name in ("round", "tokens", "seconds", "decision")}
+        path = place / "rounds" / f"{index:04d}" / "report.json"
+        path.write_text(json.dumps(kept))
+    shown = Page(page(read_runs([place])))
+    assert "No epoch has recorded reverse KL by position." in shown.text
+    assert "No finished round says how large its cache is." in shown.text
+    assert "No finished round says what it reused." in shown.text
+    assert shown.figure("accuracy-tokens")
+    assert not shown.figure("accuracy-flops")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", None, "has no config.json; expected the folder of a run"),
+        ("summary.json", "{", "is not valid JSON"),
+        ("summary.json", "[]", "holds list, not an object"),
+        ("summary.json", '{"evaluations": 3}', "evaluations: Input should be a valid list"),
+        ("metrics.jsonl", "{}\n", "line 1 of .*round: Field required"),
+    ],
+)
+def test_a_folder_that_cannot_be_shown_is_refused(
+    folder: Path, tmp_path: Path, file: str, content: str | None, message: str
+) -> None:
+    place = tmp_path / "run"
+    shutil.copytree(folder / "first", place)
+    (place / file).unlink()
+    if content is not None:
+        (place / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        write_report([place], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_runs_of_one_name_are_told_apart(folder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(folder / "first", tmp_path / name / "run")
+    names = [found.name for found in read_runs([tmp_path / "a" / "run", tmp_path / "b" / "run"])]
+    assert names == [str(tmp_path / name / "run") for name in ("a", "b")]
+
+
+def test_the_same_runs_make_the_same_page(folder: Path, tmp_path: Path) -> None:
+    runs = [folder / "first", folder / "second"]
+    line = write_report(runs, tmp_path / "one.html")
+    write_report(runs, tmp_path / "two.html")
+    assert "2 runs" in line
+    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+
+
+def browse(path: Path, *options: str) -> tuple[str, list[str]]:
+    """The document as Chromium has it after loading, and what its console says."""
+    assert CHROMIUM is not None
+    profile = path.parent / "profile"
+    found = subprocess.run(
+        [
+            CHROMIUM,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            f"--user-data-dir={profile}",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=2000",
+            *options,
+            "--dump-dom",
+            path.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=True,
+    )
+    return found.stdout, [line for line in found.stderr.splitlines() if ":CONSOLE" in line]
+
+
+NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+
+
+@NEEDS_CHROMIUM
+def test_a_browser_loads_the_page_without_a_word(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_report([folder / "first", folder / "second"], path)
+    document, console = browse(path)
+    assert "</html>" in document
+    assert console == []
+    spoiled = path.read_text().replace("<main>", '<main><img src="http://example.invalid/a">')
+    path.write_text(spoiled)
+    assert browse(path)[1] != []  # a request would have been told
+
+
+PROBE = """
+const drawn = element => element.getClientRects().length > 0;
+const panes = () => [...document.querySelectorAll('.pane')].filter(drawn).map(p => p.className);
+const crossed = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+  && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
+const overlaps = [];
+for (const svg of document.querySelectorAll('.drawing svg')) {
+  const texts = [...svg.querySelectorAll('text')].filter(drawn);
+  const boxes = texts.map(text => text.getBoundingClientRect());
+  boxes.forEach((a, i) => boxes.slice(i + 1).forEach((b, j) => {
+    if (crossed(a, b)) overlaps.push(texts[i].textContent + ' / ' + texts[i + 1 + j].textContent);
+  }));
+}
+const found = {overlaps, before: panes(), wide: document.documentElement.scrollWidth};
+document.getElementById('cost-flops').focus();
+document.activeElement.click();
+found.after = panes();
+parent.document.body.dataset.found = JSON.stringify(found);
+"""
+
+
+@NEEDS_CHROMIUM
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_switch_switches_labels_stay_apart_and_a_phone_need_not_scroll_sideways(
+    folder: Path, tmp_path: Path, width: int
+) -> None:
+    text = page(read_runs([folder / "first", folder / "second"]))
+    start = text.index('<meta http-equiv="Content-Security-Policy"')
+    text = text[:start] + text[text.index(">", start) + 1 :]  # it would refuse the probe
+    probed = text.replace("</body>", f"<script>{PROBE}</script></body>")
+    frame = f'<iframe style="border:0;width:{width}px;height:900px" srcdoc="{escape(probed)}">'
+    path = tmp_path / "frame.html"
+    path.write_text(f"<!DOCTYPE html><body>{frame}</iframe></body>")
+    document, _ = browse(path, "--window-size=1400,1000")
+    body = next(attributes for tag, attributes in Page(document).tags if tag == "body")
+    found = json.loads(str(body["data-found"]))
+    assert found["overlaps"] == []
+    assert found["before"] == ["pane pane-tokens"]
+    assert found["after"] == ["pane pane-flops"]
+    assert found["wide"] <= width
