@@ -1,6 +1,7 @@
 """The report of runs: one page that needs nothing else, shows their numbers and hides no gap."""
 
 import json
+import re
 import shutil
 import subprocess
 from html import escape
@@ -80,12 +81,45 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> str:
+    """The page of one run."""
+    return page(read_runs([folder / "first"]))
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> str:
+    """The page of two."""
+    return page(read_runs([folder / "first", folder / "second"]))
+
+
+@pytest.fixture(scope="module")
+def long(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run stretched to 90 rounds of 40 steps and 14 ranges of places."""
+    place = tmp_path_factory.mktemp("long") / "long"
+    shutil.copytree(folder / "first", place)
+    report, steps = report_of(place, 0), (place / "metrics.jsonl").read_text().splitlines()
+    for epoch in report["epochs"]:
+        bin_ = epoch["by_position"][0]
+        epoch["by_position"] = [{**bin_, "first": 2**b - 1} for b in range(14)]
+    lines: list[str] = []
+    for index in range(90):
+        (place / "rounds" / f"{index:04d}").mkdir(exist_ok=True)
+        path = place / "rounds" / f"{index:04d}" / "report.json"
+        path.write_text(json.dumps({**report, "round": index}))
+        for step in range(40 * index, 40 * index + 40):
+            line = json.loads(steps[step % len(steps)])
+            lines.append(json.dumps({**line, "round": index, "epoch": 0, "step": step}))
+    (place / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return place
+
+
 def report_of(folder: Path, index: int) -> dict[str, Any]:
     return json.loads((folder / "rounds" / f"{index:04d}" / "report.json").read_text())
 
 
-def test_a_finished_run_is_shown_whole(folder: Path) -> None:
-    shown = Page(page(read_runs([folder / "first"])))
+def test_a_finished_run_is_shown_whole(folder: Path, alone: str) -> None:
+    shown = Page(alone)
     summary = json.loads((folder / "first" / "summary.json").read_text())
     assert "finished, 2 rounds" in shown.text
     for value in summary["tokens"].values():
@@ -108,12 +142,11 @@ def test_a_finished_run_is_shown_whole(folder: Path) -> None:
         assert ("label", {"for": f"cost-{cost}"}) in shown.tags
 
 
-def test_the_page_asks_for_nothing_and_runs_nothing(folder: Path) -> None:
-    text = page(read_runs([folder / "first", folder / "second"]))
-    assert "http:" not in text
-    assert "https:" not in text
-    assert "@import" not in text
-    tags = Page(text).tags
+def test_the_page_asks_for_nothing_and_runs_nothing(both: str) -> None:
+    assert "http:" not in both
+    assert "https:" not in both
+    assert "@import" not in both
+    tags = Page(both).tags
     assert not {"script", "iframe", "object", "embed", "img"} & {tag for tag, _ in tags}
     for _, attributes in tags:
         assert not any(name.startswith("on") for name in attributes)
@@ -125,23 +158,24 @@ def test_the_page_asks_for_nothing_and_runs_nothing(folder: Path) -> None:
     assert targets <= set(names)
 
 
-def test_colours_follow_the_reader(folder: Path) -> None:
-    text = page(read_runs([folder / "first"]))
-    drawn = text[text.index("<body>") :]
-    assert "prefers-color-scheme: dark" in text
-    assert "var(--series-0)" in drawn
-    assert "#" not in "".join(
-        str(a["style"]) for tag, a in Page(text).tags if "style" in a and tag != "g"
-    ).replace("url(#", "")
+def test_colours_follow_the_reader(alone: str) -> None:
+    assert "prefers-color-scheme: dark" in alone
+    styles = [str(attributes.get("style", "")) for _, attributes in Page(alone).tags]
+    drawn = [style for style in styles if "fill:" in style or "stroke:" in style]
+    assert len(drawn) > 500
+    assert all("#" not in style for style in drawn)  # every colour is a variable of the page
+    used = {name for style in styles for name in re.findall(r"var\((--[a-z0-9-]+)\)", style)}
+    assert {"--ink", "--grid", "--series-0", "--train"} <= used
+    assert all(f"{name}:" in alone for name in used)
 
 
-def test_what_was_found_in_the_store_costs_nothing_and_is_said(folder: Path) -> None:
-    both = Page(page(read_runs([folder / "first", folder / "second"])))
-    assert "It made all its rollouts, scores and policies itself." in both.text
-    assert "It found 4 rollout units, 4 score units, 2 policies" in both.text
-    assert both.figure("run-1-lineage")
-    alone = Page(page(read_runs([folder / "second"])))
-    assert "no finished round has spent anything" in alone.text
+def test_what_was_found_in_the_store_costs_nothing_and_is_said(folder: Path, both: str) -> None:
+    shown = Page(both)
+    assert "It made all its rollouts, scores and policies itself." in shown.text
+    assert "It found 4 rollout units, 4 score units, 2 policies" in shown.text
+    assert shown.figure("run-1-lineage")
+    second = Page(page(read_runs([folder / "second"])))
+    assert "no finished round has spent anything" in second.text
 
 
 def test_text_of_a_run_is_escaped(folder: Path, tmp_path: Path) -> None:
@@ -153,7 +187,7 @@ def test_text_of_a_run_is_escaped(folder: Path, tmp_path: Path) -> None:
     report = report_of(tmp_path / name, 0)
     report["epochs"][0]["reason"] = "<script>alert(3)</script>"
     (tmp_path / name / "rounds" / "0000" / "report.json").write_text(json.dumps(report))
-    shown = Page(page(read_runs([tmp_path / name, folder / "second"])))
+    shown = Page(page(read_runs([tmp_path / name])))
     assert not {"img", "script"} & {tag for tag, _ in shown.tags}
     for text in (name, config["student"]["path"], report["epochs"][0]["reason"]):
         assert text in shown.text
@@ -201,6 +235,15 @@ def test_reports_of_an_older_version_are_shown_without_what_they_lack(
     assert not shown.figure("accuracy-flops")
 
 
+def test_a_long_run_stays_a_small_page(long: Path) -> None:
+    text = page(read_runs([long]))
+    assert len(text) < 1_000_000
+    shown = Page(text)
+    assert "A point is the mean of up to 5 steps." in shown.text
+    assert "At a vertical line" not in shown.text
+    assert "6 of 90 rounds are drawn" in shown.text
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -231,12 +274,10 @@ def test_runs_of_one_name_are_told_apart(folder: Path, tmp_path: Path) -> None:
     assert names == [str(tmp_path / name / "run") for name in ("a", "b")]
 
 
-def test_the_same_runs_make_the_same_page(folder: Path, tmp_path: Path) -> None:
-    runs = [folder / "first", folder / "second"]
-    line = write_report(runs, tmp_path / "one.html")
-    write_report(runs, tmp_path / "two.html")
-    assert "2 runs" in line
-    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+def test_the_same_runs_make_the_same_page(folder: Path, tmp_path: Path, alone: str) -> None:
+    line = write_report([folder / "first"], tmp_path / "report.html")
+    assert "report.html: 1 run, " in line
+    assert (tmp_path / "report.html").read_text() == alone
 
 
 def browse(path: Path, *options: str) -> tuple[str, list[str]]:
@@ -270,14 +311,13 @@ NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PAT
 
 
 @NEEDS_CHROMIUM
-def test_a_browser_loads_the_page_without_a_word(folder: Path, tmp_path: Path) -> None:
+def test_a_browser_loads_the_page_without_a_word(both: str, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    write_report([folder / "first", folder / "second"], path)
+    path.write_text(both)
     document, console = browse(path)
     assert "</html>" in document
     assert console == []
-    spoiled = path.read_text().replace("<main>", '<main><img src="http://example.invalid/a">')
-    path.write_text(spoiled)
+    path.write_text(both.replace("<main>", '<main><img src="http://example.invalid/a">'))
     assert browse(path)[1] != []  # a request would have been told
 
 
@@ -298,26 +338,29 @@ const found = {overlaps, before: panes(), wide: document.documentElement.scrollW
 document.getElementById('cost-flops').focus();
 document.activeElement.click();
 found.after = panes();
-parent.document.body.dataset.found = JSON.stringify(found);
+parent.document.body.setAttribute('data-at-' + innerWidth, JSON.stringify(found));
 """
 
 
 @NEEDS_CHROMIUM
-@pytest.mark.parametrize("width", [360, 1280])
 def test_the_switch_switches_labels_stay_apart_and_a_phone_need_not_scroll_sideways(
-    folder: Path, tmp_path: Path, width: int
+    folder: Path, long: Path, tmp_path: Path
 ) -> None:
-    text = page(read_runs([folder / "first", folder / "second"]))
+    text = page(read_runs([folder / "first", long]))
     start = text.index('<meta http-equiv="Content-Security-Policy"')
     text = text[:start] + text[text.index(">", start) + 1 :]  # it would refuse the probe
-    probed = text.replace("</body>", f"<script>{PROBE}</script></body>")
-    frame = f'<iframe style="border:0;width:{width}px;height:900px" srcdoc="{escape(probed)}">'
-    path = tmp_path / "frame.html"
-    path.write_text(f"<!DOCTYPE html><body>{frame}</iframe></body>")
+    probed = escape(text.replace("</body>", f"<script>{PROBE}</script></body>"))
+    frames = [
+        f'<iframe style="border:0;width:{width}px;height:900px" srcdoc="{probed}"></iframe>'
+        for width in (360, 1280)
+    ]
+    path = tmp_path / "frames.html"
+    path.write_text(f"<!DOCTYPE html><body>{''.join(frames)}</body>")
     document, _ = browse(path, "--window-size=1400,1000")
     body = next(attributes for tag, attributes in Page(document).tags if tag == "body")
-    found = json.loads(str(body["data-found"]))
-    assert found["overlaps"] == []
-    assert found["before"] == ["pane pane-tokens"]
-    assert found["after"] == ["pane pane-flops"]
-    assert found["wide"] <= width
+    for width in (360, 1280):
+        found = json.loads(str(body[f"data-at-{width}"]))
+        assert found["overlaps"] == []
+        assert found["before"] == ["pane pane-tokens"]
+        assert found["after"] == ["pane pane-flops"]
+        assert found["wide"] <= width

@@ -8,6 +8,7 @@ from pipeline.report.style import graded
 from pipeline.report.svg import inline, panels
 
 MOST_CURVES = 6
+MOST_NAMES = 9  # of ranges along the axis
 
 
 def position_exhibit(run: Run, name: str) -> Exhibit:
@@ -23,7 +24,7 @@ def position_exhibit(run: Run, name: str) -> Exhibit:
         for report in chosen
         for bin_ in report.epochs[0].by_position
     )
-    figure, axes = panels(2 if has_entropy else 1, height=1.5 if has_entropy else 2.2)
+    figure, axes = panels(2 if has_entropy else 1, height=1.6 if has_entropy else 2.6)
     legend: list[Entry] = []
     for number, report in enumerate(chosen):
         drawn = graded(number, len(chosen))
@@ -40,8 +41,9 @@ def position_exhibit(run: Run, name: str) -> Exhibit:
     axes[0].set_ylabel("reverse KL\n(nats a token)")
     if has_entropy:
         axes[1].set_ylabel("teacher entropy\n(nats)")
-    axes[-1].set_xticks(range(len(places)), _ranges(places))
-    axes[-1].set_xlabel("place in the completion")
+    step = 1 if len(places) <= MOST_NAMES else 2
+    axes[-1].set_xticks(range(0, len(places), step), [str(first) for first in places[::step]])
+    axes[-1].set_xlabel("place in the completion, from")
     caption = "Means over the tokens of each range of places, first epoch of a round."
     if len(chosen) < len(known):
         caption += f" {len(chosen)} of {len(known)} rounds are drawn; the table has all."

@@ -23,14 +23,15 @@ def window_exhibit(run: Run, name: str) -> Exhibit:
         return left_out(name, title, "No round has a window: its rows came from elsewhere.")
     audited = [report for report in run.rounds if report.window_decision is not None]
     candidates = [int(tokens) for tokens in run.setting("rollouts.window.candidates") or []]
-    figure, axes = panels(2 if audited and candidates else 1)
+    has_cosines = bool(audited and candidates)
+    figure, axes = panels(2 if has_cosines else 1, height=1.7 if has_cosines else 2.6)
     places, tokens = zip(*known, strict=True)
     axes[0].step(places, tokens, where="mid", color=look(0).color, marker="o")
     axes[0].set_ylabel("window (tokens)")
     axes[0].set_ylim(bottom=0, top=max(tokens) * 1.1)
     legend: list[Entry] = []
     caption = f"Window kind: {run.setting('rollouts.window.kind') or 'unknown'}."
-    if audited and candidates:
+    if has_cosines:
         legend = _cosines(run, axes[1], audited, candidates)
         caption += (
             " Below, the cosine of each candidate's gradient with that of full rollouts; the "
@@ -44,7 +45,7 @@ def window_exhibit(run: Run, name: str) -> Exhibit:
         caption=caption,
         svg=inline(figure, name, title=f"{title}: {run.name}", description=caption),
         legend=legend,
-        tables=[_cosine_table(audited, candidates)] if audited and candidates else [],
+        tables=[_cosine_table(audited, candidates)] if has_cosines else [],
     )
 
 
