@@ -3,9 +3,7 @@
 import json
 import re
 import shutil
-import subprocess
 from html import escape
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -16,59 +14,20 @@ from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from stages.progress import Silent
 from tests.conftest import small_config
+from tests.html_page import CHROMIUM, PROBE, Page, browse
 
 pytest.importorskip("matplotlib", reason="pip install 'opd-stream[report]' brings what draws")
 
+from pipeline.report.accuracy import COSTS, spent
 from pipeline.report.page import page, write_report
 from pipeline.report.read import read_run, read_runs
+from pipeline.report.training import thinned
 
 WINDOW = (
     "rollouts.window={kind: adaptive, candidates: [12, 24], max_window_tokens: 48, start: 24, "
     "probe_rows: 4, probe_share: 0.5}"
 )
 FIGURES = ("window", "drift", "position", "cache", "stages", "lineage")
-VOID = {"meta", "link", "input", "br", "img", "hr"}
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-
-
-class Page(HTMLParser):
-    """Elements of a page, its text, and whether every element is closed in its place."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        """All that is read, with single spaces."""
-        return " ".join(" ".join(self.words).split())
-
-    def figure(self, name: str) -> bool:
-        """Whether the page has the drawing of this name."""
-        return any(
-            tag == "svg" and str(attributes.get("aria-labelledby")).startswith(f"{name}-")
-            for tag, attributes in self.tags
-        )
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +71,12 @@ def long(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             lines.append(json.dumps({**line, "round": index, "epoch": 0, "step": step}))
     (place / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return place
+
+
+@pytest.fixture(scope="module")
+def mixed(folder: Path, long: Path) -> str:
+    """The page of a short run and the long one."""
+    return page(read_runs([folder / "first", long]))
 
 
 def report_of(folder: Path, index: int) -> dict[str, Any]:
@@ -235,12 +200,26 @@ def test_reports_of_an_older_version_are_shown_without_what_they_lack(
     assert not shown.figure("accuracy-flops")
 
 
-def test_a_long_run_stays_a_small_page(long: Path) -> None:
-    text = page(read_runs([long]))
-    assert len(text) < 1_000_000
-    shown = Page(text)
+def test_a_cost_with_a_gap_is_left_out(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "gap"
+    shutil.copytree(folder / "first", place)
+    shutil.rmtree(place / "rounds" / "0000")
+    assert [spent(read_run(place), cost) for cost in COSTS] == [None] * len(COSTS)
+
+
+def test_a_mean_over_steps_keeps_the_sum(long: Path) -> None:
+    steps = read_run(long).steps
+    points, together = thinned(steps)
+    assert len(points) * together == len(steps)
+    drift = [step.policy_drift or 0.0 for step in steps]
+    assert sum(p.policy_drift or 0.0 for p in points) * together == pytest.approx(sum(drift))
+
+
+def test_a_long_run_stays_a_small_page(mixed: str) -> None:
+    assert len(mixed) < 1_000_000
+    shown = Page(mixed)
     assert "A point is the mean of up to 5 steps." in shown.text
-    assert "At a vertical line" not in shown.text
+    assert shown.text.count("At a vertical line") == 2  # read and heard, of the short one
     assert "6 of 90 rounds are drawn" in shown.text
 
 
@@ -280,33 +259,6 @@ def test_the_same_runs_make_the_same_page(folder: Path, tmp_path: Path, alone: s
     assert (tmp_path / "report.html").read_text() == alone
 
 
-def browse(path: Path, *options: str) -> tuple[str, list[str]]:
-    """The document as Chromium has it after loading, and what its console says."""
-    assert CHROMIUM is not None
-    profile = path.parent / "profile"
-    found = subprocess.run(
-        [
-            CHROMIUM,
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            f"--user-data-dir={profile}",
-            "--host-resolver-rules=MAP * ~NOTFOUND",
-            "--enable-logging=stderr",
-            "--virtual-time-budget=2000",
-            *options,
-            "--dump-dom",
-            path.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=True,
-    )
-    return found.stdout, [line for line in found.stderr.splitlines() if ":CONSOLE" in line]
-
-
 NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 
 
@@ -321,34 +273,12 @@ def test_a_browser_loads_the_page_without_a_word(both: str, tmp_path: Path) -> N
     assert browse(path)[1] != []  # a request would have been told
 
 
-PROBE = """
-const drawn = element => element.getClientRects().length > 0;
-const panes = () => [...document.querySelectorAll('.pane')].filter(drawn).map(p => p.className);
-const crossed = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
-  && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
-const overlaps = [];
-for (const svg of document.querySelectorAll('.drawing svg')) {
-  const texts = [...svg.querySelectorAll('text')].filter(drawn);
-  const boxes = texts.map(text => text.getBoundingClientRect());
-  boxes.forEach((a, i) => boxes.slice(i + 1).forEach((b, j) => {
-    if (crossed(a, b)) overlaps.push(texts[i].textContent + ' / ' + texts[i + 1 + j].textContent);
-  }));
-}
-const found = {overlaps, before: panes(), wide: document.documentElement.scrollWidth};
-document.getElementById('cost-flops').focus();
-document.activeElement.click();
-found.after = panes();
-parent.document.body.setAttribute('data-at-' + innerWidth, JSON.stringify(found));
-"""
-
-
 @NEEDS_CHROMIUM
 def test_the_switch_switches_labels_stay_apart_and_a_phone_need_not_scroll_sideways(
-    folder: Path, long: Path, tmp_path: Path
+    mixed: str, tmp_path: Path
 ) -> None:
-    text = page(read_runs([folder / "first", long]))
-    start = text.index('<meta http-equiv="Content-Security-Policy"')
-    text = text[:start] + text[text.index(">", start) + 1 :]  # it would refuse the probe
+    start = mixed.index('<meta http-equiv="Content-Security-Policy"')
+    text = mixed[:start] + mixed[mixed.index(">", start) + 1 :]  # it would refuse the probe
     probed = escape(text.replace("</body>", f"<script>{PROBE}</script></body>"))
     frames = [
         f'<iframe style="border:0;width:{width}px;height:900px" srcdoc="{probed}"></iframe>'

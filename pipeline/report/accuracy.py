@@ -55,10 +55,14 @@ COSTS = (
 
 
 def spent(run: Run, cost: Cost) -> list[float] | None:
-    """What each policy had cost when it was there, from policy 0; None where no report says."""
+    """What each policy had cost when it was there, from policy 0.
+
+    None where a report is missing or lacks it.
+    """
     costs = [cost.of(report) for report in run.rounds]
     known = [value for value in costs if value is not None]
-    return None if len(known) < len(costs) else [0.0, *accumulate(known)]
+    is_whole = [report.round for report in run.rounds] == list(range(len(known)))
+    return [0.0, *accumulate(known)] if is_whole else None
 
 
 def evaluated(run: Run) -> list[Evaluation]:

@@ -75,7 +75,8 @@ def lineage_exhibit(run: Run, name: str) -> Exhibit:
     axis.grid(visible=False)
     caption = (
         "A policy writes rollouts (down), the teacher scores them (up), and a later policy is "
-        "trained on the scores (up again). A hollow policy is not made yet."
+        "trained on the scores (up again). Continued rollouts hang on the policy of their oldest "
+        "tokens. A hollow policy is not made yet."
     )
     return Exhibit(
         name=name,

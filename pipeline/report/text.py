@@ -206,4 +206,4 @@ def _plain(value: object) -> str:
         )
     if isinstance(value, list):
         return "; ".join(_plain(item) for item in value)
-    return str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
