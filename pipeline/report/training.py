@@ -144,18 +144,18 @@ def _events(run: Run, axes: Sequence[Axes], steps: Sequence[Step], legend: list[
 
 
 def _round_starts(run: Run, steps: Sequence[Step]) -> list[tuple[str, Look, list[int]]]:
-    """First steps of the rounds after the first: with fresh rollouts, and without."""
+    """First steps of the rounds after the first: with new rollouts, and without."""
     first: dict[int, int] = {}
     for step in steps:
         first.setdefault(step.round, step.step)
     caches = {plan.round_index: plan.caches for plan in run.plans}
     caches |= {report.round: report.caches for report in run.rounds}
     fresh = {
-        place for place, used in caches.items() if any(cache.origin == "fresh" for cache in used)
+        place for place, used in caches.items() if any(c.origin in ("fresh", "ahead") for c in used)
     }
     later = list(first.items())[1:]
     return [
-        ("fresh rollouts", REGENERATION, [step for place, step in later if place in fresh]),
+        ("new rollouts", REGENERATION, [step for place, step in later if place in fresh]),
         ("round without any", KEPT, [step for place, step in later if place not in fresh]),
     ]
 
