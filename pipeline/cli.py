@@ -182,6 +182,25 @@ def report(
     typer.echo(write_report(run_dirs, out))
 
 
+@app.command()
+def doctor(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Load no model.")] = False,
+) -> None:
+    """Say whether a config can run here and is set up right; exit code 1 if not."""
+    from opd_stream.config_file import load_config
+    from pipeline.doctor import screen
+    from pipeline.doctor.examination import examine
+
+    report = examine(load_config(config, overrides or []), quick=quick)
+    for line in [screen.as_json(report)] if as_json else screen.lines(report):
+        typer.echo(line)
+    if not report.may_start:
+        raise typer.Exit(1)
+
+
 @cache.command("ls")
 def cache_ls(store: StorePlace) -> None:
     """List the artifacts of a store."""

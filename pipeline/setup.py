@@ -1,15 +1,19 @@
 """Everything that is the same in all rounds, checked before any work."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 from opd_stream.config import Config
+from opd_stream.config.prompts import Prompts
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.store import Store
 from stages.checkpoints import Checkpoint, check_pair, open_checkpoint
 from stages.prompts import make_prompts
+
+PromptsStage = Callable[[Store, Prompts, Checkpoint], Artifact]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +34,12 @@ class Setup:
     evaluation_prompts: Artifact | None
 
 
-def open_setup(config: Config) -> Setup:
+def open_setup(config: Config, *, prompts: PromptsStage = make_prompts) -> Setup:
     """Open what a run needs.
+
+    Args:
+        config: the run.
+        prompts: makes the prompts artifacts, or only names them.
 
     Raises:
         UserError: the store cannot be written, a checkpoint is none, the pair does not fit
@@ -61,9 +69,9 @@ def open_setup(config: Config) -> Setup:
         forced_ids=tuple(sorted({*stop_ids, *_forced(config, student)})),
         masked_ids=masked_ids(config, student.tokenizer()),
         newline_ids=_newlines(config, student),
-        prompts=make_prompts(store, config.prompts, student),
+        prompts=prompts(store, config.prompts, student),
         evaluation_prompts=(
-            None if evaluation is None else make_prompts(store, evaluation.prompts, student)
+            None if evaluation is None else prompts(store, evaluation.prompts, student)
         ),
     )
 

@@ -8,18 +8,27 @@ from opd_stream.store.store import Store
 from stages.checkpoints import Checkpoint
 
 
-def make_prompts(store: Store, source: Prompts, student: Checkpoint) -> Artifact:
-    """The prompts artifact of a source under the student's tokenizer, made if it is missing.
+def name_prompts(store: Store, source: Prompts, student: Checkpoint) -> Artifact:
+    """The prompts artifact of a source, whether it exists or not.
 
     Raises:
-        UserError: the source cannot be read or a prompt does not fit.
+        UserError: a file of the source does not exist.
     """
     recipe = Recipe(
         kind="prompts",
         settings=source_settings(source),
         inputs={"tokenizer": student.identity.tokenizer_sha256},
     )
-    artifact = store.artifact(recipe)
+    return store.artifact(recipe)
+
+
+def make_prompts(store: Store, source: Prompts, student: Checkpoint) -> Artifact:
+    """The prompts artifact of a source under the student's tokenizer, made if it is missing.
+
+    Raises:
+        UserError: the source cannot be read or a prompt does not fit.
+    """
+    artifact = name_prompts(store, source, student)
     if artifact.is_complete() and artifact.damage(0) is None:
         return artifact
     table = prompts_table(source, student.tokenizer())

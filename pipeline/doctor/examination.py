@@ -1,0 +1,205 @@
+"""All checks in order: what is cheap first, models last, each as far as what it needs is there."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from opd_stream.config import Config
+from opd_stream.errors import UserError
+from opd_stream.store.artifact import DamagedUnit
+from opd_stream.store.files import is_remote
+from opd_stream.store.policy import identify
+from opd_stream.store.store import Store
+from pipeline.doctor import cached, devices, models, packages, places, prompts, trial
+from pipeline.doctor.findings import Check, Finding, Report
+from pipeline.setup import Setup, open_setup
+from pipeline.walk import walk
+from stages.checkpoints import Checkpoint, open_checkpoint
+from stages.prompts import name_prompts
+
+SETUP = Check(
+    name="setup",
+    why="a run refuses this before any work",
+)
+Checks = Callable[..., list[Finding]]
+HEAVY = (trial.SELF, trial.SAMPLER, cached.CACHED)
+
+
+def examine(config: Config, *, quick: bool) -> Report:
+    """Look at everything a run of this config would need here.
+
+    Args:
+        config: the run.
+        quick: load no model, connect to no cluster.
+    """
+    report = Report()
+    _add(report, packages.PACKAGES, packages.packages, config)
+    store, found = places.store(config)
+    report.findings += found
+    opened = _open_models(report, config, store)
+    _add(report, models.WEIGHTS, models.weights, opened)
+    tables: prompts.Tables = {}
+    if "student" in opened:
+        _add(report, models.TERMINATORS, models.terminators, config, opened)
+        _add(report, models.TEMPLATES, models.templates, config, opened)
+        tables, found = prompts.read(config, opened["student"])
+        report.findings += found
+        _add(report, prompts.PROMPTS, prompts.enough, config, tables)
+        _add(report, prompts.ANSWERS, prompts.answers, config, tables)
+        _add(report, prompts.CONTEXT, prompts.context, config, tables, opened)
+    if len(opened) == 2:
+        pair = opened["student"], opened["teacher"]
+        _add(report, models.TOKENIZERS, models.tokenizers, *pair)
+    sizes = _sizes(report, opened)
+    _devices(report, config, sizes, quick=quick)
+    setup = _setup(report, config, store)
+    if store is not None and "student" in sizes:
+        done = 0 if setup is None else _rounds_done(report, setup)
+        _add(report, places.DISK, places.disk, config, store, sizes["student"], done)
+    _models(report, setup, tables, opened, quick=quick)
+    return report
+
+
+def _open_models(report: Report, config: Config, store: Store | None) -> models.Models:
+    """The checkpoints that are there."""
+    paths = {"student": config.student.path}
+    if config.teacher is not None and (config.replay is None or config.teacher.path.is_dir()):
+        paths["teacher"] = config.teacher.path
+    opened: models.Models = {}
+    for role, path in paths.items():
+        try:
+            if store is None:
+                opened[role] = Checkpoint(folder=path.resolve(), identity=identify(path))
+            else:
+                opened[role] = open_checkpoint(store, path)
+        except UserError as error:
+            report.findings.append(models.WEIGHTS.refused(error))
+    return opened
+
+
+def _sizes(report: Report, opened: models.Models) -> devices.Sizes:
+    """Parameters of each role whose weights are whole."""
+    if any(f.check == "weights" and f.level == "error" for f in report.findings):
+        return {}
+    return {role: models.parameters(model.folder) for role, model in opened.items()}
+
+
+def _devices(report: Report, config: Config, sizes: devices.Sizes, *, quick: bool) -> None:
+    if any(f.check == "packages" and "needs torch," in f.found for f in report.findings):
+        report.not_checked["devices"] = "torch is not installed"
+        return
+    machine = devices.this_machine()
+    address = os.environ.get("RAY_ADDRESS")
+    if config.executor == "local" or not address:
+        nodes = devices.local_nodes(config, machine)
+        _add(report, devices.DEVICES, devices.pools, config, nodes, "this machine")
+    elif quick:
+        report.not_checked["pools"] = f"--quick does not ask the cluster at {address}"
+    else:
+        _add(report, devices.DEVICES, _cluster_pools, config, address)
+    _add(report, devices.DEVICES, devices.trainer, config, machine)
+    _add(report, devices.PRECISION, devices.precision, config, machine)
+    if "student" in sizes:
+        _add(report, devices.MEMORY, devices.memory, config, machine, sizes)
+
+
+def _cluster_pools(config: Config, address: str) -> list[Finding]:
+    try:
+        nodes = devices.cluster_nodes(config)
+    except ConnectionError as error:
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS {address} ({' '.join(str(error).split())}); "
+            "start it, or unset RAY_ADDRESS to run on this machine"
+        ) from error
+    return devices.pools(config, nodes, f"the cluster at {address}")
+
+
+def _setup(report: Report, config: Config, store: Store | None) -> Setup | None:
+    """What every command of a run opens first; what it refuses may be known already."""
+    if store is None:
+        return None
+    try:
+        setup = open_setup(config, prompts=name_prompts)
+    except UserError as error:
+        _say(report, SETUP.refused(error))
+        return None
+    report.findings += [SETUP.warning(*_halves(line)) for line in setup.warnings]
+    return setup
+
+
+def _halves(line: str) -> tuple[str, str]:
+    found, _, todo = line.rpartition("; ")
+    return found, todo
+
+
+def _rounds_done(report: Report, setup: Setup) -> int:
+    """Rounds whose policy is in the store; a replay's scores have to be there."""
+    try:
+        if is_remote(setup.store.root):  # each further round would fetch the policy before it
+            return int(next(walk(setup)).policy.is_complete())
+        return sum(here.policy.is_complete() for here in walk(setup))
+    except UserError as error:
+        _say(report, SETUP.refused(error))
+        return 0
+
+
+def _models(
+    report: Report,
+    setup: Setup | None,
+    tables: prompts.Tables,
+    opened: models.Models,
+    *,
+    quick: bool,
+) -> None:
+    """The checks that load models."""
+    reason = _why_not(report, setup, quick=quick)
+    if reason is not None or setup is None:
+        report.not_checked |= {check.name: reason or "" for check in HEAVY}
+        return
+    table, teacher = tables.get("prompts"), opened.get("teacher")
+    if table is None:
+        report.not_checked[trial.SELF.name] = "there are no prompts"
+        report.not_checked[trial.SAMPLER.name] = "there are no prompts"
+    else:
+        if setup.config.replay is None:
+            _add(report, trial.SAMPLER, trial.sampler, setup, table)
+            _add(report, trial.SELF, trial.teacher_as_student, setup, table, teacher)
+        else:
+            report.not_checked[trial.SELF.name] = "a replay has no teacher"
+            report.not_checked[trial.SAMPLER.name] = "a replay samples nothing"
+    if teacher is None:
+        report.not_checked[cached.CACHED.name] = "the config names no teacher"
+    else:
+        _add(report, cached.CACHED, cached.cached_scores, setup, teacher)
+
+
+def _why_not(report: Report, setup: Setup | None, *, quick: bool) -> str | None:
+    """Why no model is loaded, if so."""
+    if quick:
+        return "--quick loads no model"
+    if setup is None:
+        return "what comes before has errors"
+    if any(f.check == "memory" and f.level == "error" for f in report.findings):
+        return "the models do not fit here"
+    engines = [setup.config.student.engine]
+    engines += [] if setup.config.teacher is None else [setup.config.teacher.engine]
+    return "engine fake computes no model" if "fake" in engines else None
+
+
+def _add(report: Report, check: Check, function: Checks, *arguments: Any) -> None:
+    """The findings of a check; what it refuses is one, and so is what breaks while a model runs."""
+    try:
+        report.findings += function(*arguments)
+    except (UserError, DamagedUnit) as error:
+        _say(report, check.refused(error))
+    except (RuntimeError, MemoryError) as error:
+        if check not in HEAVY:
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        _say(report, check.error(text, "the run would end the same way; mend the cause"))
+
+
+def _say(report: Report, finding: Finding) -> None:
+    """Add a finding that is not known already."""
+    if all(other.found != finding.found for other in report.findings):
+        report.findings.append(finding)

@@ -1,0 +1,184 @@
+"""Whether prompts can be read, are enough, have the answers a judge needs, and fit."""
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+
+from opd_stream.config import Config
+from opd_stream.errors import UserError
+from opd_stream.prompts import prompts_table, shuffled_rows
+from opd_stream.store.files import read_json
+from opd_stream.tasks.judges import judge
+from pipeline.doctor.findings import Check, Finding
+from pipeline.doctor.models import Models
+from pipeline.plan import plan_round
+from stages.checkpoints import Checkpoint
+
+PROMPTS = Check(
+    name="prompts",
+    why="every stage starts from them; a source that cannot be read stops the run",
+)
+ANSWERS = Check(
+    name="answers",
+    why="a judge compares with the reference answer, after the rollouts were sampled and paid for",
+)
+CONTEXT = Check(
+    name="context",
+    why="a prompt and a full window that do not fit stop the worker that meets them, in any round",
+)
+Tables = dict[str, pa.Table]  # prompts, evaluation.prompts -> table
+SHOWN = 3  # prompts named in a finding
+
+
+def read(config: Config, student: Checkpoint) -> tuple[Tables, list[Finding]]:
+    """The prompts as the run will have them; a source that is refused is left out."""
+    sources = {"prompts": config.prompts}
+    if config.evaluation is not None:
+        sources["evaluation.prompts"] = config.evaluation.prompts
+    tables, findings = Tables(), list[Finding]()
+    for name, source in sources.items():
+        try:
+            table = tables[name] = prompts_table(source, student.tokenizer())
+        except UserError as error:
+            findings.append(PROMPTS.refused(error))
+            continue
+        lengths = _lengths(table)
+        findings.append(
+            PROMPTS.ok(
+                f"{name}: {table.num_rows:,} prompts of {min(lengths)} to {max(lengths)} tokens"
+            )
+        )
+    return tables, findings
+
+
+def enough(config: Config, tables: Tables) -> list[Finding]:
+    """Prompts for a round, and none of them held out for evaluation."""
+    findings: list[Finding] = []
+    if "prompts" in tables and config.replay is None:
+        rows = tables["prompts"].num_rows
+        try:
+            shuffled_rows(
+                rows=rows,
+                seed=config.seed,
+                round_index=0,
+                per_round=config.rollouts.prompts_per_round,
+            )
+        except UserError as error:
+            findings.append(PROMPTS.refused(error))
+    if len(tables) == 2:
+        train, held_out = (table["text"].to_pylist() for table in tables.values())
+        shared = len(set(held_out) & set(train))
+        if shared:
+            findings.append(
+                PROMPTS.warning(
+                    f"{shared} of {len(held_out)} evaluation prompts are training prompts too",
+                    "take other prompts for evaluation: pass@k should be of new ones",
+                )
+            )
+    return findings
+
+
+def answers(config: Config, tables: Tables) -> list[Finding]:
+    """Reference answers where something judges, and whether the judge accepts them."""
+    if config.evaluation is None:
+        return [ANSWERS.ok("nothing is judged")]
+    findings: list[Finding] = []
+    is_right = judge(config.evaluation.judge.kind)
+    for name in _judged(config, tables):
+        table = tables[name]
+        missing = table.filter(table["answer"].is_null())["prompt_id"].to_pylist()
+        if missing:
+            findings.append(
+                ANSWERS.error(
+                    f"{name}: {len(missing)} of {table.num_rows} prompts have no reference answer "
+                    f"({', '.join(missing[:SHOWN])})",
+                    f"set {name}.answer_field, or leave out what judges them",
+                )
+            )
+            continue
+        pairs = zip(table["prompt_id"].to_pylist(), table["answer"].to_pylist(), strict=True)
+        # A right solution ends with its answer, in either task's form.
+        lost = [name for name, answer in pairs if not is_right(f"Answer: {answer}", answer)]
+        if lost:
+            findings.append(
+                ANSWERS.error(
+                    f"{name}: {len(lost)} of {table.num_rows} reference answers are wrong answers "
+                    f"to judge {config.evaluation.judge.kind} ({', '.join(lost[:SHOWN])})",
+                    f"mend those answers, {name}.answer_field, or evaluation.judge.kind",
+                )
+            )
+        else:
+            findings.append(
+                ANSWERS.ok(
+                    f"{name}: {table.num_rows:,} answers, each accepted by judge "
+                    f"{config.evaluation.judge.kind}"
+                )
+            )
+    return findings
+
+
+def context(config: Config, tables: Tables, models: Models) -> list[Finding]:
+    """The longest prompt with the largest window against what each model reads."""
+    findings: list[Finding] = []
+    for what, longest, window, roles in _spans(config, tables):
+        for role in roles:
+            if role not in models:
+                continue
+            reads = _context_of(config, role, models[role])
+            need = f"{what}: {longest} tokens of prompt and {window} of window"
+            if reads is None:
+                findings.append(CONTEXT.ok(f"{need}; the {role} names no limit"))
+            elif longest + window > reads:
+                findings.append(
+                    CONTEXT.error(
+                        f"{need}, together {longest + window}; the {role} reads {reads}",
+                        "lower the window or max_prompt_tokens (long_prompts=skip leaves longer "
+                        "prompts out)",
+                    )
+                )
+            else:
+                findings.append(CONTEXT.ok(f"{need}; the {role} reads {reads}"))
+    return findings
+
+
+def largest_window(config: Config) -> int:
+    """New tokens that a rollout of any round may have, if no drift ends a round early."""
+    window = config.rollouts.window
+    if window.kind == "adaptive":
+        return window.max_window_tokens
+    planned = plan_round(config, round_index=0, first_step=0).planned_steps
+    last = config.rounds - 1
+    return plan_round(config, round_index=last, first_step=last * planned).window_tokens
+
+
+def _spans(config: Config, tables: Tables) -> Iterator[tuple[str, int, int, tuple[str, ...]]]:
+    """What is read at once: name, longest prompt, window, and the roles that read it."""
+    if "prompts" in tables and config.replay is None:
+        longest = max(_lengths(tables["prompts"]))
+        yield "rollouts", longest, largest_window(config), ("student", "teacher")
+    if "evaluation.prompts" in tables and config.evaluation is not None:
+        longest = max(_lengths(tables["evaluation.prompts"]))
+        yield "evaluation", longest, config.evaluation.max_new_tokens, ("student",)
+
+
+def _context_of(config: Config, role: str, model: Checkpoint) -> int | None:
+    value = read_json(model.folder / "config.json")
+    found = value.get("max_position_embeddings")
+    found = found or value.get("text_config", {}).get("max_position_embeddings")
+    settings = config.student if role == "student" else config.teacher
+    if settings is not None and settings.engine == "vllm" and settings.vllm.max_context:
+        return min(settings.vllm.max_context, found or settings.vllm.max_context)
+    return found
+
+
+def _judged(config: Config, tables: Tables) -> list[str]:
+    """Sources whose answers somebody asks for."""
+    jump = config.train.extrapolation
+    wanted = ["evaluation.prompts"]
+    if jump is not None and jump.signal != "kl":
+        wanted.append("prompts")
+    return [name for name in wanted if name in tables]
+
+
+def _lengths(table: pa.Table) -> list[int]:
+    return [len(ids) for ids in table["prompt_ids"]]
