@@ -53,7 +53,7 @@ class Machine:
     gpus: tuple[Gpu, ...]
     cpus: int
     bytes: int  # of memory
-    cpu_bfloat16: bool  # whether the CPU has instructions for it
+    cpu_bfloat16: bool | None  # whether the CPU has instructions for it; None: not known
 
     def as_node(self) -> dict[str, Any]:
         """This machine as Ray would describe it, were it started here."""
@@ -67,7 +67,8 @@ def this_machine() -> Machine:
     import torch
 
     gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
-    instructions = torch.cpu.get_capabilities()
+    ask = getattr(torch.cpu, "get_capabilities", None)  # torch 2.9 has none
+    instructions = None if ask is None else ask()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = CGROUP.read_text().strip() if CGROUP.exists() else "max"
     return Machine(
@@ -77,7 +78,11 @@ def this_machine() -> Machine:
         ),
         cpus=os.cpu_count() or 1,
         bytes=memory if limit == "max" else min(memory, int(limit)),
-        cpu_bfloat16=any(instructions.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")),
+        cpu_bfloat16=(
+            None
+            if instructions is None
+            else any(instructions.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        ),
     )
 
 
@@ -203,7 +208,7 @@ def precision(config: Config, machine: Machine) -> list[Finding]:
             told = f"{name} is bfloat16, which {old[0]} only emulates"
             is_refused = engines.get(name) == "vllm"
             findings.append((PRECISION.error if is_refused else PRECISION.warning)(told, todo))
-        elif not machine.gpus and not (dtype == "bfloat16" and machine.cpu_bfloat16):
+        elif not machine.gpus and not (dtype == "bfloat16" and machine.cpu_bfloat16 is not False):
             findings.append(
                 PRECISION.warning(f"{name} is {dtype}, which this CPU only emulates", todo)
             )
@@ -249,6 +254,11 @@ def _fits(what: str, need: int, have: int) -> Finding:
     if need > 0.8 * have:
         return MEMORY.warning(found, "leave more room: activations and caches come on top")
     return MEMORY.ok(found)
+
+
+def fits_in_float32(machine: Machine, count: int) -> bool:
+    """Whether a model can be loaded as training loads it, with room for a short forward pass."""
+    return count * BYTES["float32"] < 0.8 * _device(machine)
 
 
 def _device(machine: Machine) -> int:

@@ -43,7 +43,8 @@ def examine(config: Config, *, quick: bool) -> Report:
         _add(report, models.TERMINATORS, models.terminators, config, opened)
         _add(report, models.TEMPLATES, models.templates, config, opened)
         tables, found = prompts.read(config, opened["student"])
-        report.findings += found
+        for each in found:
+            _say(report, each)
         _add(report, prompts.PROMPTS, prompts.enough, config, tables)
         _add(report, prompts.ANSWERS, prompts.answers, config, tables)
         _add(report, prompts.CONTEXT, prompts.context, config, tables, opened)
@@ -51,12 +52,13 @@ def examine(config: Config, *, quick: bool) -> Report:
         pair = opened["student"], opened["teacher"]
         _add(report, models.TOKENIZERS, models.tokenizers, *pair)
     sizes = _sizes(report, opened)
-    _devices(report, config, sizes, quick=quick)
+    machine = _devices(report, config, sizes, quick=quick)
     setup = _setup(report, config, store)
     if store is not None and "student" in sizes:
         done = 0 if setup is None else _rounds_done(report, setup)
         _add(report, places.DISK, places.disk, config, store, sizes["student"], done)
-    _models(report, setup, tables, opened, quick=quick)
+    reason = "--quick loads no model" if quick else _why_not(report, setup, machine, sizes)
+    _models(report, setup, tables, opened, reason)
     return report
 
 
@@ -84,10 +86,13 @@ def _sizes(report: Report, opened: models.Models) -> devices.Sizes:
     return {role: models.parameters(model.folder) for role, model in opened.items()}
 
 
-def _devices(report: Report, config: Config, sizes: devices.Sizes, *, quick: bool) -> None:
+def _devices(
+    report: Report, config: Config, sizes: devices.Sizes, *, quick: bool
+) -> devices.Machine | None:
+    """The machine that is asked; None where nothing can tell."""
     if any(f.check == "packages" and "needs torch," in f.found for f in report.findings):
         report.not_checked["devices"] = "torch is not installed"
-        return
+        return None
     machine = devices.this_machine()
     address = os.environ.get("RAY_ADDRESS")
     if config.executor == "local" or not address:
@@ -101,6 +106,7 @@ def _devices(report: Report, config: Config, sizes: devices.Sizes, *, quick: boo
     _add(report, devices.PRECISION, devices.precision, config, machine)
     if "student" in sizes:
         _add(report, devices.MEMORY, devices.memory, config, machine, sizes)
+    return machine
 
 
 def _cluster_pools(config: Config, address: str) -> list[Finding]:
@@ -148,39 +154,36 @@ def _models(
     setup: Setup | None,
     tables: prompts.Tables,
     opened: models.Models,
-    *,
-    quick: bool,
+    reason: str | None,
 ) -> None:
-    """The checks that load models."""
-    reason = _why_not(report, setup, quick=quick)
+    """The checks that load models, unless there is a reason not to."""
     if reason is not None or setup is None:
-        report.not_checked |= {check.name: reason or "" for check in HEAVY}
+        report.not_checked |= {check.name: str(reason) for check in HEAVY}
         return
     table, teacher = tables.get("prompts"), opened.get("teacher")
-    if table is None:
-        report.not_checked[trial.SELF.name] = "there are no prompts"
-        report.not_checked[trial.SAMPLER.name] = "there are no prompts"
+    if setup.config.replay is not None or table is None:
+        reason = "there are no prompts" if table is None else "a replay samples and scores nothing"
+        report.not_checked |= {check.name: reason for check in (trial.SELF, trial.SAMPLER)}
     else:
-        if setup.config.replay is None:
-            _add(report, trial.SAMPLER, trial.sampler, setup, table)
-            _add(report, trial.SELF, trial.teacher_as_student, setup, table, teacher)
-        else:
-            report.not_checked[trial.SELF.name] = "a replay has no teacher"
-            report.not_checked[trial.SAMPLER.name] = "a replay samples nothing"
+        _add(report, trial.SAMPLER, trial.sampler, setup, table)
+        _add(report, trial.SELF, trial.teacher_as_student, setup, table, teacher)
     if teacher is None:
         report.not_checked[cached.CACHED.name] = "the config names no teacher"
     else:
         _add(report, cached.CACHED, cached.cached_scores, setup, teacher)
 
 
-def _why_not(report: Report, setup: Setup | None, *, quick: bool) -> str | None:
+def _why_not(
+    report: Report, setup: Setup | None, machine: devices.Machine | None, sizes: devices.Sizes
+) -> str | None:
     """Why no model is loaded, if so."""
-    if quick:
-        return "--quick loads no model"
-    if setup is None:
+    if setup is None or machine is None or not sizes:
         return "what comes before has errors"
     if any(f.check == "memory" and f.level == "error" for f in report.findings):
         return "the models do not fit here"
+    large = [role for role, count in sizes.items() if not devices.fits_in_float32(machine, count)]
+    if large:
+        return f"the {large[0]} does not fit here in float32, in which it is compared"
     engines = [setup.config.student.engine]
     engines += [] if setup.config.teacher is None else [setup.config.teacher.engine]
     return "engine fake computes no model" if "fake" in engines else None
@@ -196,7 +199,7 @@ def _add(report: Report, check: Check, function: Checks, *arguments: Any) -> Non
         if check not in HEAVY:
             raise
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        _say(report, check.error(text, "the run would end the same way; mend the cause"))
+        _say(report, check.error(text, "mend the cause: a run takes the same way"))
 
 
 def _say(report: Report, finding: Finding) -> None:

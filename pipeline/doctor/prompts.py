@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
-from opd_stream.prompts import prompts_table, shuffled_rows
+from opd_stream.prompts import prompts_table, shuffled_rows, source_settings
 from opd_stream.store.files import read_json
 from opd_stream.tasks.judges import judge
 from pipeline.doctor.findings import Check, Finding
@@ -38,6 +38,7 @@ def read(config: Config, student: Checkpoint) -> tuple[Tables, list[Finding]]:
     tables, findings = Tables(), list[Finding]()
     for name, source in sources.items():
         try:
+            source_settings(source)  # its files are there
             table = tables[name] = prompts_table(source, student.tokenizer())
         except UserError as error:
             findings.append(PROMPTS.refused(error))
