@@ -32,6 +32,7 @@ _ABSOLUTE = tuple(f"absolute.{bin_}" for bin_ in range(len(ABSOLUTE_EDGES) + 1))
 _POSITION_TOKENS = tuple(f"position_tokens.{bin_}" for bin_ in range(POSITION_BINS))
 _POSITION_SUMS = tuple(f"position_reverse_kl.{bin_}" for bin_ in range(POSITION_BINS))
 _POSITION_DRIFT = tuple(f"position_k3.{bin_}" for bin_ in range(POSITION_BINS))
+_POSITION_ENTROPY = tuple(f"position_entropy.{bin_}" for bin_ in range(POSITION_BINS))
 _WEIGHT_BINS = tuple(f"weight.{bin_}" for bin_ in range(WEIGHT_BINS))
 NAMES = (
     "tokens",
@@ -47,6 +48,7 @@ NAMES = (
     *_POSITION_TOKENS,
     *_POSITION_SUMS,
     *_POSITION_DRIFT,
+    *_POSITION_ENTROPY,
     *_WEIGHT_BINS,
 )
 
@@ -116,6 +118,9 @@ def step_sums(
             zeros(POSITION_BINS).index_add(0, place_N, counted_N),
             zeros(POSITION_BINS).index_add(0, place_N, reverse_kl_N.double() * counted_N),
             zeros(POSITION_BINS).index_add(0, place_N, k3_N),
+            zeros(POSITION_BINS).index_add(
+                0, place_N, torch.where(counted_N > 0, teacher_entropy_N.double(), 0.0)
+            ),
             zeros(WEIGHT_BINS).index_add(0, weight_N, counted_N),
         ]
     )
@@ -166,16 +171,17 @@ def _weight_range(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def by_position(sums: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Mean reverse_kl and policy_drift of the places of each bin that has any."""
+    """Means over the places of each bin that has any tokens."""
     return [
         {
             "first": 2**bin_ - 1,
             "tokens": int(sums[tokens]),
             "reverse_kl": sums[total] / sums[tokens],
             "policy_drift": sums[k3] / sums[tokens],
+            "teacher_entropy": sums[entropy] / sums[tokens],
         }
-        for bin_, (tokens, total, k3) in enumerate(
-            zip(_POSITION_TOKENS, _POSITION_SUMS, _POSITION_DRIFT, strict=True)
+        for bin_, (tokens, total, k3, entropy) in enumerate(
+            zip(_POSITION_TOKENS, _POSITION_SUMS, _POSITION_DRIFT, _POSITION_ENTROPY, strict=True)
         )
         if sums[tokens]
     ]

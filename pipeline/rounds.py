@@ -215,6 +215,7 @@ def train_policy(session: Session, here: Round) -> None:
             optimizer_state=None if optimizer is None else str(optimizer),
             caches=tuple(cache.cache_units() for cache in here.caches),
             is_fresh=author == here.student.identity.fingerprint,
+            is_gated=any(decision["action"] == "gated" for decision in here.unit_decisions),
             probe=_complete_probe(session, here),
             earlier_decision=here.decision,
             window_tokens=here.window_tokens,

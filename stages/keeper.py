@@ -225,7 +225,7 @@ class Keeper(Callback):
             "floor": None if gap is None else gap.policy_drift,
         }
         drift = beyond(drift_of(everything), floor=self._floor)
-        self._is_gated = drift >= self._bounds.gated_from
+        self._is_gated = job.is_gated or drift >= self._bounds.gated_from
         decided = self._bounds.max_policies or job.config.rollouts.ahead
         if not decided:  # else the rows were looked at before they were taken
             self._refuse_stale_rows(drift)

@@ -33,6 +33,7 @@ class TrainJob:
     optimizer_state: str | None  # folder of the previous round's optimizer, if any
     caches: tuple[CacheUnits, ...]
     is_fresh: bool  # the newest rollouts were written by the weights the round starts from
+    is_gated: bool  # a unit was kept on condition that drift weighs its tokens
     masked_ids: tuple[int, ...]  # ids whose first occurrence in a rollout does not train
     newline_ids: tuple[int, ...]  # tokens that hold a newline
     stop_ids: tuple[int, ...]  # terminators
