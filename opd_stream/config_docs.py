@@ -59,6 +59,8 @@ def _type(annotation: Any) -> str:
         return " or ".join(_type(part) for part in get_args(annotation))
     if origin is tuple:
         return "list of " + _type(get_args(annotation)[0])
+    if origin is dict:
+        return "mapping of name to " + _type(get_args(annotation)[1])
     if annotation is type(None):
         return "null"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -104,7 +104,8 @@ def _anchor_paths(value: Any, folder: Path) -> Any:
     anchored: dict[str, Any] = {}
     for key, item in value.items():
         is_hub_name = value.get("kind") == "datasets" and key == "path"
-        if isinstance(item, str) and "://" in item:
+        is_import = value.get("kind") == "function" and key == "path"
+        if isinstance(item, str) and ("://" in item or is_import):
             anchored[key] = item
         elif key in PATH_FIELDS and isinstance(item, str) and (folder / item).exists():
             anchored[key] = str(folder / item)

@@ -92,12 +92,46 @@ def train(
 @app.command()
 def evaluate(
     config: ConfigFile,
-    round_index: RoundNumber,
+    round_index: Annotated[
+        int | None, typer.Option("--round", help="Round that made the policy; -1: the student.")
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option("--policy", help="Any Hugging Face folder instead.")
+    ] = None,
     overrides: Overrides = None,
     run_dir: RunDir = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write for compare.")] = None,
 ) -> None:
-    """Evaluate the policy that a round made; --round -1 is the initial student."""
-    _stage("evaluate", config, overrides, run_dir, round_index)
+    """Evaluate a policy; with another judge or k nothing is sampled again."""
+    from pipeline.progress import TerminalProgress
+    from pipeline.stage_commands import run_evaluation
+
+    settings, directory = _open(config, overrides, run_dir)
+    with TerminalProgress() as progress:
+        lines = run_evaluation(
+            settings,
+            directory,
+            round_index=round_index,
+            policy=policy,
+            progress=progress,
+            out=out,
+        )
+    typer.echo(lines)
+
+
+@app.command()
+def compare(
+    left: Annotated[str, typer.Argument(metavar="A", help="RUN, RUN@ROUND or evaluate's --out.")],
+    right: Annotated[str, typer.Argument(metavar="B", help="The same.")],
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of intervals.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+) -> None:
+    """Compare two policies on the same problems and seeds, with intervals."""
+    from opd_stream.tasks.bootstrap import Bootstrap
+    from pipeline.comparison import compare as compare_policies
+
+    for line in compare_policies(left, right, Bootstrap(confidence=confidence, seed=seed)):
+        typer.echo(line)
 
 
 @app.command()

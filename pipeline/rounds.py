@@ -4,7 +4,6 @@ Every step first looks for its artifact and makes only what is missing, so the s
 a run, continues one after any kind of stop, and finds that a finished one has nothing to do.
 """
 
-import importlib
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,19 +12,18 @@ from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit
 from pipeline.caches import Cache, scores_of
-from pipeline.reports import Span, busy_seconds, made_by, round_report, summary
+from pipeline.evaluation import Evaluator, import_training
+from pipeline.reports import Span, busy_seconds, round_report, summary
 from pipeline.run_directory import RunDirectory
 from pipeline.setup import Setup, open_setup
 from pipeline.walk import (
     Round,
     checkpoint_of,
-    evaluation_rollouts,
     probe_artifacts,
     walk,
 )
 from stages.checkpoints import Checkpoint
 from stages.collect import Collection, begin, finish, start_probe, start_rollouts, start_scores
-from stages.evaluate import evaluate
 from stages.executors import Executor, open_executor
 from stages.progress import Progress
 
@@ -189,7 +187,7 @@ def _make_probe(session: Session, here: Round, *, score: bool) -> None:
 def _finish(session: Session, work: Collection, name: str) -> None:
     """Wait for a collection; this process gets ready for training while the workers start."""
     if work.orders:
-        importlib.import_module("stages.train")
+        import_training()
     session.spans += finish(session.executor, work, session.progress, name=name)
 
 
@@ -246,31 +244,17 @@ def _complete_probe(session: Session, here: Round) -> tuple[str, str] | None:
 
 def evaluate_policy(session: Session, student: Checkpoint) -> dict[str, Any]:
     """The evaluate stage for one policy; returns what the summary keeps of it."""
-    setup = session.setup
-    assert setup.config.evaluation is not None
-    rollouts = evaluation_rollouts(setup, student)
-    start_rollouts(setup.store, rollouts.recipe, prompts_per_unit=setup.config.prompts_per_unit)
-    work = begin(
-        session.executor,
-        rollouts,
-        None,
-        student=student,
-        teacher=None,
-        made_by=session.run_id,
+    evaluator = Evaluator(
+        config=session.setup.config,
+        store=session.setup.store,
+        executor=session.executor,
+        run_id=session.run_id,
         progress=session.progress,
     )
-    _finish(session, work, "evaluate")
-    session.reached.add(rollouts.name)
-    result = evaluate(setup.store, setup.config.evaluation, rollouts, student)
-    kept = {name: value for name, value in result.items() if name.startswith("pass@")}
-    own = made_by(rollouts.commits().values(), session.run_id)
-    return {
-        **kept,
-        "standard_error": result["standard_error"],
-        "problems": result["problems"],
-        "samples": result["samples"],
-        "seconds": sum(commit.seconds for commit in own),
-    }
+    found = evaluator.measure(student, session.setup.stop_ids, import_training)
+    session.spans += evaluator.spans
+    session.reached |= evaluator.reached
+    return found
 
 
 def _is_due(config: Config, round_index: int) -> bool:

@@ -41,12 +41,30 @@ class RunDirectory:
             UserError: the folder belongs to a run with other settings, or cannot be written.
         """
         settings = config.model_dump(mode="json")
-        with explained(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
         stored = self.path / "config.json"
         if stored.exists():
             self._refuse_other_settings(read_json(stored), settings)
+        with explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         publish(stored, _pretty(settings))
+        return self._record()
+
+    def join(self, config: Config) -> str:
+        """As `open`, for evaluating: whatever the config's evaluation, and without keeping it.
+
+        Raises:
+            UserError: as `open`.
+        """
+        stored = self.path / "config.json"
+        if stored.exists():
+            settings = config.model_dump(mode="json")
+            self._refuse_other_settings(read_json(stored), settings, "evaluation")
+        with explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        return self._record()
+
+    def _record(self) -> str:
+        """Write who made the run, once; returns its id."""
         record = {
             "id": uuid.uuid4().hex,
             "python": platform.python_version(),
@@ -131,11 +149,15 @@ class RunDirectory:
     def _round(self, index: int) -> Path:
         return self.path / "rounds" / f"{index:04d}"
 
-    def _refuse_other_settings(self, found: dict[str, Any], asked: dict[str, Any]) -> None:
+    def _refuse_other_settings(
+        self, found: dict[str, Any], asked: dict[str, Any], *free: str
+    ) -> None:
         other = {
             field: values
             for field, values in differing_fields(found, asked).items()
-            if not any(field == name or field.startswith(f"{name}.") for name in PLACEMENT)
+            if not any(
+                field == name or field.startswith(f"{name}.") for name in (*PLACEMENT, *free)
+            )
         }
         if other:
             fields = "; ".join(f"{name}: {old!r} -> {new!r}" for name, (old, new) in other.items())

@@ -1,19 +1,17 @@
 """Everything that is the same in all rounds, checked before any work."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 from opd_stream.config import Config
-from opd_stream.config.prompts import Prompts
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.store import Store
+from opd_stream.tasks.judges import open_judge
 from stages.checkpoints import Checkpoint, check_pair, open_checkpoint
-from stages.prompts import make_prompts
-
-PromptsStage = Callable[[Store, Prompts, Checkpoint], Artifact]
+from stages.evaluate import evaluation_prompts
+from stages.prompts import make_prompts, name_prompts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,15 +29,14 @@ class Setup:
     newline_ids: tuple[int, ...]  # tokens that hold a newline, if the drift gate asks for them
     masked_ids: tuple[int, ...]  # the first occurrence in a rollout does not train
     prompts: Artifact
-    evaluation_prompts: Artifact | None
 
 
-def open_setup(config: Config, *, prompts: PromptsStage = make_prompts) -> Setup:
+def open_setup(config: Config, *, make: bool = True) -> Setup:
     """Open what a run needs.
 
     Args:
         config: the run.
-        prompts: makes the prompts artifacts, or only names them.
+        make: the prompts artifacts; False: only name the run's, and leave evaluation out.
 
     Raises:
         UserError: the store cannot be written, a checkpoint is none, the pair does not fit
@@ -57,7 +54,8 @@ def open_setup(config: Config, *, prompts: PromptsStage = make_prompts) -> Setup
         _check_top_k(config, teacher)
     models = [student] if teacher is None else [student, teacher]
     stop_ids = tuple(sorted({token for model in models for token in model.terminators()}))
-    evaluation = config.evaluation
+    if make:
+        check_evaluation(config, store, student)
     return Setup(
         config=config,
         store=store,
@@ -69,10 +67,7 @@ def open_setup(config: Config, *, prompts: PromptsStage = make_prompts) -> Setup
         forced_ids=tuple(sorted({*stop_ids, *_forced(config, student)})),
         masked_ids=masked_ids(config, student.tokenizer()),
         newline_ids=_newlines(config, student),
-        prompts=prompts(store, config.prompts, student),
-        evaluation_prompts=(
-            None if evaluation is None else prompts(store, evaluation.prompts, student)
-        ),
+        prompts=(make_prompts if make else name_prompts)(store, config.prompts, student),
     )
 
 
@@ -87,6 +82,18 @@ def _check_extras(config: Config) -> None:
                 f"{field} needs the library {library}, which is not installed; "
                 f"pip install {package}, or take it out"
             )
+
+
+def check_evaluation(config: Config, store: Store, student: Checkpoint) -> None:
+    """Refuse what cannot be judged, before any work.
+
+    Raises:
+        UserError: a judge cannot be opened, or problems cannot be read or have no answers.
+    """
+    for part in () if config.evaluation is None else config.evaluation.parts().values():
+        assert part.judge is not None
+        open_judge(part.judge)
+        evaluation_prompts(store, part, student)
 
 
 def _check_top_k(config: Config, teacher: Checkpoint) -> None:

@@ -5,19 +5,25 @@ before has not published yet, so generation, scoring and training can be started
 at once; several machines on one stage take the units in orders of their own and so share them.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit, summed_counts
+from opd_stream.store.files import publish
+from opd_stream.store.store import Store
 from pipeline.caches import Cache
+from pipeline.evaluation import Evaluator, figure_lines, open_policy
 from pipeline.plan import plan_ahead
-from pipeline.rounds import Session, evaluate_policy, has_policy, make_caches, train_policy
+from pipeline.rounds import Session, has_policy, make_caches, train_policy
 from pipeline.run_directory import RunDirectory
-from pipeline.setup import open_setup
+from pipeline.setup import Setup, check_evaluation, open_setup
 from pipeline.walk import Round, checkpoint_of, probe_artifacts, walk
+from stages.checkpoints import Checkpoint
 from stages.collect import begin, finish, missing_units, start_scores
 from stages.executors import Role, open_executor
 from stages.progress import Progress
@@ -49,14 +55,14 @@ def run_stage(
     Raises:
         UserError: an earlier stage has not been run yet, or anything else the user can mend.
     """
+    if stage == "evaluate":
+        return run_evaluation(config, directory, round_index=round_index, progress=progress)
     setup = open_setup(config)
     run_id = directory.open(config)
     with open_executor(config, _ROLES.get(stage, ("student",))) as executor:
         session = Session(
             setup=setup, directory=directory, run_id=run_id, executor=executor, progress=progress
         )
-        if stage == "evaluate":
-            return _evaluate(session, round_index)
         here = _round(session, round_index, follow=follow, train=stage == "train")
         if stage == "train":
             directory.write_plan(here)
@@ -66,6 +72,75 @@ def run_stage(
         if stage == "score":
             return _score(session, here, follow=follow)
         return _train(session, here, follow=follow)
+
+
+def run_evaluation(
+    config: Config,
+    directory: RunDirectory,
+    *,
+    round_index: int | None = None,
+    policy: Path | None = None,
+    progress: Progress,
+    out: Path | None = None,
+) -> str:
+    """Evaluate one policy; returns the lines to print.
+
+    Args:
+        config: the run; its evaluation may be another than that of the run's folder.
+        directory: folder of this machine's notes on the run.
+        round_index: the round that made the policy; -1 is the initial student.
+        policy: a Hugging Face folder instead.
+        progress: told of every unit.
+        out: file to write for `compare`.
+
+    Raises:
+        UserError: there is no such policy yet, or anything else the user can mend.
+    """
+    if config.evaluation is None:
+        raise UserError("the config has no evaluation section; expected one; add it")
+    if (round_index is None) == (policy is None):
+        raise UserError(
+            f"evaluate was given {'neither' if policy is None else 'both'} of --round and "
+            "--policy; expected one of them; --round -1 is the initial student"
+        )
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
+    if policy is None:
+        assert round_index is not None
+        setup = open_setup(config)
+        student, stop_ids = _policy_of(setup, round_index), setup.stop_ids
+        store = setup.store
+    else:
+        store = Store(config.store)
+        store.check_writable()
+        student, stop_ids = open_policy(config, store, policy)
+        check_evaluation(config, store, student)
+    run_id = directory.join(config)
+    with open_executor(config, ("student",)) as executor:
+        evaluator = Evaluator(
+            config=config, store=store, executor=executor, run_id=run_id, progress=progress
+        )
+        found = evaluator.measure(student, stop_ids)
+    # A record of its own: the run's own says what its rounds reach, and is written anew by each.
+    store.add_to_run(f"{run_id}-evaluate", directory.path, evaluator.reached)
+    if out is not None:
+        record = {
+            "policy": str(student.folder),
+            "fingerprint": student.identity.fingerprint,
+            "store": store.address,
+            **{name: value for name, value in found.items() if name != "seconds"},
+        }
+        publish(out, (json.dumps(record, indent=2) + "\n").encode())
+    return "\n".join(figure_lines(found))
+
+
+def _policy_of(setup: Setup, round_index: int) -> Checkpoint:
+    """The policy that round `round_index` made; -1 is the initial student."""
+    if round_index == -1:
+        return setup.student
+    here = _find_round(setup, round_index)
+    _need(here.policy.is_complete(), here, "train", "policy")
+    return checkpoint_of(here.policy)
 
 
 def _score(session: Session, here: Round, *, follow: bool) -> str:
@@ -148,53 +223,48 @@ def _names(here: Round, kind: str) -> str:
     return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
 
 
-def _round(
-    session: Session, round_index: int, *, follow: bool = False, train: bool = True
-) -> Round:
-    """The round, as soon as its rollouts can be named; to `train`, as soon as it can start."""
-    if not 0 <= round_index < session.setup.config.rounds:
-        raise UserError(
-            f"--round is {round_index}; the config has rounds 0 to "
-            f"{session.setup.config.rounds - 1}; choose one of them"
-        )
+def _round(session: Session, round_index: int, *, follow: bool, train: bool) -> Round:
+    """A round, waited for with `follow`; but to `train`, as soon as its caches are named."""
     said = False
     while True:
-        reached = 0
-        for here in walk(session.setup):
-            if here.index == round_index:
-                return here
-            reached = here.index
-            if here.ahead is not None and here.index == round_index - 1 and not train:
-                return _caches_ahead(session, here, here.ahead)
-        if not follow:
-            raise UserError(
-                f"round {round_index} starts from the policy of round {round_index - 1}, which is "
-                f"not trained yet; run train --round {reached} first"
-            )
+        try:
+            return _find_round(session.setup, round_index, train=train)
+        except _NotTrained:
+            if not follow:
+                raise
         if not said:
             session.progress.say(f"waiting for the policy of round {round_index - 1}")
             said = True
         time.sleep(POLL_SECONDS)
 
 
-def _caches_ahead(session: Session, here: Round, cache: Cache) -> Round:
+class _NotTrained(UserError):
+    """The round before has no policy yet."""
+
+
+def _find_round(setup: Setup, round_index: int, *, train: bool = True) -> Round:
+    if not 0 <= round_index < setup.config.rounds:
+        raise UserError(
+            f"--round is {round_index}; the config has rounds 0 to "
+            f"{setup.config.rounds - 1}; choose one of them"
+        )
+    reached = 0
+    for here in walk(setup):
+        if here.index == round_index:
+            return here
+        reached = here.index
+        if here.ahead is not None and here.index == round_index - 1 and not train:
+            return _caches_ahead(setup, here, here.ahead)
+    raise _NotTrained(
+        f"round {round_index} starts from the policy of round {round_index - 1}, which is "
+        f"not trained yet; run train --round {reached} first"
+    )
+
+
+def _caches_ahead(setup: Setup, here: Round, cache: Cache) -> Round:
     """The next round, to make its caches only: its policy cannot be named yet."""
-    plan = plan_ahead(session.setup.config, here.plan)
+    plan = plan_ahead(setup.config, here.plan)
     return replace(here, plan=plan, caches=(cache,), unit_decisions=(), ahead=None)
-
-
-def _evaluate(session: Session, round_index: int) -> str:
-    """Evaluate the policy that round `round_index` made; -1 is the initial student."""
-    if session.setup.config.evaluation is None:
-        raise UserError("the config has no evaluation section; add one")
-    student = session.setup.student
-    if round_index >= 0:
-        here = _round(session, round_index)
-        _need(here.policy.is_complete(), here, "train", "policy")
-        student = checkpoint_of(here.policy)
-    result = evaluate_policy(session, student)
-    passes = ", ".join(f"{k} {v:.3f}" for k, v in result.items() if k.startswith("pass@"))
-    return f"{passes} (standard error {result['standard_error']:.3f})"
 
 
 def _need(there: bool, here: Round, stage: str, what: str) -> None:

@@ -6,6 +6,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.evaluation import figure_lines
+
 COLUMNS = (
     "round",
     "window",
@@ -69,6 +71,8 @@ def print_run(
         f"wall clock: {seconds['wall']:.0f} s, of which {seconds['other']:.0f} s neither sampling, "
         "scoring, training nor evaluation",
     ]
+    if summary["evaluations"] and len(summary["evaluations"][-1]["benchmarks"]) > 1:
+        lines += figure_lines(summary["evaluations"][-1])
     if summary["refused_rows"]:
         lines.append(f"rows refused by the teacher (not finite): {summary['refused_rows']}")
     lines.append(f"final policy: {summary['final_policy']}")

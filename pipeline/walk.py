@@ -24,7 +24,7 @@ from pipeline.plan import RoundPlan, plan_ahead, plan_round
 from pipeline.setup import Setup
 from stages.cache_units import Slot, bounds_of
 from stages.checkpoints import Checkpoint
-from stages.recipes import evaluation_rollouts_recipe, policy_recipe, probe_recipe
+from stages.recipes import policy_recipe, probe_recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,20 +146,6 @@ def checkpoint_of(policy: PolicyArtifact) -> Checkpoint:
         architecture_sha256=manifest["architecture_sha256"],
     )
     return Checkpoint(folder=policy.folder().resolve(), identity=identity)
-
-
-def evaluation_rollouts(setup: Setup, student: Checkpoint) -> Artifact:
-    """The held-out rollouts of a policy."""
-    assert setup.config.evaluation is not None
-    assert setup.evaluation_prompts is not None
-    recipe = evaluation_rollouts_recipe(
-        setup.config,
-        setup.config.evaluation,
-        prompts=setup.evaluation_prompts.fingerprint,
-        student=student,
-        stop_ids=setup.stop_ids,
-    )
-    return setup.store.artifact(recipe)
 
 
 def probe_artifacts(setup: Setup, probe: Recipe) -> tuple[Artifact, Artifact]:

@@ -1,64 +1,135 @@
 """The evaluate stage: verdicts on completions that were sampled like any other rollouts.
 
-The generations are a rollouts artifact of their own, so judging again costs no sampling, and
-evaluation shares the student's workers.
+The generations are a rollouts artifact of their own, so judging again, or judging fewer samples,
+costs no sampling, and evaluation shares the student's workers.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
-from opd_stream.config import Evaluation
+from opd_stream.config import Config, Evaluation
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import canonical_json, publish, publish_new, read_json
-from opd_stream.store.recipe import recipe_from_json
+from opd_stream.store.recipe import Recipe, recipe_from_json
 from opd_stream.store.schema import rollouts_batch
 from opd_stream.store.store import Store
-from opd_stream.tasks.judges import judge
-from opd_stream.tasks.pass_at_k import pass_at_k, standard_error
+from opd_stream.tasks.judges import open_judge
+from opd_stream.tasks.pass_at_k import pass_at_k, standard_error, usual_ks
 from stages.checkpoints import Checkpoint
-from stages.recipes import evaluation_recipe
+from stages.prompts import make_prompts
+from stages.recipes import evaluation_recipe, evaluation_rollouts_recipe
 from stages.selection import prompts_of
+
+
+def evaluation_prompts(store: Store, evaluation: Evaluation, student: Checkpoint) -> Artifact:
+    """The prompts of one set of problems under a policy's tokenizer, with an answer for each.
+
+    Raises:
+        UserError: the source cannot be read, or a prompt has no reference answer.
+    """
+    assert evaluation.prompts is not None
+    prompts = make_prompts(store, evaluation.prompts, student)
+    table = prompts.read_unit(0)
+    for prompt_id, answer in zip(
+        table["prompt_id"].to_pylist(), table["answer"].to_pylist(), strict=True
+    ):
+        if answer is None:
+            raise UserError(
+                f"prompt {prompt_id!r} has no reference answer; evaluation needs one for each; "
+                "set answer_field of the evaluation's prompts"
+            )
+    return prompts
+
+
+def evaluation_rollouts(
+    store: Store,
+    config: Config,
+    evaluation: Evaluation,
+    *,
+    student: Checkpoint,
+    stop_ids: tuple[int, ...],
+) -> Artifact:
+    """The held-out rollouts of a policy; those with more samples where only these exist.
+
+    Every rollout has random numbers of its own, so the first samples of many are those of few.
+    """
+    prompts = evaluation_prompts(store, evaluation, student)
+    recipe = evaluation_rollouts_recipe(
+        config, evaluation, prompts=prompts.fingerprint, student=student, stop_ids=stop_ids
+    )
+    artifact = store.artifact(recipe)
+    return artifact if artifact.is_complete() else _with_more_samples(store, recipe) or artifact
 
 
 def evaluate(
     store: Store, evaluation: Evaluation, rollouts: Artifact, student: Checkpoint
-) -> dict[str, Any]:
-    """Judge complete rollouts; returns the evaluation's result, made once.
+) -> tuple[str, dict[str, Any]]:
+    """Judge complete rollouts; returns the evaluation's name and result, made once.
 
     Raises:
-        UserError: a prompt has no reference answer.
+        UserError: the judge cannot be opened, or cannot judge.
     """
-    recipe = evaluation_recipe(evaluation, rollouts=rollouts.fingerprint)
+    recipe = evaluation_recipe(evaluation, rollouts.recipe)
     artifact = store.artifact(recipe)
     path = artifact.folder / "manifest.json"
     if path.exists():
         manifest = read_json(path)
         recipe_from_json(manifest, f"{artifact.name}/manifest.json")
-        return manifest["result"]
+        return artifact.name, manifest["result"]
     start = time.time()
     result = _result(store, evaluation, rollouts, student)
     record = {**recipe.as_json(), "fingerprint": recipe.fingerprint}
     publish_new(artifact.folder / "recipe.json", canonical_json(record))
     result["judge_seconds"] = round(time.time() - start, 3)
     publish(path, canonical_json({**record, "result": result}))
-    return result
+    return artifact.name, result
+
+
+def _with_more_samples(store: Store, recipe: Recipe) -> Artifact | None:
+    """A complete artifact that differs in nothing but having more samples; the smallest."""
+    wanted = recipe.settings["samples_per_prompt"]
+    found = [
+        other
+        for other in store.recipes("rollouts")
+        if other.inputs == recipe.inputs
+        and other.settings.get("samples_per_prompt", 0) > wanted
+        and {**other.settings, "samples_per_prompt": wanted} == recipe.settings
+    ]
+    found.sort(key=lambda other: other.settings["samples_per_prompt"])
+    artifacts = map(store.artifact, found)
+    return next((artifact for artifact in artifacts if artifact.is_complete()), None)
 
 
 def _result(
     store: Store, evaluation: Evaluation, rollouts: Artifact, student: Checkpoint
 ) -> dict[str, Any]:
+    assert evaluation.judge is not None
     prompts = prompts_of(store, rollouts.recipe)
     ids: list[str] = prompts["prompt_id"].to_pylist()
     answers = dict(zip(ids, prompts["answer"].to_pylist(), strict=True))
-    missing = [prompt_id for prompt_id, answer in answers.items() if answer is None]
-    if missing:
-        raise UserError(
-            f"prompt {missing[0]!r} has no reference answer; evaluation needs one for each; "
-            "set evaluation.prompts.answer_field"
-        )
-    is_right = judge(evaluation.judge.kind)
-    tokenizer = student.tokenizer()
+    is_right = open_judge(evaluation.judge)
+    samples = evaluation.samples_per_prompt
+    counted = _judged(rollouts, answers, samples, is_right, student.tokenizer())
+    counts = list(counted["correct"].values())
+    return {
+        **{f"pass@{k}": pass_at_k(counts, samples=samples, k=k) for k in usual_ks(samples)},
+        "standard_error": standard_error(counts, samples=samples),
+        "problems": len(counts),
+        "samples": samples,
+        **counted,
+    }
+
+
+def _judged(
+    rollouts: Artifact,
+    answers: dict[str, str],
+    samples: int,
+    is_right: Callable[[str, str], bool],
+    tokenizer: Any,
+) -> dict[str, Any]:
+    """Right samples of each prompt, and the tokens of all, among the first `samples`."""
     correct = dict.fromkeys(answers, 0)
     tokens = length_rows = 0
     for unit in rollouts.units():
@@ -66,18 +137,10 @@ def _result(
         texts = tokenizer.batch_decode(
             [row.tolist() for row in batch.completion_ids], skip_special_tokens=True
         )
-        for prompt_id, text in zip(batch.prompt_id, texts, strict=True):
+        for row, (prompt_id, text) in enumerate(zip(batch.prompt_id, texts, strict=True)):
+            if batch.sample_index[row] >= samples:
+                continue
             correct[prompt_id] += is_right(text, answers[prompt_id])
-        tokens += batch.completion_tokens
-        length_rows += sum(reason == "length" for reason in batch.finish_reason)
-    samples, counts = evaluation.samples_per_prompt, list(correct.values())
-    ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= samples]
-    return {
-        **{f"pass@{k}": pass_at_k(counts, samples=samples, k=k) for k in ks},
-        "standard_error": standard_error(counts, samples=samples),
-        "problems": len(counts),
-        "samples": samples,
-        "completion_tokens": tokens,
-        "length_rows": length_rows,
-        "correct": correct,
-    }
+            tokens += len(batch.completion_ids[row])
+            length_rows += batch.finish_reason[row] == "length"
+    return {"completion_tokens": tokens, "length_rows": length_rows, "correct": correct}

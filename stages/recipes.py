@@ -12,6 +12,7 @@ from opd_stream.config.collection import AdaptiveWindowConfig, Rollouts, Scores
 from opd_stream.config.section import Section
 from opd_stream.config.training import Staleness, Train
 from opd_stream.store.recipe import Recipe
+from opd_stream.tasks.judges import judge_recipe
 from stages.checkpoints import Checkpoint
 from stages.selection import every_prompt, round_prompts
 
@@ -196,12 +197,18 @@ def policy_recipe(
     )
 
 
-def evaluation_recipe(evaluation: Evaluation, *, rollouts: str) -> Recipe:
-    """Verdicts on a rollouts artifact; `rollouts` is its fingerprint."""
+def evaluation_recipe(evaluation: Evaluation, rollouts: Recipe) -> Recipe:
+    """Verdicts on rollouts: on all samples, or on the first ones where fewer are asked for."""
+    assert evaluation.judge is not None
+    samples = evaluation.samples_per_prompt
+    fewer = samples < rollouts.settings["samples_per_prompt"]
     return Recipe(
         kind="evaluations",
-        settings={"judge": evaluation.judge.model_dump(mode="json")},
-        inputs={"rollouts": rollouts},
+        settings={
+            "judge": judge_recipe(evaluation.judge),
+            **({"samples_per_prompt": samples} if fewer else {}),
+        },
+        inputs={"rollouts": rollouts.fingerprint},
     )
 
 

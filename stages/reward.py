@@ -7,7 +7,7 @@ from typing import Any
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
 from opd_stream.store.schema import prompts_batch
-from opd_stream.tasks.judges import judge
+from opd_stream.tasks.judges import open_judge
 from opd_stream.types import PromptBatch
 from stages.train_job import TrainJob
 
@@ -46,14 +46,18 @@ class Reward:
 def open_reward(job: TrainJob) -> Reward:
     """The reward that a job's extrapolation asks for: its first prompts, judged as in evaluation.
 
+    With several benchmarks, as in the first.
+
     Raises:
         UserError: a prompt has no reference answer.
     """
     from transformers import AutoTokenizer
 
-    evaluation, settings = job.config.evaluation, job.config.train.extrapolation
-    assert evaluation is not None
+    settings = job.config.train.extrapolation
+    assert job.config.evaluation is not None
     assert settings is not None
+    evaluation = next(iter(job.config.evaluation.parts().values()))
+    assert evaluation.judge is not None
     table = job.store().by_fingerprint("prompts", job.prompts).read_unit(0)
     table = table.slice(0, settings.prompts)
     answers = table["answer"].to_pylist()
@@ -65,7 +69,7 @@ def open_reward(job: TrainJob) -> Reward:
     return Reward(
         prompts=prompts_batch(table),
         answers=tuple(answers),
-        is_right=judge(evaluation.judge.kind),
+        is_right=open_judge(evaluation.judge),
         tokenizer=AutoTokenizer.from_pretrained(job.base, trust_remote_code=False),
         stop_ids=job.stop_ids,
         max_new_tokens=evaluation.max_new_tokens,

@@ -26,7 +26,6 @@ from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from pipeline.setup import open_setup
 from stages.progress import Silent
-from stages.prompts import name_prompts
 from tests.conftest import small_config
 from tests.test_doctor import CHECKS, changed_model, machine
 
@@ -59,7 +58,7 @@ def test_a_healthy_config_passes_every_check(healthy: tuple[Path, Report]) -> No
 
 def heavy(check: Callable[..., list[Finding]], config: Config, *more: Any) -> Finding:
     """The first finding of one check that loads a model."""
-    setup = open_setup(config, prompts=name_prompts)
+    setup = open_setup(config, make=False)
     tables, _ = prompts.read(config, setup.student)
     extra = [setup.teacher if each == "teacher" else each for each in more]
     return check(setup, tables["prompts"], *extra)[0]
@@ -155,7 +154,7 @@ def copied(healthy: tuple[Path, Report], tmp_path: Path) -> Path:
 def on_cache(folder: Path, *overrides: str) -> Finding:
     config = small_config(folder, *overrides)
     report = Report()
-    setup = open_setup(config, prompts=name_prompts)
+    setup = open_setup(config, make=False)
     try:
         report.findings += cached.cached_scores(setup, setup.teacher)  # type: ignore[arg-type]
     except (UserError, DamagedUnit) as error:

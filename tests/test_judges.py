@@ -1,10 +1,14 @@
 """Judges and pass@k."""
 
+import sys
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
-from opd_stream.tasks.judges import final_number, is_final_number, judge
+from opd_stream.config.evaluation import FunctionJudge, Judge
+from opd_stream.errors import UserError
+from opd_stream.tasks.judges import final_number, is_exact, is_final_number, open_judge
 from opd_stream.tasks.pass_at_k import pass_at_k, standard_error
 
 
@@ -32,8 +36,8 @@ def test_a_marked_number_counts_before_later_ones() -> None:
 
 
 def test_a_judge_has_a_name() -> None:
-    assert judge("final_number") is is_final_number
-    assert judge("ledger")("...\nAnswer: 07", "07")
+    assert open_judge(Judge(kind="final_number")) is is_final_number
+    assert open_judge(Judge(kind="ledger"))("...\nAnswer: 07", "07")
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
@@ -55,3 +59,75 @@ def test_the_standard_error_is_over_problems() -> None:
     assert standard_error([8, 8, 8], samples=8) == 0
     assert standard_error([0, 8], samples=8) == pytest.approx(0.5)
     assert standard_error([3], samples=8) == 0
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        ("6 * 3 = 18\n#### 18", "...\n#### 18", True),
+        ("#### 70,000.", "#### 70000", True),
+        ("#### $18", "#### 18", True),
+        ("the answer is 18", "#### 18", False),  # not marked
+        ("#### 18.0", "#### 18", False),  # the text, not the value
+        ("B", "B", True),
+        ("", "", False),
+    ],
+)
+def test_the_exact_judge_compares_marked_text(completion: str, answer: str, right: bool) -> None:
+    assert is_exact(completion, answer) is right
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        (r"so $x=\frac{1}{2}$, thus \boxed{0.5}", r"\frac12", True),
+        (r"3 cases give \boxed{27}. Checked in 2 ways.", "27.0", True),  # AMC23
+        (r"\boxed{33}", "033", True),  # AIME
+        (r"\boxed{70,000}", "5 * 4 = 20\n#### 70000", True),  # GSM8K
+        (r"\boxed{\left(3, \frac{\pi}{2}\right)}", r"\left( 3, \frac{\pi}{2} \right)", True),
+        (r"\boxed{(9,36)\cup(0,9)}", r"(0,9) \cup (9,36)", True),
+        (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", True),
+        (r"\boxed{18.9}", r"\$18.90", True),
+        (r"\boxed{28}", "27.0", False),
+        (r"\boxed{(3, \pi)}", r"\left( 3, \frac{\pi}{2} \right)", False),
+        ("I do not know", "27", False),
+        ("", "27", False),
+    ],
+)
+def test_the_math_judge_compares_values(completion: str, answer: str, right: bool) -> None:
+    pytest.importorskip("math_verify", reason="the extra `math` is not installed")
+    assert open_judge(Judge(kind="math"))(completion, answer) is right
+
+
+def test_an_unreadable_reference_is_one_line() -> None:
+    pytest.importorskip("math_verify", reason="the extra `math` is not installed")
+    with pytest.raises(UserError, match=r"reference answer '#### ' holds no mathematics") as caught:
+        open_judge(Judge(kind="math"))("1", "#### ")
+    assert "\n" not in str(caught.value)
+
+
+def function_judge(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> str:
+    """Write the module again and forget what was imported."""
+    (folder / "own_judge.py").write_text(f"def right(completion, reference):\n    {body}\n")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "own_judge", raising=False)
+    return "own_judge:right"
+
+
+@pytest.mark.parametrize(
+    ("body", "path", "line"),
+    [
+        ("return 0.5", "own_judge:right", r"returned 0\.5; expected True or False"),
+        ("raise KeyError(reference)", "own_judge:right", r"raised KeyError: '2' on completion"),
+        ("return True", "own_judge:wrong", "has nothing under the name wrong"),
+        ("return True", "no_such_module:right", "cannot be imported .*ModuleNotFoundError"),
+        ("return (", "own_judge:right", "cannot be imported .*SyntaxError"),
+    ],
+)
+def test_a_function_that_cannot_judge_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, path: str, line: str
+) -> None:
+    function_judge(tmp_path, monkeypatch, body)
+    with pytest.raises(UserError, match=line) as caught:
+        open_judge(FunctionJudge(kind="function", path=path))("1", "2")
+    assert "\n" not in str(caught.value)

@@ -10,33 +10,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from opd_stream.config.collection import Model, Rollouts, Scores, Student
+from opd_stream.config.evaluation import Evaluation
 from opd_stream.config.prompts import Prompts
 from opd_stream.config.section import Section
 from opd_stream.config.training import Staleness, Train
-
-
-class Judge(Section):
-    """How an answer is checked."""
-
-    kind: Literal["ledger", "final_number"] = Field(
-        description="ledger: the embedded task; final_number: last number of the text, GSM8K's ####"
-    )
-
-
-class Evaluation(Section):
-    """Sampling on held-out prompts, judged by program."""
-
-    prompts: Prompts
-    judge: Judge
-    samples_per_prompt: int = Field(default=8, ge=1, description="for pass@k up to this k")
-    max_new_tokens: int = Field(ge=1, description="never shortened by the training window")
-    temperature: float = Field(default=1.0, ge=0, description="0 is greedy")
-    seed: int = Field(default=0, description="of the sampling")
-    every_rounds: int | None = Field(
-        default=None,
-        ge=1,
-        description="also between rounds; default: before the first and after the last",
-    )
 
 
 class Replay(Section):

@@ -114,6 +114,12 @@ class Store:
         if not path.exists() or read_json(path) != record:
             publish(path, canonical_json(record))
 
+    def add_to_run(self, run_id: str, folder: Path, artifacts: set[str]) -> None:
+        """As `record_run`, keeping what was recorded under this id before."""
+        path = self.root / "runs" / f"{run_id}.json"
+        before = read_json(path)["artifacts"] if path.exists() else []
+        self.record_run(run_id, folder, {*before, *artifacts})
+
     def nearest(self, recipe: Recipe) -> tuple[Recipe, dict[str, tuple[object, object]]] | None:
         """The started artifact of the same kind with the fewest other fields, and those fields."""
         candidates = [other for other in self.recipes(recipe.kind) if other != recipe]

@@ -1,20 +1,61 @@
 """Judges: a program that says whether a completion answers the problem."""
 
+import importlib
 import re
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
-from typing import Literal
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from opd_stream.config.evaluation import FunctionJudge
+from opd_stream.config.evaluation import Judge as EmbeddedJudge
+from opd_stream.errors import UserError
+from opd_stream.store.files import sha256_file
 from opd_stream.tasks import ledger
 
-JudgeName = Literal["ledger", "final_number"]
+Judge = Callable[[str, str], bool]  # (completion text, reference answer) -> verdict
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_SECONDS = 5  # math-verify's limit for one expression and for one comparison
 
 
-def judge(name: JudgeName) -> Callable[[str, str], bool]:
-    """The function (completion text, reference answer) -> verdict of a judge."""
-    return {"ledger": ledger.is_correct, "final_number": is_final_number}[name]
+def open_judge(settings: EmbeddedJudge | FunctionJudge) -> Judge:
+    """The judge that a config asks for.
+
+    Raises:
+        UserError: its library is not installed, or the function cannot be imported.
+    """
+    if isinstance(settings, FunctionJudge):
+        return _checked(settings.path, _imported(settings.path))
+    if settings.kind == "math":
+        _need_math_verify()
+        return is_equal_mathematics
+    return {
+        "ledger": ledger.is_correct,
+        "final_number": is_final_number,
+        "exact": is_exact,
+    }[settings.kind]
+
+
+def judge_recipe(settings: EmbeddedJudge | FunctionJudge) -> dict[str, Any]:
+    """What decides the verdicts: the settings, and which code of others does.
+
+    Raises:
+        UserError: as `open_judge`.
+    """
+    recipe = settings.model_dump(mode="json")
+    if isinstance(settings, FunctionJudge):
+        _imported(settings.path)
+        source = importlib.import_module(settings.path.partition(":")[0]).__file__
+        return recipe if source is None else {**recipe, "sha256": sha256_file(Path(source))}
+    if settings.kind == "math":
+        _need_math_verify()
+        return {**recipe, "math_verify": version("math-verify")}
+    return recipe
 
 
 def is_final_number(completion: str, answer: str) -> bool:
@@ -25,6 +66,42 @@ def is_final_number(completion: str, answer: str) -> bool:
     """
     found, expected = final_number(completion), final_number(answer)
     return found is not None and found == expected
+
+
+def is_exact(completion: str, answer: str) -> bool:
+    """Whether both say the same text after the last `####`, or in all where there is none.
+
+    White space around it, commas between digits, a dollar sign and a final full stop do not count,
+    as in GSM8K's own marking.
+    """
+    found = _marked(completion)
+    return found != "" and found == _marked(answer)
+
+
+def is_equal_mathematics(completion: str, answer: str) -> bool:
+    r"""Whether the completion's last expression equals the reference, by `math-verify`.
+
+    Of the completion the last `\boxed{}` counts, else the last LaTeX, else the last plain number.
+    The reference is bare LaTeX as in MATH-500, or a text that marks it with `####`, `\boxed{}` or
+    dollar signs. What takes longer than 5 seconds to read or compare is wrong. It measures time by
+    SIGALRM and so runs in a process's main thread only.
+
+    Raises:
+        UserError: nothing can be read from the reference.
+    """
+    from math_verify import parse, verify
+
+    marked = answer.rpartition("####")[2].strip()
+    is_wrapped = "\\boxed" in marked or "$" in marked.replace("\\$", "")
+    text = marked if is_wrapped else f"\\boxed{{{marked}}}"
+    expected = parse(text, parsing_timeout=_SECONDS) if marked else []
+    if not expected:
+        raise UserError(
+            f"reference answer {answer[:60]!r} holds no mathematics that judge math can read; "
+            "expected LaTeX or a number; mend it, or use another judge"
+        )
+    found = parse(completion, parsing_timeout=_SECONDS)
+    return verify(expected, found, timeout_seconds=_SECONDS)
 
 
 def final_number(text: str) -> Decimal | None:
@@ -38,3 +115,58 @@ def final_number(text: str) -> Decimal | None:
         return Decimal(chosen.replace(",", ""))
     except InvalidOperation:
         return None
+
+
+def _marked(text: str) -> str:
+    last = text.rpartition("####")[2].strip().removesuffix(".").removeprefix("$")
+    return re.sub(r"(?<=\d),(?=\d)", "", last)
+
+
+def _need_math_verify() -> None:
+    if find_spec("math_verify") is None:
+        raise UserError(
+            "judge math needs the library math-verify, which is not installed; "
+            "pip install 'opd-stream[math]', or use judge final_number"
+        )
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    """The function at `package.module:name`; importing runs the module."""
+    module_name, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), name, None)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise UserError(
+            f"judge function {path} cannot be imported ({type(error).__name__}: "
+            f"{_one_line(error)}); expected a module that python -c 'import {module_name}' finds; "
+            "install it or set PYTHONPATH"
+        ) from error
+    if not callable(found):
+        what = "nothing" if found is None else f"a {type(found).__name__}"
+        raise UserError(
+            f"judge function {path}: the module has {what} under the name {name}; expected a "
+            "function of completion and reference; check judge.path"
+        )
+    return found
+
+
+def _checked(path: str, function: Callable[..., Any]) -> Judge:
+    def verdict(completion: str, answer: str) -> bool:
+        try:
+            found = function(completion, answer)
+        except Exception as error:  # whatever the user's function raises
+            raise UserError(
+                f"judge function {path} raised {type(error).__name__}: {_one_line(error)} on "
+                f"completion {completion[:60]!r} and reference {answer[:60]!r}; mend the function"
+            ) from error
+        if not isinstance(found, bool | int | float | np.bool_) or found not in (0, 1):
+            raise UserError(
+                f"judge function {path} returned {found!r:.60}; expected True or False; mend it"
+            )
+        return bool(found)
+
+    return verdict
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

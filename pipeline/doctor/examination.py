@@ -15,7 +15,6 @@ from pipeline.doctor.findings import Check, Finding, Report
 from pipeline.setup import Setup, open_setup
 from pipeline.walk import walk
 from stages.checkpoints import Checkpoint, open_checkpoint
-from stages.prompts import name_prompts
 
 SETUP = Check(
     name="setup",
@@ -125,7 +124,7 @@ def _setup(report: Report, config: Config, store: Store | None) -> Setup | None:
     if store is None:
         return None
     try:
-        setup = open_setup(config, prompts=name_prompts)
+        setup = open_setup(config, make=False)
     except UserError as error:
         _say(report, SETUP.refused(error))
         return None

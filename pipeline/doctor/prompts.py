@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from opd_stream.config import Config
+from opd_stream.config import Config, Evaluation
 from opd_stream.errors import UserError
 from opd_stream.prompts import prompts_table, shuffled_rows, source_settings
 from opd_stream.store.files import read_json
-from opd_stream.tasks.judges import judge
+from opd_stream.tasks.judges import Judge, open_judge
 from pipeline.doctor.findings import Check, Finding
 from pipeline.doctor.models import Models
 from pipeline.plan import plan_round
@@ -26,15 +26,16 @@ CONTEXT = Check(
     name="context",
     why="a prompt and a full window that do not fit stop the worker that meets them, in any round",
 )
-Tables = dict[str, pa.Table]  # prompts, evaluation.prompts -> table
+Tables = dict[str, pa.Table]  # field of the config that holds the source -> table
 SHOWN = 3  # prompts named in a finding
 
 
 def read(config: Config, student: Checkpoint) -> tuple[Tables, list[Finding]]:
     """The prompts as the run will have them; a source that is refused is left out."""
     sources = {"prompts": config.prompts}
-    if config.evaluation is not None:
-        sources["evaluation.prompts"] = config.evaluation.prompts
+    for name, part in held_out(config).items():
+        assert part.prompts is not None  # validated
+        sources[name] = part.prompts
     tables, findings = Tables(), list[Finding]()
     for name, source in sources.items():
         try:
@@ -66,13 +67,14 @@ def enough(config: Config, tables: Tables) -> list[Finding]:
             )
         except UserError as error:
             findings.append(PROMPTS.refused(error))
-    if len(tables) == 2:
-        train, held_out = (table["text"].to_pylist() for table in tables.values())
-        shared = len(set(held_out) & set(train))
-        if shared:
+    for name in held_out(config):
+        if not {name, "prompts"} <= tables.keys():
+            continue
+        train, asked = (set(tables[source]["text"].to_pylist()) for source in ("prompts", name))
+        if train & asked:
             findings.append(
                 PROMPTS.warning(
-                    f"{shared} of {len(held_out)} evaluation prompts are training prompts too",
+                    f"{name}: {len(train & asked)} of {len(asked)} are training prompts too",
                     "take other prompts for evaluation: pass@k should be of new ones",
                 )
             )
@@ -81,11 +83,17 @@ def enough(config: Config, tables: Tables) -> list[Finding]:
 
 def answers(config: Config, tables: Tables) -> list[Finding]:
     """Reference answers where something judges, and whether the judge accepts them."""
-    if config.evaluation is None:
+    judged = {name: part for name, part in _judged(config).items() if name in tables}
+    if not judged:
         return [ANSWERS.ok("nothing is judged")]
     findings: list[Finding] = []
-    is_right = judge(config.evaluation.judge.kind)
-    for name in _judged(config, tables):
+    for name, part in judged.items():
+        assert part.judge is not None  # validated
+        try:
+            is_right = open_judge(part.judge)
+        except UserError as error:
+            findings.append(ANSWERS.refused(error))
+            continue
         table = tables[name]
         missing = table.filter(table["answer"].is_null())["prompt_id"].to_pylist()
         if missing:
@@ -99,20 +107,19 @@ def answers(config: Config, tables: Tables) -> list[Finding]:
             continue
         pairs = zip(table["prompt_id"].to_pylist(), table["answer"].to_pylist(), strict=True)
         # A right solution ends with its answer, in either task's form.
-        lost = [name for name, answer in pairs if not is_right(f"Answer: {answer}", answer)]
+        lost = [place for place, answer in pairs if not _accepts(is_right, answer)]
         if lost:
             findings.append(
                 ANSWERS.error(
                     f"{name}: {len(lost)} of {table.num_rows} reference answers are wrong answers "
-                    f"to judge {config.evaluation.judge.kind} ({', '.join(lost[:SHOWN])})",
-                    f"mend those answers, {name}.answer_field, or evaluation.judge.kind",
+                    f"to judge {part.judge.kind} ({', '.join(lost[:SHOWN])})",
+                    f"mend those answers, {name}.answer_field, or the judge's kind",
                 )
             )
         else:
             findings.append(
                 ANSWERS.ok(
-                    f"{name}: {table.num_rows:,} answers, each accepted by judge "
-                    f"{config.evaluation.judge.kind}"
+                    f"{name}: {table.num_rows:,} answers, each accepted by judge {part.judge.kind}"
                 )
             )
     return findings
@@ -157,9 +164,9 @@ def _spans(config: Config, tables: Tables) -> Iterator[tuple[str, int, int, tupl
     if "prompts" in tables and config.replay is None:
         longest = max(_lengths(tables["prompts"]))
         yield "rollouts", longest, largest_window(config), ("student", "teacher")
-    if "evaluation.prompts" in tables and config.evaluation is not None:
-        longest = max(_lengths(tables["evaluation.prompts"]))
-        yield "evaluation", longest, config.evaluation.max_new_tokens, ("student",)
+    for name, part in held_out(config).items():
+        if name in tables:
+            yield name, max(_lengths(tables[name])), part.max_new_tokens, ("student",)
 
 
 def _context_of(config: Config, role: str, model: Checkpoint) -> int | None:
@@ -172,13 +179,29 @@ def _context_of(config: Config, role: str, model: Checkpoint) -> int | None:
     return found
 
 
-def _judged(config: Config, tables: Tables) -> list[str]:
-    """Sources whose answers somebody asks for."""
-    jump = config.train.extrapolation
-    wanted = ["evaluation.prompts"]
-    if jump is not None and jump.signal != "kl":
-        wanted.append("prompts")
-    return [name for name in wanted if name in tables]
+def held_out(config: Config) -> dict[str, Evaluation]:
+    """Field of the config -> a set of problems that policies are evaluated on."""
+    if config.evaluation is None:
+        return {}
+    if config.evaluation.benchmarks is None:
+        return {"evaluation.prompts": config.evaluation}
+    parts = config.evaluation.parts()
+    return {f"evaluation.benchmarks.{name}.prompts": part for name, part in parts.items()}
+
+
+def _judged(config: Config) -> dict[str, Evaluation]:
+    """Sources whose answers somebody asks for, and how they are judged."""
+    wanted, jump = held_out(config), config.train.extrapolation
+    if wanted and jump is not None and jump.signal != "kl":
+        wanted["prompts"] = next(iter(wanted.values()))
+    return wanted
+
+
+def _accepts(is_right: Judge, answer: str) -> bool:
+    try:
+        return is_right(f"Answer: {answer}", answer)
+    except UserError:  # nothing can be read from the reference
+        return False
 
 
 def _lengths(table: pa.Table) -> list[int]:

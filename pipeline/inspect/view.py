@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from opd_stream.errors import UserError
 from opd_stream.store.reader import ScoredRow
-from opd_stream.tasks.judges import judge
+from opd_stream.tasks.judges import open_judge
 from opd_stream.token_figures import (
     FIGURES,
     Figure,
@@ -99,9 +99,10 @@ class Reading:
         answer = self._answers[cache.number].get(row.prompt_id)
         if answer is None:
             return None
-        name = evaluation.judge.kind
+        judge = next(iter(evaluation.parts().values())).judge
+        assert judge is not None  # validated
         text = self.text.whole(row.completion_ids.tolist(), special=False)
-        return Verdict(judge=name, is_right=judge(name)(text, answer), answer=answer)
+        return Verdict(judge=judge.kind, is_right=open_judge(judge)(text, answer), answer=answer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,153 @@
+"""Two policies on the same problems with the same seeds: `opd-stream compare`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd_stream.errors import UserError
+from opd_stream.store.files import read_json
+from opd_stream.store.recipe import Recipe, differing_fields
+from opd_stream.store.store import Store
+from opd_stream.tasks.bootstrap import Bootstrap
+from opd_stream.tasks.figures import Counts, Difference, differences
+from opd_stream.tasks.pass_at_k import usual_ks
+from pipeline.run_directory import RunDirectory
+
+_PLACES = "expected RUN, RUN@ROUND (0 is the initial student) or a file of evaluate --out"
+_OWN = ("engine", "dtype", "stop_ids")  # of a policy; everything else has to be the same
+_ROW = "{:16} {:>9} {:>8} {:>8} {:>8} {:>8}   {}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One policy's evaluation, wherever it was found."""
+
+    name: str  # as the user wrote it
+    store: Store
+    artifacts: dict[str, str]  # benchmark -> evaluations/FINGERPRINT
+
+
+def compare(left: str, right: str, bootstrap: Bootstrap) -> Iterator[str]:
+    """The lines of a paired comparison: right less left, with an interval.
+
+    Raises:
+        UserError: a side has no evaluation, or the two are not of the same problems and seeds.
+    """
+    sides = (_open_side(left), _open_side(right))
+    names = [name for name in sides[0].artifacts if name in sides[1].artifacts]
+    if not names:
+        raise UserError(
+            f"{left} has the benchmarks {', '.join(sides[0].artifacts)} and {right} has "
+            f"{', '.join(sides[1].artifacts)}; expected one in common; use one config"
+        )
+    pairs = [_pair(name, *sides) for name in names]
+    yield f"A: {left}   B: {right}"
+    confidence = f"{100 * bootstrap.confidence:g}% interval of B - A"
+    yield _ROW.format("benchmark", "problems", "figure", "A", "B", "B - A", confidence)
+    for name, pair in zip(names, pairs, strict=True):
+        found = differences([pair[0]], [pair[1]], usual_ks(pair[0].samples), bootstrap)
+        yield from _rows(name, len(pair[0].correct), found)
+    if len(pairs) > 1:
+        ks = usual_ks(min(a.samples for a, _ in pairs))
+        found = differences([a for a, _ in pairs], [b for _, b in pairs], ks, bootstrap)
+        yield from _rows(f"mean of {len(pairs)}", sum(len(a.correct) for a, _ in pairs), found)
+    for side, other in (sides, sides[::-1]):
+        only = [name for name in side.artifacts if name not in other.artifacts]
+        if only:
+            yield f"only {side.name} has {', '.join(only)}"
+
+
+def _rows(name: str, problems: int, found: dict[str, Difference]) -> Iterator[str]:
+    for number, (figure, each) in enumerate(found.items()):
+        low, high = each.interval
+        yield _ROW.format(
+            "" if number else name,
+            "" if number else f"{problems:,}",
+            figure,
+            f"{each.left:.3f}",
+            f"{each.right:.3f}",
+            f"{each.difference:+.3f}",
+            f"[{low:+.3f}, {high:+.3f}]",
+        )
+
+
+def _open_side(place: str) -> Side:
+    """Find what the user means by RUN, RUN@ROUND or a file."""
+    if Path(place).is_file():
+        record = read_json(Path(place))
+        if not isinstance(record, dict) or not {"store", "benchmarks"} <= set(record):
+            raise UserError(f"{place} is no file of evaluate --out; {_PLACES}; check the path")
+        return Side(name=place, store=Store(record["store"]), artifacts=_artifacts(record))
+    folder, at, number = place.rpartition("@") if not Path(place).is_dir() else (place, "", "")
+    if at and not number.isdecimal():
+        raise UserError(f"{place} names the round {number!r}; {_PLACES}; give a number")
+    directory = RunDirectory(Path(folder if at else place))
+    if not directory.path.is_dir():
+        raise UserError(f"{directory.path} does not exist; {_PLACES}; check the path")
+    store = Store(directory.config().store)
+    evaluations = directory.summary().get("evaluations", [])
+    if at:
+        evaluations = [entry for entry in evaluations if entry["round"] == int(number)]
+    if not evaluations:
+        raise UserError(
+            f"{place} has no evaluation{f' of round {number}' if at else ''}; {_PLACES}; run it "
+            "with an evaluation section, or use evaluate --out"
+        )
+    if "benchmarks" not in evaluations[-1]:
+        raise UserError(
+            f"{place} was evaluated by an earlier opd-stream, whose summary names no evaluations; "
+            "run the same command again: it writes them and makes nothing twice"
+        )
+    return Side(name=place, store=store, artifacts=_artifacts(evaluations[-1]))
+
+
+def _artifacts(evaluation: dict[str, Any]) -> dict[str, str]:
+    return {name: entry["artifact"] for name, entry in evaluation["benchmarks"].items()}
+
+
+def _pair(name: str, left: Side, right: Side) -> tuple[Counts, Counts]:
+    """Both policies' counts on a benchmark.
+
+    Raises:
+        UserError: they are not verdicts of one judge on the same problems and seeds.
+    """
+    (a, asked_a), (b, asked_b) = _read(name, left), _read(name, right)
+    other = differing_fields(asked_a, asked_b)
+    if other:
+        fields = "; ".join(f"{field}: {old!r} and {new!r}" for field, (old, new) in other.items())
+        raise UserError(
+            f"{name} of {left.name} and of {right.name} differ in {fields}; expected the same "
+            "problems, seeds and judge; evaluate both with one config"
+        )
+    if set(a.correct) != set(b.correct):
+        raise UserError(
+            f"{name} has {len(a.correct)} problems in {left.name} and {len(b.correct)} in "
+            f"{right.name}, not the same ones; expected the same; evaluate both with one config"
+        )
+    return a, b
+
+
+def _read(name: str, side: Side) -> tuple[Counts, dict[str, Any]]:
+    """Counts of one side, and everything that the other side has to share."""
+    verdicts = side.store.by_fingerprint("evaluations", _fingerprint(name, side))
+    if not verdicts.is_complete():
+        raise UserError(f"{verdicts.name} of {side.name} is not complete; evaluate again")
+    result = verdicts.manifest()["result"]
+    rollouts = _input(side, verdicts.recipe, "rollouts")
+    prompts = _input(side, rollouts, "prompts")
+    sampling = {field: v for field, v in rollouts.settings.items() if field not in _OWN}
+    asked = {
+        "prompts": prompts.settings,
+        "judge": verdicts.recipe.settings["judge"],
+        "sampling": {**sampling, "samples_per_prompt": result["samples"]},
+    }
+    return Counts(correct=result["correct"], samples=result["samples"]), asked
+
+
+def _input(side: Side, recipe: Recipe, kind: Any) -> Recipe:
+    return side.store.by_fingerprint(kind, recipe.inputs[kind]).recipe
+
+
+def _fingerprint(name: str, side: Side) -> str:
+    return side.artifacts[name].removeprefix("evaluations/")

@@ -1,0 +1,156 @@
+"""Policies on held-out problems: sample what is missing, judge it, and say how sure that is."""
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opd_stream.config import Config
+from opd_stream.errors import UserError
+from opd_stream.store.store import Store
+from opd_stream.tasks.figures import Counts, figures
+from opd_stream.tasks.pass_at_k import usual_ks
+from pipeline.reports import Span, made_by
+from stages.checkpoints import Checkpoint, open_checkpoint
+from stages.collect import begin, finish, start_rollouts
+from stages.evaluate import evaluate, evaluation_rollouts
+from stages.executors import Executor
+from stages.progress import Progress
+
+
+@dataclass(slots=True, kw_only=True)
+class Evaluator:
+    """What an evaluation works with, and what it did."""
+
+    config: Config
+    store: Store
+    executor: Executor
+    run_id: str
+    progress: Progress
+    spans: list[Span] = field(default_factory=list)
+    reached: set[str] = field(default_factory=set)  # names of artifacts
+
+    def measure(
+        self,
+        student: Checkpoint,
+        stop_ids: tuple[int, ...],
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> dict[str, Any]:
+        """One policy on every benchmark; returns what the summary keeps of it.
+
+        Raises:
+            UserError: prompts or judge are refused, or a worker met a user's mistake.
+        """
+        evaluation = self.config.evaluation
+        assert evaluation is not None
+        counts: list[Counts] = []
+        benchmarks: dict[str, dict[str, Any]] = {}
+        seconds, errors = 0.0, list[float]()
+        for name, part in evaluation.parts().items():
+            rollouts = evaluation_rollouts(
+                self.store, self.config, part, student=student, stop_ids=stop_ids
+            )
+            start_rollouts(
+                self.store, rollouts.recipe, prompts_per_unit=self.config.prompts_per_unit
+            )
+            work = begin(
+                self.executor,
+                rollouts,
+                None,
+                student=student,
+                teacher=None,
+                made_by=self.run_id,
+                progress=self.progress,
+            )
+            if work.orders:
+                meanwhile()
+            self.spans += finish(self.executor, work, self.progress, name="evaluate")
+            self.reached.add(rollouts.name)
+            artifact, result = evaluate(self.store, part, rollouts, student)
+            counts.append(Counts(correct=result["correct"], samples=result["samples"]))
+            benchmarks[name] = {
+                **_figures([counts[-1]], _ks(evaluation.pass_at, [counts[-1]])),
+                "standard_error": result["standard_error"],
+                "problems": result["problems"],
+                "samples": result["samples"],
+                "mean_tokens": result["completion_tokens"]
+                / (result["problems"] * result["samples"]),
+                "artifact": artifact,
+            }
+            errors.append(result["standard_error"])
+            own = made_by(rollouts.commits().values(), self.run_id)
+            seconds += sum(commit.seconds for commit in own)
+        return {
+            **_figures(counts, _ks(evaluation.pass_at, counts)),
+            "standard_error": sum(error**2 for error in errors) ** 0.5 / len(errors),
+            "problems": sum(len(each.correct) for each in counts),
+            "samples": counts[0].samples if len(counts) == 1 else None,
+            "seconds": seconds,
+            "benchmarks": benchmarks,
+        }
+
+
+def import_training() -> object:
+    """Load what training needs while workers start."""
+    return importlib.import_module("stages.train")
+
+
+def open_policy(config: Config, store: Store, folder: Path) -> tuple[Checkpoint, tuple[int, ...]]:
+    """Any Hugging Face folder as a policy to evaluate, and the ids that end its answers.
+
+    They are those of the run's own models too where these read the same tokens, so that a policy of
+    the run has the answers it has already.
+
+    Raises:
+        UserError: the folder is no checkpoint, or nothing would end its answers.
+    """
+    policy = open_checkpoint(store, folder)
+    models = [config.student] if config.teacher is None else [config.student, config.teacher]
+    known = [open_checkpoint(store, model.path) for model in models if model.path.is_dir()]
+    same = [
+        other
+        for other in known
+        if other.identity.tokenizer_sha256 == policy.identity.tokenizer_sha256
+    ]
+    stop_ids = {token for each in (policy, *same) for token in each.terminators()}
+    if not stop_ids:
+        raise UserError(
+            f"policy {folder} names no eos_token_id; expected one in generation_config.json or "
+            "config.json; add it"
+        )
+    return policy, tuple(sorted(stop_ids))
+
+
+def figure_lines(evaluation: dict[str, Any]) -> Iterator[str]:
+    """One line a benchmark, and one for their mean where there are several."""
+    benchmarks = evaluation["benchmarks"]
+    for name, entry in benchmarks.items():
+        yield (
+            f"{name}: {_said(entry)}; {entry['problems']:,} problems × {entry['samples']} samples, "
+            f"{entry['mean_tokens']:.0f} tokens each; {entry['artifact']}"
+        )
+    if len(benchmarks) > 1:
+        yield f"mean of {len(benchmarks)}: {_said(evaluation)}"
+
+
+def _said(entry: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {entry[name]:.3f} [{low:.3f}, {high:.3f}]"
+        for name, (low, high) in entry["intervals"].items()
+    )
+
+
+def _ks(asked: Sequence[int] | None, counts: Sequence[Counts]) -> tuple[int, ...]:
+    """pass@1 and the k asked for, else those that every set of problems has samples for."""
+    if asked is not None:
+        return tuple(sorted({1, *asked}))
+    return usual_ks(min(each.samples for each in counts))
+
+
+def _figures(counts: Sequence[Counts], ks: Sequence[int]) -> dict[str, Any]:
+    found = figures(counts, ks)
+    return {
+        **{name: estimate for name, (estimate, _) in found.items()},
+        "intervals": {name: list(interval) for name, (_, interval) in found.items()},
+    }

@@ -1,0 +1,279 @@
+"""Evaluation: estimates against enumeration, intervals that cover, generations that stay."""
+
+import json
+import shutil
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opd_stream.errors import UserError
+from opd_stream.store.store import Store
+from opd_stream.tasks.bootstrap import Bootstrap
+from opd_stream.tasks.figures import Counts, differences, figures
+from pipeline.comparison import compare
+from pipeline.rounds import run
+from pipeline.run_directory import RunDirectory
+from pipeline.stage_commands import run_evaluation
+from stages.progress import Silent
+from tests.conftest import MODELS, small_config
+from tests.test_judges import function_judge
+
+WHOLE = ("evaluation.max_new_tokens=208", "evaluation.prompts.count=12")
+
+
+def evaluate(folder: Path, *overrides: str, name: str = "run", **which: Any) -> str:
+    config = small_config(folder, *overrides)
+    return run_evaluation(config, RunDirectory(folder / name), progress=Silent(), **which)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded student and teacher, evaluated on the same problems."""
+    folder = tmp_path_factory.mktemp("measured")
+    evaluate(folder, *WHOLE, round_index=-1, out=folder / "student.json")
+    policy = MODELS / "ledger-teacher"
+    evaluate(folder, *WHOLE, policy=policy, out=folder / "teacher.json")
+    return folder
+
+
+@pytest.fixture
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(**_: Any) -> None:
+        raise AssertionError("an engine was asked for")
+
+    monkeypatch.setattr("stages.units.open_engine", refused)
+
+
+# Estimates and intervals
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 6])
+def test_pass_at_k_of_each_problem_is_the_share_of_subsets_with_a_right_sample(k: int) -> None:
+    samples = 6
+    counts = Counts(correct={f"p{right}": right for right in range(7)}, samples=samples)
+    for right, (chance,) in enumerate(counts.columns([k])):
+        subsets = list(combinations(range(samples), k))
+        assert chance == pytest.approx(sum(min(s) < right for s in subsets) / len(subsets))
+
+
+def test_avg_is_the_mean_over_all_samples_and_several_sets_count_the_same() -> None:
+    one = Counts(correct={"a": 1, "b": 3}, samples=4)
+    many = Counts(correct={str(number): 0 for number in range(50)}, samples=4)
+    assert figures([one], (1,))["avg@4"][0] == pytest.approx(0.5)
+    assert figures([one, many], (1,))["pass@1"][0] == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="pass@5 needs at least 5 samples"):
+        figures([one], (5,))
+
+
+@pytest.mark.parametrize("confidence", [0.95, 0.5])
+def test_intervals_cover_the_truth_as_often_as_they_say(confidence: float) -> None:
+    """Problems whose chances are drawn from Beta(0.5, 0.8), eight answers to each."""
+    random = np.random.default_rng(7)
+    truth, trials = 0.5 / 1.3, 300
+    covered = 0
+    for trial in range(trials):
+        right = random.binomial(8, random.beta(0.5, 0.8, size=60))
+        counts = Counts(correct=dict(enumerate(right.tolist())), samples=8)  # type: ignore[arg-type]
+        bootstrap = Bootstrap(confidence=confidence, resamples=400, seed=trial)
+        _, (low, high) = figures([counts], (1,), bootstrap)["pass@1"]
+        covered += low <= truth <= high
+    deviation = (confidence * (1 - confidence) / trials) ** 0.5
+    assert covered / trials == pytest.approx(confidence, abs=4 * deviation)
+
+
+def test_an_interval_depends_on_seed_and_counts_alone() -> None:
+    forward = Counts(correct={"a": 0, "b": 2, "c": 1, "d": 2}, samples=2)
+    backward = Counts(correct=dict(reversed(forward.correct.items())), samples=2)  # type: ignore[call-overload]
+    assert figures([forward], (1, 2)) == figures([backward], (1, 2))
+    other = figures([forward], (1, 2), Bootstrap(seed=1, resamples=50))
+    assert other != figures([forward], (1, 2), Bootstrap(seed=2, resamples=50))
+
+
+def test_pairing_takes_out_how_hard_the_problems_are() -> None:
+    """One policy is right a little more often everywhere; unpaired intervals overlap."""
+    random = np.random.default_rng(3)
+    base = random.integers(0, 60, size=200)
+    left = Counts(correct={f"p{n:03d}": int(c) for n, c in enumerate(base)}, samples=64)
+    right = Counts(correct={name: c + 3 for name, c in left.correct.items()}, samples=64)
+    found = differences([left], [right], (1,))["pass@1"]
+    assert found.difference == pytest.approx(3 / 64)
+    assert found.interval == pytest.approx((3 / 64, 3 / 64))
+    (_, (_, high)), (_, (low, _)) = (figures([c], (1,))["pass@1"] for c in (left, right))
+    assert low < high
+
+
+def test_a_comparison_under_the_null_excludes_zero_as_often_as_it_says() -> None:
+    random = np.random.default_rng(11)
+    excluded = 0
+    for trial in range(200):
+        chances = random.beta(0.5, 0.5, size=50)
+        left, right = (
+            Counts(
+                correct={f"p{n}": int(c) for n, c in enumerate(random.binomial(8, chances))},
+                samples=8,
+            )
+            for _ in range(2)
+        )
+        found = differences([left], [right], (1,), Bootstrap(resamples=300, seed=trial))
+        low, high = found["pass@1"].interval
+        excluded += not low <= 0 <= high
+    assert 0.005 <= excluded / 200 <= 0.11
+
+
+def test_a_comparison_of_other_problems_is_refused() -> None:
+    left = Counts(correct={"a": 1, "b": 1}, samples=2)
+    for other in ({"a": 1, "c": 1}, {"a": 1}):
+        with pytest.raises(ValueError, match="expected the same problems"):
+            differences([left], [Counts(correct=other, samples=2)], (1,))
+
+
+# What a command makes, and what it finds
+
+
+def test_benchmarks_have_settings_of_their_own_and_a_mean(tmp_path: Path) -> None:
+    benchmarks = {
+        "short": {"prompts": {"kind": "ledger", "count": 3, "seed": 5}, "judge": {"kind": "exact"}},
+        "long": {
+            "prompts": {"kind": "ledger", "count": 2, "seed": 6},
+            "judge": {"kind": "ledger"},
+            "samples_per_prompt": 4,
+            "max_new_tokens": 208,
+        },
+    }
+    evaluation = {"max_new_tokens": 8, "samples_per_prompt": 2, "benchmarks": benchmarks}
+    asked = f"evaluation={json.dumps(evaluation)}"
+    lines = evaluate(tmp_path, asked, round_index=-1, out=tmp_path / "out.json").splitlines()
+    assert [line.split(":")[0] for line in lines] == ["short", "long", "mean of 2"]
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [e["samples"] for e in found["benchmarks"].values()] == [2, 4]
+    assert found["benchmarks"]["short"]["mean_tokens"] <= 8 < 16
+    assert found["benchmarks"]["long"]["mean_tokens"] > 50
+    mean = sum(e["pass@2"] for e in found["benchmarks"].values()) / 2
+    assert found["pass@2"] == pytest.approx(mean)
+    assert "pass@4" not in found
+
+
+def test_a_run_that_asks_for_math_without_the_library_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_engine: None
+) -> None:
+    monkeypatch.setattr("opd_stream.tasks.judges.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'opd-stream\[math\]'") as caught:
+        evaluate(tmp_path, "evaluation.judge.kind=math", round_index=-1)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_function_of_ones_own_judges_and_its_source_names_the_verdicts(
+    tmp_path: Path, measured: Path, monkeypatch: pytest.MonkeyPatch, no_engine: None
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    said: list[str] = []
+    for body in ("return len(reference) == 2", "return len(reference) == 20 or False"):
+        path = function_judge(tmp_path, monkeypatch, body)
+        judge = f"evaluation.judge={{kind: function, path: '{path}'}}"
+        said.append(evaluate(measured, *WHOLE, judge, round_index=-1))
+    assert "pass@1 1.000" in said[0]
+    assert "pass@1 0.000" in said[1]
+
+
+def test_judging_again_generates_nothing(measured: Path, no_engine: None) -> None:
+    for override in (
+        "evaluation.judge.kind=exact",
+        "evaluation.judge.kind=final_number",
+        "evaluation.pass_at=[2]",
+        "evaluation.samples_per_prompt=1",
+    ):
+        assert "pass@1" in evaluate(measured, *WHOLE, override, round_index=-1)
+    with pytest.raises(UserError, match="an engine was asked for"):
+        evaluate(measured, *WHOLE, "evaluation.seed=1", round_index=-1)
+
+
+def test_fewer_samples_are_the_first_ones(measured: Path, tmp_path: Path, no_engine: None) -> None:
+    fewer = "evaluation.samples_per_prompt=1"
+    evaluate(measured, *WHOLE, fewer, round_index=-1, out=tmp_path / "fewer.json")
+    store = Store(measured / "store")
+    all_of, first = (
+        json.loads(path.read_text())["benchmarks"]["ledger"]["artifact"].split("/")[1]
+        for path in (measured / "student.json", tmp_path / "fewer.json")
+    )
+    verdicts = [store.by_fingerprint("evaluations", name) for name in (all_of, first)]
+    two, one = (artifact.manifest()["result"] for artifact in verdicts)
+    assert verdicts[0].recipe.inputs == verdicts[1].recipe.inputs
+    assert (one["samples"], two["samples"]) == (1, 2)
+    assert all(two["correct"][name] - right in (0, 1) for name, right in one["correct"].items())
+    assert 0 < one["completion_tokens"] < two["completion_tokens"]
+
+
+def test_a_copied_policy_finds_its_answers_and_another_family_gets_its_own(
+    measured: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    other = MODELS / "routine-student"  # reads other tokens
+    absent = ("student.path=none", "teacher.path=none", "evaluation.max_new_tokens=8")
+    first = evaluate(measured, *WHOLE, *absent, policy=other, name="other")
+    assert first.startswith("ledger: pass@1 ")
+    request.getfixturevalue("no_engine")
+    shutil.copytree(MODELS / "ledger-student", tmp_path / "copy")
+    copied = evaluate(measured, *WHOLE, policy=tmp_path / "copy", out=tmp_path / "copy.json")
+    original = json.loads((measured / "student.json").read_text())
+    assert original["benchmarks"]["ledger"]["artifact"] in copied
+    with pytest.raises(UserError, match="is no checkpoint: found nothing"):
+        evaluate(measured, *WHOLE, policy=tmp_path / "none")
+    with pytest.raises(UserError, match=r"neither of --round and --policy"):
+        evaluate(measured, *WHOLE)
+    with pytest.raises(UserError, match=r"there is no folder"):
+        evaluate(measured, *WHOLE, policy=other, out=tmp_path / "none" / "out.json")
+
+
+def test_a_comparison_has_the_sign_and_the_figures_of_its_sides(measured: Path) -> None:
+    student, teacher = str(measured / "student.json"), str(measured / "teacher.json")
+    a, b = (
+        json.loads(Path(p).read_text())["benchmarks"]["ledger"]["pass@1"]
+        for p in (student, teacher)
+    )
+    assert a < b
+    (row,) = [line for line in compare(student, teacher, Bootstrap()) if "pass@1" in line]
+    assert row.split()[:6] == ["ledger", "12", "pass@1", f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}"]
+    (same,) = [line for line in compare(student, student, Bootstrap()) if "pass@1" in line]
+    assert same.endswith("+0.000   [+0.000, +0.000]")
+
+
+def test_a_run_is_compared_with_its_own_start(tmp_path: Path) -> None:
+    run(small_config(tmp_path, "rounds=1"), RunDirectory(tmp_path / "run"), Silent())
+    folder = tmp_path / "run"
+    lines = list(compare(f"{folder}@0", str(folder), Bootstrap()))
+    assert lines[0] == f"A: {folder}@0   B: {folder}"
+    assert [f"pass@{k}" in line for k, line in enumerate(lines[2:], start=1)] == [True, True]
+    with pytest.raises(UserError, match="has no evaluation of round 7"):
+        list(compare(f"{folder}@7", str(folder), Bootstrap()))
+
+
+def test_what_cannot_be_compared_is_one_line(measured: Path, tmp_path: Path) -> None:
+    student = str(measured / "student.json")
+    judge, out = "evaluation.judge.kind=exact", tmp_path / "exact.json"
+    evaluate(measured, *WHOLE, judge, round_index=-1, out=out)
+    cases = {
+        str(out): r"differ in judge\.kind: 'ledger' and 'exact'; expected the same problems",
+        str(tmp_path / "none"): "does not exist; expected RUN, RUN@ROUND",
+        str(tmp_path): "has no config.json",
+        f"{measured / 'run'}@x": "names the round 'x'",
+        str(measured / "small.yaml"): "is not valid JSON",
+    }
+    for other, line in cases.items():
+        with pytest.raises(UserError, match=line) as caught:
+            list(compare(student, other, Bootstrap()))
+        assert "\n" not in str(caught.value)
+
+
+def test_the_commands_tell_a_mistake_in_one_line(tmp_path: Path) -> None:
+    config = str(MODELS.parent / "quickstart.yaml")
+    for arguments in (["evaluate", config], ["compare", "none-a", "none-b"]):
+        command = [sys.executable, "-m", "pipeline", *arguments]
+        found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert found.returncode == 2, found.stderr
+        assert len(found.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
