@@ -1,5 +1,6 @@
 """Evaluation: estimates against enumeration, intervals that cover, generations that stay."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -10,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from opd_stream.errors import UserError
+from opd_stream.store.inventory import garbage
 from opd_stream.store.store import Store
 from opd_stream.tasks.bootstrap import Bootstrap
 from opd_stream.tasks.figures import Counts, differences, figures
@@ -19,6 +22,7 @@ from pipeline.comparison import compare
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from pipeline.stage_commands import run_evaluation
+from pipeline.table import print_run
 from stages.progress import Silent
 from tests.conftest import MODELS, small_config
 from tests.test_judges import function_judge
@@ -179,6 +183,11 @@ def test_a_function_of_ones_own_judges_and_its_source_names_the_verdicts(
         said.append(evaluate(measured, *WHOLE, judge, round_index=-1))
     assert "pass@1 1.000" in said[0]
     assert "pass@1 0.000" in said[1]
+    before = sorted((measured / "store" / "evaluations").iterdir())
+    function_judge(tmp_path, monkeypatch, "return 1 / 0")
+    with pytest.raises(UserError, match="raised ZeroDivisionError"):
+        evaluate(measured, *WHOLE, judge, round_index=-1)
+    assert sorted((measured / "store" / "evaluations").iterdir()) == before
 
 
 def test_judging_again_generates_nothing(measured: Path, no_engine: None) -> None:
@@ -189,6 +198,8 @@ def test_judging_again_generates_nothing(measured: Path, no_engine: None) -> Non
         "evaluation.samples_per_prompt=1",
     ):
         assert "pass@1" in evaluate(measured, *WHOLE, override, round_index=-1)
+    lost = garbage(Store(measured / "store"), grace_seconds=0)
+    assert not [folder for folder in lost if folder.parent.name in ("rollouts", "evaluations")]
     with pytest.raises(UserError, match="an engine was asked for"):
         evaluate(measured, *WHOLE, "evaluation.seed=1", round_index=-1)
 
@@ -243,11 +254,21 @@ def test_a_comparison_has_the_sign_and_the_figures_of_its_sides(measured: Path) 
 
 
 def test_a_run_is_compared_with_its_own_start(tmp_path: Path) -> None:
-    run(small_config(tmp_path, "rounds=1"), RunDirectory(tmp_path / "run"), Silent())
+    benchmarks = {
+        name: {"prompts": {"kind": "ledger", "count": 4, "seed": seed}, "judge": {"kind": "ledger"}}
+        for name, seed in (("one", 5), ("two", 6))
+    }
+    evaluation = {"max_new_tokens": 16, "samples_per_prompt": 2, "benchmarks": benchmarks}
     folder = tmp_path / "run"
+    config = small_config(tmp_path, "rounds=1", f"evaluation={json.dumps(evaluation)}")
+    summary = run(config, RunDirectory(folder), Silent())
+    console = Console(width=140, file=io.StringIO(), record=True)
+    print_run(RunDirectory(folder).reports(), summary, "run", console=console)
+    table = console.export_text()
+    assert all(f"\n{name}: pass@1 " in table for name in ("one", "two", "mean of 2"))
     lines = list(compare(f"{folder}@0", str(folder), Bootstrap()))
     assert lines[0] == f"A: {folder}@0   B: {folder}"
-    assert [f"pass@{k}" in line for k, line in enumerate(lines[2:], start=1)] == [True, True]
+    assert [line.split("  ")[0] for line in lines[2::2]] == ["one", "two", "mean of 2"]
     with pytest.raises(UserError, match="has no evaluation of round 7"):
         list(compare(f"{folder}@7", str(folder), Bootstrap()))
 
