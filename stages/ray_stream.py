@@ -18,7 +18,7 @@ import pyarrow as pa
 from opd_stream.config import Pool, Pools
 from opd_stream.errors import UserError
 
-RESTARTS = 3  # of a worker, and tries of its unit after the first
+RESTARTS = 3  # of a worker; a unit that kills it four times ends the run
 
 WorkerSpec = tuple[type, list[Any], Pool]  # class, constructor arguments, placement
 
@@ -124,7 +124,7 @@ def stream(queue: Any, workers: list[WorkerSpec]) -> Iterator[pa.Table]:
                 compute=ray.data.ActorPoolStrategy(size=pool.workers),
                 **_placement(pool),
                 max_restarts=RESTARTS,
-                max_task_retries=RESTARTS,
+                max_task_retries=-1,  # tries while a worker is being restarted must not count
             )
         blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     try:
