@@ -136,7 +136,7 @@ def shuffled_rows(*, rows: int, seed: int, round_index: int, per_round: int) -> 
 
 
 def _jsonl_rows(source: JsonlPrompts) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(_lines(source.path), start=1):
+    for number, line in enumerate(lines_of(source.path), start=1):
         if not line.strip():
             continue
         place = f"{source.path}:{number}"
@@ -153,7 +153,12 @@ def _jsonl_rows(source: JsonlPrompts) -> Iterator[tuple[str, dict[str, Any]]]:
         yield place, row
 
 
-def _lines(path: Path) -> Iterator[str]:
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a text file, plain or .zst.
+
+    Raises:
+        UserError: a .zst file is torn.
+    """
     with path.open("rb") as file:
         if path.suffix != ".zst":
             yield from io.TextIOWrapper(file, encoding="utf-8")

@@ -54,6 +54,30 @@ def run(config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None)
 
 
 @app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What a run would do and cost, and what the store has of it; exit code 1 if no disk fits."""
+    import json
+
+    from rich.console import Console
+
+    from pipeline.forecast import forecast
+    from pipeline.forecast.table import print_plan
+
+    found = forecast(*_open(config, overrides, run_dir))
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=2))
+    else:
+        print_plan(found, console=Console(width=None if sys.stdout.isatty() else 140))
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+@app.command()
 def generate(
     config: ConfigFile,
     round_index: RoundNumber,

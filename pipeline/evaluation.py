@@ -14,7 +14,7 @@ from opd_stream.tasks.pass_at_k import usual_ks
 from pipeline.reports import Span, made_by
 from stages.checkpoints import Checkpoint, open_checkpoint
 from stages.collect import begin, finish, start_rollouts
-from stages.evaluate import evaluate, evaluation_rollouts
+from stages.evaluate import evaluate, evaluation_prompts, evaluation_rollouts
 from stages.executors import Executor
 from stages.progress import Progress
 
@@ -49,7 +49,12 @@ class Evaluator:
         seconds, errors = 0.0, list[float]()
         for name, part in evaluation.parts().items():
             rollouts = evaluation_rollouts(
-                self.store, self.config, part, student=student, stop_ids=stop_ids
+                self.store,
+                self.config,
+                part,
+                prompts=evaluation_prompts(self.store, part, student),
+                student=student,
+                stop_ids=stop_ids,
             )
             start_rollouts(
                 self.store, rollouts.recipe, prompts_per_unit=self.config.prompts_per_unit

@@ -50,3 +50,12 @@ def plan_ahead(config: Config, plan: RoundPlan) -> RoundPlan:
 def training_window(config: Config) -> Window:
     """The window of the config."""
     return build_window(**config.rollouts.window.model_dump())
+
+
+def is_due(config: Config, round_index: int) -> bool:
+    """Whether the policy of a round is evaluated."""
+    if config.evaluation is None:
+        return False
+    every = config.evaluation.every_rounds
+    is_last = round_index == config.rounds - 1
+    return is_last or (every is not None and (round_index + 1) % every == 0)

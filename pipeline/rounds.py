@@ -13,6 +13,7 @@ from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit
 from pipeline.caches import Cache, scores_of
 from pipeline.evaluation import Evaluator, import_training
+from pipeline.plan import is_due
 from pipeline.reports import Span, busy_seconds, round_report, summary
 from pipeline.run_directory import RunDirectory
 from pipeline.setup import Setup, open_setup
@@ -76,7 +77,7 @@ def run(config: Config, directory: RunDirectory, progress: Progress) -> dict[str
                 train_round(session, here)
             directory.add_metrics(here)
             evaluation = None
-            if _is_due(config, here.index):
+            if is_due(config, here.index):
                 evaluation = evaluate_policy(session, checkpoint_of(here.policy))
             probe = () if here.probe is None else probe_artifacts(setup, here.probe)
             session.reached.add(here.policy.name)
@@ -255,14 +256,6 @@ def evaluate_policy(session: Session, student: Checkpoint) -> dict[str, Any]:
     session.spans += evaluator.spans
     session.reached |= evaluator.reached
     return found
-
-
-def _is_due(config: Config, round_index: int) -> bool:
-    if config.evaluation is None:
-        return False
-    every = config.evaluation.every_rounds
-    is_last = round_index == config.rounds - 1
-    return is_last or (every is not None and (round_index + 1) % every == 0)
 
 
 def _write_summary(

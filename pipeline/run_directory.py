@@ -40,13 +40,10 @@ class RunDirectory:
         Raises:
             UserError: the folder belongs to a run with other settings, or cannot be written.
         """
-        settings = config.model_dump(mode="json")
-        stored = self.path / "config.json"
-        if stored.exists():
-            self._refuse_other_settings(read_json(stored), settings)
         with explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        publish(stored, _pretty(settings))
+        self.check(config)
+        publish(self.path / "config.json", _pretty(config.model_dump(mode="json")))
         return self._record()
 
     def join(self, config: Config) -> str:
@@ -55,12 +52,9 @@ class RunDirectory:
         Raises:
             UserError: as `open`.
         """
-        stored = self.path / "config.json"
-        if stored.exists():
-            settings = config.model_dump(mode="json")
-            self._refuse_other_settings(read_json(stored), settings, "evaluation")
         with explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+        self.check(config, "evaluation")
         return self._record()
 
     def _record(self) -> str:
@@ -72,6 +66,19 @@ class RunDirectory:
         }
         publish_new(self.path / "run.json", _pretty(record))
         return read_json(self.path / "run.json")["id"]
+
+    def check(self, config: Config, *without: str) -> None:
+        """Refuse a folder that belongs to another run; writes nothing.
+
+        Sections named in `without` may differ.
+
+        Raises:
+            UserError: says which settings differ.
+        """
+        stored = self.path / "config.json"
+        if stored.exists():
+            settings = config.model_dump(mode="json")
+            self._refuse_other_settings(read_json(stored), settings, *without)
 
     def config(self) -> Config:
         """The config of an existing run.

@@ -1,7 +1,10 @@
 """Everything that is the same in all rounds, checked before any work."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from opd_stream.config import Config
@@ -11,7 +14,9 @@ from opd_stream.store.store import Store
 from opd_stream.tasks.judges import open_judge
 from stages.checkpoints import Checkpoint, check_pair, open_checkpoint
 from stages.evaluate import evaluation_prompts
-from stages.prompts import make_prompts, name_prompts
+from stages.prompts import make_prompts, prompts_artifact
+
+Opener = Callable[[Path], Checkpoint]  # identifies a checkpoint folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,18 +47,18 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
         UserError: the store cannot be written, a checkpoint is none, the pair does not fit
             together, K is larger than the vocabulary, or the prompts are refused.
     """
-    _check_extras(config)
+    check_extras(config)
     store = Store(config.store)
     store.check_writable()
-    student = open_checkpoint(store, config.student.path)
+    opened = partial(open_checkpoint, store)
+    student = opened(config.student.path)
     teacher = None
     if config.replay is None:
         assert config.teacher is not None  # validated with the config
-        teacher = open_checkpoint(store, config.teacher.path)
+        teacher = opened(config.teacher.path)
         check_pair(student, teacher)
-        _check_top_k(config, teacher)
-    models = [student] if teacher is None else [student, teacher]
-    stop_ids = tuple(sorted({token for model in models for token in model.terminators()}))
+        check_top_k(config, teacher)
+    stop_ids = stop_ids_of(student, teacher)
     if make:
         check_evaluation(config, store, student)
     return Setup(
@@ -61,17 +66,23 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
         store=store,
         student=student,
         teacher=teacher,
-        replayed_teacher=_replayed_teacher(store, config),
-        warnings=_warnings(store, config, teacher),
+        replayed_teacher=replayed_teacher(opened, config),
+        warnings=warnings_of(opened, config, teacher),
         stop_ids=stop_ids,
         forced_ids=tuple(sorted({*stop_ids, *_forced(config, student)})),
         masked_ids=masked_ids(config, student.tokenizer()),
         newline_ids=_newlines(config, student),
-        prompts=(make_prompts if make else name_prompts)(store, config.prompts, student),
+        prompts=(make_prompts if make else prompts_artifact)(store, config.prompts, student),
     )
 
 
-def _check_extras(config: Config) -> None:
+def stop_ids_of(student: Checkpoint, teacher: Checkpoint | None) -> tuple[int, ...]:
+    """Terminators of either model."""
+    models = [student] if teacher is None else [student, teacher]
+    return tuple(sorted({token for model in models for token in model.terminators()}))
+
+
+def check_extras(config: Config) -> None:
     """Refuse what needs a library that is not installed, before any work."""
     wanted = [("train.loggers", name, name) for name in config.train.loggers]
     if config.train.lora is not None:
@@ -96,7 +107,8 @@ def check_evaluation(config: Config, store: Store, student: Checkpoint) -> None:
         evaluation_prompts(store, part, student)
 
 
-def _check_top_k(config: Config, teacher: Checkpoint) -> None:
+def check_top_k(config: Config, teacher: Checkpoint) -> None:
+    """Refuse more candidates than there are tokens."""
     if config.scores.top_k > teacher.vocab_size():
         raise UserError(
             f"scores.top_k is {config.scores.top_k} but the teacher has {teacher.vocab_size()} "
@@ -134,13 +146,14 @@ def _newlines(config: Config, student: Checkpoint) -> tuple[int, ...]:
     )
 
 
-def _replayed_teacher(store: Store, config: Config) -> str | None:
+def replayed_teacher(opened: Opener, config: Config) -> str | None:
+    """The identity of the teacher that a replay's config names."""
     if config.replay is None or config.teacher is None or not config.teacher.path.is_dir():
         return None
-    return open_checkpoint(store, config.teacher.path).identity.fingerprint
+    return opened(config.teacher.path).identity.fingerprint
 
 
-def _warnings(store: Store, config: Config, teacher: Checkpoint | None) -> tuple[str, ...]:
+def warnings_of(opened: Opener, config: Config, teacher: Checkpoint | None) -> tuple[str, ...]:
     """Offline distillation inherits a bias if another model taught the student (Lightning OPD)."""
     if config.rounds > 1 or teacher is None:
         return ()
@@ -150,7 +163,7 @@ def _warnings(store: Store, config: Config, teacher: Checkpoint | None) -> tuple
             "one round trains offline: its gradient is biased unless this teacher wrote the "
             "student's fine-tuning data; student.taught_by is not set, so that is unknown",
         )
-    if open_checkpoint(store, taught_by).identity == teacher.identity:
+    if opened(taught_by).identity == teacher.identity:
         return ()
     return (
         f"one round trains offline, and another model ({taught_by}) taught the student: the "

@@ -6,7 +6,7 @@ complete or completes it before asking for the next. Running, single stages and 
 same way.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,24 @@ class Round:
         return next((cache for cache in self.caches if cache.origin == "fresh"), None)
 
 
-def walk(setup: Setup) -> Iterator[Round]:
-    """The rounds; stops after one whose policy is not complete when the next is asked for."""
+def checkpoint_of(policy: PolicyArtifact) -> Checkpoint:
+    """The checkpoint that a train stage published, on this machine."""
+    return Checkpoint(folder=policy.folder().resolve(), identity=identity_of(policy))
+
+
+def walk(
+    setup: Setup, *, opened: Callable[[PolicyArtifact], Checkpoint] = checkpoint_of
+) -> Iterator[Round]:
+    """The rounds; stops after one whose policy is not complete when the next is asked for.
+
+    `opened` gives the checkpoint of a complete policy.
+    """
     config = setup.config
     students, previous, first_step = [setup.student], None, 0
     outcome: dict[str, Any] = {}
     decision: dict[str, Any] | None = None
     window, bounds = config.rollouts.window, bounds_of(config)
-    source = None if config.replay is None else _Source(setup, config.replay)
+    source = None if config.replay is None else ReplaySource(setup, config.replay)
     ahead: Cache | None = None
     for round_index in range(config.rounds):
         plan = plan_round(
@@ -116,7 +126,7 @@ def walk(setup: Setup) -> Iterator[Round]:
         )
         if not policy.is_complete():
             return
-        students.append(checkpoint_of(policy))
+        students.append(opened(policy))
         previous, outcome = policy, policy.manifest()["outcome"]
         first_step += outcome["steps"]
         decision = outcome["window_decision"] or decision
@@ -137,15 +147,14 @@ def _ahead(
     return replace(cache, origin="ahead", policy_version=plan.round_index)
 
 
-def checkpoint_of(policy: PolicyArtifact) -> Checkpoint:
-    """The checkpoint that a train stage published."""
+def identity_of(policy: PolicyArtifact) -> Identity:
+    """What a train stage published is."""
     manifest = policy.manifest()
-    identity = Identity(
+    return Identity(
         weights_sha256=manifest["weights_sha256"],
         tokenizer_sha256=manifest["tokenizer_sha256"],
         architecture_sha256=manifest["architecture_sha256"],
     )
-    return Checkpoint(folder=policy.folder().resolve(), identity=identity)
 
 
 def probe_artifacts(setup: Setup, probe: Recipe) -> tuple[Artifact, Artifact]:
@@ -153,7 +162,7 @@ def probe_artifacts(setup: Setup, probe: Recipe) -> tuple[Artifact, Artifact]:
     return setup.store.artifact(probe), setup.store.artifact(scores_of(setup, probe))
 
 
-class _Source:
+class ReplaySource:
     """Scores that are in the store already: an earlier run's, or named ones."""
 
     def __init__(self, setup: Setup, replay: Replay) -> None:

@@ -48,6 +48,7 @@ def evaluation_rollouts(
     config: Config,
     evaluation: Evaluation,
     *,
+    prompts: Artifact,
     student: Checkpoint,
     stop_ids: tuple[int, ...],
 ) -> Artifact:
@@ -55,7 +56,6 @@ def evaluation_rollouts(
 
     Every rollout has random numbers of its own, so the first samples of many are those of few.
     """
-    prompts = evaluation_prompts(store, evaluation, student)
     recipe = evaluation_rollouts_recipe(
         config, evaluation, prompts=prompts.fingerprint, student=student, stop_ids=stop_ids
     )

@@ -8,7 +8,7 @@ from opd_stream.store.store import Store
 from stages.checkpoints import Checkpoint
 
 
-def name_prompts(store: Store, source: Prompts, student: Checkpoint) -> Artifact:
+def prompts_artifact(store: Store, source: Prompts, student: Checkpoint) -> Artifact:
     """The prompts artifact of a source, whether it exists or not.
 
     Raises:
@@ -28,7 +28,7 @@ def make_prompts(store: Store, source: Prompts, student: Checkpoint) -> Artifact
     Raises:
         UserError: the source cannot be read or a prompt does not fit.
     """
-    artifact = name_prompts(store, source, student)
+    artifact = prompts_artifact(store, source, student)
     if artifact.is_complete() and artifact.damage(0) is None:
         return artifact
     table = prompts_table(source, student.tokenizer())

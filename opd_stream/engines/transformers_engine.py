@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from opd_stream.engines.base import extended, unfinished
+from opd_stream.engines.chunks import logit_rows
 from opd_stream.engines.decoding import LibraryDecoder, open_decoder
 from opd_stream.engines.head import logits_head
 from opd_stream.engines.prefill import completion_hidden, padded
@@ -22,7 +23,6 @@ from opd_stream.errors import UserError
 from opd_stream.logprobs import HeadScores, head_scores
 from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
 
-LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**28}  # that exist at one time while scoring
 LIVE_SHARE = 0.75  # ended rows are taken out when fewer than this share is still running
 
 
@@ -287,7 +287,7 @@ class TransformersEngine:
     def head_rows_per_chunk(self) -> int:
         """Completion tokens whose logits exist at one time: few enough for a CPU's caches."""
         vocabulary = self._model.config.get_text_config().vocab_size
-        return max(16, LOGITS_PER_CHUNK[self._device.type] // vocabulary)
+        return logit_rows(vocabulary, self._device.type)
 
     def _read(self, folder: Path) -> Any:
         from transformers import AutoModelForCausalLM

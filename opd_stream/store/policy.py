@@ -10,7 +10,8 @@ that names the winning attempt is published last.
 
 import shutil
 import uuid
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from opd_stream.store.files import (
 from opd_stream.store.recipe import Recipe, recipe_from_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+UNREAD = "unread"  # digest of weights that were not read
 VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
 
@@ -59,6 +61,31 @@ def identify(folder: Path, *, cache: Path | None = None) -> Identity:
     Raises:
         UserError: the folder is no checkpoint (says what is missing).
     """
+    return _identity(folder, lambda path: _digest_file(path, cache))
+
+
+def known_identity(folder: Path, *, cache: Path, most_bytes: int) -> Identity:
+    """As `identify`, but nothing is written, and no more than `most_bytes` of weights are read.
+
+    Where that is not enough the digest of the weights is `UNREAD`, with which no recipe agrees.
+
+    Raises:
+        UserError: the folder is no checkpoint (says what is missing).
+    """
+    new = [p for p in folder.glob("*.safetensors") if not _remembered(p, cache).exists()]
+    too_much = sum(path.stat().st_size for path in new) > most_bytes
+
+    def digest(path: Path) -> str:
+        if path in new and too_much:
+            return UNREAD
+        remembered = _remembered(path, cache)
+        return read_json(remembered)["sha256"] if remembered.exists() else sha256_file(path)
+
+    identity = _identity(folder, digest)
+    return replace(identity, weights_sha256=UNREAD) if too_much else identity
+
+
+def _identity(folder: Path, digest: Callable[[Path], str]) -> Identity:
     weights = sorted(folder.glob("*.safetensors"))
     tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     missing = [
@@ -82,8 +109,8 @@ def identify(folder: Path, *, cache: Path | None = None) -> Identity:
         k: v for k, v in read_json(folder / "config.json").items() if k not in VOLATILE_CONFIG
     }
     return Identity(
-        weights_sha256=_digest_files(weights, cache),
-        tokenizer_sha256=_digest_files(tokenizer, cache),
+        weights_sha256=_digest_files(weights, digest),
+        tokenizer_sha256=_digest_files(tokenizer, digest),
         architecture_sha256=sha256(canonical_json(config)),
     )
 
@@ -91,7 +118,7 @@ def identify(folder: Path, *, cache: Path | None = None) -> Identity:
 def tokenizer_digest(folder: Path) -> str:
     """`tokenizer_sha256` of the identity of a folder, read without its weights."""
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
-    return _digest_files(files, None)
+    return _digest_files(files, sha256_file)
 
 
 class PolicyArtifact:
@@ -200,17 +227,22 @@ def _download(source: Path, files: dict[str, str], folder: Path) -> None:
         shutil.rmtree(temporary)
 
 
-def _digest_files(paths: list[Path], cache: Path | None) -> str:
+def _digest_files(paths: list[Path], digest: Callable[[Path], str]) -> str:
     """One digest of several files, each by name and content."""
-    return sha256(canonical_json([[path.name, _digest_file(path, cache)] for path in paths]))
+    return sha256(canonical_json([[path.name, digest(path)] for path in paths]))
 
 
 def _digest_file(path: Path, cache: Path | None) -> str:
     if cache is None:
         return sha256_file(path)
-    stat = path.stat()
-    key = canonical_json([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
-    remembered = cache / f"{sha256(key)[:32]}.json"
+    remembered = _remembered(path, cache)
     if not remembered.exists():
         publish(remembered, canonical_json({"file": path.name, "sha256": sha256_file(path)}))
     return read_json(remembered)["sha256"]
+
+
+def _remembered(path: Path, cache: Path) -> Path:
+    """Where the digest of a file is kept, for as long as the file does not change."""
+    stat = path.stat()
+    key = canonical_json([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    return cache / f"{sha256(key)[:32]}.json"

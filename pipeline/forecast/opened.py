@@ -1,0 +1,135 @@
+"""The setup of a run as `pipeline.setup` opens it, but read only, and without torch.
+
+Nothing is written: prompts are named, not made, and no digest is remembered.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from opd_stream.config import Config, Evaluation
+from opd_stream.errors import UserError
+from opd_stream.store.artifact import Artifact
+from opd_stream.store.files import is_remote
+from opd_stream.store.policy import UNREAD, known_identity
+from opd_stream.store.store import Store
+from pipeline.forecast.prompts import FastTokenizer, PromptSource, measure_prompts
+from pipeline.setup import (
+    Setup,
+    check_extras,
+    check_top_k,
+    replayed_teacher,
+    stop_ids_of,
+    warnings_of,
+)
+from stages.checkpoints import Checkpoint, check_pair
+from stages.prompts import prompts_artifact
+
+MOST_BYTES = 2**30  # of weights, read for their digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problems:
+    """A set of problems that policies are evaluated on."""
+
+    settings: Evaluation
+    artifact: Artifact
+    source: PromptSource
+
+
+@dataclass(slots=True, kw_only=True)
+class Opened:
+    """A setup, and the lengths of its prompts."""
+
+    setup: Setup
+    prompts: PromptSource
+    evaluation: tuple["Problems", ...]
+    notes: list[str]  # what was assumed
+
+
+def open_read_only(config: Config) -> Opened:
+    """Open what a run needs, without changing anything.
+
+    Raises:
+        UserError: as `open_setup`, and where the run would be refused.
+    """
+    check_extras(config)
+    store = Store(config.store)
+    _check_store(store)
+    notes: list[str] = []
+    opened = partial(_opened, store, notes)
+    student, teacher = opened(config.student.path), None
+    if config.replay is None:
+        assert config.teacher is not None  # validated with the config
+        teacher = opened(config.teacher.path)
+        check_pair(student, teacher)
+        check_top_k(config, teacher)
+    stop_ids, tokenizer = stop_ids_of(student, teacher), FastTokenizer.of(student.folder)
+    prompts = prompts_artifact(store, config.prompts, student)
+    evaluation: list[Problems] = []
+    for part in () if config.evaluation is None else config.evaluation.parts().values():
+        assert part.prompts is not None  # validated
+        held_out = prompts_artifact(store, part.prompts, student)
+        source = measure_prompts(held_out, part.prompts, tokenizer, notes)
+        evaluation.append(Problems(settings=part, artifact=held_out, source=source))
+    setup = Setup(
+        config=config,
+        store=store,
+        student=student,
+        teacher=teacher,
+        replayed_teacher=replayed_teacher(opened, config),
+        warnings=warnings_of(opened, config, teacher),
+        stop_ids=stop_ids,
+        forced_ids=tuple(sorted({*stop_ids, *_forced(config, student, tokenizer)})),
+        masked_ids=(),  # only training reads these two
+        newline_ids=(),
+        prompts=prompts,
+    )
+    lengths = measure_prompts(prompts, config.prompts, tokenizer, notes)
+    return Opened(setup=setup, prompts=lengths, evaluation=tuple(evaluation), notes=notes)
+
+
+def _opened(store: Store, notes: list[str], folder: Path) -> Checkpoint:
+    identity = known_identity(folder, cache=store.digests, most_bytes=MOST_BYTES)
+    if identity.weights_sha256 == UNREAD:
+        notes.append(
+            f"the weights of {folder} have not been read by a run on this machine, and are too "
+            "large to read now: what the store has for them is not counted"
+        )
+    return Checkpoint(folder=folder.resolve(), identity=identity)
+
+
+def _check_store(store: Store) -> None:
+    """Refuse what the run would refuse, by looking alone."""
+    if is_remote(store.root):
+        return
+    there = existing(store.root)
+    if not there.is_dir():
+        raise UserError(f"store {store.root} is a file; expected a folder; set store=DIR")
+    if not os.access(there, os.W_OK):
+        raise UserError(
+            f"cannot write {store.root}; expected a writable folder; choose another one "
+            "(--set store=DIR)"
+        )
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.resolve()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _forced(config: Config, student: Checkpoint, tokenizer: FastTokenizer | None) -> list[int]:
+    found: list[int] = []
+    for token in config.scores.forced_tokens:
+        token_id = None if tokenizer is None else tokenizer.token_id(token)
+        if token_id is None:
+            raise UserError(
+                f"scores.forced_tokens names {token!r}, which is no token of {student.folder}; "
+                "use a token of the vocabulary as it stands in tokenizer.json"
+            )
+        found.append(token_id)
+    return found

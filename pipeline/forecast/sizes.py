@@ -1,0 +1,148 @@
+"""Bytes: of shards, from what is measured or from their columns; of policies, from the student.
+
+Where nothing is measured, a shard is taken as large as its columns before zstd, so it is an upper
+bound; docs/cache-format.md has the columns.
+"""
+
+import re
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from opd_stream.config import Config
+from opd_stream.config.collection import CompactCodecConfig, ExactCodecConfig, SampledCodecConfig
+from opd_stream.config.training import Lora
+from opd_stream.costs import TokenCounts
+from opd_stream.errors import UserError
+
+UNIT_BYTES = 8_192  # schema and footer of a shard
+PART_BYTES = 4_096  # head of a record batch; there is one for 64 rows
+ROW_BYTES = 192  # names and offsets of a row
+ROWS_PER_PART = 64
+RECORD_BYTES = 4_096  # commit record of a unit
+FLOAT32 = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSizes:
+    """Bytes of shards as a function of what is in them."""
+
+    per_token: float  # of prompt and completion
+    per_completion_token: float
+    per_row: float = ROW_BYTES
+    per_unit: float = UNIT_BYTES
+
+    def bytes(self, counts: TokenCounts, rows: float, units: float) -> float:
+        """Of shards that hold these rows."""
+        if not rows:
+            return 0.0
+        parts = rows / ROWS_PER_PART + units
+        heads = PART_BYTES * parts if self.per_row else 0.0
+        return (
+            self.per_token * (counts.tokens - counts.completion_tokens)
+            + (self.per_completion_token) * counts.completion_tokens
+            + self.per_row * rows
+            + self.per_unit * units
+            + heads
+        )
+
+
+def measured_sizes(size: float, completion_tokens: float) -> ShardSizes:
+    """As shards that were measured: everything in them belongs to their completion tokens."""
+    each = size / max(completion_tokens, 1.0)
+    return ShardSizes(per_token=0.0, per_completion_token=each, per_row=0.0, per_unit=0.0)
+
+
+def rollouts_sizes(config: Config) -> ShardSizes:
+    """Before zstd: ids and log-probabilities of what is drawn."""
+    return ShardSizes(per_token=4, per_completion_token=8 * (1 + config.rollouts.extra_draws))
+
+
+def scores_sizes(config: Config, *, forced: int, vocabulary: int) -> ShardSizes:
+    """Before zstd, every candidate stored."""
+    top_k, id_bytes = config.scores.top_k, _planes(vocabulary)
+    match config.scores.codec:
+        case ExactCodecConfig(dtype=dtype):
+            width = {"float16": 2, "float32": 4}[dtype]
+            each, unit = 4 + top_k * (4 + width) + 4 + forced * width, 0
+        case CompactCodecConfig():
+            each = 2 + top_k * (id_bytes + 2) + 2 + 2 + 2 * forced
+            unit = 2 * 4 * vocabulary  # its dictionary, in schema and footer
+        case SampledCodecConfig(draws=draws):
+            each, unit = 4 + 2 + draws * (id_bytes + _planes(draws + 1)) + 2 * forced, 0
+    return ShardSizes(
+        per_token=0,
+        per_completion_token=each + 4 * config.rollouts.extra_draws,
+        per_unit=UNIT_BYTES + unit,
+    )
+
+
+def _planes(values: int) -> int:
+    """Bytes of a number below `values`."""
+    return max(1, -(-(values - 1).bit_length() // 8))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySizes:
+    """Bytes of what training writes."""
+
+    policy: int  # a published policy: weights, optimizer, tokenizer
+    checkpoint: int  # in the middle of a round: weights in training, optimizer
+
+
+def policy_sizes(folder: Path, lora: Lora | None) -> PolicySizes:
+    """From the shapes of the student's weights; training keeps float32 and two moments of AdamW.
+
+    Raises:
+        UserError: the weights are no safetensors.
+    """
+    shapes = _shapes(folder)
+    weights = sum(prod(shape) for shape in shapes.values())
+    trained = weights if lora is None else _adapter_weights(shapes, lora)
+    others = [
+        path.stat().st_size
+        for path in folder.iterdir()
+        if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt", ".pth")
+    ]
+    adapter = 0 if lora is None else trained * FLOAT32
+    return PolicySizes(
+        policy=weights * FLOAT32 + adapter + 2 * trained * FLOAT32 + sum(others),
+        checkpoint=3 * trained * FLOAT32,
+    )
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "np") as file:
+                names = list(file.keys())
+                shapes |= {name: file.get_slice(name).get_shape() for name in names}
+        except SafetensorError as error:
+            raise UserError(
+                f"{path} is not a whole safetensors file ({error}); copy the checkpoint again"
+            ) from error
+    return shapes
+
+
+def _adapter_weights(shapes: dict[str, list[int]], lora: Lora) -> int:
+    """Weights of the adapters: rank x (inputs + outputs) of each matrix they are put on."""
+    matrices = {
+        name.removesuffix(".weight"): shape
+        for name, shape in shapes.items()
+        if len(shape) == 2 and "embed" not in name
+    }
+    return sum(
+        lora.rank * sum(shape) for name, shape in matrices.items() if _is_target(name, lora.targets)
+    )
+
+
+def _is_target(name: str, targets: str | tuple[str, ...]) -> bool:
+    """As peft reads names of modules: all but the head, a pattern, or ends of names."""
+    if targets == "all-linear":
+        return not name.endswith("lm_head")
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)

@@ -1,0 +1,119 @@
+"""The table of a plan."""
+
+from rich import box
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from pipeline.forecast.amounts import Amount, BreakEven, Forecast, Stage
+
+COLUMNS = (
+    "round",
+    "stage",
+    "window",
+    "prompts",
+    "rows",
+    "tokens",
+    "cache",
+    "FLOPs",
+    "in the store",
+    "left\ntokens",
+    "\nFLOPs",
+    "basis",
+)
+TEXT = ("stage", "in the store", "basis")
+
+
+def print_plan(found: Forecast, *, console: Console) -> None:
+    """Print rounds, totals, disks, memory, break-even, assumptions and warnings."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in COLUMNS:
+        side = "left" if name in TEXT else "right"
+        table.add_column(name, justify=side, no_wrap=True, vertical="bottom")
+    for here in found.rounds:
+        label = "start" if here.index < 0 else str(here.index)
+        for stage in here.stages:
+            table.add_row(label, *_cells(stage))
+            label = ""
+    table.add_section()
+    total, left = found.total(), found.total(left=True)
+    table.add_row(
+        "all",
+        "",
+        "",
+        "",
+        "",
+        "",
+        decimal(round(total.bytes)),
+        flops_text(total.flops),
+        "",
+        "",
+        flops_text(left.flops),
+        "",
+    )
+    console.print(table)
+    for line in plan_lines(found):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def plan_lines(found: Forecast) -> list[str]:
+    """What stands below the table."""
+    left = found.total("score", "probe score", left=True)
+    lines = [f"teacher-scored tokens: {round(left.tokens):,} to come"]
+    for place in found.places:
+        free = "its free space is not known here"
+        if place.free is not None:
+            free = f"{decimal(place.free)} free"
+        lines.append(f"disk: {decimal(place.needed)} more in {place.path}, {free}")
+    if found.logits is not None:
+        logits = found.logits
+        lines.append(
+            f"logits while scoring: {logits.rows:,} rows of {logits.vocabulary:,} at a time, "
+            f"{decimal(logits.bytes)} (bound {decimal(logits.bound)}, {logits.what})"
+        )
+    if found.break_even is not None:
+        lines += _break_even_lines(found.break_even)
+    lines += [f"note: {note}" for note in found.notes]
+    lines += [f"warning: {warning}" for warning in found.warnings]
+    return lines
+
+
+def flops_text(flops: float) -> str:
+    """Operations with three figures, such as 1.53e+12."""
+    return f"{flops:.2e}" if flops else "0"
+
+
+def _cells(stage: Stage) -> list[str]:
+    total, left = stage.total.rounded(), stage.left.rounded()
+    return [
+        stage.name,
+        str(stage.window_tokens),
+        f"{stage.prompts:,}",
+        f"{total.rows:,}",
+        f"{total.tokens:,}",
+        decimal(int(total.bytes)) if total.bytes else "",
+        flops_text(total.flops),
+        stage.store,
+        _left(left),
+        flops_text(left.flops),
+        stage.basis,
+    ]
+
+
+def _left(left: Amount) -> str:
+    return f"{left.tokens:,}" if left.tokens else "0"
+
+
+def _break_even_lines(found: BreakEven) -> list[str]:
+    if found.runs is None or found.replays is None:
+        return []
+    when = "the first run pays for it"
+    if found.replays:
+        when = f"it is paid for after {found.replays} replays"
+    shares = ", ".join(f"{found.cache_share(n):.0%} after {n}" for n in (0, 1, 3, 10))
+    return [
+        f"break-even: the cache costs {flops_text(found.cache_flops)} FLOPs to generate and score; "
+        f"a live teacher beside every step would cost {flops_text(found.live_flops)} a run, so "
+        f"{when} ({found.runs:.2f} runs)",
+        f"of all FLOPs the cache is {shares} replays",
+    ]

@@ -1,0 +1,177 @@
+"""A run as a whole: its rounds, the disks it writes to, the teacher's memory, the break-even."""
+
+import shutil
+from pathlib import Path
+
+from opd_stream.config import Config
+from opd_stream.costs import TokenCounts, forward_flops, train_flops
+from opd_stream.engines.chunks import LOGITS_PER_CHUNK, logit_rows
+from opd_stream.store.files import is_remote
+from pipeline.forecast.amounts import BreakEven, Forecast, LogitMemory, Place, RoundForecast
+from pipeline.forecast.known import Known, known_of
+from pipeline.forecast.opened import existing, open_read_only
+from pipeline.forecast.rounds import forecast_rounds
+from pipeline.forecast.sizes import FLOAT32, RECORD_BYTES, policy_sizes
+from pipeline.run_directory import RunDirectory
+
+
+def forecast(config: Config, directory: RunDirectory) -> Forecast:
+    """What the run would do, from what the store has of it on.
+
+    Raises:
+        UserError: the run would be refused, told in the same line.
+    """
+    directory.check(config)
+    known = known_of(open_read_only(config))
+    found = list(forecast_rounds(known))
+    rounds = tuple(here for here, _ in found)
+    trained = [counts for _, counts in found]
+    whole = Forecast(
+        rounds=rounds,
+        places=_places(known, rounds, directory.path),
+        logits=_logits(known),
+        break_even=None,
+        notes=(),
+    )
+    return Forecast(
+        rounds=rounds,
+        places=whole.places,
+        logits=whole.logits,
+        break_even=_break_even(known, whole, trained),
+        notes=(*known.opened.notes, *_assumptions(known, whole)),
+        warnings=(*known.setup.warnings, *_warnings(known, whole)),
+    )
+
+
+def _places(known: Known, rounds: tuple[RoundForecast, ...], run: Path) -> tuple[Place, ...]:
+    """The store's disk and the run folder's, which may be one."""
+    config, store = known.config, known.setup.store
+    sizes = policy_sizes(known.setup.student.folder, config.train.lora)
+    stages = [stage for here in rounds for stage in here.stages]
+    shards = sum(stage.left.bytes + RECORD_BYTES * stage.units_left for stage in stages)
+    untrained = [here for here in rounds for s in here.stages if s.name == "train" and s.left.rows]
+    policies = sizes.policy * len(untrained)
+    steps = max((here.steps for here in untrained), default=0)
+    # The one before stays until the next is whole.
+    checkpoints = sizes.checkpoint * min(2, steps // config.train.checkpoint_steps)
+    wanted: list[tuple[Path, float]] = [(run, checkpoints)]
+    wanted.append((store.local, policies + (0 if is_remote(store.root) else shards)))
+    places: dict[int, Place] = {}
+    for path, needed in wanted:
+        there = existing(path)
+        device = there.stat().st_dev
+        before = places[device].needed if device in places else 0
+        places[device] = Place(
+            path=str(path), needed=before + round(needed), free=shutil.disk_usage(there).free
+        )
+    remote = (
+        [Place(path=store.location, needed=round(shards + policies), free=None)]
+        if is_remote(store.root)
+        else []
+    )
+    return (*places.values(), *remote)
+
+
+def _logits(known: Known) -> LogitMemory | None:
+    """float32 logits of one chunk; engine vllm holds those of a forward pass."""
+    teacher, shape = known.config.teacher, known.teacher
+    if shape is None or teacher is None or teacher.engine == "fake":
+        return None
+    if teacher.engine == "vllm":
+        rows = teacher.vllm.batched_tokens
+        size = rows * shape.vocabulary * FLOAT32
+        return LogitMemory(
+            rows=rows,
+            vocabulary=shape.vocabulary,
+            bytes=size,
+            bound=size,
+            what="teacher.vllm.batched_tokens",
+        )
+    device = "cuda" if known.config.pools.teacher.gpus else "cpu"
+    rows = logit_rows(shape.vocabulary, device)
+    return LogitMemory(
+        rows=rows,
+        vocabulary=shape.vocabulary,
+        bytes=rows * shape.vocabulary * FLOAT32,
+        bound=LOGITS_PER_CHUNK[device] * FLOAT32,
+        what="a GPU's chunk" if device == "cuda" else "a CPU's chunk",
+    )
+
+
+def _break_even(known: Known, whole: Forecast, trained: list[TokenCounts]) -> BreakEven | None:
+    if known.teacher is None:
+        return None
+    read = [counts for counts in trained if counts.tokens]
+    live = sum(
+        forward_flops(shape, counts) for shape in (known.student, known.teacher) for counts in read
+    )
+    return BreakEven(
+        cache_flops=whole.total("generate", "score", "probe", "probe score").flops,
+        live_flops=live,
+        train_flops=sum(train_flops(known.student, counts) for counts in read),
+    )
+
+
+def _assumptions(known: Known, whole: Forecast) -> list[str]:
+    """One line for everything that could turn out otherwise."""
+    stages, config = [stage for here in whole.rounds for stage in here.stages], known.config
+    bases = {stage.basis for stage in stages}
+    lines: list[str] = []
+    if "full window" in bases:
+        lines.append("no completions are measured yet: every row is taken to fill its window")
+    if "estimated" in bases:
+        lines.append(
+            "what is left is estimated from the completions of the latest measured round; a "
+            "longer window is taken to be filled by the rows that were cut"
+        )
+    if any(stage.name == "train" and stage.left.rows for stage in stages):
+        lines.append(
+            "training is taken to use all epochs (staleness.max_epochs "
+            f"{config.staleness.max_epochs}); drift may stop it earlier"
+        )
+        if config.rollouts.window.kind == "adaptive":
+            lines.append("audits decide later windows; until then the latest one is taken")
+        if config.staleness.max_policies:
+            lines.append("rounds that have no name yet are taken to sample all of their rollouts")
+        if config.train.extrapolation is not None:
+            lines.append("what extrapolation reads or samples to judge its points is not counted")
+    if any(problems.source.rows is None for problems in known.opened.evaluation):
+        lines.append("evaluations are not counted: the number of held-out prompts is unknown")
+    return lines
+
+
+def _warnings(known: Known, whole: Forecast) -> list[str]:
+    lines = [
+        f"{place.path} does not have the room: {_bytes(place.needed)} needed, "
+        f"{_bytes(place.free or 0)} free; free space, choose another store, or lower rounds, "
+        "rollouts.prompts_per_round or scores.top_k"
+        for place in whole.places
+        if not place.fits
+    ]
+    if whole.logits is not None and not whole.logits.fits:
+        lines.append(
+            f"scoring holds {_bytes(whole.logits.bytes)} of logits, above its bound of "
+            f"{_bytes(whole.logits.bound)}: the vocabulary is large for a chunk"
+        )
+    return [*lines, *_context(known, whole)]
+
+
+def _context(known: Known, whole: Forecast) -> list[str]:
+    """A prompt with its window that the student cannot read: generation would refuse it."""
+    from opd_stream.store.files import read_json
+
+    context = read_json(known.setup.student.folder / "config.json").get("max_position_embeddings")
+    longest = int(known.opened.prompts.lengths.max())
+    window = max((here.window_tokens for here in whole.rounds if here.index >= 0), default=0)
+    if context is None or not known.opened.prompts.is_whole or longest + window <= context:
+        return []
+    return [
+        f"a prompt has {longest} tokens and a window {window}; the student reads {context}; lower "
+        "the window or prompts.max_prompt_tokens"
+    ]
+
+
+def _bytes(number: float) -> str:
+    from rich.filesize import decimal
+
+    return decimal(round(number))
