@@ -11,6 +11,7 @@ from pipeline.caches import Cache
 from pipeline.forecast.amounts import Stage
 from pipeline.forecast.known import Known
 from pipeline.forecast.lengths import Measured, PromptLengths, expected_counts, measured_of
+from pipeline.forecast.precedents import similar_rollouts, similar_scores
 from pipeline.forecast.units import (
     UnitRows,
     commits_of,
@@ -55,6 +56,8 @@ def fresh_rows(known: Known, plan: RoundPlan, cache: Cache | None) -> Collected:
     found = measured_of(plan.window_tokens, summed_counts(commits.values()))
     known.measured = found or known.measured
     known.rollouts_sizes = sizes_of(commits, known.rollouts_sizes)
+    if known.measured is None and cache is not None:
+        _look_elsewhere(known, cache)
     units = unit_rows(
         None if cache is None else cache.rollouts,
         commits,
@@ -76,6 +79,19 @@ def fresh_rows(known: Known, plan: RoundPlan, cache: Cache | None) -> Collected:
         measured=known.measured,
     )
     return _stages(known, cache, units, commits, rows, learn=True), rows
+
+
+def _look_elsewhere(known: Known, cache: Cache) -> None:
+    """Take what other runs in the store measured."""
+    store = known.setup.store
+    rollouts = similar_rollouts(store, cache.rollouts.recipe)
+    if rollouts is not None:
+        commits = commits_of(rollouts)
+        window = rollouts.recipe.settings["window_tokens"]
+        known.measured = measured_of(window, summed_counts(commits.values()))
+        known.rollouts_sizes = sizes_of(commits, known.rollouts_sizes)
+    scores = similar_scores(store, cache.scores.recipe)
+    known.scores_sizes = sizes_of(commits_of(scores), known.scores_sizes)
 
 
 def extended_rows(known: Known, cache: Cache) -> Collected:

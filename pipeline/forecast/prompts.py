@@ -115,8 +115,15 @@ def measure_prompts(
 
 
 def _source(prompt_ids: pa.ChunkedArray) -> PromptSource:
-    lengths = np.concatenate([np.diff(chunk.offsets) for chunk in prompt_ids.chunks])
+    lengths = np.concatenate([np.diff(_offsets(chunk)) for chunk in prompt_ids.chunks])
     return PromptSource(lengths=lengths, is_whole=True, rows=len(lengths))
+
+
+def _offsets(lists: Any) -> NDArray[np.int32]:
+    """Of a column of lists; `to_numpy` would load pandas, which takes longer than all the rest."""
+    offsets = lists.offsets
+    whole = np.frombuffer(offsets.buffers()[1], np.int32)
+    return whole[offsets.offset : offsets.offset + len(offsets)]
 
 
 def _rows(source: Prompts) -> int | None:

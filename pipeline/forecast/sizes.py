@@ -14,11 +14,11 @@ from opd_stream.config.collection import CompactCodecConfig, ExactCodecConfig, S
 from opd_stream.config.training import Lora
 from opd_stream.costs import TokenCounts
 from opd_stream.errors import UserError
+from opd_stream.store.shards import ROWS_PER_PART
 
 UNIT_BYTES = 8_192  # schema and footer of a shard
-PART_BYTES = 4_096  # head of a record batch; there is one for 64 rows
+PART_BYTES = 4_096  # head of a record batch
 ROW_BYTES = 192  # names and offsets of a row
-ROWS_PER_PART = 64
 RECORD_BYTES = 4_096  # commit record of a unit
 FLOAT32 = 4
 
@@ -27,30 +27,34 @@ FLOAT32 = 4
 class ShardSizes:
     """Bytes of shards as a function of what is in them."""
 
-    per_token: float  # of prompt and completion
+    per_token: float  # of the prompt
     per_completion_token: float
     per_row: float = ROW_BYTES
     per_unit: float = UNIT_BYTES
+    per_part: float = PART_BYTES
 
     def bytes(self, counts: TokenCounts, rows: float, units: float) -> float:
         """Of shards that hold these rows."""
         if not rows:
             return 0.0
-        parts = rows / ROWS_PER_PART + units
-        heads = PART_BYTES * parts if self.per_row else 0.0
         return (
             self.per_token * (counts.tokens - counts.completion_tokens)
-            + (self.per_completion_token) * counts.completion_tokens
+            + self.per_completion_token * counts.completion_tokens
             + self.per_row * rows
             + self.per_unit * units
-            + heads
+            + self.per_part * (rows / ROWS_PER_PART + units)
         )
 
 
-def measured_sizes(size: float, completion_tokens: float) -> ShardSizes:
-    """As shards that were measured: everything in them belongs to their completion tokens."""
-    each = size / max(completion_tokens, 1.0)
-    return ShardSizes(per_token=0.0, per_completion_token=each, per_row=0.0, per_unit=0.0)
+def measured_sizes(per_completion_token: float, per_unit: float) -> ShardSizes:
+    """As shards that were measured: what grows with them belongs to their completion tokens."""
+    return ShardSizes(
+        per_token=0.0,
+        per_completion_token=per_completion_token,
+        per_row=0.0,
+        per_unit=per_unit,
+        per_part=0.0,
+    )
 
 
 def rollouts_sizes(config: Config) -> ShardSizes:

@@ -110,11 +110,13 @@ def work_on(
 
 
 def sizes_of(commits: Mapping[int, Commit], otherwise: ShardSizes) -> ShardSizes:
-    """The size of shards as it was measured, if any was."""
+    """The size of shards as it was measured, if any was: schema and footer, and record batches."""
     tokens = sum(commit.counts.get("completion_tokens", 0.0) for commit in commits.values())
     if not tokens:
         return otherwise
-    return measured_sizes(sum(commit.bytes for commit in commits.values()), tokens)
+    batches = sum(part.length for commit in commits.values() for part in commit.parts[1:])
+    whole = sum(commit.bytes for commit in commits.values())
+    return measured_sizes(batches / tokens, (whole - batches) / len(commits))
 
 
 def stage_of(
