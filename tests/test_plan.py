@@ -37,8 +37,12 @@ LINEAR = "rollouts.window={kind: linear, h0: 24, delta: 8, every: 2, max_window_
 CASES: dict[str, tuple[str, ...]] = {
     "fixed": (),
     "adaptive": (ADAPTIVE, "evaluation=null"),
-    "linear, kept units": (LINEAR, "staleness.max_policies=2", "evaluation=null"),
-    "compact": ("scores.codec={kind: compact, mass: 0.99}", "evaluation=null", "rounds=1"),
+    "linear, kept units, compact": (
+        LINEAR,
+        "staleness.max_policies=2",
+        "scores.codec={kind: compact, mass: 0.99}",
+        "evaluation=null",
+    ),
 }
 
 

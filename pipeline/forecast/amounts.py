@@ -100,8 +100,13 @@ class Place:
     """A disk, with what the run still writes to it."""
 
     path: str
-    needed: int  # bytes
+    parts: dict[str, int]  # bytes of shards, policies, checkpoints
     free: int | None  # bytes; None: an object store, which does not say
+
+    @property
+    def needed(self) -> int:
+        """Bytes in all."""
+        return sum(self.parts.values())
 
     @property
     def fits(self) -> bool:
@@ -110,7 +115,7 @@ class Place:
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
-        return {**asdict(self), "fits": self.fits}
+        return {**asdict(self), "needed": self.needed, "fits": self.fits}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

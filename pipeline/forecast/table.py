@@ -64,7 +64,9 @@ def plan_lines(found: Forecast) -> list[str]:
         free = "its free space is not known here"
         if place.free is not None:
             free = f"{decimal(place.free)} free"
-        lines.append(f"disk: {decimal(place.needed)} more in {place.path}, {free}")
+        parts = ", ".join(f"{name} {decimal(size)}" for name, size in place.parts.items() if size)
+        what = f"{decimal(place.needed)} more" + (f" ({parts})" if parts else "")
+        lines.append(f"disk: {what} in {place.path}, {free}")
     if found.logits is not None:
         logits = found.logits
         lines.append(

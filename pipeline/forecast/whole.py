@@ -43,7 +43,7 @@ def forecast(config: Config, directory: RunDirectory) -> Forecast:
     )
 
 
-def _places(known: Known, rounds: tuple[RoundForecast, ...], run: Path) -> tuple[Place, ...]:
+def _places(known: Known, rounds: tuple[RoundForecast, ...], directory: Path) -> tuple[Place, ...]:
     """The store's disk and the run folder's, which may be one."""
     config, store = known.config, known.setup.store
     sizes = policy_sizes(known.setup.student.folder, config.train.lora)
@@ -54,22 +54,22 @@ def _places(known: Known, rounds: tuple[RoundForecast, ...], run: Path) -> tuple
     steps = max((here.steps for here in untrained), default=0)
     # The one before stays until the next is whole.
     checkpoints = sizes.checkpoint * min(2, steps // config.train.checkpoint_steps)
-    wanted: list[tuple[Path, float]] = [(run, checkpoints)]
-    wanted.append((store.local, policies + (0 if is_remote(store.root) else shards)))
-    places: dict[int, Place] = {}
-    for path, needed in wanted:
+    written = {"shards": round(shards), "policies": policies}
+    if is_remote(store.root):
+        local, remote = {"policies": policies}, (store.location, written)
+        places = [(directory, {"checkpoints": checkpoints}), (store.local, local)]
+    else:
+        places, remote = [(directory, {"checkpoints": checkpoints}), (store.root, written)], None
+    by_device: dict[int, Place] = {}
+    for path, parts in places:
         there = existing(path)
         device = there.stat().st_dev
-        before = places[device].needed if device in places else 0
-        places[device] = Place(
-            path=str(path), needed=before + round(needed), free=shutil.disk_usage(there).free
+        before = by_device[device].parts if device in by_device else {}
+        by_device[device] = Place(
+            path=str(path), parts={**parts, **before}, free=shutil.disk_usage(there).free
         )
-    remote = (
-        [Place(path=store.location, needed=round(shards + policies), free=None)]
-        if is_remote(store.root)
-        else []
-    )
-    return (*places.values(), *remote)
+    found = tuple(by_device.values())
+    return found if remote is None else (*found, Place(path=remote[0], parts=remote[1], free=None))
 
 
 def _logits(known: Known) -> LogitMemory | None:
@@ -143,8 +143,9 @@ def _assumptions(known: Known, whole: Forecast) -> list[str]:
 def _warnings(known: Known, whole: Forecast) -> list[str]:
     lines = [
         f"{place.path} does not have the room: {_bytes(place.needed)} needed, "
-        f"{_bytes(place.free or 0)} free; free space, choose another store, or lower rounds, "
-        "rollouts.prompts_per_round or scores.top_k"
+        f"{_bytes(place.free or 0)} free; free space, set store and --run-dir to a larger disk, or "
+        f"lower what makes the {max(place.parts, key=lambda name: place.parts[name])} large "
+        "(docs/plan.md)"
         for place in whole.places
         if not place.fits
     ]
