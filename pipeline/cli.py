@@ -60,7 +60,7 @@ def plan(
     run_dir: RunDir = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """What a run would do and cost, and what the store has of it; exit code 1 if no disk fits."""
+    """What a run would do and cost, and what the store has; exit code 1: a disk is too small."""
     import json
 
     from rich.console import Console

@@ -22,6 +22,7 @@ class Known:
     teacher: ModelShape | None
     rollouts_sizes: ShardSizes
     scores_sizes: ShardSizes
+    evaluation_sizes: ShardSizes
     measured: Measured | None = None  # completions of the latest measured round
     evaluated: Measured | None = None  # of the latest measured evaluation
 
@@ -49,7 +50,8 @@ def known_of(opened: Opened) -> Known:
         opened=opened,
         student=student,
         teacher=teacher,
-        rollouts_sizes=rollouts_sizes(setup.config),
+        rollouts_sizes=rollouts_sizes(setup.config.rollouts.extra_draws),
+        evaluation_sizes=rollouts_sizes(0),
         scores_sizes=scores_sizes(
             setup.config,
             forced=len(setup.forced_ids),

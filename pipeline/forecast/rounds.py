@@ -20,7 +20,7 @@ from pipeline.forecast.collected import (
 )
 from pipeline.forecast.known import Known
 from pipeline.forecast.lengths import expected_counts, measured_of
-from pipeline.forecast.units import commits_of, stage_of, unit_rows, work_on
+from pipeline.forecast.units import commits_of, sizes_of, stage_of, unit_rows, work_on
 from pipeline.plan import RoundPlan, is_due, plan_round, training_window
 from pipeline.walk import (
     ReplaySource,
@@ -191,6 +191,7 @@ def _evaluate(known: Known, student: Checkpoint | None) -> Iterator[Stage]:
         commits, window = commits_of(artifact), settings.max_new_tokens
         found = measured_of(window, summed_counts(commits.values()))
         known.evaluated = found or known.evaluated
+        known.evaluation_sizes = sizes_of(commits, known.evaluation_sizes)
         units = unit_rows(
             artifact,
             commits,
@@ -206,7 +207,7 @@ def _evaluate(known: Known, student: Checkpoint | None) -> Iterator[Stage]:
         )
         yield stage_of(
             "evaluate",
-            work_on(units, commits, known.student, known.rollouts_sizes),
+            work_on(units, commits, known.student, known.evaluation_sizes),
             window_tokens=window,
             prompts=rows,
             is_measured=known.evaluated is not None,

@@ -57,9 +57,9 @@ def measured_sizes(per_completion_token: float, per_unit: float) -> ShardSizes:
     )
 
 
-def rollouts_sizes(config: Config) -> ShardSizes:
+def rollouts_sizes(extra_draws: int) -> ShardSizes:
     """Before zstd: ids and log-probabilities of what is drawn."""
-    return ShardSizes(per_token=4, per_completion_token=8 * (1 + config.rollouts.extra_draws))
+    return ShardSizes(per_token=4, per_completion_token=8 * (1 + extra_draws))
 
 
 def scores_sizes(config: Config, *, forced: int, vocabulary: int) -> ShardSizes:
