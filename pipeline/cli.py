@@ -116,12 +116,46 @@ def train(
 @app.command()
 def evaluate(
     config: ConfigFile,
-    round_index: RoundNumber,
+    round_index: Annotated[
+        int | None, typer.Option("--round", help="Round that made the policy; -1: the student.")
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option("--policy", help="Any Hugging Face folder instead.")
+    ] = None,
     overrides: Overrides = None,
     run_dir: RunDir = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write for compare.")] = None,
 ) -> None:
-    """Evaluate the policy that a round made; --round -1 is the initial student."""
-    _stage("evaluate", config, overrides, run_dir, round_index)
+    """Evaluate a policy; with another judge or k nothing is sampled again."""
+    from pipeline.progress import TerminalProgress
+    from pipeline.stage_commands import run_evaluation
+
+    settings, directory = _open(config, overrides, run_dir)
+    with TerminalProgress() as progress:
+        lines = run_evaluation(
+            settings,
+            directory,
+            round_index=round_index,
+            policy=policy,
+            progress=progress,
+            out=out,
+        )
+    typer.echo(lines)
+
+
+@app.command()
+def compare(
+    left: Annotated[str, typer.Argument(metavar="A", help="RUN, RUN@ROUND or evaluate's --out.")],
+    right: Annotated[str, typer.Argument(metavar="B", help="The same.")],
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of intervals.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+) -> None:
+    """Compare two policies on the same problems and seeds, with intervals."""
+    from opd_stream.tasks.bootstrap import Bootstrap
+    from pipeline.comparison import compare as compare_policies
+
+    for line in compare_policies(left, right, Bootstrap(confidence=confidence, seed=seed)):
+        typer.echo(line)
 
 
 @app.command()
@@ -137,6 +171,92 @@ def status(
     settings = override_config(RunDirectory(run_dir).config(), overrides or [])
     for line in status_lines(settings):
         typer.echo(line)
+
+
+@app.command()
+def inspect(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")],
+    round_index: RoundNumber,
+    prompt: Annotated[str | None, typer.Option(metavar="ID", help="Show its rollout.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Which one, from 0. Default: 0.")] = None,
+    worst: Annotated[
+        int | None, typer.Option(metavar="N", help="List the N with the largest mean.")
+    ] = None,
+    by: Annotated[
+        str,
+        typer.Option(help="reverse_kl, teacher_nll, entropy, logprob_gap, rank or tail_mass."),
+    ] = "reverse_kl",
+    html: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Write a page instead of showing it here.")
+    ] = None,
+    cache_number: Annotated[
+        int | None, typer.Option("--cache", help="Of the round's caches. Default: the newest.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """A cached rollout seen with its teacher scores, or the worst of a round."""
+    from rich.console import Console
+
+    from opd_stream.config_file import override_config
+    from pipeline.inspect import command, terminal
+    from pipeline.run_directory import RunDirectory
+
+    has_choice = sample is not None or cache_number is not None
+    command.check_question(prompt, worst, html, has_choice)
+    directory = RunDirectory(run_dir)
+    config = override_config(directory.config(), overrides or [])
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if prompt is None:
+        assert worst is not None
+        found = command.inspect_worst(
+            directory, config, round_index=round_index, count=worst, by=by
+        )
+        return terminal.print_worst(found, console=console)
+    view = command.inspect_rollout(
+        directory,
+        config,
+        round_index=round_index,
+        prompt_id=prompt,
+        sample=sample or 0,
+        cache=cache_number,
+        by=by,
+    )
+    if html is not None:
+        return typer.echo(command.write_page(view, html))
+    terminal.print_rollout(view, console=console)
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
+    out: Annotated[Path, typer.Option("--out", help="HTML file.")] = Path("report.html"),
+) -> None:
+    """Show runs on one HTML page: accuracy, cost, drift, decisions, lineage."""
+    from pipeline.report import check_libraries
+
+    check_libraries()
+    from pipeline.report.page import write_report
+
+    typer.echo(write_report(run_dirs, out))
+
+
+@app.command()
+def doctor(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Load no model.")] = False,
+) -> None:
+    """Say whether a config can run here and is set up right; exit code 1 if not."""
+    from opd_stream.config_file import load_config
+    from pipeline.doctor import screen
+    from pipeline.doctor.examination import examine
+
+    report = examine(load_config(config, overrides or []), quick=quick)
+    for line in [screen.as_json(report)] if as_json else screen.lines(report):
+        typer.echo(line)
+    if not report.may_start:
+        raise typer.Exit(1)
 
 
 @cache.command("ls")
