@@ -41,11 +41,11 @@ class Clock:
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def start(self, stage: str, total: int) -> None:
+    def start(self, stage: str, total: int, done: int = 0) -> None:
         if stage == "train":
             self.times = [time.process_time()]
 
-    def advance(self, stage: str, count: int, note: str = "") -> None:
+    def advance(self, stage: str, count: int, tokens: int = 0, **facts: float) -> None:
         if stage == "train" and count:
             self.times.append(time.process_time())
 

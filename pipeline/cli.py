@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.log import LOG, Level, is_json, set_up, tell_error
+
 if TYPE_CHECKING:
     from opd_stream.config import Config
     from pipeline.run_directory import RunDirectory
@@ -32,6 +34,17 @@ RoundNumber = Annotated[int, typer.Option("--round", help="Number of the round, 
 Follow = Annotated[
     bool, typer.Option("--follow", help="Wait for what other machines have not published yet.")
 ]
+
+
+@app.callback()
+def options(
+    log_level: Annotated[Level, typer.Option(help="From which level on to speak.")] = Level.INFO,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="One JSON object a line on stderr, no bars.")
+    ] = False,
+) -> None:
+    """On-policy distillation of language models from a cache of teacher scores."""
+    set_up(log_level, as_json=log_json)
 
 
 @app.command()
@@ -162,15 +175,18 @@ def compare(
 def status(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")],
     overrides: Overrides = None,
+    live: Annotated[bool, typer.Option("--watch", help="Stay until the run is finished.")] = False,
+    every: Annotated[float, typer.Option(min=0.5, help="Seconds between two looks.")] = 3.0,
+    form: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """What of a run is in the store; --set asks what another setting would still find there."""
+    """How far a run is, by the store; --set asks what another setting would still find there."""
     from opd_stream.config_file import override_config
     from pipeline.run_directory import RunDirectory
-    from pipeline.status import status_lines
+    from pipeline.status import print_status
 
-    settings = override_config(RunDirectory(run_dir).config(), overrides or [])
-    for line in status_lines(settings):
-        typer.echo(line)
+    directory = RunDirectory(run_dir)
+    settings = override_config(directory.config(), overrides or [])
+    print_status(settings, directory, as_json=form, every=every if live else None)
 
 
 @app.command()
@@ -338,8 +354,13 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        sys.stderr.write(f"opd-stream: {error}\n")
+        tell_error(str(error))
         sys.exit(2)
+    except Exception:
+        if not is_json():
+            raise
+        LOG.exception("a defect of opd-stream")
+        sys.exit(1)
 
 
 def _open(

@@ -97,7 +97,9 @@ def has_policy(session: Session, here: Round) -> bool:
         return False
     reason = here.policy.damage(cache=session.setup.store.digests)
     if reason is not None:
-        session.progress.say(f"{here.policy.name} is damaged ({reason}); it is trained again")
+        session.progress.say(
+            f"warning: {here.policy.name} is damaged ({reason}); it is trained again"
+        )
         here.policy.condemn()
     return reason is None
 
@@ -115,7 +117,7 @@ def train_round(session: Session, here: Round) -> None:
                 raise UserError(
                     f"{damaged}; a replay only reads: continue the run that made it, then this one"
                 ) from damaged
-            session.progress.say(f"{damaged}; it is made again")
+            session.progress.say(f"warning: {damaged}; it is made again")
             damaged.artifact.condemn(damaged.unit)
 
 

@@ -153,6 +153,29 @@ class RunDirectory:
         if wanted != found:
             publish(self.metrics, wanted.encode())
 
+    def training_lines(self, here: Round) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl of a round, as far as it has been trained on this machine.
+
+        None if this folder trains it with other settings.
+        """
+        plan = self._round(here.index) / "plan.json"
+        if not plan.exists() or read_json(plan)["policy"] != here.policy.fingerprint:
+            return []
+        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
+        own: list[dict[str, Any]] = []
+        for line in reversed(lines):
+            value = json.loads(line) if line.endswith("\n") else {"round": here.index + 1}
+            if value["round"] < here.index:
+                break
+            if value["round"] == here.index:
+                own.insert(0, value)
+        return own
+
+    def checkpoint_steps(self, here: Round) -> int | None:
+        """Steps of the round in its latest checkpoint on this machine, while it is in training."""
+        found = sorted(path.name for path in self.scratch(here).glob("[0-9]*"))
+        return int(found[-1]) if found else None
+
     def _round(self, index: int) -> Path:
         return self.path / "rounds" / f"{index:04d}"
 

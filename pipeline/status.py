@@ -1,11 +1,17 @@
 """What of a run is in the store, round by round, read from the store alone."""
 
+import sys
 from typing import Any
+
+from rich.console import Console
 
 from opd_stream.config import Config
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.policy import PolicyArtifact
+from pipeline.run_directory import RunDirectory
+from pipeline.run_status import StatusReader, named
 from pipeline.setup import Setup, open_setup
+from pipeline.status_table import status_json, table_of, watch
 from pipeline.walk import walk
 
 
@@ -15,9 +21,13 @@ def status_lines(config: Config) -> list[str]:
     Raises:
         UserError: the checkpoints or prompts of the run cannot be opened.
     """
-    setup = open_setup(config)
+    return lines_of(open_setup(config))
+
+
+def lines_of(setup: Setup) -> list[str]:
+    """The same of a run that is open."""
     lines: list[str] = []
-    for here in walk(setup):
+    for here in walk(setup, opened=named):
         lines.append(
             f"round {here.index}: window {here.plan.window_tokens}; "
             f"generate {_units([cache.rollouts for cache in here.caches])}; "
@@ -29,10 +39,32 @@ def status_lines(config: Config) -> list[str]:
             if not artifact.is_complete():
                 lines += _nearest(setup, artifact)
                 break
-    waiting = config.rounds - sum(line.startswith("round") for line in lines)
+    waiting = setup.config.rounds - sum(line.startswith("round") for line in lines)
     if waiting:
         lines.append(f"{waiting} more rounds wait for the policy before them")
     return lines
+
+
+def print_status(
+    config: Config, directory: RunDirectory, *, as_json: bool, every: float | None
+) -> None:
+    """Print table and lines, or one JSON object; with `every` seconds, keep the table up to date.
+
+    In a pipe everything is printed once.
+    """
+    setup = open_setup(config)
+    reader = StatusReader(setup, directory)
+    if as_json:
+        sys.stdout.write(status_json(reader.read(), lines_of(setup)) + "\n")
+        return
+    is_terminal = sys.stdout.isatty()
+    console = Console() if is_terminal else Console(width=140, force_terminal=False)
+    if every is not None and is_terminal:
+        watch(reader.read, console, seconds=every)
+        return
+    console.print(table_of(reader.read()))
+    for line in lines_of(setup):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _units(artifacts: list[Artifact]) -> str:

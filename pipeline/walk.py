@@ -57,9 +57,12 @@ class Round:
         return next((cache for cache in self.caches if cache.origin == "fresh"), None)
 
 
-def checkpoint_of(policy: PolicyArtifact) -> Checkpoint:
-    """The checkpoint that a train stage published, on this machine."""
-    return Checkpoint(folder=policy.folder().resolve(), identity=identity_of(policy))
+def checkpoint_of(policy: PolicyArtifact, *, fetch: bool = True) -> Checkpoint:
+    """The checkpoint that a train stage published, on this machine.
+
+    Without `fetch` that of a remote store is named but not copied.
+    """
+    return Checkpoint(folder=policy.folder(fetch=fetch).resolve(), identity=identity_of(policy))
 
 
 def walk(

@@ -79,7 +79,9 @@ def missing_units(artifact: Artifact, progress: Progress) -> list[int]:
         if artifact.commit_record(unit) is None:
             missing.append(unit)
         elif (reason := artifact.damage(unit)) is not None:
-            progress.say(f"unit {unit} of {artifact.name} is damaged ({reason}); it is made again")
+            progress.say(
+                f"warning: unit {unit} of {artifact.name} is damaged ({reason}); it is made again"
+            )
             artifact.condemn(unit)
             missing.append(unit)
     return missing
@@ -155,14 +157,18 @@ def finish(
     Raises:
         UserError: a worker met a user's mistake.
     """
+    window = {"window": work.rollouts.recipe.settings["window_tokens"]}
     progress.start(name, len(work.to_generate))
+    progress.advance(name, 0, **window)
     if work.scores is not None:
         progress.start("score", len(work.to_score))
+        progress.advance("score", 0, **window)
     spans: list[Span] = []
     for worked in executor.results(work.orders):
         spans.extend((s[0], s[1]) for s in (worked.generate_span, worked.score_span) if s)
-        progress.advance(name, worked.order.unit in work.to_generate)
-        progress.advance("score", worked.order.unit in work.to_score)
+        made, scored = worked.order.unit in work.to_generate, worked.order.unit in work.to_score
+        progress.advance(name, made, worked.generated_tokens)
+        progress.advance("score", scored, worked.scored_tokens)
     work.rollouts.finish()
     if work.scores is not None:
         work.scores.finish()

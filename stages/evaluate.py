@@ -73,17 +73,14 @@ def evaluate(
     """
     recipe = evaluation_recipe(evaluation, rollouts.recipe)
     artifact = store.artifact(recipe)
-    path = artifact.folder / "manifest.json"
-    if path.exists():
-        manifest = read_json(path)
-        recipe_from_json(manifest, f"{artifact.name}/manifest.json")
-        return artifact.name, manifest["result"]
+    if (known := evaluation_result(store, evaluation, rollouts)) is not None:
+        return artifact.name, known
     start = time.time()
     result = _result(store, evaluation, rollouts, student)
     record = {**recipe.as_json(), "fingerprint": recipe.fingerprint}
     publish_new(artifact.folder / "recipe.json", canonical_json(record))
     result["judge_seconds"] = round(time.time() - start, 3)
-    publish(path, canonical_json({**record, "result": result}))
+    publish(artifact.folder / "manifest.json", canonical_json({**record, "result": result}))
     return artifact.name, result
 
 
@@ -100,6 +97,19 @@ def _with_more_samples(store: Store, recipe: Recipe) -> Artifact | None:
     found.sort(key=lambda other: other.settings["samples_per_prompt"])
     artifacts = map(store.artifact, found)
     return next((artifact for artifact in artifacts if artifact.is_complete()), None)
+
+
+def evaluation_result(
+    store: Store, evaluation: Evaluation, rollouts: Artifact
+) -> dict[str, Any] | None:
+    """The result that is in the store, if there is one."""
+    artifact = store.artifact(evaluation_recipe(evaluation, rollouts.recipe))
+    path = artifact.folder / "manifest.json"
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    recipe_from_json(manifest, f"{artifact.name}/manifest.json")
+    return manifest["result"]
 
 
 def _result(

@@ -6,8 +6,8 @@ its orders to it. Workers keep their engines from round to round, and scoring of
 the next one is being sampled, because both pools are stages of that one dataset.
 """
 
+import logging
 import queue
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol, Self
@@ -159,7 +159,7 @@ def _checked(table: pa.Table) -> list[Worked]:
     done = worked_of(table)
     for worked in done:
         if worked.traceback is not None:
-            sys.stderr.write(worked.traceback)
+            logging.getLogger("opd_stream").error("%s", worked.traceback.rstrip())
         if worked.problem is not None:
             raise UserError(worked.problem)
     return done

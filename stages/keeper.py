@@ -87,8 +87,8 @@ class Keeper(Callback):
         if not self._start:
             self._measure_start(trainer, pl_module)
         pl_module.is_gated = self._is_gated
-        self._progress.start("train", self._steps_per_epoch * self._bounds.max_epochs)
-        self._progress.advance("train", self.steps)
+        planned = self._steps_per_epoch * self._bounds.max_epochs
+        self._progress.start("train", planned, self.steps)
         self._since = time.perf_counter()
 
     def on_train_batch_start(
@@ -127,9 +127,8 @@ class Keeper(Callback):
         for logger in trainer.loggers:
             numbers = {name: value for name, value in line.items() if name not in ("round", "step")}
             logger.log_metrics(numbers, step=batch.number)
-        note = f"loss {line['loss']:.3f} drift {line['policy_drift']:.4f}"
-        rate_text = f"{line['trained_tokens'] / max(seconds, 1e-9):,.0f} tokens/s"
-        self._progress.advance("train", 1, f"{note} {rate_text}")
+        facts = {"window": batch.window_tokens, "loss": line["loss"], "drift": line["policy_drift"]}
+        self._progress.advance("train", 1, line["trained_tokens"], **facts)
         jumped = None if self._extrapolate is None else self._extrapolate.drift_after_jump
         if jumped is not None and jumped > self._bounds.policy_drift:
             bound = self._bounds.policy_drift

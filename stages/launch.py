@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import cast
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit
@@ -77,10 +78,10 @@ def launch(job: TrainJob, progress: Progress) -> None:
 def _heard(message: dict[str, object], job: TrainJob, progress: Progress) -> Exception | None:
     """Act on a message of the first process; an error is returned, to be raised at the end."""
     match message:
-        case {"start": str(stage), "total": int(total)}:
-            progress.start(stage, total)
-        case {"advance": str(stage), "count": int(count), "note": str(note)}:
-            progress.advance(stage, count, note)
+        case {"start": str(stage), "total": int(total), "done": int(done)}:
+            progress.start(stage, total, done)
+        case {"advance": str(stage), "count": int(count), "tokens": int(tokens), **facts}:
+            progress.advance(stage, count, tokens, **cast(dict[str, float], facts))
         case {"say": str(line)}:
             progress.say(line)
         case {"error": str(text)}:

@@ -14,11 +14,11 @@ from stages.train_job import TrainJob
 class _Reports:
     """Progress as JSON lines, from the first process only."""
 
-    def start(self, stage: str, total: int) -> None:
-        _tell({"start": stage, "total": total})
+    def start(self, stage: str, total: int, done: int = 0) -> None:
+        _tell({"start": stage, "total": total, "done": done})
 
-    def advance(self, stage: str, count: int, note: str = "") -> None:
-        _tell({"advance": stage, "count": count, "note": note})
+    def advance(self, stage: str, count: int, tokens: int = 0, **facts: float) -> None:
+        _tell({"advance": stage, "count": count, "tokens": tokens, **facts})
 
     def say(self, line: str) -> None:
         _tell({"say": line})

@@ -64,6 +64,8 @@ class Worked:
     order: Order
     generate_span: tuple[float, float] | None = None  # None: it was committed already
     score_span: tuple[float, float] | None = None
+    generated_tokens: int = 0  # of completions, as far as this order made them
+    scored_tokens: int = 0
     problem: str | None = None  # what went wrong, in a line
     traceback: str | None = None  # of what is not a user's mistake
 
@@ -183,7 +185,9 @@ class GenerateUnits(UnitWorker):
             made_by=order.made_by,
             seconds=end - start,
         )
-        return replace(worked, generate_span=(start, end))
+        return replace(
+            worked, generate_span=(start, end), generated_tokens=int(work["completion_tokens"])
+        )
 
 
 class ScoreUnits(UnitWorker):
@@ -250,7 +254,9 @@ class ScoreUnits(UnitWorker):
             ],
             fidelity=fidelity.as_dict(),
         )
-        return replace(worked, score_span=(start, end))
+        return replace(
+            worked, score_span=(start, end), scored_tokens=int(work["completion_tokens"])
+        )
 
     def _score_new(
         self,

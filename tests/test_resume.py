@@ -25,11 +25,11 @@ class Telling(Silent):
     def __init__(self, pipe: int) -> None:
         self._pipe = pipe
 
-    def start(self, stage: str, total: int) -> None:
+    def start(self, stage: str, total: int, done: int = 0) -> None:
         if total:
             os.write(self._pipe, f"{stage}\n".encode())
 
-    def advance(self, stage: str, count: int, note: str = "") -> None:
+    def advance(self, stage: str, count: int, tokens: int = 0, **facts: float) -> None:
         if count:
             os.write(self._pipe, f"{stage}\n".encode())
 

@@ -10,8 +10,9 @@ manifest is written; the artifact exists if and only if its manifest does.
     rollouts/3f0c…/manifest.json        all commit records, written last
 """
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ class Commit:
     Example:
         >>> Commit(unit=2, file="units/00002-9a41b0c2.arrow", sha256="9a41…", bytes=81_920,
         ...        counts={"rows": 32, "completion_tokens": 5_310}, made_by="5b0c…", seconds=1.9,
-        ...        source_sha256="77c0…", parts=(Part(offset=8, length=704, rows=0, sha256="1b…"),))
+        ...        made_at=1_760_000_000.0, source_sha256="77c0…",
+        ...        parts=(Part(offset=8, length=704, rows=0, sha256="1b…"),))
     """
 
     unit: int
@@ -48,6 +50,7 @@ class Commit:
     counts: dict[str, float]  # additive: rows, completion_tokens, refused_rows, ...
     made_by: str = ""  # id of the run that made it; every other run reuses it
     seconds: float = 0.0  # it took to make
+    made_at: float = 0.0  # its end, seconds since the epoch by the maker's clock; 0: not known
     source_sha256: str | None = None  # the shard of the input artifact this one was made from
     parts: tuple[Part, ...] = ()  # the schema, then each record batch
     skipped_rows: tuple[int, ...] = ()  # refused, or without a token that may train; scores only
@@ -119,6 +122,12 @@ class Artifact:
         records = ((unit, self.commit_record(unit)) for unit in self.units())
         return {unit: record for unit, record in records if record is not None}
 
+    def listed_commits(self) -> dict[int, Commit]:
+        """The same as `commits`, with one read where the artifact is complete."""
+        if not self.is_complete():
+            return self.commits()
+        return {record["unit"]: commit_from_json(record) for record in self.manifest()["units"]}
+
     def commit(
         self,
         unit: int,
@@ -144,6 +153,7 @@ class Artifact:
             counts=dict(counts),
             made_by=made_by,
             seconds=seconds,
+            made_at=round(time.time(), 3),
             source_sha256=source_sha256,
             parts=tuple(parts),
             skipped_rows=tuple(skipped_rows),
@@ -248,9 +258,10 @@ class Artifact:
 
 
 def commit_from_json(value: dict[str, Any]) -> Commit:
-    """A commit record read back."""
+    """A commit record read back; fields of a later opd-stream are left out."""
+    known = {field.name: value[field.name] for field in fields(Commit) if field.name in value}
     parts = tuple(Part(**part) for part in value["parts"])
-    return Commit(**{**value, "parts": parts, "skipped_rows": tuple(value["skipped_rows"])})
+    return Commit(**{**known, "parts": parts, "skipped_rows": tuple(value["skipped_rows"])})
 
 
 def summed_counts(commits: Iterable[Commit]) -> dict[str, float]:

@@ -145,11 +145,14 @@ class PolicyArtifact:
         recipe_from_json(manifest, f"{self.name}/manifest.json")
         return manifest
 
-    def folder(self) -> Path:
-        """The Hugging Face folder of the published attempt, on this machine."""
+    def folder(self, *, fetch: bool = True) -> Path:
+        """The Hugging Face folder of the published attempt, on this machine.
+
+        Without `fetch` only its name: where the store is remote it may not be there.
+        """
         manifest = self.manifest()
         folder = inside(self._local_folder, manifest["folder"])
-        if is_remote(self.artifact_folder) and not folder.exists():
+        if fetch and is_remote(self.artifact_folder) and not folder.exists():
             _download(self.artifact_folder / manifest["folder"], manifest["files"], folder)
         return folder
 

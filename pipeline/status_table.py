@@ -1,0 +1,110 @@
+"""The table of `opd-stream status`: a row a stage, printed once or kept up to date."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.pace import Pace, clock_text, rate_text
+from pipeline.run_status import RoundStatus, RunStatus
+
+COLUMNS = (
+    "round",
+    "window",
+    "stage",
+    "done",
+    "per second\nunits",
+    "\ntokens",
+    "\nbusy",
+    "\nETA",
+)
+LINES_AROUND = 6  # header, rules and the line below, in a window that shows the table
+
+
+def table_of(status: RunStatus, *, height: int | None = None) -> RenderableType:
+    """The table with a line about the whole run; `height` leaves out the oldest complete rounds."""
+    shown = _fitting(status.rounds, height)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in COLUMNS:
+        justify = "left" if name == "stage" else "right"
+        table.add_column(name, justify=justify, no_wrap=True, vertical="bottom")
+    table.add_column("", no_wrap=True)
+    for each in shown:
+        name = "start" if each.round < 0 else str(each.round)
+        window = "" if each.window_tokens is None else str(each.window_tokens)
+        for stage, pace in each.stages.items():
+            table.add_row(name, window, stage, *_cells(pace))
+            name = window = ""
+    return Group(table, Text(_about(status, hidden=len(status.rounds) - len(shown))))
+
+
+def watch(read: Callable[[], RunStatus], console: Console, *, seconds: float) -> None:
+    """Keep the table up to date until the run is finished or Ctrl-C."""
+    try:
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                status = read()
+                live.update(table_of(status, height=console.height), refresh=True)
+                if status.is_finished:
+                    return
+                time.sleep(seconds)
+    except KeyboardInterrupt:
+        return
+
+
+def status_json(status: RunStatus, lines: list[str]) -> str:
+    """The same for other programs, as one JSON object."""
+    return json.dumps({**asdict(status), "lines": lines})
+
+
+def _fitting(rounds: tuple[RoundStatus, ...], height: int | None) -> tuple[RoundStatus, ...]:
+    """The latest rounds whose rows fit into a window; the last one always."""
+    if height is None:
+        return rounds
+    left, first = height - LINES_AROUND, len(rounds)
+    while first > 0 and (left >= len(rounds[first - 1].stages) or first == len(rounds)):
+        first -= 1
+        left -= len(rounds[first].stages)
+    return rounds[first:]
+
+
+def _cells(pace: Pace) -> list[str]:
+    done = "complete" if pace.is_complete and not pace.done else f"{pace.done} of {pace.total}"
+    if pace.total is None:
+        done = str(pace.done or "")
+    return [
+        done,
+        *("" if rate is None else rate_text(rate) for rate in _rates(pace)),
+        "" if pace.busy_seconds is None else clock_text(pace.busy_seconds),
+        "" if pace.eta_seconds is None else clock_text(pace.eta_seconds),
+        _note(pace),
+    ]
+
+
+def _rates(pace: Pace) -> tuple[float | None, float | None]:
+    return pace.units_per_second, pace.tokens_per_second
+
+
+def _note(pace: Pace) -> str:
+    notes = [
+        f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4f}"
+        for name, value in pace.facts.items()
+    ]
+    if pace.is_quiet and pace.idle_seconds is not None:
+        notes.append(f"nothing new for {clock_text(pace.idle_seconds)}")
+    return "  ".join(notes)
+
+
+def _about(status: RunStatus, *, hidden: int) -> str:
+    text = f"{status.rounds_complete} of {status.rounds_planned} rounds complete"
+    if hidden:
+        text += f" ({hidden} not shown)"
+    if status.eta_seconds:
+        text += f"; about {clock_text(status.eta_seconds)} left without evaluations"
+    return text
