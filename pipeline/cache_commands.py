@@ -12,13 +12,17 @@ from pydantic import TypeAdapter, ValidationError
 from opd_stream.config.collection import Codec as CodecConfig
 from opd_stream.errors import UserError
 from opd_stream.store import inventory
+from opd_stream.store.artifact import Artifact, Commit
 from opd_stream.store.codecs import build_codec
-from opd_stream.store.exchange import export_scores, import_scores
+from opd_stream.store.exchange import Told, export_scores, import_scores
 from opd_stream.store.store import Store
 from opd_stream.style_bias import StyleSettings
+from stages.progress import Progress, Silent
 from stages.residual import make_residual
 
 Lines = Iterator[str]
+SILENT = Silent()
+LONG = ("verify", "export", "import", "residual")  # tell their progress
 _ROW = "{:30} {:9} {:>10} {:>9} {:>12} {:>14} {:>8}"
 
 
@@ -53,13 +57,16 @@ def show(location: str, name: str) -> Lines:
             yield f"{field:22} {text}"
 
 
-def verify(location: str) -> Lines:
+def verify(location: str, *, progress: Progress = SILENT) -> Lines:
     """Everything that is not what was written."""
     store = _existing(location)
-    found = 0
-    for problem in inventory.problems(store):
-        found += 1
-        yield f"damaged: {problem}"
+    found, names = 0, inventory.started(store)
+    progress.start("verify", len(names))
+    for name in names:
+        for problem in inventory.problems_of(store, name):
+            found += 1
+            yield f"damaged: {problem}"
+        progress.advance("verify", 1)
     if found:
         yield f"{found} damaged; the next run that needs one makes it again, alone"
     else:
@@ -91,16 +98,24 @@ def unpin(location: str, name: str) -> Lines:
     yield f"unpinned {name}"
 
 
-def export(location: str, name: str, out: Path, form: str) -> Lines:
+def export(location: str, name: str, out: Path, form: str, *, progress: Progress = SILENT) -> Lines:
     """Parquet or a `datasets` folder."""
     if form not in ("parquet", "datasets"):
         raise UserError(f"--form is {form!r}; expected parquet or datasets")
     store = _existing(location)
-    rows = export_scores(store, inventory.open_artifact(store, name), out, form=form)
+    artifact = inventory.open_artifact(store, name)
+    rows = export_scores(store, artifact, out, form=form, told=_told(progress, "export"))
     yield f"{rows:,} rows in {out}"
 
 
-def import_(location: str, source: Path, codec: str, stop_ids: Sequence[int] = ()) -> Lines:
+def import_(
+    location: str,
+    source: Path,
+    codec: str,
+    stop_ids: Sequence[int] = (),
+    *,
+    progress: Progress = SILENT,
+) -> Lines:
     """Artifacts of another program's file."""
     try:
         settings: Any = TypeAdapter(CodecConfig).validate_python(yaml.safe_load(codec))
@@ -110,14 +125,16 @@ def import_(location: str, source: Path, codec: str, stop_ids: Sequence[int] = (
     store = Store(location)
     store.check_writable()
     built = build_codec(**settings.model_dump())
-    scores = import_scores(source, store, built, stop_ids=stop_ids)
+    told = _told(progress, "import")
+    scores = import_scores(source, store, built, stop_ids=stop_ids, told=told)
     yield f"{scores.name}: train on it with replay: {{scores: [{scores.name}]}}"
 
 
-def residual(location: str, name: str) -> Lines:
+def residual(location: str, name: str, *, progress: Progress = SILENT) -> Lines:
     """Scores without the teacher's style bias."""
     store = _existing(location)
-    target = make_residual(store, inventory.open_artifact(store, name), StyleSettings())
+    artifact = inventory.open_artifact(store, name)
+    target = make_residual(store, artifact, StyleSettings(), progress)
     yield f"{target.name}: train on it with replay: {{scores: [{target.name}]}}"
 
 
@@ -126,6 +143,18 @@ def _existing(location: str) -> Store:
     if not store.root.exists():
         raise UserError(f"store {location} does not exist; expected a store of an earlier run")
     return store
+
+
+def _told(progress: Progress, stage: str) -> Told:
+    """Progress of a command that goes through the units of one artifact."""
+
+    def told(artifact: Artifact, commit: Commit | None) -> None:
+        if commit is None:
+            progress.start(stage, len(artifact.units()))
+        else:
+            progress.advance(stage, 1, int(commit.counts.get("completion_tokens", 0)))
+
+    return told
 
 
 COMMANDS: dict[str, Callable[..., Lines]] = {

@@ -395,10 +395,13 @@ def _stage(
 
 def _lines(command: str, store: str, *arguments: object) -> bool:
     """Print what a cache command says; returns whether all is well."""
-    from pipeline.cache_commands import COMMANDS
+    from pipeline.cache_commands import COMMANDS, LONG
+    from pipeline.progress import TerminalProgress
 
     all_is_well = True
-    for line in COMMANDS[command](store, *arguments):
-        all_is_well = all_is_well and not line.startswith("damaged")
-        typer.echo(line)
+    with TerminalProgress() as progress:
+        told = {"progress": progress} if command in LONG else {}
+        for line in COMMANDS[command](store, *arguments, **told):
+            all_is_well = all_is_well and not line.startswith("damaged")
+            progress.result(line)
     return all_is_well

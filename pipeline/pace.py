@@ -119,7 +119,7 @@ def rate_text(per_second: float) -> str:
     """A rate with as many digits as it needs."""
     if per_second >= 100:
         return f"{per_second:,.0f}"
-    return f"{per_second:.2f}" if per_second >= 0.01 else f"{per_second:.2g}"
+    return f"{per_second:.2f}" if per_second >= 0.1 else f"{per_second:.2g}"
 
 
 def _with_rates(pace: Pace, *, units: float, tokens: float, idle: float, longest: float) -> Pace:

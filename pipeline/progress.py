@@ -1,6 +1,7 @@
 """Progress on stderr: bars on a terminal, plain lines in pipes and CI, JSON lines if asked for."""
 
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from pipeline.log import LOG, shows_bars
 from pipeline.pace import clock_text, rate_text
 
 RATE_SECONDS = 60.0  # rates are of the latest minute, or of two signs if they are further apart
+THINGS = {"train": "steps", "verify": "artifacts"}  # what a stage counts, if not units
 LINE_SECONDS = 30.0  # between two lines of a stage where there are no bars
 
 
@@ -59,7 +61,7 @@ class _Stage:
 
     def note(self, numbers: dict[str, float]) -> str:
         """Rates, time left and facts in words."""
-        unit = "steps" if self.name == "train" else "units"
+        unit = THINGS.get(self.name, "units")
         words = [
             f"{rate_text(numbers[f'{what}_per_second'])} {unit if what == 'units' else what}/s"
             for what in ("units", "tokens")
@@ -84,6 +86,7 @@ class TerminalProgress:
             TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
             transient=True,
+            redirect_stdout=False,  # results stay apart from what is said about them
         )
         self._tasks: dict[str, TaskID] = {}
         self._stages: dict[str, _Stage] = {}
@@ -134,6 +137,15 @@ class TerminalProgress:
         is_warning = line.startswith("warning: ")
         LOG.log(logging.WARNING if is_warning else logging.INFO, line.removeprefix("warning: "))
 
+    def result(self, line: str) -> None:
+        """A line of the command's result, on stdout, above the bars."""
+        if self._live:
+            self._bars.stop()
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+        if self._live:
+            self._bars.start()
+
     def _say_rest(self) -> None:
         """The last line of a stage that ended early, as training does when drift stops it."""
         for here in () if self._live else self._stages.values():
@@ -142,7 +154,7 @@ class TerminalProgress:
 
     def _line(self, here: _Stage, level: int) -> None:
         numbers = here.numbers()
-        unit = "steps" if here.name == "train" else "units"
+        unit = THINGS.get(here.name, "units")
         text = f"{here.name}: {here.done} of {here.total} {unit}, {here.note(numbers)}"
         fields = {"stage": here.name, **numbers, **here.facts}
         LOG.log(level, text.removesuffix(", "), extra={"fields": fields})

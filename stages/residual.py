@@ -15,9 +15,12 @@ from opd_stream.store.schema import rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.style_bias import StyleBias, StyleSettings, style_bias
 from opd_stream.types import RolloutBatch, ScoreBatch
+from stages.progress import Progress, Silent
 
 
-def make_residual(store: Store, scores: Artifact, settings: StyleSettings) -> Artifact:
+def make_residual(
+    store: Store, scores: Artifact, settings: StyleSettings, progress: Progress | None = None
+) -> Artifact:
     """Scores without the teacher's style bias; units that are committed are not made again.
 
     The sampled token loses the bias of its id and place. Candidates lose the bias of their ids, and
@@ -50,7 +53,8 @@ def make_residual(store: Store, scores: Artifact, settings: StyleSettings) -> Ar
         for unit in scores.units()
     ]
     bias = _fit(units, settings)
-    first = 0
+    first, progress = 0, progress or Silent()
+    progress.start("residual", len(units))
     for unit, batch, scored in units:
         rows = [row for row in range(len(batch)) if len(scored.teacher_logprobs[row])]
         source = rollouts.commit_record(unit)
@@ -69,6 +73,7 @@ def make_residual(store: Store, scores: Artifact, settings: StyleSettings) -> Ar
                 fidelity=fidelity.as_dict(),
             )
         first += len(rows)
+        progress.advance("residual", 1, batch.completion_tokens)
     target.finish()
     return target
 

@@ -8,7 +8,7 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from opd_stream.errors import UserError
-from opd_stream.store.artifact import Artifact
+from opd_stream.store.artifact import Artifact, Commit
 from opd_stream.store.codecs import Codec, codec_settings, decode_scores, encode_scores
 from opd_stream.store.files import sha256_file
 from opd_stream.store.recipe import Recipe
@@ -56,7 +56,17 @@ REQUIRED = (
 )
 
 
-def export_scores(store: Store, scores: Artifact, out: Path, *, form: str) -> int:
+Told = Callable[[Artifact, Commit | None], object]  # None: before the first unit
+
+
+def export_scores(
+    store: Store,
+    scores: Artifact,
+    out: Path,
+    *,
+    form: str,
+    told: Told = lambda artifact, commit: None,
+) -> int:
     """Write a scores artifact with its rollouts as Parquet files or a `datasets` folder.
 
     Args:
@@ -64,6 +74,7 @@ def export_scores(store: Store, scores: Artifact, out: Path, *, form: str) -> in
         scores: a complete scores artifact.
         out: folder that must not exist yet.
         form: `parquet` or `datasets`.
+        told: called before the first unit and after each.
 
     Returns:
         Rows written.
@@ -82,10 +93,12 @@ def export_scores(store: Store, scores: Artifact, out: Path, *, form: str) -> in
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         folder = Path(temporary) / "parquet"
         folder.mkdir()
-        for unit in scores.units():
+        told(scores, None)
+        for unit, commit in scores.listed_commits().items():
             table = _plain(rollouts.read_unit(unit), scores.read_unit(unit))
             pq.write_table(table, folder / f"{unit:05d}.parquet", compression="zstd")
             rows += table.num_rows
+            told(scores, commit)
         if form == "datasets":
             import datasets
 
@@ -99,11 +112,17 @@ def export_scores(store: Store, scores: Artifact, out: Path, *, form: str) -> in
 
 
 def import_scores(
-    source: Path, store: Store, codec: Codec, *, stop_ids: Sequence[int] = ()
+    source: Path,
+    store: Store,
+    codec: Codec,
+    *,
+    stop_ids: Sequence[int] = (),
+    told: Told = lambda artifact, commit: None,
 ) -> Artifact:
     """Make rollouts and scores artifacts of a JSONL(.zst) or Parquet file, or a folder of Parquet.
 
-    `stop_ids` are the terminators that the first columns of teacher_forced_logprobs speak of.
+    `stop_ids` are the terminators that the first columns of teacher_forced_logprobs speak of;
+    `told` is called before the first unit and after each.
 
     Raises:
         UserError: a row is missing a column, or its lengths do not agree (file and row named).
@@ -136,6 +155,7 @@ def import_scores(
     for artifact in (rollouts, scores):
         artifact.create(rows=rows, rows_per_unit=ROWS_PER_UNIT)
     everything = (item for file in files for item in _rows_of(file))
+    told(scores, None)
     for unit in scores.units():
         chunk = list(islice(everything, ROWS_PER_UNIT))
         batch, scored = _batches(chunk)
@@ -152,7 +172,7 @@ def import_scores(
         counts = {"rows": len(batch), "completion_tokens": tokens}
         record = rollouts.commit(unit, rollouts_table(batch), counts=counts)
         skipped = [row for row, ids in enumerate(batch.completion_ids) if not len(ids)]
-        scores.commit(
+        scored_as = scores.commit(
             unit,
             table,
             counts=counts,
@@ -160,6 +180,7 @@ def import_scores(
             skipped_rows=sorted({*skipped, *scored.refused}),
             fidelity=fidelity.as_dict(),
         )
+        told(scores, scored_as)
     for artifact in (rollouts, scores):
         artifact.finish()
     return scores

@@ -103,26 +103,38 @@ def fidelity_report(artifact: Artifact) -> dict[str, Any]:
 
 def problems(store: Store) -> Iterator[str]:
     """One line for everything in the store that is not what was written."""
-    for kind in KINDS:
-        for folder in store.folders(kind):
-            name = f"{kind}/{folder.name}"
-            if not (folder / "recipe.json").exists():
-                continue
-            try:
-                recipe = recipe_from_json(read_json(folder / "recipe.json"), name)
-                if recipe.fingerprint[:16] != folder.name:
-                    yield f"{name}: its recipe belongs to {recipe.fingerprint[:16]}"
-                elif kind in SHARDED:
-                    yield from _damaged_units(Artifact(store.root, recipe))
-                elif kind == "policies":
-                    policy = store.policy(recipe)
-                    reason = policy.damage(cache=store.digests) if policy.is_complete() else None
-                    if reason is not None:
-                        yield f"{name}: {reason}"
-                elif (folder / "manifest.json").exists():
-                    read_json(folder / "manifest.json")
-            except (UserError, KeyError, TypeError) as error:
-                yield f"{name}: {' '.join(str(error).split())}"
+    for name in started(store):
+        yield from problems_of(store, name)
+
+
+def started(store: Store) -> list[str]:
+    """The names of all artifacts that were started, KIND/FINGERPRINT."""
+    return [
+        f"{kind}/{folder.name}"
+        for kind in KINDS
+        for folder in store.folders(kind)
+        if (folder / "recipe.json").exists()
+    ]
+
+
+def problems_of(store: Store, name: str) -> Iterator[str]:
+    """The same as `problems` of one artifact."""
+    folder, kind = store.root / name, name.partition("/")[0]
+    try:
+        recipe = recipe_from_json(read_json(folder / "recipe.json"), name)
+        if recipe.fingerprint[:16] != folder.name:
+            yield f"{name}: its recipe belongs to {recipe.fingerprint[:16]}"
+        elif kind in SHARDED:
+            yield from _damaged_units(Artifact(store.root, recipe))
+        elif kind == "policies":
+            policy = store.policy(recipe)
+            reason = policy.damage(cache=store.digests) if policy.is_complete() else None
+            if reason is not None:
+                yield f"{name}: {reason}"
+        elif (folder / "manifest.json").exists():
+            read_json(folder / "manifest.json")
+    except (UserError, KeyError, TypeError) as error:
+        yield f"{name}: {' '.join(str(error).split())}"
 
 
 def _damaged_units(artifact: Artifact) -> Iterator[str]:
