@@ -156,7 +156,7 @@ class RunDirectory:
     def training_lines(self, here: Round) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl of a round, as far as it has been trained on this machine.
 
-        None if this folder trains it with other settings.
+        Empty where this folder's round has other settings.
         """
         plan = self._round(here.index) / "plan.json"
         if not plan.exists() or read_json(plan)["policy"] != here.policy.fingerprint:

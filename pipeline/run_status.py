@@ -8,10 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from opd_stream.store.artifact import Artifact, Commit
-from opd_stream.store.policy import PolicyArtifact
 from pipeline.caches import Cache
 from pipeline.pace import Pace, after, pace_of_steps, pace_of_units, spans_of
 from pipeline.plan import is_due, plan_round
@@ -60,7 +58,7 @@ class StatusReader:
     def __init__(self, setup: Setup, directory: RunDirectory) -> None:
         self._setup, self._directory = setup, directory
         self._complete: dict[str, list[Commit]] = {}  # fingerprint -> records
-        self._outcomes: dict[str, dict[str, Any]] = {}  # of policies
+        self._rounds: dict[str, RoundStatus] = {}  # fingerprint of the policy -> complete round
 
     def read(self) -> RunStatus:
         """The status now."""
@@ -88,6 +86,12 @@ class StatusReader:
         )
 
     def _round(self, here: Round, now: float) -> RoundStatus:
+        known = self._rounds.get(here.policy.fingerprint) or self._read_round(here, now)
+        if known.is_complete:
+            self._rounds[here.policy.fingerprint] = known
+        return known
+
+    def _read_round(self, here: Round, now: float) -> RoundStatus:
         new = [c for c in here.caches if c.made_in == here.index or not c.is_complete()]
         rollouts, scores = [c.rollouts for c in new], [c.scores for c in new]
         if here.probe is not None:
@@ -153,7 +157,7 @@ class StatusReader:
         if not here.policy.is_complete():
             kept = self._directory.checkpoint_steps(here)
             return replace(pace, facts=pace.facts | ({} if kept is None else {"checkpoint": kept}))
-        outcome = self._outcome(here.policy)
+        outcome = here.policy.manifest()["outcome"]
         facts = {name: outcome["epochs"][-1][name] for name in ("loss", "policy_drift")}
         if lines:
             return replace(pace, facts=facts)
@@ -167,11 +171,6 @@ class StatusReader:
             tokens_per_second=outcome["trained"]["tokens"] / outcome["seconds"],
             facts=facts,
         )
-
-    def _outcome(self, policy: PolicyArtifact) -> dict[str, Any]:
-        if policy.fingerprint not in self._outcomes:
-            self._outcomes[policy.fingerprint] = policy.manifest()["outcome"]
-        return self._outcomes[policy.fingerprint]
 
     def _evaluate(self, student: Checkpoint, now: float) -> Pace:
         evaluation = self._setup.config.evaluation

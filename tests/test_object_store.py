@@ -21,6 +21,8 @@ from opd_stream.store import Store, open_scores
 from opd_stream.store.files import place, publish, publish_new, verified_bytes
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
+from pipeline.run_status import StatusReader
+from pipeline.setup import open_setup
 from stages.progress import Silent
 from tests.conftest import small_config
 
@@ -66,9 +68,11 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
 
 
-def test_a_run_in_s3_ends_where_one_on_a_disk_does(bucket: str, tmp_path: Path) -> None:
+def test_a_run_in_s3_ends_where_one_on_a_disk_does(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, store in (("disk", str(tmp_path / "store")), ("s3", bucket)):
-        config = small_config(tmp_path, f"store={store}")
+        config = small_config(tmp_path, f"store={store}")  # the last one is that in S3
         run(config, RunDirectory(tmp_path / name), Silent())
     disk, remote = summary_of(tmp_path / "disk"), summary_of(tmp_path / "s3")
     for key in ("policies", "caches", "tokens"):
@@ -85,6 +89,11 @@ def test_a_run_in_s3_ends_where_one_on_a_disk_does(bucket: str, tmp_path: Path) 
         assert here.prompt_id == there.prompt_id
         assert (here.teacher_top_ids == there.teacher_top_ids).all()
         assert (here.teacher_top_logprobs == there.teacher_top_logprobs).all()
+    monkeypatch.setenv("OPD_STREAM_CACHE", str(tmp_path / "elsewhere"))
+    status = StatusReader(open_setup(config), RunDirectory(tmp_path / "nothing")).read()
+    assert status.is_finished
+    assert all(pace.tokens_per_second for each in status.rounds for pace in each.stages.values())
+    assert not list((tmp_path / "elsewhere").rglob("*.safetensors"))  # no policy was fetched
 
 
 def test_of_many_writers_of_one_object_the_first_wins(bucket: str) -> None:
