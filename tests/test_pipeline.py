@@ -318,7 +318,7 @@ def test_a_store_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_poisoned_prompt_stops_the_run_with_its_unit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What is not a user's mistake shows its traceback, then a line; the other unit stays."""
     sample, calls = TransformersEngine.sample, list[int]()
@@ -332,7 +332,7 @@ def test_a_poisoned_prompt_stops_the_run_with_its_unit(
     monkeypatch.setattr(TransformersEngine, "sample", poisoned)
     with pytest.raises(UserError, match=r"unit 1 of rollouts/\w+ failed \(ValueError: token 4711"):
         run_small(tmp_path, "evaluation=null")
-    assert "Traceback" in capsys.readouterr().err
+    assert "Traceback" in caplog.text
     monkeypatch.undo()
     summary = run_small(tmp_path, "evaluation=null")
     assert summary["finished"]
