@@ -131,7 +131,8 @@ def matching_ids(
     stops = {student.special.get(number): number for number in sorted(student_stops, reverse=True)}
     for number, content in teacher.special.items():
         own = student.special_ids.get(content, -1)
-        matches[number] = -1 if own in student_stops else own
+        if number < vocab_size:
+            matches[number] = -1 if own in student_stops else own
     for number in teacher_stops:
         matches[number] = stops.get(teacher.special.get(number), min(student_stops))
     return matches

@@ -25,7 +25,7 @@ from opd_stream.objectives import (
 )
 from opd_stream.objectives.dense import teacher_entropy
 from opd_stream.statistics import step_sums
-from opd_stream.weighting import Weighting
+from opd_stream.weighting import Weighting, group_means
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,18 +71,24 @@ def batch_loss(
             f"the cache holds token id {batch.largest_id}; the student has {vocabulary} tokens; "
             "train a student with the vocabulary of the rollouts"
         )
-    is_drawn = any(isinstance(part, DrawnForward) for part in objectives)
+    sampled_N = None
+    if weighting is not None or batch.chunk_N is not None:
+        sampled_N = sampled_logprobs(
+            hidden_NH, head, batch.completion_ids_N, chunk_rows=head.chunk_rows
+        )
+    options = _Options(
+        merge=merge_terminators,
+        is_drawn=any(isinstance(part, DrawnForward) for part in objectives),
+        shares_N=_shares(sampled_N, batch),
+    )
 
     def token_loss(logprobs_nJ: torch.Tensor, rows: slice) -> torch.Tensor:
-        inputs = _inputs(logprobs_nJ, batch, rows, merge=merge_terminators, is_drawn=is_drawn)
+        inputs = _inputs(logprobs_nJ, batch, rows, options)
         losses = token_losses(objectives, inputs)
         return losses if limit is None else soft_clamp(losses, limit)
 
     drift_weights_N = torch.ones_like(batch.weights_N)
-    if weighting is not None:
-        sampled_N = sampled_logprobs(
-            hidden_NH, head, batch.completion_ids_N, chunk_rows=head.chunk_rows
-        )
+    if weighting is not None and sampled_N is not None:
         drift_weights_N = weighting.token_weights(
             sampled_N - batch.behavior_logprobs_N,
             block_N=batch.block_N,
@@ -95,12 +101,10 @@ def batch_loss(
         ids_NJ=ids_NJ,
         weights_N=batch.weights_N * drift_weights_N,
         token_loss=token_loss,
-        top_NK=None if is_drawn else batch.teacher_top_logprobs_NK,
+        top_NK=None if options.is_drawn else batch.teacher_top_logprobs_NK,
     )
     with torch.no_grad():
-        inputs = _inputs(
-            fused.logprobs_NJ, batch, slice(None), merge=merge_terminators, is_drawn=is_drawn
-        )
+        inputs = _inputs(fused.logprobs_NJ, batch, slice(None), options)
         losses_N = fused.losses_N if limit is None else token_losses(objectives, inputs)
         sums = step_sums(
             row_tokens_B=batch.attention_mask_BL.sum(1).double(),
@@ -142,8 +146,24 @@ def _asked_ids(batch: Batch) -> torch.Tensor:
     return torch.cat(parts if batch.draws is None else [*parts, batch.draws.ids_NM], dim=1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """What counts as one outcome."""
+
+    merge: bool  # all terminators
+    is_drawn: bool  # candidates were drawn from the teacher
+    shares_N: torch.Tensor | None  # the student's share of each token in its chunk, if in chunks
+
+
+def _shares(sampled_N: torch.Tensor | None, batch: Batch) -> torch.Tensor | None:
+    """log p of a chunk, shared out equally to its tokens, as the teacher's is in the cache [N]."""
+    if sampled_N is None or batch.chunk_N is None:
+        return None
+    return group_means(sampled_N, batch.chunk_N)
+
+
 def _inputs(
-    logprobs_nJ: torch.Tensor, batch: Batch, rows: slice, *, merge: bool, is_drawn: bool
+    logprobs_nJ: torch.Tensor, batch: Batch, rows: slice, options: _Options
 ) -> ObjectiveInputs:
     """What the objectives read, for some of the batch's tokens."""
     stops = len(batch.terminator_ids_T)
@@ -158,11 +178,13 @@ def _inputs(
     tail = batch.teacher_tail_logprobs_N[rows]
     in_top = (top_ids == sampled_ids[:, None]).any(1)
     student_outcome = student[:, 0].detach()
+    if options.shares_N is not None:
+        student_outcome = options.shares_N[rows].to(student_outcome.dtype)
     student_draw_outcomes = student_draws.detach()
     teacher_draws = None
     if batch.draws is not None:
         teacher_draws = batch.draws.teacher_logprobs_NM[rows].clamp(min=SMALLEST_LOGPROB)
-    if merge and stops:
+    if options.merge and stops:
         stop = Terminators(
             ids_T=batch.terminator_ids_T,
             student_logprobs_NT=student_stops,
@@ -178,7 +200,7 @@ def _inputs(
                 drawn_end, stop.student_N.detach()[:, None], student_draw_outcomes
             )
             teacher_draws = torch.where(drawn_end, stop.teacher_N[:, None], teacher_draws)
-        if is_drawn:
+        if options.is_drawn:
             is_stop = torch.isin(top_ids, stop.ids_T) & (teacher_top > SMALLEST_LOGPROB)
             student_top = torch.where(is_stop, stop.student_N[:, None], student_top)
         else:

@@ -48,6 +48,7 @@ class Batch:
     terminator_ids_T: torch.Tensor
     teacher_terminator_logprobs_NT: torch.Tensor
     draws: StudentDraws | None
+    chunk_N: torch.Tensor | None  # chunk of an aligned teacher, numbered through the batch
     window_tokens: int
     largest_id: int
     names: tuple[str, ...]  # of the rows, for messages
@@ -60,11 +61,17 @@ class Batch:
 def trained_mask(
     row: ScoredRow, window_tokens: int, masked_ids: Collection[int] = ()
 ) -> NDArray[np.bool_]:
-    """Which completion tokens of a row train: window, loss mask, first-occurrence mask [T']."""
+    """Which completion tokens of a row train: window, loss mask, first-occurrence mask [T'].
+
+    A chunk of a teacher with another tokenizer trains whole or not at all.
+    """
     length = min(len(row.completion_ids), window_tokens)
     mask = np.ones(length, np.bool_) if row.loss_mask is None else row.loss_mask[:length].copy()
     if masked_ids:
         mask &= ~first_occurrences(row.completion_ids[:length], masked_ids)
+    if row.chunk_ids is not None:
+        inside, outside = row.chunk_ids[:length], row.chunk_ids[length:]
+        mask &= ~np.isin(inside, np.concatenate([inside[~mask], outside]))
     return mask
 
 
@@ -164,10 +171,25 @@ def collate(
             :, list(columns)
         ],
         draws=draws,
+        chunk_N=_chunks(rows, masks),
         window_tokens=window_tokens,
         largest_id=max(int(input_ids.max()), int(top_ids.max()) if top_ids.numel() else 0),
         names=tuple(f"{row.prompt_id}/{row.sample_index}" for row in rows),
     )
+
+
+def _chunks(rows: Sequence[ScoredRow], masks: Sequence[NDArray[np.bool_]]) -> torch.Tensor | None:
+    """Chunk of each token; None where every token is a chunk of its own."""
+    if all(row.chunk_ids is None for row in rows):
+        return None
+    parts: list[NDArray[np.int64]] = []
+    start = 0
+    for row, mask in zip(rows, masks, strict=True):
+        whole = np.arange(len(mask)) if row.chunk_ids is None else row.chunk_ids[: len(mask)]
+        parts.append(whole[mask].astype(np.int64) + start)
+        start += len(mask)
+    chunk_N = np.concatenate(parts)
+    return torch.from_numpy(chunk_N) if len(np.unique(chunk_N)) < len(chunk_N) else None
 
 
 def _blocks(

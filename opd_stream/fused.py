@@ -125,7 +125,7 @@ class _FusedLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         with torch.autocast(hidden_NH.device.type, enabled=False):
             work = _Pass(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad[:3], settings)
-            for start in range(0, len(hidden_NH), settings.chunk_rows):
+            for start in range(0, max(len(hidden_NH), 1), settings.chunk_rows):
                 work.chunk(slice(start, start + settings.chunk_rows), ids_NJ, weights_N)
         outputs = work.outputs(weights_N)
         ctx.grads = (work.grad_hidden_NH, work.grad_weight_VH, work.grad_bias_V)

@@ -2,7 +2,7 @@
 
 Alignment rule: every per-token field has the length of `completion_ids`, and index `t` speaks of
 `completion_ids[t]`. Only `logprobs.py` and the engines shift by one. Tokens travel as ids from
-sampling to loss; nothing is decoded and tokenised again.
+sampling to loss; nothing is decoded and tokenised again, but for a teacher with another tokenizer.
 
 Shapes: R rows (rollouts), P prompt tokens, T completion tokens (both ragged, one array per row),
 K teacher top-k, F forced ids, V vocabulary.
@@ -86,6 +86,9 @@ class ScoreBatch:
     teacher_forced_logprobs: tuple[NDArray[np.float32], ...]  # R x [T, F]
     refused: dict[int, str]  # row number -> reason
     candidate_teacher_logprobs: tuple[NDArray[np.float32], ...] | None = None  # R x [T, M]
+    # Of a teacher with another tokenizer (`aligned_scores.py`):
+    chunk_ids: tuple[NDArray[np.int32], ...] | None = None  # R x [T], from 0; -1: does not train
+    same_tokens: tuple[NDArray[np.bool_], ...] | None = None  # R x [T], one of the teacher's too
 
     def __len__(self) -> int:
         return len(self.teacher_logprobs)

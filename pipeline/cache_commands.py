@@ -17,6 +17,7 @@ from opd_stream.store.codecs import build_codec
 from opd_stream.store.exchange import Told, export_scores, import_scores
 from opd_stream.store.store import Store
 from opd_stream.style_bias import StyleSettings
+from stages.aligned import refuse_aligned
 from stages.progress import Progress, Silent
 from stages.residual import make_residual
 
@@ -103,8 +104,9 @@ def export(location: str, name: str, out: Path, form: str, *, progress: Progress
     if form not in ("parquet", "datasets"):
         raise UserError(f"--form is {form!r}; expected parquet or datasets")
     store = _existing(location)
-    artifact = inventory.open_artifact(store, name)
-    rows = export_scores(store, artifact, out, form=form, told=_told(progress, "export"))
+    scores = inventory.open_artifact(store, name)
+    refuse_aligned(scores, "another program")
+    rows = export_scores(store, scores, out, form=form, told=_told(progress, "export"))
     yield f"{rows:,} rows in {out}"
 
 

@@ -59,6 +59,7 @@ def round_report(
         },
         "refused_rows": int(summed_counts(scores).get("refused_rows", 0)),
         **_endings(summed_counts(rollouts)),
+        "alignment": _alignment(summed_counts(scores)),
         "cache_bytes": sum(commit.bytes for commit in (*new_rollouts, *new_scores)),
         "flops": {
             "generate": _flops(forward_flops, here.student, made_by(generated, run_id)),
@@ -221,6 +222,17 @@ def _endings(counts: dict[str, float]) -> dict[str, float]:
         "length_share": length_share,
         "terminator_rate": 1 - length_share,
         "repeat_ratio": counts.get("repeated_tokens", 0) / tokens,
+    }
+
+
+def _alignment(counts: dict[str, float]) -> dict[str, float] | None:
+    """Of a teacher with another tokenizer: shares of the student's tokens."""
+    if "student_tokens" not in counts:
+        return None
+    tokens = max(counts["student_tokens"], 1)
+    return {
+        "aligned_share": counts["aligned_tokens"] / tokens,  # one token on both sides
+        "chunk_share": counts["chunk_tokens"] / tokens,  # in a chunk that trains
     }
 
 

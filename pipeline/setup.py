@@ -12,6 +12,7 @@ from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.store import Store
 from opd_stream.tasks.judges import open_judge
+from stages.aligned import Crossing, open_crossing
 from stages.checkpoints import Checkpoint, check_pair, open_checkpoint
 from stages.evaluate import evaluation_prompts
 from stages.prompts import make_prompts, prompts_artifact
@@ -27,9 +28,10 @@ class Setup:
     store: Store
     student: Checkpoint  # policy 0
     teacher: Checkpoint | None  # None in a replay
+    crossing: Crossing | None  # of a teacher with another tokenizer
     replayed_teacher: str | None  # identity of the teacher that a replay's config names
     warnings: tuple[str, ...]  # what may be wrong, a line each
-    stop_ids: tuple[int, ...]  # terminators of either model: generation stops on any of them
+    stop_ids: tuple[int, ...]  # terminators in the student's ids: generation stops on any of them
     forced_ids: tuple[int, ...]  # always scored
     newline_ids: tuple[int, ...]  # tokens that hold a newline, if the drift gate asks for them
     masked_ids: tuple[int, ...]  # the first occurrence in a rollout does not train
@@ -52,13 +54,14 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
     store.check_writable()
     opened = partial(open_checkpoint, store)
     student = opened(config.student.path)
-    teacher = None
+    teacher, crossing = None, None
     if config.replay is None:
         assert config.teacher is not None  # validated with the config
         teacher = opened(config.teacher.path)
-        check_pair(student, teacher)
+        check_pair(student, teacher, aligns=config.scores.alignment is not None)
         check_top_k(config, teacher)
-    stop_ids = stop_ids_of(student, teacher)
+        crossing = open_crossing(store, config, student, teacher, make=make)
+    stop_ids = stop_ids_of(student, None if crossing is not None else teacher)
     if make:
         check_evaluation(config, store, student)
     return Setup(
@@ -66,6 +69,7 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
         store=store,
         student=student,
         teacher=teacher,
+        crossing=crossing,
         replayed_teacher=replayed_teacher(opened, config),
         warnings=warnings_of(opened, config, teacher),
         stop_ids=stop_ids,

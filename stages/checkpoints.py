@@ -49,18 +49,19 @@ def open_checkpoint(store: Store, folder: Path) -> Checkpoint:
     return Checkpoint(folder=folder.resolve(), identity=store.identify(folder))
 
 
-def check_pair(student: Checkpoint, teacher: Checkpoint) -> None:
-    """Refuse a teacher that does not read the student's tokens.
+def check_pair(student: Checkpoint, teacher: Checkpoint, *, aligns: bool = False) -> None:
+    """Refuse a teacher that does not read the student's tokens, unless scores are aligned.
 
     Raises:
-        UserError: the tokenizers differ, or one of the two has no terminator.
+        UserError: the tokenizers differ, or the student has no terminator.
     """
-    if student.identity.tokenizer_sha256 != teacher.identity.tokenizer_sha256:
+    same = student.identity.tokenizer_sha256 == teacher.identity.tokenizer_sha256
+    if not same and not aligns:
         raise UserError(
             f"student {student.folder} and teacher {teacher.folder} have different tokenizers "
             f"(digest {student.identity.tokenizer_sha256[:12]} against "
             f"{teacher.identity.tokenizer_sha256[:12]}); expected the same tokenizer files; "
-            "use a teacher of the same family"
+            "use a teacher of the same family, or set scores.alignment={kind: bytes}"
         )
     if not student.terminators():
         raise UserError(

@@ -38,6 +38,13 @@ class BatchPlan:
     newline_ids: tuple[int, ...] = ()
     staleness: tuple[int, ...] = ()  # of each cache: policies since it was written; none: 0
 
+    same_tokens_only: bool = False  # of a teacher with another tokenizer
+
+    def used(self, row: ScoredRow) -> ScoredRow:
+        """What of a row trains, of its candidates and tokens."""
+        cut = row if self.top_k is None else row.first_candidates(self.top_k)
+        return cut.same_tokens_only() if self.same_tokens_only else cut
+
     def epoch_steps(self, rows: int, epoch: int) -> list[list[int]]:
         """Row numbers of each optimizer step of an epoch; the last step may be smaller."""
         order = epoch_order(rows, (self.seed, self.first_step, epoch)).tolist()
@@ -155,7 +162,7 @@ class EpochLoader:
         first = self._plan.first_step + self._epoch * len(self._steps) + self._skipped
         rows = self._rows.ahead([position for step in todo for position in step])
         for number, step in enumerate(todo, start=first):
-            chosen = [self._cut(row) for row in islice(rows, len(step))]
+            chosen = [self._plan.used(row) for row in islice(rows, len(step))]
             yield Step(
                 number=number,
                 window_tokens=window_tokens(self._plan.window, number),
@@ -163,6 +170,3 @@ class EpochLoader:
                     chosen, self._plan, number, rank=self._rank, world_size=self._world_size
                 ),
             )
-
-    def _cut(self, row: ScoredRow) -> ScoredRow:
-        return row if self._plan.top_k is None else row.first_candidates(self._plan.top_k)

@@ -114,7 +114,8 @@ class Extrapolate(Callback):
     def _sums(self, module: StudentModule, step: int) -> dict[str, float]:
         """Cached objective and drift of a fixed sample of rows under the current weights."""
         order = epoch_order(len(self._rows), (self._plan.seed, SAMPLE_KEY))
-        chosen = [self._rows[int(position)] for position in order[: self._settings.rows]]
+        sample = order[: self._settings.rows].tolist()
+        chosen = [self._plan.used(self._rows[position]) for position in sample]
         total = torch.zeros(len(NAMES), dtype=torch.float64, device=module.device)
         for batch in step_batches(chosen, self._plan, step):
             total += module.loss(batch.to(module.device)).sums

@@ -39,9 +39,7 @@ def _sums(module: StudentModule, rows: list[ScoredRow], plan: BatchPlan) -> torc
     lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
     total = torch.zeros(len(NAMES), dtype=torch.float64, device=module.device)
     for group in bucketed(lengths, budget=plan.tokens_per_microbatch):
-        chosen = [rows[place] for place in group]
-        if plan.top_k is not None:
-            chosen = [row.first_candidates(plan.top_k) for row in chosen]
+        chosen = [plan.used(rows[place]) for place in group]
         batch: Any = collate(chosen, window_tokens=WHOLE, masked_ids=plan.masked_ids)
         total += module.loss(batch.to(module.device)).sums
     return total

@@ -15,6 +15,7 @@ from opd_stream.store.schema import rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.style_bias import StyleBias, StyleSettings, style_bias
 from opd_stream.types import RolloutBatch, ScoreBatch
+from stages.aligned import refuse_aligned
 from stages.progress import Progress, Silent
 
 
@@ -32,6 +33,7 @@ def make_residual(
     """
     if not scores.is_complete():
         raise UserError(f"{scores.name} is not complete; run its score stage again")
+    refuse_aligned(scores, "the residual")
     codec = build_codec(**scores.recipe.settings["codec"])
     if scores.recipe.settings["codec"]["kind"] == "sampled":
         raise UserError(

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from opd_stream.config import Config
+from opd_stream.config.training import unserved_by_chunks
 from opd_stream.errors import UserError
 from opd_stream.objectives import Objective, build_objectives
 from opd_stream.store.policy import PolicyArtifact
@@ -97,6 +98,9 @@ class TrainJob:
                     f"train.top_k is {asked} but {scores.name} holds {cached} candidates a token; "
                     "lower it, or score again with a larger scores.top_k"
                 )
+            problem = unserved_by_chunks(self.config.train)
+            if "alignment" in scores.recipe.settings and problem is not None:
+                raise UserError(f"{scores.name} was scored across tokenizers: {problem}")
         rows = ScoredRows(
             artifacts, units=[[slot.unit for slot in cache.slots] for cache in self.caches]
         )
@@ -137,6 +141,7 @@ class TrainJob:
             first_step=self.first_step,
             window=self.window(),
             top_k=train.top_k,
+            same_tokens_only=any(part.kind != "sampled_pg" for part in train.objective),
             masked_ids=self.masked_ids,
             blocks=64 if train.gate is None else train.gate.blocks,
             newline_ids=self.newline_ids,

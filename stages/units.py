@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from opd_stream.aligned_scores import Aligner
 from opd_stream.costs import TokenCounts, counts_of
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import Engine
@@ -34,6 +35,7 @@ from opd_stream.store.schema import (
 )
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch, ScoreBatch
+from stages.aligned import aligned_counts, open_aligner, score_aligned
 from stages.extension import base_rollouts, grown_rows, joined, new_parts, old_scores
 from stages.selection import probe_rows, prompts_of
 
@@ -193,6 +195,8 @@ class GenerateUnits(UnitWorker):
 class ScoreUnits(UnitWorker):
     """The teacher's worker: scores the rollouts of a unit unless that is committed."""
 
+    _aligner: tuple[str, Aligner] | None = None  # fingerprint of the scores it is for
+
     def work(self, worked: Worked) -> Worked:
         order = worked.order
         if order.scores is None or order.teacher is None:
@@ -221,7 +225,12 @@ class ScoreUnits(UnitWorker):
             "draws": codec.draws if isinstance(codec, SampledCodec) else 0,
             "seed": settings["seed"],
         }
-        if "extends" in rollouts.recipe.settings:
+        aligned: dict[str, float] = {}
+        if "alignment" in settings:
+            aligner = self._aligner_of(order, scores, rollouts)
+            scored, read = score_aligned(engine, aligner, batch, asked)
+            work, aligned = _work_counts(read), aligned_counts(batch, scored)
+        elif "extends" in rollouts.recipe.settings:
             scored, work = self._score_new(engine, scores, rollouts, order.unit, batch, asked)
         else:
             scored = engine.score(batch, **asked)
@@ -235,6 +244,7 @@ class ScoreUnits(UnitWorker):
             ) from error
         counts = {
             **work,
+            **aligned,
             "rows": len(batch),
             "refused_rows": len(scored.refused),
             "cpu_seconds": round(time.process_time() - cpu, 3),
@@ -249,14 +259,28 @@ class ScoreUnits(UnitWorker):
             source_sha256=source.sha256,
             skipped_rows=[
                 row
-                for row, ids in enumerate(batch.completion_ids)
-                if row in scored.refused or not _trains(batch, row, len(ids))
+                for row in range(len(batch))
+                if row in scored.refused or not _trains(batch, scored, row)
             ],
             fidelity=fidelity.as_dict(),
         )
         return replace(
             worked, score_span=(start, end), scored_tokens=int(work["completion_tokens"])
         )
+
+    def _aligner_of(self, order: Order, scores: Artifact, rollouts: Artifact) -> Aligner:
+        """The aligner of a teacher with another tokenizer, kept between units of an artifact."""
+        if self._aligner is None or self._aligner[0] != scores.fingerprint:
+            assert order.teacher is not None
+            made = open_aligner(
+                self.store,
+                scores.recipe,
+                rollouts.recipe,
+                student=Path(order.student),
+                teacher=Path(order.teacher),
+            )
+            self._aligner = (scores.fingerprint, made)
+        return self._aligner[1]
 
     def _score_new(
         self,
@@ -342,5 +366,10 @@ def repeated_tokens(ids: NDArray[np.integer[Any]]) -> int:
     return len(stretches) - len(np.unique(stretches, axis=0))
 
 
-def _trains(batch: RolloutBatch, row: int, tokens: int) -> bool:
-    return tokens > 0 if batch.loss_mask is None else bool(batch.loss_mask[row].any())
+def _trains(batch: RolloutBatch, scored: ScoreBatch, row: int) -> bool:
+    mask = np.ones(len(batch.completion_ids[row]), np.bool_)
+    if batch.loss_mask is not None:
+        mask &= batch.loss_mask[row]
+    if scored.chunk_ids is not None:
+        mask &= scored.chunk_ids[row] >= 0
+    return bool(mask.any())

@@ -1,10 +1,13 @@
 """Tiny tokenizers of the families that alignment reads, trained in a moment."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer, UnigramTrainer
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEXT = [
     "On Monday Anna has 12 coins and gives 7 of them to Ben.",
@@ -70,11 +73,29 @@ def unigram(size: int = 120, **normalizer: Any) -> PreTrainedTokenizerFast:
 
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
     return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
 def _trained(tokenizer: Tokenizer, trainer: Any, specials: tuple[str, ...]) -> Any:
     tokenizer.train_from_iterator(TEXT, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=specials[-1])
+
+
+def random_teacher(folder: Path, tokenizer: PreTrainedTokenizerFast, *, stop: str) -> Path:
+    """A tiny Llama of random weights that reads another tokenizer's tokens."""
+    torch.manual_seed(0)
+    stop_id = tokenizer.convert_tokens_to_ids(stop)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + 5,  # padded, as published models are
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=stop_id,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

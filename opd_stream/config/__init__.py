@@ -13,7 +13,7 @@ from opd_stream.config.collection import Model, Rollouts, Scores, Student
 from opd_stream.config.evaluation import Evaluation
 from opd_stream.config.prompts import Prompts
 from opd_stream.config.section import Section
-from opd_stream.config.training import Staleness, Train
+from opd_stream.config.training import Staleness, Train, unserved_by_chunks
 
 
 class Replay(Section):
@@ -159,6 +159,7 @@ class Config(Section):
                 )
         _check_staleness(self)
         _check_ahead(self)
+        _check_alignment(self)
         window = self.rollouts.window
         if window.kind == "adaptive":
             rising = list(window.candidates)
@@ -221,6 +222,24 @@ def _check_staleness(config: Config) -> None:
         raise ValueError(
             f"staleness.max_policies is {staleness.max_policies} with rollouts.extra_draws, whose "
             "candidates are lost when a rollout is continued; set one of the two to 0"
+        )
+
+
+def _check_alignment(config: Config) -> None:
+    """What a teacher with another tokenizer cannot give."""
+    if config.scores.alignment is None or config.replay is not None:
+        return
+    if (problem := unserved_by_chunks(config.train)) is not None:
+        raise ValueError(f"scores.alignment is set: {problem}")
+    if config.rollouts.extra_draws:
+        raise ValueError(
+            "scores.alignment is set with rollouts.extra_draws, ids that no text holds; a teacher "
+            "with another tokenizer cannot score them; set rollouts.extra_draws=0"
+        )
+    if config.scores.codec.kind == "sampled":
+        raise ValueError(
+            "scores.alignment is set with codec sampled, whose draws may be no token of the "
+            "student's; use codec exact or compact"
         )
 
 

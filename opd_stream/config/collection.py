@@ -167,6 +167,15 @@ Codec = Annotated[
 ]
 
 
+class Alignment(Section):
+    """A teacher with another tokenizer: scores of stretches of bytes (docs/alignment.md)."""
+
+    kind: Literal["bytes"] = Field(description="chunks end where both tokenizations end")
+    max_chunk_tokens: int = Field(
+        default=6, ge=1, description="tokens of the student; longer chunks do not train"
+    )
+
+
 class Scores(Section):
     """What of the teacher is cached, per completion token."""
 
@@ -177,4 +186,8 @@ class Scores(Section):
     forced_tokens: tuple[str, ...] = Field(
         default=(),
         description="tokens whose log-probability is always cached, beside the terminators",
+    )
+    alignment: Alignment | None = Field(
+        default=None,
+        description="for a teacher with another tokenizer; null: such a teacher is refused",
     )

@@ -159,6 +159,32 @@ class Lora(Section):
     )
 
 
+def unserved_by_chunks(train: "Train") -> str | None:
+    """What of a training section scores with alignment cannot serve, with the way out; or None."""
+    kinds = {part.kind for part in train.objective}
+    if lost := sorted(kinds & {"mc", "drawn_forward"}):
+        return (
+            f"objective {lost[0]} reads the teacher at ids that no text holds, which a teacher "
+            "with another tokenizer cannot score; use sampled_pg, or an objective over candidates"
+        )
+    if any(getattr(part, "baseline", "none") != "none" for part in train.objective):
+        return (
+            "objective sampled_pg with baseline bucket reads candidates at every token, which a "
+            "teacher with another tokenizer has at some; set baseline=none"
+        )
+    if "sampled_pg" in kinds and len(kinds) > 1:
+        return (
+            f"objectives {', '.join(sorted(kinds))} train at different tokens where the teacher "
+            "has another tokenizer; use sampled_pg alone, or leave it out"
+        )
+    if not train.guards.merge_terminators:
+        return (
+            "train.guards.merge_terminators is no, but the terminators of a teacher with another "
+            "tokenizer can only be one outcome; set it to yes"
+        )
+    return None
+
+
 def _as_tuple(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else (value,)
 

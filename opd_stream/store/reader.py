@@ -61,6 +61,8 @@ class ScoredRow:
     candidate_teacher_logprobs: NDArray[np.float32] | None  # [T, M]
     terminators: tuple[tuple[int, ...], tuple[int, ...]]  # ids, and their columns in F
     cache: int  # which of the caches the row comes from
+    chunk_ids: NDArray[np.int32] | None = None  # [T], of a teacher with another tokenizer; -1: none
+    same_tokens: NDArray[np.bool_] | None = None  # [T], where that teacher has the same token
 
     def first_candidates(self, top_k: int) -> "ScoredRow":
         """The row as a smaller K would have given it: the rest joins the tail."""
@@ -73,6 +75,13 @@ class ScoredRow:
             teacher_top_logprobs=self.teacher_top_logprobs[:, :top_k],
             teacher_tail_logprobs=tail.astype(np.float32),
         )
+
+    def same_tokens_only(self) -> "ScoredRow":
+        """The row with only those tokens training that have candidates of the teacher."""
+        if self.same_tokens is None:
+            return self
+        mask = self.same_tokens if self.loss_mask is None else self.loss_mask & self.same_tokens
+        return replace(self, loss_mask=mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +156,14 @@ class ScoredRows:
         row %= ROWS_PER_PART
         rollouts, scores = part.rollouts, part.scores
         tokens = slice(int(scores.offsets[row]), int(scores.offsets[row + 1]))
+        chunk_ids = _row_of(scores.chunk_ids, tokens)
         return ScoredRow(
             prompt_id=rollouts.prompt_id[row],
             sample_index=int(rollouts.sample_index[row]),
             prompt_ids=rollouts.prompt_ids[row],
             completion_ids=rollouts.completion_ids[row],
             behavior_logprobs=rollouts.behavior_logprobs[row],
-            loss_mask=_row_of(rollouts.loss_mask, row),
+            loss_mask=_mask(_row_of(rollouts.loss_mask, row), chunk_ids),
             finish_reason=rollouts.finish_reason[row],
             teacher_logprobs=scores.teacher_logprobs[tokens],
             teacher_top_ids=scores.teacher_top_ids[tokens],
@@ -165,6 +175,8 @@ class ScoredRows:
             candidate_teacher_logprobs=_row_of(scores.candidate_teacher_logprobs, tokens),
             terminators=self._terminators[cache],
             cache=cache,
+            chunk_ids=chunk_ids,
+            same_tokens=_row_of(scores.same_tokens, tokens),
         )
 
     def positions_by_unit(self) -> dict[tuple[int, int], list[int]]:
@@ -249,6 +261,15 @@ def _terminators(rollouts: Artifact, scores: Artifact) -> tuple[tuple[int, ...],
     forced = scores.recipe.settings.get("forced_ids", ())
     found = [(token, place) for place, token in enumerate(forced) if token in stops]
     return tuple(token for token, _ in found), tuple(place for _, place in found)
+
+
+def _mask(
+    mask: NDArray[np.bool_] | None, chunk_ids: NDArray[np.int32] | None
+) -> NDArray[np.bool_] | None:
+    """Tokens that may train: those of the rollouts, and of them those in a chunk that trains."""
+    if chunk_ids is None:
+        return mask
+    return chunk_ids >= 0 if mask is None else mask & (chunk_ids >= 0)
 
 
 def _row_of(column: Any, row: int | slice) -> Any:

@@ -23,6 +23,7 @@ from pipeline.setup import (
     stop_ids_of,
     warnings_of,
 )
+from stages.aligned import open_crossing
 from stages.checkpoints import Checkpoint, check_pair
 from stages.prompts import prompts_artifact
 
@@ -59,13 +60,15 @@ def open_read_only(config: Config) -> Opened:
     _check_store(store)
     notes: list[str] = []
     opened = partial(_opened, store, notes)
-    student, teacher = opened(config.student.path), None
+    student, teacher, crossing = opened(config.student.path), None, None
     if config.replay is None:
         assert config.teacher is not None  # validated with the config
         teacher = opened(config.teacher.path)
-        check_pair(student, teacher)
+        check_pair(student, teacher, aligns=config.scores.alignment is not None)
         check_top_k(config, teacher)
-    stop_ids, tokenizer = stop_ids_of(student, teacher), FastTokenizer.of(student.folder)
+        crossing = open_crossing(store, config, student, teacher, make=False)
+    stop_ids = stop_ids_of(student, None if crossing is not None else teacher)
+    tokenizer = FastTokenizer.of(student.folder)
     prompts = prompts_artifact(store, config.prompts, student)
     evaluation: list[Problems] = []
     for part in () if config.evaluation is None else config.evaluation.parts().values():
@@ -78,6 +81,7 @@ def open_read_only(config: Config) -> Opened:
         store=store,
         student=student,
         teacher=teacher,
+        crossing=crossing,
         replayed_teacher=replayed_teacher(opened, config),
         warnings=warnings_of(opened, config, teacher),
         stop_ids=stop_ids,

@@ -18,7 +18,9 @@ from opd_stream.errors import UserError
 from opd_stream.store.codecs.block import ScoreBlock
 from opd_stream.store.codecs.columns import (
     flat,
+    flat_values,
     lengths_of,
+    list_column,
     matrix_column,
     matrix_of,
     offsets_of,
@@ -31,6 +33,7 @@ from opd_stream.store.files import canonical_json
 from opd_stream.types import RolloutBatch, ScoreBatch
 
 METADATA_KEY = b"opd_stream"
+ALIGNED = ("chunk_ids", "same_tokens")  # columns of scores with alignment, whatever the codec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +105,10 @@ def encode_scores(
         values = flat(scores.candidate_teacher_logprobs, np.float32)
         offsets = offsets_of(lengths_of(scores.candidate_teacher_logprobs))
         columns["candidate_teacher_logprobs"] = matrix_column(values, offsets)
+    for name in ALIGNED:
+        if (rows := getattr(scores, name)) is not None:
+            dtype = np.bool_ if name == "same_tokens" else np.int32
+            columns[name] = list_column(flat(rows, dtype), offsets_of(lengths_of(rows)))
     table = pa.table({**keys, **columns})
     metadata = {METADATA_KEY: canonical_json({"codec": codec_settings(codec)}), **extra}
     return table.replace_schema_metadata(metadata), fidelity
@@ -127,6 +134,9 @@ def decode_scores(batch: pa.RecordBatch) -> ScoreBlock:
                 f"a shard was written by codec {other!r}; this opd-stream knows {sorted(KINDS)}; "
                 "update opd-stream"
             )
+    if ALIGNED[0] in batch.schema.names:
+        aligned = {name: flat_values(batch.column(name)) for name in ALIGNED}
+        block = replace(block, **aligned)
     if "candidate_teacher_logprobs" not in batch.schema.names:
         return block
     candidates = matrix_of(batch.column("candidate_teacher_logprobs").flatten())

@@ -23,3 +23,5 @@ class ScoreBlock:
     teacher_tail_logprobs: NDArray[np.float32]  # [N]
     teacher_forced_logprobs: NDArray[np.float32]  # [N, F]
     candidate_teacher_logprobs: NDArray[np.float32] | None = None  # [N, M], the student's ids
+    chunk_ids: NDArray[np.int32] | None = None  # [N], of scores with alignment
+    same_tokens: NDArray[np.bool_] | None = None  # [N], the same

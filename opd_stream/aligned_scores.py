@@ -1,0 +1,249 @@
+"""Scores that a teacher gave its own tokens, as scores of the student's tokens.
+
+Shapes: T tokens of the student, N positions, K candidates, F forced ids of the student, J ids that
+the teacher was asked for, V ids of the teacher.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_stream.alignment import Alignment, align, matching_ids
+from opd_stream.byte_tokenizer import ByteTokenizer
+from opd_stream.types import RolloutBatch, ScoreBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherReading:
+    """Rollouts as the teacher reads them."""
+
+    batch: RolloutBatch  # its prompts, its tokens, one of its terminators where the student stopped
+    rows: tuple[int, ...]  # of the student's rollouts; the others stand in `refused`
+    alignments: tuple[Alignment, ...]
+    refused: dict[int, str]  # row of the student's rollouts -> reason
+
+
+class Aligner:
+    """Two tokenizers, and what one cache asks of them."""
+
+    def __init__(
+        self,
+        student: ByteTokenizer,
+        teacher: ByteTokenizer,
+        *,
+        vocab_size: int,
+        student_stops: Sequence[int],
+        teacher_stops: Sequence[int],
+        max_chunk_tokens: int,
+        prompts: Mapping[str, NDArray[np.integer[Any]]],
+    ) -> None:
+        """Prepare for a teacher of `vocab_size` logits; `prompts` are in its tokens, by id."""
+        self._student, self._teacher = student, teacher
+        self._student_stops, self._teacher_stops = tuple(student_stops), tuple(teacher_stops)
+        self._max_chunk_tokens, self._prompts = max_chunk_tokens, prompts
+        self._matches_V = matching_ids(
+            student,
+            teacher,
+            vocab_size=vocab_size,
+            student_stops=student_stops,
+            teacher_stops=teacher_stops,
+        )
+
+    def asked_ids(self, forced_ids: Sequence[int]) -> tuple[int, ...]:
+        """The teacher's ids that stand for some of the student's."""
+        wanted = np.flatnonzero(np.isin(self._matches_V, list(forced_ids)))
+        return tuple(wanted.tolist())
+
+    def read(self, rollouts: RolloutBatch) -> TeacherReading:
+        """The rollouts in the teacher's tokens."""
+        rows: list[int] = []
+        alignments: list[Alignment] = []
+        completions: list[NDArray[np.int64]] = []
+        refused: dict[int, str] = {}
+        for row, ids in enumerate(rollouts.completion_ids):
+            stops = self._stops(ids)
+            found = align(
+                self._student,
+                self._teacher,
+                ids[: len(ids) - stops],
+                student_ids_V=self._matches_V,
+                max_chunk_tokens=self._max_chunk_tokens,
+                is_cut=not stops,
+            )
+            read = np.concatenate([found.teacher_ids, self._teacher_stops[:1] * stops])
+            if rollouts.prompt_id[row] not in self._prompts:
+                refused[row] = "its prompt is too long in the teacher's tokens"
+            elif not len(read):
+                refused[row] = "the teacher's tokenizer reads nothing in it"
+            else:
+                rows.append(row)
+                alignments.append(found)
+                completions.append(read.astype(np.int64))
+        batch = RolloutBatch(
+            prompt_id=tuple(rollouts.prompt_id[row] for row in rows),
+            sample_index=rollouts.sample_index[rows],
+            prompt_ids=tuple(self._prompts[rollouts.prompt_id[row]] for row in rows),
+            completion_ids=tuple(completions),
+            behavior_logprobs=tuple(np.zeros(len(ids), np.float32) for ids in completions),
+            finish_reason=tuple(rollouts.finish_reason[row] for row in rows),
+        )
+        return TeacherReading(
+            batch=batch, rows=tuple(rows), alignments=tuple(alignments), refused=refused
+        )
+
+    def scores(
+        self,
+        rollouts: RolloutBatch,
+        reading: TeacherReading,
+        scored: ScoreBatch,
+        forced_ids: Sequence[int],
+    ) -> ScoreBatch:
+        """The teacher's scores of `reading.batch` as scores of the rollouts.
+
+        `scored` was asked for `asked_ids(forced_ids)`. Where the student's token is not one of the
+        teacher's, a position has no candidates, everything in its tail, and forced ids of -inf.
+        """
+        asked = self.asked_ids(forced_ids)
+        width = scored.teacher_top_ids[0].shape[1] if reading.rows else 0
+        places = {row: place for place, row in enumerate(reading.rows)}
+        refused = {reading.rows[place]: reason for place, reason in scored.refused.items()}
+        refused |= reading.refused
+        found: list[_Row] = []
+        for row, ids in enumerate(rollouts.completion_ids):
+            if row in refused:
+                found.append(_empty_row(0, width, len(forced_ids)))
+                continue
+            place = places[row]
+            theirs = _Row(
+                logprobs=scored.teacher_logprobs[place].astype(np.float64),
+                top_ids=scored.teacher_top_ids[place],
+                top_logprobs=scored.teacher_top_logprobs[place],
+                tail=scored.teacher_tail_logprobs[place],
+                forced=self._forced(scored.teacher_forced_logprobs[place], asked, forced_ids),
+            )
+            alignment = reading.alignments[place]
+            found.append(self._row(len(ids), self._stops(ids), alignment, theirs, forced_ids))
+        return ScoreBatch(
+            teacher_logprobs=tuple(row.logprobs.astype(np.float32) for row in found),
+            teacher_top_ids=tuple(row.top_ids for row in found),
+            teacher_top_logprobs=tuple(row.top_logprobs for row in found),
+            teacher_tail_logprobs=tuple(row.tail for row in found),
+            teacher_forced_logprobs=tuple(row.forced for row in found),
+            refused=refused,
+            chunk_ids=tuple(row.chunk_ids for row in found),
+            same_tokens=tuple(row.same_tokens for row in found),
+        )
+
+    def _stops(self, ids: NDArray[np.integer[Any]]) -> int:
+        """Terminators at the end of a completion: 0 or 1."""
+        return int(len(ids) > 0 and int(ids[-1]) in self._student_stops)
+
+    def _row(
+        self, tokens: int, stops: int, alignment: Alignment, theirs: "_Row", forced: Sequence[int]
+    ) -> "_Row":
+        """One row of the student's, from the teacher's view of its own tokens."""
+        row = _empty_row(tokens, theirs.top_ids.shape[1], len(forced))
+        text, read = tokens - stops, len(alignment.teacher_ids)
+        source = np.full(tokens, -1, np.int64)
+        source[:text] = alignment.same
+        row.logprobs[:text] = alignment.shares(theirs.logprobs[:read])
+        trains = np.append(alignment.trains, False)[alignment.student_chunk]
+        row.chunk_ids[:text] = np.where(trains, alignment.student_chunk, -1)
+        if stops:
+            columns = [place for place, each in enumerate(forced) if each in self._student_stops]
+            source[-1] = read
+            row.logprobs[-1] = np.logaddexp.reduce(theirs.forced[read, columns])
+            row.chunk_ids[-1] = len(alignment.trains)
+        row.same_tokens[:] = (source >= 0) & (row.chunk_ids >= 0)
+        here, there = np.flatnonzero(row.same_tokens), source[row.same_tokens]
+        row.forced[here] = theirs.forced[there]
+        row.top_ids[here], row.top_logprobs[here], row.tail[here] = self._candidates(
+            theirs.top_ids[there],
+            theirs.top_logprobs[there],
+            theirs.tail[there],
+            theirs.forced[there],
+            forced,
+        )
+        return row
+
+    def _forced(
+        self, theirs_NJ: NDArray[np.float32], asked: Sequence[int], forced_ids: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """Log-probability of the student's forced ids [N, F]; -inf: the teacher has none."""
+        forced_NF = np.full((len(theirs_NJ), len(forced_ids)), -np.inf, np.float32)
+        for column, each in enumerate(forced_ids):
+            places = np.flatnonzero(self._matches_V[list(asked)] == each)
+            if len(places):
+                forced_NF[:, column] = np.logaddexp.reduce(theirs_NJ[:, places], axis=1)
+        return forced_NF
+
+    def _candidates(
+        self,
+        ids_NK: NDArray[np.integer[Any]],
+        logprobs_NK: NDArray[np.float32],
+        tail_N: NDArray[np.float32],
+        forced_NF: NDArray[np.float32],
+        forced_ids: Sequence[int],
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+        """The teacher's candidates as the student's, in rank order, and what is outside them."""
+        own_NK = self._matches_V[ids_NK]
+        values_NK, tail = logprobs_NK.astype(np.float64), tail_N.astype(np.float64)
+        lost_N = np.where(own_NK < 0, np.exp(values_NK), 0.0).sum(1)
+        _merge_equal(own_NK, values_NK)
+        values_NK[own_NK < 0] = -np.inf
+        for column, each in enumerate(forced_ids):
+            if each in self._student_stops and (self._matches_V == each).sum() > 1:
+                rows, columns = np.nonzero(own_NK == each)  # also those outside the teacher's K
+                event = forced_NF[rows, column].astype(np.float64)
+                np.add.at(lost_N, rows, np.exp(values_NK[rows, columns]) - np.exp(event))
+                values_NK[rows, columns] = event
+        with np.errstate(divide="ignore"):
+            moved = np.log(np.maximum(np.exp(tail) + lost_N, 0.0))
+        order = np.argsort(-values_NK, axis=1, kind="stable")
+        values_NK = np.take_along_axis(values_NK, order, axis=1)
+        ids = np.where(values_NK > -np.inf, np.take_along_axis(own_NK, order, axis=1), 0)
+        tail = np.where(lost_N == 0, tail, np.minimum(moved, 0.0))
+        return ids, values_NK.astype(np.float32), tail.astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """The scores of one row; of the teacher's own tokens without the last two fields."""
+
+    logprobs: NDArray[np.float64]  # [T]
+    top_ids: NDArray[np.integer[Any]]  # [T, K]
+    top_logprobs: NDArray[np.float32]  # [T, K]
+    tail: NDArray[np.float32]  # [T]
+    forced: NDArray[np.float32]  # [T, F], of the student's forced ids
+    chunk_ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))  # [T]
+    same_tokens: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))  # [T]
+
+
+def _empty_row(tokens: int, top_k: int, forced: int) -> _Row:
+    """A row where the teacher has no candidate: everything is in the tail."""
+    return _Row(
+        logprobs=np.zeros(tokens, np.float64),
+        top_ids=np.zeros((tokens, top_k), np.int64),
+        top_logprobs=np.full((tokens, top_k), -np.inf, np.float32),
+        tail=np.zeros(tokens, np.float32),
+        forced=np.full((tokens, forced), -np.inf, np.float32),
+        chunk_ids=np.full(tokens, -1, np.int32),
+        same_tokens=np.zeros(tokens, np.bool_),
+    )
+
+
+def _merge_equal(ids_NK: NDArray[np.int64], logprobs_NK: NDArray[np.float64]) -> None:
+    """Add candidates of the same id to the first of them, in place; the others become -1."""
+    in_order = np.sort(ids_NK, axis=1)
+    twice = ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any(1)
+    for row in np.flatnonzero(twice):
+        seen: dict[int, int] = {}
+        for place, each in enumerate(ids_NK[row].tolist()):
+            first = seen.setdefault(each, place)
+            if each >= 0 and first != place:
+                pair = logprobs_NK[row, [first, place]]
+                logprobs_NK[row, first] = np.logaddexp.reduce(pair)
+                ids_NK[row, place] = -1

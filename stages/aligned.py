@@ -1,0 +1,140 @@
+"""Scoring by a teacher with another tokenizer: what its recipe adds, and how a unit is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd_stream.aligned_scores import Aligner
+from opd_stream.byte_tokenizer import ByteTokenizer
+from opd_stream.config import Config
+from opd_stream.engines.base import Engine
+from opd_stream.errors import UserError
+from opd_stream.store.artifact import Artifact
+from opd_stream.store.files import read_json
+from opd_stream.store.policy import tokenizer_digest
+from opd_stream.store.recipe import Recipe
+from opd_stream.store.schema import prompts_batch
+from opd_stream.store.store import Store
+from opd_stream.types import RolloutBatch, ScoreBatch
+from stages.checkpoints import Checkpoint, open_tokenizer
+from stages.prompts import make_prompts, prompts_artifact
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crossing:
+    """What scores depend on beyond the ordinary where the tokenizers differ.
+
+    Example:
+        >>> Crossing(settings={"kind": "bytes", ...}, inputs={"prompts": "3f0c…", ...})
+    """
+
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+
+
+def open_crossing(
+    store: Store, config: Config, student: Checkpoint, teacher: Checkpoint, *, make: bool = True
+) -> Crossing | None:
+    """The crossing of a run; None where the tokenizers are the same or no alignment is asked for.
+
+    Without `make` the teacher's prompts are only named, and no tokenizer is read.
+
+    Raises:
+        UserError: a tokenizer cannot be read as bytes, or the teacher has no terminator.
+    """
+    alignment = config.scores.alignment
+    tokenizers = student.identity.tokenizer_sha256, teacher.identity.tokenizer_sha256
+    if alignment is None or tokenizers[0] == tokenizers[1]:
+        return None
+    if not teacher.terminators():
+        raise UserError(
+            f"teacher {teacher.folder} names no eos_token_id; expected one in "
+            "generation_config.json or config.json, since it ends texts in its own way; add it"
+        )
+    for model in (student, teacher) if make else ():
+        ByteTokenizer(model.tokenizer(), str(model.folder))
+    prompts = (make_prompts if make else prompts_artifact)(store, config.prompts, teacher)
+    return Crossing(
+        settings={
+            **alignment.model_dump(mode="json"),
+            "teacher_stop_ids": list(teacher.terminators()),
+        },
+        inputs={
+            "prompts": prompts.fingerprint,
+            "student_tokenizer": tokenizers[0],
+            "teacher_tokenizer": tokenizers[1],
+        },
+    )
+
+
+def open_aligner(
+    store: Store, scores: Recipe, rollouts: Recipe, *, student: Path, teacher: Path
+) -> Aligner:
+    """The aligner that a recipe of scores asks for.
+
+    Raises:
+        UserError: a checkpoint has another tokenizer than the recipe says.
+    """
+    for folder, role in ((student, "student_tokenizer"), (teacher, "teacher_tokenizer")):
+        if tokenizer_digest(folder) != scores.inputs[role]:
+            raise UserError(
+                f"the tokenizer of {folder} is not the one that the scores' recipe names; the "
+                "folder changed during the run: restore it or start the run again"
+            )
+    prompts = prompts_batch(store.by_fingerprint("prompts", scores.inputs["prompts"]).read_unit(0))
+    settings = scores.settings["alignment"]
+    return Aligner(
+        ByteTokenizer(open_tokenizer(student), str(student)),
+        ByteTokenizer(open_tokenizer(teacher), str(teacher)),
+        vocab_size=int(read_json(teacher / "config.json")["vocab_size"]),
+        student_stops=rollouts.settings["stop_ids"],
+        teacher_stops=settings["teacher_stop_ids"],
+        max_chunk_tokens=settings["max_chunk_tokens"],
+        prompts=dict(zip(prompts.prompt_id, prompts.prompt_ids, strict=True)),
+    )
+
+
+def score_aligned(
+    engine: Engine, aligner: Aligner, batch: RolloutBatch, asked: dict[str, Any]
+) -> tuple[ScoreBatch, RolloutBatch]:
+    """The teacher's scores of rollouts, and the rows that it read."""
+    reading = aligner.read(batch)
+    forced = asked["forced_ids"]
+    if reading.rows:
+        theirs = {**asked, "forced_ids": aligner.asked_ids(forced)}
+        scored = engine.score(reading.batch, **theirs)
+    else:
+        nothing: tuple[Any, ...] = ()
+        scored = ScoreBatch(
+            teacher_logprobs=nothing,
+            teacher_top_ids=nothing,
+            teacher_top_logprobs=nothing,
+            teacher_tail_logprobs=nothing,
+            teacher_forced_logprobs=nothing,
+            refused={},
+        )
+    return aligner.scores(batch, reading, scored, forced), reading.batch
+
+
+def aligned_counts(batch: RolloutBatch, scored: ScoreBatch) -> dict[str, float]:
+    """Tokens of the student in scored rows, of them those in chunks that train and those alike."""
+    assert scored.chunk_ids is not None
+    assert scored.same_tokens is not None
+    return {
+        "student_tokens": batch.completion_tokens,
+        "chunk_tokens": sum(int((chunks >= 0).sum()) for chunks in scored.chunk_ids),
+        "aligned_tokens": sum(int(same.sum()) for same in scored.same_tokens),
+    }
+
+
+def refuse_aligned(scores: Artifact, what: str) -> None:
+    """Refuse what knows nothing of chunks.
+
+    Raises:
+        UserError: the scores are of a teacher with another tokenizer.
+    """
+    if "alignment" in scores.recipe.settings:
+        raise UserError(
+            f"{scores.name} is of a teacher with another tokenizer, and {what} reads every token "
+            "by itself; give it scores without scores.alignment"
+        )

@@ -1,0 +1,449 @@
+"""A teacher with another tokenizer: its scores as the student's, training on them, refusals."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from opd_stream.aligned_scores import Aligner
+from opd_stream.batch_loss import batch_loss
+from opd_stream.batches import collate, trained_mask
+from opd_stream.byte_tokenizer import ByteTokenizer
+from opd_stream.config import Config
+from opd_stream.engines import open_engine
+from opd_stream.errors import UserError
+from opd_stream.fused import OutputHead
+from opd_stream.objectives import Bucket, SampledPg
+from opd_stream.store.codecs import CompactCodec, ExactCodec, decode_scores, encode_scores
+from opd_stream.store.files import read_json
+from opd_stream.store.reader import ScoredRow, open_scores
+from opd_stream.store.store import Store
+from opd_stream.types import RolloutBatch, ScoreBatch
+from pipeline.cache_commands import export, residual
+from pipeline.rounds import run
+from pipeline.run_directory import RunDirectory
+from pipeline.setup import open_setup
+from pipeline.walk import walk
+from stages.checkpoints import open_tokenizer
+from stages.progress import Silent
+from tests.conftest import MODELS, small_config
+from tests.tiny_tokenizers import byte_level, metaspace, random_teacher
+
+TEACHER = MODELS / "ledger-teacher"
+TEXTS = (" Monday: 12 coins", " 7 of them to Ben.", "naïve 😀")
+EOS = 1
+
+
+def rollouts(tokenizer: ByteTokenizer, texts: tuple[str, ...] = TEXTS) -> RolloutBatch:
+    """The texts as the tokenizer writes them; the last one is cut by its window."""
+    prompt = tokenizer.read("What is left?").ids
+    ids = [tokenizer.read(text).ids for text in texts]
+    ids = [np.append(row, EOS) for row in ids[:-1]] + ids[-1:]
+    count = len(texts)
+    return RolloutBatch(
+        prompt_id=tuple(f"p{n}" for n in range(count)),
+        sample_index=np.zeros(count, np.int32),
+        prompt_ids=(prompt,) * count,
+        completion_ids=tuple(ids),
+        behavior_logprobs=tuple(np.full(len(row), -1.5, np.float32) for row in ids),
+        finish_reason=(*["stop"] * (count - 1), "length"),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def aligner(student: Any, teacher: Any, batch: RolloutBatch, **settings: Any) -> Aligner:
+    one, other = ByteTokenizer(student, "student"), ByteTokenizer(teacher, "teacher")
+    return Aligner(
+        one,
+        other,
+        vocab_size=len(other.pieces) + 5,
+        student_stops=(EOS,),
+        teacher_stops=(teacher.eos_token_id,),
+        max_chunk_tokens=settings.get("max_chunk_tokens", 6),
+        prompts={name: other.read("What is left?").ids for name in batch.prompt_id},
+    )
+
+
+def random_scores(
+    batch: RolloutBatch, vocab: int, top_k: int, asked: tuple[int, ...]
+) -> ScoreBatch:
+    """What a teacher of random distributions would answer."""
+    random = np.random.default_rng(5)
+    columns: list[tuple[Any, ...]] = []
+    for ids in batch.completion_ids:
+        dense = torch.log_softmax(torch.from_numpy(random.normal(0, 2, (len(ids), vocab))), 1)
+        top = dense.topk(top_k, dim=1)
+        tail = torch.log1p(-top.values.exp().sum(1))
+        drawn = dense.numpy()[np.arange(len(ids)), ids]
+        columns.append(
+            (drawn, top.indices.numpy(), top.values.numpy(), tail.numpy(), dense.numpy()[:, asked])
+        )
+    single = [tuple(row[n].astype(np.float32) for row in columns) for n in range(5)]
+    ids = tuple(row[1].astype(np.int32) for row in columns)
+    return ScoreBatch(
+        teacher_logprobs=single[0],
+        teacher_top_ids=ids,
+        teacher_top_logprobs=single[2],
+        teacher_tail_logprobs=single[3],
+        teacher_forced_logprobs=single[4],
+        refused={},
+    )
+
+
+def crossed(top_k: int = 12, **settings: Any) -> tuple[RolloutBatch, Any, ScoreBatch, ScoreBatch]:
+    """Rollouts of one tokenizer with the scores of a random teacher that has another."""
+    student, teacher = open_tokenizer(TEACHER), byte_level(420)
+    batch = rollouts(ByteTokenizer(student, "student"))
+    made = aligner(student, teacher, batch, **settings)
+    reading = made.read(batch)
+    scored = random_scores(reading.batch, len(teacher) + 5, top_k, made.asked_ids((EOS,)))
+    return batch, reading, scored, made.scores(batch, reading, scored, (EOS,))
+
+
+@pytest.mark.parametrize("top_k", [1, 8])
+def test_the_same_tokenizer_gives_the_ordinary_scores(top_k: int) -> None:
+    tokenizer = open_tokenizer(TEACHER)
+    batch = rollouts(ByteTokenizer(tokenizer, "both"), (*TEXTS[:2], " On Monday"))
+    made = aligner(tokenizer, tokenizer, batch)
+    engine = open_engine(
+        engine="transformers", folder=TEACHER, dtype="float32", batch_rows=8, vllm={}
+    )
+    ordinary = engine.score(batch, top_k=top_k, forced_ids=(0, EOS))
+    reading = made.read(batch)
+    assert made.asked_ids((0, EOS)) == (0, EOS)
+    read = engine.score(reading.batch, top_k=top_k, forced_ids=(0, EOS))
+    found = made.scores(batch, reading, read, (0, EOS))
+    for name in (
+        "teacher_logprobs",
+        "teacher_top_ids",
+        "teacher_top_logprobs",
+        "teacher_tail_logprobs",
+        "teacher_forced_logprobs",
+    ):
+        for mine, theirs in zip(getattr(found, name), getattr(ordinary, name), strict=True):
+            np.testing.assert_array_equal(mine, theirs, err_msg=name)
+    assert found.same_tokens is not None
+    assert all(row.all() for row in found.same_tokens)
+
+
+def test_chunk_sums_are_the_teachers() -> None:
+    batch, reading, scored, found = crossed()
+    assert found.chunk_ids is not None
+    several = 0
+    for row, alignment in enumerate(reading.alignments):
+        for chunk in range(len(alignment.trains)):
+            mine = alignment.student_chunk == chunk
+            theirs = np.flatnonzero(alignment.teacher_chunk == chunk)
+            total = scored.teacher_logprobs[row][theirs].sum()
+            shares = found.teacher_logprobs[row][: len(mine)][mine]
+            assert shares.sum() == pytest.approx(total, abs=1e-5)
+            several += len(shares) > 1
+    assert several > 2
+    assert len(batch) == 3
+
+
+def test_candidates_are_the_teachers_by_their_bytes() -> None:
+    batch, reading, scored, found = crossed(top_k=60)
+    student = ByteTokenizer(open_tokenizer(TEACHER), "student")
+    teacher = ByteTokenizer(byte_level(420), "teacher")
+    assert found.same_tokens is not None
+    checked = 0
+    for row, alignment in enumerate(reading.alignments):
+        mass = np.exp(found.teacher_top_logprobs[row].astype(float)).sum(1)
+        whole = mass + np.exp(found.teacher_tail_logprobs[row].astype(float))
+        np.testing.assert_allclose(whole, 1, atol=1e-5)
+        for place, same in enumerate(found.same_tokens[row].tolist()):
+            kept = found.teacher_top_logprobs[row][place] > -np.inf
+            assert kept.any() == same
+            if not same or place == len(alignment.same):
+                continue
+            there = alignment.same[place]
+            told = dict(
+                zip(
+                    scored.teacher_top_ids[row][there].tolist(),
+                    scored.teacher_top_logprobs[row][there].tolist(),
+                    strict=True,
+                )
+            )
+            spelled = {
+                teacher.bytes_of[n]: value for n, value in told.items() if n in teacher.bytes_of
+            }
+            for each, value in zip(
+                found.teacher_top_ids[row][place][kept].tolist(),
+                found.teacher_top_logprobs[row][place][kept].tolist(),
+                strict=True,
+            ):
+                if each in student.bytes_of:
+                    assert spelled[student.bytes_of[each]] == pytest.approx(value)
+                    checked += 1
+            known = set(student.bytes_of.values())
+            assert sum(part in known for part in spelled) <= kept.sum()
+    assert checked > 100
+    assert len(batch) == 3
+
+
+def test_stopping_is_one_outcome_after_the_last_byte() -> None:
+    batch, reading, scored, found = crossed()
+    for row in (0, 1):
+        assert reading.batch.completion_ids[row][-1] == byte_level(420).eos_token_id
+        event = scored.teacher_forced_logprobs[row][-1, 0]
+        assert found.teacher_logprobs[row][-1] == event
+        assert found.teacher_forced_logprobs[row][-1, 0] == event
+        assert found.same_tokens is not None
+        assert found.same_tokens[row][-1]
+    assert len(reading.batch.completion_ids[2]) == len(reading.alignments[2].teacher_ids)
+    assert batch.finish_reason[2] == "length"
+
+
+def test_several_terminators_are_summed_in_candidates_and_forced_ids() -> None:
+    student, teacher = open_tokenizer(TEACHER), byte_level(420, specials=("<end>", "<eos>"))
+    batch = rollouts(ByteTokenizer(student, "student"))
+    one, other = ByteTokenizer(student, "student"), ByteTokenizer(teacher, "teacher")
+    made = Aligner(
+        one,
+        other,
+        vocab_size=len(teacher),
+        student_stops=(EOS,),
+        teacher_stops=(0, 1),
+        max_chunk_tokens=6,
+        prompts={name: other.read("?").ids for name in batch.prompt_id},
+    )
+    reading, asked = made.read(batch), made.asked_ids((EOS,))
+    assert asked == (0, 1)
+    scored = random_scores(reading.batch, len(teacher), len(teacher) // 2, asked)
+    found = made.scores(batch, reading, scored, (EOS,))
+    stops = 0
+    for row in range(3):
+        top, ids = found.teacher_top_logprobs[row], found.teacher_top_ids[row]
+        whole = np.exp(top.astype(float)).sum(1) + np.exp(found.teacher_tail_logprobs[row])
+        np.testing.assert_allclose(whole, 1, atol=1e-5)
+        places = np.argwhere((ids == EOS) & (top > -np.inf))
+        for place, column in places:
+            event = found.teacher_forced_logprobs[row][place, 0]
+            assert top[place, column] == event
+            stops += 1
+        if batch.finish_reason[row] == "stop":
+            last = np.logaddexp.reduce(scored.teacher_forced_logprobs[row][-1])
+            assert found.teacher_logprobs[row][-1] == pytest.approx(last)
+    assert stops > 3
+
+
+@pytest.mark.parametrize("codec", [ExactCodec(), CompactCodec(mass=0.9)])
+def test_codecs_keep_chunks(codec: Any) -> None:
+    batch, _, _, found = crossed()
+    table, _ = encode_scores(codec, found, batch)
+    block = decode_scores(table.to_batches()[0])
+    assert block.chunk_ids is not None
+    assert found.chunk_ids is not None
+    np.testing.assert_array_equal(block.chunk_ids, np.concatenate(found.chunk_ids))
+    np.testing.assert_array_equal(block.same_tokens, np.concatenate(found.same_tokens or ()))
+    forced = np.concatenate(found.teacher_forced_logprobs)
+    np.testing.assert_array_equal(np.isinf(block.teacher_forced_logprobs), np.isinf(forced))
+
+
+def scored_rows(batch: RolloutBatch, found: ScoreBatch) -> list[ScoredRow]:
+    """The rows as a reader gives them."""
+    assert found.chunk_ids is not None
+    assert found.same_tokens is not None
+    return [
+        ScoredRow(
+            prompt_id=batch.prompt_id[row],
+            sample_index=0,
+            prompt_ids=batch.prompt_ids[row],
+            completion_ids=batch.completion_ids[row],
+            behavior_logprobs=batch.behavior_logprobs[row],
+            loss_mask=found.chunk_ids[row] >= 0,
+            finish_reason=batch.finish_reason[row],
+            teacher_logprobs=found.teacher_logprobs[row],
+            teacher_top_ids=found.teacher_top_ids[row].astype(np.uint32),
+            teacher_top_logprobs=found.teacher_top_logprobs[row],
+            teacher_tail_logprobs=found.teacher_tail_logprobs[row],
+            teacher_forced_logprobs=found.teacher_forced_logprobs[row],
+            candidate_ids=None,
+            candidate_behavior_logprobs=None,
+            candidate_teacher_logprobs=None,
+            terminators=((EOS,), (0,)),
+            cache=0,
+            chunk_ids=found.chunk_ids[row],
+            same_tokens=found.same_tokens[row],
+        )
+        for row in range(len(batch))
+    ]
+
+
+def test_a_chunk_trains_whole_or_not_at_all() -> None:
+    batch, _, _, found = crossed()
+    for row in scored_rows(batch, found):
+        chunks = row.chunk_ids
+        assert chunks is not None
+        cut = 0
+        for window in range(1, len(chunks) + 1):
+            mask = trained_mask(row, window)
+            trained = set(chunks[:window][mask].tolist())
+            assert not trained & set(chunks[window:].tolist())
+            assert -1 not in trained
+            cut += int(mask.sum()) < int((chunks[:window] >= 0).sum())
+        first = int(row.completion_ids[0])
+        masked = trained_mask(row, len(chunks), [first])
+        assert not masked[chunks == chunks[0]].any()
+        assert cut or len(set(chunks.tolist())) == len(chunks)
+
+
+def loss_of(rows: list[ScoredRow], objective: Any, hidden: torch.Tensor, head: torch.Tensor) -> Any:
+    batch = collate(rows, window_tokens=100)
+    used = hidden[: len(rows), : batch.input_ids_BL.shape[1]]
+    return batch, batch_loss(used, OutputHead(weight_VH=head), batch, [objective])
+
+
+def test_the_advantage_is_the_chunks_shared_out() -> None:
+    batch, _, _, found = crossed()
+    rows = scored_rows(batch, found)
+    torch.manual_seed(1)
+    hidden, head = torch.randn(3, 80, 16), torch.randn(606, 16)
+    made, result = loss_of(rows, SampledPg(), hidden, head)
+    assert made.chunk_N is not None
+    states = hidden[:, : made.input_ids_BL.shape[1]].flatten(0, 1)[made.hidden_rows_N]
+    student = torch.log_softmax(states @ head.T, 1)
+    student = student.gather(1, made.completion_ids_N[:, None])[:, 0]
+    importance = (student - made.behavior_logprobs_N).exp()
+    advantage = (result.losses_N / importance).numpy()
+    for chunk in made.chunk_N.unique():
+        mine = made.chunk_N == chunk
+        total = float((student - made.teacher_logprobs_N)[mine].sum())
+        assert advantage[mine].sum() == pytest.approx(total, abs=1e-3)
+        assert np.ptp(advantage[mine]) < 1e-4
+    alone = [replace(row, chunk_ids=None) for row in rows]
+    _, by_token = loss_of(alone, SampledPg(), hidden, head)
+    assert not torch.allclose(by_token.losses_N, result.losses_N, atol=1e-3)
+
+
+def test_candidates_train_where_the_tokens_are_the_same_and_nowhere_else() -> None:
+    batch, _, _, found = crossed()
+    assert found.same_tokens is not None
+    rows = [row.same_tokens_only() for row in scored_rows(batch, found)]
+    torch.manual_seed(1)
+    hidden, head = torch.randn(3, 80, 16), torch.randn(606, 16)
+    made, result = loss_of(rows, Bucket(), hidden, head)
+    assert len(result.losses_N) == sum(int(same.sum()) for same in found.same_tokens)
+    assert torch.isfinite(result.losses_N).all()
+    assert (result.losses_N >= -1e-5).all()
+    assert float(made.weights_N.sum()) == pytest.approx(1)
+
+
+def test_a_batch_without_a_token_costs_nothing() -> None:
+    batch, _, _, found = crossed()
+    row = scored_rows(batch, found)[2]
+    empty = replace(row, loss_mask=np.zeros(len(row.completion_ids), np.bool_))
+    hidden = torch.randn(1, 80, 16, requires_grad=True)
+    _, result = loss_of([empty], Bucket(), hidden, torch.randn(606, 16))
+    result.loss.backward()
+    assert float(result.loss.detach()) == 0
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
+
+
+def other_teacher(folder: Path, name: str) -> Path:
+    made = {"byte_level": (lambda: byte_level(400), "<eos>"), "metaspace": (metaspace, "</s>")}
+    make, stop = made[name]
+    return random_teacher(folder, make(), stop=stop)
+
+
+def made_run(config: Config, folder: Path) -> dict[str, Any]:
+    return run(config, RunDirectory(folder), Silent())
+
+
+ALIGNED = "scores.alignment={kind: bytes}"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "objective"), [("byte_level", "bucket"), ("metaspace", "sampled_pg")]
+)
+def test_a_round_with_another_tokenizers_teacher(
+    tmp_path: Path, tokenizer: str, objective: str
+) -> None:
+    folder = other_teacher(tmp_path / "teacher", tokenizer)
+    config = small_config(
+        tmp_path,
+        f"teacher.path={folder}",
+        ALIGNED,
+        "rounds=1",
+        f"train.objective={{kind: {objective}}}",
+        "evaluation=null",
+    )
+    made_run(config, tmp_path / "run")
+    report = read_json(tmp_path / "run" / "rounds" / "0000" / "report.json")
+    shares = report["alignment"]
+    assert 0 < shares["aligned_share"] <= shares["chunk_share"] <= 1
+    assert report["tokens"]["teacher_scored"] != report["tokens"]["generated"]
+    name = f"scores/{report['caches'][0]['scores'][:16]}"
+    rows = open_scores(f"{config.store}/{name}")
+    tokens = sum(len(row.completion_ids) for row in rows)
+    same = sum(int(row.same_tokens.sum()) for row in rows if row.same_tokens is not None)
+    assert same / tokens == pytest.approx(shares["aligned_share"])
+    trained = report["tokens"]["trained"] // len(report["epochs"])
+    if objective == "bucket":
+        assert trained == same
+    else:
+        assert trained > same
+    recipe = Store(config.store).by_fingerprint("scores", name.removeprefix("scores/")).recipe
+    assert recipe.settings["alignment"]["max_chunk_tokens"] == 6
+    assert recipe.inputs["student_tokenizer"] != recipe.inputs["teacher_tokenizer"]
+    for command in (
+        lambda: list(residual(config.store, name)),
+        lambda: list(export(config.store, name, tmp_path / "out", "parquet")),
+    ):
+        with pytest.raises(UserError, match="another tokenizer") as caught:
+            command()
+        assert "\n" not in str(caught.value)
+    replayed = small_config(
+        tmp_path,
+        f"replay={{scores: [{name}]}}",
+        "rounds=1",
+        "train.objective=[{kind: bucket}, {kind: sampled_pg}]",
+        "evaluation=null",
+        "teacher=null",
+    )
+    with pytest.raises(UserError, match="train at different tokens"):
+        made_run(replayed, tmp_path / "replay")
+
+
+def test_without_alignment_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = other_teacher(tmp_path / "teacher", "byte_level")
+    with pytest.raises(UserError, match=r"different tokenizers.*scores\.alignment") as caught:
+        made_run(small_config(tmp_path, f"teacher.path={folder}"), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_with_one_tokenizer_alignment_names_the_ordinary_scores(tmp_path: Path) -> None:
+    folder = other_teacher(tmp_path / "teacher", "byte_level")
+    names: list[str] = []
+    for extra in ((), (ALIGNED,), (ALIGNED, f"teacher.path={folder}")):
+        here = next(walk(open_setup(small_config(tmp_path, *extra))))
+        names.append(here.caches[0].scores.fingerprint)
+    assert names[0] == names[1] != names[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["train.objective={kind: mc}", "rollouts.extra_draws=2"], "objective mc"),
+        (["train.objective={kind: sampled_pg, baseline: bucket}"], "baseline bucket"),
+        (["train.objective=[{kind: bucket}, {kind: sampled_pg}]"], "different tokens"),
+        (["train.guards.merge_terminators=false"], "merge_terminators"),
+        (["rollouts.extra_draws=2"], "rollouts.extra_draws"),
+        (
+            ["scores.codec={kind: sampled}", "train.objective={kind: drawn_forward}"],
+            "objective drawn_forward",
+        ),
+        (["scores.codec={kind: sampled}", "train.objective={kind: sampled_pg}"], "codec sampled"),
+    ],
+)
+def test_what_chunks_cannot_serve_is_refused(
+    tmp_path: Path, settings: list[str], words: str
+) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        small_config(tmp_path, ALIGNED, *settings)
+    assert "\n" not in str(caught.value)
+    small_config(tmp_path, *settings)
