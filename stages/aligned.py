@@ -19,6 +19,8 @@ from opd_stream.types import RolloutBatch, ScoreBatch
 from stages.checkpoints import Checkpoint, open_tokenizer
 from stages.prompts import make_prompts, prompts_artifact
 
+_TAKEN_APART: dict[str, ByteTokenizer] = {}  # by the digest of the tokenizer's files
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crossing:
@@ -52,7 +54,7 @@ def open_crossing(
             "generation_config.json or config.json, since it ends texts in its own way; add it"
         )
     for model in (student, teacher) if make else ():
-        ByteTokenizer(model.tokenizer(), str(model.folder))
+        _byte_tokenizer(model.folder, model.identity.tokenizer_sha256)
     prompts = (make_prompts if make else prompts_artifact)(store, config.prompts, teacher)
     return Crossing(
         settings={
@@ -75,23 +77,32 @@ def open_aligner(
     Raises:
         UserError: a checkpoint has another tokenizer than the recipe says.
     """
+    tokenizers: list[ByteTokenizer] = []
     for folder, role in ((student, "student_tokenizer"), (teacher, "teacher_tokenizer")):
-        if tokenizer_digest(folder) != scores.inputs[role]:
+        digest = tokenizer_digest(folder)
+        if digest != scores.inputs[role]:
             raise UserError(
                 f"the tokenizer of {folder} is not the one that the scores' recipe names; the "
                 "folder changed during the run: restore it or start the run again"
             )
+        tokenizers.append(_byte_tokenizer(folder, digest))
     prompts = prompts_batch(store.by_fingerprint("prompts", scores.inputs["prompts"]).read_unit(0))
     settings = scores.settings["alignment"]
     return Aligner(
-        ByteTokenizer(open_tokenizer(student), str(student)),
-        ByteTokenizer(open_tokenizer(teacher), str(teacher)),
+        *tokenizers,
         vocab_size=int(read_json(teacher / "config.json")["vocab_size"]),
         student_stops=rollouts.settings["stop_ids"],
         teacher_stops=settings["teacher_stop_ids"],
         max_chunk_tokens=settings["max_chunk_tokens"],
         prompts=dict(zip(prompts.prompt_id, prompts.prompt_ids, strict=True)),
     )
+
+
+def _byte_tokenizer(folder: Path, digest: str) -> ByteTokenizer:
+    """The tokenizer of a folder; every policy of a run has the same, taken apart once."""
+    if digest not in _TAKEN_APART:
+        _TAKEN_APART[digest] = ByteTokenizer(open_tokenizer(folder), str(folder))
+    return _TAKEN_APART[digest]
 
 
 def score_aligned(

@@ -12,25 +12,15 @@ from opd_stream.aligned_scores import Aligner
 from opd_stream.batch_loss import batch_loss
 from opd_stream.batches import collate, trained_mask
 from opd_stream.byte_tokenizer import ByteTokenizer
-from opd_stream.config import Config
 from opd_stream.engines import open_engine
-from opd_stream.errors import UserError
 from opd_stream.fused import OutputHead
 from opd_stream.objectives import Bucket, SampledPg
 from opd_stream.store.codecs import CompactCodec, ExactCodec, decode_scores, encode_scores
-from opd_stream.store.files import read_json
-from opd_stream.store.reader import ScoredRow, open_scores
-from opd_stream.store.store import Store
+from opd_stream.store.reader import ScoredRow
 from opd_stream.types import RolloutBatch, ScoreBatch
-from pipeline.cache_commands import export, residual
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
-from pipeline.setup import open_setup
-from pipeline.walk import walk
 from stages.checkpoints import open_tokenizer
-from stages.progress import Silent
-from tests.conftest import MODELS, small_config
-from tests.tiny_tokenizers import byte_level, metaspace, random_teacher
+from tests.conftest import MODELS
+from tests.tiny_tokenizers import byte_level, permuted
 
 TEACHER = MODELS / "ledger-teacher"
 TEXTS = (" Monday: 12 coins", " 7 of them to Ben.", "naïve 😀")
@@ -128,8 +118,26 @@ def test_the_same_tokenizer_gives_the_ordinary_scores(top_k: int) -> None:
     assert all(row.all() for row in found.same_tokens)
 
 
+def test_a_teacher_under_other_ids_gives_the_same_scores(tmp_path: Path) -> None:
+    folder = permuted(TEACHER, tmp_path / "teacher")
+    student, teacher = open_tokenizer(TEACHER), open_tokenizer(folder)
+    batch = rollouts(ByteTokenizer(student, "student"), (*TEXTS[:2], " On Monday"))
+    made = aligner(student, teacher, batch)
+    reading, asked = made.read(batch), made.asked_ids((0, EOS))
+    assert asked != (0, EOS)
+    settings = {"engine": "transformers", "dtype": "float32", "batch_rows": 8, "vllm": {}}
+    ordinary = open_engine(folder=TEACHER, **settings).score(batch, top_k=8, forced_ids=(0, EOS))
+    read = open_engine(folder=folder, **settings).score(reading.batch, top_k=8, forced_ids=asked)
+    found = made.scores(batch, reading, read, (0, EOS))
+    for row in range(len(batch)):
+        np.testing.assert_array_equal(found.teacher_top_ids[row], ordinary.teacher_top_ids[row])
+        for name in ("logprobs", "top_logprobs", "tail_logprobs", "forced_logprobs"):
+            mine, theirs = (getattr(side, f"teacher_{name}")[row] for side in (found, ordinary))
+            np.testing.assert_allclose(mine, theirs, atol=1e-4, err_msg=name)
+
+
 def test_chunk_sums_are_the_teachers() -> None:
-    batch, reading, scored, found = crossed()
+    _, reading, scored, found = crossed()
     assert found.chunk_ids is not None
     several = 0
     for row, alignment in enumerate(reading.alignments):
@@ -141,11 +149,10 @@ def test_chunk_sums_are_the_teachers() -> None:
             assert shares.sum() == pytest.approx(total, abs=1e-5)
             several += len(shares) > 1
     assert several > 2
-    assert len(batch) == 3
 
 
 def test_candidates_are_the_teachers_by_their_bytes() -> None:
-    batch, reading, scored, found = crossed(top_k=60)
+    _, reading, scored, found = crossed(top_k=60)
     student = ByteTokenizer(open_tokenizer(TEACHER), "student")
     teacher = ByteTokenizer(byte_level(420), "teacher")
     assert found.same_tokens is not None
@@ -181,7 +188,6 @@ def test_candidates_are_the_teachers_by_their_bytes() -> None:
             known = set(student.bytes_of.values())
             assert sum(part in known for part in spelled) <= kept.sum()
     assert checked > 100
-    assert len(batch) == 3
 
 
 def test_stopping_is_one_outcome_after_the_last_byte() -> None:
@@ -342,108 +348,3 @@ def test_a_batch_without_a_token_costs_nothing() -> None:
     assert float(result.loss.detach()) == 0
     assert hidden.grad is not None
     assert not hidden.grad.any()
-
-
-def other_teacher(folder: Path, name: str) -> Path:
-    made = {"byte_level": (lambda: byte_level(400), "<eos>"), "metaspace": (metaspace, "</s>")}
-    make, stop = made[name]
-    return random_teacher(folder, make(), stop=stop)
-
-
-def made_run(config: Config, folder: Path) -> dict[str, Any]:
-    return run(config, RunDirectory(folder), Silent())
-
-
-ALIGNED = "scores.alignment={kind: bytes}"
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "objective"), [("byte_level", "bucket"), ("metaspace", "sampled_pg")]
-)
-def test_a_round_with_another_tokenizers_teacher(
-    tmp_path: Path, tokenizer: str, objective: str
-) -> None:
-    folder = other_teacher(tmp_path / "teacher", tokenizer)
-    config = small_config(
-        tmp_path,
-        f"teacher.path={folder}",
-        ALIGNED,
-        "rounds=1",
-        f"train.objective={{kind: {objective}}}",
-        "evaluation=null",
-    )
-    made_run(config, tmp_path / "run")
-    report = read_json(tmp_path / "run" / "rounds" / "0000" / "report.json")
-    shares = report["alignment"]
-    assert 0 < shares["aligned_share"] <= shares["chunk_share"] <= 1
-    assert report["tokens"]["teacher_scored"] != report["tokens"]["generated"]
-    name = f"scores/{report['caches'][0]['scores'][:16]}"
-    rows = open_scores(f"{config.store}/{name}")
-    tokens = sum(len(row.completion_ids) for row in rows)
-    same = sum(int(row.same_tokens.sum()) for row in rows if row.same_tokens is not None)
-    assert same / tokens == pytest.approx(shares["aligned_share"])
-    trained = report["tokens"]["trained"] // len(report["epochs"])
-    if objective == "bucket":
-        assert trained == same
-    else:
-        assert trained > same
-    recipe = Store(config.store).by_fingerprint("scores", name.removeprefix("scores/")).recipe
-    assert recipe.settings["alignment"]["max_chunk_tokens"] == 6
-    assert recipe.inputs["student_tokenizer"] != recipe.inputs["teacher_tokenizer"]
-    for command in (
-        lambda: list(residual(config.store, name)),
-        lambda: list(export(config.store, name, tmp_path / "out", "parquet")),
-    ):
-        with pytest.raises(UserError, match="another tokenizer") as caught:
-            command()
-        assert "\n" not in str(caught.value)
-    replayed = small_config(
-        tmp_path,
-        f"replay={{scores: [{name}]}}",
-        "rounds=1",
-        "train.objective=[{kind: bucket}, {kind: sampled_pg}]",
-        "evaluation=null",
-        "teacher=null",
-    )
-    with pytest.raises(UserError, match="train at different tokens"):
-        made_run(replayed, tmp_path / "replay")
-
-
-def test_without_alignment_another_tokenizer_is_refused(tmp_path: Path) -> None:
-    folder = other_teacher(tmp_path / "teacher", "byte_level")
-    with pytest.raises(UserError, match=r"different tokenizers.*scores\.alignment") as caught:
-        made_run(small_config(tmp_path, f"teacher.path={folder}"), tmp_path / "run")
-    assert "\n" not in str(caught.value)
-
-
-def test_with_one_tokenizer_alignment_names_the_ordinary_scores(tmp_path: Path) -> None:
-    folder = other_teacher(tmp_path / "teacher", "byte_level")
-    names: list[str] = []
-    for extra in ((), (ALIGNED,), (ALIGNED, f"teacher.path={folder}")):
-        here = next(walk(open_setup(small_config(tmp_path, *extra))))
-        names.append(here.caches[0].scores.fingerprint)
-    assert names[0] == names[1] != names[2]
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        (["train.objective={kind: mc}", "rollouts.extra_draws=2"], "objective mc"),
-        (["train.objective={kind: sampled_pg, baseline: bucket}"], "baseline bucket"),
-        (["train.objective=[{kind: bucket}, {kind: sampled_pg}]"], "different tokens"),
-        (["train.guards.merge_terminators=false"], "merge_terminators"),
-        (["rollouts.extra_draws=2"], "rollouts.extra_draws"),
-        (
-            ["scores.codec={kind: sampled}", "train.objective={kind: drawn_forward}"],
-            "objective drawn_forward",
-        ),
-        (["scores.codec={kind: sampled}", "train.objective={kind: sampled_pg}"], "codec sampled"),
-    ],
-)
-def test_what_chunks_cannot_serve_is_refused(
-    tmp_path: Path, settings: list[str], words: str
-) -> None:
-    with pytest.raises(UserError, match=words) as caught:
-        small_config(tmp_path, ALIGNED, *settings)
-    assert "\n" not in str(caught.value)
-    small_config(tmp_path, *settings)

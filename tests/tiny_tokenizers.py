@@ -1,13 +1,20 @@
 """Tiny tokenizers of the families that alignment reads, trained in a moment."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer, UnigramTrainer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 TEXT = [
     "On Monday Anna has 12 coins and gives 7 of them to Ben.",
@@ -98,4 +105,28 @@ def random_teacher(folder: Path, tokenizer: PreTrainedTokenizerFast, *, stop: st
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def permuted(source: Path, folder: Path) -> Path:
+    """A checkpoint that computes the same under other ids: its vocabulary in another order."""
+    spec = json.loads((source / "tokenizer.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(source)
+    size = model.config.vocab_size
+    moved = np.random.default_rng(0).permutation(size)
+    names = {piece: int(moved[number]) for piece, number in spec["model"]["vocab"].items()}
+    spec["model"]["vocab"] = dict(sorted(names.items(), key=lambda item: item[1]))
+    for token in spec["added_tokens"]:
+        token["id"] = int(moved[token["id"]])
+    spec["added_tokens"].sort(key=lambda token: token["id"])
+    order = torch.from_numpy(np.argsort(moved))
+    layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for weight in {layer.weight for layer in layers}:
+        weight.data = weight.data[order].clone()
+    for config in (model.config, model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, int(moved[getattr(config, name)]))
+    shutil.copytree(source, folder)
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
     return folder

@@ -241,6 +241,13 @@ def _check_alignment(config: Config) -> None:
             "scores.alignment is set with codec sampled, whose draws may be no token of the "
             "student's; use codec exact or compact"
         )
+    kinds = {part.kind for part in config.train.objective}
+    if config.staleness.student_top_mass and "sampled_pg" in kinds:
+        raise ValueError(
+            f"scores.alignment is set with staleness.student_top_mass "
+            f"{config.staleness.student_top_mass:g} and sampled_pg, whose tokens have no "
+            "candidates where the tokenizers differ; set staleness.student_top_mass=0"
+        )
 
 
 # Fields that decide where and how fast a run happens, never what it produces.
