@@ -216,6 +216,13 @@ def test_terminators_match_each_other_and_no_text() -> None:
     assert end not in matches("small", "llama")[small.read("<eos></s>").ids]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_is_put_in_front_of_a_text(name: str) -> None:
+    found = family(name).read("Monday")
+    assert found.exact.all()
+    assert not family(name).pieces[int(found.ids[0])].startswith(("▁", "Ġ"))
+
+
 def test_a_tokenizer_that_loses_spaces_is_refused() -> None:
     words = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     words.decoder = decoders.WordPiece()
