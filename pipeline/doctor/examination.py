@@ -49,7 +49,7 @@ def examine(config: Config, *, quick: bool) -> Report:
         _add(report, prompts.CONTEXT, prompts.context, config, tables, opened)
     if len(opened) == 2:
         pair = opened["student"], opened["teacher"]
-        _add(report, models.TOKENIZERS, models.tokenizers, *pair)
+        _add(report, models.TOKENIZERS, models.tokenizers, config, *pair)
     sizes = _sizes(report, opened)
     machine = _devices(report, config, sizes, quick=quick)
     setup = _setup(report, config, store)
@@ -165,7 +165,12 @@ def _models(
         report.not_checked |= {check.name: reason for check in (trial.SELF, trial.SAMPLER)}
     else:
         _add(report, trial.SAMPLER, trial.sampler, setup, table)
-        _add(report, trial.SELF, trial.teacher_as_student, setup, table, teacher)
+        if setup.crossing is None:
+            _add(report, trial.SELF, trial.teacher_as_student, setup, table, teacher)
+    if setup.crossing is not None:
+        crossed = "the teacher reads the texts in another tokenizer"
+        report.not_checked |= {check.name: crossed for check in (trial.SELF, cached.CACHED)}
+        return
     if teacher is None:
         report.not_checked[cached.CACHED.name] = "the config names no teacher"
     else:

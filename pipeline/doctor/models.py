@@ -72,14 +72,17 @@ def parameters(folder: Path) -> int:
     return total
 
 
-def tokenizers(student: Checkpoint, teacher: Checkpoint) -> list[Finding]:
+def tokenizers(config: Config, student: Checkpoint, teacher: Checkpoint) -> list[Finding]:
     """Ids that would not mean the same to both."""
+    aligns = config.scores.alignment is not None
     try:
-        check_pair(student, teacher)
+        check_pair(student, teacher, aligns=aligns)
     except UserError as error:
         is_end = "eos_token_id" in str(error)
         return [(TERMINATORS if is_end else TOKENIZERS).refused(error)]
     digest = student.identity.tokenizer_sha256[:12]
+    if aligns and teacher.identity.tokenizer_sha256[:12] != digest:
+        return [TOKENIZERS.ok("two tokenizers, whose texts scores.alignment brings together")]
     size, findings = len(student.tokenizer()), list[Finding]()
     logits = {"student": student.vocab_size(), "teacher": teacher.vocab_size()}
     for role, most in logits.items():
@@ -191,8 +194,9 @@ def _own_terminators(role: str, model: Checkpoint, stop_ids: set[int]) -> list[F
 
 def templates(config: Config, models: Models) -> list[Finding]:
     """Chat templates where prompts use them."""
-    sources = [config.prompts, *([config.evaluation.prompts] if config.evaluation else [])]
-    chats = [source.template for source in sources if source.template.kind == "chat"]
+    parts = {} if config.evaluation is None else config.evaluation.parts()
+    sources = [config.prompts, *(part.prompts for part in parts.values())]
+    chats = [source.template for source in sources if source and source.template.kind == "chat"]
     there = {role: model.tokenizer().chat_template is not None for role, model in models.items()}
     if not chats:
         unused = [role for role, has_one in there.items() if has_one]
