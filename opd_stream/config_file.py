@@ -26,6 +26,16 @@ def load_config(path: Path, overrides: list[str]) -> Config:
     return _validated(_read(path), overrides, str(path))
 
 
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a config file; a file with a `base` may leave out what that one has."""
+    schema = Config.model_json_schema()
+    about = "another config file, whose fields this one starts from"
+    schema["properties"]["base"] = {"type": "string", "description": about}
+    required = schema.pop("required")
+    schema["anyOf"] = [{"required": required}, {"required": ["base"]}]
+    return schema
+
+
 def _read(path: Path) -> dict[str, Any]:
     """The fields of a config file over those of its base."""
     if not path.is_file():

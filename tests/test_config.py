@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
-from opd_stream.config_file import load_config
+from opd_stream.config_file import json_schema, load_config
 from opd_stream.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -98,3 +99,13 @@ def test_a_base_gives_its_fields_and_another_kind_replaces_a_section(tmp_path: P
     config = load_config(tmp_path / "above.yaml", [])
     assert config.train.objective[0].kind == "lsm"
     assert config.train.learning_rate == 0.1
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
+def test_the_schema_accepts_every_config_of_the_project(path: Path) -> None:
+    jsonschema.validate(yaml.safe_load(path.read_text()), json_schema())
+
+
+def test_the_schema_finds_a_misspelt_field() -> None:
+    with pytest.raises(jsonschema.ValidationError, match="rouds"):
+        jsonschema.validate({"base": "quickstart.yaml", "rouds": 3}, json_schema())

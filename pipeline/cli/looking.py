@@ -1,0 +1,162 @@
+"""Commands that look: before a run, while it goes on, and at what it left. They change nothing."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import (
+    ConfigFile,
+    Overrides,
+    RoundNumber,
+    RunDir,
+    RunFolder,
+    app,
+    console,
+    open_run,
+)
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What a run would do and cost, and what of it is there; exit code 1: a disk is too small."""
+    from pipeline.forecast import forecast
+    from pipeline.forecast.table import print_plan
+
+    found = forecast(*open_run(config, overrides, run_dir))
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=2))
+    else:
+        print_plan(found, console=console())
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Load no model.")] = False,
+) -> None:
+    """Say whether a config can run here and is set up right; exit code 1 if not."""
+    from opd_stream.config_file import load_config
+    from pipeline.doctor import screen
+    from pipeline.doctor.examination import examine
+
+    report = examine(load_config(config, overrides or []), quick=quick)
+    for line in [screen.as_json(report)] if as_json else screen.lines(report):
+        typer.echo(line)
+    if not report.may_start:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(
+    run_dir: RunFolder,
+    overrides: Overrides = None,
+    live: Annotated[bool, typer.Option("--watch", help="Stay until the run is finished.")] = False,
+    every: Annotated[float, typer.Option(min=0.5, help="Seconds between two looks.")] = 3.0,
+    form: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """How far a run is, by the store; --set asks what another setting would still find there."""
+    from opd_stream.config_file import override_config
+    from pipeline.run_directory import RunDirectory
+    from pipeline.status import print_status
+
+    directory = RunDirectory(run_dir)
+    settings = override_config(directory.config(), overrides or [])
+    print_status(settings, directory, as_json=form, every=every if live else None)
+
+
+@app.command()
+def inspect(
+    run_dir: RunFolder,
+    round_index: RoundNumber,
+    prompt: Annotated[str | None, typer.Option(metavar="ID", help="Show its rollout.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Which one, from 0. Default: 0.")] = None,
+    worst: Annotated[
+        int | None, typer.Option(metavar="N", help="List the N with the largest mean.")
+    ] = None,
+    by: Annotated[
+        str,
+        typer.Option(help="reverse_kl, teacher_nll, entropy, logprob_gap, rank or tail_mass."),
+    ] = "reverse_kl",
+    html: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Write a page instead of showing it here.")
+    ] = None,
+    cache_number: Annotated[
+        int | None, typer.Option("--cache", help="Of the round's caches. Default: the newest.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """A cached rollout seen with its teacher scores, or the worst of a round."""
+    from opd_stream.config_file import override_config
+    from pipeline.inspect import command, terminal
+    from pipeline.run_directory import RunDirectory
+
+    has_choice = sample is not None or cache_number is not None
+    command.check_question(prompt, worst, html, has_choice)
+    directory = RunDirectory(run_dir)
+    config = override_config(directory.config(), overrides or [])
+    if prompt is None:
+        assert worst is not None
+        found = command.inspect_worst(
+            directory, config, round_index=round_index, count=worst, by=by
+        )
+        return terminal.print_worst(found, console=console())
+    view = command.inspect_rollout(
+        directory,
+        config,
+        round_index=round_index,
+        prompt_id=prompt,
+        sample=sample or 0,
+        cache=cache_number,
+        by=by,
+    )
+    if html is not None:
+        return typer.echo(command.write_page(view, html))
+    terminal.print_rollout(view, console=console())
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
+    out: Annotated[Path, typer.Option("--out", help="HTML file.")] = Path("report.html"),
+) -> None:
+    """Show runs on one HTML page: accuracy, cost, drift, decisions, lineage."""
+    from pipeline.report import check_libraries
+
+    check_libraries()
+    from pipeline.report.page import write_report
+
+    typer.echo(write_report(run_dirs, out))
+
+
+@app.command()
+def compare(
+    left: Annotated[str, typer.Argument(metavar="A", help="RUN, RUN@ROUND or evaluate's --out.")],
+    right: Annotated[str, typer.Argument(metavar="B", help="The same.")],
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of intervals.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+) -> None:
+    """Compare two policies on the same problems and seeds, with intervals."""
+    from opd_stream.tasks.bootstrap import Bootstrap
+    from pipeline.comparison import compare as compare_policies
+
+    for line in compare_policies(left, right, Bootstrap(confidence=confidence, seed=seed)):
+        typer.echo(line)
+
+
+@app.command()
+def schema() -> None:
+    """JSON schema of a run's YAML file, for completion and checks in editors."""
+    from opd_stream.config_file import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
