@@ -27,12 +27,15 @@ def load_config(path: Path, overrides: list[str]) -> Config:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of a config file; a file with a `base` may leave out what that one has."""
+    """JSON schema of a config file, for editors.
+
+    Nothing is required in it: a file with a `base` has only what differs.
+    """
     schema = Config.model_json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        section.pop("required", None)
     about = "another config file, whose fields this one starts from"
     schema["properties"]["base"] = {"type": "string", "description": about}
-    required = schema.pop("required")
-    schema["anyOf"] = [{"required": required}, {"required": ["base"]}]
     return schema
 
 

@@ -192,9 +192,10 @@ def _as_tuple(value: Any) -> Any:
 class Train(Section):
     """How the scores are read into weights."""
 
-    objective: Annotated[tuple[Objective, ...], BeforeValidator(_as_tuple)] = Field(
-        description="one, or a list whose weighted sum is the loss"
-    )
+    objective: Annotated[
+        tuple[Objective, ...],
+        BeforeValidator(_as_tuple, json_schema_input_type=Objective | tuple[Objective, ...]),
+    ] = Field(description="one, or a list whose weighted sum is the loss")
     top_k: int | None = Field(
         default=None, ge=1, description="use only so many of the cached candidates; null: all"
     )
