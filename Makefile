@@ -8,7 +8,7 @@ VLLM_READY := .venv-vllm/.ready
 BENCH := .venv-bench/bin
 BENCH_READY := .venv-bench/.ready
 
-.PHONY: help quickstart test test-faults test-vllm lint models bench-cache bench-engines bench-engines-memory \
+.PHONY: help quickstart test test-slow test-vllm lint models bench-cache bench-engines bench-engines-memory \
 	bench-engines-vllm bench-generation bench-loss bench-overlap bench-reload \
 	bench-methods bench-quickstart bench-train \
 	bench-truncated clean
@@ -29,8 +29,8 @@ quickstart: $(READY) ## distil the embedded teacher into the embedded student, a
 test: $(READY) ## the test suite, under five minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-faults: $(READY) ## workers and nodes that die, hang or go away; three minutes
-	$(BIN)/python -m pytest -m faults
+test-slow: $(READY) ## workers, nodes and stores that fail, whole runs on Ray; five minutes
+	$(BIN)/python -m pytest -m slow
 
 test-vllm: $(VLLM_READY) ## the engine contract and a run with vLLM, on a CPU; two minutes after set-up
 	OMP_WAIT_POLICY=PASSIVE $(VLLM)/python -m pytest tests/test_vllm.py tests/test_engines.py

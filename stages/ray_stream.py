@@ -54,6 +54,7 @@ def stop_cluster() -> None:
     """Leave the cluster, and end it where we started it."""
     import ray
 
+    logging.getLogger("ray").setLevel(logging.CRITICAL)  # threads of a stream that was left
     ray.shutdown()
 
 

@@ -232,7 +232,7 @@ def test_missing_answers_and_answers_the_judge_cannot_read(tmp_path: Path) -> No
 
 def test_evaluation_on_training_prompts(tmp_path: Path) -> None:
     found = only(quick(tmp_path, "evaluation.prompts.seed=11"), "warning", prompts.PROMPTS)
-    assert "4 of 4 evaluation prompts" in found.found
+    assert "4 of 4 are training prompts too" in found.found
 
 
 def test_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

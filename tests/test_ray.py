@@ -31,6 +31,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run" / "summary.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_ray_killed_in_the_middle_ends_where_the_local_loop_does(tmp_path: Path) -> None:
     local, ray = tmp_path / "local", tmp_path / "ray"

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_test.jsonl"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.exists(), reason="GSM8K-format prompts are not beside this checkout")
 def test_a_round_over_256_gsm8k_prompts_and_the_second_call_does_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipeline", "run", str(ROOT / "configs" / "gsm8k.yaml")]
