@@ -2,6 +2,7 @@
 
 A path written in a config file is relative to that file; a path given on the command line, and the
 default store and run folder, are relative to where the command is called. Unknown keys are refused.
+Nothing here needs torch.
 """
 
 from pathlib import Path
@@ -14,6 +15,23 @@ from opd_stream.config.evaluation import Evaluation
 from opd_stream.config.prompts import Prompts
 from opd_stream.config.section import Section
 from opd_stream.config.training import Staleness, Train, unserved_by_chunks
+
+__all__ = [
+    "PLACEMENT",
+    "Config",
+    "Evaluation",
+    "Model",
+    "Pool",
+    "Pools",
+    "Prompts",
+    "Replay",
+    "Rollouts",
+    "Scores",
+    "Staleness",
+    "Student",
+    "Train",
+    "TrainerPool",
+]
 
 
 class Replay(Section):

@@ -1,4 +1,7 @@
-"""Engines: one class with two verbs, `sample` (as a student) and `score` (as a teacher)."""
+"""Engines: one class with two verbs, `sample` (as a student) and `score` (as a teacher).
+
+Torch is loaded when an engine is opened, not before.
+"""
 
 import os
 from collections.abc import Mapping
@@ -6,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from opd_stream.engines.base import Engine
+
+__all__ = ["Engine", "open_engine"]
 
 
 def open_engine(

@@ -4,7 +4,7 @@
     block = decode_scores(table.to_batches()[0])
 
 Every codec keeps the same row: docs/cache-format.md is the specification. A shard says in its
-schema metadata which codec wrote it, so a reader needs no config.
+schema metadata which codec wrote it, so a reader needs no config. Nothing here needs torch.
 """
 
 import json
@@ -31,6 +31,19 @@ from opd_stream.store.codecs.fidelity import Fidelity
 from opd_stream.store.codecs.sampled import decode_sampled, encode_sampled
 from opd_stream.store.files import canonical_json
 from opd_stream.types import RolloutBatch, ScoreBatch
+
+__all__ = [
+    "Codec",
+    "CompactCodec",
+    "ExactCodec",
+    "Fidelity",
+    "SampledCodec",
+    "ScoreBlock",
+    "build_codec",
+    "codec_settings",
+    "decode_scores",
+    "encode_scores",
+]
 
 METADATA_KEY = b"opd_stream"
 ALIGNED = ("chunk_ids", "same_tokens")  # columns of scores with alignment, whatever the codec
