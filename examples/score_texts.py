@@ -80,8 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> str:
 
 def texts_of(path: Path) -> list[tuple[str, str]]:
     """(prompt, completion) of each line."""
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return [(row["prompt"], row["completion"]) for row in rows]
+    texts: list[tuple[str, str]] = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        row = json.loads(line)
+        if missing := {"prompt", "completion"} - set(row):
+            raise UserError(
+                f"{path} line {number} has no {', '.join(sorted(missing))}; expected one JSON "
+                "object a line with prompt and completion; add it"
+            )
+        texts.append((row["prompt"], row["completion"]))
+    return texts
 
 
 def rollouts_of(

@@ -20,7 +20,10 @@ import yaml
 
 from opd_stream.errors import UserError
 from opd_stream.store import open_scores
-from tests.conftest import MODELS
+from pipeline.rounds import run
+from pipeline.run_directory import RunDirectory
+from stages.progress import Silent
+from tests.conftest import MODELS, small_config
 
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -181,6 +184,23 @@ def test_the_example_refuses_a_teacher_with_another_tokenizer(tmp_path: Path) ->
 def test_a_step_on_the_examples_scores_lowers_the_loss(scored: str) -> None:
     before, after = _example("train_step").main([scored, "--rows", "4", "--window", "64"])
     assert 0 < after < before
+
+
+def test_a_line_without_a_completion_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    with pytest.raises(UserError, match=r"line 2 has no completion"):
+        _example("score_texts").main([str(texts), "--store", str(tmp_path / "store")])
+    assert not list(tmp_path.glob("store/*/*/recipe.json"))
+
+
+def test_a_run_trains_on_the_examples_scores(scored: str, tmp_path: Path) -> None:
+    store, _, fingerprint = scored.rsplit("/", 2)
+    settings = (f"store={store}", f"replay.scores=[{fingerprint}]", "rounds=1", "evaluation=null")
+    config = small_config(tmp_path, *settings, "staleness.max_epochs=1", "scores.top_k=4")
+    found = run(config, RunDirectory(tmp_path / "run"), progress=Silent())
+    assert found["caches"][0][0]["scores"].startswith(fingerprint)
+    assert found["tokens"] == {"generated": 0, "teacher_scored": 0, "trained": 8 * 48}
 
 
 def test_scores_are_read_and_engines_named_without_torch(scored: str) -> None:
