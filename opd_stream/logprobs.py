@@ -85,23 +85,24 @@ def head_scores(
     With `draws_ND`, D uniform numbers a token, the K entries are the distinct ids drawn with them
     from the teacher, with log(count / D); -inf after the last, and an empty tail.
     """
-    starts = range(0, len(hidden_NH), chunk_rows)
-    chunks = [
-        _chunk_scores(
-            head(hidden_NH[start : start + chunk_rows]).float(),
-            asked_ids_NJ[start : start + chunk_rows],
+    # What stays is allocated once: small columns kept between large logits would hold the memory of
+    # every chunk open.
+    columns: dict[str, torch.Tensor] = {}
+    for start in range(0, len(hidden_NH), chunk_rows):
+        rows = slice(start, start + chunk_rows)
+        chunk = _chunk_scores(
+            head(hidden_NH[rows]).float(),
+            asked_ids_NJ[rows],
             forced_ids_F,
             top_k,
-            None if draws_ND is None else draws_ND[start : start + chunk_rows],
+            None if draws_ND is None else draws_ND[rows],
         )
-        for start in starts
-    ]
-    return HeadScores(
-        **{
-            name: torch.cat([getattr(chunk, name) for chunk in chunks])
-            for name in HeadScores.__slots__
-        }
-    )
+        for name in HeadScores.__slots__:
+            part = getattr(chunk, name)
+            if name not in columns:
+                columns[name] = part.new_empty(len(hidden_NH), *part.shape[1:])
+            columns[name][rows] = part
+    return HeadScores(**columns)
 
 
 def _chunk_scores(
