@@ -75,7 +75,15 @@ def open_queue() -> Any:
         async def get(self) -> pa.Table | None:
             return await self.blocks.get()
 
-    return ray.remote(num_cpus=0)(Queue).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=_this_node())(Queue).remote()
+
+
+def _this_node() -> Any:
+    """Beside the run itself: what is lost with any other node would end it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def put(queue: Any, blocks: list[pa.Table]) -> None:
@@ -115,7 +123,12 @@ def stream(queue: Any, workers: list[WorkerSpec]) -> Iterator[pa.Table]:
     start_seconds = _patience([pool for _, _, pool in workers])
     context.wait_for_min_actors_s = start_seconds
     with ray.data.DataContext.current(context):
-        dataset = ray.data.read_datasource(_source(queue), override_num_blocks=1, num_cpus=0)
+        dataset = ray.data.read_datasource(
+            _source(queue),
+            override_num_blocks=1,
+            num_cpus=0,
+            ray_remote_args={"scheduling_strategy": _this_node()},
+        )
         for worker, arguments, pool in workers:
             dataset = dataset.map_batches(
                 worker,
