@@ -144,6 +144,9 @@ def check_opd_stream(arguments: list[str]) -> None:
         field, equals, _ = override.partition("=")
         assert equals
         assert field in {"a.b", "FIELD"} or has_field(field), field
+    shipped = [word for word in arguments if word.startswith("configs/")]
+    for config in shipped:
+        load_config(ROOT / config, overrides)
 
 
 def check_command(words: list[str], *, needs: str | None) -> None:

@@ -77,6 +77,22 @@ def test_a_line_runs(words: tuple[str, ...], done: dict[tuple[str, ...], Any]) -
         assert "the run may start" in said
 
 
+def test_what_the_tutorial_tells_of_its_run(done: dict[tuple[str, ...], Any]) -> None:
+    """Accuracy rises, and machines that share a store make the policies of one machine."""
+    _, said = done[("opd-stream", "compare", "runs/my@0", "runs/my")]
+    (gain,) = re.findall(r"pass@1 .* ([+-]\d\.\d+)   \[", said)
+    assert float(gain) > 0.1
+    _, run = done[("opd-stream", "run", "my.yaml")]
+    ((_, train),) = [
+        said
+        for words, said in done.items()
+        if words[1] == "train" and words[words.index("--round") + 1] == "1"
+    ]
+    (alone,) = re.findall(r"final policy: store/(policies/\w+)", run)
+    (shared,) = re.findall(r"(policies/\w+) is complete", train)
+    assert alone == shared
+
+
 ROW = re.compile(r"^\| `([a-z_.]+=.+?)` \| (\w+) \| (\w+) \| (\w+) \|$", re.MULTILINE)
 REUSE = ROW.findall((ROOT / "docs" / "ablations.md").read_text())
 
