@@ -155,8 +155,14 @@ def compare(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    out: Annotated[Path | None, typer.Option("--out", help="File to write. Default: show.")] = None,
+) -> None:
     """JSON schema of a run's YAML file, for completion and checks in editors."""
     from opd_stream.config_file import json_schema
+    from opd_stream.store.files import publish
 
-    typer.echo(json.dumps(json_schema(), indent=2))
+    text = json.dumps(json_schema(), indent=2)
+    if out is None:
+        return typer.echo(text)
+    publish(out, f"{text}\n".encode())
