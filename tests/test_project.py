@@ -222,4 +222,4 @@ def test_the_readme_says_how_an_editor_finds_the_schema() -> None:
     (line,) = re.findall(
         r"# yaml-language-server: \$schema=(\S+)", (ROOT / "README.md").read_text()
     )
-    assert f"opd-stream schema > {line}" in (ROOT / "README.md").read_text()
+    assert f"opd-stream schema --out {line}" in (ROOT / "README.md").read_text()
