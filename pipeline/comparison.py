@@ -86,7 +86,13 @@ def _open_side(place: str) -> Side:
     if not directory.path.is_dir():
         raise UserError(f"{directory.path} does not exist; {_PLACES}; check the path")
     store = Store(directory.config().store)
-    evaluations = directory.summary().get("evaluations", [])
+    summary = directory.summary()
+    evaluations = summary.get("evaluations", [])
+    if not at and evaluations and not summary["finished"]:
+        raise UserError(
+            f"{place} is not finished ({summary['rounds']} of {summary['rounds_planned']} rounds); "
+            f"{_PLACES}; finish it, or name the round of an evaluation ({place}@0 is the start)"
+        )
     if at:
         evaluations = [entry for entry in evaluations if entry["round"] == int(number)]
     if not evaluations:

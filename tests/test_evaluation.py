@@ -271,6 +271,10 @@ def test_a_run_is_compared_with_its_own_start(tmp_path: Path) -> None:
     assert [line.split("  ")[0] for line in lines[2::2]] == ["one", "two", "mean of 2"]
     with pytest.raises(UserError, match="has no evaluation of round 7"):
         list(compare(f"{folder}@7", str(folder), Bootstrap()))
+    stopped = {**summary, "finished": False, "rounds": 0}
+    (folder / "summary.json").write_text(json.dumps(stopped))
+    with pytest.raises(UserError, match="is not finished \\(0 of 1 rounds\\)"):
+        list(compare(f"{folder}@0", str(folder), Bootstrap()))
 
 
 def test_what_cannot_be_compared_is_one_line(measured: Path, tmp_path: Path) -> None:

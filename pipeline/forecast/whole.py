@@ -21,8 +21,8 @@ def forecast(config: Config, directory: RunDirectory) -> Forecast:
     Raises:
         UserError: the run would be refused, told in the same line.
     """
-    directory.check(config)
     known = known_of(open_read_only(config))
+    directory.check(config)
     found = list(forecast_rounds(known))
     rounds = tuple(here for here, _ in found)
     trained = [counts for _, counts in found]
