@@ -100,7 +100,7 @@ def random_rollouts(
 
 def _compare_with_bare(name: str, engine: TransformersEngine, arguments: Any) -> None:
     rollouts = random_rollouts(arguments.rows, prompt=64, completion=192, shared=False)
-    mine, bare = _interleaved(
+    mine, bare = interleaved(
         arguments.repeats,
         lambda: engine.score(rollouts, top_k=arguments.top_k, forced_ids=(1, 2)),
         lambda: _bare(engine, rollouts),
@@ -136,19 +136,21 @@ def _compare_shared(name: str, engine: TransformersEngine, arguments: Any) -> No
         score()
         prefill.LEAST_SAVING = kept
 
-    together, apart = _interleaved(arguments.repeats, score, separately)
+    together, apart = interleaved(arguments.repeats, score, separately)
     print(f"| {name} | {together:.2f} | {apart:.2f} | {apart / together:.2f} |", flush=True)
 
 
-def _interleaved(repeats: int, *work: Callable[[], object]) -> list[float]:
-    """Median CPU seconds of each, run in turn after one run that is not counted."""
+def interleaved(
+    repeats: int, *work: Callable[[], object], clock: Callable[[], float] = time.process_time
+) -> list[float]:
+    """Median seconds of each, of the CPU by default, in turn after one run that is not counted."""
     seconds: list[list[float]] = [[] for _ in work]
     for number in range(repeats + 1):
         for place, do in enumerate(work):
-            start = time.process_time()
+            start = clock()
             do()
             if number:
-                seconds[place].append(time.process_time() - start)
+                seconds[place].append(clock() - start)
     return [statistics.median(values) for values in seconds]
 
 

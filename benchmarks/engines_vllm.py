@@ -6,17 +6,16 @@ Wall-clock medians of interleaved runs in one process; both use the threads they
 """
 
 import argparse
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from benchmarks.engines import make_engine, random_rollouts
+from benchmarks.engines import interleaved, make_engine, random_rollouts
 from opd_stream.engines import open_engine
+from opd_stream.engines.base import Engine
 from opd_stream.types import PromptBatch, RolloutBatch
 
 SHAPES = ("tiny, V 4,096", "70 M, V 4,096")
@@ -42,36 +41,28 @@ def main() -> None:
         print("| work | transformers engine, tok/s | vllm engine, tok/s | ratio |")
         print("|---|---|---|---|")
         for work, do in (("scoring", _score), ("sampling", _sample)):
-            mine, other = _interleaved(
+            mine, other = interleaved(
                 arguments.repeats,
                 lambda do=do: do(ours, rollouts),
                 lambda do=do: do(theirs, rollouts),
+                clock=time.perf_counter,
             )
-            print(f"| {work} | {mine:,.0f} | {other:,.0f} | {mine / other:.2f} |", flush=True)
+            tokens = rollouts.completion_tokens
+            rates = f"{tokens / mine:,.0f} | {tokens / other:,.0f}"
+            print(f"| {work} | {rates} | {other / mine:.2f} |", flush=True)
 
 
-def _score(engine: object, rollouts: RolloutBatch) -> int:
-    engine.score(rollouts, top_k=20, forced_ids=(1,))  # type: ignore[attr-defined]
-    return rollouts.completion_tokens
+def _score(engine: Engine, rollouts: RolloutBatch) -> None:
+    engine.score(rollouts, top_k=20, forced_ids=(1,))
 
 
-def _sample(engine: object, rollouts: RolloutBatch) -> int:
+def _sample(engine: Engine, rollouts: RolloutBatch) -> None:
+    """As many tokens as the rollouts have."""
     prompts = PromptBatch(prompt_id=rollouts.prompt_id, prompt_ids=rollouts.prompt_ids)
-    return engine.sample(  # type: ignore[attr-defined]
-        prompts, window_tokens=192, samples_per_prompt=1, temperature=1.0, seed=0, stop_ids=()
-    ).completion_tokens
-
-
-def _interleaved(repeats: int, *work: Callable[[], int]) -> list[float]:
-    """Median tokens a second of each, after one run that is not counted."""
-    rates: list[list[float]] = [[] for _ in work]
-    for number in range(repeats + 1):
-        for place, do in enumerate(work):
-            start = time.perf_counter()
-            tokens = do()
-            if number:
-                rates[place].append(tokens / (time.perf_counter() - start))
-    return [statistics.median(values) for values in rates]
+    window = len(rollouts.completion_ids[0])
+    engine.sample(
+        prompts, window_tokens=window, samples_per_prompt=1, temperature=1.0, seed=0, stop_ids=()
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Policies on held-out problems: sample what is missing, judge it, and say how sure that is."""
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,11 +93,6 @@ class Evaluator:
             "seconds": seconds,
             "benchmarks": benchmarks,
         }
-
-
-def import_training() -> object:
-    """Load what training needs while workers start."""
-    return importlib.import_module("stages.train")
 
 
 def open_policy(config: Config, store: Store, folder: Path) -> tuple[Checkpoint, tuple[int, ...]]:

@@ -4,6 +4,7 @@ Every step first looks for its artifact and makes only what is missing, so the s
 a run, continues one after any kind of stop, and finds that a finished one has nothing to do.
 """
 
+import importlib
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit
 from pipeline.caches import Cache, scores_of
-from pipeline.evaluation import Evaluator, import_training
+from pipeline.evaluation import Evaluator
 from pipeline.plan import is_due
 from pipeline.reports import Span, busy_seconds, round_report, summary
 from pipeline.run_directory import RunDirectory
@@ -190,8 +191,13 @@ def _make_probe(session: Session, here: Round, *, score: bool) -> None:
 def _finish(session: Session, work: Collection, name: str) -> None:
     """Wait for a collection; this process gets ready for training while the workers start."""
     if work.orders:
-        import_training()
+        _import_training()
     session.spans += finish(session.executor, work, session.progress, name=name)
+
+
+def _import_training() -> None:
+    """Load what training needs while workers start."""
+    importlib.import_module("stages.train")
 
 
 def train_policy(session: Session, here: Round) -> None:
@@ -254,7 +260,7 @@ def evaluate_policy(session: Session, student: Checkpoint) -> dict[str, Any]:
         run_id=session.run_id,
         progress=session.progress,
     )
-    found = evaluator.measure(student, session.setup.stop_ids, import_training)
+    found = evaluator.measure(student, session.setup.stop_ids, _import_training)
     session.spans += evaluator.spans
     session.reached |= evaluator.reached
     return found

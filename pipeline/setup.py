@@ -1,7 +1,7 @@
 """Everything that is the same in all rounds, checked before any work."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,38 +52,62 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
     check_extras(config)
     store = Store(config.store)
     store.check_writable()
-    opened = partial(open_checkpoint, store)
+    setup = setup_of(config, store, partial(open_checkpoint, store), token_id_of, make=make)
+    if make:
+        check_evaluation(config, store, setup.student)
+    tokenizer = setup.student.tokenizer()
+    return replace(
+        setup,
+        masked_ids=masked_ids(config, tokenizer),
+        newline_ids=_newlines(config, tokenizer),
+    )
+
+
+def setup_of(
+    config: Config,
+    store: Store,
+    opened: Opener,
+    token_id: Callable[[Checkpoint, str], int | None],
+    *,
+    make: bool,
+) -> Setup:
+    """The setup without what only training reads (masked and newline ids).
+
+    Args:
+        config: the run.
+        store: of the run.
+        opened: identifies a checkpoint folder.
+        token_id: the id of a token in a checkpoint's vocabulary; None: it has none.
+        make: the prompts artifacts; False: only name them.
+
+    Raises:
+        UserError: as `open_setup`.
+    """
     student = opened(config.student.path)
     teacher, crossing = None, None
     if config.replay is None:
         assert config.teacher is not None  # validated with the config
         teacher = opened(config.teacher.path)
         check_pair(student, teacher, aligns=config.scores.alignment is not None)
-        check_top_k(config, teacher)
+        _check_top_k(config, teacher)
         crossing = open_crossing(store, config, student, teacher, make=make)
-    stop_ids = stop_ids_of(student, None if crossing is not None else teacher)
-    if make:
-        check_evaluation(config, store, student)
+    reads_alike = [student] if teacher is None or crossing is not None else [student, teacher]
+    stop_ids = {token for model in reads_alike for token in model.terminators()}
+    forced = _forced(config, student, token_id)
     return Setup(
         config=config,
         store=store,
         student=student,
         teacher=teacher,
         crossing=crossing,
-        replayed_teacher=replayed_teacher(opened, config),
-        warnings=warnings_of(opened, config, teacher),
-        stop_ids=stop_ids,
-        forced_ids=tuple(sorted({*stop_ids, *_forced(config, student)})),
-        masked_ids=masked_ids(config, student.tokenizer()),
-        newline_ids=_newlines(config, student),
+        replayed_teacher=_replayed_teacher(opened, config),
+        warnings=_warnings(opened, config, teacher),
+        stop_ids=tuple(sorted(stop_ids)),
+        forced_ids=tuple(sorted({*stop_ids, *forced})),
+        masked_ids=(),
+        newline_ids=(),
         prompts=(make_prompts if make else prompts_artifact)(store, config.prompts, student),
     )
-
-
-def stop_ids_of(student: Checkpoint, teacher: Checkpoint | None) -> tuple[int, ...]:
-    """Terminators of either model."""
-    models = [student] if teacher is None else [student, teacher]
-    return tuple(sorted({token for model in models for token in model.terminators()}))
 
 
 def check_extras(config: Config) -> None:
@@ -111,7 +135,7 @@ def check_evaluation(config: Config, store: Store, student: Checkpoint) -> None:
         evaluation_prompts(store, part, student)
 
 
-def check_top_k(config: Config, teacher: Checkpoint) -> None:
+def _check_top_k(config: Config, teacher: Checkpoint) -> None:
     """Refuse more candidates than there are tokens."""
     if config.scores.top_k > teacher.vocab_size():
         raise UserError(
@@ -120,16 +144,24 @@ def check_top_k(config: Config, teacher: Checkpoint) -> None:
         )
 
 
-def _forced(config: Config, student: Checkpoint) -> list[int]:
+def token_id_of(model: Checkpoint, token: str) -> int | None:
+    """The id of a token in a checkpoint's vocabulary; None: it has none."""
+    found = model.tokenizer().convert_tokens_to_ids(token)
+    return None if found == model.tokenizer().unk_token_id else found
+
+
+def _forced(
+    config: Config, student: Checkpoint, token_id: Callable[[Checkpoint, str], int | None]
+) -> list[int]:
     found: list[int] = []
     for token in config.scores.forced_tokens:
-        token_id = student.tokenizer().convert_tokens_to_ids(token)
-        if token_id is None or token_id == student.tokenizer().unk_token_id:
+        number = token_id(student, token)
+        if number is None:
             raise UserError(
                 f"scores.forced_tokens names {token!r}, which is no token of {student.folder}; "
                 "use a token of the vocabulary as it stands in tokenizer.json"
             )
-        found.append(token_id)
+        found.append(number)
     return found
 
 
@@ -140,24 +172,24 @@ def masked_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(vocabulary[name] for name in names if name in vocabulary))
 
 
-def _newlines(config: Config, student: Checkpoint) -> tuple[int, ...]:
+def _newlines(config: Config, tokenizer: Any) -> tuple[int, ...]:
     if config.train.gate is None or config.train.gate.blocks != "spans":
         return ()
     marks = ("\n", "Ċ", "<0x0A>")  # as it is, in byte-level and in byte-fallback vocabularies
-    vocabulary = student.tokenizer().get_vocab()
+    vocabulary = tokenizer.get_vocab()
     return tuple(
         sorted(number for token, number in vocabulary.items() if any(m in token for m in marks))
     )
 
 
-def replayed_teacher(opened: Opener, config: Config) -> str | None:
+def _replayed_teacher(opened: Opener, config: Config) -> str | None:
     """The identity of the teacher that a replay's config names."""
     if config.replay is None or config.teacher is None or not config.teacher.path.is_dir():
         return None
     return opened(config.teacher.path).identity.fingerprint
 
 
-def warnings_of(opened: Opener, config: Config, teacher: Checkpoint | None) -> tuple[str, ...]:
+def _warnings(opened: Opener, config: Config, teacher: Checkpoint | None) -> tuple[str, ...]:
     """Offline distillation inherits a bias if another model taught the student (Lightning OPD)."""
     if config.rounds > 1 or teacher is None:
         return ()

@@ -200,7 +200,7 @@ class ReplaySource:
             rollouts=rollouts,
             scores=scores,
             origin="replayed",
-            policy_version=round_index,
+            policy_version=named.get("policy_version", round_index),
             made_in=round_index,
             student=None,
             slots=tuple(

@@ -14,9 +14,9 @@ from opd_stream.store.store import Store
 from stages.checkpoints import Checkpoint
 from stages.executors import Executor
 from stages.extension import extension_layout
+from stages.orders import Order
 from stages.progress import Progress
 from stages.selection import probe_size, prompts_of
-from stages.units import Order
 
 Span = tuple[float, float]  # start and end of work, seconds since the epoch
 

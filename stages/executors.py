@@ -17,8 +17,9 @@ import pyarrow as pa
 from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.store import Store
+from stages.orders import Order, Worked, worked_of
 from stages.ray_stream import WorkerSpec
-from stages.units import GenerateUnits, Order, ScoreUnits, UnitWorker, Worked, worked_of
+from stages.units import GenerateUnits, ScoreUnits, UnitWorker
 
 
 class Executor(Protocol):

@@ -5,14 +5,9 @@ unit; everything that decides its content is read from the recipe in the store, 
 nothing but the store and a checkpoint folder.
 """
 
-import contextlib
-import json
-import os
-import threading
 import time
-import traceback
-from collections.abc import Callable, Container, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Container
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +20,7 @@ from opd_stream.costs import TokenCounts, counts_of
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import Engine
 from opd_stream.errors import UserError
-from opd_stream.store.artifact import Artifact, DamagedUnit
+from opd_stream.store.artifact import Artifact
 from opd_stream.store.codecs import SampledCodec, build_codec, encode_scores
 from opd_stream.store.policy import identify
 from opd_stream.store.schema import (
@@ -37,49 +32,8 @@ from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch, ScoreBatch
 from stages.aligned import aligned_counts, open_aligner, score_aligned
 from stages.extension import base_rollouts, grown_rows, joined, new_parts, old_scores
+from stages.orders import Order, Worked, each, ending_if_hung
 from stages.selection import probe_rows, prompts_of
-
-HUNG = 75  # exit status of a worker that gave its unit up
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """One unit to make.
-
-    Example:
-        >>> Order(unit=3, rollouts="3f0c…", scores="77c0…", student="models/s", teacher="models/t",
-        ...       made_by="5b0c…")
-    """
-
-    unit: int
-    rollouts: str  # fingerprint of the rollouts artifact
-    scores: str | None  # fingerprint of the scores artifact; None: only sample
-    student: str  # checkpoint folder
-    teacher: str | None  # checkpoint folder
-    made_by: str  # id of the run that orders it
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Worked:
-    """What a worker reports of one unit; a span is (start, end) in seconds since the epoch."""
-
-    order: Order
-    generate_span: tuple[float, float] | None = None  # None: it was committed already
-    score_span: tuple[float, float] | None = None
-    generated_tokens: int = 0  # of completions, as far as this order made them
-    scored_tokens: int = 0
-    problem: str | None = None  # what went wrong, in a line
-    traceback: str | None = None  # of what is not a user's mistake
-
-    def as_table(self) -> pa.Table:
-        """One row that travels between workers."""
-        return pa.table({"worked": [json.dumps(asdict(self))]})
-
-
-def worked_of(table: pa.Table) -> list[Worked]:
-    """The reports of a table."""
-    rows = [json.loads(text) for text in table["worked"].to_pylist()]
-    return [Worked(**{**row, "order": Order(**row["order"])}) for row in rows]
 
 
 class UnitWorker:
@@ -103,8 +57,8 @@ class UnitWorker:
         import torch
 
         torch.set_num_threads(self.threads)  # the local loop shares the process with training
-        with _ending_if_hung(self.unit_seconds):
-            return _each(table, self.work)
+        with ending_if_hung(self.unit_seconds):
+            return each(table, self.work)
 
     def work(self, worked: Worked) -> Worked:
         """Make the unit of one order, or pass it on if it is committed."""
@@ -300,42 +254,6 @@ class ScoreUnits(UnitWorker):
             return old, _extension_counts(before, batch)
         new = engine.score(new_parts(before, batch, rows), **asked)
         return joined(old, new, rows), _extension_counts(before, batch)
-
-
-@contextlib.contextmanager
-def _ending_if_hung(seconds: int | None) -> Iterator[None]:
-    """End the process if the work inside takes longer: nothing in it can be trusted to stop."""
-    if seconds is None:
-        yield
-        return
-    timer = threading.Timer(seconds, os._exit, (HUNG,))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _each(table: pa.Table, work: Callable[[Worked], Worked]) -> pa.Table:
-    """Work on every row; a user's mistake becomes a row with its line, not a dead worker."""
-    done: list[pa.Table] = []
-    for worked in worked_of(table):
-        if worked.problem is None:
-            try:
-                worked = work(worked)
-            except (UserError, DamagedUnit) as error:
-                worked = replace(worked, problem=str(error))
-            except Exception as error:  # a poisoned prompt must not look like a dead machine
-                text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                worked = replace(
-                    worked,
-                    problem=f"unit {worked.order.unit} of rollouts/{worked.order.rollouts[:16]} "
-                    f"failed ({text}); committed units stay; mend the cause and run again",
-                    traceback=traceback.format_exc(),
-                )
-        done.append(worked.as_table())
-    return pa.concat_tables(done)
 
 
 def _slice(prompts: pa.Table, artifact: Artifact, unit: int) -> pa.Table:

@@ -39,7 +39,7 @@ SMALL_RUN: dict[str, Any] = {
 }
 
 
-LONGEST = ("test_ray", "test_training", "test_object_store", "test_real_prompts", "test_resume")
+LONGEST = ("test_ray", "test_training", "test_object_store", "test_resume")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,8 +13,8 @@ from pipeline.run_directory import RunDirectory
 from pipeline.stage_commands import run_stage
 from pipeline.status import status_lines
 from stages.executors import RayExecutor
+from stages.orders import Order, Worked
 from stages.progress import Silent
-from stages.units import Order, Worked
 from tests.conftest import small_config
 
 AHEAD = ("rounds=3", "evaluation=null", "rollouts.ahead=true", "staleness.policy_drift=5")

@@ -58,7 +58,9 @@ def test_a_users_mistake_in_a_ray_worker_is_one_line_and_exit_code_2(tmp_path: P
     command = ray_command(tmp_path, "rollouts.window.tokens=5000", "pools.student.workers=2")
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 2, found.stderr
-    assert found.stderr.splitlines()[-1].endswith("lower the window or max_prompt_tokens")
+    assert found.stderr.splitlines()[-1].endswith("lower the window or max_prompt_tokens"), (
+        found.stderr
+    )
     assert "Traceback" not in found.stderr
 
 

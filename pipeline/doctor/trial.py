@@ -29,8 +29,9 @@ from pipeline.doctor.prompts import largest_window
 from pipeline.doctor.rounding import of_divergence, of_drawn
 from pipeline.setup import Setup
 from stages.checkpoints import Checkpoint
+from stages.orders import Order, Worked
 from stages.recipes import rollouts_recipe, scores_recipe
-from stages.units import GenerateUnits, Order, ScoreUnits, UnitWorker, Worked
+from stages.units import GenerateUnits, ScoreUnits, UnitWorker
 
 SELF = Check(
     name="teacher-as-student",

@@ -15,16 +15,8 @@ from opd_stream.store.files import is_remote
 from opd_stream.store.policy import UNREAD, known_identity
 from opd_stream.store.store import Store
 from pipeline.forecast.prompts import FastTokenizer, PromptSource, measure_prompts
-from pipeline.setup import (
-    Setup,
-    check_extras,
-    check_top_k,
-    replayed_teacher,
-    stop_ids_of,
-    warnings_of,
-)
-from stages.aligned import open_crossing
-from stages.checkpoints import Checkpoint, check_pair
+from pipeline.setup import Setup, check_extras, setup_of
+from stages.checkpoints import Checkpoint
 from stages.prompts import prompts_artifact
 
 MOST_BYTES = 2**30  # of weights, read for their digest
@@ -59,38 +51,19 @@ def open_read_only(config: Config) -> Opened:
     store = Store(config.store)
     _check_store(store)
     notes: list[str] = []
-    opened = partial(_opened, store, notes)
-    student, teacher, crossing = opened(config.student.path), None, None
-    if config.replay is None:
-        assert config.teacher is not None  # validated with the config
-        teacher = opened(config.teacher.path)
-        check_pair(student, teacher, aligns=config.scores.alignment is not None)
-        check_top_k(config, teacher)
-        crossing = open_crossing(store, config, student, teacher, make=False)
-    stop_ids = stop_ids_of(student, None if crossing is not None else teacher)
-    tokenizer = FastTokenizer.of(student.folder)
-    prompts = prompts_artifact(store, config.prompts, student)
+    tokenizer = FastTokenizer.of(config.student.path)
+
+    def token_id(model: Checkpoint, token: str) -> int | None:
+        return None if tokenizer is None else tokenizer.token_id(token)
+
+    setup = setup_of(config, store, partial(_opened, store, notes), token_id, make=False)
     evaluation: list[Problems] = []
     for part in () if config.evaluation is None else config.evaluation.parts().values():
         assert part.prompts is not None  # validated
-        held_out = prompts_artifact(store, part.prompts, student)
+        held_out = prompts_artifact(store, part.prompts, setup.student)
         source = measure_prompts(held_out, part.prompts, tokenizer, notes)
         evaluation.append(Problems(settings=part, artifact=held_out, source=source))
-    setup = Setup(
-        config=config,
-        store=store,
-        student=student,
-        teacher=teacher,
-        crossing=crossing,
-        replayed_teacher=replayed_teacher(opened, config),
-        warnings=warnings_of(opened, config, teacher),
-        stop_ids=stop_ids,
-        forced_ids=tuple(sorted({*stop_ids, *_forced(config, student, tokenizer)})),
-        masked_ids=(),  # only training reads these two
-        newline_ids=(),
-        prompts=prompts,
-    )
-    lengths = measure_prompts(prompts, config.prompts, tokenizer, notes)
+    lengths = measure_prompts(setup.prompts, config.prompts, tokenizer, notes)
     return Opened(setup=setup, prompts=lengths, evaluation=tuple(evaluation), notes=notes)
 
 
@@ -124,16 +97,3 @@ def existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-def _forced(config: Config, student: Checkpoint, tokenizer: FastTokenizer | None) -> list[int]:
-    found: list[int] = []
-    for token in config.scores.forced_tokens:
-        token_id = None if tokenizer is None else tokenizer.token_id(token)
-        if token_id is None:
-            raise UserError(
-                f"scores.forced_tokens names {token!r}, which is no token of {student.folder}; "
-                "use a token of the vocabulary as it stands in tokenizer.json"
-            )
-        found.append(token_id)
-    return found
