@@ -170,18 +170,23 @@ def _reuse(task: str) -> list[Row]:
 def _regeneration(task: str) -> list[Row]:
     """Units made again when they have drifted, instead of all of them every round."""
     window = _window(f"kind: fixed, tokens: {TASKS[task].full_tokens}")
-    bounds = (0.01, 0.03) if task == "ledger" else (0.03,)
-    by_drift = ("staleness.max_policies=20", "staleness.sample_share=0.2")
+    bounds = (
+        ((0.01, 1.0), (0.03, 1.0), (0.06, 0.5)) if task == "ledger" else ((0.03, 1), (0.06, 0.5))
+    )
     rows: list[Row] = []
-    for bound in bounds:
-        for name in ("bucket", "sampled_pg"):
+    for bound, keep_share in bounds:
+        for name in ("bucket", "sampled_pg") if keep_share == 1 else ("bucket",):
             overrides = (
                 window,
                 "train.objective={kind: " + name + "}",
                 f"staleness.policy_drift={bound}",
-                *by_drift,
+                f"staleness.keep_share={keep_share}",
+                "staleness.max_policies=20",
+                "staleness.sample_share=0.2",
             )
             title = f"{name} by drift {bound:g}"
+            if keep_share < 1:
+                title += f", kept to {keep_share * bound:g}"
             rows.append(Row(name=title, group="regeneration", overrides=overrides))
             if name == "bucket" and task == "ledger":  # beside `bucket x1`, x4 and x10
                 rows.append(

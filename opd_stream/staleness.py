@@ -6,7 +6,7 @@ one, the sums decide whether training goes on. Between rounds a small sample of 
 unit decides whether the unit is kept, continued to a longer window, or made again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from opd_stream.drift import DriftSums
@@ -27,6 +27,7 @@ class StalenessBounds:
     gated_from: float = 0.0  # policy_drift from which gate and freshness weigh tokens
     student_top_mass: float = 0.0  # least mass of the student on the teacher's candidates
     max_policies: int = 0  # policies that a unit may outlive the one that wrote it
+    keep_share: float = 1.0  # of policy_drift, below which a unit is kept for another round
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,12 +122,16 @@ def decide_unit(
 ) -> UnitDecision:
     """Between rounds: train on a unit again, continue it, or make it again.
 
+    The round that keeps a unit moves the student on, so a unit is kept only with room to drift: up
+    to `keep_share` of the bound that stops training.
+
     Args:
         state: the unit, measured.
         window_tokens: of the coming round; a unit with a shorter one is continued.
         bounds: the limits.
         floor: policy_drift of fresh rows before training.
     """
+    bounds = replace(bounds, policy_drift=bounds.policy_drift * bounds.keep_share)
     measured = (
         f"{_measured(state.drift, bounds, floor)}, student_top_mass {state.student_top_mass:.3f} "
         f"(bound {bounds.student_top_mass:g}), {state.policies} policies old (bound "

@@ -1,6 +1,7 @@
 """Units that outlive their policy: kept, weighed, continued, made again, and counted exactly."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,17 @@ def test_a_unit_is_kept_weighed_continued_or_made_again(
     assert decision.is_kept == (action in ("train", "gated", "extend"))
 
 
+def test_a_unit_is_kept_only_with_room_to_drift() -> None:
+    drift = shifted(0.4).policy_drift
+    for share, is_kept in ((1.0, True), (0.9, True), (0.7, False)):
+        bounds = replace(BOUNDS, keep_share=share)
+        assert 0.8 < drift / BOUNDS.policy_drift < 0.9
+        decision = decide_unit(unit(0.4), window_tokens=64, bounds=bounds)
+        assert decision.is_kept == is_kept
+        assert f"(bound {0.1 * share:g})" in decision.reason
+        assert decide_stop(shifted(0.4), bounds=bounds) is None
+
+
 def test_drift_below_the_sampler_gap_is_not_read() -> None:
     state, floor = unit(0.5), shifted(0.4).policy_drift
     assert decide_unit(state, window_tokens=64, bounds=BOUNDS).action == "regenerate"
@@ -150,7 +162,7 @@ def test_only_the_units_that_drifted_are_made_again(tmp_path: Path) -> None:
     outcome = outcome_of(reports[0])
     exact = sorted(DriftSums.from_dict(u["drift"]).policy_drift for u in outcome["units"])
     assert drifts == pytest.approx(exact, abs=1e-4)
-    bound = sum(exact) / 2
+    bound = sum(exact)  # half of it, `staleness.keep_share`, is the mean
     reports = finished_run(tmp_path, *KEPT, f"staleness.policy_drift={bound}")
     assert sorted(d["action"] for d in reports[1]["unit_decisions"]) == ["regenerate", "train"]
     kept, fresh = reports[1]["caches"]
@@ -164,6 +176,28 @@ def test_only_the_units_that_drifted_are_made_again(tmp_path: Path) -> None:
     (lost,) = [d for d in reports[1]["unit_decisions"] if d["action"] == "regenerate"]
     assert selection["ranges"] == [[lost["first"], lost["last"]]]
     assert reports[1]["tokens"]["generated"] < reports[0]["tokens"]["generated"]
+
+
+def test_a_unit_kept_to_be_weighed_turns_the_gate_on(tmp_path: Path) -> None:
+    """Between the units' mean drift and the larger one: only the decision about a unit can."""
+    plain = outcome_of(finished_run(tmp_path / "plain", *KEPT, "rounds=2")[0])
+    units = [DriftSums.from_dict(unit["drift"]) for unit in plain["units"]]
+    highest = max(unit.policy_drift for unit in units)
+    mean = sum(units, DriftSums()).policy_drift
+    assert mean < 0.95 * highest
+    settings = (*KEPT, "rounds=2", "train.gate={blocks: 16}")
+    for gated_from, is_weighed in ((0.98 * highest, True), (1.02 * highest, False)):
+        folder = tmp_path / str(is_weighed)
+        report = finished_run(folder, *settings, f"staleness.gated_from={gated_from}")[1]
+        actions = {decided["action"] for decided in report["unit_decisions"]}
+        assert ("gated" in actions) == is_weighed
+        weights = [line["mean_drift_weight"] for line in metrics_of(folder) if line["round"] == 1]
+        assert any(abs(weight - 1) > 1e-6 for weight in weights) == is_weighed
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's steps."""
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
 
 
 def outcome_of(report: dict[str, Any]) -> dict[str, Any]:
@@ -261,7 +295,11 @@ def scores_of(rows: int, *, tokens: int, refused: dict[int, str] | None = None) 
 def test_decisions_follow_from_the_report_alone(tmp_path: Path) -> None:
     reports = finished_run(tmp_path, *KEPT, *GROWING)
     bounds = StalenessBounds(
-        max_epochs=1, policy_drift=0.1, effective_sample_fraction=0.5, max_policies=2
+        max_epochs=1,
+        policy_drift=0.1,
+        effective_sample_fraction=0.5,
+        max_policies=2,
+        keep_share=0.5,
     )
     for report in reports[1:]:
         for decided in report["unit_decisions"]:

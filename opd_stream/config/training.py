@@ -248,6 +248,13 @@ class Staleness(Section):
         description="policies that a unit of rollouts may outlive its own; 0: every round samples "
         "all of its rollouts",
     )
+    keep_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="keep a unit while its drift is below this share of policy_drift: with more, "
+        "the next round would stop for it",
+    )
     student_top_mass: float = Field(
         default=0.0,
         ge=0,
