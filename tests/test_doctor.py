@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from opd_stream.config import Config
 from opd_stream.engines.transformers_engine import TransformersEngine
 from pipeline.cli import app
-from pipeline.doctor import cached, devices, models, packages, places, prompts, trial
+from pipeline.doctor import cached, devices, models, packages, places, prompts, screen, trial
 from pipeline.doctor.devices import Gpu, Machine
 from pipeline.doctor.examination import SETUP, examine
 from pipeline.doctor.findings import Check, Finding, Report
@@ -347,3 +347,44 @@ def test_the_command_says_it_in_lines_in_json_and_by_exit_code(tmp_path: Path) -
     assert {tuple(each) for each in value["findings"]} == {
         ("check", "level", "found", "why", "todo")
     }
+
+
+def test_findings_are_written_as_they_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before: list[str] = []
+
+    def looked_at_late(*_: Any) -> list[Finding]:
+        before.append(capsys.readouterr().out)
+        return [places.DISK.ok("room")]
+
+    monkeypatch.setattr(places, "disk", looked_at_late)
+    small_config(tmp_path)
+    command = ["doctor", str(tmp_path / "small.yaml"), "--quick"]
+    app(command, standalone_mode=False)
+    after = capsys.readouterr()
+    seen = {line.split()[1] for line in before[0].splitlines()}
+    assert {"packages", "weights", "prompts", "memory"} <= seen
+    assert after.out.startswith("ok       disk")
+    assert after.err == ""  # no terminal: nothing moves
+    app([*command, "--json"], standalone_mode=False)
+    assert before[1] == ""
+    assert json.loads(capsys.readouterr().out)["may_start"]
+
+
+def test_a_terminal_names_the_check_at_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
+    monkeypatch.setattr(screen, "shows_bars", lambda: True)
+    with screen.Screen(as_json=False) as page:
+        page.begin(trial.SAMPLER)
+        page.found(places.DISK.ok("room"))
+        page.begin(trial.SELF)
+    told = capsys.readouterr()
+    assert told.out == "ok       disk                room\n"
+    assert told.err.index(trial.SAMPLER.name) < told.err.index(trial.SELF.name)
+
+
+def test_columns_have_room_for_every_check() -> None:
+    assert max(len(check.name) for check in CHECKS) == screen.WIDTH

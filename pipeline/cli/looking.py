@@ -47,12 +47,13 @@ def doctor(
 ) -> None:
     """Say whether a config can run here and is set up right; exit code 1 if not."""
     from opd_stream.config_file import load_config
-    from pipeline.doctor import screen
     from pipeline.doctor.examination import examine
+    from pipeline.doctor.screen import Screen
 
-    report = examine(load_config(config, overrides or []), quick=quick)
-    for line in [screen.as_json(report)] if as_json else screen.lines(report):
-        typer.echo(line)
+    settings = load_config(config, overrides or [])
+    with Screen(as_json=as_json) as screen:
+        report = examine(settings, quick=quick, watcher=screen)
+        screen.end(report)
     if not report.may_start:
         raise typer.Exit(1)
 

@@ -11,7 +11,7 @@ from opd_stream.store.files import is_remote
 from opd_stream.store.policy import identify
 from opd_stream.store.store import Store
 from pipeline.doctor import cached, devices, models, packages, places, prompts, trial
-from pipeline.doctor.findings import Check, Finding, Report
+from pipeline.doctor.findings import Check, Finding, Report, Unwatched, Watcher
 from pipeline.setup import Setup, open_setup
 from pipeline.walk import walk
 from stages.checkpoints import Checkpoint, open_checkpoint
@@ -24,23 +24,27 @@ Checks = Callable[..., list[Finding]]
 HEAVY = (trial.SELF, trial.SAMPLER, cached.CACHED)
 
 
-def examine(config: Config, *, quick: bool) -> Report:
+def examine(config: Config, *, quick: bool, watcher: Watcher | None = None) -> Report:
     """Look at everything a run of this config would need here.
 
     Args:
         config: the run.
         quick: load no model, connect to no cluster.
+        watcher: is told of each check when it begins and of each finding when it is known.
     """
-    report = Report()
+    report = Report(watcher=watcher or Unwatched())
     _add(report, packages.PACKAGES, packages.packages, config)
+    report.watcher.begin(places.STORE)
     store, found = places.store(config)
-    report.findings += found
+    report.add(*found)
+    report.watcher.begin(models.WEIGHTS)
     opened = _open_models(report, config, store)
     _add(report, models.WEIGHTS, models.weights, opened)
     tables: prompts.Tables = {}
     if "student" in opened:
         _add(report, models.TERMINATORS, models.terminators, config, opened)
         _add(report, models.TEMPLATES, models.templates, config, opened)
+        report.watcher.begin(prompts.PROMPTS)
         tables, found = prompts.read(config, opened["student"])
         for each in found:
             _say(report, each)
@@ -74,7 +78,7 @@ def _open_models(report: Report, config: Config, store: Store | None) -> models.
             else:
                 opened[role] = open_checkpoint(store, path)
         except UserError as error:
-            report.findings.append(models.WEIGHTS.refused(error))
+            report.add(models.WEIGHTS.refused(error))
     return opened
 
 
@@ -92,6 +96,7 @@ def _devices(
     if any(f.check == "packages" and "needs torch," in f.found for f in report.findings):
         report.not_checked["devices"] = "torch is not installed"
         return None
+    report.watcher.begin(devices.DEVICES)
     machine = devices.this_machine()
     address = os.environ.get("RAY_ADDRESS")
     if config.executor == "local" or not address:
@@ -123,12 +128,13 @@ def _setup(report: Report, config: Config, store: Store | None) -> Setup | None:
     """What every command of a run opens first; what it refuses may be known already."""
     if store is None:
         return None
+    report.watcher.begin(SETUP)
     try:
         setup = open_setup(config, make=False)
     except UserError as error:
         _say(report, SETUP.refused(error))
         return None
-    report.findings += [SETUP.warning(*_halves(line)) for line in setup.warnings]
+    report.add(*(SETUP.warning(*_halves(line)) for line in setup.warnings))
     return setup
 
 
@@ -195,8 +201,9 @@ def _why_not(
 
 def _add(report: Report, check: Check, function: Checks, *arguments: Any) -> None:
     """The findings of a check; what it refuses is one, and so is what breaks while a model runs."""
+    report.watcher.begin(check)
     try:
-        report.findings += function(*arguments)
+        report.add(*function(*arguments))
     except (UserError, DamagedUnit) as error:
         _say(report, check.refused(error))
     except (RuntimeError, MemoryError) as error:
@@ -209,4 +216,4 @@ def _add(report: Report, check: Check, function: Checks, *arguments: Any) -> Non
 def _say(report: Report, finding: Finding) -> None:
     """Add a finding that is not known already."""
     if all(other.found != finding.found for other in report.findings):
-        report.findings.append(finding)
+        report.add(finding)

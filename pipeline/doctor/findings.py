@@ -1,7 +1,7 @@
 """What a check says: one finding for each thing it looked at."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 Level = Literal["ok", "warning", "error"]
 
@@ -52,12 +52,41 @@ class Check:
         return self.error(found, todo) if semicolon else self.error(line, "mend it, then ask again")
 
 
+class Watcher(Protocol):
+    """Is told of an examination while it goes on."""
+
+    def begin(self, check: Check) -> None:
+        """A check begins; it may have none, one or several findings."""
+        ...
+
+    def found(self, finding: Finding) -> None:
+        """One more thing is known."""
+        ...
+
+
+class Unwatched:
+    """Nobody looks before the examination is over."""
+
+    def begin(self, check: Check) -> None:
+        """A check begins."""
+
+    def found(self, finding: Finding) -> None:
+        """One more thing is known."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Report:
     """All findings, and what could not be looked at."""
 
+    watcher: Watcher = field(default_factory=Unwatched, repr=False)
     findings: list[Finding] = field(default_factory=list)
     not_checked: dict[str, str] = field(default_factory=dict)  # check -> reason
+
+    def add(self, *findings: Finding) -> None:
+        """Keep findings, and tell of each."""
+        for finding in findings:
+            self.findings.append(finding)
+            self.watcher.found(finding)
 
     @property
     def may_start(self) -> bool:
