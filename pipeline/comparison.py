@@ -89,8 +89,10 @@ def _open_side(place: str) -> Side:
     summary = directory.summary()
     evaluations = summary.get("evaluations", [])
     if not at and evaluations and not summary["finished"]:
+        done, planned = summary["rounds"], summary["rounds_planned"]
+        lacks = ", not all evaluated" if done == planned else ""
         raise UserError(
-            f"{place} is not finished ({summary['rounds']} of {summary['rounds_planned']} rounds); "
+            f"{place} is not finished ({done} of {planned} rounds{lacks}); "
             f"{_PLACES}; finish it, or name the round of an evaluation ({place}@0 is the start)"
         )
     if at:

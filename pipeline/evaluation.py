@@ -1,6 +1,6 @@
 """Policies on held-out problems: sample what is missing, judge it, and say how sure that is."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,15 @@ from opd_stream.tasks.pass_at_k import usual_ks
 from pipeline.reports import Span, made_by
 from stages.checkpoints import Checkpoint, open_checkpoint
 from stages.collect import begin, finish, start_rollouts
-from stages.evaluate import evaluate, evaluation_prompts, evaluation_rollouts
+from stages.evaluate import (
+    evaluate,
+    evaluation_prompts,
+    evaluation_result,
+    evaluation_rollouts,
+)
 from stages.executors import Executor
 from stages.progress import Progress
+from stages.prompts import prompts_artifact
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,18 +41,15 @@ class Evaluator:
         student: Checkpoint,
         stop_ids: tuple[int, ...],
         meanwhile: Callable[[], object] = lambda: None,
-    ) -> dict[str, Any]:
-        """One policy on every benchmark; returns what the summary keeps of it.
+    ) -> None:
+        """One policy on every benchmark, as far as the store does not have it.
 
         Raises:
             UserError: prompts or judge are refused, or a worker met a user's mistake.
         """
         evaluation = self.config.evaluation
         assert evaluation is not None
-        counts: list[Counts] = []
-        benchmarks: dict[str, dict[str, Any]] = {}
-        seconds, errors = 0.0, list[float]()
-        for name, part in evaluation.parts().items():
+        for part in evaluation.parts().values():
             rollouts = evaluation_rollouts(
                 self.store,
                 self.config,
@@ -71,28 +74,60 @@ class Evaluator:
                 meanwhile()
             self.spans += finish(self.executor, work, self.progress, name="evaluate")
             self.reached.add(rollouts.name)
-            artifact, result = evaluate(self.store, part, rollouts, student)
-            counts.append(Counts(correct=result["correct"], samples=result["samples"]))
-            benchmarks[name] = {
-                **_figures([counts[-1]], _ks(evaluation.pass_at, [counts[-1]])),
-                "standard_error": result["standard_error"],
-                "problems": result["problems"],
-                "samples": result["samples"],
-                "mean_tokens": result["completion_tokens"]
-                / (result["problems"] * result["samples"]),
-                "artifact": artifact,
-            }
-            errors.append(result["standard_error"])
-            own = made_by(rollouts.commits().values(), self.run_id)
-            seconds += sum(commit.seconds for commit in own)
-        return {
-            **_figures(counts, _ks(evaluation.pass_at, counts)),
-            "standard_error": sum(error**2 for error in errors) ** 0.5 / len(errors),
-            "problems": sum(len(each.correct) for each in counts),
-            "samples": counts[0].samples if len(counts) == 1 else None,
-            "seconds": seconds,
-            "benchmarks": benchmarks,
+            evaluate(self.store, part, rollouts, student)
+
+
+def known_evaluation(
+    config: Config,
+    store: Store,
+    student: Checkpoint,
+    stop_ids: tuple[int, ...],
+    run_ids: Collection[str],
+) -> dict[str, Any] | None:
+    """What the summary keeps of a policy's evaluation, from the store; None: it is not all there.
+
+    Args:
+        config: its evaluation section says what is asked.
+        store: of the run.
+        student: the policy.
+        stop_ids: terminators of its answers.
+        run_ids: of the run; seconds are of what these made.
+    """
+    evaluation = config.evaluation
+    if evaluation is None:
+        return None
+    counts: list[Counts] = []
+    benchmarks: dict[str, dict[str, Any]] = {}
+    seconds, errors = 0.0, list[float]()
+    for name, part in evaluation.parts().items():
+        assert part.prompts is not None  # validated
+        prompts = prompts_artifact(store, part.prompts, student)
+        rollouts = evaluation_rollouts(
+            store, config, part, prompts=prompts, student=student, stop_ids=stop_ids
+        )
+        if (known := evaluation_result(store, part, rollouts)) is None:
+            return None
+        artifact, result = known
+        counts.append(Counts(correct=result["correct"], samples=result["samples"]))
+        benchmarks[name] = {
+            **_figures([counts[-1]], _ks(evaluation.pass_at, [counts[-1]])),
+            "standard_error": result["standard_error"],
+            "problems": result["problems"],
+            "samples": result["samples"],
+            "mean_tokens": result["completion_tokens"] / (result["problems"] * result["samples"]),
+            "artifact": artifact,
         }
+        errors.append(result["standard_error"])
+        own = made_by(rollouts.commits().values(), run_ids)
+        seconds += sum(commit.seconds for commit in own)
+    return {
+        **_figures(counts, _ks(evaluation.pass_at, counts)),
+        "standard_error": sum(error**2 for error in errors) ** 0.5 / len(errors),
+        "problems": sum(len(each.correct) for each in counts),
+        "samples": counts[0].samples if len(counts) == 1 else None,
+        "seconds": seconds,
+        "benchmarks": benchmarks,
+    }
 
 
 def open_policy(config: Config, store: Store, folder: Path) -> tuple[Checkpoint, tuple[int, ...]]:

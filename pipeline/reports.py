@@ -4,13 +4,15 @@ A unit's commit record says which run made it and how long that took, so the sam
 a kill counts its own work once, and a run that finds a unit made by another counts it as reused.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
+from opd_stream.config import Config
 from opd_stream.costs import ModelShape, TokenCounts, forward_flops, shape_of, train_flops
 from opd_stream.store.artifact import Artifact, Commit, summed_counts
 from opd_stream.store.files import read_json
 from pipeline.caches import Cache
+from pipeline.plan import is_due
 from pipeline.walk import Round
 from stages.checkpoints import Checkpoint
 
@@ -19,7 +21,7 @@ Span = tuple[float, float]
 
 def round_report(
     here: Round,
-    run_id: str,
+    run_ids: Collection[str],
     evaluation: dict[str, Any] | None,
     probe: Sequence[Artifact] = (),
     teacher: Checkpoint | None = None,
@@ -28,7 +30,7 @@ def round_report(
 
     Args:
         here: the round.
-        run_id: id of the run; what others made counts as reused.
+        run_ids: of the run, one for each machine's folder; what others made counts as reused.
         evaluation: of its policy, if there is one.
         probe: the audit's rollouts and scores, if any.
         teacher: None where no teacher ran.
@@ -43,7 +45,7 @@ def round_report(
     probed = [list(artifact.commits().values()) for artifact in probe] or [[], []]
     generated, scored = [*new_rollouts, *probed[0]], [*new_scores, *probed[1]]
     trained = outcome["trained"]
-    trained_here = outcome["made_by"] == run_id
+    trained_here = outcome["made_by"] in run_ids
     last = outcome["epochs"][-1]
     return {
         "round": here.index,
@@ -52,9 +54,9 @@ def round_report(
         "steps": outcome["steps"],
         "rows": outcome["rows"],
         "tokens": {
-            "generated": _tokens(made_by(generated, run_id)),
-            "teacher_scored": _tokens(made_by(scored, run_id)),
-            "probed": _tokens(made_by(probed[1], run_id)),
+            "generated": _tokens(made_by(generated, run_ids)),
+            "teacher_scored": _tokens(made_by(scored, run_ids)),
+            "probed": _tokens(made_by(probed[1], run_ids)),
             "trained": int(trained["tokens"]) if trained_here else 0,
         },
         "refused_rows": int(summed_counts(scores).get("refused_rows", 0)),
@@ -62,25 +64,25 @@ def round_report(
         "alignment": _alignment(summed_counts(scores)),
         "cache_bytes": sum(commit.bytes for commit in (*new_rollouts, *new_scores)),
         "flops": {
-            "generate": _flops(forward_flops, here.student, made_by(generated, run_id)),
-            "score": _flops(forward_flops, teacher, made_by(scored, run_id)),
+            "generate": _flops(forward_flops, here.student, made_by(generated, run_ids)),
+            "score": _flops(forward_flops, teacher, made_by(scored, run_ids)),
             "train": _train_flops(here.student, trained) if trained_here else 0.0,
         },
         "seconds": {
-            "generate": _seconds(made_by(generated, run_id)),
-            "score": _seconds(made_by(scored, run_id)),
+            "generate": _seconds(made_by(generated, run_ids)),
+            "score": _seconds(made_by(scored, run_ids)),
             "train": outcome["seconds"] if trained_here else 0.0,
         },
         "cpu_seconds": {
-            "generate": _cpu_seconds(made_by(generated, run_id)),
-            "score": _cpu_seconds(made_by(scored, run_id)),
+            "generate": _cpu_seconds(made_by(generated, run_ids)),
+            "score": _cpu_seconds(made_by(scored, run_ids)),
             "train": outcome["cpu_seconds"] if trained_here else 0.0,
         },
-        "audit_cpu_seconds": _cpu_seconds(made_by([*probed[0], *probed[1]], run_id))
+        "audit_cpu_seconds": _cpu_seconds(made_by([*probed[0], *probed[1]], run_ids))
         + (outcome["window_decision"] or {}).get("cpu_seconds", 0.0),
         "reused": {
-            "rollout_units": len(new_rollouts) - len(made_by(new_rollouts, run_id)),
-            "score_units": len(new_scores) - len(made_by(new_scores, run_id)),
+            "rollout_units": len(new_rollouts) - len(made_by(new_rollouts, run_ids)),
+            "score_units": len(new_scores) - len(made_by(new_scores, run_ids)),
             "policy": not trained_here,
         },
         "processes": outcome["processes"],
@@ -106,22 +108,21 @@ def round_report(
 
 def summary(
     *,
-    rounds: int,
+    config: Config,
     policy_0: dict[str, Any],
     evaluation_0: dict[str, Any] | None,
     reports: list[dict[str, Any]],
-    wall_seconds: float,
-    idle_seconds: float,
+    calls: dict[str, float],
 ) -> dict[str, Any]:
     """The whole run in one value, for other programs.
 
     Args:
-        rounds: rounds the config asks for.
+        config: of the run.
         policy_0: version, fingerprint and weights digest of the initial student.
         evaluation_0: its evaluation, if there is one.
         reports: of the finished rounds.
-        wall_seconds: all calls of the run together.
-        idle_seconds: of these, when nothing was sampled, scored, trained or evaluated.
+        calls: seconds of all calls of `run` together (`wall`), and of these when nothing was
+            sampled, scored, trained or evaluated (`other`); empty where there was none.
     """
     evaluations = [
         {"round": round_index, **evaluation}
@@ -135,9 +136,14 @@ def summary(
         for stage in ("generate", "score", "train")
     }
     return {
-        "finished": len(reports) == rounds,
+        "finished": len(reports) == config.rounds
+        and all(
+            report["evaluation"] is not None
+            for report in reports
+            if is_due(config, report["round"])
+        ),
         "rounds": len(reports),
-        "rounds_planned": rounds,
+        "rounds_planned": config.rounds,
         "evaluations": [_without(evaluation, "seconds") for evaluation in evaluations],
         "tokens": {
             name: sum(report["tokens"][name] for report in reports)
@@ -150,8 +156,7 @@ def summary(
         "seconds": {
             **seconds,
             "evaluate": round(sum(evaluation["seconds"] for evaluation in evaluations), 3),
-            "wall": round(wall_seconds, 3),
-            "other": round(idle_seconds, 3),
+            **{name: round(value, 3) for name, value in calls.items()},
         },
         "cpu_seconds": {
             stage: round(sum(report["cpu_seconds"][stage] for report in reports), 3)
@@ -171,9 +176,9 @@ def summary(
     }
 
 
-def made_by(commits: Iterable[Commit], run_id: str) -> list[Commit]:
+def made_by(commits: Iterable[Commit], run_ids: Collection[str]) -> list[Commit]:
     """The units a run made itself."""
-    return [commit for commit in commits if commit.made_by == run_id]
+    return [commit for commit in commits if commit.made_by in run_ids]
 
 
 def busy_seconds(spans: list[Span]) -> float:

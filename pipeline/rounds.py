@@ -15,7 +15,8 @@ from opd_stream.store.artifact import DamagedUnit
 from pipeline.caches import Cache, scores_of
 from pipeline.evaluation import Evaluator
 from pipeline.plan import is_due
-from pipeline.reports import Span, busy_seconds, round_report, summary
+from pipeline.records import Records, reached
+from pipeline.reports import Span, busy_seconds
 from pipeline.run_directory import RunDirectory
 from pipeline.setup import Setup, open_setup
 from pipeline.walk import (
@@ -56,7 +57,8 @@ def run(config: Config, directory: RunDirectory, progress: Progress) -> dict[str
     run_id = directory.open(config)
     for line in setup.warnings:
         progress.say(f"warning: {line}")
-    earlier = directory.summary().get("seconds", {"wall": 0.0, "other": 0.0})
+    earlier = directory.calls()
+    records = Records(setup=setup, directory=directory, run_id=run_id)
     reports: list[dict[str, Any]] = []
     with open_executor(config) as executor:
         session = Session(
@@ -67,29 +69,21 @@ def run(config: Config, directory: RunDirectory, progress: Progress) -> dict[str
             progress=progress,
             started=started,
         )
-        evaluation_0 = None
         if config.evaluation is not None:
-            evaluation_0 = evaluate_policy(session, setup.student)
+            evaluate_policy(session, setup.student)
         if not directory.summary():
-            _write_summary(session, evaluation_0, reports, earlier)
+            records.write_summary(reports, _calls(session, earlier))
         for here in walk(setup):
             directory.write_plan(here)
             if not has_policy(session, here):
                 train_round(session, here)
-            directory.add_metrics(here)
-            evaluation = None
             if is_due(config, here.index):
-                evaluation = evaluate_policy(session, checkpoint_of(here.policy))
-            probe = () if here.probe is None else probe_artifacts(setup, here.probe)
-            session.reached.add(here.policy.name)
-            session.reached |= {cache.rollouts.name for cache in here.caches}
-            session.reached |= {cache.scores.name for cache in here.caches}
-            session.reached |= {artifact.name for artifact in probe}
+                evaluate_policy(session, checkpoint_of(here.policy))
+            session.reached |= reached(setup, here)
             setup.store.record_run(run_id, directory.path, session.reached)
-            reports.append(round_report(here, run_id, evaluation, probe, setup.teacher))
-            directory.write_report(here.index, reports[-1])
-            _write_summary(session, evaluation_0, reports, earlier)
-    return _write_summary(session, evaluation_0, reports, earlier)
+            reports.append(records.write_round(here))
+            records.write_summary(reports, _calls(session, earlier))
+    return records.write_summary(reports, _calls(session, earlier))
 
 
 def has_policy(session: Session, here: Round) -> bool:
@@ -251,8 +245,8 @@ def _complete_probe(session: Session, here: Round) -> tuple[str, str] | None:
     return rollouts.fingerprint, scores.fingerprint
 
 
-def evaluate_policy(session: Session, student: Checkpoint) -> dict[str, Any]:
-    """The evaluate stage for one policy; returns what the summary keeps of it."""
+def evaluate_policy(session: Session, student: Checkpoint) -> None:
+    """The evaluate stage for one policy."""
     evaluator = Evaluator(
         config=session.setup.config,
         store=session.setup.store,
@@ -260,31 +254,15 @@ def evaluate_policy(session: Session, student: Checkpoint) -> dict[str, Any]:
         run_id=session.run_id,
         progress=session.progress,
     )
-    found = evaluator.measure(student, session.setup.stop_ids, _import_training)
+    evaluator.measure(student, session.setup.stop_ids, _import_training)
     session.spans += evaluator.spans
     session.reached |= evaluator.reached
-    return found
 
 
-def _write_summary(
-    session: Session,
-    evaluation_0: dict[str, Any] | None,
-    reports: list[dict[str, Any]],
-    earlier: dict[str, float],
-) -> dict[str, Any]:
+def _calls(session: Session, earlier: dict[str, float]) -> dict[str, float]:
+    """Seconds of all calls of the run so far."""
     wall = time.time() - session.started if session.spans else 0.0  # nothing done: no time spent
-    identity = session.setup.student.identity
-    value = summary(
-        rounds=session.setup.config.rounds,
-        policy_0={
-            "version": 0,
-            "fingerprint": identity.fingerprint,
-            "weights_sha256": identity.weights_sha256,
-        },
-        evaluation_0=evaluation_0,
-        reports=reports,
-        wall_seconds=earlier["wall"] + wall,
-        idle_seconds=earlier["other"] + wall - busy_seconds(session.spans),
-    )
-    session.directory.write_summary(value)
-    return value
+    return {
+        "wall": earlier.get("wall", 0.0) + wall,
+        "other": earlier.get("other", 0.0) + wall - busy_seconds(session.spans),
+    }

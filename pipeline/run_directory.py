@@ -13,6 +13,7 @@ Deleting it loses no teacher work: the artifacts are in the store.
 import json
 import platform
 import uuid
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -80,6 +81,18 @@ class RunDirectory:
             settings = config.model_dump(mode="json")
             self._refuse_other_settings(read_json(stored), settings, *without)
 
+    def is_run(self) -> bool:
+        """Whether a run was begun in this folder."""
+        return (self.path / "config.json").is_file()
+
+    def is_of(self, config: Config) -> bool:
+        """Whether the folder belongs to the run of this config, evaluation and all."""
+        if not self.is_run():
+            return False
+        found = read_json(self.path / "config.json")
+        other = differing_fields(found, config.model_dump(mode="json"))
+        return all(is_below(field, PLACEMENT) for field in other)
+
     def config(self) -> Config:
         """The config of an existing run.
 
@@ -134,6 +147,11 @@ class RunDirectory:
         path = self.path / "summary.json"
         return read_json(path) if path.exists() else {}
 
+    def calls(self) -> dict[str, float]:
+        """Seconds of the calls of `run` so far, as the summary has them; empty before the first."""
+        seconds = self.summary().get("seconds", {})
+        return {name: seconds[name] for name in ("wall", "other") if name in seconds}
+
     def reports(self) -> list[dict[str, Any]]:
         """The reports of the finished rounds, in order."""
         return [read_json(path) for path in sorted(self.path.glob("rounds/*/report.json"))]
@@ -185,9 +203,7 @@ class RunDirectory:
         other = {
             field: values
             for field, values in differing_fields(found, asked).items()
-            if not any(
-                field == name or field.startswith(f"{name}.") for name in (*PLACEMENT, *free)
-            )
+            if not is_below(field, (*PLACEMENT, *free))
         }
         if other:
             fields = "; ".join(f"{name}: {old!r} -> {new!r}" for name, (old, new) in other.items())
@@ -195,6 +211,11 @@ class RunDirectory:
                 f"{self.path} is a run with other settings ({fields}); use another --run-dir: what "
                 "both runs share is found in the store"
             )
+
+
+def is_below(field: str, names: Iterable[str]) -> bool:
+    """Whether a dotted field of a config is one of the named ones, or a part of one."""
+    return any(field == name or field.startswith(f"{name}.") for name in names)
 
 
 def _pretty(value: Any) -> bytes:

@@ -186,9 +186,9 @@ class StatusReader:
                 student=student,
                 stop_ids=self._setup.stop_ids,
             )
-            result = evaluation_result(store, part, artifact)
+            known = evaluation_result(store, part, artifact)
             rollouts.append(artifact)
-            passed += [] if result is None else [result["pass@1"]]
+            passed += [] if known is None else [known[1]["pass@1"]]
         is_complete = len(passed) == len(rollouts)
         facts = {"pass@1": sum(passed) / len(passed)} if is_complete else {}
         return replace(self._units(rollouts, None, now), is_complete=is_complete, facts=facts)

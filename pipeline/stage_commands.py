@@ -17,8 +17,9 @@ from opd_stream.store.artifact import DamagedUnit, summed_counts
 from opd_stream.store.files import publish
 from opd_stream.store.store import Store
 from pipeline.caches import Cache
-from pipeline.evaluation import Evaluator, figure_lines, open_policy
+from pipeline.evaluation import Evaluator, figure_lines, known_evaluation, open_policy
 from pipeline.plan import plan_ahead
+from pipeline.records import Records
 from pipeline.rounds import Session, has_policy, make_caches, train_policy
 from pipeline.run_directory import RunDirectory
 from pipeline.setup import Setup, check_evaluation, open_setup
@@ -64,6 +65,8 @@ def run_stage(
             setup=setup, directory=directory, run_id=run_id, executor=executor, progress=progress
         )
         here = _round(session, round_index, follow=follow, train=stage == "train")
+        records = Records(setup=setup, directory=directory, run_id=run_id)
+        records.share(here)
         if stage == "train":
             directory.write_plan(here)
         if stage == "generate":
@@ -71,7 +74,9 @@ def run_stage(
             return f"{_names(here, 'rollouts')} complete"
         if stage == "score":
             return _score(session, here, follow=follow)
-        return _train(session, here, follow=follow)
+        line = _train(session, here, follow=follow)
+    records.write()
+    return line
 
 
 def run_evaluation(
@@ -105,24 +110,29 @@ def run_evaluation(
         )
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
+    setup, run_id = None, ""
     if policy is None:
         assert round_index is not None
         setup = open_setup(config)
         student, stop_ids = _policy_of(setup, round_index), setup.stop_ids
-        store = setup.store
+        store, run_id = setup.store, _join(setup, directory, round_index)
     else:
         store = Store(config.store)
         store.check_writable()
         student, stop_ids = open_policy(config, store, policy)
         check_evaluation(config, store, student)
-    run_id = directory.join(config)
+    run_id = run_id or directory.join(config)
     with open_executor(config, ("student",)) as executor:
         evaluator = Evaluator(
             config=config, store=store, executor=executor, run_id=run_id, progress=progress
         )
-        found = evaluator.measure(student, stop_ids)
+        evaluator.measure(student, stop_ids)
+    found = known_evaluation(config, store, student, stop_ids, store.ids_of_run(run_id))
+    assert found is not None  # measured above
     # A record of its own: the run's own says what its rounds reach, and is written anew by each.
     store.add_to_run(f"{run_id}-evaluate", directory.path, evaluator.reached)
+    if setup is not None and directory.is_of(config):
+        Records(setup=setup, directory=directory, run_id=run_id).write()
     if out is not None:
         record = {
             "policy": str(student.folder),
@@ -132,6 +142,16 @@ def run_evaluation(
         }
         publish(out, (json.dumps(record, indent=2) + "\n").encode())
     return "\n".join(figure_lines(found))
+
+
+def _join(setup: Setup, directory: RunDirectory, round_index: int) -> str:
+    """Join the run of a folder, or begin one for a run of other machines; returns the id."""
+    if round_index == -1 or directory.is_run():
+        return directory.join(setup.config)
+    run_id = directory.open(setup.config)
+    records = Records(setup=setup, directory=directory, run_id=run_id)
+    records.share(_find_round(setup, round_index))
+    return run_id
 
 
 def _policy_of(setup: Setup, round_index: int) -> Checkpoint:
@@ -193,7 +213,6 @@ def _train(session: Session, here: Round, *, follow: bool) -> str:
             train_policy(session, here)
         except DamagedUnit as error:
             raise UserError(f"{error}; run generate and score again: only it is made") from error
-    session.directory.add_metrics(here)
     return f"{here.policy.name} is complete: {here.policy.folder()}"
 
 

@@ -71,10 +71,10 @@ def evaluate(
     Raises:
         UserError: the judge cannot be opened, or cannot judge.
     """
+    if (known := evaluation_result(store, evaluation, rollouts)) is not None:
+        return known
     recipe = evaluation_recipe(evaluation, rollouts.recipe)
     artifact = store.artifact(recipe)
-    if (known := evaluation_result(store, evaluation, rollouts)) is not None:
-        return artifact.name, known
     start = time.time()
     result = _result(store, evaluation, rollouts, student)
     record = {**recipe.as_json(), "fingerprint": recipe.fingerprint}
@@ -101,15 +101,15 @@ def _with_more_samples(store: Store, recipe: Recipe) -> Artifact | None:
 
 def evaluation_result(
     store: Store, evaluation: Evaluation, rollouts: Artifact
-) -> dict[str, Any] | None:
-    """The result that is in the store, if there is one."""
+) -> tuple[str, dict[str, Any]] | None:
+    """The evaluation's name and result, if they are in the store."""
     artifact = store.artifact(evaluation_recipe(evaluation, rollouts.recipe))
     path = artifact.folder / "manifest.json"
     if not path.exists():
         return None
     manifest = read_json(path)
     recipe_from_json(manifest, f"{artifact.name}/manifest.json")
-    return manifest["result"]
+    return artifact.name, manifest["result"]
 
 
 def _result(

@@ -96,29 +96,46 @@ class Store:
         parent = self.root / kind
         return sorted(parent.iterdir(), key=str) if parent.exists() else []
 
-    def record_run(self, run_id: str, folder: Path, artifacts: set[str]) -> None:
+    def record_run(
+        self, run_id: str, folder: Path, artifacts: set[str], shared: str | None = None
+    ) -> None:
         """Say what a run reaches, so that `gc` leaves it.
 
         Args:
             run_id: id of the run.
             folder: its folder; where that is gone, the record counts no more.
             artifacts: names as KIND/FINGERPRINT, the fingerprint's first 16 characters.
+            shared: what this folder works on together with the folders of other machines; None
+                leaves what was recorded before.
         """
+        path = self.root / "runs" / f"{run_id}.json"
+        before = read_json(path) if path.exists() else {}
         record = {
             "id": run_id,
             "host": platform.node(),
             "folder": str(folder.resolve()),
             "artifacts": sorted(artifacts),
+            "shared": shared or before.get("shared"),
         }
-        path = self.root / "runs" / f"{run_id}.json"
-        if not path.exists() or read_json(path) != record:
+        if before != record:
             publish(path, canonical_json(record))
 
-    def add_to_run(self, run_id: str, folder: Path, artifacts: set[str]) -> None:
+    def add_to_run(
+        self, run_id: str, folder: Path, artifacts: set[str], shared: str | None = None
+    ) -> None:
         """As `record_run`, keeping what was recorded under this id before."""
         path = self.root / "runs" / f"{run_id}.json"
         before = read_json(path)["artifacts"] if path.exists() else []
-        self.record_run(run_id, folder, {*before, *artifacts})
+        self.record_run(run_id, folder, {*before, *artifacts}, shared)
+
+    def ids_of_run(self, run_id: str) -> frozenset[str]:
+        """The id, and those of the folders of other machines that work on the same run."""
+        own = self.root / "runs" / f"{run_id}.json"
+        shared = read_json(own).get("shared") if own.exists() else None
+        if shared is None:
+            return frozenset({run_id})
+        records = [read_json(path) for path in own.parent.iterdir() if path.suffix == ".json"]
+        return frozenset(record["id"] for record in records if record.get("shared") == shared)
 
     def nearest(self, recipe: Recipe) -> tuple[Recipe, dict[str, tuple[object, object]]] | None:
         """The started artifact of the same kind with the fewest other fields, and those fields."""

@@ -1,0 +1,141 @@
+"""A run made by commands of single stages leaves what `run` leaves, on one machine or several."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opd_stream.errors import UserError
+from opd_stream.store.inventory import garbage
+from opd_stream.store.store import Store
+from opd_stream.tasks.bootstrap import Bootstrap
+from pipeline.comparison import compare
+from pipeline.report.read import read_run
+from pipeline.rounds import run
+from pipeline.run_directory import RunDirectory
+from pipeline.stage_commands import run_evaluation, run_stage
+from stages.progress import Silent
+from tests.conftest import small_config
+
+MACHINES = {"generate": "a", "score": "b", "train": "c", "evaluate": "d"}
+TIMES = ("seconds", "cpu_seconds", "audit_cpu_seconds", "wall", "other")
+
+
+def stage(folder: Path, name: str, round_index: int) -> None:
+    config, directory = small_config(folder), RunDirectory(folder / MACHINES[name])
+    run_stage(name, config, directory, round_index=round_index, progress=Silent())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small run, by `run`."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(small_config(folder), RunDirectory(folder / "run"), Silent())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same by stages, each on a machine of its own; the last evaluation is still to come."""
+    folder = tmp_path_factory.mktemp("apart")
+    stage(folder, "evaluate", -1)
+    for round_index in range(2):
+        for name in ("generate", "score", "train"):
+            stage(folder, name, round_index)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(apart: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated") / "copy"
+    shutil.copytree(apart, folder)
+    stage(folder, "evaluate", 1)
+    return folder
+
+
+def plain(value: Any) -> Any:
+    """Without times, nor the folder that a policy was written to."""
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {k: plain(v) for k, v in value.items() if k not in (*TIMES, "folder", "final_policy")}
+
+
+def test_reports_of_stages_are_those_of_the_run_but_for_times(whole: Path, evaluated: Path) -> None:
+    alone, together = RunDirectory(whole / "run"), RunDirectory(evaluated / "d")
+    assert plain(together.reports()) == plain(alone.reports())
+    assert len(together.reports()) == 2
+    assert plain(together.summary()) == plain(alone.summary())
+    assert together.summary()["finished"]
+    assert together.summary()["tokens"]["teacher_scored"] == 768  # on another machine, for this run
+    assert all(together.summary()["seconds"][name] > 0 for name in ("generate", "score", "train"))
+    assert together.calls() == {}  # there was no call of `run`
+    for number in range(2):
+        assert plain(together.plan(number)) == plain(alone.plan(number))
+
+
+def test_a_report_draws_the_stages_as_the_run(whole: Path, evaluated: Path) -> None:
+    alone, together = read_run(whole / "run"), read_run(evaluated / "d")
+    assert len(together.steps) == len(alone.steps) == 8
+    assert together.summary is not None
+    assert alone.summary is not None
+    assert [e.round for e in together.summary.evaluations] == [0, 2]
+    assert together.summary.evaluations == alone.summary.evaluations
+    assert [r.tokens for r in together.rounds] == [r.tokens for r in alone.rounds]
+
+
+def test_a_round_without_its_evaluation_is_not_a_finished_run(apart: Path) -> None:
+    trained = RunDirectory(apart / "c")
+    assert [entry["round"] for entry in trained.summary()["evaluations"]] == [0]
+    assert not trained.summary()["finished"]
+    assert trained.reports()[1]["evaluation"] is None
+    with pytest.raises(UserError, match=r"2 of 2 rounds, not all evaluated"):
+        list(compare(str(apart / "c"), str(apart / "c"), Bootstrap()))
+
+
+def test_the_machines_of_another_run_are_not_of_this_one(apart: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(apart, folder)
+    config = small_config(folder, f"store={folder / 'store'}", "train.learning_rate=0.002")
+    for name in ("generate", "score", "train"):
+        directory = RunDirectory(folder / "other")
+        run_stage(name, config, directory, round_index=0, progress=Silent())
+    (report,) = RunDirectory(folder / "other").reports()
+    assert report["tokens"]["generated"] == report["tokens"]["teacher_scored"] == 0
+    assert report["reused"] == {"rollout_units": 2, "score_units": 2, "policy": False}
+
+
+def test_a_run_in_the_folder_of_a_stage_goes_on_with_it(evaluated: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(evaluated, folder)
+    before = RunDirectory(folder / "c").summary()
+    config = small_config(folder, f"store={folder / 'store'}")
+    after = run(config, RunDirectory(folder / "c"), Silent())
+    assert plain(after["tokens"]) == before["tokens"]
+    assert after["finished"]
+    elsewhere = run(config, RunDirectory(folder / "new"), Silent())
+    assert elsewhere["tokens"]["generated"] == 0
+    assert elsewhere["reused"] == {"rollout_units": 4, "score_units": 4}
+
+
+def test_another_evaluation_leaves_the_folder_as_it_is(evaluated: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(evaluated, folder)
+    directory = RunDirectory(folder / "d")
+    before = {path: path.read_bytes() for path in sorted((folder / "d").rglob("*.json"))}
+    config = small_config(folder, "evaluation.samples_per_prompt=1")
+    run_evaluation(config, directory, round_index=0, progress=Silent())
+    assert {path: path.read_bytes() for path in sorted((folder / "d").rglob("*.json"))} == before
+    run_evaluation(small_config(folder), directory, round_index=0, progress=Silent())
+    rounds = [entry["round"] for entry in directory.summary()["evaluations"]]
+    assert rounds == [0, 1, 2]  # one that was not due, asked for by name
+
+
+def test_garbage_collection_leaves_what_stages_made(apart: Path) -> None:
+    assert garbage(Store(apart / "store"), grace_seconds=0.0) == []
+    records = [json.loads(path.read_text()) for path in (apart / "store" / "runs").iterdir()]
+    names = {name.partition("/")[0] for record in records for name in record["artifacts"]}
+    assert names == {"rollouts", "scores", "policies"}
