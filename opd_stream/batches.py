@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from opd_stream.guards import first_occurrences
 from opd_stream.logprobs import completion_rows
+from opd_stream.masks import trained_mask
 from opd_stream.store.reader import ScoredRow
 from opd_stream.weighting import fixed_blocks, newline_spans
 
@@ -56,23 +56,6 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         return _moved(self, device)
-
-
-def trained_mask(
-    row: ScoredRow, window_tokens: int, masked_ids: Collection[int] = ()
-) -> NDArray[np.bool_]:
-    """Which completion tokens of a row train: window, loss mask, first-occurrence mask [T'].
-
-    A chunk of a teacher with another tokenizer trains whole or not at all.
-    """
-    length = min(len(row.completion_ids), window_tokens)
-    mask = np.ones(length, np.bool_) if row.loss_mask is None else row.loss_mask[:length].copy()
-    if masked_ids:
-        mask &= ~first_occurrences(row.completion_ids[:length], masked_ids)
-    if row.chunk_ids is not None:
-        inside, outside = row.chunk_ids[:length], row.chunk_ids[length:]
-        mask &= ~np.isin(inside, np.concatenate([inside[~mask], outside]))
-    return mask
 
 
 def collate(

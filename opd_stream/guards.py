@@ -4,13 +4,9 @@ Shapes: N tokens, K teacher candidates, T terminators. Each guard is a pure func
 unless the config says otherwise. docs/objectives.md tells what each is for.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from opd_stream.objectives.inputs import SMALLEST_LOGPROB
 
@@ -59,21 +55,6 @@ def merge_into_candidates(
         torch.cat([teacher, stop.teacher_N[:, None].to(teacher.dtype)], dim=1),
         torch.where(outside_N > 0, tail_N, teacher_tail_N),
     )
-
-
-def first_occurrences(
-    completion_ids: NDArray[np.integer[Any]], special_ids: Collection[int]
-) -> NDArray[np.bool_]:
-    """True at the first place of each special id in a completion [T].
-
-    Markers of a thinking style sit at fixed places, differ between models and dominate the
-    log-ratio there; later occurrences train (2603.25562).
-    """
-    first = np.zeros(len(completion_ids), np.bool_)
-    for special in special_ids:
-        places = np.flatnonzero(completion_ids == special)
-        first[places[:1]] = True
-    return first
 
 
 def soft_clamp(losses_N: torch.Tensor, limit: float) -> torch.Tensor:

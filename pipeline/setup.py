@@ -13,7 +13,7 @@ from opd_stream.store.artifact import Artifact
 from opd_stream.store.store import Store
 from opd_stream.tasks.judges import open_judge
 from stages.aligned import Crossing, open_crossing
-from stages.checkpoints import Checkpoint, check_pair, open_checkpoint
+from stages.checkpoints import Checkpoint, check_pair, open_checkpoint, open_vocabulary
 from stages.evaluate import evaluation_prompts
 from stages.prompts import make_prompts, prompts_artifact
 
@@ -61,6 +61,19 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
         masked_ids=masked_ids(config, tokenizer),
         newline_ids=_newlines(config, tokenizer),
     )
+
+
+def open_to_look(config: Config) -> Setup:
+    """As `open_setup`, for commands that work on nothing: prompts are named and not made.
+
+    What only training reads is left out, and so is torch.
+
+    Raises:
+        UserError: as `open_setup`, but for judges and problems of evaluation.
+    """
+    store = Store(config.store)
+    store.check_writable()
+    return setup_of(config, store, partial(open_checkpoint, store), token_id_of, make=False)
 
 
 def setup_of(
@@ -146,8 +159,9 @@ def _check_top_k(config: Config, teacher: Checkpoint) -> None:
 
 def token_id_of(model: Checkpoint, token: str) -> int | None:
     """The id of a token in a checkpoint's vocabulary; None: it has none."""
-    found = model.tokenizer().convert_tokens_to_ids(token)
-    return None if found == model.tokenizer().unk_token_id else found
+    vocabulary = open_vocabulary(model.folder)
+    found = vocabulary.convert_tokens_to_ids(token)
+    return None if found == vocabulary.unk_token_id else found
 
 
 def _forced(

@@ -10,7 +10,7 @@ from opd_stream.store.artifact import Artifact
 from opd_stream.store.policy import PolicyArtifact
 from pipeline.run_directory import RunDirectory
 from pipeline.run_status import StatusReader, named
-from pipeline.setup import Setup, open_setup
+from pipeline.setup import Setup, open_to_look
 from pipeline.status_table import status_json, table_of, watch
 from pipeline.walk import walk
 
@@ -21,7 +21,7 @@ def status_lines(config: Config) -> list[str]:
     Raises:
         UserError: the checkpoints or prompts of the run cannot be opened.
     """
-    return lines_of(open_setup(config))
+    return lines_of(open_to_look(config))
 
 
 def lines_of(setup: Setup) -> list[str]:
@@ -52,7 +52,7 @@ def print_status(
 
     In a pipe everything is printed once.
     """
-    setup = open_setup(config)
+    setup = open_to_look(config)
     reader = StatusReader(setup, directory)
     if as_json:
         sys.stdout.write(status_json(reader.read(), lines_of(setup)) + "\n")

@@ -79,8 +79,29 @@ def open_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    return _opened(AutoTokenizer, folder)
+
+
+@lru_cache(maxsize=8)
+def open_vocabulary(folder: Path) -> Any:
+    """The tokenizer of a folder for ids and what they stand for: its `tokenizer.json` as it is.
+
+    That needs no torch, which the class for a family of models loads; it is read that way where
+    there is no such file.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return open_tokenizer(folder)
+    from transformers import PreTrainedTokenizerFast
+
+    return _opened(PreTrainedTokenizerFast, folder)
+
+
+def _opened(kind: Any, folder: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return kind.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

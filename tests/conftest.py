@@ -1,5 +1,8 @@
 """A small run that every pipeline test can afford: two rounds over eight prompts."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +62,19 @@ def small_config(folder: Path, *overrides: str) -> Config:
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump({**SMALL_RUN, "store": str(folder / "store")}))
     return load_config(path, list(overrides))
+
+
+def loaded_by(*arguments: str) -> tuple[str, set[str], float]:
+    """What a command prints, the heavy libraries it loads, and the CPU seconds of its process."""
+    code = (
+        "import json, sys, time, pipeline.cli as cli\n"
+        "try: cli.main()\n"
+        "finally:\n"
+        "    heavy = {'torch', 'transformers', 'ray', 'lightning', 'datasets', 'pandas'}\n"
+        "    print(json.dumps([sorted(heavy & set(sys.modules)), time.process_time()]))"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    *said, last = found.stdout.splitlines()
+    loaded, seconds = json.loads(last)
+    return "\n".join(said), set(loaded), seconds

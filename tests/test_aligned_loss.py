@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from opd_stream.batch_loss import batch_loss
-from opd_stream.batches import collate, trained_mask
+from opd_stream.batches import collate
 from opd_stream.fused import OutputHead
+from opd_stream.masks import trained_mask
 from opd_stream.objectives import Bucket, SampledPg
 from opd_stream.store.reader import ScoredRow
 from opd_stream.types import RolloutBatch, ScoreBatch

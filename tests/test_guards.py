@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from opd_stream.batch_loss import batch_loss
-from opd_stream.batches import Batch, collate, trained_mask
+from opd_stream.batches import Batch, collate
 from opd_stream.errors import UserError
 from opd_stream.fused import OutputHead
-from opd_stream.guards import Terminators, first_occurrences, merge_into_candidates, soft_clamp
+from opd_stream.guards import Terminators, merge_into_candidates, soft_clamp
+from opd_stream.masks import first_occurrences, trained_mask
 from opd_stream.objectives import (
     Bucket,
     EntropyAware,

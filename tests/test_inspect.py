@@ -28,7 +28,7 @@ from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from stages.checkpoints import open_tokenizer
 from stages.progress import Silent
-from tests.conftest import MODELS, small_config
+from tests.conftest import MODELS, loaded_by, small_config
 
 
 def run_small(folder: Path, *overrides: str) -> tuple[RunDirectory, Config]:
@@ -166,6 +166,13 @@ def test_the_verdict_is_that_of_the_runs_judge(
     without = override_config(config, ["evaluation=null"])
     view = inspect_rollout(directory, without, round_index=0, prompt_id=prompt_id)
     assert view.verdict is None
+
+
+def test_a_look_needs_no_torch(finished: tuple[RunDirectory, Config]) -> None:
+    folder = str(finished[0].path)
+    said, loaded, _ = loaded_by("inspect", folder, "--round", "0", "--worst", "1")
+    assert "mean reverse_kl" in said
+    assert not loaded & {"torch", "ray", "lightning"}
 
 
 def test_nothing_is_written(finished: tuple[RunDirectory, Config]) -> None:

@@ -30,7 +30,7 @@ from pipeline.forecast.sizes import policy_sizes, scores_sizes
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from stages.progress import Silent
-from tests.conftest import MODELS, small_config
+from tests.conftest import MODELS, loaded_by, small_config
 from tests.test_codecs import random_scores, rollouts_of
 
 ADAPTIVE = "rollouts.window={kind: adaptive, candidates: [16, 32], max_window_tokens: 48}"
@@ -275,19 +275,11 @@ def command(*arguments: str) -> list[str]:
 def test_the_command_answers_at_once_and_without_torch(finished: Path) -> None:
     small_config(finished, "evaluation=null")
     settings = ["--set", "evaluation=null", "--run-dir", str(finished / "run")]
-    code = (
-        "import sys, time, pipeline.cli as cli\n"
-        "try: cli.main()\n"
-        "finally: print({'torch', 'transformers', 'ray', 'lightning', 'pandas'} & set(sys.modules),"
-        " time.process_time())"
-    )
-    plan_it = [sys.executable, "-c", code, "plan", str(finished / "small.yaml"), *settings]
-    found = subprocess.run(plan_it, capture_output=True, text=True, check=True)
-    loaded, seconds = found.stdout.splitlines()[-1].split()
-    assert loaded == "set()"
-    assert float(seconds) < 2  # of this process: a busy machine takes longer
-    assert "2 of 2 units" in found.stdout
-    assert "teacher-scored tokens: 0 to come" in found.stdout
+    said, loaded, seconds = loaded_by("plan", str(finished / "small.yaml"), *settings)
+    assert loaded == set()
+    assert seconds < 2
+    assert "2 of 2 units" in said
+    assert "teacher-scored tokens: 0 to come" in said
 
 
 def test_json_is_the_plan_and_a_full_disk_is_told(

@@ -27,8 +27,9 @@ from pipeline.run_directory import RunDirectory
 from pipeline.run_status import RunStatus, StatusReader
 from pipeline.setup import open_setup
 from pipeline.status_table import table_of, watch
+from stages.checkpoints import open_tokenizer, open_vocabulary
 from stages.progress import Silent
-from tests.conftest import small_config
+from tests.conftest import MODELS, loaded_by, small_config
 
 NOW = 1_760_000_000.0
 
@@ -437,3 +438,31 @@ def test_a_long_cache_command_tells_its_progress(finished: Path, command: CliRun
     fields = json.loads(line)["fields"]
     assert fields["stage"] == "verify"
     assert fields["done"] == fields["total"] > 5
+
+
+def test_status_answers_at_once_and_without_torch(finished: Path) -> None:
+    said, loaded, seconds = loaded_by("status", str(finished / "run"))
+    assert "2 of 2 rounds complete" in said
+    assert loaded == set()
+    assert seconds < 2  # of this process: a busy machine takes longer
+
+
+def test_a_question_about_forced_tokens_needs_no_torch(finished: Path) -> None:
+    setting = 'scores.forced_tokens=["<eos>"]'
+    said, loaded, _ = loaded_by("status", str(finished / "run"), "--set", setting)
+    assert "round 0: window 48; generate complete; score complete" in said  # it is forced already
+    assert "torch" not in loaded
+
+
+@pytest.mark.parametrize(
+    "text", ["On Monday Anna has 12 coins.\n", "Answer: 07", "naïve café 漢字"]
+)
+def test_ids_are_read_back_as_with_the_class_of_their_family(text: str) -> None:
+    folder = MODELS / "ledger-student"
+    family, plain = open_tokenizer(folder), open_vocabulary(folder)
+    ids = family.encode(text)
+    for skips in (False, True):
+        assert plain.decode(ids, skip_special_tokens=skips) == family.decode(
+            ids, skip_special_tokens=skips
+        )
+    assert plain.get_vocab() == family.get_vocab()

@@ -12,6 +12,7 @@ from pipeline.inspect.view import Reading, RolloutView, view_of
 from pipeline.inspect.worst import Worst, worst_rollouts
 from pipeline.run_directory import RunDirectory
 from pipeline.setup import masked_ids
+from stages.checkpoints import open_vocabulary
 
 
 def inspect_rollout(
@@ -55,10 +56,8 @@ def inspect_worst(
 
 def open_reading(directory: RunDirectory, config: Config, round_index: int) -> Reading:
     """The round with its tokenizer."""
-    from stages.checkpoints import open_tokenizer
-
     source = open_round(directory, config, round_index)
-    tokenizer = open_tokenizer(source.tokenizer_folder().resolve())
+    tokenizer = open_vocabulary(source.tokenizer_folder().resolve())
     return Reading(
         source=source, text=TokenText(tokenizer), masked_ids=masked_ids(config, tokenizer)
     )

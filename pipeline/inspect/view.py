@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_stream.errors import UserError
+from opd_stream.masks import trained_mask
 from opd_stream.store.reader import ScoredRow
 from opd_stream.tasks.judges import open_judge
 from opd_stream.token_figures import (
@@ -79,8 +80,6 @@ class Reading:
 
     def trains(self, row: ScoredRow) -> NDArray[np.bool_]:
         """Which completion tokens train in some step of the round [T]."""
-        from opd_stream.batches import trained_mask
-
         mask = trained_mask(row, max(self.windows), self.masked_ids)
         return np.pad(mask, (0, len(row.completion_ids) - len(mask)))
 
