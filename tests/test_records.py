@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from opd_stream.errors import UserError
@@ -85,6 +86,20 @@ def test_a_report_draws_the_stages_as_the_run(whole: Path, evaluated: Path) -> N
     assert [e.round for e in together.summary.evaluations] == [0, 2]
     assert together.summary.evaluations == alone.summary.evaluations
     assert [r.tokens for r in together.rounds] == [r.tokens for r in alone.rounds]
+
+
+def test_the_drift_of_an_epoch_is_the_token_mean_of_its_steps(whole: Path) -> None:
+    directory = RunDirectory(whole / "run")
+    lines = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+    for report in directory.reports():
+        for epoch in report["epochs"]:
+            place = (report["round"], epoch["epoch"])
+            own = [line for line in lines if (line["round"], line["epoch"]) == place]
+            drift = [line["policy_drift"] for line in own]
+            assert min(drift) < max(drift)
+            mean = np.average(drift, weights=[line["trained_tokens"] for line in own])
+            assert epoch["policy_drift"] == pytest.approx(mean, rel=1e-9)
+        assert report["policy_drift"] == report["epochs"][-1]["policy_drift"]
 
 
 def test_a_round_without_its_evaluation_is_not_a_finished_run(apart: Path) -> None:

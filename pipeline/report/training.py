@@ -46,8 +46,9 @@ def drift_exhibit(run: Run, name: str) -> Exhibit:
     axes[-1].set_xlabel("optimizer step")
     count_axis(axes[-1])
     caption = (
-        "policy_drift estimates KL(behavior ‖ student) on the tokens of a step; the effective "
-        "sample fraction is 1 on fresh rollouts."
+        "policy_drift estimates KL(behavior ‖ student) on the tokens of a step; what decides is "
+        "its mean over an epoch, in the table, or over a quarter of one. The effective sample "
+        "fraction is 1 on fresh rollouts."
     )
     caption += " At a vertical line a round begins." if has_lines else ""
     caption += f" The bound on policy_drift is {far:g}, above what is drawn." if far else ""
