@@ -60,7 +60,7 @@ def run(config: Config, directory: RunDirectory, progress: Progress) -> dict[str
     earlier = directory.calls()
     records = Records(setup=setup, directory=directory, run_id=run_id)
     reports: list[dict[str, Any]] = []
-    with open_executor(config) as executor:
+    with setup.store.watched(), open_executor(config) as executor:
         session = Session(
             setup=setup,
             directory=directory,

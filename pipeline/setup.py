@@ -50,8 +50,7 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
             together, K is larger than the vocabulary, or the prompts are refused.
     """
     check_extras(config)
-    store = Store(config.store)
-    store.check_writable()
+    store = open_store(config)
     setup = setup_of(config, store, partial(open_checkpoint, store), token_id_of, make=make)
     if make:
         check_evaluation(config, store, setup.student)
@@ -74,6 +73,16 @@ def open_to_look(config: Config) -> Setup:
     store = Store(config.store)
     store.check_writable()
     return setup_of(config, store, partial(open_checkpoint, store), token_id_of, make=False)
+
+
+def open_store(config: Config) -> Store:
+    """The store of a run, patient from its first answer on.
+
+    Raises:
+        UserError: it cannot be reached or written.
+    """
+    Store(config.store).check_writable()
+    return Store(config.store, patience=config.store_seconds)
 
 
 def setup_of(

@@ -15,14 +15,13 @@ from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit, summed_counts
 from opd_stream.store.files import publish
-from opd_stream.store.store import Store
 from pipeline.caches import Cache
 from pipeline.evaluation import Evaluator, figure_lines, known_evaluation, open_policy
 from pipeline.plan import plan_ahead
 from pipeline.records import Records
 from pipeline.rounds import Session, has_policy, make_caches, train_policy
 from pipeline.run_directory import RunDirectory
-from pipeline.setup import Setup, check_evaluation, open_setup
+from pipeline.setup import Setup, check_evaluation, open_setup, open_store
 from pipeline.walk import Round, checkpoint_of, probe_artifacts, walk
 from stages.checkpoints import Checkpoint
 from stages.collect import begin, finish, missing_units, start_scores
@@ -60,7 +59,8 @@ def run_stage(
         return run_evaluation(config, directory, round_index=round_index, progress=progress)
     setup = open_setup(config)
     run_id = directory.open(config)
-    with open_executor(config, _ROLES.get(stage, ("student",))) as executor:
+    roles = _ROLES.get(stage, ("student",))
+    with setup.store.watched(), open_executor(config, roles) as executor:
         session = Session(
             setup=setup, directory=directory, run_id=run_id, executor=executor, progress=progress
         )
@@ -117,12 +117,11 @@ def run_evaluation(
         student, stop_ids = _policy_of(setup, round_index), setup.stop_ids
         store, run_id = setup.store, _join(setup, directory, round_index)
     else:
-        store = Store(config.store)
-        store.check_writable()
+        store = open_store(config)
         student, stop_ids = open_policy(config, store, policy)
         check_evaluation(config, store, student)
     run_id = run_id or directory.join(config)
-    with open_executor(config, ("student",)) as executor:
+    with store.watched(), open_executor(config, ("student",)) as executor:
         evaluator = Evaluator(
             config=config, store=store, executor=executor, run_id=run_id, progress=progress
         )

@@ -151,7 +151,14 @@ def _worker_specs(config: Config, roles: tuple[Role, ...]) -> list[WorkerSpec]:
     ):
         if role in roles and model is not None:
             patience = pool.unit_seconds if config.executor == "ray" else None
-            arguments = [store, model.batch_rows, pool.threads, model.vllm.model_dump(), patience]
+            arguments = [
+                store,
+                model.batch_rows,
+                pool.threads,
+                model.vllm.model_dump(),
+                patience,
+                config.store_seconds,
+            ]
             specs.append((worker, arguments, pool))
     return specs
 

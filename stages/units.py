@@ -22,6 +22,7 @@ from opd_stream.engines.base import Engine
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.codecs import SampledCodec, build_codec, encode_scores
+from opd_stream.store.files import PATIENCE
 from opd_stream.store.policy import identify
 from opd_stream.store.schema import (
     prompts_batch,
@@ -46,8 +47,9 @@ class UnitWorker:
         threads: int,
         vllm: dict[str, Any],
         unit_seconds: int | None = None,
+        store_seconds: float = PATIENCE,
     ) -> None:
-        self.store, self.unit_seconds = Store(store), unit_seconds
+        self.store, self.unit_seconds = Store(store, patience=store_seconds), unit_seconds
         self.batch_rows, self.threads, self.vllm = batch_rows, threads, vllm
         self._engine: Engine | None = None
         self._loaded: str | None = None
@@ -58,7 +60,11 @@ class UnitWorker:
 
         torch.set_num_threads(self.threads)  # the local loop shares the process with training
         with ending_if_hung(self.unit_seconds):
-            return each(table, self.work)
+            return each(table, self._watched)
+
+    def _watched(self, worked: Worked) -> Worked:
+        with self.store.watched():
+            return self.work(worked)
 
     def work(self, worked: Worked) -> Worked:
         """Make the unit of one order, or pass it on if it is committed."""

@@ -1,5 +1,6 @@
 """A store in S3: a whole run, faults, races, and the same bytes as on a disk."""
 
+import contextlib
 import json
 import os
 import socket
@@ -14,11 +15,10 @@ import pytest
 
 pytest.importorskip("moto", reason="pip install 'opd-stream[dev]' brings the S3 server")
 
-from s3fs import S3FileSystem
-
 from opd_stream.errors import UserError
-from opd_stream.store import Store, open_scores
+from opd_stream.store import open_scores
 from opd_stream.store.files import place, publish, publish_new, verified_bytes
+from opd_stream.store.s3 import PatientS3
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from pipeline.run_status import StatusReader
@@ -40,28 +40,42 @@ def bucket(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
     """An address in a fresh bucket of a running server."""
-    port = free_port()
-    environment = os.environ | {"S3_FAULT_EVERY": "53" if request.param == "faulty" else "0"}
-    command = [sys.executable, "-m", "tests.s3_server", str(port)]
-    with subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as server:
-        assert server.stdout is not None
-        assert server.stdout.readline() == b"ready\n"
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "OPD_STREAM_CACHE": str(tmp_path / "cache"),
-        }.items():
-            monkeypatch.setenv(name, value)
-        S3FileSystem.clear_instance_cache()  # it remembers the last server
+    with served(53 if request.param == "faulty" else 0) as port:
+        use_server(port, tmp_path, monkeypatch)
         name = f"bucket-{port}"
         remote: Any = place(f"s3://{name}")
         remote.fs.mkdir(name)
         yield f"s3://{name}/some/store"
-        server.kill()
+
+
+@contextlib.contextmanager
+def served(fault_every: int = 0) -> Iterator[int]:
+    """The port of a running server."""
+    port = free_port()
+    environment = os.environ | {"S3_FAULT_EVERY": str(fault_every)}
+    command = [sys.executable, "-m", "tests.s3_server", str(port)]
+    with subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == b"ready\n"
+            yield port
+        finally:
+            server.kill()
+
+
+def use_server(port: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on s3:// is what listens at a port."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "OPD_STREAM_CACHE": str(folder / "cache"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    PatientS3.clear_instance_cache()  # it remembers the last server
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -115,10 +129,12 @@ def test_a_damaged_object_is_named_and_a_torn_answer_is_asked_for_again(bucket: 
         assert verified_bytes(path, sha256(b"x" * 50), (start, 50)) == b"x" * 50
 
 
-def test_a_store_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_never_answered_is_one_line_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    S3FileSystem.clear_instance_cache()
+    PatientS3.clear_instance_cache()
     with pytest.raises(UserError, match="cannot reach s3://nobody/store"):
-        Store("s3://nobody/store").check_writable()
+        open_setup(small_config(tmp_path, "store=s3://nobody/store", "store_seconds=3600"))

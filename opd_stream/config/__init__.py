@@ -121,6 +121,11 @@ class Config(Section):
     store: str = Field(
         default="store", description="folder of artifacts, or s3://BUCKET/PATH; shared by runs"
     )
+    store_seconds: float = Field(
+        default=120,
+        ge=0,
+        description="a store in S3 that stops answering is asked for so long, then the run stops",
+    )
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
@@ -274,6 +279,7 @@ PLACEMENT = (
     "pools",
     "prompts_per_unit",
     "store",
+    "store_seconds",
     "student.batch_rows",
     "teacher.batch_rows",
     "student.vllm",

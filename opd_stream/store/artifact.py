@@ -21,6 +21,7 @@ import pyarrow as pa
 from opd_stream.errors import UserError
 from opd_stream.store.files import (
     canonical_json,
+    check_there,
     inside,
     publish,
     publish_new,
@@ -141,6 +142,7 @@ class Artifact:
         fidelity: dict[str, Any] | None = None,
     ) -> Commit:
         """Publish a unit and return the record that stands, ours or an earlier writer's."""
+        check_there(self.folder.parent.parent)
         data, parts = shard_bytes(table)
         digest = sha256(data)
         name = f"units/{unit:05d}-{digest[:8]}.arrow"

@@ -22,41 +22,36 @@ from typing import Any, cast
 
 from opd_stream.errors import UserError
 
+PATIENCE = 5.0  # seconds, with a store that has not answered yet
 READS = 3  # of an object that arrives torn, before it is called damaged
 
 
-def place(location: str) -> Path:
+def place(location: str, patience: float = PATIENCE) -> Path:
     """A folder on this machine or in an object store.
+
+    Args:
+        location: a folder, or s3://BUCKET/PATH.
+        patience: seconds for which S3 is asked again while it does not answer.
 
     Raises:
         UserError: the package for this kind of address is not installed.
     """
     if "://" not in location:
         return Path(location)
-    scheme = location.split("://")[0]
     try:
         from upath import UPath
 
-        # Listings are never remembered: other machines write here too.
-        return cast(Path, UPath(location, use_listings_cache=False, **_OPTIONS.get(scheme, {})))
+        options: dict[str, Any] = {"use_listings_cache": False}  # other machines write here too
+        if location.startswith("s3://"):
+            from opd_stream.store import s3
+
+            options |= {**s3.OPTIONS, "patience": patience}
+        return cast(Path, UPath(location, **options))
     except (ImportError, ValueError) as error:
         raise UserError(
             f"store {location} cannot be opened ({error}); expected a folder or s3://BUCKET/PATH; "
             "pip install 'opd-stream[s3]'"
         ) from error
-
-
-# Requests that fail or are told to slow down are sent again, with growing pauses: by botocore four
-# times, and what it gives up on by s3fs five times.
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "s3": {
-        "config_kwargs": {
-            "retries": {"mode": "standard", "max_attempts": 4},
-            "connect_timeout": 20,
-            "read_timeout": 60,
-        }
-    }
-}
 
 
 def is_remote(path: Path) -> bool:
@@ -87,8 +82,9 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: the file is not JSON (names it).
     """
+    data = path.read_bytes()
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(data)
     except ValueError as error:
         raise UserError(
             f"{path} is not valid JSON ({error}); expected a file written by opd-stream; "
@@ -239,6 +235,8 @@ def explained(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals of a write into one line each."""
     try:
         yield
+    except UserError:
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
@@ -251,18 +249,45 @@ def explained(path: Path) -> Iterator[None]:
                 "choose another one (--set store=DIR, --run-dir DIR)"
             ) from error
         if is_remote(path) and not isinstance(error, FileNotFoundError | FileExistsError):
-            raise UserError(_unreachable(path, error)) from error
+            raise UserError(unreachable(path, error)) from error
         raise
     except Exception as error:
-        # Clients of object stores have exceptions of their own for a host that does not answer.
-        if is_remote(path) and type(error).__module__.startswith(
-            ("botocore", "aiobotocore", "aiohttp")
-        ):
-            raise UserError(_unreachable(path, error)) from error
+        if is_remote(path) and is_of_client(error):
+            raise UserError(unreachable(path, error)) from error
         raise
 
 
-def _unreachable(path: Path, error: Exception) -> str:
+def is_of_client(error: BaseException) -> bool:
+    """Whether an exception comes from a client of an object store; they have their own kinds."""
+    return any(
+        type(each).__module__.startswith(("botocore", "aiobotocore", "aiohttp"))
+        for each in (error, error.__cause__)
+    )
+
+
+def check_there(root: Path) -> None:
+    """Refuse to go on in a folder that went away; what is written there would be lost.
+
+    Raises:
+        UserError: says so.
+    """
+    if not is_remote(root) and not is_folder(root):
+        raise UserError(
+            f"the store {root} is not there any more: its folder was moved or its file system is "
+            "gone; nothing half-written was kept; bring it back and run the same command again"
+        )
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder on this machine can be reached."""
+    try:
+        return path.is_dir()
+    except OSError:  # a file system that answers with an error
+        return False
+
+
+def unreachable(path: Path, error: Exception) -> str:
+    """The line of an object store that does not answer, or refuses."""
     reason = " ".join(str(error).split())[:160]
     return (
         f"cannot reach {path} ({reason}); nothing half-written was kept; check the address, the "

@@ -18,6 +18,7 @@ from typing import Any
 from opd_stream.errors import UserError
 from opd_stream.store.files import (
     canonical_json,
+    check_there,
     inside,
     is_remote,
     publish,
@@ -158,6 +159,7 @@ class PolicyArtifact:
 
     def new_attempt(self) -> Path:
         """An empty local folder to fill before `publish`."""
+        check_there(self.artifact_folder.parent.parent)
         record = {**self.recipe.as_json(), "fingerprint": self.fingerprint}
         publish_new(self.artifact_folder / "recipe.json", canonical_json(record))
         folder = self._local_folder / f"attempt-{uuid.uuid4().hex[:12]}"
@@ -222,6 +224,8 @@ def _download(source: Path, files: dict[str, str], folder: Path) -> None:
             data = verified_bytes(inside(source, name), expected)
         except ValueError as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, UserError):
+                raise
             raise ValueError(f"{name}: {error}") from error
         publish(inside(temporary, name), data)
     try:

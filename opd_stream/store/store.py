@@ -1,5 +1,6 @@
 """The store: one place full of artifacts, shared by any number of runs and machines."""
 
+import contextlib
 import os
 import platform
 import uuid
@@ -9,13 +10,17 @@ from pathlib import Path
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import (
+    PATIENCE,
     canonical_json,
+    check_there,
     explained,
+    is_of_client,
     is_remote,
     place,
     publish,
     read_json,
     sha256,
+    unreachable,
 )
 from opd_stream.store.policy import Identity, PolicyArtifact, identify
 from opd_stream.store.recipe import Kind, Recipe, differing_fields, recipe_from_json
@@ -25,12 +30,13 @@ class Store:
     """Artifacts by recipe, in a folder or at an address like s3://BUCKET/PATH.
 
     `local` is a folder on this machine for what cannot live in an object store: checkpoints while
-    they are read or written, and remembered digests.
+    they are read or written, and remembered digests. `patience` is how many seconds an object
+    store is asked again that does not answer.
     """
 
-    def __init__(self, location: str | Path) -> None:
+    def __init__(self, location: str | Path, *, patience: float = PATIENCE) -> None:
         self.location = str(location)
-        self.root = place(self.location)
+        self.root = place(self.location, patience)
         self.local = _local_folder(self.location) if is_remote(self.root) else self.root
         # The same place for a process that works in another folder.
         self.address = self.location if is_remote(self.root) else str(self.root.resolve())
@@ -58,6 +64,19 @@ class Store:
             probe.touch()
             probe.unlink()
 
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Turn what breaks inside because the store went away into one line."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            if is_remote(self.root) and is_of_client(error):
+                raise UserError(unreachable(self.root, error)) from error
+            check_there(self.root)
+            raise
+
     def artifact(self, recipe: Recipe) -> Artifact:
         """The artifact of a recipe, whether it exists or not."""
         return Artifact(self.root, recipe)
@@ -74,6 +93,7 @@ class Store:
         """
         path = self.root / kind / fingerprint[:16] / "recipe.json"
         if not path.exists():
+            check_there(self.root)
             raise UserError(
                 f"the store {self.root} has no {kind}/{fingerprint[:16]}; "
                 "run the stage that makes it, or set store to the folder that has it"
@@ -117,6 +137,7 @@ class Store:
             "artifacts": sorted(artifacts),
             "shared": shared or before.get("shared"),
         }
+        check_there(self.root)
         if before != record:
             publish(path, canonical_json(record))
 

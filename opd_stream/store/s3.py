@@ -1,0 +1,102 @@
+"""S3 as a run needs it: a request that nobody answers is sent again for as long as was asked.
+
+Every request of s3fs goes through `_call_s3`, so nothing that uses the store knows of outages.
+Refusals (no such key, no such bucket, no right) are answers and are passed on at once.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aiohttp
+from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
+from fsspec import register_implementation
+from s3fs import S3FileSystem
+
+from opd_stream.errors import UserError
+
+TOLD_AFTER = 5.0  # seconds of silence
+LONGEST_PAUSE = 5.0  # seconds between two attempts; the first is a tenth of one
+OPTIONS: dict[str, Any] = {
+    "config_kwargs": {
+        "retries": {"mode": "standard", "max_attempts": 1},  # attempts are counted here
+        "connect_timeout": 10,
+        "read_timeout": 60,
+    },
+}
+_SILENCE = (
+    ConnectionError,  # botocore's: refused, no route, no such host, no handshake
+    HTTPClientError,  # broken off, or no byte in time
+    aiohttp.ClientError,
+    OSError,
+    asyncio.TimeoutError,
+)
+_ANSWERS = (FileNotFoundError, FileExistsError, PermissionError)
+_BUSY = (408, 409, 429)  # HTTP statuses that ask to come again; so does everything from 500 on
+
+
+class PatientS3(S3FileSystem):
+    """s3fs that asks again for `patience` seconds before it says that nobody answers."""
+
+    retries = 2  # of s3fs, for a body that breaks off
+
+    def __init__(self, *arguments: Any, patience: float, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.patience = patience
+
+    async def _call_s3(self, method: str, *arguments: Any, **fields: Any) -> Any:
+        async def ask() -> Any:
+            return await super(PatientS3, self)._call_s3(method, *arguments, **fields)
+
+        return await self._asking(ask, f"s3://{fields.get('Bucket')}/{fields.get('Key', '')}")
+
+    async def _cat_file(self, path: str, *arguments: Any, **fields: Any) -> bytes:
+        async def ask() -> bytes:
+            return await super(PatientS3, self)._cat_file(path, *arguments, **fields)
+
+        return await self._asking(ask, f"s3://{path}")
+
+    async def _asking(self, ask: Callable[[], Awaitable[Any]], place: str) -> Any:
+        start, pause, is_told = time.monotonic(), 0.1, False
+        while True:
+            try:
+                return await ask()
+            except Exception as error:
+                if not is_silence(error):
+                    raise
+                waited = time.monotonic() - start
+                if waited >= self.patience:
+                    raise UserError(unreachable(place, error, waited)) from error
+            if waited >= TOLD_AFTER and not is_told:
+                is_told = True
+                logging.getLogger("opd_stream").warning(
+                    "%s does not answer; it is asked for %g s", place, self.patience
+                )
+            await asyncio.sleep(min(pause, max(0.0, self.patience - waited)))
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def is_silence(error: BaseException) -> bool:
+    """Whether an exception says that the store did not answer, or asked to come again."""
+    if not isinstance(error, (*_SILENCE, ClientError)) or isinstance(error, _ANSWERS):
+        return False
+    cause = error if isinstance(error, ClientError) else error.__cause__
+    if isinstance(cause, ClientError):
+        status = cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status in _BUSY
+    return True
+
+
+def unreachable(place: str, error: BaseException, waited: float) -> str:
+    """The line of a store that did not answer."""
+    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    return (
+        f"cannot reach {place}: no answer for {waited:.0f} s ({reason}); nothing half-written was "
+        "kept, what is committed stays; check the address, the credentials and AWS_ENDPOINT_URL, "
+        "and run the same command again; store_seconds is how long a run waits"
+    )
+
+
+register_implementation("s3", PatientS3, clobber=True)
