@@ -10,7 +10,7 @@ BENCH_READY := .venv-bench/.ready
 
 .PHONY: help quickstart test test-slow test-vllm lint models bench-cache bench-engines bench-engines-memory \
 	bench-engines-vllm bench-generation bench-loss bench-overlap bench-reload \
-	bench-methods bench-quickstart bench-train \
+	bench-methods bench-quickstart bench-ray-share bench-train \
 	bench-truncated clean
 
 help: ## list the targets
@@ -70,6 +70,9 @@ bench-reload: $(READY) ## seconds from a written policy to its first token
 
 bench-overlap: $(READY) ## a round whose rollouts were made while the one before trained
 	$(BIN)/python benchmarks/overlap.py
+
+bench-ray-share: $(READY) ## the share of a ten-minute run on Ray that no stage accounts for
+	$(BIN)/python benchmarks/ray_share.py
 
 bench-cache: $(READY) models/text-teacher ## size, error and speed of the teacher cache
 	$(BIN)/python benchmarks/cache.py --text-teacher models/text-teacher
