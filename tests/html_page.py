@@ -90,7 +90,9 @@ for (const svg of document.querySelectorAll('.drawing svg')) {
     if (crossed(a, b)) overlaps.push(texts[i].textContent + ' / ' + texts[i + 1 + j].textContent);
   }));
 }
-const found = {overlaps, before: panes(), wide: document.documentElement.scrollWidth};
+const cut = [...document.querySelectorAll('.drawing')].filter(drawn)
+  .filter(box => box.scrollWidth > box.clientWidth).map(box => box.getAttribute('aria-label'));
+const found = {overlaps, cut, before: panes(), wide: document.documentElement.scrollWidth};
 document.getElementById('cost-flops').focus();
 document.activeElement.click();
 found.after = panes();

@@ -14,6 +14,7 @@ from opd_stream.store.store import Store
 from opd_stream.tasks.bootstrap import Bootstrap
 from pipeline.comparison import compare
 from pipeline.report.read import read_run
+from pipeline.report.text import state
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from pipeline.stage_commands import run_evaluation, run_stage
@@ -107,6 +108,7 @@ def test_a_round_without_its_evaluation_is_not_a_finished_run(apart: Path) -> No
     assert [entry["round"] for entry in trained.summary()["evaluations"]] == [0]
     assert not trained.summary()["finished"]
     assert trained.reports()[1]["evaluation"] is None
+    assert state(read_run(apart / "c")).startswith("unfinished, 2 of 2 rounds; not all")
     with pytest.raises(UserError, match=r"2 of 2 rounds, not all evaluated"):
         list(compare(str(apart / "c"), str(apart / "c"), Bootstrap()))
 

@@ -291,6 +291,7 @@ def test_the_switch_switches_labels_stay_apart_and_a_phone_need_not_scroll_sidew
     for width in (360, 1280):
         found = json.loads(str(body[f"data-at-{width}"]))
         assert found["overlaps"] == []
+        assert found["cut"] == []
         assert found["before"] == ["pane pane-tokens"]
         assert found["after"] == ["pane pane-flops"]
         assert found["wide"] <= width

@@ -52,6 +52,8 @@ def state(run: Run) -> str:
         return f"finished, {done} rounds"
     running = [plan.round_index for plan in run.plans if plan.round_index >= done]
     later = f"; round {running[0]} is planned and not finished" if running else ""
+    if done == planned:
+        later = "; not all that are due are evaluated"
     return f"unfinished, {done} of {planned or 'unknown'} rounds{later}"
 
 
