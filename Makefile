@@ -10,7 +10,7 @@ BENCH_READY := .venv-bench/.ready
 
 .PHONY: help quickstart test test-slow test-vllm lint models bench-cache bench-engines bench-engines-memory \
 	bench-engines-vllm bench-generation bench-loss bench-overlap bench-reload \
-	bench-methods bench-quickstart bench-ray-share bench-train \
+	bench-intervals bench-methods bench-quickstart bench-ray-share bench-train \
 	bench-truncated clean
 
 help: ## list the targets
@@ -98,6 +98,9 @@ bench-quickstart: $(READY) ## the quickstart over three seeds of problems and tr
 bench-methods: $(BENCH_READY) ## all methods on two tasks: missing runs (hours), then the tables
 	$(BENCH)/python benchmarks/methods.py run
 	$(BENCH)/python benchmarks/methods.py tables
+
+bench-intervals: $(READY) ## how often an interval of pass@1 holds the truth
+	$(BIN)/python benchmarks/intervals.py
 
 bench-truncated: $(READY) ## what a truncated reverse KL does to a student
 	$(BIN)/python benchmarks/truncated_kl.py
