@@ -103,8 +103,7 @@ def train_round(session: Session, here: Round) -> None:
     """Everything up to the policy of a round; a unit found damaged while reading is made again."""
     while True:
         make_caches(session, here)
-        if here.ahead is not None and session.ahead is None:
-            session.ahead = _begin(session, here.ahead, score=True, shuffle=False)
+        _begin_ahead(session, here)
         try:
             return train_policy(session, here)
         except DamagedUnit as damaged:
@@ -126,9 +125,11 @@ def make_caches(
     setup = session.setup
     if setup.config.replay is not None:
         return
-    if session.ahead is not None:
-        _finish(session, session.ahead, "generate")
+    mine = session.ahead
+    if mine is not None and mine.rollouts.name in {cache.rollouts.name for cache in here.caches}:
         session.ahead = None
+        _begin_ahead(session, here)  # the sampler goes on while our last units are scored
+        _finish(session, mine, "generate")
     session.progress.say(
         f"round {here.index}: window {here.window_tokens} tokens, "
         f"policy {here.student.identity.fingerprint[:12]}"
@@ -139,6 +140,12 @@ def make_caches(
             _finish(session, _begin(session, cache, score=score, shuffle=shuffle), name)
     if here.probe is not None:
         _make_probe(session, here, score=score)
+
+
+def _begin_ahead(session: Session, here: Round) -> None:
+    """Order the next round's rollouts, unless that is done or they wait for this round's policy."""
+    if here.ahead is not None and session.ahead is None:
+        session.ahead = _begin(session, here.ahead, score=True, shuffle=False)
 
 
 def _begin(session: Session, cache: Cache, *, score: bool, shuffle: bool) -> Collection:

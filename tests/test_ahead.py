@@ -1,6 +1,7 @@
 """Rollouts made while the round before trains: by an older policy, and otherwise as ever."""
 
 import queue
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import pytest
 
 from opd_stream.errors import UserError
 from opd_stream.staleness import StalenessBounds, may_run_ahead
+from pipeline import rounds
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from pipeline.stage_commands import run_stage
 from pipeline.status import status_lines
+from stages import collect
 from stages.executors import RayExecutor
 from stages.orders import Order, Worked
 from stages.progress import Silent
@@ -37,6 +40,30 @@ def test_from_the_third_round_on_rollouts_are_of_the_policy_before(tmp_path: Pat
     assert found[1]["sampler_gap"] is not None
     assert found[2]["sampler_gap"] is None  # no row of that round is fresh
     assert found[2]["start_drift"] > 10 * found[1]["start_drift"]
+
+
+def test_the_sampler_never_waits_for_the_scores_of_a_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round's rollouts are ordered before the scores of those before are waited for."""
+    told: list[tuple[str, str]] = []
+
+    def begin(executor: Any, rollouts: Any, *rest: Any, **named: Any) -> Any:
+        told.append(("begun", rollouts.name))
+        return collect.begin(executor, rollouts, *rest, **named)
+
+    def finish(executor: Any, work: Any, *rest: Any, **named: Any) -> Any:
+        told.append(("waited for", work.rollouts.name))
+        return collect.finish(executor, work, *rest, **named)
+
+    monkeypatch.setattr(rounds, "begin", begin)
+    monkeypatch.setattr(rounds, "finish", finish)
+    found = reports(tmp_path, "rounds=5")
+    names = [report["caches"][0]["rollouts"][:16] for report in found]
+    for before, after in pairwise(names[2:]):
+        assert told.index(("begun", f"rollouts/{after}")) < told.index(
+            ("waited for", f"rollouts/{before}")
+        )
 
 
 def test_a_round_that_drifted_too_far_makes_the_next_wait(tmp_path: Path) -> None:
