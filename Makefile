@@ -11,7 +11,7 @@ BENCH_READY := .venv-bench/.ready
 .PHONY: help quickstart test test-slow test-vllm lint models bench-cache bench-engines bench-engines-memory \
 	bench-engines-vllm bench-generation bench-loss bench-overlap bench-reload \
 	bench-intervals bench-methods bench-quickstart bench-ray-share bench-train \
-	bench-truncated clean
+	bench-truncated bench-windows-audit clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -104,6 +104,9 @@ bench-intervals: $(READY) ## how often an interval of pass@1 holds the truth
 
 bench-truncated: $(READY) ## what a truncated reverse KL does to a student
 	$(BIN)/python benchmarks/truncated_kl.py
+
+bench-windows-audit: $(READY) ## what the gradients of prefixes say, by probe rows and objective
+	$(BIN)/python benchmarks/windows_audit.py
 
 clean: ## remove the environment, the store and the runs
 	rm -rf $(VENV) .venv-bench .venv-vllm store runs

@@ -113,6 +113,20 @@ def _windows(task: str) -> list[Row]:
             ),
         )
     )
+    ladder = {"ledger": "[32, 64, 96, 128, 160, 192]", "routine": candidates}[task]
+    rows.append(
+        Row(
+            name="ADWIN, dense audit",
+            group="windows",
+            overrides=(
+                _window(
+                    f"kind: adaptive, candidates: {ladder}, max_window_tokens: {full}, "
+                    "objective: trained, probe_rows: 6, probe_share: 0.1, layers: 1, "
+                    "every_rounds: 2, hysteresis: true"
+                ),
+            ),
+        )
+    )
     return rows
 
 

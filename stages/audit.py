@@ -2,11 +2,12 @@
 
 Probes are unfinished rollouts of the round, continued to full length by the weights that wrote them
 and scored like any other; nothing trains on them. Before the round trains, the gradient of the
-sampled objective is taken segment by segment on the last layers, and the decision is the window of
-the next round.
+sampled objective (or of the one that trains) is taken segment by segment on the last layers, and
+the decision is the window of the next round.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from opd_stream.batch_loss import batch_loss
 from opd_stream.batches import Batch
 from opd_stream.config.collection import AdaptiveWindowConfig
 from opd_stream.engines.head import output_head
-from opd_stream.objectives import SampledPg
+from opd_stream.objectives import Objective, SampledPg
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.tree import load_tree
 from opd_stream.windows import FixedWindow
@@ -49,10 +50,22 @@ def audit(job: TrainJob) -> dict[str, Any] | None:
     student = student.to(device).eval()
     parameters = audited_parameters(student, layers=settings.layers)
     scales = _scales(job, student, parameters) if settings.metric == "adam" else None
-    plan = replace(job.plan(), window=FixedWindow(tokens=settings.max_window_tokens), top_k=None)
+    plan = replace(job.plan(), window=FixedWindow(tokens=settings.max_window_tokens))
+    probe, objectives, merge = [rows[n] for n in range(len(rows))], (SampledPg(),), True
+    if settings.objective == "trained":
+        probe = [plan.used(row) for row in probe]
+        objectives, merge = job.objectives(), job.config.train.guards.merge_terminators
     segments = [torch.zeros(1, device=device)] * (len(settings.candidates) + 1)
-    for batch in step_batches([rows[n] for n in range(len(rows))], plan, job.first_step):
-        found = segment_sketches(student, batch.to(device), settings.candidates, parameters, scales)
+    for batch in step_batches(probe, plan, job.first_step):
+        found = segment_sketches(
+            student,
+            batch.to(device),
+            settings.candidates,
+            parameters,
+            objectives=objectives,
+            merge_terminators=merge,
+            scales=scales,
+        )
         segments = [one + other for one, other in zip(segments, found, strict=True)]
     earlier = job.earlier_decision or {}
     decision = choose_window(
@@ -87,6 +100,9 @@ def segment_sketches(
     batch: Batch,
     candidates: tuple[int, ...],
     parameters: list[torch.nn.Parameter],
+    *,
+    objectives: Sequence[Objective] = (SampledPg(),),
+    merge_terminators: bool = True,
     scales: list[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """Sketches of the gradient of tokens in (0, c_1], (c_1, c_2], ..., and beyond the last one.
@@ -99,7 +115,7 @@ def segment_sketches(
     leaf_BLH = hidden_BLH.detach().requires_grad_()
     head = output_head(student.model)
     head = replace(head, weight_VH=head.weight_VH.detach())
-    found = batch_loss(leaf_BLH, head, batch, (SampledPg(),))
+    found = batch_loss(leaf_BLH, head, batch, objectives, merge_terminators=merge_terminators)
     (grad_BLH,) = torch.autograd.grad(found.loss, leaf_BLH)
     edges = torch.tensor(candidates, device=batch.positions_N.device)
     segment_N = torch.bucketize(batch.positions_N, edges, right=True)

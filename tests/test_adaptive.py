@@ -9,7 +9,7 @@ import torch
 
 from opd_stream.adaptive import choose_window, sketch
 from opd_stream.errors import UserError
-from opd_stream.objectives import SampledPg
+from opd_stream.objectives import Bucket, Objective, SampledPg
 from opd_stream.store import open_scores
 from opd_stream.windows import FixedWindow
 from pipeline.rounds import run
@@ -66,7 +66,8 @@ def test_a_sketch_keeps_cosines() -> None:
     assert found.item() == pytest.approx(true.item(), abs=0.01)
 
 
-def test_segments_add_up_to_the_gradient_of_the_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", [SampledPg(), Bucket(direction="reverse")])
+def test_segments_add_up_to_the_gradient_of_the_whole(tmp_path: Path, objective: Objective) -> None:
     run(
         small_config(tmp_path, "rounds=1", "evaluation=null"),
         RunDirectory(tmp_path / "r"),
@@ -84,10 +85,10 @@ def test_segments_add_up_to_the_gradient_of_the_whole(tmp_path: Path) -> None:
     (batch,) = step_batches([rows[n] for n in range(6)], plan, 0)
     folder = MODELS / "ledger-student"
     student = load_student(folder, lora=None, initial=folder, gradient_checkpointing=False).eval()
-    whole = student(batch, (SampledPg(),), merge_terminators=True, limit=None).loss
+    whole = student(batch, (objective,), merge_terminators=True, limit=None).loss
     parameters = audited_parameters(student, layers=1)
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(whole, parameters)])
-    segments = segment_sketches(student, batch, (10, 20), parameters)
+    segments = segment_sketches(student, batch, (10, 20), parameters, objectives=(objective,))
     assert len(segments) == 3
     if len(expected) == len(segments[0]):
         torch.testing.assert_close(sum(segments), expected, rtol=1e-3, atol=1e-6)
@@ -132,6 +133,33 @@ def test_a_run_takes_the_windows_its_audits_decide(tmp_path: Path) -> None:
     )
     assert again["policies"] == summary["policies"]
     assert again["tokens"]["generated"] == 0
+
+
+@pytest.mark.parametrize("objective", ["sampled_pg", "bucket"])
+def test_an_audit_can_read_the_objective_that_trains(tmp_path: Path, objective: str) -> None:
+    found: dict[str, list[float]] = {}
+    for audited in ("sampled", "trained"):
+        settings = (
+            "rollouts.window={kind: adaptive, candidates: [8, 16, 32], max_window_tokens: 64, "
+            f"start: 16, objective: {audited}}}"
+        )
+        choice = f"train.objective={{kind: {objective}}}"
+        config = small_config(tmp_path, "rounds=2", "evaluation=null", settings, choice)
+        run(config, RunDirectory(tmp_path / audited), Silent())
+        report = json.loads((tmp_path / audited / "rounds" / "0000" / "report.json").read_text())
+        found[audited] = report["window_decision"]["cosines"]
+    if objective == "sampled_pg":  # the same gradient
+        assert found["trained"] == pytest.approx(found["sampled"], abs=1e-4)
+    else:
+        assert found["trained"] != pytest.approx(found["sampled"], abs=1e-2)
+
+
+def test_a_probe_has_no_draws_for_objective_mc(tmp_path: Path) -> None:
+    window = "rollouts.window={kind: adaptive, candidates: [8], max_window_tokens: 64, objective: "
+    mc = ("train.objective={kind: mc}", "rollouts.extra_draws=3")
+    small_config(tmp_path, window + "sampled}", *mc)
+    with pytest.raises(UserError, match="further draws probes do not have"):
+        small_config(tmp_path, window + "trained}", *mc)
 
 
 @pytest.mark.parametrize(

@@ -182,26 +182,36 @@ class Config(Section):
                 )
         _check_staleness(self)
         _check_ahead(self)
+        _check_adaptive(self)
         _check_alignment(self)
         window = self.rollouts.window
-        if window.kind == "adaptive":
-            rising = list(window.candidates)
-            if rising != sorted(set(rising)):
-                raise ValueError(
-                    f"rollouts.window.candidates are {rising}; expected ascending windows; "
-                    "sort them"
-                )
-            if rising[-1] >= window.max_window_tokens:
-                raise ValueError(
-                    f"rollouts.window.candidates end at {rising[-1]}, which is not below "
-                    f"max_window_tokens {window.max_window_tokens}; raise max_window_tokens"
-                )
         if window.kind == "linear" and window.h0 > window.max_window_tokens:
             raise ValueError(
                 f"rollouts.window.h0 {window.h0} is larger than max_window_tokens "
                 f"{window.max_window_tokens}; lower h0 or raise max_window_tokens"
             )
         return self
+
+
+def _check_adaptive(config: Config) -> None:
+    window = config.rollouts.window
+    if window.kind != "adaptive":
+        return
+    rising = list(window.candidates)
+    if rising != sorted(set(rising)):
+        raise ValueError(
+            f"rollouts.window.candidates are {rising}; expected ascending windows; sort them"
+        )
+    if rising[-1] >= window.max_window_tokens:
+        raise ValueError(
+            f"rollouts.window.candidates end at {rising[-1]}, which is not below "
+            f"max_window_tokens {window.max_window_tokens}; raise max_window_tokens"
+        )
+    if window.objective == "trained" and any(part.kind == "mc" for part in config.train.objective):
+        raise ValueError(
+            "rollouts.window.objective is trained with train.objective mc, whose further draws "
+            "probes do not have; set rollouts.window.objective=sampled"
+        )
 
 
 def _check_ahead(config: Config) -> None:

@@ -97,6 +97,10 @@ class AdaptiveWindowConfig(Section):
         default=0.05, gt=0, le=1, description="of a round's rollouts, at most (never below 2 rows)"
     )
     every_rounds: int = Field(default=1, ge=1, description="rounds from one audit to the next")
+    objective: Literal["sampled", "trained"] = Field(
+        default="sampled",
+        description="whose gradients are compared: that of the drawn tokens, or train.objective",
+    )
     metric: Literal["identity", "adam"] = Field(
         default="identity", description="of the cosine; adam: divided by root second moments"
     )
