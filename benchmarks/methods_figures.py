@@ -12,7 +12,10 @@ mpl.use("svg")
 mpl.rcParams["svg.hashsalt"] = "opd-stream"  # the same file from the same numbers
 import matplotlib.pyplot as plt  # noqa: E402  # pyright: ignore[reportMissingImports]
 
-SHOWN = ("full", "TOPD 0.25", "TOPD 0.50", "POPD", "prefix schedule", "ADWIN", "EffOPD", "SFT")
+SHOWN = (
+    *("full", "TOPD 0.25", "TOPD 0.50", "POPD", "prefix schedule", "ADWIN", "ADWIN, dense audit"),
+    *("EffOPD", "SFT"),
+)
 
 Line = dict[str, Any]
 

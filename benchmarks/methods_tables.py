@@ -12,7 +12,8 @@ from methods_rows import ROWS, TASKS
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "results.md"
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
-WEEK_ROWS = ("full", "ESR 64", "ESR 128", "ESR 256", "TOPD 0.50", "ADWIN")
+ADAPTIVE_ROWS = ("ADWIN", "ADWIN, dense audit")
+WEEK_ROWS = ("full", "ESR 64", "ESR 128", "ESR 256", "TOPD 0.50", *ADAPTIVE_ROWS)
 STAGES = ("generate", "score", "train")
 
 Line = dict[str, Any]
@@ -144,8 +145,12 @@ def _weeks(lines: list[Line]) -> str:
 
 
 def _windows(lines: list[Line]) -> str:
-    """What the adaptive window did, and what looking cost."""
-    found = [line for line in lines if line["row"] == "ADWIN"]
+    """What the adaptive windows did, and what looking cost."""
+    return "\n\n".join(filter(None, (_decided(lines, row) for row in ADAPTIVE_ROWS)))
+
+
+def _decided(lines: list[Line], row: str) -> str:
+    found = [line for line in lines if line["row"] == row]
     if not found:
         return ""
     share = [
@@ -156,7 +161,7 @@ def _windows(lines: list[Line]) -> str:
     windows = [[record["window_tokens"] for record in line["rounds"]] for line in found]
     text = "; ".join(" ".join(map(str, chosen)) for chosen in windows)
     return (
-        f"ADWIN's windows, a seed each: {text}. Probes and audits: {100 * _mean(share):.0f} % of "
+        f"Windows of {row}, a seed each: {text}. Probes and audits: {100 * _mean(share):.0f} % of "
         f"the CPU seconds (at most {100 * max(share):.0f} %)."
     )
 

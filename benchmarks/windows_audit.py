@@ -1,11 +1,11 @@
 """What the audit of the adaptive window can see: `make bench-windows-audit`.
 
-Two runs, with seeds of no row of the comparison: one on full rollouts, one on a short window whose
+Two runs, with a seed of no row of the comparison: one on full rollouts, one on a short window whose
 rollouts are all continued as probes. At the start of some rounds the gradient of every full rollout
-is taken segment by segment, for the sampled objective and for the bucket that the runs train with.
-All figures come from inner products: `one set` compares prefix and whole on the same rows, as the
-audit does, over draws of some of them; `noise-free` uses different rows only, which is the mean of
-"prefix of one half, whole of the other" over all halves, with jackknife standard errors.
+is taken segment by segment, for the sampled objective and for the bucket that trains. `one set`
+compares prefix and whole on the same rows, as the audit does, over draws of some; `noise-free` uses
+different rows only (the mean over all halves of "prefix of one, whole of the other"); `step` is the
+cosine of the noisy gradient of 16 rows, cut at each window or whole, with the noise-free whole.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from stages.student_model import load_student
 SEED = 42  # the comparison has 0 to 4
 CANDIDATES = {"ledger": (32, 64, 96, 128), "routine": (32, 64, 128, 256, 512)}
 OBJECTIVES = {"sampled": SampledPg(), "trained": Bucket(direction="reverse")}
-DRAWS, THRESHOLD = 500, 2**-0.5
+DRAWS, STEP_ROWS, THRESHOLD, PROBED = 500, 16, 2**-0.5, (0, 2, 4, 6)
 
 Array = NDArray[np.float64]
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", choices=sorted(TASKS), default="routine")
     parser.add_argument("--window", type=int, default=128, help="of the second run")
-    parser.add_argument("--rounds", type=int, nargs="+", default=[0, 2, 4, 6], help="even ones")
+    parser.add_argument("--rounds", type=int, nargs="+", default=PROBED, choices=PROBED)
     parser.add_argument("--folder", type=Path, help="of the runs; those that are there are used")
     arguments = parser.parse_args()
     (full,) = [row for row in ROWS[arguments.task] if row.name == "full"]
@@ -63,8 +63,8 @@ def main() -> None:
 def _products(folder: Path, number: int, task: str) -> dict[str, Array]:
     """Inner products of the gradients of rows and segments [R, S, R, S], for each objective."""
     start = Path(__file__).parent.parent / "configs" / "models" / f"{task}-student"
-    records = json.loads((folder / "rounds.json").read_text())
-    base = Path(records[number - 1]["folder"]) if number else start
+    policies = [record["folder"] for record in json.loads((folder / "rounds.json").read_text())]
+    base = Path(policies[number - 1]) if number else start
     rows = _full_rollouts(folder / "store", number)
     student = load_student(base, lora=None, initial=base, gradient_checkpointing=False).eval()
     parameters = audited_parameters(student, layers=1)
@@ -99,14 +99,16 @@ def figures(products: Array) -> dict[str, Any]:
     prefixes = products.cumsum(1).cumsum(3)  # of windows, the last of them all tokens
     rows = len(prefixes)
     between = _between(prefixes)
-    cosines = _correlations(between)[:-1, -1]
     without = (np.delete(np.delete(prefixes, row, 0), row, 2) for row in range(rows))
     left_out = np.stack([_correlations(_between(fewer))[:-1, -1] for fewer in without])
-    alone = float(np.einsum("rr->", prefixes[:, -1, :, -1])) / rows
-    noise = {n: (alone - between[-1, -1]) / n for n in (2, 8, rows)}
+    alone = np.einsum("rsrs->s", prefixes) / rows  # of a row's gradient with itself
+    noise = {n: float(alone[-1] - between[-1, -1]) / n for n in (2, 8, rows)}
+    step = np.diag(between) + (alone - np.diag(between)) / STEP_ROWS
     return {
-        "noise-free": _rounded(cosines),
+        "noise-free": _rounded(_correlations(between)[:-1, -1]),
         "standard error": _rounded(np.sqrt((rows - 1) * left_out.var(0))),
+        "segments with the last one": _rounded(_correlations(_between(products))[:-1, -1]),
+        "step": _rounded(between[:, -1] / np.sqrt(step * between[-1, -1])),
         "noise": {n: round(v / (v + float(between[-1, -1])), 3) for n, v in noise.items()},
         "one set": {n: _one_set(prefixes, n) for n in (2, 3, 8, 32, rows)},
     }
@@ -128,8 +130,7 @@ def _correlations(between: Array) -> Array:
 
 def _one_set(prefixes: Array, count: int) -> dict[str, Any]:
     """Cosines of the same rows over draws of some of them, and what the threshold makes of them."""
-    random = np.random.default_rng(count)
-    found: list[Array] = []
+    random, found = np.random.default_rng(count), list[Array]()
     for _ in range(DRAWS if count < len(prefixes) else 1):
         chosen = random.permutation(len(prefixes))[:count]
         found.append(_correlations(prefixes[chosen][:, :, chosen].sum((0, 2)))[:-1, -1])
