@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-BLOCK_IDS = 32  # of a vocabulary, compared by their largest logit
+GROUP_SIZES = (64, 8)  # of places compared by their largest value, where many or few stand
 Head = Callable[[torch.Tensor], torch.Tensor]  # hidden [n, H] -> logits [n, V]
 
 LARGEST_TOP_LOGPROB = -1e-6  # a head closer to 1 has no tail that float32 can tell from rounding
@@ -80,23 +80,23 @@ def head_scores(
 ) -> HeadScores:
     """Top-k (or drawn ids), tail, asked and forced ids, logits in chunks of rows.
 
-    What `head` returns is overwritten.
-
     With `draws_ND`, D uniform numbers a token, the K entries are the distinct ids drawn with them
     from the teacher, with log(count / D); -inf after the last, and an empty tail.
     """
     # What stays is allocated once: small columns kept between large logits would hold the memory of
     # every chunk open.
     columns: dict[str, torch.Tensor] = {}
+    buffer_RV: torch.Tensor | None = None
     for start in range(0, len(hidden_NH), chunk_rows):
         rows = slice(start, start + chunk_rows)
-        chunk = _chunk_scores(
-            head(hidden_NH[rows]).float(),
-            asked_ids_NJ[rows],
-            forced_ids_F,
-            top_k,
-            None if draws_ND is None else draws_ND[rows],
-        )
+        buffer_RV = _logits(head, hidden_NH[rows], buffer_RV)
+        logits_NV = buffer_RV[: len(hidden_NH[rows])]
+        asked_NJ = logits_NV.gather(1, asked_ids_NJ[rows])
+        forced_NF = logits_NV[:, forced_ids_F]
+        if draws_ND is None:
+            chunk = _top_scores(logits_NV, asked_NJ, forced_NF, top_k)
+        else:
+            chunk = _drawn_scores(logits_NV, asked_NJ, forced_NF, draws_ND[rows])
         for name in HeadScores.__slots__:
             part = getattr(chunk, name)
             if name not in columns:
@@ -105,54 +105,95 @@ def head_scores(
     return HeadScores(**columns)
 
 
-def _chunk_scores(
-    logits_NV: torch.Tensor,
-    asked_ids_NJ: torch.Tensor,
-    forced_ids_F: torch.Tensor,
-    top_k: int,
-    draws_ND: torch.Tensor | None,
+def _logits(head: Head, hidden_NH: torch.Tensor, buffer_RV: torch.Tensor | None) -> torch.Tensor:
+    """The buffer [R, V], float32, with the logits in its first N rows; made by the first call."""
+    if isinstance(head, torch.nn.Linear) and _is_plain(head):
+        if buffer_RV is None:
+            buffer_RV = hidden_NH.new_empty(len(hidden_NH), head.out_features)
+        into_NV, weight_HV = buffer_RV[: len(hidden_NH)], head.weight.t()
+        if head.bias is None:
+            torch.mm(hidden_NH, weight_HV, out=into_NV)
+        else:
+            torch.addmm(head.bias, hidden_NH, weight_HV, out=into_NV)
+        return buffer_RV
+    found_NV = head(hidden_NH)
+    if buffer_RV is None:
+        buffer_RV = torch.empty(found_NV.shape, dtype=torch.float32, device=found_NV.device)
+    buffer_RV[: len(found_NV)] = found_NV
+    return buffer_RV
+
+
+def _is_plain(head: torch.nn.Linear) -> bool:
+    """Whether its float32 product can be written where the logits should stand."""
+    return type(head) is torch.nn.Linear and head.weight.dtype == torch.float32
+
+
+def _top_scores(
+    logits_NV: torch.Tensor, asked_NJ: torch.Tensor, forced_NF: torch.Tensor, top_k: int
 ) -> HeadScores:
-    asked_NJ, forced_NF = logits_NV.gather(1, asked_ids_NJ), logits_NV[:, forced_ids_F]
-    if draws_ND is not None:
-        norm_N1 = logits_NV.logsumexp(1, keepdim=True)
-        ids_ND, logprobs_ND = _drawn(logits_NV, draws_ND)
-        return HeadScores(
-            asked_NJ=asked_NJ - norm_N1,
-            top_ids_NK=ids_ND,
-            top_NK=logprobs_ND,
-            tail_N=torch.full_like(norm_N1[:, 0], -torch.inf),
-            forced_NF=forced_NF - norm_N1,
-        )
-    top_NK, top_ids_NK = _largest(logits_NV, top_k)
-    largest_N1 = top_NK[:, :1]
-    # The logits are ours: one pass turns them into weights, of which the top K are taken out, so
-    # the rest is summed by itself and is exact however small.
-    weights_NV = logits_NV.sub_(largest_N1).exp_().scatter_(1, top_ids_NK, 0.0)
-    rest_N = weights_NV.sum(1)
-    norm_N1 = (rest_N + (top_NK - largest_N1).exp().sum(1)).log()[:, None] + largest_N1
+    """The top K and the mass of the rest, summed by itself; the logits are used up."""
+    found_NL, ids_NL = _largest(logits_NV, min(top_k + 1, logits_NV.shape[1]))
+    top_NK, top_ids_NK = found_NL[:, :top_k], ids_NL[:, :top_k]
+    next_N1, next_ids_N1 = found_NL[:, top_k:], ids_NL[:, top_k:]  # none if K is the vocabulary
+    # A softmax of the rest is one pass in cache, though its own sum is rounded at every step: that
+    # of its shares sets it right.
+    logits_NV.scatter_(1, top_ids_NK, -torch.inf)
+    torch.softmax(logits_NV, 1, out=logits_NV)
+    shares_N1 = logits_NV.gather(1, next_ids_N1) / logits_NV.sum(1, keepdim=True)
+    rest_N1 = (next_N1 - shares_N1.log()).masked_fill_(next_N1 == -torch.inf, -torch.inf)
+    norm_N1 = torch.cat([top_NK, rest_N1], dim=1).logsumexp(1, keepdim=True)
     return HeadScores(
         asked_NJ=asked_NJ - norm_N1,
         top_ids_NK=top_ids_NK,
         top_NK=top_NK - norm_N1,
-        tail_N=rest_N.log() + (largest_N1 - norm_N1)[:, 0],
+        tail_N=rest_N1.logsumexp(1) - norm_N1[:, 0],
         forced_NF=forced_NF - norm_N1,
     )
 
 
-def _largest(logits_NV: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same as `topk`, faster on a CPU: all of the top K stand in the K best blocks of ids."""
-    rows, vocabulary = logits_NV.shape
-    blocks = vocabulary // BLOCK_IDS
-    if logits_NV.is_cuda or blocks < 4 * top_k:
-        return logits_NV.topk(top_k, dim=1)
-    whole_NBI = logits_NV[:, : blocks * BLOCK_IDS].unflatten(1, (blocks, BLOCK_IDS))
-    best_NK = whole_NBI.amax(2).topk(top_k, dim=1, sorted=False).indices
-    within_I = torch.arange(BLOCK_IDS, device=logits_NV.device)
-    ids_NC = (best_NK[:, :, None] * BLOCK_IDS + within_I).flatten(1)
-    left = torch.arange(blocks * BLOCK_IDS, vocabulary, device=logits_NV.device)
-    ids_NC = torch.cat([ids_NC, left.expand(rows, -1)], dim=1)
-    top_NK, places_NK = logits_NV.gather(1, ids_NC).topk(top_k, dim=1)
-    return top_NK, ids_NC.gather(1, places_NK)
+def _drawn_scores(
+    logits_NV: torch.Tensor,
+    asked_NJ: torch.Tensor,
+    forced_NF: torch.Tensor,
+    draws_ND: torch.Tensor,
+) -> HeadScores:
+    norm_N1 = logits_NV.logsumexp(1, keepdim=True)
+    ids_ND, logprobs_ND = _drawn(logits_NV, draws_ND)
+    return HeadScores(
+        asked_NJ=asked_NJ - norm_N1,
+        top_ids_NK=ids_ND,
+        top_NK=logprobs_ND,
+        tail_N=torch.full_like(norm_N1[:, 0], -torch.inf),
+        forced_NF=forced_NF - norm_N1,
+    )
+
+
+def _largest(
+    values_NC: torch.Tensor, count: int, *, in_order: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as `topk` of contiguous rows, faster on a CPU: values and their places [N, count].
+
+    The largest all stand in as many groups, those whose own largest are largest. The groups are
+    sought in the same way, and then the places within them.
+    """
+    rows, places = values_NC.shape
+    size = next((size for size in GROUP_SIZES if places >= 4 * size * count), 0)
+    if values_NC.is_cuda or not size:
+        return values_NC.topk(count, dim=1, sorted=in_order)
+    groups = places // size
+    whole_NGS = values_NC[:, : groups * size].unflatten(1, (groups, size))
+    best_NL = _largest(whole_NGS.amax(2), count, in_order=False)[1]
+    starts_NL = (
+        best_NL * size + torch.arange(0, rows * places, places, device=best_NL.device)[:, None]
+    )
+    from_any_place = values_NC.as_strided((rows * places - size + 1, size), (1, 1))
+    held_NH = from_any_place.index_select(0, starts_NL.flatten()).view(rows, -1)
+    if groups * size < places:
+        held_NH = torch.cat([held_NH, values_NC[:, groups * size :]], dim=1)
+    found_NL, within_NL = _largest(held_NH, count, in_order=in_order)
+    # What no group holds follows the last one, as if it were one more.
+    best_NL = torch.cat([best_NL, torch.full_like(best_NL[:, :1], groups)], dim=1)
+    return found_NL, best_NL.gather(1, within_NL // size) * size + within_NL % size
 
 
 def _drawn(logits_NV: torch.Tensor, draws_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

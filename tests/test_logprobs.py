@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opd_stream.logprobs import completion_rows, head_scores
+from opd_stream.logprobs import HeadScores, completion_rows, head_scores
 
 
 def head_of(vocab: int, hidden: int) -> torch.nn.Linear:
@@ -55,24 +55,92 @@ def test_the_row_before_a_token_predicts_it() -> None:
     assert rows.tolist() == expected == [2, 3, 6, 7, 8, 9]
 
 
-@pytest.mark.parametrize("vocabulary", [700, 4096, 4113])
-def test_the_best_blocks_hold_the_top_k(vocabulary: int) -> None:
-    """Whether the blocks divide the vocabulary or not, and where values are equal."""
+@pytest.mark.parametrize("vocabulary", [700, 4096, 4113, 9999])
+@pytest.mark.parametrize("top_k", [3, 16])
+def test_the_best_groups_hold_the_top_k(vocabulary: int, top_k: int) -> None:
+    """Whether the groups divide the vocabulary or not, and where values are equal."""
     generator = torch.Generator().manual_seed(vocabulary)
     logits = torch.randn(40, vocabulary, generator=generator).mul(2).round(decimals=1)
-    scores = head_scores(
-        logits,
-        lambda hidden: hidden.clone(),
-        asked_ids_NJ=torch.zeros(40, 1, dtype=torch.long),
-        forced_ids_F=torch.tensor([3]),
-        top_k=16,
-        chunk_rows=7,
-    )
+    logits[:3, -40:] += 20  # what no group holds, and its neighbours
+    logits[3] = 1.0
+    scores = scores_of(logits, top_k=top_k, chunk_rows=7)
     dense = torch.log_softmax(logits.double(), dim=1)
-    expected = dense.topk(16, dim=1).values
+    expected = dense.topk(top_k, dim=1).values
     torch.testing.assert_close(scores.top_NK.double(), expected, atol=1e-5, rtol=0)
     found = dense.gather(1, scores.top_ids_NK)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
-    assert all(len(set(row)) == 16 for row in scores.top_ids_NK.tolist())
+    assert all(len(set(row)) == top_k for row in scores.top_ids_NK.tolist())
     rest = dense.scatter(1, scores.top_ids_NK, -torch.inf).logsumexp(1)
     torch.testing.assert_close(scores.tail_N.double(), rest, atol=1e-5, rtol=0)
+
+
+def scores_of(logits: torch.Tensor, *, top_k: int, chunk_rows: int) -> HeadScores:
+    return head_scores(
+        logits,
+        lambda hidden: hidden,
+        asked_ids_NJ=torch.zeros(len(logits), 1, dtype=torch.long),
+        forced_ids_F=torch.tensor([3]),
+        top_k=top_k,
+        chunk_rows=chunk_rows,
+    )
+
+
+def test_neither_chunks_nor_company_decide_between_equal_logits() -> None:
+    logits = torch.randn(24, 5000).mul(2).round(decimals=1)
+    before = logits.clone()
+    whole, one = (scores_of(logits, top_k=16, chunk_rows=rows) for rows in (24, 1))
+    assert torch.equal(whole.top_ids_NK, one.top_ids_NK)
+    torch.testing.assert_close(whole.tail_N, one.tail_N, atol=1e-6, rtol=0)
+    assert torch.equal(logits, before)  # what a head returns is its own
+
+
+def test_the_sum_over_a_large_vocabulary_is_rounded_once() -> None:
+    """One float32 after another, as many equal small terms drift by several 1e-6."""
+    logits = torch.randn(6, 200_000, generator=torch.Generator().manual_seed(1)).mul(3)
+    scores = scores_of(logits, top_k=64, chunk_rows=6)
+    dense = torch.log_softmax(logits.double(), dim=1)
+    assert torch.equal(scores.top_ids_NK, dense.topk(64, dim=1).indices)
+    exact = dense.scatter(1, scores.top_ids_NK, -torch.inf).logsumexp(1)
+    torch.testing.assert_close(scores.tail_N.double(), exact, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("vocabulary", [50, 4113])
+def test_ids_that_cannot_be_leave_an_empty_tail(vocabulary: int) -> None:
+    logits = torch.full((2, vocabulary), -torch.inf)
+    logits[:, 5:9] = torch.tensor([1.0, 4.0, 2.0, 3.0])
+    scores = scores_of(logits, top_k=4, chunk_rows=2)
+    assert scores.top_ids_NK.tolist() == [[6, 8, 7, 5]] * 2
+    assert (scores.tail_N == -torch.inf).all()
+    torch.testing.assert_close(scores.top_NK, logits[:, 5:9].log_softmax(1)[:, [1, 3, 2, 0]])
+    more = scores_of(logits, top_k=6, chunk_rows=2)
+    assert all(len(set(row)) == 6 and max(row) < vocabulary for row in more.top_ids_NK.tolist())
+    assert (more.top_NK[:, 4:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_is_so_in_every_figure(odd: float) -> None:
+    logits = torch.randn(3, 4113)
+    logits[1, 17] = odd
+    scores = scores_of(logits, top_k=4, chunk_rows=3)
+    assert scores.top_NK[1].isnan().any()
+    assert scores.asked_NJ[1].isnan().all() or odd == torch.inf
+    assert scores.top_NK[[0, 2]].isfinite().all()
+
+
+def test_a_head_may_have_a_bias_or_half_precision() -> None:
+    torch.manual_seed(0)
+    hidden, ids = torch.randn(9, 8), torch.zeros(9, 1, dtype=torch.long)
+    for dtype in (torch.float32, torch.bfloat16):
+        head = torch.nn.Linear(8, 50).to(dtype)
+        scores = head_scores(
+            hidden.to(dtype),
+            head,
+            asked_ids_NJ=ids,
+            forced_ids_F=torch.tensor([3]),
+            top_k=5,
+            chunk_rows=4,
+        )
+        dense = torch.log_softmax(head(hidden.to(dtype)).double(), dim=1)
+        assert scores.top_NK.dtype == torch.float32
+        expected = dense.topk(5, dim=1).values
+        torch.testing.assert_close(scores.top_NK.double(), expected, atol=2e-2, rtol=0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from opd_stream.config import Config
 from opd_stream.costs import TokenCounts, forward_flops, train_flops
-from opd_stream.engines.chunks import LOGITS_PER_CHUNK, logit_rows
+from opd_stream.engines.chunks import MOST_LOGITS, logit_rows
 from opd_stream.store.files import is_remote
 from pipeline.forecast.amounts import BreakEven, Forecast, LogitMemory, Place, RoundForecast
 from pipeline.forecast.known import Known, known_of
@@ -93,7 +93,7 @@ def _logits(known: Known) -> LogitMemory | None:
         rows=rows,
         vocabulary=shape.vocabulary,
         bytes=rows * shape.vocabulary * FLOAT32,
-        bound=LOGITS_PER_CHUNK[device] * FLOAT32,
+        bound=MOST_LOGITS[device] * FLOAT32,
         what="a GPU's chunk" if device == "cuda" else "a CPU's chunk",
     )
 
