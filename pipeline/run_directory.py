@@ -26,6 +26,7 @@ from opd_stream.store.recipe import differing_fields
 from pipeline.walk import Round
 
 LIBRARIES = ("opd-stream", "torch", "transformers", "lightning", "ray", "pyarrow")
+SHOWN = 3  # settings named in a refusal
 
 
 class RunDirectory:
@@ -101,7 +102,10 @@ class RunDirectory:
         """
         stored = self.path / "config.json"
         if not stored.is_file():
-            raise UserError(f"{self.path} has no config.json; expected the folder of a run")
+            raise UserError(
+                f"{self.path} has no config.json; expected the folder of a run; name one below "
+                "runs/ that opd-stream made"
+            )
         return Config.model_validate(read_json(stored))
 
     def plan(self, round_index: int) -> dict[str, Any]:
@@ -116,7 +120,7 @@ class RunDirectory:
             known = f"rounds {there[0]} to {there[-1]}" if there else "no round yet"
             raise UserError(
                 f"{self.path} has no round {round_index}; it has {known}; choose --round, or "
-                "continue the run"
+                "continue the run (of stages on several machines: in the folder of train)"
             )
         return read_json(path)
 
@@ -206,10 +210,11 @@ class RunDirectory:
             if not is_below(field, (*PLACEMENT, *free))
         }
         if other:
-            fields = "; ".join(f"{name}: {old!r} -> {new!r}" for name, (old, new) in other.items())
+            fields = [f"{name}: {old!r} -> {new!r}" for name, (old, new) in other.items()]
+            more = f"; and {len(fields) - SHOWN} more" if len(fields) > SHOWN else ""
             raise UserError(
-                f"{self.path} is a run with other settings ({fields}); use another --run-dir: what "
-                "both runs share is found in the store"
+                f"{self.path} is a run with other settings ({'; '.join(fields[:SHOWN])}{more}); "
+                "use another --run-dir, or delete this one: what both share is found in the store"
             )
 
 

@@ -12,6 +12,7 @@ from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.store import Store
 from opd_stream.tasks.judges import open_judge
+from pipeline.contexts import check_context
 from stages.aligned import Crossing, open_crossing
 from stages.checkpoints import Checkpoint, check_pair, open_checkpoint, open_vocabulary
 from stages.evaluate import evaluation_prompts
@@ -53,6 +54,8 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
     store = open_store(config)
     setup = setup_of(config, store, partial(open_checkpoint, store), token_id_of, make=make)
     if make:
+        lengths = setup.prompts.read_unit(0)["prompt_ids"].combine_chunks().value_lengths()
+        check_context(config, setup.student, max(lengths.to_pylist()))
         check_evaluation(config, store, setup.student)
     tokenizer = setup.student.tokenizer()
     return replace(
@@ -220,7 +223,8 @@ def _warnings(opened: Opener, config: Config, teacher: Checkpoint | None) -> tup
     if taught_by is None:
         return (
             "one round trains offline: its gradient is biased unless this teacher wrote the "
-            "student's fine-tuning data; student.taught_by is not set, so that is unknown",
+            "student's fine-tuning data; that is unknown; set student.taught_by to the folder of "
+            "the model that wrote it",
         )
     if opened(taught_by).identity == teacher.identity:
         return ()

@@ -200,7 +200,10 @@ def test_nothing_is_written(finished: tuple[RunDirectory, Config]) -> None:
         (["--round", "0", "--worst", "2", "--html", "a.html"], "belong to --prompt"),
         (["--round", "0", "--prompt", "{known}", "--html", "."], "expected a file to write"),
         (["--round", "0", "--prompt", "{known}", "--html", "no/a.html"], "in a folder that is"),
-        (["--round", "0", "--worst", "1", "--set", "store=nowhere"], "the store nowhere has no"),
+        (
+            ["--round", "0", "--worst", "1", "--set", "store=nowhere"],
+            "store nowhere is not there",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -97,7 +97,7 @@ def test_a_folder_that_goes_away_is_not_made_again_elsewhere(
 ) -> None:
     store, elsewhere = tmp_path / "store", tmp_path / "elsewhere"
     progress = At(stage, lambda: store.rename(elsewhere))
-    with pytest.raises(UserError, match="is not there any more"):
+    with pytest.raises(UserError, match="is not there: no such folder"):
         policies(tmp_path, progress=progress)
     assert progress.is_done
     assert not store.exists()

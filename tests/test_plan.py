@@ -327,10 +327,14 @@ def test_what_the_run_would_refuse_is_refused_in_one_line(finished: Path, tmp_pa
     assert (said.returncode, len(said.stderr.splitlines())) == (2, 1)
 
 
-def test_a_prompt_that_does_not_fit_the_context_is_told_before_the_run(tmp_path: Path) -> None:
-    window = "rollouts.window={kind: fixed, tokens: 4000}"
-    (warning,) = plan(tmp_path, window).warnings
-    assert "the student reads" in warning
+def test_a_window_that_does_not_fit_the_context_is_refused_as_by_run(tmp_path: Path) -> None:
+    window, directory = "rollouts.window={kind: fixed, tokens: 4000}", tmp_path / "run"
+    with pytest.raises(UserError, match="the student reads 2048; lower the window") as planned:
+        plan(tmp_path, window)
+    with pytest.raises(UserError) as refused:
+        run(small_config(tmp_path, window), RunDirectory(directory), Silent())
+    assert str(refused.value) == str(planned.value)
+    assert not directory.exists()
 
 
 def test_large_weights_are_not_read_and_nothing_is_claimed_for_them(

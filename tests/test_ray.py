@@ -55,7 +55,7 @@ def test_ray_killed_in_the_middle_ends_where_the_local_loop_does(tmp_path: Path)
 
 @pytest.mark.timeout(200)
 def test_a_users_mistake_in_a_ray_worker_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    command = ray_command(tmp_path, "rollouts.window.tokens=5000", "pools.student.workers=2")
+    command = ray_command(tmp_path, "evaluation.max_new_tokens=5000", "pools.student.workers=2")
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 2, found.stderr
     assert found.stderr.splitlines()[-1].endswith("lower the window or max_prompt_tokens"), (

@@ -273,8 +273,9 @@ def check_there(root: Path) -> None:
     """
     if not is_remote(root) and not is_folder(root):
         raise UserError(
-            f"the store {root} is not there any more: its folder was moved or its file system is "
-            "gone; nothing half-written was kept; bring it back and run the same command again"
+            f"the store {root} is not there: no such folder, or its file system is gone; nothing "
+            "half-written was kept; bring it back, or set store to where it is, and run the same "
+            "command again"
         )
 
 

@@ -18,7 +18,7 @@ from stages.checkpoints import Checkpoint, open_checkpoint
 
 SETUP = Check(
     name="setup",
-    why="a run refuses this before any work",
+    why="a run refuses what cannot work before it begins, and says the rest as a warning",
 )
 Checks = Callable[..., list[Finding]]
 HEAVY = (trial.SELF, trial.SAMPLER, cached.CACHED)

@@ -8,8 +8,8 @@ from opd_stream.config.collection import Codec
 from opd_stream.errors import UserError
 from opd_stream.store.files import is_remote
 from opd_stream.store.store import Store
+from pipeline.contexts import largest_window
 from pipeline.doctor.findings import Check, Finding
-from pipeline.doctor.prompts import largest_window
 
 STORE = Check(
     name="store",

@@ -7,11 +7,10 @@ import pyarrow as pa
 from opd_stream.config import Config, Evaluation
 from opd_stream.errors import UserError
 from opd_stream.prompts import prompts_table, shuffled_rows, source_settings
-from opd_stream.store.files import read_json
 from opd_stream.tasks.judges import Judge, open_judge
+from pipeline.contexts import context_of, largest_window
 from pipeline.doctor.findings import Check, Finding
 from pipeline.doctor.models import Models
-from pipeline.plan import plan_round
 from stages.checkpoints import Checkpoint
 
 PROMPTS = Check(
@@ -132,7 +131,7 @@ def context(config: Config, tables: Tables, models: Models) -> list[Finding]:
         for role in roles:
             if role not in models:
                 continue
-            reads = _context_of(config, role, models[role])
+            reads = context_of(config, role, models[role])
             need = f"{what}: {longest} tokens of prompt and {window} of window"
             if reads is None:
                 findings.append(CONTEXT.ok(f"{need}; the {role} names no limit"))
@@ -149,16 +148,6 @@ def context(config: Config, tables: Tables, models: Models) -> list[Finding]:
     return findings
 
 
-def largest_window(config: Config) -> int:
-    """New tokens that a rollout of any round may have, if no drift ends a round early."""
-    window = config.rollouts.window
-    if window.kind == "adaptive":
-        return window.max_window_tokens
-    planned = plan_round(config, round_index=0, first_step=0).planned_steps
-    last = config.rounds - 1
-    return plan_round(config, round_index=last, first_step=last * planned).window_tokens
-
-
 def _spans(config: Config, tables: Tables) -> Iterator[tuple[str, int, int, tuple[str, ...]]]:
     """What is read at once: name, longest prompt, window, and the roles that read it."""
     if "prompts" in tables and config.replay is None:
@@ -167,16 +156,6 @@ def _spans(config: Config, tables: Tables) -> Iterator[tuple[str, int, int, tupl
     for name, part in held_out(config).items():
         if name in tables:
             yield name, max(_lengths(tables[name])), part.max_new_tokens, ("student",)
-
-
-def _context_of(config: Config, role: str, model: Checkpoint) -> int | None:
-    value = read_json(model.folder / "config.json")
-    found = value.get("max_position_embeddings")
-    found = found or value.get("text_config", {}).get("max_position_embeddings")
-    settings = config.student if role == "student" else config.teacher
-    if settings is not None and settings.engine == "vllm" and settings.vllm.max_context:
-        return min(settings.vllm.max_context, found or settings.vllm.max_context)
-    return found
 
 
 def held_out(config: Config) -> dict[str, Evaluation]:

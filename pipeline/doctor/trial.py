@@ -24,8 +24,8 @@ from opd_stream.store.reader import ScoredRows
 from opd_stream.store.schema import rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
+from pipeline.contexts import largest_window
 from pipeline.doctor.findings import Check, Finding
-from pipeline.doctor.prompts import largest_window
 from pipeline.doctor.rounding import of_divergence, of_drawn
 from pipeline.setup import Setup
 from stages.checkpoints import Checkpoint

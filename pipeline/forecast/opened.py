@@ -14,6 +14,7 @@ from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import is_remote
 from opd_stream.store.policy import UNREAD, known_identity
 from opd_stream.store.store import Store
+from pipeline.contexts import check_context
 from pipeline.forecast.prompts import FastTokenizer, PromptSource, measure_prompts
 from pipeline.setup import Setup, check_extras, setup_of
 from stages.checkpoints import Checkpoint
@@ -64,6 +65,7 @@ def open_read_only(config: Config) -> Opened:
         source = measure_prompts(held_out, part.prompts, tokenizer, notes)
         evaluation.append(Problems(settings=part, artifact=held_out, source=source))
     lengths = measure_prompts(setup.prompts, config.prompts, tokenizer, notes)
+    check_context(config, setup.student, int(lengths.lengths.max()))
     return Opened(setup=setup, prompts=lengths, evaluation=tuple(evaluation), notes=notes)
 
 

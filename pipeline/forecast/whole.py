@@ -39,7 +39,7 @@ def forecast(config: Config, directory: RunDirectory) -> Forecast:
         logits=whole.logits,
         break_even=_break_even(known, whole, trained),
         notes=(*known.opened.notes, *_assumptions(known, whole)),
-        warnings=(*known.setup.warnings, *_warnings(known, whole)),
+        warnings=(*known.setup.warnings, *_warnings(whole)),
     )
 
 
@@ -140,7 +140,7 @@ def _assumptions(known: Known, whole: Forecast) -> list[str]:
     return lines
 
 
-def _warnings(known: Known, whole: Forecast) -> list[str]:
+def _warnings(whole: Forecast) -> list[str]:
     lines = [
         f"{place.path} does not have the room: {_bytes(place.needed)} needed, "
         f"{_bytes(place.free or 0)} free; free space, set store and --run-dir to a larger disk, or "
@@ -154,22 +154,7 @@ def _warnings(known: Known, whole: Forecast) -> list[str]:
             f"scoring holds {_bytes(whole.logits.bytes)} of logits, above its bound of "
             f"{_bytes(whole.logits.bound)}: the vocabulary is large for a chunk"
         )
-    return [*lines, *_context(known, whole)]
-
-
-def _context(known: Known, whole: Forecast) -> list[str]:
-    """A prompt with its window that the student cannot read: generation would refuse it."""
-    from opd_stream.store.files import read_json
-
-    context = read_json(known.setup.student.folder / "config.json").get("max_position_embeddings")
-    longest = int(known.opened.prompts.lengths.max())
-    window = max((here.window_tokens for here in whole.rounds if here.index >= 0), default=0)
-    if context is None or not known.opened.prompts.is_whole or longest + window <= context:
-        return []
-    return [
-        f"a prompt has {longest} tokens and a window {window}; the student reads {context}; lower "
-        "the window or prompts.max_prompt_tokens"
-    ]
+    return lines
 
 
 def _bytes(number: float) -> str:

@@ -20,7 +20,8 @@ def window_exhibit(run: Run, name: str) -> Exhibit:
     windows |= {report.round: report.window_tokens for report in run.rounds}
     known = sorted((place, tokens) for place, tokens in windows.items() if tokens is not None)
     if not known:
-        return left_out(name, title, "No round has a window: its rows came from elsewhere.")
+        why = "its rows came from elsewhere" if run.rounds else "none is in this folder"
+        return left_out(name, title, f"No round has a window: {why}.")
     audited = [report for report in run.rounds if report.window_decision is not None]
     candidates = [int(tokens) for tokens in run.setting("rollouts.window.candidates") or []]
     has_cosines = bool(audited and candidates)
