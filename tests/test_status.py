@@ -425,7 +425,7 @@ def test_a_mistake_is_one_line_in_the_form_that_was_asked_for(
     if options:
         value = json.loads(line)
         assert value["level"] == "error"
-        assert value["message"].endswith("expected the folder of a run")
+        assert "expected the folder of a run; name one" in value["message"]
     else:
         assert line.startswith("opd-stream: ")
 
