@@ -124,6 +124,20 @@ class RunDirectory:
             )
         return read_json(path)
 
+    def last_round(self) -> int:
+        """The last finished round.
+
+        Raises:
+            UserError: none is finished.
+        """
+        reports = self.path.glob("rounds/*/report.json")
+        finished = sorted(int(report.parent.name) for report in reports)
+        if not finished:
+            raise UserError(
+                f"{self.path} has no finished round; continue the run, or choose --round"
+            )
+        return finished[-1]
+
     def run_id(self) -> str:
         """The id of an existing run."""
         return read_json(self.path / "run.json")["id"]

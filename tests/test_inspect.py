@@ -122,6 +122,27 @@ def test_the_worst_are_the_worst(finished: tuple[RunDirectory, Config], by: str)
     assert len(inspect_worst(directory, config, round_index=0, count=99, by=by)) == len(rows)
 
 
+def test_without_a_round_it_is_the_last_finished_one(
+    finished: tuple[RunDirectory, Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    directory, _ = finished
+    monkeypatch.setattr(sys, "argv", ["opd-stream", "inspect", str(directory.path), "--worst", "1"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert not left.value.code
+    assert "--round 0 --prompt" in capsys.readouterr().out
+    for folder in ("0002", "0010", "0011"):
+        (tmp_path / "rounds" / folder).mkdir(parents=True)
+        if folder != "0011":  # at work
+            (tmp_path / "rounds" / folder / "report.json").write_text("{}")
+    assert RunDirectory(tmp_path).last_round() == 10
+    with pytest.raises(UserError, match="has no finished round; continue the run"):
+        RunDirectory(tmp_path / "empty").last_round()
+
+
 def test_the_command_of_the_list_opens_the_rollout(
     finished: tuple[RunDirectory, Config],
     monkeypatch: pytest.MonkeyPatch,

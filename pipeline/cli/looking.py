@@ -9,7 +9,6 @@ import typer
 from pipeline.cli.options import (
     ConfigFile,
     Overrides,
-    RoundNumber,
     RunDir,
     RunFolder,
     app,
@@ -79,7 +78,9 @@ def status(
 @app.command()
 def inspect(
     run_dir: RunFolder,
-    round_index: RoundNumber,
+    round_number: Annotated[
+        int | None, typer.Option("--round", help="From 0. Default: the last finished.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(metavar="ID", help="Show its rollout.")] = None,
     sample: Annotated[int | None, typer.Option(help="Which one, from 0. Default: 0.")] = None,
     worst: Annotated[
@@ -106,6 +107,7 @@ def inspect(
     command.check_question(prompt, worst, html, has_choice)
     directory = RunDirectory(run_dir)
     config = override_config(directory.config(), overrides or [])
+    round_index = directory.last_round() if round_number is None else round_number
     if prompt is None:
         assert worst is not None
         found = command.inspect_worst(

@@ -7,7 +7,14 @@ from opd_stream.config import Config
 from opd_stream.costs import TokenCounts, forward_flops, train_flops
 from opd_stream.engines.chunks import MOST_LOGITS, logit_rows
 from opd_stream.store.files import is_remote
-from pipeline.forecast.amounts import BreakEven, Forecast, LogitMemory, Place, RoundForecast
+from pipeline.forecast.amounts import (
+    BreakEven,
+    Forecast,
+    LogitMemory,
+    Place,
+    RoundForecast,
+    Stage,
+)
 from pipeline.forecast.known import Known, known_of
 from pipeline.forecast.opened import existing, open_read_only
 from pipeline.forecast.rounds import forecast_rounds
@@ -115,14 +122,15 @@ def _break_even(known: Known, whole: Forecast, trained: list[TokenCounts]) -> Br
 def _assumptions(known: Known, whole: Forecast) -> list[str]:
     """One line for everything that could turn out otherwise."""
     stages, config = [stage for here in whole.rounds for stage in here.stages], known.config
-    bases = {stage.basis for stage in stages}
     lines: list[str] = []
-    if "full window" in bases:
-        lines.append("no completions are measured yet: every row is taken to fill its window")
-    if "estimated" in bases:
+    if guessed := _named(stages, "full window"):
         lines.append(
-            "what is left is estimated from the completions of the latest measured round; a "
-            "longer window is taken to be filled by the rows that were cut"
+            f"{guessed}: no completions are measured yet, so every row is taken to fill its window"
+        )
+    if estimated := _named(stages, "estimated"):
+        lines.append(
+            f"{estimated}: what is left is estimated from the completions of the latest measured "
+            "round; a longer window is taken to be filled by the rows that were cut"
         )
     if any(stage.name == "train" and stage.left.rows for stage in stages):
         lines.append(
@@ -138,6 +146,11 @@ def _assumptions(known: Known, whole: Forecast) -> list[str]:
     if any(problems.source.rows is None for problems in known.opened.evaluation):
         lines.append("evaluations are not counted: the number of held-out prompts is unknown")
     return lines
+
+
+def _named(stages: list[Stage], basis: str) -> str:
+    """The stages whose figures rest on a basis."""
+    return ", ".join(dict.fromkeys(stage.name for stage in stages if stage.basis == basis))
 
 
 def _warnings(whole: Forecast) -> list[str]:
