@@ -60,8 +60,8 @@ def door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
     "request_line",
     [
         f"PUT /{BUCKET}/store/scores/",
-        f"HEAD /{BUCKET}/store/policies/",
-        f"PUT /{BUCKET}/store/policies/",
+        pytest.param(f"HEAD /{BUCKET}/store/policies/", marks=pytest.mark.slow),
+        pytest.param(f"PUT /{BUCKET}/store/policies/", marks=pytest.mark.slow),
     ],
 )
 def test_an_outage_is_waited_for_or_ends_in_a_line_and_loses_nothing(
