@@ -21,6 +21,7 @@ pytest.importorskip("matplotlib", reason="pip install 'opd-stream[report]' bring
 from pipeline.report.accuracy import COSTS, spent
 from pipeline.report.page import page, write_report
 from pipeline.report.read import read_run, read_runs
+from pipeline.report.rounds_figures import cache_exhibit
 from pipeline.report.training import thinned
 
 WINDOW = (
@@ -215,6 +216,16 @@ def test_a_mean_over_steps_keeps_the_sum(long: Path) -> None:
     assert sum(p.policy_drift or 0.0 for p in points) * together == pytest.approx(sum(drift))
 
 
+@pytest.mark.parametrize("lost", [(1.1e-4, 1.2e-4), (1e-4, 1e-4), (2e-7, 0.3), (0.0, 3e-5)])
+def test_the_lost_mass_has_a_scale(folder: Path, lost: tuple[float, float]) -> None:
+    found = read_run(folder / "first")
+    for report, value in zip(found.rounds, lost, strict=True):
+        mass = {"teacher_top_mass": 1 - value, "student_top_mass": None}
+        report.epochs[-1] = report.epochs[-1].model_copy(update=mass)
+    labels = re.findall(r">(1e−\d\d)<", cache_exhibit(found, "cache").svg or "")
+    assert 2 <= len(labels) == len(set(labels)) <= 6
+
+
 def test_a_long_run_stays_a_small_page(mixed: str) -> None:
     assert len(mixed) < 1_000_000
     shown = Page(mixed)
@@ -285,7 +296,7 @@ def test_the_switch_switches_labels_stay_apart_and_a_phone_need_not_scroll_sidew
         for width in (360, 1280)
     ]
     path = tmp_path / "frames.html"
-    path.write_text(f"<!DOCTYPE html><body>{''.join(frames)}</body>")
+    path.write_text(f"<!DOCTYPE html><meta charset=utf-8><body>{''.join(frames)}</body>")
     document, _ = browse(path, "--window-size=1400,1000")
     body = next(attributes for tag, attributes in Page(document).tags if tag == "body")
     for width in (360, 1280):

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter
 
 from pipeline.report.parts import Entry, Exhibit, Table, left_out, scaled, shown, whole
 from pipeline.report.read import RoundRecord, Run
 from pipeline.report.style import FAINT, STAGE_COLORS, STAGES, Look, graded, look
-from pipeline.report.svg import count_axis, inline, panels, prefixed
+from pipeline.report.svg import count_axis, decades, inline, panels, prefixed
 
 THRESHOLD = Look(color=FAINT, mark="", glyph="", dashes=(5, 2))
 
@@ -113,10 +113,7 @@ def cache_exhibit(run: Run, name: str) -> Exhibit:
         axes[1].plot(places, positive, color=drawn.color, marker=drawn.mark, linestyle=drawn.line)
         legend.append(Entry(label=f"mass of the {who} outside the candidates", look=drawn))
     if drawable:
-        axes[1].set_yscale("log")
-        axes[1].yaxis.set_major_locator(LogLocator(numticks=5))
-        axes[1].yaxis.set_minor_locator(NullLocator())
-        axes[1].yaxis.set_major_formatter("{x:.0e}")
+        decades(axes[1], [value for values in drawable.values() for value in values if value])
         axes[1].set_ylabel("1 - mass")
     axes[-1].set_xlabel("round")
     count_axis(axes[-1])

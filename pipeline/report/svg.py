@@ -4,7 +4,9 @@ Names of elements get the figure's name before them, since a page holds many fig
 """
 
 import io
+import math
 import re
+from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree
 
@@ -12,7 +14,7 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from pipeline.report.style import FAINT, GRID, INK, VARIABLES
 
@@ -67,6 +69,22 @@ def prefixed(axis: Axes, *, on: str = "x") -> None:
     """Numbers with k, M, G along an axis."""
     ticks = axis.xaxis if on == "x" else axis.yaxis
     ticks.set_major_formatter(EngFormatter(sep=""))
+
+
+def decades(axis: Axes, values: Sequence[float]) -> None:
+    """A logarithmic y axis over whole decades, at least one, so that its ends are named.
+
+    Args:
+        axis: to scale.
+        values: that it must hold; those not above 0 are passed over.
+    """
+    exponents = [math.log10(value) for value in values if value > 0]
+    low, high = math.floor(min(exponents)), math.ceil(max(exponents))
+    axis.set_yscale("log")
+    axis.set_ylim(10.0**low, 10.0 ** max(high, low + 1))
+    axis.yaxis.set_major_locator(LogLocator(numticks=5))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter("{x:.0e}")
 
 
 def inline(figure: Figure, name: str, *, title: str, description: str) -> Markup:
