@@ -1,25 +1,21 @@
 """Progress on stderr: bars on a terminal, plain lines in pipes and CI, JSON lines if asked for."""
 
 import logging
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
 
-from pipeline.log import LOG, shows_bars
+from pipeline.live import Live
+from pipeline.log import LOG
 from pipeline.pace import clock_text, rate_text
 
 RATE_SECONDS = 60.0  # rates are of the latest minute, or of two signs if they are further apart
@@ -73,37 +69,23 @@ class _Stage:
         return ", ".join(words)
 
 
-class TerminalProgress:
+class TerminalProgress(Live):
     """One bar for each stage of the round at hand; starting a stage again resets its bar."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._live = clock, shows_bars()
-        self._bars = Progress(
+        super().__init__(
             TextColumn("{task.description:>9}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
-            transient=True,
-            redirect_stdout=False,  # results stay apart from what is said about them
         )
+        self._clock = clock
         self._tasks: dict[str, TaskID] = {}
         self._stages: dict[str, _Stage] = {}
 
-    def __enter__(self) -> Self:
-        if self._live:
-            self._bars.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live:
-            self._bars.stop()
+    def __exit__(self, *raised: object) -> None:
+        super().__exit__(*raised)
         self._say_rest()
 
     def start(self, stage: str, total: int, done: int = 0) -> None:
@@ -139,12 +121,7 @@ class TerminalProgress:
 
     def result(self, line: str) -> None:
         """A line of the command's result, on stdout, above the bars."""
-        if self._live:
-            self._bars.stop()
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-        if self._live:
-            self._bars.start()
+        self.write([line])
 
     def _say_rest(self) -> None:
         """The last line of a stage that ended early, as training does when drift stops it."""

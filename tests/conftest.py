@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 
 from opd_stream.config import Config
 from opd_stream.config_file import load_config
+from pipeline.cli import main
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
 
@@ -54,6 +56,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread() -> None:
     """Small tensors on a shared machine are fastest on one thread, and the same every time."""
     torch.set_num_threads(1)
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def opd_stream(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Calls `opd-stream` with words, in this process: exit code, stdout, stderr."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["opd-stream", *words])
+        with pytest.raises(SystemExit) as left:
+            main()
+        said = capsys.readouterr()
+        return int(left.value.code or 0), said.out, said.err
+
+    return call
 
 
 def small_config(folder: Path, *overrides: str) -> Config:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from opd_stream.config import Config
 from opd_stream.engines.transformers_engine import TransformersEngine
+from pipeline import live
 from pipeline.cli import app
 from pipeline.doctor import cached, devices, models, packages, places, prompts, screen, trial
 from pipeline.doctor.devices import Gpu, Machine
@@ -376,7 +377,7 @@ def test_a_terminal_names_the_check_at_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
-    monkeypatch.setattr(screen, "shows_bars", lambda: True)
+    monkeypatch.setattr(live, "shows_bars", lambda: True)
     with screen.Screen(as_json=False) as page:
         page.begin(trial.SAMPLER)
         page.found(places.DISK.ok("room"))

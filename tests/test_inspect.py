@@ -4,7 +4,6 @@ import io
 import json
 import math
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from opd_stream.store.reader import ScoredRow, ScoredRows, open_scores
 from opd_stream.store.store import Store
 from opd_stream.token_figures import FIGURES
 from opd_stream.token_text import TokenText
-from pipeline.cli import main
 from pipeline.inspect.command import inspect_rollout, inspect_worst
 from pipeline.inspect.terminal import print_rollout
 from pipeline.inspect.view import RolloutView
@@ -28,7 +26,7 @@ from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from stages.checkpoints import open_tokenizer
 from stages.progress import Silent
-from tests.conftest import MODELS, loaded_by, small_config
+from tests.conftest import MODELS, Command, loaded_by, small_config
 
 
 def run_small(folder: Path, *overrides: str) -> tuple[RunDirectory, Config]:
@@ -123,17 +121,11 @@ def test_the_worst_are_the_worst(finished: tuple[RunDirectory, Config], by: str)
 
 
 def test_without_a_round_it_is_the_last_finished_one(
-    finished: tuple[RunDirectory, Config],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    finished: tuple[RunDirectory, Config], tmp_path: Path, opd_stream: Command
 ) -> None:
-    directory, _ = finished
-    monkeypatch.setattr(sys, "argv", ["opd-stream", "inspect", str(directory.path), "--worst", "1"])
-    with pytest.raises(SystemExit) as left:
-        main()
-    assert not left.value.code
-    assert "--round 0 --prompt" in capsys.readouterr().out
+    code, output, _ = opd_stream("inspect", str(finished[0].path), "--worst", "1")
+    assert code == 0
+    assert "--round 0 --prompt" in output
     for folder in ("0002", "0010", "0011"):
         (tmp_path / "rounds" / folder).mkdir(parents=True)
         if folder != "0011":  # at work
@@ -144,17 +136,14 @@ def test_without_a_round_it_is_the_last_finished_one(
 
 
 def test_the_command_of_the_list_opens_the_rollout(
-    finished: tuple[RunDirectory, Config],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    finished: tuple[RunDirectory, Config], opd_stream: Command
 ) -> None:
     directory, config = finished
     (worst,) = inspect_worst(directory, config, round_index=0, count=1)
-    monkeypatch.setattr(sys, "argv", worst.command.split())
-    with pytest.raises(SystemExit) as left:
-        main()
-    assert not left.value.code
-    output = capsys.readouterr().out
+    program, *words = worst.command.split()
+    assert program == "opd-stream"
+    code, output, _ = opd_stream(*words)
+    assert code == 0
     view = worst.view
     assert f"{view.row.prompt_id}, sample 0" in output
     assert f"reverse_kl {view.mean:.4f} over {len(view.pieces)} tokens" in output
@@ -232,21 +221,18 @@ def test_a_mistake_is_one_line(
     arguments: list[str],
     line: str,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    opd_stream: Command,
     tmp_path: Path,
 ) -> None:
     directory, config = finished
     known = rows_of(directory, config)[0].prompt_id
     words = [word.replace("{known}", known) for word in arguments]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["opd-stream", "inspect", str(directory.path), *words])
-    with pytest.raises(SystemExit) as left:
-        main()
-    said = capsys.readouterr()
-    assert left.value.code == 2
-    assert line in said.err
-    assert len(said.err.splitlines()) == 1
-    assert said.out == ""
+    code, output, errors = opd_stream("inspect", str(directory.path), *words)
+    assert code == 2
+    assert line in errors
+    assert len(errors.splitlines()) == 1
+    assert output == ""
     assert list(tmp_path.iterdir()) == []
 
 

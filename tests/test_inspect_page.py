@@ -1,6 +1,5 @@
 """The page and the terminal: what they say is what the cache says, and nothing in it is obeyed."""
 
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,11 +9,11 @@ import pytest
 
 from opd_stream.config import Config
 from opd_stream.token_text import TokenText, quoted, visible
-from pipeline.cli import main
 from pipeline.inspect.command import inspect_rollout, inspect_worst
 from pipeline.inspect.page import page
 from pipeline.inspect.view import RolloutView, view_of
 from pipeline.run_directory import RunDirectory
+from tests.conftest import Command
 from tests.test_inspect import printed, rows_of, run_small
 
 HOSTILE = '<script>alert("x")</script>\x1b[31m'
@@ -84,20 +83,15 @@ def test_the_terminal_gets_no_control_sequence_from_a_rollout(
 
 
 def test_the_page_says_of_every_token_what_the_cache_says(
-    finished: tuple[RunDirectory, Config],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    finished: tuple[RunDirectory, Config], tmp_path: Path, opd_stream: Command
 ) -> None:
     directory, config = finished
     view = inspect_worst(directory, config, round_index=0, count=1)[0].view
     out = tmp_path / "rollout.html"
     words = ["inspect", str(directory.path), "--round", "0", "--prompt", view.row.prompt_id]
-    monkeypatch.setattr(sys, "argv", ["opd-stream", *words, "--html", str(out)])
-    with pytest.raises(SystemExit) as left:
-        main()
-    assert not left.value.code
-    assert str(out) in capsys.readouterr().out
+    code, output, _ = opd_stream(*words, "--html", str(out))
+    assert code == 0
+    assert str(out) in output
     read = Page(out.read_text())
     tokens = [attributes for _, attributes in read.tags if attributes.get("tabindex") == "0"]
     tips = {attributes["id"] for _, attributes in read.tags if attributes.get("role") == "tooltip"}

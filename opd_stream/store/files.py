@@ -287,12 +287,21 @@ def is_folder(path: Path) -> bool:
         return False
 
 
-def unreachable(path: Path, error: Exception) -> str:
-    """The line of an object store that does not answer, or refuses."""
-    reason = " ".join(str(error).split())[:160]
+def unreachable(place: Path | str, error: BaseException, waited: float | None = None) -> str:
+    """The line of an object store that does not answer, or refuses.
+
+    Args:
+        place: what was asked for.
+        error: of the client.
+        waited: seconds of silence; None: it answered, with a refusal.
+    """
+    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    silence = "" if waited is None else f": no answer for {waited:.0f} s"
+    setting = "" if waited is None else "; store_seconds is how long a run waits"
     return (
-        f"cannot reach {path} ({reason}); nothing half-written was kept; check the address, the "
-        "credentials and AWS_ENDPOINT_URL, and run the same command again"
+        f"cannot reach {place}{silence} ({reason}); nothing half-written was kept, what is "
+        "committed stays; check the address, the credentials and AWS_ENDPOINT_URL, and run the "
+        f"same command again{setting}"
     )
 
 

@@ -16,6 +16,7 @@ from fsspec import register_implementation
 from s3fs import S3FileSystem
 
 from opd_stream.errors import UserError
+from opd_stream.store.files import unreachable
 
 TOLD_AFTER = 5.0  # seconds of silence
 LONGEST_PAUSE = 5.0  # seconds between two attempts; the first is a tenth of one
@@ -87,16 +88,6 @@ def is_silence(error: BaseException) -> bool:
         status = cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return status >= 500 or status in _BUSY
     return True
-
-
-def unreachable(place: str, error: BaseException, waited: float) -> str:
-    """The line of a store that did not answer."""
-    reason = " ".join(str(error).split())[:160] or type(error).__name__
-    return (
-        f"cannot reach {place}: no answer for {waited:.0f} s ({reason}); nothing half-written was "
-        "kept, what is committed stays; check the address, the credentials and AWS_ENDPOINT_URL, "
-        "and run the same command again; store_seconds is how long a run waits"
-    )
 
 
 register_implementation("s3", PatientS3, clobber=True)
