@@ -120,7 +120,7 @@ class RunDirectory:
             known = f"rounds {there[0]} to {there[-1]}" if there else "no round yet"
             raise UserError(
                 f"{self.path} has no round {round_index}; it has {known}; choose --round, or "
-                "continue the run (of stages on several machines: in the folder of train)"
+                "continue the run (of stages on several machines: where one of it was run)"
             )
         return read_json(path)
 

@@ -67,8 +67,8 @@ def run_stage(
         here = _round(session, round_index, follow=follow, train=stage == "train")
         records = Records(setup=setup, directory=directory, run_id=run_id)
         records.share(here)
-        if stage == "train":
-            directory.write_plan(here)
+        if stage == "train" or all(cache.origin != "ahead" for cache in here.caches):
+            directory.write_plan(here)  # what is made ahead belongs to no policy yet
         if stage == "generate":
             make_caches(session, here, score=False, shuffle=True)
             return f"{_names(here, 'rollouts')} complete"

@@ -41,7 +41,8 @@ def lines_of(setup: Setup) -> list[str]:
                 break
     waiting = setup.config.rounds - sum(line.startswith("round") for line in lines)
     if waiting:
-        lines.append(f"{waiting} more rounds wait for the policy before them")
+        later = "1 more round waits" if waiting == 1 else f"{waiting} more rounds wait"
+        lines.append(f"{later} for the policy of the round before")
     return lines
 
 

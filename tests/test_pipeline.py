@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
 from opd_stream.store.store import Store
+from pipeline.inspect.command import inspect_worst
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from pipeline.stage_commands import run_stage
@@ -213,6 +214,22 @@ def test_a_drift_bound_stops_the_epochs_and_says_so(tmp_path: Path) -> None:
     assert all(line.startswith("drift passed its bound") for line in summary["decisions"])
     assert summary["steps"] < 2 * 6 * 2
     assert "(bound 0.0001)" in summary["decisions"][0]
+
+
+def test_a_machine_that_only_scores_can_look_at_what_it_scored(tmp_path: Path) -> None:
+    config, directories = small_config(tmp_path), {}
+    for stage in ("generate", "score", "train"):
+        directories[stage] = RunDirectory(tmp_path / stage)
+        run_stage(stage, config, directories[stage], round_index=0, progress=Silent())
+    seen = [
+        inspect_worst(directory, config, round_index=0, count=2)
+        for directory in directories.values()
+    ]
+    assert [[worst.view.mean for worst in found] for found in seen[1:]] == [
+        [worst.view.mean for worst in seen[0]]
+    ] * 2
+    plans = [directory.plan(0) for directory in directories.values()]
+    assert plans[1:] == plans[:-1]
 
 
 def test_stage_commands_in_turn_make_the_policies_of_a_run(finished: Path, tmp_path: Path) -> None:

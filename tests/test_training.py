@@ -295,7 +295,7 @@ def test_an_extrapolation_is_searched_recorded_and_continued(tmp_path: Path, sig
         assert any(entry["kept"] for entry in searches)  # the first steps of a descent
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_a_stopped_extrapolating_round_goes_on_the_same_in_two_processes(
     collected: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
