@@ -310,6 +310,15 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_an_adapter_alone_is_refused_with_the_way_to_merge_it(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    save_file({"lora_A": np.zeros((2, 2), np.float32)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"is an adapter; expected whole weights; merge it"):
+        run_small(tmp_path, f"student.path={adapter}")
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [

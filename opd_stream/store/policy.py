@@ -99,6 +99,11 @@ def _identity(folder: Path, digest: Callable[[Path], str]) -> Identity:
         if not there
     ]
     if missing:
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"{folder} is an adapter; expected whole weights; merge it into its base with "
+                "peft's merge_and_unload(), and save both model and tokenizer in a folder"
+            )
         found = (
             "nothing: it does not exist" if not folder.is_dir() else "no " + ", no ".join(missing)
         )
