@@ -65,8 +65,10 @@ class _Stage:
         ]
         if "eta_seconds" in numbers:
             words.append(f"ETA {clock_text(numbers['eta_seconds'])}")
-        words += [f"{name} {_number(value)}" for name, value in self.facts.items()]
-        return ", ".join(words)
+        facts = ", ".join(f"{name} {_number(value)}" for name, value in self.facts.items())
+        if facts and self.name in THINGS:  # a round's own numbers are means over it
+            facts = f"latest {THINGS[self.name].removesuffix('s')}: {facts}"
+        return ", ".join([*words, facts] if facts else words)
 
 
 class TerminalProgress(Live):

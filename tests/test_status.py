@@ -401,7 +401,9 @@ def test_rates_are_those_of_the_latest_minute(
     for seconds in [10.0] * 6 + [1.0] * 54:
         clock.now += seconds
         progress.advance("train", 1, 50, loss=0.5)
-    fields = [json.loads(line)["fields"] for line in capsys.readouterr().err.splitlines()]
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert all(line["message"].endswith("latest step: loss 0.5000") for line in lines)
+    fields = [line["fields"] for line in lines]
     assert fields[0]["units_per_second"] == pytest.approx(0.1)
     assert fields[0]["done"] == 41
     assert fields[-2]["units_per_second"] > 0.8
