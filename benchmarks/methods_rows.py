@@ -50,6 +50,9 @@ TASKS = {
 }
 
 
+NO_BOUND = ("staleness.policy_drift=100", "staleness.effective_sample_fraction=1e-6")
+
+
 def _window(text: str) -> str:
     return "rollouts.window={" + text + "}"
 
@@ -76,6 +79,18 @@ def _windows(task: str) -> list[Row]:
         )
         for ratio in (0.1, 0.25, 0.5)
     ]
+    rows.append(
+        Row(
+            name="TOPD 0.50 x2",
+            group="windows",
+            overrides=(
+                *rows[-1].overrides,
+                f"rounds={TASKS[task].rounds // 2}",
+                "staleness.max_epochs=2",
+                *NO_BOUND,
+            ),
+        )
+    )
     steps = TASKS[task].rounds * 4
     h0, step = full // 8, full // 8 // (TASKS[task].rounds // 4)
     rows.append(
@@ -144,9 +159,6 @@ def _objectives() -> list[Row]:
     ]
 
 
-NO_BOUND = ("staleness.policy_drift=100", "staleness.effective_sample_fraction=1e-6")
-
-
 def _reuse(task: str) -> list[Row]:
     """The same number of passes over rollouts, sampled anew after 1, 4 or 10 of them."""
     passes = {"ledger": 20, "routine": 8}[task]
@@ -178,15 +190,20 @@ def _reuse(task: str) -> list[Row]:
                 )
                 for gate, settings in (gates.items() if gated else [("", ())])
             ]
+    if task == "routine":  # beside regeneration by drift in 16 rounds
+        overrides = ("rounds=2", "staleness.max_epochs=8", *NO_BOUND)
+        rows.append(Row(name="bucket x8, 16 passes", group="reuse", overrides=overrides))
     return rows
 
 
 def _regeneration(task: str) -> list[Row]:
     """Units made again when they have drifted, instead of all of them every round."""
     window = _window(f"kind: fixed, tokens: {TASKS[task].full_tokens}")
-    bounds = (
-        ((0.01, 1.0), (0.03, 1.0), (0.06, 0.5)) if task == "ledger" else ((0.03, 1), (0.06, 0.5))
-    )
+    bounds = {
+        "ledger": ((0.01, 1.0), (0.03, 1.0), (0.06, 0.5)),
+        "routine": ((0.03, 1.0), (0.06, 0.5), (0.15, 0.5)),
+    }[task]
+    more = {"ledger": 20, "routine": 16}[task]
     rows: list[Row] = []
     for bound, keep_share in bounds:
         for name in ("bucket", "sampled_pg") if keep_share == 1 else ("bucket",):
@@ -201,13 +218,14 @@ def _regeneration(task: str) -> list[Row]:
             title = f"{name} by drift {bound:g}"
             if keep_share < 1:
                 title += f", kept to {keep_share * bound:g}"
-            rows.append(Row(name=title, group="regeneration", overrides=overrides))
-            if name == "bucket" and task == "ledger":  # beside `bucket x1`, x4 and x10
+            if bound < 0.1:
+                rows.append(Row(name=title, group="regeneration", overrides=overrides))
+            if name == "bucket" and (task == "ledger" or bound > 0.1):
                 rows.append(
                     Row(
-                        name=f"{title}, 20 rounds",
+                        name=f"{title}, {more} rounds",
                         group="regeneration",
-                        overrides=(*overrides, "rounds=20"),
+                        overrides=(*overrides, f"rounds={more}"),
                     )
                 )
     return rows
