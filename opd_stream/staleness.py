@@ -70,7 +70,7 @@ class UnitDecision:
 def beyond(drift: DriftSums, *, floor: float) -> float:
     """policy_drift above what sampler and trainer disagree by on fresh rows.
 
-    Below that floor nothing can be read off drift (`sampler_gap`).
+    Below that floor nothing can be read off drift (`drift_floor` of a report).
     """
     return max(0.0, drift.policy_drift - floor)
 
@@ -179,7 +179,7 @@ def _too_far(drift: DriftSums, bounds: StalenessBounds, floor: float) -> str | N
 
 
 def _measured(drift: DriftSums, bounds: StalenessBounds, floor: float) -> str:
-    above = f" above a sampler gap of {floor:.4f}" if floor >= 5e-5 else ""
+    above = f" above a floor of {floor:.4f}" if floor >= 5e-5 else ""
     return (
         f"policy_drift {drift.policy_drift:.4f} (bound {bounds.policy_drift:g}{above}), "
         f"effective_sample_fraction {drift.effective_sample_fraction:.3f} "

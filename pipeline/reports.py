@@ -89,6 +89,7 @@ def round_report(
         "extrapolations": outcome["extrapolations"],
         "window_decision": outcome["window_decision"],
         "sampler_gap": outcome["start"]["sampler_gap"],
+        "drift_floor": outcome["start"]["floor"],
         "start_drift": outcome["start"]["policy_drift"],
         "unit_decisions": here.unit_decisions,
         "policy_drift": last["policy_drift"],

@@ -210,7 +210,7 @@ class Keeper(Callback):
         return measured
 
     def _measure_start(self, trainer: lightning.Trainer, module: StudentModule) -> None:
-        """Before any training: sampler gap, drift of rows that are older, gate or not."""
+        """Before any training: what engine and trainer disagree by, drift of rows, gate or not."""
         job, everything, fresh = self._job, dict[str, float](), dict[str, float]()
         for (cache, _), sums in self._measure(trainer, module).items():
             _add(everything, sums)

@@ -93,6 +93,11 @@ class TrainJob:
         asked = self.config.train.top_k
         for _, scores in artifacts:
             cached = scores.recipe.settings.get("top_k", asked)  # unknown of imported rows
+            if asked is not None and scores.recipe.settings["codec"]["kind"] == "sampled":
+                raise UserError(
+                    f"train.top_k is {asked} but {scores.name} holds ids drawn from the teacher, "
+                    "which have no ranks; leave train.top_k out"
+                )
             if asked is not None and asked > cached:
                 raise UserError(
                     f"train.top_k is {asked} but {scores.name} holds {cached} candidates a token; "

@@ -101,6 +101,31 @@ def test_a_base_gives_its_fields_and_another_kind_replaces_a_section(tmp_path: P
     assert config.train.learning_rate == 0.1
 
 
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ("train.objective={kind: sampled_pg}", "train.guards.soft_clamp=3"),
+            "train.guards.soft_clamp is set with objective sampled_pg, whose losses may be",
+        ),
+        (
+            (
+                "train.objective={kind: drawn_forward}",
+                "scores.codec={kind: sampled, draws: 8}",
+                "train.top_k=4",
+            ),
+            "train.top_k is 4 with scores.codec sampled, whose ids have no ranks",
+        ),
+    ],
+)
+def test_two_settings_that_exclude_each_other(
+    tmp_path: Path, overrides: tuple[str, ...], line: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, SMALL), list(overrides))
+    assert line in str(caught.value)
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
 def test_the_schema_accepts_every_config_of_the_project(path: Path) -> None:
     jsonschema.validate(yaml.safe_load(path.read_text()), json_schema())

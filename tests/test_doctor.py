@@ -43,6 +43,7 @@ CHECKS = [
 ]
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 SMALL_GPU = Gpu(name="Tesla T4", bytes=16_000_000_000, capability=(7, 5))
+ONE_ROLE = 7_000_000  # bytes: training of the small model fits, and both engines beside it do not
 Change = Callable[[Path], None]
 
 
@@ -292,6 +293,13 @@ def machine(*gpus: Gpu, **fields: Any) -> Machine:
             "only emulates",
         ),
         (machine(bytes=2_000_000), ["executor=local"], "error", "memory", "training"),
+        (
+            machine(replace(SMALL_GPU, bytes=ONE_ROLE)),
+            ["executor=local"],
+            "error",
+            "memory",
+            "student, teacher and training at once",
+        ),
     ],
 )
 def test_devices_that_are_not_there(

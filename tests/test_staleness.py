@@ -97,12 +97,12 @@ def test_a_unit_is_kept_only_with_room_to_drift() -> None:
         assert decide_stop(shifted(0.4), bounds=bounds) is None
 
 
-def test_drift_below_the_sampler_gap_is_not_read() -> None:
+def test_drift_below_its_floor_is_not_read() -> None:
     state, floor = unit(0.5), shifted(0.4).policy_drift
     assert decide_unit(state, window_tokens=64, bounds=BOUNDS).action == "regenerate"
     decision = decide_unit(state, window_tokens=64, bounds=BOUNDS, floor=floor)
     assert decision.action == "gated"
-    assert "above a sampler gap of 0.0811" in decision.reason
+    assert "above a floor of 0.0811" in decision.reason
     assert decide_unit(state, window_tokens=64, bounds=BOUNDS, floor=0.2).action == "train"
 
 

@@ -142,6 +142,12 @@ class Config(Section):
                 f"rollouts.temperature is 0 with objective {sorted(kinds)[0]}, which needs samples "
                 "from the student; set rollouts.temperature=1 or another objective"
             )
+        signed = sorted(kinds & {"sampled_pg", "mc", "hybrid"})
+        if signed and self.train.guards.soft_clamp is not None:
+            raise ValueError(
+                f"train.guards.soft_clamp is set with objective {signed[0]}, whose losses may be "
+                "negative, and so may be the mean that bounds them; leave it out"
+            )
         drawn = self.scores.codec.kind == "sampled"
         needs_drawn, needs_ranked = "drawn_forward" in kinds, kinds - _EITHER - {"drawn_forward"}
         if (drawn and needs_ranked) or (not drawn and needs_drawn):
@@ -163,6 +169,11 @@ class Config(Section):
                 "set rollouts.extra_draws (3 already helps), or use sampled_pg"
             )
         top_k = self.train.top_k
+        if top_k is not None and drawn:
+            raise ValueError(
+                f"train.top_k is {top_k} with scores.codec sampled, whose ids have no ranks; "
+                "leave train.top_k out, or score again with fewer draws"
+            )
         if top_k is not None and self.replay is None and top_k > self.scores.top_k:
             raise ValueError(
                 f"train.top_k is {top_k} but scores.top_k is {self.scores.top_k}; lower the one or "

@@ -225,6 +225,8 @@ def memory(config: Config, machine: Machine, sizes: Sizes) -> list[Finding]:
     if pool.strategy == "fsdp2":
         state //= pool.devices
     findings.append(_fits("training, without activations", state, _device(machine)))
+    if "RAY_ADDRESS" not in os.environ:
+        findings += _together(config, machine, sizes, state)
     if not machine.gpus and max(sizes.values()) > LARGE and "RAY_ADDRESS" not in os.environ:
         findings.append(
             DEVICES.warning(
@@ -233,6 +235,24 @@ def memory(config: Config, machine: Machine, sizes: Sizes) -> list[Finding]:
             )
         )
     return findings
+
+
+def _together(config: Config, machine: Machine, sizes: Sizes, state: int) -> list[Finding]:
+    """What `run` keeps on the first device at once: engines stay loaded while a round trains."""
+    pools = _pools_of(config)
+    is_one = config.executor == "local" or len(machine.gpus) < 2
+    here = [role for role in sizes if is_one or pools[role].gpus == 0]  # 0 reserves no GPU
+    if not here:
+        return []
+    need = state
+    for role in here:
+        model = _models_of(config)[role]
+        workers = 1 if config.executor == "local" else pools[role].workers
+        taken = sizes[role] * BYTES[model.dtype]
+        if model.engine == "vllm" and machine.gpus:
+            taken = int(_device(machine) * model.vllm.memory_share)
+        need += workers * taken
+    return [_fits(f"{', '.join(here)} and training at once", need, _device(machine))]
 
 
 def _engine_room(config: Config, machine: Machine, role: str, count: int) -> Finding:
