@@ -173,10 +173,11 @@ def _inputs(
     student, student_top, student_stops, student_draws = logprobs_nJ.split(widths, dim=1)
     sampled_ids = batch.completion_ids_N[rows]
     teacher = batch.teacher_logprobs_N[rows].clamp(min=SMALLEST_LOGPROB)
-    student_top = student_top.masked_fill(teacher_top == -torch.inf, SMALLEST_LOGPROB)
+    is_there = teacher_top > -torch.inf  # where candidates are fewer than K, id 0 fills up
+    student_top = student_top.masked_fill(~is_there, SMALLEST_LOGPROB)
     teacher_top = teacher_top.clamp(min=SMALLEST_LOGPROB)
     tail = batch.teacher_tail_logprobs_N[rows]
-    in_top = (top_ids == sampled_ids[:, None]).any(1)
+    in_top = ((top_ids == sampled_ids[:, None]) & is_there).any(1)
     student_outcome = student[:, 0].detach()
     if options.shares_N is not None:
         student_outcome = options.shares_N[rows].to(student_outcome.dtype)

@@ -166,7 +166,8 @@ class _Pass:
     def chunk(self, rows: slice, ids_NJ: torch.Tensor, weights_N: torch.Tensor) -> None:
         """Loss and gradients of some rows."""
         hidden, ids, cap = self._hidden_NH[rows], ids_NJ[rows], self._settings.cap
-        is_plain = cap is None and self._bias_V is None
+        # In a narrower dtype the two large terms of `_gradients` would be rounded apart.
+        is_plain = cap is None and self._bias_V is None and self._dtype == self._exact
         logits = self._logits_of(hidden, self._buffer[: len(ids)])
         asked = logits.gather(1, ids)
         overlap = self._overlap(logits, ids, rows)
@@ -178,8 +179,8 @@ class _Pass:
             losses = self._settings.token_loss(leaf, rows)
             (grad_asked,) = torch.autograd.grad((losses * weights_N[rows]).sum(), leaf)
         if is_plain:
-            mean_weight = _product(softmax.to(self._dtype), self._weight_VH)  # sum of p_v W_v
-            entropy = norm - (hidden.to(self._exact) * mean_weight).sum(1)
+            mean_weight = torch.mm(softmax, self._weight_VH)  # sum of p_v W_v
+            entropy = norm - (hidden * mean_weight).sum(1)
             self._gradients(rows, hidden, ids, softmax, mean_weight, grad_asked)
         else:
             entropy = norm - (softmax * logits).sum(1)
@@ -233,18 +234,15 @@ class _Pass:
         """scatter(g) - sum(g) * p never exists: its two terms meet the products apart."""
         total = grad_asked.sum(1, keepdim=True)
         if self.grad_hidden_NH is not None:
-            picked = embedding_bag(
-                ids, self._weight_VH, mode="sum", per_sample_weights=grad_asked.to(self._dtype)
-            )
-            self.grad_hidden_NH[rows] = (picked - total * mean_weight).to(self._dtype)
+            picked = embedding_bag(ids, self._weight_VH, mode="sum", per_sample_weights=grad_asked)
+            self.grad_hidden_NH[rows] = picked - total * mean_weight
         if self.grad_weight_VH is not None:
-            grad, exact = self.grad_weight_VH, hidden.to(self._exact)
-            minus = (exact * -total).to(self._dtype)
+            grad, minus = self.grad_weight_VH, hidden * -total
             if grad.dtype == self._dtype:
-                grad.addmm_(softmax.to(self._dtype).t(), minus)
+                grad.addmm_(softmax.t(), minus)
             else:
-                grad.add_(_product(softmax.to(self._dtype).t(), minus))
-            picked = (grad_asked[:, :, None] * exact[:, None]).flatten(0, 1)
+                grad.add_(torch.mm(softmax.t(), minus))
+            picked = (grad_asked[:, :, None] * hidden[:, None]).flatten(0, 1)
             grad.index_add_(0, ids.flatten(), picked.to(grad.dtype))
 
     def _dense_gradients(
@@ -256,7 +254,7 @@ class _Pass:
         softmax: torch.Tensor,
         grad_asked: torch.Tensor,
     ) -> None:
-        """The same where the logits are capped or have a bias, through their own gradient."""
+        """The same for capped logits, a bias or a narrow dtype, through the logits' gradient."""
         grad = softmax.mul_(-grad_asked.sum(1, keepdim=True)).scatter_add_(1, ids, grad_asked)
         if self._settings.cap is not None:
             grad.mul_(1 - (logits / self._settings.cap).square_())
@@ -272,7 +270,7 @@ class _Pass:
 def _product(
     left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Matrix product with a float32 result (float64 for float64), whatever the factors."""
+    """Matrix product as float32 (float64 of float64); narrow factors are rounded on a CPU alone."""
     if left.dtype in (torch.float32, torch.float64):
         return torch.mm(left, right, out=out)
     if left.is_cuda:

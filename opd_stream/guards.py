@@ -10,6 +10,8 @@ import torch
 
 from opd_stream.objectives.inputs import SMALLEST_LOGPROB
 
+SMALLEST_TAIL = 1e-7  # of a difference of stored probabilities
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terminators:
@@ -43,13 +45,19 @@ def merge_into_candidates(
     A base student ends with one id and its teacher with another, to which each gives the other's
     almost nothing; compared as tokens, stopping costs 25 nats and the student unlearns it. Merging
     outcomes keeps every law of the divergences (SimOPD's audit of terminators).
+
+    Where a cached tail holds little but terminators, the rest is a difference of rounded numbers:
+    below `SMALLEST_TAIL` it is noise, and counts as that much.
     """
     is_stop_NK = torch.isin(top_ids_NK, stop.ids_T)
     student = student_top_NK.masked_fill(is_stop_NK, SMALLEST_LOGPROB)
     teacher = teacher_top_NK.masked_fill(is_stop_NK, SMALLEST_LOGPROB)
-    in_top_NT = (top_ids_NK[:, :, None] == stop.ids_T).any(1)
+    is_there_NK = teacher_top_NK > SMALLEST_LOGPROB  # padding has an id as well
+    in_top_NT = ((top_ids_NK[:, :, None] == stop.ids_T) & is_there_NK[:, :, None]).any(1)
     outside_N = (stop.teacher_logprobs_NT.exp() * ~in_top_NT).sum(1)
-    tail_N = (teacher_tail_N.exp() - outside_N).clamp(min=0).log().clamp(min=SMALLEST_LOGPROB)
+    whole_N = teacher_tail_N.exp()
+    rest_N = torch.maximum(whole_N - outside_N, whole_N.clamp(max=SMALLEST_TAIL))
+    tail_N = rest_N.log().clamp(min=SMALLEST_LOGPROB)
     return (
         torch.cat([student, stop.student_N[:, None]], dim=1),
         torch.cat([teacher, stop.teacher_N[:, None].to(teacher.dtype)], dim=1),

@@ -28,20 +28,32 @@ def context_of(config: Config, role: str, model: Checkpoint) -> int | None:
     return found
 
 
-def check_context(config: Config, student: Checkpoint, longest: int) -> None:
-    """Refuse a window that some rollout could not fill, before any work.
+def check_context(
+    config: Config, student: Checkpoint, teacher: Checkpoint | None, longest: int
+) -> None:
+    """Refuse a window that some rollout could not fill or be scored with, before any work.
 
     Args:
         config: the run.
         student: reads the prompts and writes the rollouts.
+        teacher: reads both; with another tokenizer its lengths are its own, and known later.
         longest: tokens of the longest prompt.
 
     Raises:
-        UserError: prompt and window are together longer than the student's context.
+        UserError: prompt and window are together longer than the context of one of them.
     """
-    window, reads = largest_window(config), context_of(config, "student", student)
-    if config.replay is None and reads is not None and longest + window > reads:
-        raise UserError(
-            f"a prompt has {longest} tokens and a window {window}, together {longest + window}; "
-            f"the student reads {reads}; lower the window or max_prompt_tokens"
-        )
+    if config.replay is not None:
+        return
+    window = largest_window(config)
+    for role, model in (("student", student), ("teacher", teacher)):
+        if model is None or (role == "teacher" and config.scores.alignment is not None):
+            continue
+        reads = context_of(config, role, model)
+        together = longest + window
+        more = role == "teacher" and config.teacher is not None and config.teacher.engine == "vllm"
+        if reads is not None and together + more > reads:
+            raise UserError(
+                f"a prompt has {longest} tokens and a window {window}, together {together}; the "
+                f"{role} reads {reads}{', of which vLLM keeps one' if more else ''}; lower the "
+                "window or max_prompt_tokens"
+            )

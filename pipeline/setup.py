@@ -55,7 +55,7 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
     setup = setup_of(config, store, partial(open_checkpoint, store), token_id_of, make=make)
     if make:
         lengths = setup.prompts.read_unit(0)["prompt_ids"].combine_chunks().value_lengths()
-        check_context(config, setup.student, max(lengths.to_pylist()))
+        check_context(config, setup.student, setup.teacher, max(lengths.to_pylist()))
         check_evaluation(config, store, setup.student)
     tokenizer = setup.student.tokenizer()
     return replace(

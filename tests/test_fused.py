@@ -124,6 +124,31 @@ def test_an_adapter_on_the_head_gets_the_gradient_and_the_frozen_weight_none() -
     assert weight.grad is None
 
 
+def test_bfloat16_keeps_the_small_gradients_of_confident_tokens() -> None:
+    """Where p is near 1 the gradient is a small difference of large terms."""
+    torch.manual_seed(1)
+    weight = torch.randn(400, 32).bfloat16().requires_grad_()
+    ids = torch.stack([torch.randperm(400)[:5] for _ in range(48)])
+    hidden = weight.detach()[ids[:, 0]].float().mul(0.7).bfloat16().requires_grad_()
+
+    def pull(logprobs: torch.Tensor, rows: slice) -> torch.Tensor:
+        first = logprobs[:, 0]
+        return first.exp() * (first + 0.005) - 0.005 * logprobs[:, 1:].sum(1)
+
+    weights = torch.full((48,), 1 / 48)
+    logits = (hidden @ weight.t()).float()
+    asked = torch.log_softmax(logits, dim=1).gather(1, ids)
+    assert asked[:, 0].exp().median() > 0.99
+    expected = torch.autograd.grad((pull(asked, slice(None)) * weights).sum(), [hidden, weight])
+    found = fused_loss(
+        hidden, OutputHead(weight_VH=weight), ids_NJ=ids, weights_N=weights, token_loss=pull
+    )
+    for one, other in zip(torch.autograd.grad(found.loss, [hidden, weight]), expected, strict=True):
+        error = (one.float() - other.float()).norm() / other.float().norm()
+        assert error < 0.01
+    assert (found.entropy_N >= 0).all()
+
+
 def test_bfloat16_stays_near_float64() -> None:
     hidden, weight, _, ids, weights = example()
     expected, logprobs, _ = dense(OutputHead(weight_VH=weight), hidden, ids, weights)

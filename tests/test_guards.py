@@ -195,6 +195,53 @@ def test_microbatches_and_padding_change_nothing(objectives: tuple[Objective, ..
             assert whole[2][name] == pytest.approx(split[2][name], rel=1e-5, abs=1e-5), name
 
 
+def ragged(full: ScoredRow, *, wide: int) -> ScoredRow:
+    """The row with two candidates a token, and id 0 without probability in `wide` - 2 places."""
+    cut = full.first_candidates(2)
+    room = ((0, 0), (0, wide - 2))
+    return replace(
+        cut,
+        teacher_top_ids=np.pad(cut.teacher_top_ids, room),
+        teacher_top_logprobs=np.pad(cut.teacher_top_logprobs, room, constant_values=-np.inf),
+        terminators=((0, 10), (0, 1)),  # a model that ends its texts with id 0
+    )
+
+
+@pytest.mark.parametrize(
+    "objective", [Bucket(), Hybrid(), SampledPg(baseline="bucket"), Bucket(direction="js")]
+)
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_place_without_a_candidate_is_no_candidate(objective: Objective, merge: bool) -> None:
+    rows = [replace(r, completion_ids=r.completion_ids % 3) for r in ROWS]  # id 0 is drawn, too
+    narrow, wide = (
+        loss_and_gradient(
+            [collate([ragged(r, wide=width) for r in rows], window_tokens=9)],
+            objective,
+            merge=merge,
+        )
+        for width in (2, 3)
+    )
+    assert narrow[0] == pytest.approx(wide[0], rel=1e-6)
+    torch.testing.assert_close(narrow[1], wide[1])
+
+
+def test_a_tail_of_rounded_numbers_is_not_nothing() -> None:
+    """A tail of 7e-4, of which 7.1e-4 are the terminator, as a codec of 1/32 nats may store it."""
+    stop = Terminators(
+        ids_T=torch.tensor([5]),
+        student_logprobs_NT=torch.tensor([[2e-3]]).log(),
+        teacher_logprobs_NT=torch.tensor([[7.1e-4]]).log(),
+    )
+    _, _, tail = merge_into_candidates(
+        stop,
+        top_ids_NK=torch.tensor([[0]]),
+        student_top_NK=torch.tensor([[0.995]]).log(),
+        teacher_top_NK=torch.tensor([[0.9993]]).log(),
+        teacher_tail_N=torch.tensor([7e-4]).log(),
+    )
+    assert tail.exp().item() == pytest.approx(1e-7)
+
+
 def test_tokens_of_weight_zero_are_neither_trained_on_nor_counted() -> None:
     whole = collate(ROWS[:2], window_tokens=9)
     silent = replace(whole, weights_N=whole.weights_N.where(whole.row_N == 0, 0.0))

@@ -310,6 +310,16 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_teacher_with_a_shorter_context_is_refused_before_any_work(tmp_path: Path) -> None:
+    teacher = model_with(tmp_path, "ledger-teacher")
+    settings = json.loads((teacher / "config.json").read_text())
+    text = json.dumps({**settings, "max_position_embeddings": 60})
+    (teacher / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"together \d+; the teacher reads 60; lower the window"):
+        run_small(tmp_path, f"teacher.path={teacher}")
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_adapter_alone_is_refused_with_the_way_to_merge_it(tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()

@@ -94,6 +94,20 @@ def test_the_fast_decoder_takes_the_plain_llama_family_only(checkpoint: Path) ->
     assert is_plain_llama(model) == (checkpoint.name in FAST)
 
 
+def test_a_bias_behind_the_heads_is_not_the_plain_family() -> None:
+    config = LlamaConfig(**{**BASE, "head_dim": 6}, attention_bias=True)
+    assert not is_plain_llama(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_rollout_longer_than_the_teachers_context_is_not_scored(tmp_path: Path) -> None:
+    for name, context in (("student", 64), ("teacher", 20)):
+        config = LlamaConfig(**{**BASE, "head_dim": 6, "max_position_embeddings": context})
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+    rollouts = sampled(engine_of(tmp_path / "student"))
+    with pytest.raises(UserError, match="tokens with its completion; the model reads 20"):
+        engine_of(tmp_path / "teacher").score(rollouts, top_k=4, forced_ids=())
+
+
 def test_sampling_agrees_with_a_full_forward_pass_at_every_token(checkpoint: Path) -> None:
     batch = sampled(engine_of(checkpoint))
     assert len({len(ids) for ids in batch.completion_ids}) > 2  # rows end at different times

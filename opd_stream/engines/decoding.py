@@ -52,6 +52,7 @@ def is_plain_llama(model: Any) -> bool:
         and getattr(config, "sliding_window", None) is None
         and config.hidden_act == "silu"
         and not getattr(config, "mlp_bias", False)
+        and model.model.layers[0].self_attn.o_proj.bias is None
         and rope.get("rope_type", "default") in STATIC_ROPE
         and model.dtype == torch.float32
     )

@@ -159,6 +159,7 @@ class TransformersEngine:
             len(prompt) + len(completion)
             for prompt, completion in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)
         ]
+        self._check_lengths(rollouts, lengths)
         prompts = [ids.tobytes() for ids in rollouts.prompt_ids]
         longest: dict[bytes, int] = {}
         for prompt, length in zip(prompts, lengths, strict=True):
@@ -306,8 +307,22 @@ class TransformersEngine:
             ) from error
         return model.to(self._device).eval()
 
+    @property
+    def _context(self) -> int | None:
+        """Tokens that the model reads at once; None: its config names no limit."""
+        return getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+
+    def _check_lengths(self, rollouts: RolloutBatch, lengths: Sequence[int]) -> None:
+        context = self._context
+        for prompt_id, length in zip(rollouts.prompt_id, lengths, strict=True):
+            if context is not None and length > context:
+                raise UserError(
+                    f"prompt {prompt_id!r} has {length} tokens with its completion; the model "
+                    f"reads {context}; lower the window or max_prompt_tokens"
+                )
+
     def _check_context(self, prompts: PromptBatch, window_tokens: int) -> None:
-        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        context = self._context
         if context is None:
             return
         for prompt_id, ids in zip(prompts.prompt_id, prompts.prompt_ids, strict=True):

@@ -325,6 +325,6 @@ def _ranked(
 
 
 def _tail_of(logprobs_TK: NDArray[np.float32]) -> NDArray[np.float32]:
-    with np.errstate(divide="ignore"):
-        rest = 1 - np.exp(logprobs_TK.astype(np.float64)).sum(1)
-        return np.log(rest.clip(0)).astype(np.float32)
+    """Of what the candidates leave; below 1e-7 that is rounding of theirs."""
+    rest = 1 - np.exp(logprobs_TK.astype(np.float64)).sum(1)
+    return np.log(rest.clip(1e-7)).astype(np.float32)

@@ -65,7 +65,7 @@ def open_read_only(config: Config) -> Opened:
         source = measure_prompts(held_out, part.prompts, tokenizer, notes)
         evaluation.append(Problems(settings=part, artifact=held_out, source=source))
     lengths = measure_prompts(setup.prompts, config.prompts, tokenizer, notes)
-    check_context(config, setup.student, int(lengths.lengths.max()))
+    check_context(config, setup.student, setup.teacher, int(lengths.lengths.max()))
     return Opened(setup=setup, prompts=lengths, evaluation=tuple(evaluation), notes=notes)
 
 
