@@ -87,7 +87,7 @@ def head_scores(
     # every chunk open.
     columns: dict[str, torch.Tensor] = {}
     buffer_RV: torch.Tensor | None = None
-    for start in range(0, len(hidden_NH), chunk_rows):
+    for start in range(0, max(len(hidden_NH), 1), chunk_rows):
         rows = slice(start, start + chunk_rows)
         buffer_RV = _logits(head, hidden_NH[rows], buffer_RV)
         logits_NV = buffer_RV[: len(hidden_NH[rows])]

@@ -4,7 +4,6 @@ No later stage sees a template or a tokenizer's opinion of the prompt: ids trave
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import pyarrow as pa
 from opd_stream.config.prompts import DatasetPrompts, EmbeddedPrompts, JsonlPrompts, Prompts
 from opd_stream.errors import UserError
 from opd_stream.store.files import canonical_json, sha256, sha256_file
+from opd_stream.store.lines import lines_of
 from opd_stream.store.schema import PROMPTS, id_lists
 from opd_stream.tasks import ledger, routine
 
@@ -153,25 +153,6 @@ def _jsonl_rows(source: JsonlPrompts) -> Iterator[tuple[str, dict[str, Any]]]:
         yield place, row
 
 
-def lines_of(path: Path) -> Iterator[str]:
-    """The lines of a text file, plain or .zst.
-
-    Raises:
-        UserError: a .zst file is torn.
-    """
-    with path.open("rb") as file:
-        if path.suffix != ".zst":
-            yield from io.TextIOWrapper(file, encoding="utf-8")
-            return
-        import zstandard
-
-        try:
-            with zstandard.ZstdDecompressor().stream_reader(file) as stream:
-                yield from io.TextIOWrapper(stream, encoding="utf-8")
-        except zstandard.ZstdError as error:
-            raise UserError(f"{path} is not a whole zstd file ({error}); copy it again") from error
-
-
 def _dataset_rows(source: DatasetPrompts) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets
 
@@ -206,9 +187,13 @@ def _prompt(
         raise UserError(
             f"{place}: field {source.prompt_field!r} holds a {type(text).__name__}; expected text"
         )
-    answer = None if source.answer_field is None else str(field(source.answer_field))
-    identity = f"row-{number}" if source.id_field is None else str(field(source.id_field))
-    return Prompt(prompt_id=identity, text=text, answer=answer)
+    answer = None if source.answer_field is None else field(source.answer_field)
+    identity = f"row-{number}" if source.id_field is None else field(source.id_field)
+    if identity is None:
+        raise UserError(f"{place}: field {source.id_field!r} is null; expected an id; add it")
+    return Prompt(
+        prompt_id=str(identity), text=text, answer=None if answer is None else str(answer)
+    )
 
 
 def _tokenise(source: Prompts, tokenizer: Any, prompt: Prompt) -> np.ndarray:

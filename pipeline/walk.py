@@ -157,6 +157,7 @@ def identity_of(policy: PolicyArtifact) -> Identity:
         weights_sha256=manifest["weights_sha256"],
         tokenizer_sha256=manifest["tokenizer_sha256"],
         architecture_sha256=manifest["architecture_sha256"],
+        rendering_sha256=manifest["rendering_sha256"],
     )
 
 

@@ -16,7 +16,7 @@ def prompts_artifact(store: Store, source: Prompts, student: Checkpoint) -> Arti
     """
     recipe = Recipe(
         kind="prompts",
-        settings=source_settings(source),
+        settings={**source_settings(source), "rendering": student.identity.rendering_sha256},
         inputs={"tokenizer": student.identity.tokenizer_sha256},
     )
     return store.artifact(recipe)

@@ -24,8 +24,8 @@ def make_residual(
 ) -> Artifact:
     """Scores without the teacher's style bias; units that are committed are not made again.
 
-    The sampled token loses the bias of its id and place. Candidates lose the bias of their ids, and
-    are renormalised with the tail.
+    The sampled token loses the bias of its id and place. Candidates lose the bias of their ids,
+    what is outside them that of an unseen id, and all are renormalised together.
 
     Raises:
         UserError: the artifact is not complete, or holds ids drawn from the teacher.
@@ -64,7 +64,8 @@ def make_residual(
         assert source is not None
         assert record is not None
         if target.commit_record(unit) is None:
-            corrected = _corrected(scored, rows, bias, first)
+            forced = np.array(scores.recipe.settings["forced_ids"], np.int64)
+            corrected = _corrected(scored, rows, bias, first, forced)
             table, fidelity = encode_scores(codec, corrected, batch)
             target.commit(
                 unit,
@@ -93,9 +94,16 @@ def _fit(units: list[tuple[int, RolloutBatch, ScoreBatch]], settings: StyleSetti
     return style_bias(prompts, ids, reference, teacher, settings)
 
 
-def _corrected(scored: ScoreBatch, rows: list[int], bias: StyleBias, first: int) -> ScoreBatch:
+def _corrected(
+    scored: ScoreBatch,
+    rows: list[int],
+    bias: StyleBias,
+    first: int,
+    forced_F: NDArray[np.int64],
+) -> ScoreBatch:
     sampled, top_ids = list(scored.teacher_logprobs), list(scored.teacher_top_ids)
     top, tails = list(scored.teacher_top_logprobs), list(scored.teacher_tail_logprobs)
+    forced = list(scored.teacher_forced_logprobs)
     for number, row in enumerate(rows, start=first):
         fold = bias.fold[number]
         sampled[row] = (sampled[row] - bias.rows[number]).astype(np.float32)
@@ -109,12 +117,16 @@ def _corrected(scored: ScoreBatch, rows: list[int], bias: StyleBias, first: int)
         top_ids[row] = np.take_along_axis(ids, order, 1)
         top[row] = (np.take_along_axis(moved, order, 1) - norm[:, None]).astype(np.float32)
         tails[row] = (tail - norm).astype(np.float32)
+        if len(forced_F):
+            is_top = ((ids[:, :, None] == forced_F) & np.isfinite(logprobs)[:, :, None]).any(1)
+            shift = np.where(is_top, of_ids(forced_F), unseen) + norm[:, None]
+            forced[row] = (forced[row] - shift).astype(np.float32)
     return ScoreBatch(
         teacher_logprobs=tuple(sampled),
         teacher_top_ids=tuple(top_ids),
         teacher_top_logprobs=tuple(top),
         teacher_tail_logprobs=tuple(tails),
-        teacher_forced_logprobs=scored.teacher_forced_logprobs,
+        teacher_forced_logprobs=tuple(forced),
         refused=scored.refused,
         candidate_teacher_logprobs=scored.candidate_teacher_logprobs,
     )

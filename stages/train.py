@@ -159,15 +159,14 @@ def _extrapolate(job: TrainJob, rows: ScoredRows, plan: BatchPlan) -> Extrapolat
 
 
 def _placement(config: Config) -> dict[str, Any]:
-    pool = config.pools.trainer
+    pool, accelerator = config.pools.trainer, "cuda" if torch.cuda.is_available() else "cpu"
     if pool.devices == 1:
-        return {"accelerator": "auto", "devices": 1}
+        return {"accelerator": accelerator, "devices": 1}
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
     strategy: Any = DDPStrategy()
     if pool.strategy == "fsdp2":
         strategy = ModelParallelStrategy(data_parallel_size=pool.devices, tensor_parallel_size=1)
-    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     return {"accelerator": accelerator, "devices": pool.devices, "strategy": strategy}
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from opd_stream.errors import UserError
-from opd_stream.store import Store, open_scores
+from opd_stream.store import Store, inventory, open_scores
 from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.files import remove_stale_temporaries
 from opd_stream.store.inventory import entries, fidelity_report, problems
@@ -330,6 +330,29 @@ def test_gc_frees_what_no_run_and_no_pin_reaches(tmp_path: Path) -> None:
         said("unpin", store, pinned)
 
 
+def test_a_killed_gc_leaves_no_unit_without_its_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    finish(tmp_path, "run")
+    shutil.rmtree(tmp_path / "run")
+    removed: list[Path] = []
+
+    def stops(folder: Path) -> None:
+        removed.append(folder)
+        shutil.rmtree(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inventory, "remove_tree", stops)
+    with pytest.raises(KeyboardInterrupt):
+        said("gc", str(tmp_path / "store"), True, 0.0)
+    (gone,) = removed
+    assert gone.name in ("units", "attempts") or gone.name.startswith("attempt")
+    assert (gone.parent / "recipe.json").exists()
+    assert finish(tmp_path, "run")["reused"]["score_units"] >= 0
+
+
 # Exchange
 
 
@@ -410,11 +433,33 @@ def test_a_run_trains_on_rows_another_program_wrote(tmp_path: Path) -> None:
         ({"teacher_top_ids": None}, "line 2 has no teacher_top_ids"),
         ({"behavior_logprobs": [-1.0]}, "line 2 has 1 behavior_logprobs for 2 completion tokens"),
         ({"teacher_top_ids": [[4], [7]]}, "1 teacher_top_ids and 2 teacher_top_logprobs"),
+        ({"teacher_tail_logprobs": [-1, -2, -9]}, "3 teacher_tail_logprobs for 2 scored tokens"),
+        ({"teacher_forced_logprobs": [[-1.0]]}, "1 teacher_forced_logprobs for 2 scored tokens"),
+        ({"teacher_forced_logprobs": [[-1.0], []]}, "unequal numbers of teacher_forced_logprobs"),
+        ({"teacher_forced_logprobs": [[None], [-2.0]]}, "forced_logprobs that are no log-prob"),
+        ({"teacher_forced_logprobs": [[-1.0], [-2.0]]}, r"have \[0, 1\] teacher_forced_logprobs"),
+        ({"teacher_logprobs": [-0.5, float("nan")]}, "teacher_logprobs that are no log-prob"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     source = written(tmp_path / "rows.jsonl", [ROW, ROW | change])
     with pytest.raises(UserError, match=words):
+        said("import", str(tmp_path / "store"), source, "{kind: exact}")
+
+
+def test_a_store_is_read_from_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = written(tmp_path / "rows.jsonl", [ROW])
+    name = said("import", str(tmp_path / "store"), source, "{kind: exact}").split(":")[0]
+    monkeypatch.chdir(tmp_path / "store")
+    assert len(open_scores(name)) == 1
+    with pytest.raises(UserError, match="is no scores artifact"):
+        open_scores(name.removeprefix("scores/"))
+
+
+def test_a_torn_file_of_rows_is_refused(tmp_path: Path) -> None:
+    source = written(tmp_path / "rows.jsonl.zst", [ROW] * 9)
+    source.write_bytes(source.read_bytes()[:-6])
+    with pytest.raises(UserError, match="not a whole zstd file"):
         said("import", str(tmp_path / "store"), source, "{kind: exact}")
 
 

@@ -44,6 +44,21 @@ def test_a_tail_far_below_rounding_is_still_exact() -> None:
     torch.testing.assert_close(scores.tail_N[0].double(), exact, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("draws", [False, True])
+def test_no_tokens_have_no_scores(draws: bool) -> None:
+    scores = head_scores(
+        torch.zeros(0, 8),
+        head_of(50, 8),
+        asked_ids_NJ=torch.zeros(0, 1, dtype=torch.long),
+        forced_ids_F=torch.tensor([3, 4]),
+        top_k=5,
+        chunk_rows=4,
+        draws_ND=torch.zeros(0, 6) if draws else None,
+    )
+    assert scores.top_NK.shape[0] == len(scores.tail_N) == 0
+    assert scores.forced_NF.shape == (0, 2)
+
+
 def test_the_row_before_a_token_predicts_it() -> None:
     prompts, completions = torch.tensor([3, 1, 2]), torch.tensor([2, 4, 0])
     rows = completion_rows(prompts, completions, padded_length=6)

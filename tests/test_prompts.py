@@ -1,6 +1,7 @@
 """Prompts: read from three kinds of source, templated, counted; mistakes are named."""
 
 import json
+import shutil
 from itertools import chain
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from opd_stream.config.prompts import (
 )
 from opd_stream.errors import UserError
 from opd_stream.prompts import prompts_table, read_prompts, shuffled_rows
+from opd_stream.store.store import Store
+from stages.checkpoints import open_checkpoint
+from stages.prompts import prompts_artifact
 
 STUDENT = Path(__file__).parent.parent / "configs" / "models" / "ledger-student"
 ROWS = [{"prompt": "What is 2+2?", "answer": "4"}, {"prompt": "Und 3·3 — naïve?", "answer": "9"}]
@@ -102,6 +106,44 @@ def test_a_torn_zst_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"not zstd at all")
     with pytest.raises(UserError, match="not a whole zstd file"):
         read_prompts(JsonlPrompts(kind="jsonl", path=path))
+
+
+def test_a_zst_file_cut_short_is_refused_wherever_it_ends(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jsonl.zst"
+    rows = [{"prompt": f"What is {n}*{n}?", "answer": str(n * n)} for n in range(9000)]
+    whole = zstandard.compress(lines_of(rows[:4000]).encode())
+    path.write_bytes(whole + zstandard.compress(lines_of(rows[4000:]).encode()))
+    source = JsonlPrompts(kind="jsonl", path=path)
+    assert len(read_prompts(source)) == 9000  # two frames
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UserError, match="not a whole zstd file"):
+        read_prompts(source)
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    source = jsonl(tmp_path, "")
+    source.path.write_bytes('{"prompt": "naïve", "answer": "1"}'.encode("latin-1"))
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        read_prompts(source)
+
+
+def test_a_null_answer_is_none_and_a_null_id_is_refused(tmp_path: Path) -> None:
+    source = jsonl(tmp_path, '{"prompt": "a", "answer": null, "id": null}\n')
+    assert [prompt.answer for prompt in read_prompts(source)] == [None]
+    with pytest.raises(UserError, match=r"prompts\.jsonl:1: field 'id' is null; expected an id"):
+        read_prompts(source.model_copy(update={"id_field": "id"}))
+
+
+def test_another_template_is_another_artifact(tmp_path: Path) -> None:
+    source = EmbeddedPrompts(kind="ledger", count=2, seed=0)
+    folder, names = tmp_path / "student", list[str]()
+    shutil.copytree(STUDENT, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    for change in ({}, {"chat_template": "{{ messages }}"}, {"bos_token": None}):
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **change}))
+        store = Store(str(tmp_path / "store"))
+        names.append(prompts_artifact(store, source, open_checkpoint(store, folder)).name)
+    assert len(set(names)) == 3
 
 
 def test_a_long_prompt_is_refused_or_skipped_as_asked(tmp_path: Path, tokenizer: object) -> None:

@@ -63,12 +63,21 @@ def test_the_residual_is_scores_that_a_run_trains_on(tmp_path: Path, codec: str)
     name = line.split(":")[0]
     before, after = open_scores(folder), open_scores(tmp_path / "store" / name)
     assert len(before) == len(after)
+    stops_in_top = 0
     for plain, corrected in ((before[n], after[n]) for n in range(len(before))):
         top = np.exp(corrected.teacher_top_logprobs)
         assert (np.diff(top, axis=1) <= 1 / 16).all()
         mass = top.sum(1) + np.exp(corrected.teacher_tail_logprobs)
         np.testing.assert_allclose(mass, 1, atol=0.05)
+        for stop, column in zip(*corrected.terminators, strict=True):
+            forced, place = corrected.teacher_forced_logprobs[:, column], corrected.teacher_top_ids
+            in_top = (place == stop).any(1)
+            found = corrected.teacher_top_logprobs[place == stop]
+            np.testing.assert_allclose(forced[in_top], found, atol=1 / 16)
+            assert (forced[~in_top] <= corrected.teacher_tail_logprobs[~in_top] + 1 / 16).all()
+            stops_in_top += int(in_top.sum())
         assert plain.prompt_id == corrected.prompt_id
+    assert stops_in_top or "mass" in codec
     moved = [
         np.abs(after[n].teacher_logprobs - before[n].teacher_logprobs).max()
         for n in range(len(before))

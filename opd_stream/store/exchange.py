@@ -4,7 +4,6 @@ One row is one scored rollout, with the columns below; docs/cache-format.md desc
 that was exported and imported again holds the same values.
 """
 
-import io
 import json
 import shutil
 import tempfile
@@ -16,13 +15,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 from numpy.typing import NDArray
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, Commit
 from opd_stream.store.codecs import Codec, codec_settings, decode_scores, encode_scores
 from opd_stream.store.files import sha256_file
+from opd_stream.store.imported import check_row
+from opd_stream.store.lines import lines_of
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.schema import rollouts_table
 from opd_stream.store.store import Store
@@ -46,16 +46,6 @@ COLUMNS = pa.schema(
         ("refused", pa.string()),
     ]
 )
-REQUIRED = (
-    "prompt_ids",
-    "completion_ids",
-    "behavior_logprobs",
-    "teacher_logprobs",
-    "teacher_top_ids",
-    "teacher_top_logprobs",
-)
-
-
 Told = Callable[[Artifact, Commit | None], object]  # None: before the first unit
 
 
@@ -230,21 +220,19 @@ def _rows_of(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 number += 1
                 yield f"{file} row {number}", row
         return
-    with file.open("rb") as raw:
-        stream = zstandard.ZstdDecompressor().stream_reader(raw) if file.suffix == ".zst" else raw
-        for number, line in enumerate(io.TextIOWrapper(stream, "utf-8"), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{file} line {number} is not JSON ({error}); mend it") from error
-            yield f"{file} line {number}", row
+    for number, line in enumerate(lines_of(file), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{file} line {number} is not JSON ({error}); mend it") from error
+        yield f"{file} line {number}", row
 
 
 def _batches(chunk: list[tuple[str, dict[str, Any]]]) -> tuple[RolloutBatch, ScoreBatch]:
     for place, row in chunk:
-        _check(place, row)
+        check_row(place, row)
     rows = [row for _, row in chunk]
     refused = {n: row["refused"] for n, row in enumerate(rows) if row.get("refused")}
     lengths = [0 if n in refused else len(row["completion_ids"]) for n, row in enumerate(rows)]
@@ -263,9 +251,17 @@ def _batches(chunk: list[tuple[str, dict[str, Any]]]) -> tuple[RolloutBatch, Sco
         else _tail_of(top)
         for row, (_, top) in zip(rows, tops, strict=True)
     )
-    forced = max(
-        (len(f) for row in rows for f in row.get("teacher_forced_logprobs") or []), default=0
-    )
+    widths = {
+        len((row.get("teacher_forced_logprobs") or [()])[0])
+        for row, length in zip(rows, lengths, strict=True)
+        if length
+    }
+    if len(widths) > 1:
+        raise UserError(
+            f"rows of {chunk[0][0]} and after have {sorted(widths)} teacher_forced_logprobs a "
+            "token; expected as many in every row; mend the rows"
+        )
+    forced = max(widths, default=0)
     rollouts = RolloutBatch(
         prompt_id=tuple(str(row.get("prompt_id", place)) for place, row in chunk),
         sample_index=np.array([row.get("sample_index") or 0 for row in rows], np.int32),
@@ -285,29 +281,6 @@ def _batches(chunk: list[tuple[str, dict[str, Any]]]) -> tuple[RolloutBatch, Sco
         ),
         refused=refused,
     )
-
-
-def _check(place: str, row: dict[str, Any]) -> None:
-    missing = [name for name in REQUIRED if row.get(name) is None]
-    if missing:
-        raise UserError(
-            f"{place} has no {', '.join(missing)}; expected the columns of docs/cache-format.md; "
-            "add them"
-        )
-    tokens = 0 if row.get("refused") else len(row["completion_ids"])
-    for name in REQUIRED[2:]:
-        wanted = len(row["completion_ids"]) if name == "behavior_logprobs" else tokens
-        if len(row[name]) != wanted:
-            raise UserError(
-                f"{place} has {len(row[name])} {name} for {wanted} completion tokens; expected one "
-                "for each; mend the row"
-            )
-    for ids, logprobs in zip(row["teacher_top_ids"], row["teacher_top_logprobs"], strict=True):
-        if len(ids) != len(logprobs):
-            raise UserError(
-                f"{place} has {len(ids)} teacher_top_ids and {len(logprobs)} teacher_top_logprobs "
-                "at a position; expected as many of one as of the other; mend the row"
-            )
 
 
 def _ranked(

@@ -194,6 +194,9 @@ def collect_garbage(store: Store, found: list[Path], *, grace_seconds: float) ->
     """Remove folders from `garbage`, and temporary files that killed writers left."""
     for folder in found:
         (folder / "manifest.json").unlink(missing_ok=True)  # from here on it does not exist
+        for part in folder.iterdir():  # recipe.json last: while units are there, it says how many
+            if part.is_dir():
+                remove_tree(part)
         remove_tree(folder)
     if not is_remote(store.root) and store.root.exists():
         remove_stale_temporaries(store.root, older_than_seconds=grace_seconds, now=time.time())

@@ -34,6 +34,8 @@ from opd_stream.store.files import (
 from opd_stream.store.recipe import Recipe, recipe_from_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+RENDERING = ("chat_template", "bos_token", "eos_token", "add_bos_token")
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
 UNREAD = "unread"  # digest of weights that were not read
 VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
@@ -43,17 +45,20 @@ class Identity:
     """What a checkpoint is.
 
     Example:
-        >>> Identity(weights_sha256="9a41…", tokenizer_sha256="0c77…", architecture_sha256="f2…")
+        >>> Identity(weights_sha256="9a41…", tokenizer_sha256="0c77…", architecture_sha256="f2…",
+        ...          rendering_sha256="5d…")
     """
 
     weights_sha256: str
     tokenizer_sha256: str
     architecture_sha256: str
+    rendering_sha256: str  # chat templates and special tokens: how a prompt becomes ids
 
     @property
     def fingerprint(self) -> str:
-        """One digest of all three."""
-        return sha256(canonical_json(asdict(self)))
+        """One digest of the model itself: how prompts are rendered is no part of it."""
+        model = {k: v for k, v in asdict(self).items() if k != "rendering_sha256"}
+        return sha256(canonical_json(model))
 
 
 def identify(folder: Path, *, cache: Path | None = None) -> Identity:
@@ -118,7 +123,16 @@ def _identity(folder: Path, digest: Callable[[Path], str]) -> Identity:
         weights_sha256=_digest_files(weights, digest),
         tokenizer_sha256=_digest_files(tokenizer, digest),
         architecture_sha256=sha256(canonical_json(config)),
+        rendering_sha256=_rendering(folder),
     )
+
+
+def _rendering(folder: Path) -> str:
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    found: dict[str, Any] = {name: settings.get(name) for name in RENDERING}
+    found |= {name: (folder / name).read_text() for name in TEMPLATES if (folder / name).is_file()}
+    return sha256(canonical_json(found))
 
 
 def tokenizer_digest(folder: Path) -> str:

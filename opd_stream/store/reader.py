@@ -99,7 +99,7 @@ def open_scores(location: str | Path, *, memory_bytes: int = MEMORY_BYTES) -> "S
     Raises:
         UserError: there is no complete scores artifact.
     """
-    root, kind, fingerprint = str(location).rstrip("/").rsplit("/", 2)
+    root, kind, fingerprint = ["", ".", *str(location).rstrip("/").rsplit("/", 2)][-3:]
     if kind != "scores":
         raise UserError(
             f"{location} is no scores artifact; expected STORE/scores/FINGERPRINT; "

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from opd_stream.config.prompts import DatasetPrompts, EmbeddedPrompts, JsonlPrompts, Prompts
 from opd_stream.errors import UserError
-from opd_stream.prompts import lines_of, prompts_table, read_prompts
+from opd_stream.prompts import prompts_table, read_prompts
 from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.files import read_json
+from opd_stream.store.lines import lines_of
 from pipeline.forecast.lengths import PromptLengths
 from stages.selection import selected_rows
 
