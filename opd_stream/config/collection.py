@@ -120,7 +120,11 @@ Window = Annotated[
 class Rollouts(Section):
     """How the student writes."""
 
-    prompts_per_round: int = Field(ge=1, description="prompts drawn for a round")
+    prompts_per_round: int = Field(
+        ge=1,
+        description="prompts of a round; rounds take consecutive slices of a permutation of all "
+        "prompts, a new one for each pass, and the remainder of a pass is left out",
+    )
     samples_per_prompt: int = Field(default=1, ge=1, description="rollouts of one prompt")
     temperature: float = Field(
         default=1.0, ge=0, description="1 keeps the objectives' gradients exact"
