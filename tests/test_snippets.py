@@ -159,7 +159,7 @@ def check_command(words: list[str], *, needs: str | None) -> None:
             makefile = (ROOT / "Makefile").read_text()
             assert f"\n{arguments[0].rstrip('…')}" in makefile
         case "pip":
-            named = re.findall(r"opd-stream\[([a-z,]+)\]", " ".join(arguments))
+            named = re.findall(r"-e \.\[([a-z0-9,]+)\]", " ".join(arguments))
             known = (ROOT / "pyproject.toml").read_text()
             assert arguments[0] == "install"
             assert named
