@@ -24,13 +24,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-quickstart: $(READY) ## distil the embedded teacher into the embedded student, about a minute
+quickstart: $(READY) ## distil the embedded teacher into the embedded student, one to one and a half minutes
 	$(BIN)/opd-stream run configs/quickstart.yaml
 
-test: $(READY) ## the test suite, under five minutes on two cores
+test: $(READY) ## the test suite, about five minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(READY) ## workers, nodes and stores that fail, whole runs on Ray; 12 minutes
+test-slow: $(READY) ## workers, nodes and stores that fail, whole runs on Ray; more than 12 minutes
 	$(BIN)/python -m pytest -m slow
 
 test-vllm: $(VLLM_READY) ## the engine contract and a run with vLLM, on a CPU, with g++; set-up 7 minutes, tests 2
