@@ -10,7 +10,8 @@ from opd_stream.config import Config
 from opd_stream.config_file import load_config
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 README = (ROOT / "README.md").read_text()
 
 
@@ -24,6 +25,11 @@ def test_links_lead_to_files(page: Path) -> None:
 def test_every_config_of_the_project_loads_and_is_named_in_the_readme(path: Path) -> None:
     load_config(path, [])
     assert f"configs/{path.name}" in README
+
+
+def test_the_index_of_the_pages_names_each_once() -> None:
+    named = re.findall(r"^- \[[\w-]+\]\(([\w-]+\.md)\): ", (DOCS / "README.md").read_text(), re.M)
+    assert sorted(named) == sorted(path.name for path in DOCS.glob("*.md") if path.stem != "README")
 
 
 def test_the_config_in_the_readme_is_one() -> None:
