@@ -63,7 +63,7 @@ def test_the_residual_is_scores_that_a_run_trains_on(tmp_path: Path, codec: str)
     name = line.split(":")[0]
     before, after = open_scores(folder), open_scores(tmp_path / "store" / name)
     assert len(before) == len(after)
-    stops_in_top = 0
+    stops_in_top, error = 0, 1 / 16 if "mass" in codec else 1e-4
     for plain, corrected in ((before[n], after[n]) for n in range(len(before))):
         top = np.exp(corrected.teacher_top_logprobs)
         assert (np.diff(top, axis=1) <= 1 / 16).all()
@@ -73,8 +73,8 @@ def test_the_residual_is_scores_that_a_run_trains_on(tmp_path: Path, codec: str)
             forced, place = corrected.teacher_forced_logprobs[:, column], corrected.teacher_top_ids
             in_top = (place == stop).any(1)
             found = corrected.teacher_top_logprobs[place == stop]
-            np.testing.assert_allclose(forced[in_top], found, atol=1 / 16)
-            assert (forced[~in_top] <= corrected.teacher_tail_logprobs[~in_top] + 1 / 16).all()
+            np.testing.assert_allclose(forced[in_top], found, atol=error)
+            assert (forced[~in_top] <= corrected.teacher_tail_logprobs[~in_top] + error).all()
             stops_in_top += int(in_top.sum())
         assert plain.prompt_id == corrected.prompt_id
     assert stops_in_top or "mass" in codec
