@@ -139,7 +139,7 @@ def check_extras(config: Config) -> None:
     """Refuse what needs a library that is not installed, before any work."""
     wanted = [("train.loggers", name, name) for name in config.train.loggers]
     if config.train.lora is not None:
-        wanted.append(("train.lora", "peft", "'opd-stream[lora]'"))
+        wanted.append(("train.lora", "peft", "peft"))
     for field, library, package in wanted:
         if find_spec(library) is None:
             raise UserError(

@@ -166,7 +166,7 @@ def test_a_run_that_asks_for_math_without_the_library_is_refused_before_any_work
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_engine: None
 ) -> None:
     monkeypatch.setattr("opd_stream.tasks.judges.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'opd-stream\[math\]'") as caught:
+    with pytest.raises(UserError, match=r"pip install math-verify") as caught:
         evaluate(tmp_path, "evaluation.judge.kind=math", round_index=-1)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Engines: one class with two verbs, `sample` (as a student) and `score` (as a teacher).
+"""Engines: `sample` and `extend` as a student, `score` as a teacher, `load` other weights.
 
 Torch is loaded when an engine is opened, not before.
 """

@@ -46,7 +46,7 @@ class VllmEngine:
         except ImportError as error:
             raise UserError(
                 "engine vllm needs the library vllm, which is not installed; pip install "
-                "'opd-stream[vllm]' (GPU) or see docs/deploy.md for a CPU, or use transformers"
+                "vllm (GPU), see docs/deploy.md for a CPU, or use transformers"
             ) from error
         self._vllm = vllm
         self._options = options or VllmOptions()

@@ -2,8 +2,8 @@
 
     losses_N = token_losses((Bucket(direction="reverse"),), inputs)
 
-All of them train from the same cached columns, so the choice is made when training, not when
-scoring. docs/objectives.md says what each computes and cannot see.
+All but two train from the columns that every ranked cache has, so the choice is made when training,
+not when scoring. docs/objectives.md says what each computes, reads and cannot see.
 """
 
 from collections.abc import Sequence

