@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from opd_stream.config import PLACEMENT, Config
+from opd_stream.config import PLACEMENT, Config, counts_rounds
 from opd_stream.errors import UserError
 from opd_stream.store.files import explained, publish, publish_new, read_json
 from opd_stream.store.recipe import differing_fields
@@ -77,10 +77,14 @@ class RunDirectory:
         Raises:
             UserError: says which settings differ.
         """
-        stored = self.path / "config.json"
-        if stored.exists():
-            settings = config.model_dump(mode="json")
-            self._refuse_other_settings(read_json(stored), settings, *without)
+        other = self._differing(config, *without) if self.is_run() else {}
+        if other:
+            fields = [f"{name}: {old!r} -> {new!r}" for name, (old, new) in other.items()]
+            more = f"; and {len(fields) - SHOWN} more" if len(fields) > SHOWN else ""
+            raise UserError(
+                f"{self.path} is a run with other settings ({'; '.join(fields[:SHOWN])}{more}); "
+                "use another --run-dir, or delete this one: what both share is found in the store"
+            )
 
     def is_run(self) -> bool:
         """Whether a run was begun in this folder."""
@@ -88,11 +92,7 @@ class RunDirectory:
 
     def is_of(self, config: Config) -> bool:
         """Whether the folder belongs to the run of this config, evaluation and all."""
-        if not self.is_run():
-            return False
-        found = read_json(self.path / "config.json")
-        other = differing_fields(found, config.model_dump(mode="json"))
-        return all(is_below(field, PLACEMENT) for field in other)
+        return self.is_run() and not self._differing(config)
 
     def config(self) -> Config:
         """The config of an existing run.
@@ -215,21 +215,14 @@ class RunDirectory:
     def _round(self, index: int) -> Path:
         return self.path / "rounds" / f"{index:04d}"
 
-    def _refuse_other_settings(
-        self, found: dict[str, Any], asked: dict[str, Any], *free: str
-    ) -> None:
-        other = {
-            field: values
-            for field, values in differing_fields(found, asked).items()
-            if not is_below(field, (*PLACEMENT, *free))
-        }
-        if other:
-            fields = [f"{name}: {old!r} -> {new!r}" for name, (old, new) in other.items()]
-            more = f"; and {len(fields) - SHOWN} more" if len(fields) > SHOWN else ""
-            raise UserError(
-                f"{self.path} is a run with other settings ({'; '.join(fields[:SHOWN])}{more}); "
-                "use another --run-dir, or delete this one: what both share is found in the store"
-            )
+    def _differing(self, config: Config, *without: str) -> dict[str, tuple[Any, Any]]:
+        """Fields in which the folder's run is another one, with both values."""
+        found = read_json(self.path / "config.json")
+        free = [*PLACEMENT, *without]
+        if not counts_rounds(config) and found["rounds"] <= config.rounds:
+            free.append("rounds")  # it goes on
+        other = differing_fields(found, config.model_dump(mode="json"))
+        return {field: values for field, values in other.items() if not is_below(field, free)}
 
 
 def is_below(field: str, names: Iterable[str]) -> bool:

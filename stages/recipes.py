@@ -7,7 +7,7 @@ batch sizes of engines, unit sizes and paths are missing on purpose.
 from collections.abc import Sequence
 from typing import Any
 
-from opd_stream.config import Config, Evaluation
+from opd_stream.config import Config, Evaluation, counts_rounds
 from opd_stream.config.collection import AdaptiveWindowConfig, Rollouts, Scores
 from opd_stream.config.section import Section
 from opd_stream.config.training import Staleness, Train
@@ -188,7 +188,7 @@ def policy_recipe(
             "learning_rate": train.learning_rate,
             "schedule": train.schedule,
             "warmup": train.warmup,
-            "progress": [round_index, config.rounds],
+            "progress": [round_index, config.rounds if counts_rounds(config) else None],
             "betas": list(train.betas),
             "weight_decay": train.weight_decay,
             "clip_norm": train.clip_norm,

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from opd_stream.errors import UserError
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from stages.progress import Silent
@@ -131,6 +132,46 @@ def test_a_run_killed_many_times_ends_in_the_same_place(
     assert fingerprints(folder) == expected
     if not overrides:
         assert {"generate", "score", "train", "evaluate"} <= set(killed), killed
+
+
+@pytest.mark.parametrize("overrides", [(), ("rollouts.ahead=true",)], ids=["plain", "ahead"])
+def test_a_finished_run_goes_on_with_more_rounds(
+    overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    for rounds in (1, 3):
+        config = small_config(tmp_path / "grown", f"rounds={rounds}", *overrides)
+        run(config, RunDirectory(tmp_path / "grown" / "run"), Silent())
+    config = small_config(tmp_path / "whole", "rounds=3", *overrides)
+    run(config, RunDirectory(tmp_path / "whole" / "run"), Silent())
+    grown, whole = fingerprints(tmp_path / "grown"), fingerprints(tmp_path / "whole")
+    evaluated = grown.pop("evaluations")
+    assert evaluated[1]["round"] == 1  # it was the last
+    assert [evaluated[0], *evaluated[2:]] == whole.pop("evaluations")
+    assert grown == whole
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.schedule=linear",
+        "train.warmup=0.1",
+        "staleness.max_policies=2",
+        "rollouts.window={kind: adaptive, candidates: [16, 32], max_window_tokens: 48, start: 16}",
+    ],
+)
+def test_rounds_that_know_their_number_are_not_added_to(override: str, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.open(small_config(tmp_path, "rounds=2", override))
+    with pytest.raises(UserError, match=r"other settings \(rounds: 2 -> 3\)"):
+        directory.check(small_config(tmp_path, "rounds=3", override))
+
+
+def test_a_run_is_not_made_shorter(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.open(small_config(tmp_path, "rounds=2"))
+    directory.check(small_config(tmp_path, "rounds=3"))
+    with pytest.raises(UserError, match=r"other settings \(rounds: 2 -> 1\)"):
+        directory.check(small_config(tmp_path, "rounds=1"))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*")

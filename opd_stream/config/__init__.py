@@ -101,7 +101,10 @@ class Config(Section):
     """A run."""
 
     seed: int = Field(default=0, description="of prompts, sampling and batch order")
-    rounds: int = Field(ge=1, description="rounds of generate, score, train")
+    rounds: int = Field(
+        ge=1,
+        description="rounds of generate, score, train; docs/store.md: adding some later",
+    )
     student: Student
     teacher: Model | None = Field(default=None, description="left out only where `replay` is set")
     prompts: Prompts
@@ -292,6 +295,16 @@ def _check_alignment(config: Config) -> None:
             f"{config.staleness.student_top_mass:g} and sampled_pg, whose tokens have no "
             "candidates where the tokenizers differ; set staleness.student_top_mass=0"
         )
+
+
+def counts_rounds(config: Config) -> bool:
+    """Whether a round would be another one in a run of more rounds, as under a falling rate."""
+    return (
+        config.train.schedule != "constant"
+        or config.train.warmup > 0
+        or config.staleness.max_policies > 0
+        or config.rollouts.window.kind == "adaptive"
+    )
 
 
 # Fields that decide where and how fast a run happens, never what it produces.
