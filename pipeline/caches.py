@@ -165,7 +165,13 @@ def refreshed_caches(
     if lost:
         caches.append(fresh_cache(setup, plan, students[-1], lost if caches else None))
     record = [
-        {"first": unit["first"], "last": unit["last"], **asdict(state), **asdict(decision)}
+        {
+            "first": unit["first"],
+            "last": unit["last"],
+            "floor": floor,
+            **asdict(state),
+            **asdict(decision),
+        }
         for (unit, state), (_, decision) in zip(states, decided, strict=True)
     ]
     return Kept(caches=tuple(caches), decisions=tuple(record))

@@ -196,7 +196,7 @@ class Keeper(Callback):
 
     @property
     def _floor(self) -> float:
-        """policy_drift of fresh rows: what sampler and trainer disagree by."""
+        """policy_drift of the latest rows that were fresh, of this round or an earlier one."""
         return self._start["floor"] or 0.0
 
     def _measure(
@@ -221,7 +221,7 @@ class Keeper(Callback):
             "tokens": int(everything["tokens"]),
             "policy_drift": drift_of(everything).policy_drift,
             "sampler_gap": None if gap is None else gap.absolute_mean,
-            "floor": None if gap is None else gap.policy_drift,
+            "floor": job.earlier_floor() if gap is None else gap.policy_drift,  # in use
         }
         drift = beyond(drift_of(everything), floor=self._floor)
         self._is_gated = job.is_gated or drift >= self._bounds.gated_from

@@ -76,6 +76,15 @@ class TrainJob:
         """The policy to make."""
         return self.store().policy(recipe_from_json(self.policy, "the job's policy"))
 
+    def earlier_floor(self) -> float | None:
+        """The drift floor that the round before read drift above; None: none is measured yet."""
+        previous = self.policy["inputs"].get("optimizer")
+        if previous is None:
+            return None
+        store = self.store()
+        policy = store.policy(store.by_fingerprint("policies", previous).recipe)
+        return policy.manifest()["outcome"]["start"]["floor"]
+
     def rows(self) -> ScoredRows:
         """The rows to train on.
 

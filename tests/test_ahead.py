@@ -1,14 +1,17 @@
 """Rollouts made while the round before trains: by an older policy, and otherwise as ever."""
 
 import queue
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
 from opd_stream.staleness import StalenessBounds, may_run_ahead
+from opd_stream.types import RolloutBatch
 from pipeline import rounds
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
@@ -40,6 +43,47 @@ def test_from_the_third_round_on_rollouts_are_of_the_policy_before(tmp_path: Pat
     assert found[1]["sampler_gap"] is not None
     assert found[2]["sampler_gap"] is None  # no row of that round is fresh
     assert found[2]["start_drift"] > 10 * found[1]["start_drift"]
+
+
+GAP = 0.2  # nats of every token: policy_drift 0.0214 before anything trains
+
+
+@pytest.fixture
+def rough_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine whose log-probabilities are all wrong by `GAP`, as rounding makes some of them."""
+    sample = TransformersEngine.sample
+
+    def sampled(self: TransformersEngine, *asked: Any, **named: Any) -> RolloutBatch:
+        rows = sample(self, *asked, **named)
+        return replace(rows, behavior_logprobs=tuple(p - GAP for p in rows.behavior_logprobs))
+
+    monkeypatch.setattr(TransformersEngine, "sample", sampled)
+
+
+BARELY_MOVED = ("rounds=5", "staleness.policy_drift=0.02", "train.learning_rate=1e-6")
+
+
+@pytest.mark.usefixtures("rough_engine")
+@pytest.mark.parametrize("how", ["rollouts.ahead=true", "staleness.max_policies=9"])
+def test_a_round_without_fresh_rows_reads_drift_above_the_last_floor(
+    how: str, tmp_path: Path
+) -> None:
+    """The engine's gap alone is past the bound; it neither stops a round nor costs a unit."""
+    ahead = f"rollouts.ahead={'yes' if 'ahead' in how else 'no'}"
+    found = reports(tmp_path, *BARELY_MOVED, ahead, how)
+    origins = [cache["origin"] for report in found for cache in report["caches"]]
+    late = "ahead" if "ahead" in how else "kept"
+    first = origins.index(late)
+    assert origins == ["fresh"] * first + [late] * (5 - first)
+    measured = found[first - 1]["drift_floor"]
+    assert measured == pytest.approx(0.0214, abs=2e-4)
+    assert [report["drift_floor"] for report in found[first:]] == [measured] * (5 - first)
+    assert [report["sampler_gap"] for report in found[first:]] == [None] * (5 - first)
+    assert [report["steps"] for report in found] == [4] * 5
+    assert all("above a floor of 0.021" in report["decision"] for report in found)
+    decided = [unit for report in found for unit in report["unit_decisions"]]
+    assert {unit["floor"] for unit in decided} <= {measured}
+    assert bool(decided) == (late == "kept")
 
 
 def test_the_sampler_never_waits_for_the_scores_of_a_round(
