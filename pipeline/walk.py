@@ -6,12 +6,12 @@ complete or completes it before asking for the next. Running, single stages and 
 same way.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from opd_stream.config import Replay
+from opd_stream.config import Config, Replay
 from opd_stream.config.collection import AdaptiveWindowConfig
 from opd_stream.errors import UserError
 from opd_stream.staleness import may_run_ahead
@@ -48,8 +48,10 @@ class Round:
 
     @property
     def window_tokens(self) -> int:
-        """New tokens of its newest rollouts."""
-        return self.caches[-1].window_tokens or self.plan.window_tokens
+        """New tokens of its rollouts; of units kept from earlier rounds, how many may train."""
+        made = self.caches[-1]
+        given = made.window_tokens if made.origin in ("ahead", "replayed") else None
+        return given or self.plan.window_tokens
 
     @property
     def fresh(self) -> Cache | None:
@@ -107,6 +109,7 @@ def walk(
                 ],
                 round_index=round_index,
                 first_step=first_step,
+                window_tokens=_own_window(config, plan, caches),
             )
         )
         fresh = next((cache for cache in caches if cache.origin == "fresh"), None)
@@ -133,6 +136,14 @@ def walk(
         previous, outcome = policy, policy.manifest()["outcome"]
         first_step += outcome["steps"]
         decision = outcome["window_decision"] or decision
+
+
+def _own_window(config: Config, plan: RoundPlan, caches: Sequence[Cache]) -> int | None:
+    """The decided window, where none of the round's rollouts was made with it."""
+    is_decided = isinstance(config.rollouts.window, AdaptiveWindowConfig)
+    if not is_decided or config.replay is not None:
+        return None
+    return None if caches[-1].window_tokens == plan.window_tokens else plan.window_tokens
 
 
 def _ahead(

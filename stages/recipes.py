@@ -156,6 +156,7 @@ def policy_recipe(
     caches: Sequence[tuple[str, int, Sequence[int] | None]],
     round_index: int,
     first_step: int,
+    window_tokens: int | None = None,
 ) -> Recipe:
     """The policy that a train stage makes.
 
@@ -166,6 +167,7 @@ def policy_recipe(
         caches: scores that are trained on: fingerprint, policy_version, and units (None: all).
         round_index: the round, from 0.
         first_step: optimizer steps done before the round.
+        window_tokens: that an audit decided, where it is not that of the newest rollouts.
     """
     train: Train = config.train
     staleness: Staleness = config.staleness
@@ -195,6 +197,7 @@ def policy_recipe(
             "rows_per_step": train.rows_per_step,
             "staleness": staleness.model_dump(mode="json"),
             "window": config.rollouts.window.model_dump(mode="json"),
+            **({} if window_tokens is None else {"window_tokens": window_tokens}),
             "units": [None if units is None else list(units) for _, _, units in caches],
             "first_step": first_step,
             "seed": config.seed,

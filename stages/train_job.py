@@ -41,7 +41,7 @@ class TrainJob:
     prompts: str  # fingerprint of the training prompts
     probe: tuple[str, str] | None  # fingerprints of the audit's rollouts and scores
     earlier_decision: dict[str, Any] | None  # of the audit before
-    window_tokens: int  # of the rollouts
+    window_tokens: int  # of the round; an adaptive one trains with it
     first_step: int  # optimizer steps done before the round
     round_index: int
     scratch: str  # checkpoints of this round; removed when the policy is published
@@ -126,7 +126,7 @@ class TrainJob:
         return rows
 
     def window(self) -> Window:
-        """The training window; an adaptive one is what the rollouts were made with."""
+        """The training window; an adaptive one is what the audit before the round decided."""
         if self.config.rollouts.window.kind == "adaptive":
             return FixedWindow(tokens=self.window_tokens)
         return build_window(**self.config.rollouts.window.model_dump())

@@ -135,6 +135,28 @@ def test_a_run_takes_the_windows_its_audits_decide(tmp_path: Path) -> None:
     assert again["tokens"]["generated"] == 0
 
 
+def test_units_kept_from_a_longer_window_train_at_the_decided_one(tmp_path: Path) -> None:
+    """Every candidate passes so low a threshold: 8 tokens are decided after a round at 32."""
+    window = (
+        "rollouts.window={kind: adaptive, candidates: [8, 16], max_window_tokens: 64, start: 32, "
+        "probe_rows: 4, probe_share: 1, threshold: 0.001}"
+    )
+    kept = ("staleness.max_policies=9", "staleness.policy_drift=9", "train.learning_rate=1e-5")
+    directory = RunDirectory(tmp_path / "run")
+    run(small_config(tmp_path, "evaluation=null", window, *kept), directory, Silent())
+    first, second = directory.reports()
+    assert first["window_decision"]["window_tokens"] == 8
+    assert [cache["origin"] for cache in second["caches"]] == ["kept"]
+    assert (first["window_tokens"], second["window_tokens"]) == (32, 8)
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [step["window_tokens"] for step in steps] == [32] * 4 + [8] * 4
+    recipes = [
+        Path(report["policy"]["folder"]).parent / "recipe.json" for report in (first, second)
+    ]
+    settings = [json.loads(path.read_text())["settings"] for path in recipes]
+    assert [each.get("window_tokens") for each in settings] == [None, 8]
+
+
 @pytest.mark.parametrize("objective", ["sampled_pg", "bucket"])
 def test_an_audit_can_read_the_objective_that_trains(tmp_path: Path, objective: str) -> None:
     found: dict[str, list[float]] = {}
