@@ -181,7 +181,8 @@ class Keeper(Callback):
             }
         )
         self._epoch_sums, self._recent_sums = {}, {}
-        self._is_gated = decision.action == "gated" or not self._bounds.gated_from
+        asked = self._job.is_gated or decision.action == "gated"
+        self._is_gated = asked or not self._bounds.gated_from
         if decision.action in ("regenerate", "stop"):
             trainer.should_stop = True
 

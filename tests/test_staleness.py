@@ -12,6 +12,7 @@ import torch
 from opd_stream.drift import DriftSums, drift_sums
 from opd_stream.errors import UserError
 from opd_stream.staleness import (
+    Decision,
     StalenessBounds,
     UnitState,
     decide_epoch,
@@ -25,6 +26,7 @@ from opd_stream.store.store import Store
 from opd_stream.types import ScoreBatch
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
+from stages import keeper
 from stages.extension import joined, old_scores
 from stages.progress import Silent
 from tests.conftest import small_config
@@ -193,6 +195,24 @@ def test_a_unit_kept_to_be_weighed_turns_the_gate_on(tmp_path: Path) -> None:
         assert ("gated" in actions) == is_weighed
         weights = [line["mean_drift_weight"] for line in metrics_of(folder) if line["round"] == 1]
         assert any(abs(weight - 1) > 1e-6 for weight in weights) == is_weighed
+
+
+def test_units_kept_to_be_weighed_are_weighed_in_every_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the drift of an epoch would not ask for it."""
+
+    def decided(drift: DriftSums, *, epochs_done: int, **rest: Any) -> Decision:
+        return Decision(action="train" if epochs_done == 1 else "regenerate", reason="told")
+
+    monkeypatch.setattr(keeper, "decide_epoch", decided)
+    settings = ("rounds=2", "staleness.max_epochs=2", "staleness.gated_from=1e-12")
+    report = finished_run(tmp_path, *KEPT, *settings, "train.gate={blocks: 16}")[1]
+    assert {decided["action"] for decided in report["unit_decisions"]} == {"gated"}
+    epochs = [line["epoch"] for line in metrics_of(tmp_path) if line["round"] == 1]
+    weights = [line["mean_drift_weight"] for line in metrics_of(tmp_path) if line["round"] == 1]
+    assert epochs == [0, 0, 1, 1]
+    assert all(abs(weight - 1) > 1e-6 for weight in weights)
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
