@@ -5,6 +5,7 @@ W + 2 k (W - base), k = 1, 2, ..., are scored and the last one before the score 
 kept. Nothing is trained, the optimizer's state stays.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,13 +51,16 @@ def is_due(step: int) -> bool:
 
 
 def is_better(candidate: Score, best: Score, acceptance: Literal["strict", "equal"]) -> bool:
-    """Whether a candidate replaces the best point; with two signals neither may fall."""
+    """Whether a candidate replaces the best point; with two signals neither may fall.
+
+    A score that is not finite is below every other, and never accepted.
+    """
     pairs = [
-        (ours, theirs)
+        (ours, theirs if math.isfinite(theirs) else -math.inf)
         for ours, theirs in ((candidate.reward, best.reward), (candidate.kl, best.kl))
         if ours is not None and theirs is not None
     ]
-    if any(ours < theirs for ours, theirs in pairs):
+    if any(not math.isfinite(ours) or ours < theirs for ours, theirs in pairs):
         return False
     return acceptance == "equal" or any(ours > theirs for ours, theirs in pairs)
 

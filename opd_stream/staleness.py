@@ -117,6 +117,22 @@ def decide_stop(
     )
 
 
+def decide_jump(
+    drift: DriftSums, *, bounds: StalenessBounds, floor: float = 0.0
+) -> Decision | None:
+    """After an extrapolation: end the round if it drifted too far, or None.
+
+    Args:
+        drift: sums over the rows that score a point, where the weights jumped to.
+        bounds: the limits.
+        floor: policy_drift of fresh rows before training.
+    """
+    if beyond(drift, floor=floor) <= bounds.policy_drift:
+        return None
+    measured = _measured(drift, bounds, floor)
+    return Decision(action="regenerate", reason=f"an extrapolation drifted too far: {measured}")
+
+
 def decide_unit(
     state: UnitState, *, window_tokens: int, bounds: StalenessBounds, floor: float = 0.0
 ) -> UnitDecision:

@@ -4,7 +4,8 @@ It stands before the keeper in the list of callbacks, so a checkpoint of the sam
 outcome. Scores are those of the first process, told to all, and every process moves its own shard.
 """
 
-from dataclasses import asdict
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opd_stream.config.training import Extrapolation
+from opd_stream.drift import DriftSums
 from opd_stream.extrapolation import Outcome, Score, Search, is_due, moved_parameters, search
 from opd_stream.statistics import NAMES, drift_of, named
 from opd_stream.store.order import epoch_order
@@ -46,7 +48,7 @@ class Extrapolate(Callback):
         self._whole_base = base  # of the round before, or of a checkpoint
         self._base: dict[str, torch.Tensor] = {}
         self.outcomes: list[dict[str, Any]] = []
-        self.drift_after_jump: float | None = None  # of the latest step, where it jumped
+        self.drift_after_jump: DriftSums | None = None  # of the latest step, where it jumped
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         moved = self._moved(pl_module)
@@ -74,9 +76,12 @@ class Extrapolate(Callback):
             settings=self._search,
         )
         if outcome.kept:
-            self.drift_after_jump = self._drift(pl_module, batch.number)
-            if self._settings.reset_moments:
-                _reset_moments(trainer.optimizers[0], list(moved.values()))
+            self.drift_after_jump = self._drift(trainer, pl_module, batch.number)
+            if not math.isfinite(self.drift_after_jump.policy_drift):  # a reward does not see it
+                _put_back(moved, ordinary)
+                outcome, self.drift_after_jump = replace(outcome, kept=0), None
+        if outcome.kept and self._settings.reset_moments:
+            _reset_moments(trainer.optimizers[0], list(moved.values()))
         pl_module.train()
         for name, parameter in moved.items():
             accepted = self._settings.base == "accepted"
@@ -107,8 +112,10 @@ class Extrapolate(Callback):
         told = trainer.strategy.broadcast((reward, kl))
         return Score(reward=told[0], kl=told[1])
 
-    def _drift(self, module: StudentModule, step: int) -> float:
-        return drift_of(self._sums(module, step)).policy_drift
+    def _drift(self, trainer: lightning.Trainer, module: StudentModule, step: int) -> DriftSums:
+        with trainer.precision_plugin.forward_context():  # as a training step and the floor
+            sums = self._sums(module, step)
+        return drift_of(trainer.strategy.broadcast(sums))
 
     @torch.no_grad()
     def _sums(self, module: StudentModule, step: int) -> dict[str, float]:
@@ -132,9 +139,27 @@ def load_base(policy: Path) -> dict[str, torch.Tensor] | None:
     return load_tree(policy / FOLDER) if (policy / FOLDER).exists() else None
 
 
-def _record(outcome: Outcome, drift: float | None) -> dict[str, Any]:
-    scores = [asdict(score) for score in outcome.scores]
-    return {"step": outcome.step, "scores": scores, "kept": outcome.kept, "policy_drift": drift}
+def _record(outcome: Outcome, drift: DriftSums | None) -> dict[str, Any]:
+    """For reports; a score that is not finite is None there."""
+    return {
+        "step": outcome.step,
+        "scores": [
+            {name: _finite(value) for name, value in asdict(score).items()}
+            for score in outcome.scores
+        ],
+        "kept": outcome.kept,
+        "policy_drift": None if drift is None else drift.policy_drift,
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+@torch.no_grad()
+def _put_back(moved: dict[str, torch.nn.Parameter], ordinary: dict[str, torch.Tensor]) -> None:
+    for name, parameter in moved.items():
+        parameter.copy_(ordinary[name])
 
 
 def _reset_moments(optimizer: torch.optim.Optimizer, moved: list[torch.nn.Parameter]) -> None:

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from opd_stream.errors import UserError
 from opd_stream.objectives import tolerates_staleness
 from opd_stream.schedule import learning_rate
-from opd_stream.staleness import Decision, beyond, decide_epoch, decide_stop
+from opd_stream.staleness import Decision, beyond, decide_epoch, decide_jump, decide_stop
 from opd_stream.statistics import NAMES, by_position, drift_of, means
 from opd_stream.store.files import publish
 from opd_stream.store.reader import ScoredRows
@@ -129,13 +129,8 @@ class Keeper(Callback):
             logger.log_metrics(numbers, step=batch.number)
         facts = {"window": batch.window_tokens, "loss": line["loss"], "drift": line["policy_drift"]}
         self._progress.advance("train", 1, line["trained_tokens"], **facts)
-        jumped = None if self._extrapolate is None else self._extrapolate.drift_after_jump
-        if jumped is not None and jumped > self._bounds.policy_drift:
-            bound = self._bounds.policy_drift
-            reason = (
-                f"an extrapolation drifted too far: policy_drift {jumped:.4f} (bound {bound:g})"
-            )
-            self._decide(trainer, Decision(action="regenerate", reason=reason))
+        if (jump := self._look_after_jump()) is not None:
+            self._decide(trainer, jump)
         elif self.steps % self._steps_per_epoch == 0:
             self._decide(trainer)
             module.is_gated = self._is_gated
@@ -194,6 +189,13 @@ class Keeper(Callback):
         if tolerates_staleness(self._job.objectives()):
             return None
         return decide_stop(drift, bounds=self._bounds, floor=self._floor)
+
+    def _look_after_jump(self) -> Decision | None:
+        """Where an extrapolation moved the weights: stop if they are too far."""
+        jumped = None if self._extrapolate is None else self._extrapolate.drift_after_jump
+        if jumped is None:
+            return None
+        return decide_jump(jumped, bounds=self._bounds, floor=self._floor)
 
     @property
     def _floor(self) -> float:

@@ -1,8 +1,14 @@
-"""Laws of the extrapolation on toy weights."""
+"""Laws of the extrapolation, on toy weights and in small runs."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 
+from opd_stream.drift import DriftSums, drift_sums
 from opd_stream.extrapolation import (
     Score,
     Search,
@@ -11,6 +17,14 @@ from opd_stream.extrapolation import (
     moved_parameters,
     search,
 )
+from opd_stream.staleness import StalenessBounds, decide_jump
+from pipeline.rounds import run
+from pipeline.run_directory import RunDirectory
+from stages import extrapolate
+from stages.extrapolate import Extrapolate
+from stages.keeper import Keeper
+from stages.progress import Silent
+from tests.conftest import small_config
 
 
 def test_searches_follow_powers_of_two() -> None:
@@ -61,6 +75,117 @@ def test_acceptance_is_strict_or_may_stay_equal_and_two_signals_must_agree() -> 
     assert is_better(Score(reward=0.5, kl=-0.9), best, "strict")
     assert not is_better(Score(reward=0.6, kl=-1.1), best, "strict")
     assert not is_better(Score(reward=0.4, kl=-0.1), best, "equal")
+
+
+@pytest.mark.parametrize("acceptance", ["strict", "equal"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_is_worse_than_any_other(
+    acceptance: Literal["strict", "equal"], value: float
+) -> None:
+    fine, lost = Score(reward=0.5, kl=-9.0), Score(reward=0.6, kl=value)
+    assert not is_better(lost, fine, acceptance)
+    assert not is_better(lost, lost, acceptance)
+    assert is_better(fine, replace(lost, reward=0.5), acceptance)
+    weight = torch.nn.Parameter(torch.ones(3))
+    points = iter([fine, lost, fine])
+    settings = Search(acceptance=acceptance)
+    outcome = search([weight], [torch.zeros(3)], lambda: next(points), step=1, settings=settings)
+    assert (outcome.kept, weight.tolist()) == (0, [1.0] * 3)
+
+
+@pytest.mark.parametrize("acceptance", ["strict", "equal"])
+def test_a_round_with_a_score_that_is_not_finite_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, acceptance: str
+) -> None:
+    """The cached objective of every point but the first is NaN."""
+    found = Extrapolate._score
+    calls: list[int] = []
+
+    def score(self: Extrapolate, trainer: Any, module: Any, step: int) -> Score:
+        calls.append(step)
+        kept = found(self, trainer, module, step)
+        return kept if calls.count(step) == 1 else replace(kept, kl=math.nan)
+
+    monkeypatch.setattr(Extrapolate, "_score", score)
+    (report,) = jumped(tmp_path, f"acceptance: {acceptance}")
+    assert [entry["kept"] for entry in report["extrapolations"]] == [0, 0]
+    for entry in report["extrapolations"]:
+        first, second = (each["kl"] for each in entry["scores"])
+        assert first < 0
+        assert second is None
+
+
+def test_a_jump_to_where_nothing_is_finite_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reward cannot see it: all answers may be as wrong as before."""
+    alike, better = iter(range(99)), Score(reward=0.0)
+    monkeypatch.setattr(Extrapolate, "_score", lambda *_: replace(better, reward=next(alike) / 99))
+    lost = replace(shifted(0.1), k3=math.nan)
+    monkeypatch.setattr(extrapolate, "drift_of", lambda _: lost)
+    (report,) = jumped(tmp_path, "candidates: 2")
+    entries = report["extrapolations"]
+    assert [(entry["kept"], entry["policy_drift"]) for entry in entries] == [(0, None)] * 2
+
+
+def test_a_jump_is_judged_above_the_floor() -> None:
+    bounds = StalenessBounds(max_epochs=1, policy_drift=0.03, effective_sample_fraction=0.5)
+    jump = shifted(0.3)  # policy_drift 0.045
+    assert decide_jump(jump, bounds=bounds, floor=0.02) is None
+    decision = decide_jump(jump, bounds=bounds, floor=0.01)
+    assert decision is not None
+    assert decision.action == "regenerate"
+    assert "too far: policy_drift 0.0453 (bound 0.03 above a floor of 0.0100)" in decision.reason
+
+
+@pytest.mark.parametrize(("floor", "steps"), [(0.02, 2), (0.01, 1)])
+def test_a_round_goes_on_after_a_jump_below_the_bound_above_its_floor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, floor: float, steps: int
+) -> None:
+    better = iter(range(99))
+    monkeypatch.setattr(Extrapolate, "_score", lambda *_: Score(kl=float(next(better))))
+    monkeypatch.setattr(Extrapolate, "_drift", lambda *_: shifted(0.3))
+    monkeypatch.setattr(Keeper, "_floor", floor)
+    bound, rate = "staleness.policy_drift=0.03", "train.learning_rate=1e-6"
+    (report,) = jumped(tmp_path, "candidates: 1", bound, rate)
+    assert report["steps"] == steps
+    assert report["extrapolations"][0]["policy_drift"] == pytest.approx(0.0453, abs=1e-4)
+    assert ("an extrapolation drifted too far" in report["epochs"][0]["reason"]) == (steps == 1)
+
+
+def test_drift_after_a_jump_is_computed_as_the_floor_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the trainer's precision: the drift of a jump is that of the same weights and rows."""
+    seen: list[bool] = []
+    drift = extrapolate.drift_of
+    sums = Extrapolate._sums
+
+    def looked(self: Extrapolate, *asked: Any) -> dict[str, float]:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return sums(self, *asked)
+
+    def drift_of(found: dict[str, float]) -> DriftSums:
+        assert seen[-1]
+        return drift(found)
+
+    monkeypatch.setattr(Extrapolate, "_sums", looked)
+    monkeypatch.setattr(extrapolate, "drift_of", drift_of)
+    (report,) = jumped(tmp_path, "candidates: 2", "train.precision=bf16-mixed")
+    assert any(entry["kept"] for entry in report["extrapolations"])
+
+
+def shifted(shift: float) -> DriftSums:
+    """Drift of tokens that moved by `shift` up and down."""
+    return drift_sums(torch.tensor([shift, -shift]), torch.zeros(2))
+
+
+def jumped(folder: Path, settings: str, *overrides: str) -> list[dict[str, Any]]:
+    """The reports of a run of one round with two searches."""
+    own = ("rounds=1", "evaluation=null", "staleness.policy_drift=10", "staleness.max_epochs=1")
+    config = small_config(folder, *own, f"train.extrapolation={{rows: 4, {settings}}}", *overrides)
+    run(config, RunDirectory(folder / "run"), Silent())
+    return RunDirectory(folder / "run").reports()
 
 
 def test_norms_embeddings_and_heads_never_move_and_of_lora_one_factor() -> None:
