@@ -70,12 +70,11 @@ def load_student(
         lora: adapters; then weights are those of `initial`, and the adapter is that of `base`.
         initial: the run's first student.
         gradient_checkpointing: recompute activations in the backward pass.
-    """
-    from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        base if lora is None else initial, dtype=torch.float32, trust_remote_code=False
-    )
+    Raises:
+        UserError: the weights are not safetensors, or no causal language model.
+    """
+    model = _whole_model(base if lora is None else initial)
     model.config.use_cache = False
     if lora is not None:
         model = _adapted(model, lora, base / ADAPTER)
@@ -105,6 +104,21 @@ def save_student(
         own = model.state_dict()
     model.save_pretrained(folder, state_dict=own)
     _copy_tokenizer(base, folder)
+
+
+def _whole_model(folder: Path) -> Any:
+    """From safetensors only, as the engines read it and as its identity is taken."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be trained ({' '.join(str(error).split())[:200]}); expected "
+            "config.json and model.safetensors; check the folder"
+        ) from error
 
 
 def _adapted(model: Any, lora: Lora, adapter: Path) -> Any:

@@ -62,7 +62,8 @@ class StudentModule(lightning.LightningModule):
     def configure_model(self) -> None:
         if self.student is not None:
             return
-        student = self._load()
+        with torch.device("cpu"):  # transformers takes a strategy's device for a device_map
+            student = self._load()
         if isinstance(self._trainer and self.trainer.strategy, ModelParallelStrategy):
             student.shard(self.device_mesh["data_parallel"])  # pyright: ignore
         self.student = student
