@@ -101,6 +101,8 @@ def walk(
         policy = setup.store.policy(
             policy_recipe(
                 config,
+                prompts=setup.prompts.fingerprint,
+                stop_ids=setup.stop_ids,
                 base=student,
                 previous=None if previous is None else previous.fingerprint,
                 caches=[

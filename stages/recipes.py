@@ -151,6 +151,8 @@ def scores_recipe(
 def policy_recipe(
     config: Config,
     *,
+    prompts: str,
+    stop_ids: tuple[int, ...],
     base: Checkpoint,
     previous: str | None,
     caches: Sequence[tuple[str, int, Sequence[int] | None]],
@@ -162,6 +164,8 @@ def policy_recipe(
 
     Args:
         config: the run.
+        prompts: fingerprint of the training prompts; a reward samples answers to the first ones.
+        stop_ids: terminators of these answers.
         base: the student at the start of the round.
         previous: fingerprint of the policy artifact whose optimizer state continues, if any.
         caches: scores that are trained on: fingerprint, policy_version, and units (None: all).
@@ -172,6 +176,9 @@ def policy_recipe(
     train: Train = config.train
     staleness: Staleness = config.staleness
     inputs = {"base": base.identity.fingerprint}
+    reward = _reward(config, stop_ids)
+    if reward:
+        inputs["prompts"] = prompts
     if previous is not None:
         inputs["optimizer"] = previous
     for number, (scores, version, _) in enumerate(caches):
@@ -184,6 +191,7 @@ def policy_recipe(
             "gate": _dumped(train.gate),
             "freshness": _dumped(train.freshness),
             "extrapolation": _dumped(train.extrapolation),
+            **reward,
             "guards": train.guards.model_dump(mode="json"),
             "precision": train.precision,
             "lora": _dumped(train.lora),
@@ -204,6 +212,25 @@ def policy_recipe(
         },
         inputs=inputs,
     )
+
+
+def _reward(config: Config, stop_ids: tuple[int, ...]) -> dict[str, Any]:
+    """What decides the reward of an extrapolation (`stages/reward.py`), if it reads one."""
+    extrapolation = config.train.extrapolation
+    if extrapolation is None or extrapolation.signal == "kl":
+        return {}
+    assert config.evaluation is not None  # the config asks for one
+    evaluation = next(iter(config.evaluation.parts().values()))
+    assert evaluation.judge is not None
+    return {
+        "reward": {
+            "judge": judge_recipe(evaluation.judge),
+            "max_new_tokens": evaluation.max_new_tokens,
+            "temperature": evaluation.temperature,
+            "seed": evaluation.seed,
+            "stop_ids": list(stop_ids),
+        }
+    }
 
 
 def evaluation_recipe(evaluation: Evaluation, rollouts: Recipe) -> Recipe:

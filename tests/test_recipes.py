@@ -1,0 +1,49 @@
+"""What names a policy: every setting that decides its weights, and nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+from opd_stream.store.recipe import Recipe
+from pipeline.setup import open_setup
+from pipeline.walk import walk
+from tests.conftest import small_config
+
+EVALUATED = {
+    "max_new_tokens": "evaluation.max_new_tokens=17",
+    "temperature": "evaluation.temperature=0.5",
+    "seed": "evaluation.seed=5",
+    "judge": "evaluation.judge.kind=exact",
+}
+
+
+def policy_of(folder: Path, signal: str, *overrides: str) -> Recipe:
+    """The recipe of a run's first policy."""
+    extrapolation = f"train.extrapolation={{signal: {signal}}}"
+    return next(walk(open_setup(small_config(folder, extrapolation, *overrides)))).policy.recipe
+
+
+@pytest.mark.parametrize("signal", ["reward", "both"])
+@pytest.mark.parametrize("changed", list(EVALUATED))
+def test_what_decides_a_reward_names_the_policy(signal: str, changed: str, tmp_path: Path) -> None:
+    before = policy_of(tmp_path, signal)
+    after = policy_of(tmp_path, signal, EVALUATED[changed])
+    assert after.fingerprint != before.fingerprint
+    assert after.settings["reward"] != before.settings["reward"]
+    rest = {**after.settings, "reward": {**after.settings["reward"]}}
+    rest["reward"][changed] = before.settings["reward"][changed]
+    assert (rest, after.inputs) == (before.settings, before.inputs)
+
+
+def test_a_reward_is_of_the_training_prompts_and_ends_at_the_stop_ids(tmp_path: Path) -> None:
+    setup = open_setup(small_config(tmp_path, "train.extrapolation={signal: reward}"))
+    recipe = next(walk(setup)).policy.recipe
+    assert recipe.inputs["prompts"] == setup.prompts.fingerprint
+    assert recipe.settings["reward"]["stop_ids"] == list(setup.stop_ids)
+
+
+def test_without_a_reward_nothing_of_the_evaluation_names_the_policy(tmp_path: Path) -> None:
+    plain = policy_of(tmp_path, "kl")
+    assert "reward" not in plain.settings
+    assert set(plain.inputs) == {"base", "scores.0.version_0"}
+    assert policy_of(tmp_path, "kl", *EVALUATED.values()) == plain
