@@ -68,9 +68,10 @@ class UnitDecision:
 
 
 def beyond(drift: DriftSums, *, floor: float) -> float:
-    """policy_drift above what sampler and trainer disagree by on fresh rows.
+    """policy_drift above that of fresh rows, which only engine and trainer disagree about.
 
-    Below that floor nothing can be read off drift (`drift_floor` of a report).
+    Below that floor (`drift_floor` of a report) nothing can be read off drift. The `sampler_gap`
+    of a report is the mean |d| of the same rows, and no drift is held against it.
     """
     return max(0.0, drift.policy_drift - floor)
 

@@ -213,18 +213,18 @@ class Keeper(Callback):
         return measured
 
     def _measure_start(self, trainer: lightning.Trainer, module: StudentModule) -> None:
-        """Before any training: what engine and trainer disagree by, drift of rows, gate or not."""
+        """Before any training: sampler_gap, the floor of drift, drift of all rows, gate or not."""
         job, everything, fresh = self._job, dict[str, float](), dict[str, float]()
         for (cache, _), sums in self._measure(trainer, module).items():
             _add(everything, sums)
             if job.is_fresh and job.caches[cache].policy_version == job.round_index:
                 _add(fresh, sums)
-        gap = drift_of(fresh) if fresh else None
+        unmoved = drift_of(fresh) if fresh else None  # only the engine is what differs
         self._start = {
             "tokens": int(everything["tokens"]),
             "policy_drift": drift_of(everything).policy_drift,
-            "sampler_gap": None if gap is None else gap.absolute_mean,
-            "floor": job.earlier_floor() if gap is None else gap.policy_drift,  # in use
+            "sampler_gap": None if unmoved is None else unmoved.absolute_mean,
+            "floor": job.earlier_floor() if unmoved is None else unmoved.policy_drift,
         }
         drift = beyond(drift_of(everything), floor=self._floor)
         self._is_gated = job.is_gated or drift >= self._bounds.gated_from

@@ -115,7 +115,7 @@ def test_a_round_that_drifted_too_far_makes_the_next_wait(tmp_path: Path) -> Non
     assert {cache["origin"] for report in found for cache in report["caches"]} == {"fresh"}
 
 
-def test_the_bound_is_on_drift_above_the_gap_of_the_sampler() -> None:
+def test_the_bound_is_on_drift_above_the_floor() -> None:
     bounds = StalenessBounds(max_epochs=1, policy_drift=0.1, effective_sample_fraction=0.5)
     assert may_run_ahead(0.1, bounds=bounds)
     assert not may_run_ahead(0.11, bounds=bounds)
