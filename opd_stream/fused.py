@@ -20,6 +20,7 @@ TokenLoss = Callable[[torch.Tensor, slice], torch.Tensor]
 
 CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}  # of the [n, V] buffer
 FEWEST_ROWS = 96  # of a chunk: below, the products wait for the weight
+ENTROPY_COLUMNS = 4096
 OVERLAP_EVERY = 16  # rows of which one is searched for the student's own candidates
 
 
@@ -166,8 +167,7 @@ class _Pass:
     def chunk(self, rows: slice, ids_NJ: torch.Tensor, weights_N: torch.Tensor) -> None:
         """Loss and gradients of some rows."""
         hidden, ids, cap = self._hidden_NH[rows], ids_NJ[rows], self._settings.cap
-        # In a narrower dtype the two large terms of `_gradients` would be rounded apart.
-        is_plain = cap is None and self._bias_V is None and self._dtype == self._exact
+        is_plain = cap is None and self._bias_V is None
         logits = self._logits_of(hidden, self._buffer[: len(ids)])
         asked = logits.gather(1, ids)
         overlap = self._overlap(logits, ids, rows)
@@ -178,12 +178,13 @@ class _Pass:
             leaf = logprobs.detach().requires_grad_()
             losses = self._settings.token_loss(leaf, rows)
             (grad_asked,) = torch.autograd.grad((losses * weights_N[rows]).sum(), leaf)
-        if is_plain:
+        # In a narrower dtype the two large terms of `_gradients` would be rounded apart.
+        if is_plain and self._dtype == self._exact:
             mean_weight = torch.mm(softmax, self._weight_VH)  # sum of p_v W_v
             entropy = norm - (hidden * mean_weight).sum(1)
             self._gradients(rows, hidden, ids, softmax, mean_weight, grad_asked)
         else:
-            entropy = norm - (softmax * logits).sum(1)
+            entropy = _entropy(softmax)
             self._dense_gradients(rows, hidden, ids, logits, softmax, grad_asked)
         self._parts.append((losses.detach(), logprobs, entropy, overlap))
 
@@ -264,7 +265,17 @@ class _Pass:
             product = _product(grad.to(self._dtype), self._weight_VH)
             self.grad_hidden_NH[rows] = product.to(self._dtype)
         if self.grad_weight_VH is not None:
-            self.grad_weight_VH += _product(grad.to(self._dtype).t(), hidden)
+            into, narrow = self.grad_weight_VH, grad.to(self._dtype)
+            if into.dtype == self._dtype:
+                into.addmm_(narrow.t(), hidden)
+            else:
+                into.add_(_product(narrow.t(), hidden))
+
+
+def _entropy(softmax: torch.Tensor) -> torch.Tensor:
+    """Of each row [n], nats; a few columns at a time, so that nothing as large is made."""
+    parts = softmax.split(ENTROPY_COLUMNS, dim=1)
+    return torch.stack([torch.special.entr(part).sum(1) for part in parts]).sum(0)
 
 
 def _product(
