@@ -45,6 +45,7 @@ def audit(job: TrainJob) -> dict[str, Any] | None:
         lora=job.config.train.lora,
         initial=Path(job.initial),
         gradient_checkpointing=False,
+        adapter=job.adapter,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = student.to(device).eval()

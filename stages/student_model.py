@@ -61,15 +61,21 @@ class StudentModel(torch.nn.Module):
 
 
 def load_student(
-    base: Path, *, lora: Lora | None, initial: Path, gradient_checkpointing: bool
+    base: Path,
+    *,
+    lora: Lora | None,
+    initial: Path,
+    gradient_checkpointing: bool,
+    adapter: Path | None = None,
 ) -> StudentModel:
     """The student of a round, in float32.
 
     Args:
         base: policy the round starts from.
-        lora: adapters; then weights are those of `initial`, and the adapter is that of `base`.
+        lora: adapters; then weights are those of `initial`.
         initial: the run's first student.
         gradient_checkpointing: recompute activations in the backward pass.
+        adapter: folder of the adapter that goes on; None: a new one.
 
     Raises:
         UserError: the weights are not safetensors, or no causal language model.
@@ -77,7 +83,7 @@ def load_student(
     model = _whole_model(base if lora is None else initial)
     model.config.use_cache = False
     if lora is not None:
-        model = _adapted(model, lora, base / ADAPTER)
+        model = _adapted(model, lora, adapter)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -121,10 +127,10 @@ def _whole_model(folder: Path) -> Any:
         ) from error
 
 
-def _adapted(model: Any, lora: Lora, adapter: Path) -> Any:
+def _adapted(model: Any, lora: Lora, adapter: Path | None) -> Any:
     import peft
 
-    if adapter.exists():
+    if adapter is not None:
         return peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     settings = peft.LoraConfig(

@@ -66,6 +66,7 @@ def train_here(job: TrainJob, progress: Progress) -> None:
             lora=settings.lora,
             initial=Path(job.initial),
             gradient_checkpointing=settings.gradient_checkpointing,
+            adapter=job.adapter,
         ),
         job.objectives(),
         optimizer={
@@ -137,6 +138,7 @@ def _publish(
             lora=settings.lora,
             initial=Path(job.initial),
             gradient_checkpointing=False,
+            adapter=job.adapter,
         )
         load_weights(student, trained)
     policy = job.target()
@@ -155,7 +157,8 @@ def _extrapolate(job: TrainJob, rows: ScoredRows, plan: BatchPlan) -> Extrapolat
     if settings is None:
         return None
     reward = None if settings.signal == "kl" else open_reward(job)
-    return Extrapolate(settings, rows, plan, reward, load_base(Path(job.base)))
+    base = load_base(Path(job.base)) if job.is_continued else None
+    return Extrapolate(settings, rows, plan, reward, base)
 
 
 def _placement(config: Config) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from opd_stream.config import Config
@@ -16,6 +17,7 @@ from opd_stream.weighting import DriftGate, Freshness, Weighting
 from opd_stream.windows import FixedWindow, Window, build_window
 from stages.cache_units import CacheUnits
 from stages.data_module import BatchPlan
+from stages.student_model import ADAPTER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,20 @@ class TrainJob:
     scratch: str  # checkpoints of this round; removed when the policy is published
     metrics: str  # metrics.jsonl of the run
     made_by: str  # id of the run
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether the round goes on from a policy of this run.
+
+        The first student may be a policy of another run: what lies beside its weights is not ours.
+        """
+        return self.optimizer_state is not None
+
+    @property
+    def adapter(self) -> Path | None:
+        """Folder of the adapter that goes on, if there is one."""
+        is_ours = self.is_continued and self.config.train.lora is not None
+        return Path(self.base) / ADAPTER if is_ours else None
 
     def as_json(self) -> str:
         """One line of JSON."""
