@@ -64,7 +64,8 @@ def checkpoint_of(policy: PolicyArtifact, *, fetch: bool = True) -> Checkpoint:
 
     Without `fetch` that of a remote store is named but not copied.
     """
-    return Checkpoint(folder=policy.folder(fetch=fetch).resolve(), identity=identity_of(policy))
+    folder = policy.folder(fetch=fetch).resolve()
+    return Checkpoint(folder=folder, identity=identity_of(policy), policy=policy.fingerprint)
 
 
 def walk(

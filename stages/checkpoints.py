@@ -21,6 +21,7 @@ class Checkpoint:
 
     folder: Path
     identity: Identity
+    policy: str | None = None  # fingerprint of the artifact in the store, if it is one
 
     def tokenizer(self) -> Any:
         """The tokenizer of the folder."""

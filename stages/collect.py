@@ -127,6 +127,7 @@ def begin(
             student=str(student.folder),
             teacher=None if teacher is None else str(teacher.folder),
             made_by=made_by,
+            policy=student.policy,
         )
         for unit in sorted({*to_generate, *to_score})
     ]

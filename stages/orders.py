@@ -28,9 +28,10 @@ class Order:
     unit: int
     rollouts: str  # fingerprint of the rollouts artifact
     scores: str | None  # fingerprint of the scores artifact; None: only sample
-    student: str  # checkpoint folder
+    student: str  # checkpoint folder; on another node that of a policy may not be there
     teacher: str | None  # checkpoint folder
     made_by: str  # id of the run that orders it
+    policy: str | None = None  # fingerprint of the student, where it is a policy of the store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ nothing but the store and a checkpoint folder.
 """
 
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -70,15 +70,24 @@ class UnitWorker:
         """Make the unit of one order, or pass it on if it is committed."""
         raise NotImplementedError
 
-    def engine(self, folder: str, expected_identity: str, settings: dict[str, Any]) -> Engine:
-        """The engine with the weights the recipe asks for.
+    def student_folder(self, order: Order) -> Path:
+        """The student's checkpoint on this node; a policy of a remote store is fetched."""
+        if order.policy is None:
+            return Path(order.student)
+        return self.store.policy_by_fingerprint(order.policy).folder()
+
+    def engine(
+        self, find: Callable[[], Path], expected_identity: str, settings: dict[str, Any]
+    ) -> Engine:
+        """The engine with the weights the recipe asks for; `find` names their folder.
 
         Raises:
             UserError: the folder holds other weights.
         """
         if self._loaded == expected_identity and self._engine is not None:
             return self._engine
-        found = identify(Path(folder)).fingerprint
+        folder = find()
+        found = identify(folder).fingerprint
         if found != expected_identity:
             raise UserError(
                 f"checkpoint {folder} is {found[:12]}; the recipe asks for "
@@ -88,13 +97,13 @@ class UnitWorker:
         if self._engine is None:
             self._engine = open_engine(
                 engine=settings["engine"],
-                folder=Path(folder),
+                folder=folder,
                 dtype=settings["dtype"],
                 batch_rows=self.batch_rows,
                 vllm=self.vllm,
             )
         else:
-            self._engine.load(Path(folder))
+            self._engine.load(folder)
         self._loaded = expected_identity
         return self._engine
 
@@ -109,7 +118,8 @@ class GenerateUnits(UnitWorker):
             return worked
         start, cpu = time.time(), time.process_time()
         settings = rollouts.recipe.settings
-        engine = self.engine(order.student, rollouts.recipe.inputs["student"], settings)
+        wanted = rollouts.recipe.inputs["student"]
+        engine = self.engine(lambda: self.student_folder(order), wanted, settings)
         sampling = {
             "window_tokens": settings["window_tokens"],
             "temperature": settings["temperature"],
@@ -176,7 +186,8 @@ class ScoreUnits(UnitWorker):
             scores.condemn(order.unit)
         start, cpu = time.time(), time.process_time()
         settings = scores.recipe.settings
-        engine = self.engine(order.teacher, scores.recipe.inputs["teacher"], settings)
+        teacher = Path(order.teacher)
+        engine = self.engine(lambda: teacher, scores.recipe.inputs["teacher"], settings)
         batch = rollouts_batch(rollouts.read_unit(order.unit))
         codec = build_codec(**settings["codec"])
         asked = {
@@ -236,7 +247,7 @@ class ScoreUnits(UnitWorker):
                 self.store,
                 scores.recipe,
                 rollouts.recipe,
-                student=Path(order.student),
+                student=self.student_folder(order),
                 teacher=Path(order.teacher),
             )
             self._aligner = (scores.fingerprint, made)

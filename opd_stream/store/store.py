@@ -91,6 +91,17 @@ class Store:
         Raises:
             UserError: the store has none with this fingerprint.
         """
+        return self.artifact(self._recipe_of(kind, fingerprint))
+
+    def policy_by_fingerprint(self, fingerprint: str) -> PolicyArtifact:
+        """A trained policy that was started before.
+
+        Raises:
+            UserError: as `by_fingerprint`.
+        """
+        return self.policy(self._recipe_of("policies", fingerprint))
+
+    def _recipe_of(self, kind: Kind, fingerprint: str) -> Recipe:
         path = self.root / kind / fingerprint[:16] / "recipe.json"
         if not path.exists():
             check_there(self.root)
@@ -98,7 +109,7 @@ class Store:
                 f"the store {self.root} has no {kind}/{fingerprint[:16]}; "
                 "run the stage that makes it, or set store to the folder that has it"
             )
-        return Artifact(self.root, recipe_from_json(read_json(path), str(path)))
+        return recipe_from_json(read_json(path), str(path))
 
     def identify(self, checkpoint: Path) -> Identity:
         """The identity of a checkpoint folder, remembering digests of unchanged files."""
