@@ -33,8 +33,8 @@ class Evaluator:
     executor: Executor
     run_id: str
     progress: Progress
+    reach: Callable[[set[str]], object]  # told names of artifacts before they are worked on
     spans: list[Span] = field(default_factory=list)
-    reached: set[str] = field(default_factory=set)  # names of artifacts
 
     def measure(
         self,
@@ -50,14 +50,16 @@ class Evaluator:
         evaluation = self.config.evaluation
         assert evaluation is not None
         for part in evaluation.parts().values():
+            prompts = evaluation_prompts(self.store, part, student)
             rollouts = evaluation_rollouts(
                 self.store,
                 self.config,
                 part,
-                prompts=evaluation_prompts(self.store, part, student),
+                prompts=prompts,
                 student=student,
                 stop_ids=stop_ids,
             )
+            self.reach({prompts.name, rollouts.name})
             start_rollouts(
                 self.store, rollouts.recipe, prompts_per_unit=self.config.prompts_per_unit
             )
@@ -73,7 +75,6 @@ class Evaluator:
             if work.orders:
                 meanwhile()
             self.spans += finish(self.executor, work, self.progress, name="evaluate")
-            self.reached.add(rollouts.name)
             evaluate(self.store, part, rollouts, student)
 
 

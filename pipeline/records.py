@@ -16,7 +16,7 @@ from pipeline.evaluation import known_evaluation
 from pipeline.reports import round_report, summary
 from pipeline.run_directory import RunDirectory, is_below
 from pipeline.setup import Setup
-from pipeline.walk import Round, checkpoint_of, probe_artifacts, walk
+from pipeline.walk import ReplaySource, Round, checkpoint_of, probe_artifacts, walk
 from stages.checkpoints import Checkpoint
 
 
@@ -83,7 +83,7 @@ class Records:
         self.setup.store.add_to_run(
             self.run_id,
             self.directory.path,
-            reached(self.setup, here),
+            given(self.setup) | reached(self.setup, here),
             shared=_name_of_run(self.setup),
         )
 
@@ -101,10 +101,27 @@ class Records:
 
 
 def reached(setup: Setup, here: Round) -> set[str]:
-    """The names of a round's artifacts."""
+    """The names of a round's artifacts, whether they exist or not."""
     probe = () if here.probe is None else probe_artifacts(setup, here.probe)
-    caches = [part for cache in here.caches for part in (cache.rollouts, cache.scores)]
+    ahead = () if here.ahead is None else (here.ahead,)
+    caches = [part for cache in (*here.caches, *ahead) for part in (cache.rollouts, cache.scores)]
     return {artifact.name for artifact in (*caches, *probe, here.policy)}
+
+
+def given(setup: Setup) -> set[str]:
+    """The names of what a run finds made: its prompts, and what all rounds of a replay read.
+
+    Raises:
+        UserError: some of a replay is not in the store, or not of one teacher.
+    """
+    config, names = setup.config, {setup.prompts.name}
+    if setup.crossing is not None:
+        names.add(f"prompts/{setup.crossing.inputs['prompts'][:16]}")
+    if config.replay is not None:
+        source = ReplaySource(setup, config.replay)
+        caches = [cache for index in range(config.rounds) for cache in source.caches(index)]
+        names |= {part.name for cache in caches for part in (cache.rollouts, cache.scores)}
+    return names
 
 
 def _name_of_run(setup: Setup) -> str:

@@ -15,7 +15,7 @@ from opd_stream.store.artifact import DamagedUnit
 from pipeline.caches import Cache, scores_of
 from pipeline.evaluation import Evaluator
 from pipeline.plan import is_due
-from pipeline.records import Records, reached
+from pipeline.records import Records, given, reached
 from pipeline.reports import Span, busy_seconds
 from pipeline.run_directory import RunDirectory
 from pipeline.setup import Setup, open_setup
@@ -45,6 +45,11 @@ class Session:
     started: float = field(default_factory=time.time)
     reached: set[str] = field(default_factory=set)  # names of artifacts
 
+    def reach(self, names: set[str]) -> None:
+        """Tell the store what is about to be read or made, so that `gc` leaves it."""
+        self.reached |= names
+        self.setup.store.add_to_run(self.run_id, self.directory.path, self.reached)
+
 
 def run(config: Config, directory: RunDirectory, progress: Progress) -> dict[str, Any]:
     """Run or continue the whole loop; returns the summary.
@@ -69,20 +74,21 @@ def run(config: Config, directory: RunDirectory, progress: Progress) -> dict[str
             progress=progress,
             started=started,
         )
+        session.reach(given(setup))
         if config.evaluation is not None:
             evaluate_policy(session, setup.student)
         if not directory.summary():
             records.write_summary(reports, _calls(session, earlier))
         for here in walk(setup):
+            session.reach(reached(setup, here))
             directory.write_plan(here)
             if not has_policy(session, here):
                 train_round(session, here)
             if is_due(config, here.index):
                 evaluate_policy(session, checkpoint_of(here.policy))
-            session.reached |= reached(setup, here)
-            setup.store.record_run(run_id, directory.path, session.reached)
             reports.append(records.write_round(here))
             records.write_summary(reports, _calls(session, earlier))
+        setup.store.record_run(run_id, directory.path, session.reached)  # and no more
     return records.write_summary(reports, _calls(session, earlier))
 
 
@@ -262,10 +268,10 @@ def evaluate_policy(session: Session, student: Checkpoint) -> None:
         executor=session.executor,
         run_id=session.run_id,
         progress=session.progress,
+        reach=session.reach,
     )
     evaluator.measure(student, session.setup.stop_ids, _import_training)
     session.spans += evaluator.spans
-    session.reached |= evaluator.reached
 
 
 def _calls(session: Session, earlier: dict[str, float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from opd_stream.config import Config
@@ -122,14 +123,18 @@ def run_evaluation(
         check_evaluation(config, store, student)
     run_id = run_id or directory.join(config)
     with store.watched(), open_executor(config, ("student",)) as executor:
+        # A record of its own: that of the run says what its rounds reach, and no more at its end.
         evaluator = Evaluator(
-            config=config, store=store, executor=executor, run_id=run_id, progress=progress
+            config=config,
+            store=store,
+            executor=executor,
+            run_id=run_id,
+            progress=progress,
+            reach=partial(store.add_to_run, f"{run_id}-evaluate", directory.path),
         )
         evaluator.measure(student, stop_ids)
     found = known_evaluation(config, store, student, stop_ids, store.ids_of_run(run_id))
     assert found is not None  # measured above
-    # A record of its own: the run's own says what its rounds reach, and is written anew by each.
-    store.add_to_run(f"{run_id}-evaluate", directory.path, evaluator.reached)
     if setup is not None and directory.is_of(config):
         Records(setup=setup, directory=directory, run_id=run_id).write()
     if out is not None:

@@ -155,4 +155,4 @@ def test_garbage_collection_leaves_what_stages_made(apart: Path) -> None:
     assert garbage(Store(apart / "store"), grace_seconds=0.0) == []
     records = [json.loads(path.read_text()) for path in (apart / "store" / "runs").iterdir()]
     names = {name.partition("/")[0] for record in records for name in record["artifacts"]}
-    assert names == {"rollouts", "scores", "policies"}
+    assert names == {"prompts", "rollouts", "scores", "policies"}
