@@ -218,7 +218,7 @@ def train_policy(session: Session, here: Round) -> None:
     from stages.train_job import TrainJob
 
     config, start = session.setup.config, time.time()
-    optimizer = None if here.previous is None else here.previous.folder() / OPTIMIZER
+    optimizer = None if here.previous is None else here.previous.folder("training") / OPTIMIZER
     author = here.caches[-1].rollouts.recipe.inputs.get("student")
     train(
         TrainJob(

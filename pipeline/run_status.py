@@ -7,7 +7,6 @@ time they were made, and rounds are named as the run itself names them.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from opd_stream.store.artifact import Artifact, Commit
 from pipeline.caches import Cache
@@ -16,12 +15,10 @@ from pipeline.plan import is_due, plan_round
 from pipeline.reports import busy_seconds
 from pipeline.run_directory import RunDirectory
 from pipeline.setup import Setup
-from pipeline.walk import Round, checkpoint_of, probe_artifacts, walk
+from pipeline.walk import Round, named, probe_artifacts, walk
 from stages.checkpoints import Checkpoint
 from stages.evaluate import evaluation_result, evaluation_rollouts
 from stages.prompts import prompts_artifact
-
-named = partial(checkpoint_of, fetch=False)  # without a copy of a remote policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,10 +9,10 @@ from opd_stream.config import Config
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.policy import PolicyArtifact
 from pipeline.run_directory import RunDirectory
-from pipeline.run_status import StatusReader, named
+from pipeline.run_status import StatusReader
 from pipeline.setup import Setup, open_to_look
 from pipeline.status_table import status_json, table_of, watch
-from pipeline.walk import walk
+from pipeline.walk import named, walk
 
 
 def status_lines(config: Config) -> list[str]:

@@ -8,6 +8,7 @@ same way.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from opd_stream.errors import UserError
 from opd_stream.staleness import may_run_ahead
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import read_json
-from opd_stream.store.policy import Identity, PolicyArtifact
+from opd_stream.store.policy import Identity, Part, PolicyArtifact
 from opd_stream.store.recipe import Recipe
 from pipeline.caches import Cache, Kept, fresh_cache, refreshed_caches, scores_of
 from pipeline.plan import RoundPlan, plan_ahead, plan_round
@@ -59,13 +60,13 @@ class Round:
         return next((cache for cache in self.caches if cache.origin == "fresh"), None)
 
 
-def checkpoint_of(policy: PolicyArtifact, *, fetch: bool = True) -> Checkpoint:
-    """The checkpoint that a train stage published, on this machine.
-
-    Without `fetch` that of a remote store is named but not copied.
-    """
-    folder = policy.folder(fetch=fetch).resolve()
+def checkpoint_of(policy: PolicyArtifact, part: Part = "model") -> Checkpoint:
+    """The checkpoint that a train stage published; this part of a remote one is on this machine."""
+    folder = policy.folder(part).resolve()
     return Checkpoint(folder=folder, identity=identity_of(policy), policy=policy.fingerprint)
+
+
+named = partial(checkpoint_of, part="name")
 
 
 def walk(

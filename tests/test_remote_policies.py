@@ -9,16 +9,24 @@ import pytest
 pytest.importorskip("upath", reason="pip install 'opd-stream[s3]' brings remote stores")
 
 from opd_stream.config import Config
-from pipeline.rounds import Session, make_caches
+from opd_stream.errors import UserError
+from opd_stream.store.inventory import problems
+from pipeline.rounds import Session, has_policy, make_caches
 from pipeline.run_directory import RunDirectory
 from pipeline.setup import open_setup
 from pipeline.stage_commands import run_stage
-from pipeline.walk import walk
+from pipeline.walk import Round, walk
 from stages.executors import LocalExecutor
 from stages.orders import Order, Worked, worked_of
 from stages.progress import Silent
 from stages.units import GenerateUnits
 from tests.conftest import small_config
+
+
+def spoil(path: Path) -> None:
+    """Other bytes in a file of the same length."""
+    data = path.read_bytes()
+    path.write_bytes(data[:100] + bytes(9) + data[109:])
 
 
 @pytest.fixture
@@ -82,3 +90,47 @@ def test_a_worker_on_another_node_fetches_the_policy_it_samples_from(
     assert worked.problem is None
     assert worked.generated_tokens > 0
     assert list(copies.rglob("model.safetensors"))
+
+
+def first_round(config: Config, folder: Path) -> tuple[Session, Round]:
+    """The round that is done, and a call that looks at it."""
+    setup = open_setup(config)
+    session = Session(
+        setup=setup,
+        directory=RunDirectory(folder / "run"),
+        run_id="test",
+        executor=LocalExecutor(config),
+        progress=Silent(),
+    )
+    return session, next(walk(setup))
+
+
+def test_a_damaged_copy_is_fetched_again_and_the_policy_stays(
+    trained: Config, tmp_path: Path
+) -> None:
+    session, here = first_round(trained, tmp_path)
+    for name in ("model.safetensors", "optimizer/tensors.safetensors"):
+        copy = here.policy.folder("name") / name
+        good = copy.read_bytes()
+        spoil(copy)
+        assert has_policy(session, here)
+        assert copy.read_bytes() == good
+        spoil(copy)
+        assert list(problems(session.setup.store)) == []
+        assert copy.read_bytes() == good
+    (here.policy.folder("name") / "model.safetensors").unlink()
+    assert has_policy(session, here)
+
+
+def test_a_policy_damaged_in_the_store_is_taken_out(trained: Config, tmp_path: Path) -> None:
+    session, here = first_round(trained, tmp_path)
+    folder = here.policy.folder("name")
+    spoil(here.policy.artifact_folder / folder.name / "model.safetensors")
+    assert has_policy(session, here)  # this machine's copy is whole
+    spoil(folder / "model.safetensors")
+    (problem,) = problems(session.setup.store)
+    assert "model.safetensors" in problem
+    with pytest.raises(UserError, match=r"is damaged in the store \(model.safetensors"):
+        here.policy.folder()
+    assert not has_policy(session, here)
+    assert not here.policy.is_complete()

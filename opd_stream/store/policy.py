@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from opd_stream.errors import UserError
 from opd_stream.store.files import (
@@ -141,11 +141,26 @@ def tokenizer_digest(folder: Path) -> str:
     return _digest_files(files, sha256_file)
 
 
+class DamagedPolicy(UserError):
+    """A published file of a policy in an object store that is missing or not the published one."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"{name} is damaged in the store ({reason}); run `train` of its round again, or the "
+            "whole run: it is trained again"
+        )
+        self.reason = reason
+
+
+# Files of a policy: none; all but weights; what an engine loads; that and what only training reads.
+Part = Literal["name", "texts", "model", "training"]
+
+
 class PolicyArtifact:
     """The policy that a train stage makes.
 
     Libraries read and write checkpoints as local folders. Where the store is an object store,
-    `local` holds the attempt until it is uploaded, and a verified copy of what was published.
+    `local` holds the attempt until it is uploaded, and verified copies of published files.
     """
 
     def __init__(self, root: Path, recipe: Recipe, *, local: Path) -> None:
@@ -165,16 +180,32 @@ class PolicyArtifact:
         recipe_from_json(manifest, f"{self.name}/manifest.json")
         return manifest
 
-    def folder(self, *, fetch: bool = True) -> Path:
+    def folder(self, part: Part = "model") -> Path:
         """The Hugging Face folder of the published attempt, on this machine.
 
-        Without `fetch` only its name: where the store is remote it may not be there.
+        Args:
+            part: which of its files have to be there; the others of a remote store may not be.
+
+        Raises:
+            DamagedPolicy: a file in an object store is not the published one.
         """
         manifest = self.manifest()
         folder = inside(self._local_folder, manifest["folder"])
-        if fetch and is_remote(self.artifact_folder) and not folder.exists():
-            _download(self.artifact_folder / manifest["folder"], manifest["files"], folder)
+        if is_remote(self.artifact_folder):
+            source = self.artifact_folder / manifest["folder"]
+            for name, expected in manifest["files"].items():
+                if _is_of(part, name) and not inside(folder, name).exists():
+                    self._fetch(source, folder, name, expected)
         return folder
+
+    def _fetch(self, source: Path, folder: Path, name: str, expected: str) -> None:
+        try:
+            data = verified_bytes(inside(source, name), expected)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise DamagedPolicy(self.name, f"{name}: {error}") from error
+        publish(inside(folder, name), data)
 
     def new_attempt(self) -> Path:
         """An empty local folder to fill before `publish`."""
@@ -207,14 +238,20 @@ class PolicyArtifact:
                 remove_tree(self.artifact_folder / attempt.name)
 
     def damage(self, *, cache: Path) -> str | None:
-        """What is wrong with the published files, or None; `cache` as in `identify`."""
-        manifest = self.manifest()
-        try:
-            folder = self.folder()
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            return str(error)
+        """What is wrong with the published files, or None; `cache` as in `identify`.
+
+        Of a remote store what lies here is a copy: a damaged one is fetched again.
+        """
+        manifest, folder = self.manifest(), self.folder("name")
+        if is_remote(self.artifact_folder):
+            for name, expected in manifest["files"].items():
+                copy = inside(folder, name)
+                if copy.is_file() and _digest_file(copy, cache) != expected:
+                    copy.unlink()
+            try:
+                self.folder("training")
+            except DamagedPolicy as damaged:
+                return damaged.reason
         for name, expected in manifest["files"].items():
             path = inside(folder, name)
             if not path.is_file():
@@ -231,26 +268,11 @@ class PolicyArtifact:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _download(source: Path, files: dict[str, str], folder: Path) -> None:
-    """Copy verified files to a local folder that appears whole.
-
-    Raises:
-        ValueError: a file is missing or not the published one.
-    """
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-    for name, expected in files.items():
-        try:
-            data = verified_bytes(inside(source, name), expected)
-        except ValueError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, UserError):
-                raise
-            raise ValueError(f"{name}: {error}") from error
-        publish(inside(temporary, name), data)
-    try:
-        temporary.rename(folder)
-    except OSError:  # another process was first
-        shutil.rmtree(temporary)
+def _is_of(part: Part, name: str) -> bool:
+    """Whether a file, by its name in the folder, is of a part."""
+    if part in ("name", "training"):
+        return part == "training"
+    return "/" not in name and (part == "model" or not name.endswith(".safetensors"))
 
 
 def _digest_files(paths: list[Path], digest: Callable[[Path], str]) -> str:
