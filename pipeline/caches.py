@@ -7,7 +7,7 @@ run and another machine come to the same artifacts.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from opd_stream.drift import DriftSums
@@ -112,6 +112,38 @@ def fresh_cache(
             for unit, (first, last) in enumerate(ranges or ())
         ),
     )
+
+
+def bases_of(setup: Setup, cache: Cache, students: Sequence[Checkpoint]) -> tuple[Cache, ...]:
+    """What an extension continues, what that continues, and so on; the first rollouts first.
+
+    Args:
+        setup: of the run.
+        cache: of a round of it.
+        students: that each round up to that one started from.
+    """
+    recipe = cache.rollouts.recipe
+    if "extends" not in recipe.settings:
+        return ()
+    rollouts = setup.store.by_fingerprint("rollouts", recipe.inputs["rollouts"])
+    continued = cache.scores.recipe.inputs.get("scores")
+    scores = (
+        setup.store.artifact(scores_of(setup, rollouts.recipe))  # aligned ones continue none
+        if continued is None
+        else setup.store.by_fingerprint("scores", continued)
+    )
+    authors = [student.identity.fingerprint for student in students]
+    made_in = authors.index(rollouts.recipe.inputs["student"])
+    base = replace(
+        cache,
+        rollouts=rollouts,
+        scores=scores,
+        origin="kept",
+        made_in=made_in,
+        student=students[made_in],
+        slots=(),
+    )
+    return (*bases_of(setup, base, students), base)
 
 
 def scores_of(setup: Setup, rollouts: Recipe, *, extends: str | None = None) -> Recipe:

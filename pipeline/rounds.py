@@ -12,7 +12,7 @@ from typing import Any
 from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit
-from pipeline.caches import Cache, scores_of
+from pipeline.caches import Cache, bases_of, scores_of
 from pipeline.evaluation import Evaluator
 from pipeline.plan import is_due
 from pipeline.records import Records, given, reached
@@ -142,10 +142,19 @@ def make_caches(
     )
     for cache in here.caches:
         if cache.made_in == here.index or not cache.is_complete():
+            _mend_bases(session, here, cache, score=score)
             name = "extend" if cache.origin == "extended" else "generate"
             _finish(session, _begin(session, cache, score=score, shuffle=shuffle), name)
     if here.probe is not None:
         _make_probe(session, here, score=score)
+
+
+def _mend_bases(session: Session, here: Round, cache: Cache, *, score: bool) -> None:
+    """Make again what is damaged of what an extension continues, by who made it."""
+    for base in bases_of(session.setup, cache, here.students):
+        work = _begin(session, base, score=score, shuffle=False)
+        if work.orders:
+            _finish(session, work, "generate")
 
 
 def _begin_ahead(session: Session, here: Round) -> None:

@@ -16,7 +16,7 @@ from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit, summed_counts
 from opd_stream.store.files import publish
-from pipeline.caches import Cache
+from pipeline.caches import Cache, bases_of
 from pipeline.evaluation import Evaluator, figure_lines, known_evaluation, open_policy
 from pipeline.plan import plan_ahead
 from pipeline.records import Records
@@ -169,7 +169,7 @@ def _policy_of(setup: Setup, round_index: int) -> Checkpoint:
 
 def _score(session: Session, here: Round, *, follow: bool) -> str:
     """Score what the student's machines have published, until the round is scored."""
-    for cache in _new_caches(session, here):
+    for cache in _to_score(session, here, follow=follow):
         if not follow:
             _need(cache.rollouts.is_complete(), here, "generate", "rollouts")
         _wait(session, cache.rollouts.is_started, f"{cache.rollouts.name} to be started")
@@ -191,6 +191,21 @@ def _score(session: Session, here: Round, *, follow: bool) -> str:
                 _check_rollouts(cache, here, follow=follow)
                 time.sleep(POLL_SECONDS)
     return f"{_names(here, 'scores')} complete"
+
+
+def _to_score(session: Session, here: Round, *, follow: bool) -> Iterator[Cache]:
+    """The caches that a round needs, each after those it continues, without what is damaged."""
+    for cache in _new_caches(session, here):
+        bases = () if cache.is_complete() else bases_of(session.setup, cache, here.students)
+        for base in bases:
+            rollouts, lost = base.rollouts, missing_units(base.rollouts, session.progress)
+            if lost and follow:
+                _wait(session, rollouts.is_complete, f"units {lost[:8]} of {rollouts.name}")
+            what = f"rollouts (units {lost[:8]} of {rollouts.name} are missing)"
+            _need(follow or not lost, here, "generate", what)
+            missing_units(base.scores, session.progress)
+            yield base
+        yield cache
 
 
 def _check_rollouts(cache: Cache, here: Round, *, follow: bool) -> None:

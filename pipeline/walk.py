@@ -34,6 +34,7 @@ class Round:
 
     plan: RoundPlan
     student: Checkpoint  # samples the rollouts and is trained
+    students: tuple[Checkpoint, ...]  # that each round up to this one started from
     previous: PolicyArtifact | None  # made `student`; None in round 0
     caches: tuple[Cache, ...]  # what it trains on
     unit_decisions: tuple[dict[str, Any], ...]  # about the units of the round before
@@ -129,6 +130,7 @@ def walk(
             probe=probe,
             decision=decision,
             student=student,
+            students=tuple(students),
             previous=previous,
             caches=caches,
             unit_decisions=kept.decisions,
