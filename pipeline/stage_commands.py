@@ -174,6 +174,7 @@ def _score(session: Session, here: Round, *, follow: bool) -> str:
             _need(cache.rollouts.is_complete(), here, "generate", "rollouts")
         _wait(session, cache.rollouts.is_started, f"{cache.rollouts.name} to be started")
         scores = start_scores(session.setup.store, cache.scores.recipe, cache.rollouts)
+        is_verified = False
         while not scores.is_complete():
             work = begin(
                 session.executor,
@@ -185,7 +186,9 @@ def _score(session: Session, here: Round, *, follow: bool) -> str:
                 progress=session.progress,
                 generate=False,
                 shuffle=True,
+                verify=not is_verified,
             )
+            is_verified = True
             session.spans += finish(session.executor, work, session.progress)
             if not scores.is_complete():
                 _check_rollouts(cache, here, follow=follow)

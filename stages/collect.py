@@ -72,13 +72,16 @@ def start_scores(store: Store, recipe: Recipe, rollouts: Artifact) -> Artifact:
     return artifact
 
 
-def missing_units(artifact: Artifact, progress: Progress) -> list[int]:
-    """The units to make; a damaged one is named, taken out and made again, alone."""
+def missing_units(artifact: Artifact, progress: Progress, *, verify: bool = True) -> list[int]:
+    """The units to make; a damaged one is named, taken out and made again, alone.
+
+    Without `verify` no shard is read: what is committed is taken as whole.
+    """
     missing: list[int] = []
     for unit in artifact.units():
         if artifact.commit_record(unit) is None:
             missing.append(unit)
-        elif (reason := artifact.damage(unit)) is not None:
+        elif verify and (reason := artifact.damage(unit)) is not None:
             progress.say(
                 f"warning: unit {unit} of {artifact.name} is damaged ({reason}); it is made again"
             )
@@ -98,6 +101,7 @@ def begin(
     progress: Progress,
     generate: bool = True,
     shuffle: bool = False,
+    verify: bool = True,
 ) -> Collection:
     """Order what is missing of rollouts and scores; the workers start at once, where there are any.
 
@@ -111,12 +115,14 @@ def begin(
         progress: told of damaged units.
         generate: False: score only what is published.
         shuffle: an order of its own, so that several machines on one artifact share the work.
+        verify: read what is committed; False: that was done before.
     """
-    to_generate = missing_units(rollouts, progress) if generate else []
+    to_generate = missing_units(rollouts, progress, verify=verify) if generate else []
     to_score: list[int] = []
     if scores is not None:
         stale = _scored_from_other_bytes(rollouts, scores)
-        to_score = sorted({*missing_units(scores, progress), *stale, *to_generate})
+        missing = missing_units(scores, progress, verify=verify)
+        to_score = sorted({*missing, *stale, *to_generate})
         if not generate:
             to_score = [unit for unit in to_score if rollouts.commit_record(unit) is not None]
     orders = [

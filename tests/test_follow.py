@@ -1,0 +1,57 @@
+"""A stage that follows another asks for what is new, and does not read again what it has read."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from opd_stream.store.artifact import Artifact
+from pipeline import stage_commands
+from pipeline.run_directory import RunDirectory
+from pipeline.setup import open_setup
+from pipeline.stage_commands import run_stage
+from pipeline.walk import walk
+from stages.collect import start_rollouts
+from stages.orders import Order, Worked
+from stages.progress import Silent
+from stages.units import GenerateUnits
+from tests.conftest import small_config
+
+
+def test_scoring_reads_a_shard_once_however_often_it_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(tmp_path, "evaluation=null", "prompts_per_unit=2")
+    setup = open_setup(config)
+    (cache,) = next(walk(setup)).caches
+    rollouts = start_rollouts(setup.store, cache.rollouts.recipe, prompts_per_unit=2)
+    waiting = list(rollouts.units())
+    student = GenerateUnits(setup.store.address, 8, 1, {})
+    read: Counter[tuple[str, int]] = Counter()
+    damage = Artifact.damage
+
+    def one_more(_: float) -> None:
+        order = Order(
+            unit=waiting.pop(0),
+            rollouts=rollouts.fingerprint,
+            scores=None,
+            student=str(setup.student.folder),
+            teacher=None,
+            made_by="another machine",
+        )
+        student(Worked(order=order).as_table())
+        rollouts.finish()
+
+    def counted(self: Artifact, unit: int) -> str | None:
+        read[self.recipe.kind, unit] += 1
+        return damage(self, unit)
+
+    monkeypatch.setattr(stage_commands.time, "sleep", one_more)
+    monkeypatch.setattr(Artifact, "damage", counted)
+    directory = RunDirectory(tmp_path / "run")
+    run_stage("score", config, directory, round_index=0, progress=Silent(), follow=True)
+    assert not waiting
+    assert cache.is_complete()
+    assert max((count for (kind, _), count in read.items() if kind == "scores"), default=0) <= 1
+    monkeypatch.undo()
+    assert [cache.scores.damage(unit) for unit in cache.scores.units()] == [None] * 4
