@@ -6,6 +6,7 @@ writes the same.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from pipeline.run_directory import RunDirectory, is_below
 from pipeline.setup import Setup
 from pipeline.walk import ReplaySource, Round, checkpoint_of, probe_artifacts, walk
 from stages.checkpoints import Checkpoint
+
+read = partial(checkpoint_of, part="texts")  # what a report says of a policy needs no weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +38,7 @@ class Records:
         report = round_report(
             here,
             self.setup.store.ids_of_run(self.run_id),
-            self._evaluation(checkpoint_of(here.policy)),
+            self._evaluation(read(here.policy)),
             () if here.probe is None else probe_artifacts(self.setup, here.probe),
             self.setup.teacher,
         )
@@ -69,7 +72,7 @@ class Records:
     def write(self) -> None:
         """All finished rounds and the summary, whoever made them."""
         reports: list[dict[str, Any]] = []
-        for here in walk(self.setup):
+        for here in walk(self.setup, opened=read):
             if here.policy.is_complete():
                 self.directory.write_plan(here)
                 reports.append(self.write_round(here))

@@ -100,7 +100,7 @@ def round_report(
             "version": here.index + 1,
             "fingerprint": here.policy.fingerprint,
             "weights_sha256": manifest["weights_sha256"],
-            "folder": str(here.policy.folder()),
+            "folder": str(here.policy.folder("name")),
         },
         "caches": [cache.as_json() for cache in here.caches],
         "evaluation": evaluation,

@@ -180,7 +180,7 @@ class RunDirectory:
 
     def add_metrics(self, here: Round) -> None:
         """Take the metrics of a round over from its policy, unless they are here already."""
-        published = (here.policy.folder() / "metrics.jsonl").read_text()
+        published = (here.policy.folder("texts") / "metrics.jsonl").read_text()
         found = self.metrics.read_text() if self.metrics.exists() else ""
         lines = [line for line in found.splitlines(keepends=True) if line.endswith("\n")]
         before = [line for line in lines if json.loads(line)["round"] < here.index]

@@ -23,7 +23,7 @@ from pipeline.records import Records
 from pipeline.rounds import Session, has_policy, make_caches, train_policy
 from pipeline.run_directory import RunDirectory
 from pipeline.setup import Setup, check_evaluation, open_setup, open_store
-from pipeline.walk import Round, checkpoint_of, probe_artifacts, walk
+from pipeline.walk import Round, checkpoint_of, named, probe_artifacts, walk
 from stages.checkpoints import Checkpoint
 from stages.collect import begin, finish, missing_units, start_scores
 from stages.executors import Role, open_executor
@@ -290,7 +290,7 @@ def _find_round(setup: Setup, round_index: int, *, train: bool = True) -> Round:
             f"{setup.config.rounds - 1}; choose one of them"
         )
     reached = 0
-    for here in walk(setup):
+    for here in walk(setup, opened=named):
         if here.index == round_index:
             return here
         reached = here.index

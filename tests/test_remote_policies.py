@@ -11,11 +11,12 @@ pytest.importorskip("upath", reason="pip install 'opd-stream[s3]' brings remote 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.inventory import problems
+from opd_stream.store.policy import PolicyArtifact
 from pipeline.rounds import Session, has_policy, make_caches
 from pipeline.run_directory import RunDirectory
 from pipeline.setup import open_setup
 from pipeline.stage_commands import run_stage
-from pipeline.walk import Round, walk
+from pipeline.walk import Round, named, walk
 from stages.executors import LocalExecutor
 from stages.orders import Order, Worked, worked_of
 from stages.progress import Silent
@@ -134,3 +135,31 @@ def test_a_policy_damaged_in_the_store_is_taken_out(trained: Config, tmp_path: P
         here.policy.folder()
     assert not has_policy(session, here)
     assert not here.policy.is_complete()
+
+
+def copied(copies: Path, policy: PolicyArtifact) -> set[str]:
+    """What of a policy's weights and training state is on a machine."""
+    found = {path.relative_to(copies) for path in copies.rglob("*.safetensors")}
+    own = [path for path in found if policy.name in path.as_posix()]
+    return {path.as_posix().partition("/attempt-")[2].partition("/")[2] for path in own}
+
+
+def test_a_stage_copies_the_policy_it_loads_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = f"memory://{uuid.uuid4().hex}"
+    config = small_config(tmp_path, f"store={store}", "rounds=3", "evaluation=null")
+    seen: dict[tuple[str, int], list[set[str]]] = {}
+    for number in range(3):
+        for stage in ("generate", "score", "train"):
+            copies = on_machine(tmp_path, f"{stage}-{number}", monkeypatch)
+            directory = RunDirectory(tmp_path / f"run-{stage}-{number}")
+            run_stage(stage, config, directory, round_index=number, progress=Silent())
+            policies = [here.policy for here in walk(open_setup(config), opened=named)]
+            seen[stage, number] = [copied(copies, policy) for policy in policies]
+    nothing, loaded = set[str](), {"model.safetensors"}
+    trains = {"model.safetensors", "optimizer/tensors.safetensors"}
+    assert seen["generate", 2] == [nothing, loaded, nothing]
+    assert seen["score", 2] == [nothing, nothing, nothing]
+    assert seen["train", 2] == [nothing, trains, trains]
+    assert len(RunDirectory(tmp_path / "run-train-2").reports()) == 3

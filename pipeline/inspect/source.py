@@ -79,7 +79,7 @@ class RoundSource:
         for recipe in self.store.recipes("policies"):
             policy = self.store.policy(recipe)
             if policy.is_complete() and policy.manifest()["tokenizer_sha256"] == expected:
-                return policy.folder()
+                return policy.folder("texts")
         found = "has another one" if student.is_dir() else "does not exist"
         raise UserError(
             f"the tokenizer of the rollouts (digest {str(expected)[:12]}) is missing: {student} "
