@@ -44,7 +44,12 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"config {path} does not exist; expected a YAML file; check the path")
     try:
-        raw: Any = yaml.safe_load(path.read_text()) or {}
+        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x} at {error.start}"
+        raise UserError(
+            f"{path} is not UTF-8 text ({found}); expected a YAML file; save it as UTF-8"
+        ) from error
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not valid YAML: {reason}; mend the file") from error
@@ -71,11 +76,16 @@ def _validated(raw: dict[str, Any], overrides: list[str], where: str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        problems = list(dict.fromkeys(_problem(details, raw) for details in error.errors()))
+        problems = problems_of(error, raw)
         lines = "\n".join(problems)
         raise UserError(
             lines if len(problems) == 1 else f"{len(problems)} problems in {where}:\n{lines}"
         ) from error
+
+
+def problems_of(error: ValidationError, raw: dict[str, Any]) -> list[str]:
+    """One line for each problem of a config: what was found, what was expected, what to do."""
+    return list(dict.fromkeys(_problem(details, raw) for details in error.errors()))
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from opd_stream.config import PLACEMENT, Config, counts_rounds
+from opd_stream.config_file import problems_of
 from opd_stream.errors import UserError
 from opd_stream.store.files import explained, publish, publish_new, read_json
 from opd_stream.store.recipe import differing_fields
@@ -98,7 +101,7 @@ class RunDirectory:
         """The config of an existing run.
 
         Raises:
-            UserError: the folder is no run.
+            UserError: the folder is no run, or its config is none of this version.
         """
         stored = self.path / "config.json"
         if not stored.is_file():
@@ -106,7 +109,16 @@ class RunDirectory:
                 f"{self.path} has no config.json; expected the folder of a run; name one below "
                 "runs/ that opd-stream made"
             )
-        return Config.model_validate(read_json(stored))
+        found = read_json(stored)
+        try:
+            return Config.model_validate(found)
+        except ValidationError as error:
+            problems = problems_of(error, found)
+            more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+            raise UserError(
+                f"{stored} was made by another version of opd-stream: "
+                f"{'; '.join(problems[:SHOWN])}{more}; look at the run with that version"
+            ) from error
 
     def plan(self, round_index: int) -> dict[str, Any]:
         """What a round will do or did, and the artifacts it names.

@@ -35,8 +35,17 @@ def main() -> None:
     except UserError as error:
         tell_error(str(error))
         sys.exit(2)
-    except Exception:
+    except Exception as error:
+        if _is_damage(error):
+            tell_error(f"{error}; continue the run that made it: that unit alone is made again")
+            sys.exit(2)
         if not is_json():
             raise
         LOG.exception("a defect of opd-stream")
         sys.exit(1)
+
+
+def _is_damage(error: Exception) -> bool:
+    from opd_stream.store.artifact import DamagedUnit
+
+    return isinstance(error, DamagedUnit)

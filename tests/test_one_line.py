@@ -1,0 +1,79 @@
+"""What a user can meet is one line and exit code 2, in every command that reads."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from opd_stream.store.store import Store
+from pipeline.rounds import run
+from pipeline.run_directory import RunDirectory
+from stages.progress import Silent
+from tests.conftest import Command, small_config
+
+PROGRESS = ("export:", "residual:")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    config = small_config(folder, "rounds=1", "evaluation=null")
+    run(config, RunDirectory(folder / "run"), Silent())
+    return folder
+
+
+def only_line(said: tuple[int, str, str]) -> str:
+    """The one line of a refusal."""
+    code, _, error = said
+    assert code == 2, error
+    assert "Traceback" not in error
+    (line,) = [line for line in error.splitlines() if not line.startswith(PROGRESS)]
+    assert line.startswith("opd-stream: ")
+    return line
+
+
+@pytest.mark.parametrize("command", ["export", "residual"])
+def test_a_damaged_shard(command: str, finished: Path, tmp_path: Path, opd_stream: Command) -> None:
+    shutil.copytree(finished / "store", tmp_path / "store")
+    (recipe,) = Store(tmp_path / "store").recipes("scores")
+    scores = Store(tmp_path / "store").artifact(recipe)
+    commit = scores.commit_record(1)
+    assert commit is not None
+    shard = scores.folder / commit.file
+    shard.write_bytes(shard.read_bytes()[:-9] + bytes(9))
+    out = [str(tmp_path / "out")] if command == "export" else []
+    line = only_line(opd_stream("cache", command, str(tmp_path / "store"), scores.name, *out))
+    assert f"unit 1 of {scores.name} is damaged" in line
+    assert "continue the run that made it" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("status", "RUN"), ("inspect", "RUN", "--worst", "1"), ("compare", "RUN", "RUN")],
+    ids=lambda words: words[0],
+)
+def test_a_run_of_another_version(
+    words: tuple[str, ...], finished: Path, tmp_path: Path, opd_stream: Command
+) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    config["train"]["momentum_of_a_later_version"] = 0.5
+    path.write_text(json.dumps(config))
+    folder = str(tmp_path / "run")
+    line = only_line(opd_stream(*(folder if word == "RUN" else word for word in words)))
+    assert f"{path} was made by another version" in line
+    assert "train.momentum_of_a_later_version" in line
+
+
+def test_a_config_that_is_not_utf_8(tmp_path: Path, opd_stream: Command) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("# Größe\nrounds: 1\n".encode("latin-1"))
+    line = only_line(opd_stream("run", str(path)))
+    assert f"{path} is not UTF-8 text (byte 0xf6 at 4)" in line
+    small_config(tmp_path)
+    above = tmp_path / "above.yaml"
+    above.write_text("base: latin.yaml\n")
+    assert f"{path} is not UTF-8 text" in only_line(opd_stream("plan", str(above)))
