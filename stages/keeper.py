@@ -22,6 +22,7 @@ from opd_stream.statistics import NAMES, by_position, drift_of, means
 from opd_stream.store.files import publish
 from opd_stream.store.reader import ScoredRows
 from stages.cache_units import bounds_of
+from stages.clock import Clock
 from stages.data_module import BatchPlan
 from stages.extrapolate import Extrapolate
 from stages.measure import measure_units
@@ -45,7 +46,9 @@ class Keeper(Callback):
         plan: BatchPlan,
         progress: Progress,
         extrapolate: Extrapolate | None,
+        clock: Clock,
     ) -> None:
+        self._clock = clock
         self._job, self._rows, self._plan, self._progress = job, rows, plan, progress
         self._steps_per_epoch = len(plan.epoch_steps(len(rows), 0))
         self._extrapolate = extrapolate
@@ -71,6 +74,7 @@ class Keeper(Callback):
             "epoch_sums": self._epoch_sums,
             "recent_sums": self._recent_sums,
             "decisions": self._decisions,
+            "spent": self._clock.spent(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -79,6 +83,7 @@ class Keeper(Callback):
         self._start, self._is_gated = state["start"], state["is_gated"]
         self._epoch_sums, self._recent_sums = state["epoch_sums"], state["recent_sums"]
         self._decisions = state["decisions"]
+        self._clock.add(state.get("spent", {"seconds": 0.0, "cpu_seconds": 0.0}))
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self._processes = trainer.world_size

@@ -8,7 +8,6 @@ are several processes of `stages.train_worker`, started by `stages.launch`.
 import logging
 import os
 import shutil
-import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from opd_stream.errors import UserError
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.tree import load_tree, save_tree
 from stages.audit import audit
+from stages.clock import Clock
 from stages.data_module import BatchPlan, CacheDataModule
 from stages.extrapolate import Extrapolate, load_base, save_base
 from stages.keeper import Keeper
@@ -54,7 +54,7 @@ def train(job: TrainJob, progress: Progress) -> None:
 def train_here(job: TrainJob, progress: Progress) -> None:
     """The same in this process, which may be one of several."""
     _quiet()
-    settings, started, cpu = job.config.train, time.time(), time.process_time()
+    settings, clock = job.config.train, Clock()
     torch.set_num_threads(settings.threads)
     rows, plan = job.rows(), job.plan()
     resumed = latest_checkpoint(Path(job.scratch))
@@ -83,7 +83,7 @@ def train_here(job: TrainJob, progress: Progress) -> None:
     is_first = os.environ.get("RANK", "0") == "0"
     decision = audit(job) if is_first else None
     extrapolate = _extrapolate(job, rows, plan)
-    keeper = Keeper(job, rows, plan, progress, extrapolate)
+    keeper = Keeper(job, rows, plan, progress, extrapolate, clock)
     if resumed is not None:
         if extrapolate is not None:
             extrapolate.load_state(resumed["extrapolation"])
@@ -109,8 +109,7 @@ def train_here(job: TrainJob, progress: Progress) -> None:
     outcome = {
         "window_decision": decision,
         "rows": len(rows),
-        "seconds": round(time.time() - started, 3),
-        "cpu_seconds": round(time.process_time() - cpu, 3),
+        **clock.spent(),
     }
     _publish(job, module, trainer, keeper, base=base, outcome=outcome)
 
