@@ -20,6 +20,7 @@ from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.store import Store
 from opd_stream.types import ScoreBatch
 from pipeline.doctor import cached, devices, prompts, trial
+from pipeline.doctor.devices import Gpu
 from pipeline.doctor.examination import SETUP, examine
 from pipeline.doctor.findings import Finding, Report
 from pipeline.rounds import run
@@ -227,9 +228,11 @@ def test_an_engine_that_changes_its_process_gets_its_own() -> None:
 def test_models_that_only_fit_in_16_bits_are_not_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "this_machine", lambda: machine(bytes=1_700_000))
+    small = Gpu(name="small", bytes=1_700_000, capability=(9, 0))
+    monkeypatch.setattr(devices, "this_machine", lambda: machine(small, small, small))
     half = ("student.dtype=bfloat16", "teacher.dtype=bfloat16", "train.lora={}")
-    report = examine(small_config(tmp_path, *half), quick=False)
+    apart = ("executor=ray", "pools.student.gpus=1", "pools.teacher.gpus=1")
+    report = examine(small_config(tmp_path, *half, *apart), quick=False)
     assert report.may_start
     assert "does not fit here in float32" in report.not_checked["sampler"]
 
