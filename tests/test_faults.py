@@ -107,7 +107,8 @@ def cluster() -> Iterator[Any]:
     """Three nodes on this machine: a head, and two that may run the teacher."""
     from ray.cluster_utils import Cluster
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    head = {"num_cpus": 2, "labels": {"pool": "student"}}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
         nodes.add_node(num_cpus=1, labels={"pool": "teacher"})
     try:
@@ -120,7 +121,9 @@ def test_a_lost_node_costs_a_run_nothing_but_time(tmp_path: Path, cluster: Any) 
     settings = (*FAKES, "prompts_per_unit=1")
     run(small_config(tmp_path / "local", *settings), RunDirectory(tmp_path / "r"), Silent())
     (tmp_path / "ray").mkdir()
-    command = ray_command(tmp_path / "ray", *settings, "pools.teacher.labels={pool: teacher}")
+    # Without a label the student's worker may take the place that the teacher's needs later.
+    labels = [f"pools.{role}.labels={{pool: {role}}}" for role in ("student", "teacher")]
+    command = ray_command(tmp_path / "ray", *settings, *labels)
     environment = {**os.environ, **SLOW, "RAY_ADDRESS": cluster.address}
     going = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
