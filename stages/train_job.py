@@ -97,8 +97,7 @@ class TrainJob:
         previous = self.policy["inputs"].get("optimizer")
         if previous is None:
             return None
-        store = self.store()
-        policy = store.policy(store.by_fingerprint("policies", previous).recipe)
+        policy = self.store().policy_by_fingerprint(previous)
         return policy.manifest()["outcome"]["start"]["floor"]
 
     def rows(self) -> ScoredRows:
