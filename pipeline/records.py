@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opd_stream.config import PLACEMENT
+from opd_stream.config import PLACEMENT, counts_rounds
 from opd_stream.store.files import canonical_json, sha256
 from opd_stream.store.recipe import differing_fields
 from pipeline.evaluation import known_evaluation
@@ -135,7 +135,8 @@ def _name_of_run(setup: Setup) -> str:
     config = setup.config
     settings = differing_fields(config.model_dump(), {})
     paths = [field for field, (value, _) in settings.items() if isinstance(value, Path)]
-    free = (*PLACEMENT, *paths, "evaluation")
+    grows = () if counts_rounds(config) else ("rounds",)
+    free = (*PLACEMENT, *paths, *grows, "evaluation")
     agreed = {
         field: value
         for field, (value, _) in differing_fields(config.model_dump(mode="json"), {}).items()

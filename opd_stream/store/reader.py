@@ -99,13 +99,13 @@ def open_scores(location: str | Path, *, memory_bytes: int = MEMORY_BYTES) -> "S
     Raises:
         UserError: there is no complete scores artifact.
     """
-    root, kind, fingerprint = ["", ".", *str(location).rstrip("/").rsplit("/", 2)][-3:]
-    if kind != "scores":
+    parts = str(location).rstrip("/").rsplit("/", 2)
+    if len(parts) < 2 or parts[-2] != "scores":
         raise UserError(
             f"{location} is no scores artifact; expected STORE/scores/FINGERPRINT; "
             "`opd-stream cache ls STORE` lists them"
         )
-    store = Store(root)
+    store, fingerprint = Store(parts[0] if len(parts) == 3 else "."), parts[-1]
     scores = store.by_fingerprint("scores", fingerprint)
     if not scores.is_complete():
         raise UserError(f"{scores.name} is not complete; run its score stage again")
