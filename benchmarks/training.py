@@ -52,6 +52,9 @@ class Clock:
     def say(self, line: str) -> None:
         pass
 
+    def warn(self, line: str) -> None:
+        pass
+
 
 def main() -> None:
     """Print the figures."""

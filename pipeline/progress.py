@@ -118,8 +118,11 @@ class TerminalProgress(Live):
 
     def say(self, line: str) -> None:
         """A line above the bars."""
-        is_warning = line.startswith("warning: ")
-        LOG.log(logging.WARNING if is_warning else logging.INFO, line.removeprefix("warning: "))
+        LOG.info(line)
+
+    def warn(self, line: str) -> None:
+        """The same at the level of a warning."""
+        LOG.warning(line)
 
     def result(self, line: str) -> None:
         """A line of the command's result, on stdout, above the bars."""

@@ -61,7 +61,7 @@ def run(config: Config, directory: RunDirectory, progress: Progress) -> dict[str
     setup = open_setup(config)
     run_id = directory.open(config)
     for line in setup.warnings:
-        progress.say(f"warning: {line}")
+        progress.warn(line)
     earlier = directory.calls()
     records = Records(setup=setup, directory=directory, run_id=run_id)
     reports: list[dict[str, Any]] = []
@@ -98,9 +98,7 @@ def has_policy(session: Session, here: Round) -> bool:
         return False
     reason = here.policy.damage(cache=session.setup.store.digests)
     if reason is not None:
-        session.progress.say(
-            f"warning: {here.policy.name} is damaged ({reason}); it is trained again"
-        )
+        session.progress.warn(f"{here.policy.name} is damaged ({reason}); it is trained again")
         here.policy.condemn()
     return reason is None
 
@@ -117,7 +115,7 @@ def train_round(session: Session, here: Round) -> None:
                 raise UserError(
                     f"{damaged}; a replay only reads: continue the run that made it, then this one"
                 ) from damaged
-            session.progress.say(f"warning: {damaged}; it is made again")
+            session.progress.warn(f"{damaged}; it is made again")
             damaged.artifact.condemn(damaged.unit)
 
 

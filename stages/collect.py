@@ -82,8 +82,8 @@ def missing_units(artifact: Artifact, progress: Progress, *, verify: bool = True
         if artifact.commit_record(unit) is None:
             missing.append(unit)
         elif verify and (reason := artifact.damage(unit)) is not None:
-            progress.say(
-                f"warning: unit {unit} of {artifact.name} is damaged ({reason}); it is made again"
+            progress.warn(
+                f"unit {unit} of {artifact.name} is damaged ({reason}); it is made again"
             )
             artifact.condemn(unit)
             missing.append(unit)

@@ -84,6 +84,8 @@ def _heard(message: dict[str, object], job: TrainJob, progress: Progress) -> Exc
             progress.advance(stage, count, tokens, **cast(dict[str, float], facts))
         case {"say": str(line)}:
             progress.say(line)
+        case {"warn": str(line)}:
+            progress.warn(line)
         case {"error": str(text)}:
             return UserError(text)
         case {"damaged": str(kind), "unit": int(unit), **found}:

@@ -15,7 +15,11 @@ class Progress(Protocol):
         ...
 
     def say(self, line: str) -> None:
-        """Something worth a line of its own; one that begins with `warning: ` is a warning."""
+        """Something worth a line of its own."""
+        ...
+
+    def warn(self, line: str) -> None:
+        """Something that may be wrong."""
         ...
 
 
@@ -29,4 +33,7 @@ class Silent:
         pass
 
     def say(self, line: str) -> None:
+        pass
+
+    def warn(self, line: str) -> None:
         pass

@@ -23,6 +23,9 @@ class _Reports:
     def say(self, line: str) -> None:
         _tell({"say": line})
 
+    def warn(self, line: str) -> None:
+        _tell({"warn": line})
+
 
 def main() -> int:
     """Train; exit code 2 after a mistake that the user can mend."""

@@ -339,7 +339,7 @@ def tell(progress: TerminalProgress, clock: Clock) -> None:
     for _ in range(5):
         clock.now += 10
         progress.advance("generate", 1, 600)
-    progress.say("warning: unit 3 is damaged")
+    progress.warn("unit 3 is damaged")
 
 
 def lines_at(level: Level, capsys: pytest.CaptureFixture[str], *, as_json: bool) -> list[str]:
