@@ -82,9 +82,7 @@ def missing_units(artifact: Artifact, progress: Progress, *, verify: bool = True
         if artifact.commit_record(unit) is None:
             missing.append(unit)
         elif verify and (reason := artifact.damage(unit)) is not None:
-            progress.warn(
-                f"unit {unit} of {artifact.name} is damaged ({reason}); it is made again"
-            )
+            progress.warn(f"unit {unit} of {artifact.name} is damaged ({reason}); it is made again")
             artifact.condemn(unit)
             missing.append(unit)
     return missing
