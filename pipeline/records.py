@@ -1,145 +1,209 @@
-"""A run's folder brought up to date with the store: metrics, reports of rounds, the summary.
+"""What a run's folder says: plan and report of each round, the summary; for writers and readers.
 
-Everything here is read off the artifacts, so it does not matter on which machine they were made,
-nor whether by `run` or by commands of single stages: whoever finishes a round or evaluates a policy
-writes the same.
+`run.json`, `config.json` and `metrics.jsonl` stand beside them; `pipeline/run_directory.py` knows
+where everything lies.
 """
 
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from opd_stream.config import PLACEMENT, counts_rounds
-from opd_stream.store.files import canonical_json, sha256
-from opd_stream.store.recipe import differing_fields
-from pipeline.evaluation import known_evaluation
-from pipeline.reports import round_report, summary
-from pipeline.run_directory import RunDirectory, is_below
-from pipeline.setup import Setup
-from pipeline.walk import ReplaySource, Round, checkpoint_of, probe_artifacts, walk
-from stages.checkpoints import Checkpoint
+from pydantic import Field, model_serializer, model_validator
 
-read = partial(checkpoint_of, part="texts")  # what a report says of a policy needs no weights
+from opd_stream.outcome import DriftRecord, EpochRecord, ExtrapolationRecord, WindowAudit
+from opd_stream.record import Record
+
+Origin = Literal["fresh", "ahead", "extended", "kept", "replayed"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Records:
-    """What a run's folder says, and what it says it of."""
+class CacheRecord(Record):
+    """Units of one scores artifact that a round trains on."""
 
-    setup: Setup
-    directory: RunDirectory
-    run_id: str
-    _evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # fingerprint of a policy
-
-    def write_round(self, here: Round) -> dict[str, Any]:
-        """Metrics and report of a finished round; returns the report."""
-        self.directory.add_metrics(here)
-        report = round_report(
-            here,
-            self.setup.store.ids_of_run(self.run_id),
-            self._evaluation(read(here.policy)),
-            () if here.probe is None else probe_artifacts(self.setup, here.probe),
-            self.setup.teacher,
-        )
-        self.directory.write_report(here.index, report)
-        return report
-
-    def write_summary(
-        self, reports: list[dict[str, Any]], calls: dict[str, float]
-    ) -> dict[str, Any]:
-        """The run so far; returns it.
-
-        Args:
-            reports: of the finished rounds.
-            calls: seconds of the calls of `run`, as `summary` takes them.
-        """
-        identity = self.setup.student.identity
-        value = summary(
-            config=self.setup.config,
-            policy_0={
-                "version": 0,
-                "fingerprint": identity.fingerprint,
-                "weights_sha256": identity.weights_sha256,
-            },
-            evaluation_0=self._evaluation(self.setup.student),
-            reports=reports,
-            calls=calls,
-        )
-        self.directory.write_summary(value)
-        return value
-
-    def write(self) -> None:
-        """All finished rounds and the summary, whoever made them."""
-        reports: list[dict[str, Any]] = []
-        for here in walk(self.setup, opened=read):
-            if here.policy.is_complete():
-                self.directory.write_plan(here)
-                reports.append(self.write_round(here))
-        self.write_summary(reports, self.directory.calls())
-
-    def share(self, here: Round) -> None:
-        """Tell the store which round is worked on here, and for which run of several machines.
-
-        What a run has cost is then known on each of its machines, and `gc` leaves it.
-        """
-        self.setup.store.add_to_run(
-            self.run_id,
-            self.directory.path,
-            given(self.setup) | reached(self.setup, here),
-            shared=_name_of_run(self.setup),
-        )
-
-    def _evaluation(self, student: Checkpoint) -> dict[str, Any] | None:
-        found = self._evaluations.get(student.identity.fingerprint) or known_evaluation(
-            self.setup.config,
-            self.setup.store,
-            student,
-            self.setup.stop_ids,
-            self.setup.store.ids_of_run(self.run_id),
-        )
-        if found is not None:
-            self._evaluations[student.identity.fingerprint] = found
-        return found
+    rollouts: str  # fingerprint
+    scores: str  # fingerprint
+    origin: Origin
+    policy_version: int  # of the oldest tokens in it
+    window_tokens: int | None  # of its rollouts; None of imported rows
+    units: tuple[int, ...] | None  # None: all
 
 
-def reached(setup: Setup, here: Round) -> set[str]:
-    """The names of a round's artifacts, whether they exist or not."""
-    probe = () if here.probe is None else probe_artifacts(setup, here.probe)
-    ahead = () if here.ahead is None else (here.ahead,)
-    caches = [part for cache in (*here.caches, *ahead) for part in (cache.rollouts, cache.scores)]
-    return {artifact.name for artifact in (*caches, *probe, here.policy)}
+class UnitDecisionRecord(Record):
+    """What was decided about a unit of the round before, with all it was decided by."""
+
+    first: int  # prompts of the round whose place the unit has
+    last: int  # exclusive
+    floor: float
+    drift: DriftRecord
+    student_top_mass: float
+    policies: int
+    window_tokens: int
+    unfinished: int
+    action: Literal["train", "gated", "extend", "regenerate", "retire"]
+    reason: str
 
 
-def given(setup: Setup) -> set[str]:
-    """The names of what a run finds made: its prompts, and what all rounds of a replay read.
+class RoundPlanRecord(Record):
+    """A round before it runs: `plan.json`."""
 
-    Raises:
-        UserError: some of a replay is not in the store, or not of one teacher.
-    """
-    config, names = setup.config, {setup.prompts.name}
-    if setup.crossing is not None:
-        names.add(f"prompts/{setup.crossing.inputs['prompts'][:16]}")
-    if config.replay is not None:
-        source = ReplaySource(setup, config.replay)
-        caches = [cache for index in range(config.rounds) for cache in source.caches(index)]
-        names |= {part.name for cache in caches for part in (cache.rollouts, cache.scores)}
-    return names
+    format_version: Literal[1] = 1
+    round_index: int
+    first_step: int
+    planned_steps: int
+    window_tokens: int
+    caches: tuple[CacheRecord, ...]
+    unit_decisions: tuple[UnitDecisionRecord, ...] = ()
+    policy: str  # fingerprint
 
 
-def _name_of_run(setup: Setup) -> str:
-    """Digest of what all machines of a run agree on; where files lie may differ between them.
+class PolicyRecord(Record):
+    """A policy of a run; version 0 is the initial student, R + 1 the policy after round R."""
 
-    What a path leads to is in the recipe of the first round's policy.
-    """
-    config = setup.config
-    settings = differing_fields(config.model_dump(), {})
-    paths = [field for field, (value, _) in settings.items() if isinstance(value, Path)]
-    grows = () if counts_rounds(config) else ("rounds",)
-    free = (*PLACEMENT, *paths, *grows, "evaluation")
-    agreed = {
-        field: value
-        for field, (value, _) in differing_fields(config.model_dump(mode="json"), {}).items()
-        if not is_below(field, free)
-    }
-    return sha256(canonical_json([agreed, next(walk(setup)).policy.fingerprint]))
+    version: int
+    fingerprint: str
+    weights_sha256: str
+    folder: str | None = None
+
+
+class Passes(Record):
+    """pass@k by name, with intervals; in JSON each pass@k is a field of its own."""
+
+    passes: dict[str, float] = Field(default={})
+    intervals: dict[str, tuple[float, float]] = Field(default={})
+    standard_error: float | None = None
+    problems: int | None = None
+    samples: int | None = None  # of a problem; None: several benchmarks
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "passes" in value:
+            return value
+        return {**value, "passes": {k: v for k, v in value.items() if k.startswith("pass@")}}
+
+    @model_serializer(mode="wrap")
+    def _spread(self, dump: Any) -> dict[str, Any]:
+        value = dump(self)
+        return {**value.pop("passes"), **value}
+
+    @property
+    def pass_at_1(self) -> float:
+        """Mean share of right samples."""
+        return self.passes["pass@1"]
+
+
+class BenchmarkRecord(Passes):
+    """One set of problems of an evaluation."""
+
+    mean_tokens: float | None = None  # of an answer
+    artifact: str | None = None  # name in the store
+
+
+class EvaluationRecord(Passes):
+    """Sampled answers of one policy on every benchmark."""
+
+    seconds: float = 0.0  # of what this run sampled
+    benchmarks: dict[str, BenchmarkRecord] = Field(default={})
+
+
+class SummaryEvaluation(EvaluationRecord):
+    """The same in a summary."""
+
+    round: int  # the policy's version
+    policy_version: int | None = None
+
+
+class StageNumbers(Record):
+    """A number of each stage, such as seconds."""
+
+    generate: float = 0.0
+    score: float = 0.0
+    train: float = 0.0
+
+
+class RunSeconds(StageNumbers):
+    """Seconds of a run by stage, and of its calls."""
+
+    evaluate: float = 0.0
+    wall: float | None = None  # of all calls of `run`
+    other: float | None = None  # of these, when no stage was at work
+
+
+class TokenNumbers(Record):
+    """Completion tokens."""
+
+    generated: int = 0
+    teacher_scored: int = 0
+    trained: int = 0
+    probed: int = 0  # of them, for audits
+
+
+class ReusedNumbers(Record):
+    """What was made by other runs."""
+
+    rollout_units: int = 0
+    score_units: int = 0
+    policy: bool = False
+
+
+class AlignmentShares(Record):
+    """Of a teacher with another tokenizer: shares of the student's tokens."""
+
+    aligned_share: float  # one token on both sides
+    chunk_share: float  # in a chunk that trains
+
+
+class RoundReport(Record):
+    """What a round did: `report.json`."""
+
+    format_version: Literal[1] = 1
+    round: int
+    window_tokens: int
+    first_step: int
+    steps: int
+    rows: int
+    tokens: TokenNumbers
+    refused_rows: int = 0
+    length_share: float
+    terminator_rate: float
+    repeat_ratio: float
+    alignment: AlignmentShares | None = None
+    cache_bytes: int
+    flops: StageNumbers
+    seconds: StageNumbers
+    cpu_seconds: StageNumbers
+    audit_cpu_seconds: float = 0.0
+    reused: ReusedNumbers
+    processes: int = 1
+    extrapolations: tuple[ExtrapolationRecord, ...] = ()
+    window_decision: WindowAudit | None = None
+    sampler_gap: float | None = None
+    drift_floor: float | None = None
+    start_drift: float
+    unit_decisions: tuple[UnitDecisionRecord, ...] = ()
+    policy_drift: float
+    effective_sample_fraction: float
+    epochs: tuple[EpochRecord, ...]
+    decision: str
+    policy: PolicyRecord
+    caches: tuple[CacheRecord, ...]
+    evaluation: EvaluationRecord | None = None
+
+
+class RunSummary(Record):
+    """The whole run so far: `summary.json`."""
+
+    format_version: Literal[1] = 1
+    finished: bool
+    rounds: int
+    rounds_planned: int
+    evaluations: tuple[SummaryEvaluation, ...] = ()
+    tokens: TokenNumbers = TokenNumbers()
+    flops: StageNumbers = StageNumbers()
+    seconds: RunSeconds = RunSeconds()
+    cpu_seconds: StageNumbers = StageNumbers()
+    reused: ReusedNumbers = ReusedNumbers()
+    policies: tuple[PolicyRecord, ...]
+    final_policy: str | None = None
+    caches: tuple[tuple[CacheRecord, ...], ...] = ()
+    steps: int = 0
+    refused_rows: int = 0
+    cache_bytes: int = 0
+    decisions: tuple[str, ...] = ()

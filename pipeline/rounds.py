@@ -15,9 +15,9 @@ from opd_stream.store.artifact import DamagedUnit
 from pipeline.caches import Cache, bases_of, scores_of
 from pipeline.evaluation import Evaluator
 from pipeline.plan import is_due
-from pipeline.records import Records, given, reached
 from pipeline.reports import Span, busy_seconds
 from pipeline.run_directory import RunDirectory
+from pipeline.run_records import Records, given, reached
 from pipeline.setup import Setup, open_setup
 from pipeline.walk import (
     Round,

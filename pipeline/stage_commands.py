@@ -19,9 +19,9 @@ from opd_stream.store.files import publish
 from pipeline.caches import Cache, bases_of
 from pipeline.evaluation import Evaluator, figure_lines, known_evaluation, open_policy
 from pipeline.plan import plan_ahead
-from pipeline.records import Records
 from pipeline.rounds import Session, has_policy, make_caches, train_policy
 from pipeline.run_directory import RunDirectory
+from pipeline.run_records import Records
 from pipeline.setup import Setup, check_evaluation, open_setup, open_store
 from pipeline.walk import Round, checkpoint_of, named, probe_artifacts, walk
 from stages.checkpoints import Checkpoint

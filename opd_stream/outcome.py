@@ -1,0 +1,144 @@
+"""What a training stage did, as its policy's manifest says it.
+
+Everything that a later round, a report or an estimate asks about a finished round's training is in
+`TrainOutcome`; it needs no torch.
+"""
+
+from typing import Literal
+
+from opd_stream.record import Record
+
+EpochAction = Literal["train", "gated", "stop", "regenerate"]
+
+
+class TrainedCounts(Record):
+    """What training read, each token as often as it was read; operations follow from it."""
+
+    tokens: float  # of completions, as far as they train
+    row_tokens: float  # of prompts and completions
+    row_pairs: float  # attended pairs of tokens
+
+
+class PositionMeans(Record):
+    """Means over the tokens between one place of a completion and the next bin's first."""
+
+    first: int
+    tokens: int
+    reverse_kl: float | None = None
+    policy_drift: float | None = None
+    teacher_entropy: float | None = None  # nats
+
+
+class EpochRecord(Record):
+    """An epoch over a round's cache: means over its tokens, and what was decided after it."""
+
+    epoch: int
+    action: EpochAction
+    reason: str
+    loss: float
+    policy_drift: float  # k3, nats per token
+    effective_sample_fraction: float
+    reverse_kl: float | None = None
+    student_top_mass: float | None = None
+    teacher_top_mass: float | None = None
+    student_entropy: float | None = None
+    teacher_entropy: float | None = None
+    capped_importance: float | None = None
+    block_drift: float | None = None
+    absolute_reverse_kl_p50: float | None = None
+    absolute_reverse_kl_p90: float | None = None
+    absolute_reverse_kl_p99: float | None = None
+    overlap: float | None = None
+    mean_drift_weight: float | None = None
+    drift_weight_spread: float | None = None
+    least_drift_weight: float | None = None
+    greatest_drift_weight: float | None = None
+    mean_d: float | None = None
+    mean_absolute_d: float | None = None
+    rms_d: float | None = None
+    by_position: tuple[PositionMeans, ...] = ()
+
+
+class StartDrift(Record):
+    """Drift of a sample of the rows before anything trained on them."""
+
+    tokens: int
+    policy_drift: float
+    sampler_gap: float | None  # mean |d| of fresh rows; None: none was fresh
+    floor: float | None  # policy_drift of the latest rows that were fresh; None: none ever was
+
+
+class DriftRecord(Record):
+    """The sums of `opd_stream.drift.DriftSums`."""
+
+    tokens: float = 0.0
+    k3: float = 0.0
+    signed: float = 0.0
+    absolute: float = 0.0
+    squared: float = 0.0
+    weight: float = 0.0
+    weight_squared: float = 0.0
+
+
+class UnitRecord(Record):
+    """A unit that was trained on, as the next round decides about it."""
+
+    rollouts: str  # fingerprint
+    scores: str  # fingerprint
+    policy_version: int  # of its oldest tokens
+    made_in: int  # the round that made the artifact
+    unit: int
+    first: int  # prompts of the round whose place it takes
+    last: int  # exclusive
+    drift: DriftRecord  # of a sample of its rows, under the trained weights
+    student_top_mass: float
+
+
+class PointScore(Record):
+    """The score of a point of an extrapolation; None: not asked for, or not finite."""
+
+    reward: float | None = None
+    kl: float | None = None
+
+
+class ExtrapolationRecord(Record):
+    """A search along the way the weights came."""
+
+    step: int
+    scores: tuple[PointScore, ...] = ()  # of k = 0, 1, ...
+    kept: int  # k of the point that was kept; 0: none
+    policy_drift: float | None = None
+
+
+class WindowAudit(Record):
+    """The window of the next round, decided on probes, with what the audit cost."""
+
+    window_tokens: int
+    cosines: tuple[float, ...]  # of each candidate's gradient with that of full rollouts
+    fell_back: bool  # no candidate was admissible
+    reason: str
+    probe_rows: int
+    seconds: float
+    cpu_seconds: float
+
+
+class TrainOutcome(Record):
+    """What a training stage did."""
+
+    steps: int
+    rows: int
+    trained: TrainedCounts
+    epochs: tuple[EpochRecord, ...]
+    start: StartDrift
+    units: tuple[UnitRecord, ...] = ()  # where units may outlive their policy
+    extrapolations: tuple[ExtrapolationRecord, ...] = ()
+    window_decision: WindowAudit | None = None
+    processes: int
+    made_by: str  # id of the run
+    seconds: float
+    cpu_seconds: float
+
+    @property
+    def floor(self) -> float:
+        """Drift below this is the difference between engine and trainer."""
+        return self.start.floor or 0.0

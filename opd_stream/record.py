@@ -1,0 +1,42 @@
+"""Records that are written as JSON and read back: one definition for writer and reader."""
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from opd_stream.errors import UserError
+
+
+class Record(BaseModel):
+    """A JSON object, or a part of one: immutable; fields of a later version are left out."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True)
+
+    def as_json(self) -> dict[str, Any]:
+        """The JSON value."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+R = TypeVar("R", bound=Record)
+
+
+def read_record(kind: type[R], value: object, where: str) -> R:
+    """A record from its JSON value.
+
+    Args:
+        kind: the record's type.
+        value: as it was read.
+        where: file or place that the value is from, for the error.
+
+    Raises:
+        UserError: the value is not such a record (names the first field that is wrong).
+    """
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the whole"
+        raise UserError(
+            f"{where} cannot be read ({field}: {first['msg']}); expected what this version of "
+            "opd-stream writes; restore the file, or use the version that wrote it"
+        ) from error
