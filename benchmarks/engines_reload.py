@@ -16,6 +16,7 @@ import torch
 from benchmarks.engines import make_engine
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import Engine
+from opd_stream.engines.vllm_options import VllmOptions
 from opd_stream.types import PromptBatch
 
 PROMPT = PromptBatch(prompt_id=("p",), prompt_ids=(np.arange(2, 34, dtype=np.int32),))
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def _open(engine: str, folder: Path) -> Engine:
-    options = {"kv_cache_bytes": 1 << 28, "max_context": 1024, "compiled": False}
+    options = VllmOptions(kv_cache_bytes=1 << 28, max_context=1024, compiled=False)
     return open_engine(engine=engine, folder=folder, dtype="float32", batch_rows=8, vllm=options)
 
 

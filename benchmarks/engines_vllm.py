@@ -16,10 +16,11 @@ import torch
 from benchmarks.engines import interleaved, make_engine, random_rollouts
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import Engine
+from opd_stream.engines.vllm_options import VllmOptions
 from opd_stream.types import PromptBatch, RolloutBatch
 
 SHAPES = ("tiny, V 4,096", "70 M, V 4,096")
-OPTIONS = {"kv_cache_bytes": 1 << 28, "max_context": 1024, "compiled": False}
+OPTIONS = VllmOptions(kv_cache_bytes=1 << 28, max_context=1024, compiled=False)
 
 
 def main() -> None:

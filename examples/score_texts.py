@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from opd_stream.engines import Engine, open_engine
 from opd_stream.errors import UserError
 from opd_stream.store import Artifact, Recipe, Store, rollouts_table
-from opd_stream.store.codecs import ExactCodec, codec_settings, encode_scores
+from opd_stream.store.codecs import ExactCodec, encode_scores
 from opd_stream.store.files import sha256
 from opd_stream.types import RolloutBatch
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
                 **ENGINE,
                 "top_k": asked.top_k,
                 "forced_ids": stop,
-                "codec": codec_settings(CODEC),
+                "codec": CODEC.model_dump(),
             },
             inputs={"rollouts": rollouts.fingerprint, "teacher": teacher.fingerprint},
         )

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from opd_stream.config import Config
-from opd_stream.config.section import Section
 from opd_stream.errors import UserError
+from opd_stream.section import Section
 
 PATH_FIELDS = ("base", "path", "data_files", "run", "store", "taught_by")
 

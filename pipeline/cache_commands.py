@@ -4,16 +4,14 @@ import json
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from opd_stream.config.collection import Codec as CodecConfig
 from opd_stream.errors import UserError
 from opd_stream.store import inventory
 from opd_stream.store.artifact import Artifact, Commit
-from opd_stream.store.codecs import build_codec
+from opd_stream.store.codecs import codec_of
 from opd_stream.store.exchange import Told, export_scores, import_scores
 from opd_stream.store.store import Store
 from opd_stream.style_bias import StyleSettings
@@ -120,13 +118,12 @@ def import_(
 ) -> Lines:
     """Artifacts of another program's file."""
     try:
-        settings: Any = TypeAdapter(CodecConfig).validate_python(yaml.safe_load(codec))
+        built = codec_of(yaml.safe_load(codec))
     except (ValidationError, yaml.YAMLError) as error:
         reason = textwrap.shorten(" ".join(str(error).split()), 160)
         raise UserError(f"--codec {codec!r} is no codec ({reason}); see docs/config.md") from error
     store = Store(location)
     store.check_writable()
-    built = build_codec(**settings.model_dump())
     told = _told(progress, "import")
     scores = import_scores(source, store, built, stop_ids=stop_ids, told=told)
     yield f"{scores.name}: train on it with replay: {{scores: [{scores.name}]}}"

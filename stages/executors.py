@@ -155,7 +155,7 @@ def _worker_specs(config: Config, roles: tuple[Role, ...]) -> list[WorkerSpec]:
                 store,
                 model.batch_rows,
                 pool.threads,
-                model.vllm.model_dump(),
+                model.vllm,
                 patience,
                 config.store_seconds,
             ]

@@ -9,8 +9,8 @@ from typing import Any
 
 from opd_stream.config import Config, Evaluation, counts_rounds
 from opd_stream.config.collection import AdaptiveWindowConfig, Rollouts, Scores
-from opd_stream.config.section import Section
 from opd_stream.config.training import Staleness, Train
+from opd_stream.section import Section
 from opd_stream.store.recipe import Recipe
 from opd_stream.tasks.judges import judge_recipe
 from stages.aligned import Crossing

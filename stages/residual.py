@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
-from opd_stream.store.codecs import build_codec, decode_scores, encode_scores
+from opd_stream.store.codecs import codec_of, decode_scores, encode_scores
 from opd_stream.store.codecs.block import ScoreBlock
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.schema import rollouts_batch
@@ -34,7 +34,7 @@ def make_residual(
     if not scores.is_complete():
         raise UserError(f"{scores.name} is not complete; run its score stage again")
     refuse_aligned(scores, "the residual")
-    codec = build_codec(**scores.recipe.settings["codec"])
+    codec = codec_of(scores.recipe.settings["codec"])
     if scores.recipe.settings["codec"]["kind"] == "sampled":
         raise UserError(
             f"{scores.name} holds ids drawn from the teacher, whose counts cannot be corrected; "

@@ -19,9 +19,10 @@ from opd_stream.aligned_scores import Aligner
 from opd_stream.costs import TokenCounts, counts_of
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import Engine
+from opd_stream.engines.vllm_options import VllmOptions
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
-from opd_stream.store.codecs import SampledCodec, build_codec, encode_scores
+from opd_stream.store.codecs import SampledCodec, codec_of, encode_scores
 from opd_stream.store.files import PATIENCE
 from opd_stream.store.policy import identify
 from opd_stream.store.schema import (
@@ -45,7 +46,7 @@ class UnitWorker:
         store: str,
         batch_rows: int,
         threads: int,
-        vllm: dict[str, Any],
+        vllm: VllmOptions,
         unit_seconds: int | None = None,
         store_seconds: float = PATIENCE,
     ) -> None:
@@ -189,7 +190,7 @@ class ScoreUnits(UnitWorker):
         teacher = Path(order.teacher)
         engine = self.engine(lambda: teacher, scores.recipe.inputs["teacher"], settings)
         batch = rollouts_batch(rollouts.read_unit(order.unit))
-        codec = build_codec(**settings["codec"])
+        codec = codec_of(settings["codec"])
         asked = {
             "top_k": settings["top_k"],
             "forced_ids": tuple(settings["forced_ids"]),

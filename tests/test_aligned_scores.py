@@ -91,9 +91,7 @@ def test_the_same_tokenizer_gives_the_ordinary_scores(top_k: int) -> None:
     tokenizer = open_tokenizer(TEACHER)
     batch = rollouts(ByteTokenizer(tokenizer, "both"), (*TEXTS[:2], " On Monday"))
     made = aligner(tokenizer, tokenizer, batch)
-    engine = open_engine(
-        engine="transformers", folder=TEACHER, dtype="float32", batch_rows=8, vllm={}
-    )
+    engine = open_engine(engine="transformers", folder=TEACHER, dtype="float32", batch_rows=8)
     ordinary = engine.score(batch, top_k=top_k, forced_ids=(0, EOS))
     reading = made.read(batch)
     assert made.asked_ids((0, EOS)) == (0, EOS)

@@ -12,6 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import Engine
+from opd_stream.engines.vllm_options import VllmOptions
 from opd_stream.errors import UserError
 from opd_stream.types import PromptBatch, RolloutBatch
 
@@ -45,7 +46,7 @@ NO_VLLM = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vllm is not installed; make test-vllm installs it"
 )
 ENGINES = ["transformers", "fake", pytest.param("vllm", marks=NO_VLLM)]
-SMALL = {"kv_cache_bytes": 1 << 24, "max_context": 4096, "compiled": False}
+SMALL = VllmOptions(kv_cache_bytes=1 << 24, max_context=4096, compiled=False)
 
 
 @pytest.fixture(scope="module", params=ENGINES)

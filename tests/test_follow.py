@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from opd_stream.engines.vllm_options import VllmOptions
 from opd_stream.store.artifact import Artifact
 from pipeline import stage_commands
 from pipeline.run_directory import RunDirectory
@@ -26,7 +27,7 @@ def test_scoring_reads_a_shard_once_however_often_it_looks(
     (cache,) = next(walk(setup)).caches
     rollouts = start_rollouts(setup.store, cache.rollouts.recipe, prompts_per_unit=2)
     waiting = list(rollouts.units())
-    student = GenerateUnits(setup.store.address, 8, 1, {})
+    student = GenerateUnits(setup.store.address, 8, 1, VllmOptions())
     read: Counter[tuple[str, int]] = Counter()
     damage = Artifact.damage
 

@@ -8,7 +8,7 @@ import pytest
 
 from opd_stream.config_file import override_config
 from opd_stream.errors import UserError
-from opd_stream.store.codecs import build_codec
+from opd_stream.store.codecs import ExactCodec
 from opd_stream.store.exchange import export_scores, import_scores
 from opd_stream.store.store import Store
 from pipeline.inspect.command import inspect_rollout, inspect_worst
@@ -113,7 +113,7 @@ def test_imported_rows_are_shown_without_what_they_do_not_say(tmp_path: Path) ->
     (cache,) = directory.plan(0)["caches"]
     scores = Store(config.store).by_fingerprint("scores", cache["scores"])
     export_scores(Store(config.store), scores, tmp_path / "out", form="parquet")
-    imported = import_scores(tmp_path / "out", store, build_codec(kind="exact", dtype="float32"))
+    imported = import_scores(tmp_path / "out", store, ExactCodec(dtype="float32"))
     other = run_small(tmp_path, f"replay.scores=[{imported.name}]", "rounds=1")
     view = inspect_rollout(*other, round_index=0, prompt_id=row.prompt_id)
     first = inspect_rollout(directory, config, round_index=0, prompt_id=row.prompt_id)

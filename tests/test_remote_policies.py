@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("upath", reason="pip install 'opd-stream[s3]' brings remote stores")
 
 from opd_stream.config import Config
+from opd_stream.engines.vllm_options import VllmOptions
 from opd_stream.errors import UserError
 from opd_stream.store.inventory import problems
 from opd_stream.store.policy import PolicyArtifact
@@ -86,7 +87,7 @@ def test_a_worker_on_another_node_fetches_the_policy_it_samples_from(
     (first, *_) = orders_of(trained, tmp_path, 1)
     on_machine(tmp_path, "first", monkeypatch).rename(tmp_path / "out of reach")
     copies = on_machine(tmp_path, "second", monkeypatch)
-    worker = GenerateUnits(trained.store, 8, 1, {})
+    worker = GenerateUnits(trained.store, 8, 1, VllmOptions())
     (worked,) = worked_of(worker(Worked(order=first).as_table()))
     assert worked.problem is None
     assert worked.generated_tokens > 0

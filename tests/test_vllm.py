@@ -10,6 +10,7 @@ import pytest
 
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import Engine
+from opd_stream.engines.vllm_options import VllmOptions
 from opd_stream.engines.vllm_scores import asked_ids, dense, given_scores, scores_of
 from opd_stream.errors import UserError
 from opd_stream.tasks.ledger import make_problems, prompt_text
@@ -22,7 +23,7 @@ from tests.conftest import MODELS, small_config
 needs_vllm = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vllm is not installed; make test-vllm installs it"
 )
-SMALL = {"kv_cache_bytes": 1 << 26, "max_context": 512, "compiled": False}
+SMALL = VllmOptions(kv_cache_bytes=1 << 26, max_context=512, compiled=False)
 STUDENT, TEACHER = MODELS / "ledger-student", MODELS / "ledger-teacher"
 STOPS = (1,)
 

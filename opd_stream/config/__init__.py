@@ -13,8 +13,8 @@ from pydantic import Field, model_validator
 from opd_stream.config.collection import Model, Rollouts, Scores, Student
 from opd_stream.config.evaluation import Evaluation
 from opd_stream.config.prompts import Prompts
-from opd_stream.config.section import Section
 from opd_stream.config.training import Staleness, Train, unserved_by_chunks
+from opd_stream.section import Section
 
 __all__ = [
     "PLACEMENT",

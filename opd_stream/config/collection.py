@@ -5,26 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from opd_stream.config.section import Section
-
-
-class Vllm(Section):
-    """How engine vllm uses its device (placement only)."""
-
-    memory_share: float = Field(
-        default=0.8, gt=0, le=1, description="of the device; logits need some of the rest"
-    )
-    kv_cache_bytes: int | None = Field(
-        default=None, ge=1, description="for keys and values, instead of what the share leaves"
-    )
-    max_context: int | None = Field(
-        default=None, ge=2, description="tokens of prompt and completion; null: the model's"
-    )
-    tensor_parallel: int = Field(default=1, ge=1, description="devices of one worker")
-    batched_tokens: int = Field(
-        default=8192, ge=64, description="of a forward pass; bounds the logits in scoring"
-    )
-    compiled: bool = Field(default=True, description="graphs and compilation; no: starts faster")
+from opd_stream.engines.vllm_options import VllmOptions
+from opd_stream.section import Section
+from opd_stream.store.codecs import Codec, ExactCodec
 
 
 class Model(Section):
@@ -34,7 +17,7 @@ class Model(Section):
     engine: Literal["transformers", "vllm", "fake"] = Field(
         default="transformers", description="what runs it"
     )
-    vllm: Vllm = Field(default=Vllm(), description="settings of engine vllm")
+    vllm: VllmOptions = Field(default=VllmOptions(), description="settings of engine vllm")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="of the engine"
     )
@@ -143,38 +126,6 @@ class Rollouts(Section):
     )
 
 
-class ExactCodecConfig(Section):
-    """Ids as they are, log-probabilities rounded to a floating-point type."""
-
-    kind: Literal["exact"] = "exact"
-    dtype: Literal["float16", "float32"] = Field(default="float16", description="as stored")
-
-
-class CompactCodecConfig(Section):
-    """Quantised log-probabilities, packed ids, as many candidates as hold the mass."""
-
-    kind: Literal["compact"]
-    max_error: float = Field(
-        default=1 / 32, gt=0, le=1, description="of a stored log-probability, nats"
-    )
-    mass: float | None = Field(
-        default=None, gt=0, le=1, description="stop at this retained mass; null: always top_k"
-    )
-    min_k: int = Field(default=1, ge=1, description="candidates kept whatever the mass")
-
-
-class SampledCodecConfig(Section):
-    """Ids drawn from the teacher with replacement, and their counts (RS-KD)."""
-
-    kind: Literal["sampled"]
-    draws: int = Field(default=50, ge=1, le=1024, description="draws per completion token")
-
-
-Codec = Annotated[
-    ExactCodecConfig | CompactCodecConfig | SampledCodecConfig, Field(discriminator="kind")
-]
-
-
 class Alignment(Section):
     """A teacher with another tokenizer: scores of stretches of bytes (docs/alignment.md)."""
 
@@ -190,7 +141,7 @@ class Scores(Section):
     top_k: int = Field(
         default=32, ge=1, le=1024, description="teacher candidates, most probable first"
     )
-    codec: Codec = Field(default=ExactCodecConfig(), description="how it is stored")
+    codec: Codec = Field(default=ExactCodec(), description="how it is stored")
     forced_tokens: tuple[str, ...] = Field(
         default=(),
         description="tokens whose log-probability is always cached, beside the terminators",

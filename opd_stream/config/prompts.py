@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from opd_stream.config.section import Section
+from opd_stream.section import Section
 
 
 class RawTemplate(Section):

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from opd_stream.config.section import Section
+from opd_stream.section import Section
 
 
 class BucketObjective(Section):

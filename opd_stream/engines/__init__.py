@@ -4,11 +4,10 @@ Torch is loaded when an engine is opened, not before.
 """
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from opd_stream.engines.base import Engine
+from opd_stream.engines.vllm_options import VllmOptions
 
 __all__ = ["Engine", "open_engine"]
 
@@ -19,7 +18,7 @@ def open_engine(
     folder: Path,
     dtype: str,
     batch_rows: int,
-    vllm: Mapping[str, Any] | None = None,
+    vllm: VllmOptions | None = None,
 ) -> Engine:
     """The engine of a name, with the weights of a folder; heavy imports happen here.
 
@@ -28,16 +27,15 @@ def open_engine(
         folder: Hugging Face checkpoint.
         dtype: of weights and arithmetic.
         batch_rows: rows that transformers runs at once.
-        vllm: fields of `VllmOptions`.
+        vllm: how vLLM uses its device.
 
     Raises:
         UserError: the folder is no checkpoint, or the engine's library is not installed.
     """
     if engine == "vllm":
         from opd_stream.engines.vllm_engine import VllmEngine
-        from opd_stream.engines.vllm_options import VllmOptions
 
-        return VllmEngine(folder, dtype=dtype, options=VllmOptions(**(vllm or {})))
+        return VllmEngine(folder, dtype=dtype, options=vllm)
     if engine == "fake":
         from opd_stream.engines.fake_engine import FakeEngine
 

@@ -1,24 +1,29 @@
 """How vLLM uses its device, and what it reads from the environment while it is imported."""
 
 import os
-from dataclasses import dataclass
+
+from pydantic import Field
+
+from opd_stream.section import Section
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VllmOptions:
-    """How vLLM uses its device; placement only.
+class VllmOptions(Section):
+    """How engine vllm uses its device (placement only)."""
 
-    Example:
-        >>> VllmOptions(memory_share=0.8, kv_cache_bytes=None, tensor_parallel=1,
-        ...             batched_tokens=8192, compiled=True)
-    """
-
-    memory_share: float = 0.8  # of the device; leaves room for logits, which vLLM does not plan for
-    kv_cache_bytes: int | None = None  # instead of what is left of the share
-    max_context: int | None = None  # tokens of prompt and completion; None: the model's
-    tensor_parallel: int = 1
-    batched_tokens: int = 8192  # of one forward pass: bounds the logits of scoring
-    compiled: bool = True  # graphs and compilation; False starts faster
+    memory_share: float = Field(
+        default=0.8, gt=0, le=1, description="of the device; logits need some of the rest"
+    )
+    kv_cache_bytes: int | None = Field(
+        default=None, ge=1, description="for keys and values, instead of what the share leaves"
+    )
+    max_context: int | None = Field(
+        default=None, ge=2, description="tokens of prompt and completion; null: the model's"
+    )
+    tensor_parallel: int = Field(default=1, ge=1, description="devices of one worker")
+    batched_tokens: int = Field(
+        default=8192, ge=64, description="of a forward pass; bounds the logits in scoring"
+    )
+    compiled: bool = Field(default=True, description="graphs and compilation; no: starts faster")
 
 
 def prepare_environment() -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, Commit
-from opd_stream.store.codecs import Codec, codec_settings, decode_scores, encode_scores
+from opd_stream.store.codecs import Codec, decode_scores, encode_scores
 from opd_stream.store.files import sha256_file
 from opd_stream.store.imported import check_row
 from opd_stream.store.lines import lines_of
@@ -136,7 +136,7 @@ def import_scores(
             kind="scores",
             settings={
                 "imported": digests,
-                "codec": codec_settings(codec),
+                "codec": codec.model_dump(),
                 "forced_ids": list(stop_ids),
             },
             inputs={"rollouts": rollouts.fingerprint},

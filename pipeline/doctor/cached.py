@@ -135,7 +135,7 @@ def _live(
         folder=folder,
         dtype=settings["dtype"],
         batch_rows=model.batch_rows,
-        vllm=model.vllm.model_dump(),
+        vllm=model.vllm,
     )
 
     def scored(batch: RolloutBatch) -> list[Live] | None:

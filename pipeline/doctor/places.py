@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 from opd_stream.config import Config
-from opd_stream.config.collection import Codec
 from opd_stream.errors import UserError
+from opd_stream.store.codecs import Codec
 from opd_stream.store.files import is_remote
 from opd_stream.store.store import Store
 from pipeline.contexts import largest_window

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from opd_stream.config import Config
 from opd_stream.config.collection import Model, Student
+from opd_stream.engines.vllm_options import VllmOptions
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.schema import rollouts_batch
 from opd_stream.store.store import Store
@@ -317,14 +318,12 @@ def _scored_rollouts(
 
 
 def _work(kind: type[UnitWorker], folder: Path, model: Model, order: Order) -> None:
-    in_own_process(
-        model.engine, _worked, kind, str(folder), model.batch_rows, model.vllm.model_dump(), order
-    )
+    in_own_process(model.engine, _worked, kind, str(folder), model.batch_rows, model.vllm, order)
     gc.collect()  # the engine's weights make room for the next
 
 
 def _worked(
-    kind: type[UnitWorker], folder: str, batch_rows: int, vllm: dict[str, Any], order: Order
+    kind: type[UnitWorker], folder: str, batch_rows: int, vllm: VllmOptions, order: Order
 ) -> None:
     kind(folder, batch_rows, 1, vllm).work(Worked(order=order))
 

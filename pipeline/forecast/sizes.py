@@ -10,10 +10,10 @@ from math import prod
 from pathlib import Path
 
 from opd_stream.config import Config
-from opd_stream.config.collection import CompactCodecConfig, ExactCodecConfig, SampledCodecConfig
 from opd_stream.config.training import Lora
 from opd_stream.costs import TokenCounts
 from opd_stream.errors import UserError
+from opd_stream.store.codecs import CompactCodec, ExactCodec, SampledCodec
 from opd_stream.store.shards import ROWS_PER_PART
 
 UNIT_BYTES = 8_192  # schema and footer of a shard
@@ -66,13 +66,13 @@ def scores_sizes(config: Config, *, forced: int, vocabulary: int) -> ShardSizes:
     """Before zstd, every candidate stored."""
     top_k, id_bytes = config.scores.top_k, _planes(vocabulary)
     match config.scores.codec:
-        case ExactCodecConfig(dtype=dtype):
+        case ExactCodec(dtype=dtype):
             width = {"float16": 2, "float32": 4}[dtype]
             each, unit = 4 + top_k * (4 + width) + 4 + forced * width, 0
-        case CompactCodecConfig():
+        case CompactCodec():
             each = 2 + top_k * (id_bytes + 2) + 2 + 2 + 2 * forced
             unit = 2 * 4 * vocabulary  # its dictionary, in schema and footer
-        case SampledCodecConfig(draws=draws):
+        case SampledCodec(draws=draws):
             each, unit = 4 + 2 + draws * (id_bytes + _planes(draws + 1)) + 2 * forced, 0
     return ShardSizes(
         per_token=0,

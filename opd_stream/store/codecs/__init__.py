@@ -8,13 +8,16 @@ schema metadata which codec wrote it, so a reader needs no config. Nothing here 
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field, TypeAdapter
 
 from opd_stream.errors import UserError
+from opd_stream.section import Section
 from opd_stream.store.codecs.block import ScoreBlock
 from opd_stream.store.codecs.columns import (
     flat,
@@ -39,8 +42,7 @@ __all__ = [
     "Fidelity",
     "SampledCodec",
     "ScoreBlock",
-    "build_codec",
-    "codec_settings",
+    "codec_of",
     "decode_scores",
     "encode_scores",
 ]
@@ -49,46 +51,44 @@ METADATA_KEY = b"opd_stream"
 ALIGNED = ("chunk_ids", "same_tokens")  # columns of scores with alignment, whatever the codec
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExactCodec:
-    """Ids and log-probabilities as they are."""
+class ExactCodec(Section):
+    """Ids as they are, log-probabilities rounded to a floating-point type."""
 
-    dtype: Literal["float16", "float32"] = "float16"
+    kind: Literal["exact"] = "exact"
+    dtype: Literal["float16", "float32"] = Field(default="float16", description="as stored")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompactCodec:
+class CompactCodec(Section):
     """Quantised log-probabilities, packed ids, as many candidates as hold the mass."""
 
-    max_error: float = 1 / 32  # nats, of every stored log-probability
-    mass: float | None = None  # stop at this share of the distribution; None: always K
-    min_k: int = 1  # but never below so many candidates
+    kind: Literal["compact"] = "compact"
+    max_error: float = Field(
+        default=1 / 32, gt=0, le=1, description="of a stored log-probability, nats"
+    )
+    mass: float | None = Field(
+        default=None, gt=0, le=1, description="stop at this retained mass; null: always top_k"
+    )
+    min_k: int = Field(default=1, ge=1, description="candidates kept whatever the mass")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampledCodec:
-    """Ids drawn from the teacher with replacement, and how often each was drawn (RS-KD)."""
+class SampledCodec(Section):
+    """Ids drawn from the teacher with replacement, and their counts (RS-KD)."""
 
-    draws: int = 50
-
-
-Codec = ExactCodec | CompactCodec | SampledCodec
-KINDS: dict[str, type[Codec]] = {
-    "exact": ExactCodec,
-    "compact": CompactCodec,
-    "sampled": SampledCodec,
-}
+    kind: Literal["sampled"] = "sampled"
+    draws: int = Field(default=50, ge=1, le=1024, description="draws per completion token")
 
 
-def build_codec(*, kind: str, **settings: Any) -> Codec:
-    """The codec of a config section."""
-    return KINDS[kind](**settings)
+Codec = Annotated[ExactCodec | CompactCodec | SampledCodec, Field(discriminator="kind")]
+_CODEC: TypeAdapter[Codec] = TypeAdapter(Codec)
 
 
-def codec_settings(codec: Codec) -> dict[str, Any]:
-    """The JSON value of a codec, as it stands in recipes and shards."""
-    (kind,) = (name for name, cls in KINDS.items() if isinstance(codec, cls))
-    return {"kind": kind, **asdict(codec)}
+def codec_of(settings: Mapping[str, Any]) -> Codec:
+    """The codec of a recipe's settings, `{"kind": "compact", ...}`.
+
+    Raises:
+        ValidationError: they describe none.
+    """
+    return _CODEC.validate_python(settings)
 
 
 def encode_scores(
@@ -123,7 +123,7 @@ def encode_scores(
             dtype = np.bool_ if name == "same_tokens" else np.int32
             columns[name] = list_column(flat(rows, dtype), offsets_of(lengths_of(rows)))
     table = pa.table({**keys, **columns})
-    metadata = {METADATA_KEY: canonical_json({"codec": codec_settings(codec)}), **extra}
+    metadata = {METADATA_KEY: canonical_json({"codec": codec.model_dump()}), **extra}
     return table.replace_schema_metadata(metadata), fidelity
 
 
@@ -144,8 +144,8 @@ def decode_scores(batch: pa.RecordBatch) -> ScoreBlock:
             block = decode_sampled(batch, draws=settings["draws"])
         case other:
             raise UserError(
-                f"a shard was written by codec {other!r}; this opd-stream knows {sorted(KINDS)}; "
-                "update opd-stream"
+                f"a shard was written by codec {other!r}; this opd-stream reads exact, "
+                "compact and sampled; update opd-stream"
             )
     if ALIGNED[0] in batch.schema.names:
         aligned = {name: flat_values(batch.column(name)) for name in ALIGNED}
