@@ -14,7 +14,7 @@ from opd_stream.tasks.figures import Counts, Difference, differences
 from opd_stream.tasks.pass_at_k import usual_ks
 from pipeline.run_directory import RunDirectory
 
-_PLACES = "expected RUN, RUN@ROUND (0 is the initial student) or a file of evaluate --out"
+_PLACES = "expected RUN, RUN@POLICY_VERSION (0: the initial student) or a file of evaluate --out"
 _OWN = ("engine", "dtype", "stop_ids")  # of a policy; everything else has to be the same
 _ROW = "{:16} {:>9} {:>8} {:>8} {:>8} {:>8}   {}"
 
@@ -73,7 +73,7 @@ def _rows(name: str, problems: int, found: dict[str, Difference]) -> Iterator[st
 
 
 def _open_side(place: str) -> Side:
-    """Find what the user means by RUN, RUN@ROUND or a file."""
+    """Find what the user means by RUN, RUN@POLICY_VERSION or a file."""
     if Path(place).is_file():
         record = read_json(Path(place))
         if not isinstance(record, dict) or not {"store", "benchmarks"} <= set(record):
@@ -81,7 +81,7 @@ def _open_side(place: str) -> Side:
         return Side(name=place, store=Store(record["store"]), artifacts=_artifacts(record))
     folder, at, number = place.rpartition("@") if not Path(place).is_dir() else (place, "", "")
     if at and not number.isdecimal():
-        raise UserError(f"{place} names the round {number!r}; {_PLACES}; give a number")
+        raise UserError(f"{place} names the policy version {number!r}; {_PLACES}; give a number")
     directory = RunDirectory(Path(folder if at else place))
     if not directory.path.is_dir():
         raise UserError(f"{directory.path} does not exist; {_PLACES}; check the path")
@@ -93,14 +93,14 @@ def _open_side(place: str) -> Side:
         lacks = ", not all evaluated" if done == planned else ""
         raise UserError(
             f"{place} is not finished ({done} of {planned} rounds{lacks}); "
-            f"{_PLACES}; finish it, or name the round of an evaluation ({place}@0 is the start)"
+            f"{_PLACES}; finish it, or name an evaluated policy version (such as {place}@0)"
         )
     if at:
         evaluations = [entry for entry in evaluations if entry["round"] == int(number)]
     if not evaluations:
         raise UserError(
-            f"{place} has no evaluation{f' of round {number}' if at else ''}; {_PLACES}; run it "
-            "with an evaluation section, or use evaluate --out"
+            f"{place} has no evaluation{f' of policy version {number}' if at else ''}; {_PLACES}; "
+            "run it with an evaluation section, or use evaluate --out"
         )
     if "benchmarks" not in evaluations[-1]:
         raise UserError(

@@ -126,8 +126,8 @@ def summary(
             sampled, scored, trained or evaluated (`other`); empty where there was none.
     """
     evaluations = [
-        {"round": round_index, **evaluation}
-        for round_index, evaluation in enumerate(
+        {"round": version, "policy_version": version, **evaluation}
+        for version, evaluation in enumerate(
             [evaluation_0, *(report["evaluation"] for report in reports)]
         )
         if evaluation is not None

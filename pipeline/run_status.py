@@ -25,7 +25,8 @@ from stages.prompts import prompts_artifact
 class RoundStatus:
     """A round with the pace of each of its stages; `evaluate` only where it is due."""
 
-    round: int  # from 0; -1: the initial student, which is only evaluated
+    round: int | None  # from 0; None: the initial student, which is only evaluated
+    policy_version: int  # of the policy that is evaluated: 0, or the round's number + 1
     window_tokens: int | None
     busy_seconds: float  # in generate, score and train
     stages: dict[str, Pace]
@@ -66,7 +67,11 @@ class StatusReader:
             first = self._evaluate(setup.student, now)
             rounds.append(
                 RoundStatus(
-                    round=-1, window_tokens=None, busy_seconds=0.0, stages={"evaluate": first}
+                    round=None,
+                    policy_version=0,
+                    window_tokens=None,
+                    busy_seconds=0.0,
+                    stages={"evaluate": first},
                 )
             )
         rounds += [self._round(here, now) for here in heres]
@@ -75,10 +80,10 @@ class StatusReader:
             run=str(self._directory.path),
             time=now,
             is_finished=complete == setup.config.rounds
-            and all(status.is_complete for status in rounds if status.round >= 0),
+            and all(status.is_complete for status in rounds if status.round is not None),
             rounds_complete=complete,
             rounds_planned=setup.config.rounds,
-            eta_seconds=_eta(setup, heres, [r for r in rounds if r.round >= 0]),
+            eta_seconds=_eta(setup, heres, [r for r in rounds if r.round is not None]),
             rounds=tuple(rounds),
         )
 
@@ -114,6 +119,7 @@ class StatusReader:
             spans = []  # another run's time
         return RoundStatus(
             round=here.index,
+            policy_version=here.index + 1,
             window_tokens=here.window_tokens,
             busy_seconds=busy_seconds(spans) + (stages["train"].busy_seconds or 0.0),
             stages=stages,

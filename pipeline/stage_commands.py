@@ -29,7 +29,7 @@ from stages.collect import begin, finish, missing_units, start_scores
 from stages.executors import Role, open_executor
 from stages.progress import Progress
 
-STAGES = ("generate", "score", "train", "evaluate")
+STAGES = ("generate", "score", "train")
 POLL_SECONDS = 2.0
 _ROLES: dict[str, tuple[Role, ...]] = {"score": ("teacher",)}
 
@@ -56,8 +56,6 @@ def run_stage(
     Raises:
         UserError: an earlier stage has not been run yet, or anything else the user can mend.
     """
-    if stage == "evaluate":
-        return run_evaluation(config, directory, round_index=round_index, progress=progress)
     setup = open_setup(config)
     run_id = directory.open(config)
     roles = _ROLES.get(stage, ("student",))
@@ -84,7 +82,7 @@ def run_evaluation(
     config: Config,
     directory: RunDirectory,
     *,
-    round_index: int | None = None,
+    policy_version: int | None = None,
     policy: Path | None = None,
     progress: Progress,
     out: Path | None = None,
@@ -94,7 +92,7 @@ def run_evaluation(
     Args:
         config: the run; its evaluation may be another than that of the run's folder.
         directory: folder of this machine's notes on the run.
-        round_index: the round that made the policy; -1 is the initial student.
+        policy_version: 0 is the initial student, R + 1 the policy after round R.
         policy: a Hugging Face folder instead.
         progress: told of every unit.
         out: file to write for `compare`.
@@ -104,19 +102,19 @@ def run_evaluation(
     """
     if config.evaluation is None:
         raise UserError("the config has no evaluation section; expected one; add it")
-    if (round_index is None) == (policy is None):
+    if (policy_version is None) == (policy is None):
         raise UserError(
-            f"evaluate was given {'neither' if policy is None else 'both'} of --round and "
-            "--policy; expected one of them; --round -1 is the initial student"
+            f"evaluate was given {'neither' if policy is None else 'both'} of --policy-version and "
+            "--policy; expected one of them; --policy-version 0 is the initial student"
         )
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
     setup, run_id = None, ""
     if policy is None:
-        assert round_index is not None
+        assert policy_version is not None
         setup = open_setup(config)
-        student, stop_ids = _policy_of(setup, round_index), setup.stop_ids
-        store, run_id = setup.store, _join(setup, directory, round_index)
+        student, stop_ids = _policy_of(setup, policy_version), setup.stop_ids
+        store, run_id = setup.store, _join(setup, directory, policy_version)
     else:
         store = open_store(config)
         student, stop_ids = open_policy(config, store, policy)
@@ -148,21 +146,26 @@ def run_evaluation(
     return "\n".join(figure_lines(found))
 
 
-def _join(setup: Setup, directory: RunDirectory, round_index: int) -> str:
+def _join(setup: Setup, directory: RunDirectory, policy_version: int) -> str:
     """Join the run of a folder, or begin one for a run of other machines; returns the id."""
-    if round_index == -1 or directory.is_run():
+    if policy_version == 0 or directory.is_run():
         return directory.join(setup.config)
     run_id = directory.open(setup.config)
     records = Records(setup=setup, directory=directory, run_id=run_id)
-    records.share(_find_round(setup, round_index))
+    records.share(_find_round(setup, policy_version - 1))
     return run_id
 
 
-def _policy_of(setup: Setup, round_index: int) -> Checkpoint:
-    """The policy that round `round_index` made; -1 is the initial student."""
-    if round_index == -1:
+def _policy_of(setup: Setup, version: int) -> Checkpoint:
+    """The policy of a version: 0 is the initial student, R + 1 the policy after round R."""
+    if version == 0:
         return setup.student
-    here = _find_round(setup, round_index)
+    if not 0 < version <= setup.config.rounds:
+        raise UserError(
+            f"--policy-version is {version}; the config has policies 0 (the initial student) to "
+            f"{setup.config.rounds}; choose one of them"
+        )
+    here = _find_round(setup, version - 1)
     _need(here.policy.is_complete(), here, "train", "policy")
     return checkpoint_of(here.policy)
 

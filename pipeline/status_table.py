@@ -36,7 +36,7 @@ def table_of(status: RunStatus, *, height: int | None = None) -> RenderableType:
         table.add_column(name, justify=justify, no_wrap=True, vertical="bottom")
     table.add_column("", no_wrap=True)
     for each in shown:
-        name = "start" if each.round < 0 else str(each.round)
+        name = "start" if each.round is None else str(each.round)
         window = "" if each.window_tokens is None else str(each.window_tokens)
         for stage, pace in each.stages.items():
             table.add_row(name, window, stage, *_cells(pace))

@@ -11,6 +11,7 @@ from pipeline.evaluation import figure_lines
 COLUMNS = (
     "round",
     "window",
+    "policy\nversion",
     "pass@1",
     "pass@8",
     "tokens\ngenerated",
@@ -35,13 +36,14 @@ def print_run(
     if 0 in evaluations:
         later = sum(report["evaluation"]["seconds"] for report in reports if report["evaluation"])
         first = f"{summary['seconds']['evaluate'] - later:.1f}"
-        table.add_row("start", "", *_passes(evaluations[0]), *[""] * 6, first)
+        table.add_row("start", "", "0", *_passes(evaluations[0]), *[""] * 6, first)
     for report in reports:
         evaluation = report["evaluation"]
         tokens, seconds = report["tokens"], report["seconds"]
         table.add_row(
             str(report["round"]),
             str(report["window_tokens"]),
+            str(report["round"] + 1),
             *_passes(evaluation),
             f"{tokens['generated']:,}",
             f"{tokens['teacher_scored']:,}",
@@ -54,6 +56,7 @@ def print_run(
     table.add_section()
     table.add_row(
         "all",
+        "",
         "",
         "",
         "",

@@ -24,7 +24,7 @@ from pipeline.run_directory import RunDirectory
 from pipeline.stage_commands import run_evaluation
 from pipeline.table import print_run
 from stages.progress import Silent
-from tests.conftest import MODELS, small_config
+from tests.conftest import MODELS, Command, small_config
 from tests.test_judges import function_judge
 
 WHOLE = ("evaluation.max_new_tokens=208", "evaluation.prompts.count=12")
@@ -39,7 +39,7 @@ def evaluate(folder: Path, *overrides: str, name: str = "run", **which: Any) -> 
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded student and teacher, evaluated on the same problems."""
     folder = tmp_path_factory.mktemp("measured")
-    evaluate(folder, *WHOLE, round_index=-1, out=folder / "student.json")
+    evaluate(folder, *WHOLE, policy_version=0, out=folder / "student.json")
     policy = MODELS / "ledger-teacher"
     evaluate(folder, *WHOLE, policy=policy, out=folder / "teacher.json")
     return folder
@@ -151,7 +151,7 @@ def test_benchmarks_have_settings_of_their_own_and_a_mean(tmp_path: Path) -> Non
     }
     evaluation = {"max_new_tokens": 8, "samples_per_prompt": 2, "benchmarks": benchmarks}
     asked = f"evaluation={json.dumps(evaluation)}"
-    lines = evaluate(tmp_path, asked, round_index=-1, out=tmp_path / "out.json").splitlines()
+    lines = evaluate(tmp_path, asked, policy_version=0, out=tmp_path / "out.json").splitlines()
     assert [line.split(":")[0] for line in lines] == ["short", "long", "mean of 2"]
     found = json.loads((tmp_path / "out.json").read_text())
     assert [e["samples"] for e in found["benchmarks"].values()] == [2, 4]
@@ -167,7 +167,7 @@ def test_a_run_that_asks_for_math_without_the_library_is_refused_before_any_work
 ) -> None:
     monkeypatch.setattr("opd_stream.tasks.judges.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install math-verify") as caught:
-        evaluate(tmp_path, "evaluation.judge.kind=math", round_index=-1)
+        evaluate(tmp_path, "evaluation.judge.kind=math", policy_version=0)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
@@ -180,13 +180,13 @@ def test_a_function_of_ones_own_judges_and_its_source_names_the_verdicts(
     for body in ("return len(reference) == 2", "return len(reference) == 20 or False"):
         path = function_judge(tmp_path, monkeypatch, body)
         judge = f"evaluation.judge={{kind: function, path: '{path}'}}"
-        said.append(evaluate(measured, *WHOLE, judge, round_index=-1))
+        said.append(evaluate(measured, *WHOLE, judge, policy_version=0))
     assert "pass@1 1.000" in said[0]
     assert "pass@1 0.000" in said[1]
     before = sorted((measured / "store" / "evaluations").iterdir())
     function_judge(tmp_path, monkeypatch, "return 1 / 0")
     with pytest.raises(UserError, match="raised ZeroDivisionError"):
-        evaluate(measured, *WHOLE, judge, round_index=-1)
+        evaluate(measured, *WHOLE, judge, policy_version=0)
     assert sorted((measured / "store" / "evaluations").iterdir()) == before
 
 
@@ -197,16 +197,16 @@ def test_judging_again_generates_nothing(measured: Path, no_engine: None) -> Non
         "evaluation.pass_at=[2]",
         "evaluation.samples_per_prompt=1",
     ):
-        assert "pass@1" in evaluate(measured, *WHOLE, override, round_index=-1)
+        assert "pass@1" in evaluate(measured, *WHOLE, override, policy_version=0)
     lost = garbage(Store(measured / "store"), grace_seconds=0)
     assert not [folder for folder in lost if folder.parent.name in ("rollouts", "evaluations")]
     with pytest.raises(UserError, match="an engine was asked for"):
-        evaluate(measured, *WHOLE, "evaluation.seed=1", round_index=-1)
+        evaluate(measured, *WHOLE, "evaluation.seed=1", policy_version=0)
 
 
 def test_fewer_samples_are_the_first_ones(measured: Path, tmp_path: Path, no_engine: None) -> None:
     fewer = "evaluation.samples_per_prompt=1"
-    evaluate(measured, *WHOLE, fewer, round_index=-1, out=tmp_path / "fewer.json")
+    evaluate(measured, *WHOLE, fewer, policy_version=0, out=tmp_path / "fewer.json")
     store = Store(measured / "store")
     all_of, first = (
         json.loads(path.read_text())["benchmarks"]["ledger"]["artifact"].split("/")[1]
@@ -234,10 +234,22 @@ def test_a_copied_policy_finds_its_answers_and_another_family_gets_its_own(
     assert original["benchmarks"]["ledger"]["artifact"] in copied
     with pytest.raises(UserError, match="is no checkpoint: found nothing"):
         evaluate(measured, *WHOLE, policy=tmp_path / "none")
-    with pytest.raises(UserError, match=r"neither of --round and --policy"):
+    with pytest.raises(UserError, match=r"neither of --policy-version and --policy"):
         evaluate(measured, *WHOLE)
     with pytest.raises(UserError, match=r"there is no folder"):
         evaluate(measured, *WHOLE, policy=other, out=tmp_path / "none" / "out.json")
+
+
+def test_a_policy_is_named_by_its_version(tmp_path: Path, opd_stream: Command) -> None:
+    with pytest.raises(
+        UserError, match="the initial student\\) to 2; choose one"
+    ):
+        evaluate(tmp_path, policy_version=3)
+    with pytest.raises(UserError, match="run train --round 0 first"):
+        evaluate(tmp_path, policy_version=1)
+    code, _, said = opd_stream("evaluate", str(MODELS.parent / "quickstart.yaml"), "--round", "3")
+    assert code == 2
+    assert "expected --policy-version: 0 is the initial student, 4 the policy after round 3" in said
 
 
 def test_a_comparison_has_the_sign_and_the_figures_of_its_sides(measured: Path) -> None:
@@ -269,7 +281,7 @@ def test_a_run_is_compared_with_its_own_start(tmp_path: Path) -> None:
     lines = list(compare(f"{folder}@0", str(folder), Bootstrap()))
     assert lines[0] == f"A: {folder}@0   B: {folder}"
     assert [line.split("  ")[0] for line in lines[2::2]] == ["one", "two", "mean of 2"]
-    with pytest.raises(UserError, match="has no evaluation of round 7"):
+    with pytest.raises(UserError, match="has no evaluation of policy version 7"):
         list(compare(f"{folder}@7", str(folder), Bootstrap()))
     stopped = {**summary, "finished": False, "rounds": 0}
     (folder / "summary.json").write_text(json.dumps(stopped))
@@ -280,12 +292,12 @@ def test_a_run_is_compared_with_its_own_start(tmp_path: Path) -> None:
 def test_what_cannot_be_compared_is_one_line(measured: Path, tmp_path: Path) -> None:
     student = str(measured / "student.json")
     judge, out = "evaluation.judge.kind=exact", tmp_path / "exact.json"
-    evaluate(measured, *WHOLE, judge, round_index=-1, out=out)
+    evaluate(measured, *WHOLE, judge, policy_version=0, out=out)
     cases = {
         str(out): r"differ in judge\.kind: 'ledger' and 'exact'; expected the same problems",
-        str(tmp_path / "none"): "does not exist; expected RUN, RUN@ROUND",
+        str(tmp_path / "none"): "does not exist; expected RUN, RUN@POLICY_VERSION",
         str(tmp_path): "has no config.json",
-        f"{measured / 'run'}@x": "names the round 'x'",
+        f"{measured / 'run'}@x": "names the policy version 'x'",
         str(measured / "small.yaml"): "is not valid JSON",
     }
     for other, line in cases.items():

@@ -21,13 +21,20 @@ from pipeline.stage_commands import run_evaluation, run_stage
 from stages.progress import Silent
 from tests.conftest import small_config
 
-MACHINES = {"generate": "a", "score": "b", "train": "c", "evaluate": "d"}
+MACHINES = {"generate": "a", "score": "b", "train": "c"}
 TIMES = ("seconds", "cpu_seconds", "audit_cpu_seconds", "wall", "other")
 
 
 def stage(folder: Path, name: str, round_index: int) -> None:
     config, directory = small_config(folder), RunDirectory(folder / MACHINES[name])
     run_stage(name, config, directory, round_index=round_index, progress=Silent())
+
+
+def evaluate(folder: Path, policy_version: int) -> None:
+    directory = RunDirectory(folder / "d")
+    run_evaluation(
+        small_config(folder), directory, policy_version=policy_version, progress=Silent()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same by stages, each on a machine of its own; the last evaluation is still to come."""
     folder = tmp_path_factory.mktemp("apart")
-    stage(folder, "evaluate", -1)
+    evaluate(folder, 0)
     for round_index in range(2):
         for name in ("generate", "score", "train"):
             stage(folder, name, round_index)
@@ -53,7 +60,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluated(apart: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated") / "copy"
     shutil.copytree(apart, folder)
-    stage(folder, "evaluate", 1)
+    evaluate(folder, 2)
     return folder
 
 
@@ -144,11 +151,11 @@ def test_another_evaluation_leaves_the_folder_as_it_is(evaluated: Path, tmp_path
     directory = RunDirectory(folder / "d")
     before = {path: path.read_bytes() for path in sorted((folder / "d").rglob("*.json"))}
     config = small_config(folder, "evaluation.samples_per_prompt=1")
-    run_evaluation(config, directory, round_index=0, progress=Silent())
+    run_evaluation(config, directory, policy_version=1, progress=Silent())
     assert {path: path.read_bytes() for path in sorted((folder / "d").rglob("*.json"))} == before
-    run_evaluation(small_config(folder), directory, round_index=0, progress=Silent())
-    rounds = [entry["round"] for entry in directory.summary()["evaluations"]]
-    assert rounds == [0, 1, 2]  # one that was not due, asked for by name
+    evaluate(folder, 1)
+    versions = [entry["policy_version"] for entry in directory.summary()["evaluations"]]
+    assert versions == [0, 1, 2]  # one that was not due, asked for by name
 
 
 def test_garbage_collection_leaves_what_stages_made(apart: Path) -> None:

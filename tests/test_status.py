@@ -98,7 +98,8 @@ def test_a_finished_run_is_complete_in_every_stage_with_the_tokens_of_its_report
     status = status_of(finished)
     assert status.is_finished
     assert (status.rounds_complete, status.rounds_planned, status.eta_seconds) == (2, 2, 0.0)
-    assert [each.round for each in status.rounds] == [-1, 0, 1]
+    assert [each.round for each in status.rounds] == [None, 0, 1]
+    assert [each.policy_version for each in status.rounds] == [0, 1, 2]
     reports = RunDirectory(finished / "run").reports()
     for each, report in zip(status.rounds[1:], reports, strict=True):
         assert each.window_tokens == report["window_tokens"]

@@ -144,7 +144,7 @@ def report(
 
 @app.command()
 def compare(
-    left: Annotated[str, typer.Argument(metavar="A", help="RUN, RUN@ROUND or evaluate's --out.")],
+    left: Annotated[str, typer.Argument(metavar="A", help="RUN, RUN@VERSION or evaluate's --out.")],
     right: Annotated[str, typer.Argument(metavar="B", help="The same.")],
     confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of intervals.")] = 0.95,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,

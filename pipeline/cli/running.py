@@ -68,8 +68,9 @@ def train(
 @app.command()
 def evaluate(
     config: ConfigFile,
-    round_index: Annotated[
-        int | None, typer.Option("--round", help="Round that made the policy; -1: the student.")
+    policy_version: Annotated[
+        int | None,
+        typer.Option(help="0: the initial student, R + 1: the policy after round R."),
     ] = None,
     policy: Annotated[
         Path | None, typer.Option("--policy", help="Any Hugging Face folder instead.")
@@ -77,17 +78,24 @@ def evaluate(
     overrides: Overrides = None,
     run_dir: RunDir = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write for compare.")] = None,
+    round_index: Annotated[int | None, typer.Option("--round", hidden=True)] = None,
 ) -> None:
     """Evaluate a policy; with another judge or k nothing is sampled again."""
+    from opd_stream.errors import UserError
     from pipeline.progress import TerminalProgress
     from pipeline.stage_commands import run_evaluation
 
+    if round_index is not None:
+        raise UserError(
+            f"evaluate was given --round {round_index}; expected --policy-version: 0 is the "
+            f"initial student, {round_index + 1} the policy after round {round_index}"
+        )
     settings, directory = open_run(config, overrides, run_dir)
     with TerminalProgress() as progress:
         lines = run_evaluation(
             settings,
             directory,
-            round_index=round_index,
+            policy_version=policy_version,
             policy=policy,
             progress=progress,
             out=out,
