@@ -241,9 +241,7 @@ def test_a_copied_policy_finds_its_answers_and_another_family_gets_its_own(
 
 
 def test_a_policy_is_named_by_its_version(tmp_path: Path, opd_stream: Command) -> None:
-    with pytest.raises(
-        UserError, match="the initial student\\) to 2; choose one"
-    ):
+    with pytest.raises(UserError, match="the initial student\\) to 2; choose one"):
         evaluate(tmp_path, policy_version=3)
     with pytest.raises(UserError, match="run train --round 0 first"):
         evaluate(tmp_path, policy_version=1)
