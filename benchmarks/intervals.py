@@ -6,8 +6,7 @@ docs/evaluation.md.
 
 import numpy as np
 
-from opd_stream.tasks.bootstrap import Bootstrap
-from opd_stream.tasks.figures import Counts, figures
+from opd_stream.tasks.pass_at_k import Bootstrap, Counts, estimates
 
 A, B = 0.5, 0.8  # of the Beta distribution of chances: many problems are hopeless or sure
 SETS, SAMPLES, RESAMPLES = 5_000, 8, 1_000
@@ -20,7 +19,7 @@ def coverage(problems: int) -> float:
         right = random.binomial(SAMPLES, random.beta(A, B, size=problems))
         counts = Counts(correct={str(n): int(c) for n, c in enumerate(right)}, samples=SAMPLES)
         bootstrap = Bootstrap(confidence=0.95, resamples=RESAMPLES, seed=seed)
-        _, (low, high) = figures([counts], (1,), bootstrap)["pass@1"]
+        _, (low, high) = estimates([counts], (1,), bootstrap)["pass@1"]
         held += low <= A / (A + B) <= high
     return held / SETS
 

@@ -10,14 +10,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd_stream.costs import TokenCounts, counts_of, shape_of, train_flops
 from opd_stream.schedule import learning_rate
-from opd_stream.tasks import ledger, routine
+from opd_stream.tasks import ledger
 
 ROWS_PER_STEP, STEPS_PER_ROUND = 16, 4
 PEAK = 1e-3  # better than 3e-4 on the tuning problems of both tasks
 TRAINING_SEED = 100
 
 
-def fine_tune(task: str, seed: int, folder: Path) -> list[dict[str, Any]]:
+def fine_tune(task: ledger.Task, seed: int, folder: Path) -> list[dict[str, Any]]:
     """Cross-entropy on programs' solutions; the teacher is not asked at all."""
     torch.manual_seed(seed)
     start = Path(__file__).parent.parent / "configs" / "models" / f"{task}-student"
@@ -26,8 +26,9 @@ def fine_tune(task: str, seed: int, folder: Path) -> list[dict[str, Any]]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.95), weight_decay=0)
     rounds = TASKS[task].rounds
     steps = rounds * STEPS_PER_ROUND
-    make = {"ledger": ledger, "routine": routine}[task].make_problems
-    problems = make(count=steps * ROWS_PER_STEP, seed=TRAINING_SEED + seed)
+    problems = ledger.make_problems(
+        count=steps * ROWS_PER_STEP, seed=TRAINING_SEED + seed, task=task
+    )
     shape = shape_of(model.config.to_dict())
     records: list[dict[str, Any]] = []
     for number in range(rounds):

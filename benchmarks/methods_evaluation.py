@@ -8,17 +8,17 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from opd_stream.engines import open_engine
-from opd_stream.tasks import ledger, routine
+from opd_stream.tasks import ledger
 from opd_stream.tasks.pass_at_k import pass_at_k, standard_error
 from opd_stream.types import PromptBatch
 
 
 def evaluate(
-    folder: Path, task: str, *, problems: int, samples: int, seed: int, window_tokens: int
+    folder: Path, task: ledger.Task, *, problems: int, samples: int, seed: int, window_tokens: int
 ) -> dict[str, Any]:
     """Sampled at temperature 1, judged by the task's program."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    chosen = {"ledger": ledger, "routine": routine}[task].make_problems(count=problems, seed=seed)
+    chosen = ledger.make_problems(count=problems, seed=seed, task=task)
     engine = open_engine(engine="transformers", folder=folder, dtype="float32", batch_rows=128)
     rollouts = engine.sample(
         PromptBatch(
@@ -58,7 +58,7 @@ def right_by_week(texts: list[str]) -> list[float]:
 
     A line counts by itself, whatever went wrong earlier in the solution.
     """
-    right: list[list[bool]] = [[] for _ in range(max(routine.WEEKS))]
+    right: list[list[bool]] = [[] for _ in range(max(ledger.WEEKS))]
     for text in texts:
         week, total = -1, None
         for line in text.split("\n"):

@@ -18,7 +18,7 @@ from opd_stream.errors import UserError
 from opd_stream.store.files import canonical_json, sha256, sha256_file
 from opd_stream.store.lines import lines_of
 from opd_stream.store.schema import PROMPTS, id_lists
-from opd_stream.tasks import ledger, routine
+from opd_stream.tasks.ledger import make_problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +58,7 @@ def read_prompts(source: Prompts) -> list[Prompt]:
         UserError: no prompts, a malformed line, a missing field or a duplicate id.
     """
     if isinstance(source, EmbeddedPrompts):
-        task = {"ledger": ledger, "routine": routine}[source.kind]
-        problems = task.make_problems(count=source.count, seed=source.seed)
+        problems = make_problems(count=source.count, seed=source.seed, task=source.kind)
         return [Prompt(prompt_id=p.problem_id, text=p.question, answer=p.answer) for p in problems]
     rows = _jsonl_rows(source) if isinstance(source, JsonlPrompts) else _dataset_rows(source)
     prompts: list[Prompt] = []

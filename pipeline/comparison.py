@@ -9,9 +9,7 @@ from opd_stream.errors import UserError
 from opd_stream.store.files import read_json
 from opd_stream.store.recipe import Recipe, differing_fields
 from opd_stream.store.store import Store
-from opd_stream.tasks.bootstrap import Bootstrap
-from opd_stream.tasks.figures import Counts, Difference, differences
-from opd_stream.tasks.pass_at_k import usual_ks
+from opd_stream.tasks.pass_at_k import Bootstrap, Counts, Difference, default_ks, differences
 from pipeline.run_directory import RunDirectory
 
 _PLACES = "expected RUN, RUN@POLICY_VERSION (0: the initial student) or a file of evaluate --out"
@@ -46,10 +44,10 @@ def compare(left: str, right: str, bootstrap: Bootstrap) -> Iterator[str]:
     confidence = f"{100 * bootstrap.confidence:g}% interval of B - A"
     yield _ROW.format("benchmark", "problems", "figure", "A", "B", "B - A", confidence)
     for name, pair in zip(names, pairs, strict=True):
-        found = differences([pair[0]], [pair[1]], usual_ks(pair[0].samples), bootstrap)
+        found = differences([pair[0]], [pair[1]], default_ks(pair[0].samples), bootstrap)
         yield from _rows(name, len(pair[0].correct), found)
     if len(pairs) > 1:
-        ks = usual_ks(min(a.samples for a, _ in pairs))
+        ks = default_ks(min(a.samples for a, _ in pairs))
         found = differences([a for a, _ in pairs], [b for _, b in pairs], ks, bootstrap)
         yield from _rows(f"mean of {len(pairs)}", sum(len(a.correct) for a, _ in pairs), found)
     for side, other in (sides, sides[::-1]):

@@ -8,8 +8,7 @@ from typing import Any
 from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.store import Store
-from opd_stream.tasks.figures import Counts, figures
-from opd_stream.tasks.pass_at_k import usual_ks
+from opd_stream.tasks.pass_at_k import Counts, default_ks, estimates
 from pipeline.reports import Span, made_by
 from stages.checkpoints import Checkpoint, open_checkpoint
 from stages.collect import begin, finish, start_rollouts
@@ -180,11 +179,11 @@ def _ks(asked: Sequence[int] | None, counts: Sequence[Counts]) -> tuple[int, ...
     """pass@1 and the k asked for, else those that every set of problems has samples for."""
     if asked is not None:
         return tuple(sorted({1, *asked}))
-    return usual_ks(min(each.samples for each in counts))
+    return default_ks(min(each.samples for each in counts))
 
 
 def _figures(counts: Sequence[Counts], ks: Sequence[int]) -> dict[str, Any]:
-    found = figures(counts, ks)
+    found = estimates(counts, ks)
     return {
         **{name: estimate for name, (estimate, _) in found.items()},
         "intervals": {name: list(interval) for name, (_, interval) in found.items()},

@@ -16,7 +16,7 @@ from opd_stream.store.recipe import Recipe, recipe_from_json
 from opd_stream.store.schema import rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.tasks.judges import open_judge
-from opd_stream.tasks.pass_at_k import pass_at_k, standard_error, usual_ks
+from opd_stream.tasks.pass_at_k import default_ks, pass_at_k, standard_error
 from stages.checkpoints import Checkpoint
 from stages.prompts import make_prompts
 from stages.recipes import evaluation_recipe, evaluation_rollouts_recipe
@@ -124,7 +124,7 @@ def _result(
     counted = _judged(rollouts, answers, samples, is_right, student.tokenizer())
     counts = list(counted["correct"].values())
     return {
-        **{f"pass@{k}": pass_at_k(counts, samples=samples, k=k) for k in usual_ks(samples)},
+        **{f"pass@{k}": pass_at_k(counts, samples=samples, k=k) for k in default_ks(samples)},
         "standard_error": standard_error(counts, samples=samples),
         "problems": len(counts),
         "samples": samples,

@@ -16,8 +16,7 @@ from rich.console import Console
 from opd_stream.errors import UserError
 from opd_stream.store.inventory import garbage
 from opd_stream.store.store import Store
-from opd_stream.tasks.bootstrap import Bootstrap
-from opd_stream.tasks.figures import Counts, differences, figures
+from opd_stream.tasks.pass_at_k import Bootstrap, Counts, differences, estimates
 from pipeline.comparison import compare
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
@@ -68,10 +67,10 @@ def test_pass_at_k_of_each_problem_is_the_share_of_subsets_with_a_right_sample(k
 def test_avg_is_the_mean_over_all_samples_and_several_sets_count_the_same() -> None:
     one = Counts(correct={"a": 1, "b": 3}, samples=4)
     many = Counts(correct={str(number): 0 for number in range(50)}, samples=4)
-    assert figures([one], (1,))["avg@4"][0] == pytest.approx(0.5)
-    assert figures([one, many], (1,))["pass@1"][0] == pytest.approx(0.25)
+    assert estimates([one], (1,))["avg@4"][0] == pytest.approx(0.5)
+    assert estimates([one, many], (1,))["pass@1"][0] == pytest.approx(0.25)
     with pytest.raises(ValueError, match="pass@5 needs at least 5 samples"):
-        figures([one], (5,))
+        estimates([one], (5,))
 
 
 @pytest.mark.parametrize("confidence", [0.95, 0.5])
@@ -84,7 +83,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(confidence: float) -> No
         right = random.binomial(8, random.beta(0.5, 0.8, size=60))
         counts = Counts(correct=dict(enumerate(right.tolist())), samples=8)  # type: ignore[arg-type]
         bootstrap = Bootstrap(confidence=confidence, resamples=400, seed=trial)
-        _, (low, high) = figures([counts], (1,), bootstrap)["pass@1"]
+        _, (low, high) = estimates([counts], (1,), bootstrap)["pass@1"]
         covered += low <= truth <= high
     deviation = (confidence * (1 - confidence) / trials) ** 0.5
     assert covered / trials == pytest.approx(confidence, abs=4 * deviation)
@@ -93,9 +92,9 @@ def test_intervals_cover_the_truth_as_often_as_they_say(confidence: float) -> No
 def test_an_interval_depends_on_seed_and_counts_alone() -> None:
     forward = Counts(correct={"a": 0, "b": 2, "c": 1, "d": 2}, samples=2)
     backward = Counts(correct=dict(reversed(forward.correct.items())), samples=2)  # type: ignore[call-overload]
-    assert figures([forward], (1, 2)) == figures([backward], (1, 2))
-    other = figures([forward], (1, 2), Bootstrap(seed=1, resamples=50))
-    assert other != figures([forward], (1, 2), Bootstrap(seed=2, resamples=50))
+    assert estimates([forward], (1, 2)) == estimates([backward], (1, 2))
+    other = estimates([forward], (1, 2), Bootstrap(seed=1, resamples=50))
+    assert other != estimates([forward], (1, 2), Bootstrap(seed=2, resamples=50))
 
 
 def test_pairing_takes_out_how_hard_the_problems_are() -> None:
@@ -107,7 +106,7 @@ def test_pairing_takes_out_how_hard_the_problems_are() -> None:
     found = differences([left], [right], (1,))["pass@1"]
     assert found.difference == pytest.approx(3 / 64)
     assert found.interval == pytest.approx((3 / 64, 3 / 64))
-    (_, (_, high)), (_, (low, _)) = (figures([c], (1,))["pass@1"] for c in (left, right))
+    (_, (_, high)), (_, (low, _)) = (estimates([c], (1,))["pass@1"] for c in (left, right))
     assert low < high
 
 

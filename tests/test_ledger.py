@@ -1,4 +1,4 @@
-"""The embedded task: fixed for ever by its seed, marked strictly, and the shipped models fit it."""
+"""The embedded tasks: fixed for ever by its seed, marked strictly, and the shipped models fit it."""
 
 import functools
 import random
@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from opd_stream.tasks.ledger import (
+    WEEKS,
+    Task,
     draw_ledger,
     is_correct,
     make_problems,
@@ -35,8 +37,9 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     return load_tokenizer(request.param)
 
 
-def test_problem_i_of_a_seed_is_the_same_whatever_the_count() -> None:
-    few, many = make_problems(count=3, seed=7), make_problems(count=50, seed=7)
+@pytest.mark.parametrize("task", ["ledger", "routine"])
+def test_problem_i_of_a_seed_is_the_same_whatever_the_count(task: Task) -> None:
+    few, many = (make_problems(count=count, seed=7, task=task) for count in (3, 50))
     assert few == many[:3]
 
 
@@ -160,3 +163,38 @@ def test_a_shipped_model_loads_and_prefers_the_right_words(folder: Path) -> None
         logits = model(input_ids=torch.tensor([prompt_ids + first_line_ids])).logits[0]
     predicted_ids = logits[len(prompt_ids) - 1 : -1].argmax(-1).tolist()
     assert predicted_ids == first_line_ids
+
+
+def test_a_known_routine_never_changes() -> None:
+    problem = make_problems(count=1, seed=0, task="routine")[0]
+    assert problem.question.startswith("Ray has 12 balls. Every Monday Ray earns 28 balls.")
+    lines = problem.solution.split("\n")
+    assert lines[:4] == [
+        "Ray starts with 12.",
+        "Week 1 of 4.",
+        "Monday earns: 12+28,2+8=10,1+2+1=4,so 40.",
+        "Tuesday receives: 40+24,0+4=04,4+2+0=6,so 64.",
+    ]
+    assert lines[-1] == f"Answer: {problem.answer}" == "Answer: 16"
+
+
+def test_solutions_of_routines_are_right_and_their_totals_stay_in_two_digits() -> None:
+    for problem in make_problems(count=200, seed=3, task="routine"):
+        assert is_correct(problem.solution, problem.answer)
+        totals = [int(line[-3:-1]) for line in problem.solution.split("\n") if ",so " in line]
+        weeks = problem.solution.count("Week ")
+        assert weeks in WEEKS
+        assert len(totals) in {weeks * 4, weeks * 5}
+        assert f"after {weeks} weeks?" in problem.question
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_prompts_of_routines_are_short_and_solutions_long(role: str) -> None:
+    tokenizer = load_tokenizer(MODELS / f"routine-{role}")
+    problems = make_problems(count=200, seed=5, task="routine")
+    prompts = [len(tokenizer.encode(problem.question)) for problem in problems]
+    solutions = [len(tokenizer.encode(problem.solution)) for problem in problems]
+    assert max(prompts) < 96
+    assert min(solutions) > 380
+    assert max(solutions) < 864
+    assert 500 < sum(solutions) / len(solutions) < 700

@@ -34,6 +34,7 @@ from opd_stream.tasks.ledger import (
     LedgerProblem,
     StepWriter,
     is_correct,
+    make_problems,
     prompt_text,
     write_step,
 )
@@ -72,7 +73,7 @@ def make_and_evaluate(role: str, arguments: argparse.Namespace) -> str:
         tokenizer = make_tokenizer(pair)
         make_model = make_teacher if role == "teacher" else make_student
         save(make_model(pair, tokenizer), tokenizer, folder, pair.max_completion_tokens)
-    problems = pair.make_problems(count=arguments.problems, seed=arguments.seed)
+    problems = make_problems(count=arguments.problems, seed=arguments.seed, task=arguments.task)
     return evaluate(folder, problems, seed=arguments.seed)
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from model_training import ExampleSource, Phase
 
-from opd_stream.tasks import ledger, routine
-from opd_stream.tasks.ledger import LedgerProblem, StepWriter
+from opd_stream.tasks import ledger
+from opd_stream.tasks.ledger import StepWriter
 
 # (randomness, hand that calculates) -> (question, solution)
 Draw = Callable[[random.Random, StepWriter], tuple[str, str]]
@@ -44,7 +44,6 @@ class Pair:
     learned; then the student takes up its habit.
     """
 
-    make_problems: Callable[..., list[LedgerProblem]]
     max_completion_tokens: int
     lessons: tuple[Lesson, ...]
     habit: Lesson  # taught to the student with a careless hand
@@ -59,30 +58,27 @@ def _days(rng: random.Random, hand: StepWriter) -> tuple[str, str]:
 def _weeks(*choices: int) -> Draw:
     def draw(rng: random.Random, hand: StepWriter) -> tuple[str, str]:
         weeks = rng.choice(choices)
-        story = routine.draw_routine(rng, weeks)
-        question = routine.write_question(story, weeks)
-        return question, routine.write_solution(story, weeks, hand)[0]
+        story = ledger.draw_routine(rng, weeks)
+        return ledger.write_question(story), ledger.write_solution(story, hand)[0]
 
     return draw
 
 
 PAIRS = {
     "ledger": Pair(
-        make_problems=ledger.make_problems,
         max_completion_tokens=208,
         lessons=(Lesson(title="days", draw=_days, steps=1400),),
         habit=Lesson(title="days", draw=_days, steps=250, muon_lr=0.01, adamw_lr=1.5e-3),
         forget_rate=0.9,  # 0.6 leaves a student that is nearly always right in one of eight samples
     ),
     "routine": Pair(
-        make_problems=routine.make_problems,
         max_completion_tokens=864,
         lessons=(
             Lesson(title="short", draw=_weeks(1, 2), steps=1100),
-            Lesson(title="long", draw=_weeks(*routine.WEEKS), steps=1600, rows=4),
+            Lesson(title="long", draw=_weeks(*ledger.WEEKS), steps=1600, rows=4),
         ),
         habit=Lesson(
-            title="long", draw=_weeks(*routine.WEEKS), steps=120, muon_lr=0.01, adamw_lr=1.5e-3
+            title="long", draw=_weeks(*ledger.WEEKS), steps=120, muon_lr=0.01, adamw_lr=1.5e-3
         ),
         forget_rate=0.6,
     ),

@@ -1,1 +1,1 @@
-"""Tasks a student can be trained and graded on without leaving the machine."""
+"""Tasks to train and evaluate on: problems, judges, and pass@k with its intervals."""

@@ -150,7 +150,7 @@ def compare(
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
 ) -> None:
     """Compare two policies on the same problems and seeds, with intervals."""
-    from opd_stream.tasks.bootstrap import Bootstrap
+    from opd_stream.tasks.pass_at_k import Bootstrap
     from pipeline.comparison import compare as compare_policies
 
     for line in compare_policies(left, right, Bootstrap(confidence=confidence, seed=seed)):
