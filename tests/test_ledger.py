@@ -1,4 +1,4 @@
-"""The embedded tasks: fixed for ever by its seed, marked strictly, and the shipped models fit it."""
+"""The embedded tasks: fixed by their seeds, marked strictly, and fit for the shipped models."""
 
 import functools
 import random
