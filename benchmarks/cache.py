@@ -34,7 +34,7 @@ from opd_stream.store.codecs import (
     decode_scores,
     encode_scores,
 )
-from opd_stream.store.files import canonical_json, publish
+from opd_stream.store.files import publish
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.schema import rollouts_table
@@ -233,8 +233,8 @@ def _memory(family: Family) -> None:
             for unit in range(1, 1600):
                 name = f"units/{unit:05d}-{record.sha256[:8]}.arrow"
                 (artifact.folder / name).hardlink_to(artifact.folder / record.file)
-                value = {**dataclasses.asdict(record), "unit": unit, "file": name}
-                publish(artifact.folder / "units" / f"{unit:05d}.json", canonical_json(value))
+                copy = record.model_copy(update={"unit": unit, "file": name})
+                publish(artifact.folder / "units" / f"{unit:05d}.json", copy.as_bytes())
             artifact.finish()
             size += 1600 * record.bytes
         code = (
@@ -305,7 +305,7 @@ def _stored(
     for artifact in (source, target):
         artifact.create(rows=units * len(rollouts), rows_per_unit=len(rollouts))
     record = source.commit(0, rollouts_table(rollouts), counts=counts)
-    target.commit(0, table, counts=counts, source_sha256=record.sha256, fidelity=fidelity.as_dict())
+    target.commit(0, table, counts=counts, source_sha256=record.sha256, fidelity=fidelity)
     return [(source, target)]
 
 

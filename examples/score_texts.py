@@ -133,7 +133,7 @@ def score_unit(
         counts=counts,
         source_sha256=source.sha256,
         skipped_rows=sorted(scored.refused),
-        fidelity=fidelity.as_dict(),
+        fidelity=fidelity,
     )
 
 

@@ -36,7 +36,7 @@ def round_report(
         teacher: None where no teacher ran.
     """
     manifest = here.policy.manifest()
-    outcome = manifest["outcome"]
+    outcome = manifest.outcome
     rollouts = [c for cache in here.caches for c in _used(cache, cache.rollouts)]
     scores = [c for cache in here.caches for c in _used(cache, cache.scores)]
     new = [cache for cache in here.caches if cache.made_in == here.index]
@@ -99,7 +99,7 @@ def round_report(
         "policy": {
             "version": here.index + 1,
             "fingerprint": here.policy.fingerprint,
-            "weights_sha256": manifest["weights_sha256"],
+            "weights_sha256": manifest.weights_sha256,
             "folder": str(here.policy.folder("name")),
         },
         "caches": [cache.as_json() for cache in here.caches],

@@ -230,7 +230,7 @@ def train_policy(session: Session, here: Round) -> None:
     train(
         TrainJob(
             config=config,
-            policy=here.policy.recipe.as_json(),
+            policy=here.policy.recipe,
             base=str(here.student.folder),
             initial=str(session.setup.student.folder),
             optimizer_state=None if optimizer is None else str(optimizer),
@@ -253,7 +253,7 @@ def train_policy(session: Session, here: Round) -> None:
         session.progress,
     )
     session.spans.append((start, time.time()))
-    if (decided := here.policy.manifest()["outcome"]["window_decision"]) is not None:
+    if (decided := here.policy.manifest().outcome["window_decision"]) is not None:
         session.progress.say(f"next round: {decided['reason']}")
 
 

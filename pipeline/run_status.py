@@ -160,7 +160,7 @@ class StatusReader:
         if not here.policy.is_complete():
             kept = self._directory.checkpoint_steps(here)
             return replace(pace, facts=pace.facts | ({} if kept is None else {"checkpoint": kept}))
-        outcome = here.policy.manifest()["outcome"]
+        outcome = here.policy.manifest().outcome
         facts = {name: outcome["epochs"][-1][name] for name in ("loss", "policy_drift")}
         if lines:
             return replace(pace, facts=facts)

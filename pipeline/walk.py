@@ -139,7 +139,7 @@ def walk(
         if not policy.is_complete():
             return
         students.append(opened(policy))
-        previous, outcome = policy, policy.manifest()["outcome"]
+        previous, outcome = policy, policy.manifest().outcome
         first_step += outcome["steps"]
         decision = outcome["window_decision"] or decision
 
@@ -169,13 +169,7 @@ def _ahead(
 
 def identity_of(policy: PolicyArtifact) -> Identity:
     """What a train stage published is."""
-    manifest = policy.manifest()
-    return Identity(
-        weights_sha256=manifest["weights_sha256"],
-        tokenizer_sha256=manifest["tokenizer_sha256"],
-        architecture_sha256=manifest["architecture_sha256"],
-        rendering_sha256=manifest["rendering_sha256"],
-    )
+    return policy.manifest().checkpoint_identity
 
 
 def probe_artifacts(setup: Setup, probe: Recipe) -> tuple[Artifact, Artifact]:

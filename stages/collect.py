@@ -63,11 +63,11 @@ def start_scores(store: Store, recipe: Recipe, rollouts: Artifact) -> Artifact:
     """Join or start a scores artifact with the units of its rollouts."""
     artifact = store.artifact(recipe)
     layout = rollouts.layout()
-    artifact.create(rows=layout["rows"], rows_per_unit=layout["rows_per_unit"])
+    artifact.create(rows=layout.rows, rows_per_unit=layout.rows_per_unit)
     if artifact.layout() != layout:
         raise UserError(
-            f"{artifact.name} has units of {artifact.layout()['rows_per_unit']} prompts, its "
-            f"rollouts of {layout['rows_per_unit']}; expected the same; delete {artifact.folder}"
+            f"{artifact.name} has units of {artifact.layout().rows_per_unit} prompts, its "
+            f"rollouts of {layout.rows_per_unit}; expected the same; delete {artifact.folder}"
         )
     return artifact
 

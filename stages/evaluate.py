@@ -10,9 +10,9 @@ from typing import Any
 
 from opd_stream.config import Config, Evaluation
 from opd_stream.errors import UserError
-from opd_stream.store.artifact import Artifact
-from opd_stream.store.files import canonical_json, publish, publish_new, read_json
-from opd_stream.store.recipe import Recipe, recipe_from_json
+from opd_stream.store.artifact import Artifact, EvaluationManifest
+from opd_stream.store.files import publish, publish_new
+from opd_stream.store.recipe import Recipe, RecipeRecord
 from opd_stream.store.schema import rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.tasks.judges import open_judge
@@ -77,10 +77,10 @@ def evaluate(
     artifact = store.artifact(recipe)
     start = time.time()
     result = _result(store, evaluation, rollouts, student)
-    record = {**recipe.as_json(), "fingerprint": recipe.fingerprint}
-    publish_new(artifact.folder / "recipe.json", canonical_json(record))
+    publish_new(artifact.folder / "recipe.json", RecipeRecord.of(recipe).as_bytes())
     result["judge_seconds"] = round(time.time() - start, 3)
-    publish(artifact.folder / "manifest.json", canonical_json({**record, "result": result}))
+    manifest = EvaluationManifest.of(recipe, result=result)
+    publish(artifact.folder / "manifest.json", manifest.as_bytes())
     return artifact.name, result
 
 
@@ -107,9 +107,7 @@ def evaluation_result(
     path = artifact.folder / "manifest.json"
     if not path.exists():
         return None
-    manifest = read_json(path)
-    recipe_from_json(manifest, f"{artifact.name}/manifest.json")
-    return artifact.name, manifest["result"]
+    return artifact.name, EvaluationManifest.read(path).result
 
 
 def _result(

@@ -49,7 +49,7 @@ def make_residual(
         )
     )
     layout = scores.layout()
-    target.create(rows=layout["rows"], rows_per_unit=layout["rows_per_unit"])
+    target.create(rows=layout.rows, rows_per_unit=layout.rows_per_unit)
     units = [
         (unit, rollouts_batch(rollouts.read_unit(unit)), _scores_of(scores, unit))
         for unit in scores.units()
@@ -73,7 +73,7 @@ def make_residual(
                 counts=record.counts,
                 source_sha256=source.sha256,
                 skipped_rows=record.skipped_rows,
-                fidelity=fidelity.as_dict(),
+                fidelity=fidelity,
             )
         first += len(rows)
         progress.advance("residual", 1, batch.completion_tokens)

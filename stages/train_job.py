@@ -11,7 +11,7 @@ from opd_stream.errors import UserError
 from opd_stream.objectives import Objective, build_objectives
 from opd_stream.store.policy import PolicyArtifact
 from opd_stream.store.reader import ScoredRows
-from opd_stream.store.recipe import recipe_from_json
+from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
 from opd_stream.weighting import DriftGate, Freshness, Weighting
 from opd_stream.windows import FixedWindow, Window, build_window
@@ -30,7 +30,7 @@ class TrainJob:
     """
 
     config: Config
-    policy: dict[str, Any]  # recipe of the policy to make, as JSON
+    policy: Recipe  # of the policy to make
     base: str  # Hugging Face folder the round starts from
     initial: str  # that of the run's first student
     optimizer_state: str | None  # folder of the previous round's optimizer, if any
@@ -76,6 +76,7 @@ class TrainJob:
             **{
                 **value,
                 "config": Config.model_validate(value["config"]),
+                "policy": Recipe(**value["policy"]),
                 "caches": tuple(map(CacheUnits.from_json, value["caches"])),
                 "probe": None if value["probe"] is None else tuple(value["probe"]),
                 "masked_ids": tuple(value["masked_ids"]),
@@ -90,15 +91,15 @@ class TrainJob:
 
     def target(self) -> PolicyArtifact:
         """The policy to make."""
-        return self.store().policy(recipe_from_json(self.policy, "the job's policy"))
+        return self.store().policy(self.policy)
 
     def earlier_floor(self) -> float | None:
         """The drift floor that the round before read drift above; None: none is measured yet."""
-        previous = self.policy["inputs"].get("optimizer")
+        previous = self.policy.inputs.get("optimizer")
         if previous is None:
             return None
         policy = self.store().policy_by_fingerprint(previous)
-        return policy.manifest()["outcome"]["start"]["floor"]
+        return policy.manifest().outcome["start"]["floor"]
 
     def rows(self) -> ScoredRows:
         """The rows to train on.

@@ -234,7 +234,7 @@ class ScoreUnits(UnitWorker):
                 for row in range(len(batch))
                 if row in scored.refused or not _trains(batch, scored, row)
             ],
-            fidelity=fidelity.as_dict(),
+            fidelity=fidelity,
         )
         return replace(
             worked, score_span=(start, end), scored_tokens=int(work["completion_tokens"])

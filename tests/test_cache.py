@@ -280,7 +280,7 @@ def test_eight_writers_and_two_readers_lose_and_tear_nothing(tmp_path: Path) -> 
         assert process.exitcode == 0
     artifact = Artifact(tmp_path, Recipe(kind="rollouts", settings={"many": 1}, inputs={}))
     assert artifact.is_complete()
-    listed = {record["unit"]: record["sha256"] for record in artifact.manifest()["units"]}
+    listed = {record.unit: record.sha256 for record in artifact.manifest().units}
     assert listed == {unit: commit.sha256 for unit, commit in artifact.commits().items()}
     shards = {path.name for path in (artifact.folder / "units").glob("*.arrow")}
     assert shards == {Path(commit.file).name for commit in artifact.commits().values()}

@@ -257,7 +257,7 @@ def test_fidelity_adds_up_and_knows_the_percentile() -> None:
     parts = [half(slice(0, 20)), half(slice(20, 40))]
     summed = sum((encode_scores(CompactCodec(), p, rollouts_of(p))[1] for p in parts), Fidelity())
     assert summed.report() == pytest.approx(whole.report())
-    assert Fidelity.from_dict(whole.as_dict()) == whole
+    assert Fidelity.model_validate_json(whole.model_dump_json()) == whole
     retained = 1 - np.exp(flat(scores.teacher_tail_logprobs).astype(np.float64))
     report = whole.report()
     assert report["retained_mass_mean"] == pytest.approx(retained.mean(), abs=1e-6)

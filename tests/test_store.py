@@ -114,7 +114,7 @@ def test_a_manifest_exists_only_when_every_unit_is_committed(tmp_path: Path) -> 
     assert not artifact.is_complete()
     artifact.commit(1, rollouts_table(batch_of([1])), counts={"rows": 1})
     artifact.finish()
-    assert artifact.manifest()["counts"] == {"rows": 3}
+    assert artifact.manifest().counts == {"rows": 3}
 
 
 def test_the_unit_size_of_the_first_caller_stands(tmp_path: Path) -> None:

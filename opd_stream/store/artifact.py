@@ -12,29 +12,39 @@ manifest is written; the artifact exists if and only if its manifest does.
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from opd_stream.errors import UserError
+from opd_stream.store.codecs.fidelity import Fidelity
 from opd_stream.store.files import (
-    canonical_json,
     check_there,
     inside,
     publish,
     publish_new,
-    read_json,
     sha256,
     verified_bytes,
 )
-from opd_stream.store.recipe import Recipe, recipe_from_json
+from opd_stream.store.recipe import Recipe, RecipeRecord, Record
 from opd_stream.store.shards import Part, batch_of, schema_of, shard_bytes, table_of
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Commit:
+class Layout(Record):
+    """How many rows (prompts) an artifact covers, and how many a unit holds."""
+
+    rows: int
+    rows_per_unit: int
+
+
+class ArtifactRecord(RecipeRecord):
+    """`recipe.json` of an artifact made of units."""
+
+    layout: Layout
+
+
+class Commit(Record):
     """The record that makes a unit exist.
 
     Example:
@@ -48,14 +58,27 @@ class Commit:
     file: str  # relative to the artifact's folder
     sha256: str  # of the shard's bytes
     bytes: int
-    counts: dict[str, float]  # additive: rows, completion_tokens, refused_rows, ...
+    counts: dict[str, int | float]  # additive: rows, completion_tokens, refused_rows, ...
     made_by: str = ""  # id of the run that made it; every other run reuses it
     seconds: float = 0.0  # it took to make
     made_at: float = 0.0  # its end, seconds since the epoch by the maker's clock; 0: not known
     source_sha256: str | None = None  # the shard of the input artifact this one was made from
     parts: tuple[Part, ...] = ()  # the schema, then each record batch
     skipped_rows: tuple[int, ...] = ()  # refused, or without a token that may train; scores only
-    fidelity: dict[str, Any] | None = None  # of the codec that wrote it; scores only
+    fidelity: Fidelity | None = None  # of the codec that wrote it; scores only
+
+
+class Manifest(RecipeRecord):
+    """`manifest.json` of an artifact made of units."""
+
+    units: tuple[Commit, ...]
+    counts: dict[str, int | float]  # of all units together
+
+
+class EvaluationManifest(RecipeRecord):
+    """`manifest.json` of an evaluation, which has no units."""
+
+    result: dict[str, Any]  # pass@k, standard_error, problems, samples, correct by prompt, ...
 
 
 class DamagedUnit(Exception):
@@ -77,21 +100,21 @@ class Artifact:
 
     def create(self, *, rows: int, rows_per_unit: int) -> None:
         """Join or start the artifact; the first caller fixes how many rows a unit holds."""
-        layout = {"rows": rows, "rows_per_unit": rows_per_unit}
-        record = {**self.recipe.as_json(), "fingerprint": self.fingerprint, "layout": layout}
-        publish_new(self.folder / "recipe.json", canonical_json(record))
+        layout = Layout(rows=rows, rows_per_unit=rows_per_unit)
+        record = ArtifactRecord.of(self.recipe, layout=layout)
+        publish_new(self.folder / "recipe.json", record.as_bytes())
         self.layout()
 
     def units(self) -> range:
         """The numbers of all units."""
         layout = self.layout()
-        return range(-(-layout["rows"] // layout["rows_per_unit"]))
+        return range(-(-layout.rows // layout.rows_per_unit))
 
     def unit_rows(self, unit: int) -> range:
         """Which of the recipe's prompts a unit covers."""
         layout = self.layout()
-        size = layout["rows_per_unit"]
-        return range(unit * size, min((unit + 1) * size, layout["rows"]))
+        start = unit * layout.rows_per_unit
+        return range(start, min(start + layout.rows_per_unit, layout.rows))
 
     def is_started(self) -> bool:
         """Whether somebody created it."""
@@ -101,20 +124,18 @@ class Artifact:
         """Whether the manifest is there."""
         return (self.folder / "manifest.json").exists()
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         """The manifest.
 
         Raises:
             UserError: a newer format version wrote it.
         """
-        manifest = read_json(self.folder / "manifest.json")
-        recipe_from_json(manifest, f"{self.name}/manifest.json")
-        return manifest
+        return Manifest.read(self.folder / "manifest.json")
 
     def commit_record(self, unit: int) -> Commit | None:
         """The commit record of a unit, if it has one."""
         path = self._commit_path(unit)
-        return commit_from_json(read_json(path)) if path.exists() else None
+        return Commit.read(path) if path.exists() else None
 
     def commits(self) -> dict[int, Commit]:
         """Unit -> commit record, for the units that are committed."""
@@ -127,7 +148,7 @@ class Artifact:
         """The same as `commits`, with one read where the artifact is complete."""
         if not self.is_complete():
             return self.commits()
-        return {record["unit"]: commit_from_json(record) for record in self.manifest()["units"]}
+        return {record.unit: record for record in self.manifest().units}
 
     def commit(
         self,
@@ -139,7 +160,7 @@ class Artifact:
         seconds: float = 0.0,
         source_sha256: str | None = None,
         skipped_rows: Sequence[int] = (),
-        fidelity: dict[str, Any] | None = None,
+        fidelity: Fidelity | None = None,
     ) -> Commit:
         """Publish a unit and return the record that stands, ours or an earlier writer's."""
         check_there(self.folder.parent.parent)
@@ -161,7 +182,7 @@ class Artifact:
             skipped_rows=tuple(skipped_rows),
             fidelity=fidelity,
         )
-        publish_new(self._commit_path(unit), canonical_json(asdict(commit)))
+        publish_new(self._commit_path(unit), commit.as_bytes())
         standing = self.commit_record(unit)
         assert standing is not None
         if standing.sha256 != digest:
@@ -232,38 +253,29 @@ class Artifact:
         commits = self.commits()
         if len(commits) < len(self.units()):
             return
-        manifest = {
-            **self.recipe.as_json(),
-            "fingerprint": self.fingerprint,
-            "units": [asdict(commits[unit]) for unit in self.units()],
-            "counts": summed_counts(commits.values()),
-        }
-        publish(self.folder / "manifest.json", canonical_json(manifest))
+        manifest = Manifest.of(
+            self.recipe,
+            units=tuple(commits[unit] for unit in self.units()),
+            counts=summed_counts(commits.values()),
+        )
+        publish(self.folder / "manifest.json", manifest.as_bytes())
 
     def _commit_path(self, unit: int) -> Path:
         return self.folder / "units" / f"{unit:05d}.json"
 
-    def layout(self) -> dict[str, int]:
+    def layout(self) -> Layout:
         """How many rows (prompts) the artifact covers, and how many a unit holds.
 
         Raises:
             UserError: a newer format version wrote it, or the folder belongs to another recipe.
         """
-        record = read_json(self.folder / "recipe.json")
-        recipe_from_json(record, f"{self.name}/recipe.json")
-        if record["fingerprint"] != self.fingerprint:
+        record = ArtifactRecord.read(self.folder / "recipe.json")
+        if record.fingerprint != self.fingerprint:
             raise UserError(
-                f"{self.name}/recipe.json belongs to {record['fingerprint'][:16]}…; expected "
+                f"{self.name}/recipe.json belongs to {record.fingerprint[:16]}…; expected "
                 f"{self.fingerprint[:16]}…; the store was altered: move that folder away"
             )
-        return record["layout"]
-
-
-def commit_from_json(value: dict[str, Any]) -> Commit:
-    """A commit record read back; fields of a later opd-stream are left out."""
-    known = {field.name: value[field.name] for field in fields(Commit) if field.name in value}
-    parts = tuple(Part(**part) for part in value["parts"])
-    return Commit(**{**known, "parts": parts, "skipped_rows": tuple(value["skipped_rows"])})
+        return record.layout
 
 
 def summed_counts(commits: Iterable[Commit]) -> dict[str, float]:

@@ -168,7 +168,7 @@ def import_scores(
             counts=counts,
             source_sha256=record.sha256,
             skipped_rows=sorted({*skipped, *scored.refused}),
-            fidelity=fidelity.as_dict(),
+            fidelity=fidelity,
         )
         told(scores, scored_as)
     for artifact in (rollouts, scores):

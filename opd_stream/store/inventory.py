@@ -19,7 +19,7 @@ from opd_stream.store.files import (
     remove_stale_temporaries,
     remove_tree,
 )
-from opd_stream.store.recipe import KINDS, recipe_from_json
+from opd_stream.store.recipe import KINDS, RecipeRecord
 from opd_stream.store.store import Store
 
 SHARDED = ("prompts", "rollouts", "scores")
@@ -47,7 +47,7 @@ def entries(store: Store) -> Iterator[Entry]:
                 continue
             name = f"{kind}/{folder.name}"
             complete = (folder / "manifest.json").exists()
-            recipe = recipe_from_json(read_json(folder / "recipe.json"), name)
+            recipe = RecipeRecord.read(folder / "recipe.json").recipe
             units, counts, size = "", {}, 0
             if kind in SHARDED:
                 artifact = Artifact(store.root, recipe)
@@ -88,10 +88,7 @@ def open_artifact(store: Store, name: str) -> Artifact:
 def fidelity_report(artifact: Artifact) -> dict[str, Any]:
     """What the codec kept and lost over the committed units of a scores artifact, and its size."""
     commits = artifact.commits().values()
-    measured = [
-        Fidelity.from_dict(commit.fidelity) for commit in commits if commit.fidelity is not None
-    ]
-    whole = sum(measured, Fidelity())
+    whole = sum((commit.fidelity for commit in commits if commit.fidelity), Fidelity())
     size = sum(commit.bytes for commit in commits)
     return {
         "codec": artifact.recipe.settings.get("codec"),
@@ -121,7 +118,7 @@ def problems_of(store: Store, name: str) -> Iterator[str]:
     """The same as `problems` of one artifact."""
     folder, kind = store.root / name, name.partition("/")[0]
     try:
-        recipe = recipe_from_json(read_json(folder / "recipe.json"), name)
+        recipe = RecipeRecord.read(folder / "recipe.json").recipe
         if recipe.fingerprint[:16] != folder.name:
             yield f"{name}: its recipe belongs to {recipe.fingerprint[:16]}"
         elif kind in SHARDED:
@@ -143,7 +140,7 @@ def _damaged_units(artifact: Artifact) -> Iterator[str]:
         if (reason := artifact.damage(unit)) is not None:
             yield f"{artifact.name}: unit {unit} is damaged: {reason}"
     if artifact.is_complete():
-        listed = {record["unit"]: record["sha256"] for record in artifact.manifest()["units"]}
+        listed = {record.unit: record.sha256 for record in artifact.manifest().units}
         for unit in artifact.units():
             there = commits[unit].sha256 if unit in commits else None
             if listed.get(unit) != there:

@@ -31,7 +31,7 @@ from opd_stream.store.files import (
     upload,
     verified_bytes,
 )
-from opd_stream.store.recipe import Recipe, recipe_from_json
+from opd_stream.store.recipe import Recipe, RecipeRecord
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 RENDERING = ("chat_template", "bos_token", "eos_token", "add_bos_token")
@@ -152,6 +152,29 @@ class DamagedPolicy(UserError):
         self.reason = reason
 
 
+class PolicyManifest(RecipeRecord):
+    """`manifest.json` of a policy: the attempt that counts, its identity and its training."""
+
+    folder: str  # of the attempt
+    identity: str  # fingerprint of the four digests
+    weights_sha256: str
+    tokenizer_sha256: str
+    architecture_sha256: str
+    rendering_sha256: str
+    files: dict[str, str]  # name in the folder -> SHA-256
+    outcome: dict[str, Any]
+
+    @property
+    def checkpoint_identity(self) -> Identity:
+        """What the published checkpoint is."""
+        return Identity(
+            weights_sha256=self.weights_sha256,
+            tokenizer_sha256=self.tokenizer_sha256,
+            architecture_sha256=self.architecture_sha256,
+            rendering_sha256=self.rendering_sha256,
+        )
+
+
 # Files of a policy: none; all but weights; what an engine loads; that and what only training reads.
 Part = Literal["name", "texts", "model", "training"]
 
@@ -174,11 +197,9 @@ class PolicyArtifact:
         """Whether the manifest is there."""
         return (self.artifact_folder / "manifest.json").exists()
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> PolicyManifest:
         """Recipe, identity, files and the outcome of the training."""
-        manifest = read_json(self.artifact_folder / "manifest.json")
-        recipe_from_json(manifest, f"{self.name}/manifest.json")
-        return manifest
+        return PolicyManifest.read(self.artifact_folder / "manifest.json")
 
     def folder(self, part: Part = "model") -> Path:
         """The Hugging Face folder of the published attempt, on this machine.
@@ -190,10 +211,10 @@ class PolicyArtifact:
             DamagedPolicy: a file in an object store is not the published one.
         """
         manifest = self.manifest()
-        folder = inside(self._local_folder, manifest["folder"])
+        folder = inside(self._local_folder, manifest.folder)
         if is_remote(self.artifact_folder):
-            source = self.artifact_folder / manifest["folder"]
-            for name, expected in manifest["files"].items():
+            source = self.artifact_folder / manifest.folder
+            for name, expected in manifest.files.items():
                 if _is_of(part, name) and not inside(folder, name).exists():
                     self._fetch(source, folder, name, expected)
         return folder
@@ -210,8 +231,8 @@ class PolicyArtifact:
     def new_attempt(self) -> Path:
         """An empty local folder to fill before `publish`."""
         check_there(self.artifact_folder.parent.parent)
-        record = {**self.recipe.as_json(), "fingerprint": self.fingerprint}
-        publish_new(self.artifact_folder / "recipe.json", canonical_json(record))
+        record = RecipeRecord.of(self.recipe)
+        publish_new(self.artifact_folder / "recipe.json", record.as_bytes())
         folder = self._local_folder / f"attempt-{uuid.uuid4().hex[:12]}"
         folder.mkdir(parents=True)
         return folder
@@ -221,18 +242,17 @@ class PolicyArtifact:
         identity = identify(attempt)
         sync_tree(attempt)
         files = sorted(path for path in attempt.rglob("*") if path.is_file())
-        manifest = {
-            **self.recipe.as_json(),
-            "fingerprint": self.fingerprint,
-            "folder": attempt.name,
-            "identity": identity.fingerprint,
+        manifest = PolicyManifest.of(
+            self.recipe,
+            folder=attempt.name,
+            identity=identity.fingerprint,
             **asdict(identity),
-            "files": {path.relative_to(attempt).as_posix(): sha256_file(path) for path in files},
-            "outcome": outcome,
-        }
+            files={path.relative_to(attempt).as_posix(): sha256_file(path) for path in files},
+            outcome=outcome,
+        )
         if is_remote(self.artifact_folder):
             upload(attempt, self.artifact_folder / attempt.name)
-        if not publish_new(self.artifact_folder / "manifest.json", canonical_json(manifest)):
+        if not publish_new(self.artifact_folder / "manifest.json", manifest.as_bytes()):
             shutil.rmtree(attempt)
             if is_remote(self.artifact_folder):
                 remove_tree(self.artifact_folder / attempt.name)
@@ -244,7 +264,7 @@ class PolicyArtifact:
         """
         manifest, folder = self.manifest(), self.folder("name")
         if is_remote(self.artifact_folder):
-            for name, expected in manifest["files"].items():
+            for name, expected in manifest.files.items():
                 copy = inside(folder, name)
                 if copy.is_file() and _digest_file(copy, cache) != expected:
                     copy.unlink()
@@ -252,7 +272,7 @@ class PolicyArtifact:
                 self.folder("training")
             except DamagedPolicy as damaged:
                 return damaged.reason
-        for name, expected in manifest["files"].items():
+        for name, expected in manifest.files.items():
             path = inside(folder, name)
             if not path.is_file():
                 return f"{name} is missing"
@@ -262,7 +282,7 @@ class PolicyArtifact:
 
     def condemn(self) -> None:
         """Take the policy out of the store, so that the next train stage makes it again."""
-        folder = inside(self._local_folder, self.manifest()["folder"])
+        folder = inside(self._local_folder, self.manifest().folder)
         (self.artifact_folder / "manifest.json").unlink(missing_ok=True)
         if is_remote(self.artifact_folder):
             shutil.rmtree(folder, ignore_errors=True)

@@ -5,10 +5,13 @@ change between two calls of the same command without making another artifact.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from opd_stream.errors import UserError
-from opd_stream.store.files import canonical_json, sha256
+from opd_stream.store.files import canonical_json, read_json, sha256
 
 FORMAT_VERSION = 1
 
@@ -43,19 +46,62 @@ class Recipe:
         return sha256(canonical_json(self.as_json()))
 
 
-def recipe_from_json(value: dict[str, Any], where: str) -> Recipe:
-    """Read a recipe back.
+class Record(BaseModel):
+    """A JSON file of the store, by one definition for its writer and its reader.
 
-    Raises:
-        UserError: it was written by a newer format version.
+    Fields that a later opd-stream adds are left out when they are read.
     """
-    found = value.get("format_version")
-    if found != FORMAT_VERSION:
-        raise UserError(
-            f"{where} has format version {found}; this opd-stream reads version {FORMAT_VERSION}; "
-            "update opd-stream or use another store"
-        )
-    return Recipe(kind=value["kind"], settings=value["settings"], inputs=value["inputs"])
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="ignore")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read the file.
+
+        Raises:
+            UserError: another format version wrote it, or it is no such record (says why).
+        """
+        value = read_json(path)
+        is_mapping = isinstance(value, dict)
+        version: Any = value.get("format_version", FORMAT_VERSION) if is_mapping else None
+        if is_mapping and version != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format version {version}; this opd-stream reads version "
+                f"{FORMAT_VERSION}; update opd-stream or use another store"
+            )
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "the whole"
+            raise UserError(
+                f"{path} is not what opd-stream writes ({field}: {first['msg']}); expected a "
+                f"{cls.__name__}; move its folder away and run the same command again"
+            ) from error
+
+    def as_bytes(self) -> bytes:
+        """The bytes of the file."""
+        return canonical_json(self.model_dump(mode="json"))
+
+
+class RecipeRecord(Record):
+    """A file of an artifact: its recipe, in full, beside what else the file says."""
+
+    format_version: int
+    kind: Kind
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    fingerprint: str
+
+    @classmethod
+    def of(cls, recipe: Recipe, **fields: Any) -> Self:
+        """The record of an artifact with this recipe, and the record's other fields."""
+        return cls(**recipe.as_json(), fingerprint=recipe.fingerprint, **fields)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the artifact."""
+        return Recipe(kind=self.kind, settings=self.settings, inputs=self.inputs)
 
 
 def differing_fields(left: Any, right: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -23,7 +23,7 @@ from opd_stream.store.files import (
     unreachable,
 )
 from opd_stream.store.policy import Identity, PolicyArtifact, identify
-from opd_stream.store.recipe import Kind, Recipe, differing_fields, recipe_from_json
+from opd_stream.store.recipe import Kind, Recipe, RecipeRecord, differing_fields
 
 
 class Store:
@@ -109,7 +109,7 @@ class Store:
                 f"the store {self.root} has no {kind}/{fingerprint[:16]}; "
                 "run the stage that makes it, or set store to the folder that has it"
             )
-        return recipe_from_json(read_json(path), str(path))
+        return RecipeRecord.read(path).recipe
 
     def identify(self, checkpoint: Path) -> Identity:
         """The identity of a checkpoint folder, remembering digests of unchanged files."""
@@ -120,7 +120,7 @@ class Store:
         for folder in self.folders(kind):
             path = folder / "recipe.json"
             if path.exists():
-                yield recipe_from_json(read_json(path), str(path))
+                yield RecipeRecord.read(path).recipe
 
     def folders(self, kind: Kind) -> list[Path]:
         """The folders of a kind, whether an artifact was started in them or not."""

@@ -68,7 +68,7 @@ def forecast_rounds(known: Known) -> Iterator[tuple[RoundForecast, TokenCounts]]
         if here is not None and is_trained:
             trained = _was_trained(here.policy)
             student = _named(known, here.policy)
-            outcome = here.policy.manifest()["outcome"]
+            outcome = here.policy.manifest().outcome
             decision = outcome["window_decision"]
             decided = decided if decision is None else decision["window_tokens"]
         else:
@@ -115,7 +115,7 @@ def _collected(
 
 
 def _was_trained(policy: PolicyArtifact) -> Trained:
-    outcome = policy.manifest()["outcome"]
+    outcome = policy.manifest().outcome
     counts: dict[str, Any] = outcome["trained"]
     return Trained(
         counts=TokenCounts(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from opd_stream.costs import ModelShape, TokenCounts, forward_flops
-from opd_stream.store.artifact import Artifact, Commit, commit_from_json, summed_counts
+from opd_stream.store.artifact import Artifact, Commit, summed_counts
 from pipeline.forecast.amounts import Amount, Basis, Stage, StageName
 from pipeline.forecast.sizes import ShardSizes, measured_sizes
 
@@ -39,12 +39,7 @@ class Work:
 
 def commits_of(artifact: Artifact | None) -> dict[int, Commit]:
     """Unit -> commit record; from the manifest, one file, where the artifact is complete."""
-    if artifact is None:
-        return {}
-    if artifact.is_complete():
-        records = [commit_from_json(value) for value in artifact.manifest()["units"]]
-        return {record.unit: record for record in records}
-    return artifact.commits()
+    return {} if artifact is None else artifact.listed_commits()
 
 
 def counts_in(commits: Iterable[Commit]) -> TokenCounts:

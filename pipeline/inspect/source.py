@@ -78,7 +78,7 @@ class RoundSource:
             return student
         for recipe in self.store.recipes("policies"):
             policy = self.store.policy(recipe)
-            if policy.is_complete() and policy.manifest()["tokenizer_sha256"] == expected:
+            if policy.is_complete() and policy.manifest().tokenizer_sha256 == expected:
                 return policy.folder("texts")
         found = "has another one" if student.is_dir() else "does not exist"
         raise UserError(

@@ -1,27 +1,30 @@
 """What an encoder kept and lost, as sums that add over units."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 
 BINS_PER_DECADE = 8
 DECADES = 8  # lost mass from 1e-8 to 1
 BINS = BINS_PER_DECADE * DECADES
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fidelity:
-    """Example:
-    >>> (one_unit + another_unit).mean_error
-    0.0078
+class Fidelity(BaseModel):
+    """Sums over the tokens of a unit, as they stand in its commit record.
+
+    Example:
+        >>> (one_unit + another_unit).max_error
+        0.0078
     """
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     tokens: int = 0
     entries: int = 0  # candidates stored
     mass: float = 0.0  # sum over tokens of the teacher's probability of the stored candidates
-    lost_mass_bins: tuple[int, ...] = field(default=(0,) * BINS)  # log-spaced, 1e-8 to 1
+    lost_mass_bins: tuple[int, ...] = (0,) * BINS  # log-spaced, 1e-8 to 1
     error: float = 0.0  # sum over finite entries of |stored - true| log-probability, nats
     max_error: float = 0.0  # largest of them
     bound: float | None = None  # what the codec promises for it; None: no promise
@@ -58,15 +61,6 @@ class Fidelity:
             "logprob_error_bound": self.bound,
             "kl_error_bound": self.max_error,
         }
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "lost_mass_bins": list(self.lost_mass_bins)}
-
-    @staticmethod
-    def from_dict(value: dict[str, Any]) -> "Fidelity":
-        """From JSON."""
-        return Fidelity(**{**value, "lost_mass_bins": tuple(value["lost_mass_bins"])})
 
     def _lost_mass_quantile(self, share: float) -> float:
         """Upper edge of the bin in which the quantile of the lost mass lies."""
