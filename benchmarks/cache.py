@@ -34,7 +34,7 @@ from opd_stream.store.codecs import (
     decode_scores,
     encode_scores,
 )
-from opd_stream.store.files import publish
+from opd_stream.store.files import publish, record_bytes
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.schema import rollouts_table
@@ -234,7 +234,7 @@ def _memory(family: Family) -> None:
                 name = f"units/{unit:05d}-{record.sha256[:8]}.arrow"
                 (artifact.folder / name).hardlink_to(artifact.folder / record.file)
                 copy = record.model_copy(update={"unit": unit, "file": name})
-                publish(artifact.folder / "units" / f"{unit:05d}.json", copy.as_bytes())
+                publish(artifact.folder / "units" / f"{unit:05d}.json", record_bytes(copy))
             artifact.finish()
             size += 1600 * record.bytes
         code = (

@@ -29,8 +29,14 @@ def read_record(kind: type[R], value: object, where: str) -> R:
         where: file or place that the value is from, for the error.
 
     Raises:
-        UserError: the value is not such a record (names the first field that is wrong).
+        UserError: another format version wrote it, or it is no such record (says where).
     """
+    version = value.get("format_version", 1) if isinstance(value, dict) else 1
+    if version != 1 and "format_version" in kind.model_fields:
+        raise UserError(
+            f"{where} has format version {version}; this opd-stream reads version 1; "
+            "update opd-stream, or use another store or run folder"
+        )
     try:
         return kind.model_validate(value)
     except ValidationError as error:

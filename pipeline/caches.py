@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from opd_stream.drift import DriftSums
+from opd_stream.outcome import TrainOutcome, UnitRecord
 from opd_stream.staleness import StalenessBounds, UnitDecision, UnitState, decide_unit
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.recipe import Recipe
@@ -171,7 +172,7 @@ def refreshed_caches(
     setup: Setup,
     plan: RoundPlan,
     students: Sequence[Checkpoint],
-    outcome: dict[str, Any],
+    outcome: TrainOutcome,
     bounds: StalenessBounds,
 ) -> Kept:
     """The caches of a round after the first, where units may outlive their policy.
@@ -183,23 +184,26 @@ def refreshed_caches(
         outcome: of the policy before, with its measured units.
         bounds: of staleness.
     """
-    floor = outcome["start"]["floor"] or 0.0
+    floor = outcome.floor
     states = [
         (unit, _state(setup.store, unit, plan))
-        for unit in sorted(outcome["units"], key=lambda unit: unit["first"])
+        for unit in sorted(outcome.units, key=lambda unit: unit.first)
     ]
     decided = [
-        (unit, decide_unit(state, window_tokens=plan.window_tokens, bounds=bounds, floor=floor))
+        (
+            unit,
+            decide_unit(state, window_tokens=plan.window_tokens, bounds=bounds, floor=floor),
+        )
         for unit, state in states
     ]
     caches = [*_same(setup, students, decided), *_extended(setup, plan, students, decided)]
-    lost = [(unit["first"], unit["last"]) for unit, decision in decided if not decision.is_kept]
+    lost = [(unit.first, unit.last) for unit, decision in decided if not decision.is_kept]
     if lost:
         caches.append(fresh_cache(setup, plan, students[-1], lost if caches else None))
     record = [
         {
-            "first": unit["first"],
-            "last": unit["last"],
+            "first": unit.first,
+            "last": unit.last,
             "floor": floor,
             **asdict(state),
             **asdict(decision),
@@ -209,16 +213,16 @@ def refreshed_caches(
     return Kept(caches=tuple(caches), decisions=tuple(record))
 
 
-Decided = list[tuple[dict[str, Any], UnitDecision]]
+Decided = list[tuple[UnitRecord, UnitDecision]]
 
 
-def _state(store: Store, unit: dict[str, Any], plan: RoundPlan) -> UnitState:
-    rollouts = store.by_fingerprint("rollouts", unit["rollouts"])
-    commit = rollouts.commit_record(unit["unit"])
+def _state(store: Store, unit: UnitRecord, plan: RoundPlan) -> UnitState:
+    rollouts = store.by_fingerprint("rollouts", unit.rollouts)
+    commit = rollouts.commit_record(unit.unit)
     return UnitState(
-        drift=DriftSums.from_dict(unit["drift"]),
-        student_top_mass=unit["student_top_mass"],
-        policies=plan.round_index - unit["policy_version"],
+        drift=DriftSums(**unit.drift.as_json()),
+        student_top_mass=unit.student_top_mass,
+        policies=plan.round_index - unit.policy_version,
         window_tokens=rollouts.recipe.settings["window_tokens"],
         unfinished=0 if commit is None else int(commit.counts["length_rows"]),
     )
@@ -231,15 +235,14 @@ def _same(setup: Setup, students: Sequence[Checkpoint], decided: Decided) -> lis
     for units in _by_artifact(kept):
         caches.append(
             Cache(
-                rollouts=setup.store.by_fingerprint("rollouts", units[0]["rollouts"]),
-                scores=setup.store.by_fingerprint("scores", units[0]["scores"]),
+                rollouts=setup.store.by_fingerprint("rollouts", units[0].rollouts),
+                scores=setup.store.by_fingerprint("scores", units[0].scores),
                 origin="kept",
-                policy_version=units[0]["policy_version"],
-                made_in=units[0]["made_in"],
-                student=students[units[0]["made_in"]],
+                policy_version=units[0].policy_version,
+                made_in=units[0].made_in,
+                student=students[units[0].made_in],
                 slots=tuple(
-                    Slot(unit=unit["unit"], first=unit["first"], last=unit["last"])
-                    for unit in units
+                    Slot(unit=unit.unit, first=unit.first, last=unit.last) for unit in units
                 ),
             )
         )
@@ -253,24 +256,24 @@ def _extended(
     kept = [unit for unit, decision in decided if decision.action == "extend"]
     caches: list[Cache] = []
     for units in _by_artifact(kept):
-        base = setup.store.by_fingerprint("rollouts", units[0]["rollouts"])
+        base = setup.store.by_fingerprint("rollouts", units[0].rollouts)
         recipe = extension_recipe(
             base.recipe,
-            units=[unit["unit"] for unit in units],
+            units=[unit.unit for unit in units],
             student=students[-1],
             window_tokens=plan.window_tokens,
         )
-        scores = scores_of(setup, recipe, extends=units[0]["scores"])
+        scores = scores_of(setup, recipe, extends=units[0].scores)
         caches.append(
             Cache(
                 rollouts=setup.store.artifact(recipe),
                 scores=setup.store.artifact(scores),
                 origin="extended",
-                policy_version=units[0]["policy_version"],
+                policy_version=units[0].policy_version,
                 made_in=plan.round_index,
                 student=students[-1],
                 slots=tuple(
-                    Slot(unit=number, first=unit["first"], last=unit["last"])
+                    Slot(unit=number, first=unit.first, last=unit.last)
                     for number, unit in enumerate(units)
                 ),
             )
@@ -278,9 +281,9 @@ def _extended(
     return caches
 
 
-def _by_artifact(units: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def _by_artifact(units: list[UnitRecord]) -> list[list[UnitRecord]]:
     """Units of one scores artifact together, oldest artifact first."""
-    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[int, str], list[UnitRecord]] = {}
     for unit in units:
-        groups.setdefault((unit["made_in"], unit["scores"]), []).append(unit)
+        groups.setdefault((unit.made_in, unit.scores), []).append(unit)
     return [groups[key] for key in sorted(groups)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import EvaluationManifest
-from opd_stream.store.files import read_json
+from opd_stream.store.files import load_record, read_json
 from opd_stream.store.recipe import Recipe, differing_fields
 from opd_stream.store.store import Store
 from opd_stream.tasks.pass_at_k import Bootstrap, Counts, Difference, default_ks, differences
@@ -140,7 +140,7 @@ def _read(name: str, side: Side) -> tuple[Counts, dict[str, Any]]:
     verdicts = side.store.by_fingerprint("evaluations", _fingerprint(name, side))
     if not verdicts.is_complete():
         raise UserError(f"{verdicts.name} of {side.name} is not complete; evaluate again")
-    result = EvaluationManifest.read(verdicts.folder / "manifest.json").result
+    result = load_record(EvaluationManifest, verdicts.folder / "manifest.json").result
     rollouts = _input(side, verdicts.recipe, "rollouts")
     prompts = _input(side, rollouts, "prompts")
     sampling = {field: v for field, v in rollouts.settings.items() if field not in _OWN}

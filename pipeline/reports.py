@@ -9,6 +9,7 @@ from typing import Any
 
 from opd_stream.config import Config
 from opd_stream.costs import ModelShape, TokenCounts, forward_flops, shape_of, train_flops
+from opd_stream.outcome import TrainedCounts
 from opd_stream.store.artifact import Artifact, Commit, summed_counts
 from opd_stream.store.files import read_json
 from pipeline.caches import Cache
@@ -44,20 +45,20 @@ def round_report(
     new_scores = [c for cache in new for c in _used(cache, cache.scores)]
     probed = [list(artifact.commits().values()) for artifact in probe] or [[], []]
     generated, scored = [*new_rollouts, *probed[0]], [*new_scores, *probed[1]]
-    trained = outcome["trained"]
-    trained_here = outcome["made_by"] in run_ids
-    last = outcome["epochs"][-1]
+    trained, audit = outcome.trained, outcome.window_decision
+    trained_here = outcome.made_by in run_ids
+    last = outcome.epochs[-1]
     return {
         "round": here.index,
         "window_tokens": here.window_tokens,
         "first_step": here.plan.first_step,
-        "steps": outcome["steps"],
-        "rows": outcome["rows"],
+        "steps": outcome.steps,
+        "rows": outcome.rows,
         "tokens": {
             "generated": _tokens(made_by(generated, run_ids)),
             "teacher_scored": _tokens(made_by(scored, run_ids)),
             "probed": _tokens(made_by(probed[1], run_ids)),
-            "trained": int(trained["tokens"]) if trained_here else 0,
+            "trained": int(trained.tokens) if trained_here else 0,
         },
         "refused_rows": int(summed_counts(scores).get("refused_rows", 0)),
         **_endings(summed_counts(rollouts)),
@@ -71,31 +72,31 @@ def round_report(
         "seconds": {
             "generate": _seconds(made_by(generated, run_ids)),
             "score": _seconds(made_by(scored, run_ids)),
-            "train": outcome["seconds"] if trained_here else 0.0,
+            "train": outcome.seconds if trained_here else 0.0,
         },
         "cpu_seconds": {
             "generate": _cpu_seconds(made_by(generated, run_ids)),
             "score": _cpu_seconds(made_by(scored, run_ids)),
-            "train": outcome["cpu_seconds"] if trained_here else 0.0,
+            "train": outcome.cpu_seconds if trained_here else 0.0,
         },
         "audit_cpu_seconds": _cpu_seconds(made_by([*probed[0], *probed[1]], run_ids))
-        + (outcome["window_decision"] or {}).get("cpu_seconds", 0.0),
+        + (0.0 if audit is None else audit.cpu_seconds),
         "reused": {
             "rollout_units": len(new_rollouts) - len(made_by(new_rollouts, run_ids)),
             "score_units": len(new_scores) - len(made_by(new_scores, run_ids)),
             "policy": not trained_here,
         },
-        "processes": outcome["processes"],
-        "extrapolations": outcome["extrapolations"],
-        "window_decision": outcome["window_decision"],
-        "sampler_gap": outcome["start"]["sampler_gap"],
-        "drift_floor": outcome["start"]["floor"],
-        "start_drift": outcome["start"]["policy_drift"],
+        "processes": outcome.processes,
+        "extrapolations": [each.as_json() for each in outcome.extrapolations],
+        "window_decision": None if audit is None else audit.as_json(),
+        "sampler_gap": outcome.start.sampler_gap,
+        "drift_floor": outcome.start.floor,
+        "start_drift": outcome.start.policy_drift,
         "unit_decisions": here.unit_decisions,
-        "policy_drift": last["policy_drift"],
-        "effective_sample_fraction": last["effective_sample_fraction"],
-        "epochs": outcome["epochs"],
-        "decision": last["reason"],
+        "policy_drift": last.policy_drift,
+        "effective_sample_fraction": last.effective_sample_fraction,
+        "epochs": [each.as_json() for each in outcome.epochs],
+        "decision": last.reason,
         "policy": {
             "version": here.index + 1,
             "fingerprint": here.policy.fingerprint,
@@ -197,11 +198,11 @@ def _used(cache: Cache, artifact: Artifact) -> list[Commit]:
     return [commits[unit] for unit in cache.units or commits]
 
 
-def _train_flops(student: Checkpoint, trained: dict[str, float]) -> float:
+def _train_flops(student: Checkpoint, trained: TrainedCounts) -> float:
     counts = TokenCounts(
-        tokens=trained["row_tokens"],
-        completion_tokens=trained["tokens"],
-        pairs=trained["row_pairs"],
+        tokens=trained.row_tokens,
+        completion_tokens=trained.tokens,
+        pairs=trained.row_pairs,
     )
     return train_flops(shape_of(read_json(student.folder / "config.json")), counts)
 

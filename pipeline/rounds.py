@@ -253,8 +253,8 @@ def train_policy(session: Session, here: Round) -> None:
         session.progress,
     )
     session.spans.append((start, time.time()))
-    if (decided := here.policy.manifest().outcome["window_decision"]) is not None:
-        session.progress.say(f"next round: {decided['reason']}")
+    if (decided := here.policy.manifest().outcome.window_decision) is not None:
+        session.progress.say(f"next round: {decided.reason}")
 
 
 def _complete_probe(session: Session, here: Round) -> tuple[str, str] | None:

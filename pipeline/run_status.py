@@ -161,17 +161,18 @@ class StatusReader:
             kept = self._directory.checkpoint_steps(here)
             return replace(pace, facts=pace.facts | ({} if kept is None else {"checkpoint": kept}))
         outcome = here.policy.manifest().outcome
-        facts = {name: outcome["epochs"][-1][name] for name in ("loss", "policy_drift")}
+        last = outcome.epochs[-1]
+        facts = {"loss": last.loss, "policy_drift": last.policy_drift}
         if lines:
             return replace(pace, facts=facts)
         return Pace(
-            done=outcome["steps"],
-            total=outcome["steps"],
+            done=outcome.steps,
+            total=outcome.steps,
             is_complete=True,
-            tokens=int(outcome["trained"]["tokens"]),
-            busy_seconds=outcome["seconds"],
-            units_per_second=outcome["steps"] / outcome["seconds"],
-            tokens_per_second=outcome["trained"]["tokens"] / outcome["seconds"],
+            tokens=int(outcome.trained.tokens),
+            busy_seconds=outcome.seconds,
+            units_per_second=outcome.steps / outcome.seconds,
+            tokens_per_second=outcome.trained.tokens / outcome.seconds,
             facts=facts,
         )
 

@@ -15,6 +15,7 @@ from typing import Any
 from opd_stream.config import Config, Replay
 from opd_stream.config.collection import AdaptiveWindowConfig
 from opd_stream.errors import UserError
+from opd_stream.outcome import TrainOutcome, WindowAudit
 from opd_stream.staleness import may_run_ahead
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import read_json
@@ -39,7 +40,7 @@ class Round:
     caches: tuple[Cache, ...]  # what it trains on
     unit_decisions: tuple[dict[str, Any], ...]  # about the units of the round before
     probe: Recipe | None  # of the audit's rollouts; None: this round takes none
-    decision: dict[str, Any] | None  # of the audit before
+    decision: WindowAudit | None  # of the audit before
     policy: PolicyArtifact
     ahead: Cache | None  # of the next round, if its rollouts need not wait for this policy
 
@@ -79,8 +80,8 @@ def walk(
     """
     config = setup.config
     students, previous, first_step = [setup.student], None, 0
-    outcome: dict[str, Any] = {}
-    decision: dict[str, Any] | None = None
+    outcome: TrainOutcome | None = None
+    decision: WindowAudit | None = None
     window, bounds = config.rollouts.window, bounds_of(config)
     source = None if config.replay is None else ReplaySource(setup, config.replay)
     ahead: Cache | None = None
@@ -89,12 +90,12 @@ def walk(
             config,
             round_index=round_index,
             first_step=first_step,
-            decided_window=None if decision is None else decision["window_tokens"],
+            decided_window=None if decision is None else decision.window_tokens,
         )
         student, kept = students[-1], Kept(caches=(), decisions=())
         if source is not None:
             caches = source.caches(round_index)
-        elif outcome.get("units"):
+        elif outcome is not None and outcome.units:
             kept = refreshed_caches(setup, plan, students, outcome, bounds)
             caches = kept.caches
         elif ahead is not None:
@@ -140,8 +141,8 @@ def walk(
             return
         students.append(opened(policy))
         previous, outcome = policy, policy.manifest().outcome
-        first_step += outcome["steps"]
-        decision = outcome["window_decision"] or decision
+        first_step += outcome.steps
+        decision = outcome.window_decision or decision
 
 
 def _own_window(config: Config, plan: RoundPlan, caches: Sequence[Cache]) -> int | None:
@@ -153,15 +154,15 @@ def _own_window(config: Config, plan: RoundPlan, caches: Sequence[Cache]) -> int
 
 
 def _ahead(
-    setup: Setup, plan: RoundPlan, student: Checkpoint, outcome: dict[str, Any]
+    setup: Setup, plan: RoundPlan, student: Checkpoint, outcome: TrainOutcome | None
 ) -> Cache | None:
     """The next round's cache, by the student of this one; `outcome` is of the round before."""
     config = setup.config
     is_last = plan.round_index == config.rounds - 1
-    if not config.rollouts.ahead or is_last or not outcome:
+    if not config.rollouts.ahead or is_last or outcome is None:
         return None
-    drift, floor = outcome["epochs"][-1]["policy_drift"], outcome["start"]["floor"] or 0.0
-    if not may_run_ahead(drift, bounds=bounds_of(config), floor=floor):
+    drift = outcome.epochs[-1].policy_drift
+    if not may_run_ahead(drift, bounds=bounds_of(config), floor=outcome.floor):
         return None
     cache = fresh_cache(setup, plan_ahead(config, plan), student)
     return replace(cache, origin="ahead", policy_version=plan.round_index)

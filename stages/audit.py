@@ -68,13 +68,13 @@ def audit(job: TrainJob) -> dict[str, Any] | None:
             scales=scales,
         )
         segments = [one + other for one, other in zip(segments, found, strict=True)]
-    earlier = job.earlier_decision or {}
+    earlier = job.earlier_decision
     decision = choose_window(
         segments,
         settings.candidates,
         threshold=settings.threshold,
         current=job.window_tokens if settings.hysteresis else None,
-        earlier=earlier.get("cosines") or (),
+        earlier=() if earlier is None else earlier.cosines,
         smoothing=settings.smoothing,
     )
     return {

@@ -11,7 +11,7 @@ from typing import Any
 from opd_stream.config import Config, Evaluation
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, EvaluationManifest
-from opd_stream.store.files import publish, publish_new
+from opd_stream.store.files import load_record, publish, publish_new, record_bytes
 from opd_stream.store.recipe import Recipe, RecipeRecord
 from opd_stream.store.schema import rollouts_batch
 from opd_stream.store.store import Store
@@ -77,10 +77,10 @@ def evaluate(
     artifact = store.artifact(recipe)
     start = time.time()
     result = _result(store, evaluation, rollouts, student)
-    publish_new(artifact.folder / "recipe.json", RecipeRecord.of(recipe).as_bytes())
+    publish_new(artifact.folder / "recipe.json", record_bytes(RecipeRecord.of(recipe)))
     result["judge_seconds"] = round(time.time() - start, 3)
     manifest = EvaluationManifest.of(recipe, result=result)
-    publish(artifact.folder / "manifest.json", manifest.as_bytes())
+    publish(artifact.folder / "manifest.json", record_bytes(manifest))
     return artifact.name, result
 
 
@@ -107,7 +107,7 @@ def evaluation_result(
     path = artifact.folder / "manifest.json"
     if not path.exists():
         return None
-    return artifact.name, EvaluationManifest.read(path).result
+    return artifact.name, load_record(EvaluationManifest, path).result
 
 
 def _result(

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import Logger
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
+from opd_stream.outcome import TrainOutcome
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.tree import load_tree, save_tree
 from stages.audit import audit
@@ -106,12 +107,8 @@ def train_here(job: TrainJob, progress: Progress) -> None:
     with _memory_explained():
         trainer.fit(module, data)
     base = None if extrapolate is None else extrapolate.state()["base"]
-    outcome = {
-        "window_decision": decision,
-        "rows": len(rows),
-        **clock.spent(),
-    }
-    _publish(job, module, trainer, keeper, base=base, outcome=outcome)
+    spent: dict[str, Any] = {"window_decision": decision, "rows": len(rows), **clock.spent()}
+    _publish(job, module, trainer, keeper, base=base, spent=spent)
 
 
 def _publish(
@@ -121,7 +118,7 @@ def _publish(
     keeper: Keeper,
     *,
     base: dict[str, torch.Tensor] | None,
-    outcome: dict[str, Any],
+    spent: dict[str, Any],
 ) -> None:
     """Write the policy; every process helps to gather it, the first one writes."""
     assert module.student is not None
@@ -147,7 +144,8 @@ def _publish(
     if base is not None:
         save_base(base, attempt)
     keeper.write_round_metrics(attempt)
-    policy.publish(attempt, {**keeper.outcome(), **outcome})
+    outcome = TrainOutcome.model_validate({**keeper.outcome(), **spent})
+    policy.publish(attempt, outcome)
     shutil.rmtree(job.scratch, ignore_errors=True)
 
 

@@ -3,12 +3,12 @@
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from opd_stream.config import Config
 from opd_stream.config.training import unserved_by_chunks
 from opd_stream.errors import UserError
 from opd_stream.objectives import Objective, build_objectives
+from opd_stream.outcome import WindowAudit
 from opd_stream.store.policy import PolicyArtifact
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.recipe import Recipe
@@ -42,7 +42,7 @@ class TrainJob:
     stop_ids: tuple[int, ...]  # terminators
     prompts: str  # fingerprint of the training prompts
     probe: tuple[str, str] | None  # fingerprints of the audit's rollouts and scores
-    earlier_decision: dict[str, Any] | None  # of the audit before
+    earlier_decision: WindowAudit | None  # of the audit before
     window_tokens: int  # of the round; an adaptive one trains with it
     first_step: int  # optimizer steps done before the round
     round_index: int
@@ -66,17 +66,26 @@ class TrainJob:
 
     def as_json(self) -> str:
         """One line of JSON."""
-        return json.dumps({**asdict(replace(self)), "config": self.config.model_dump(mode="json")})
+        earlier = self.earlier_decision
+        return json.dumps(
+            {
+                **asdict(replace(self)),
+                "config": self.config.model_dump(mode="json"),
+                "earlier_decision": None if earlier is None else earlier.as_json(),
+            }
+        )
 
     @staticmethod
     def from_json(text: str) -> "TrainJob":
         """The job of a line."""
         value = json.loads(text)
+        earlier = value["earlier_decision"]
         return TrainJob(
             **{
                 **value,
                 "config": Config.model_validate(value["config"]),
                 "policy": Recipe(**value["policy"]),
+                "earlier_decision": earlier and WindowAudit.model_validate(earlier),
                 "caches": tuple(map(CacheUnits.from_json, value["caches"])),
                 "probe": None if value["probe"] is None else tuple(value["probe"]),
                 "masked_ids": tuple(value["masked_ids"]),
@@ -99,7 +108,7 @@ class TrainJob:
         if previous is None:
             return None
         policy = self.store().policy_by_fingerprint(previous)
-        return policy.manifest().outcome["start"]["floor"]
+        return policy.manifest().outcome.start.floor
 
     def rows(self) -> ScoredRows:
         """The rows to train on.

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import EvaluationManifest
+from opd_stream.store.files import load_record
 from opd_stream.store.inventory import garbage
 from opd_stream.store.store import Store
 from opd_stream.tasks.pass_at_k import Bootstrap, Counts, differences, estimates
@@ -213,7 +214,9 @@ def test_fewer_samples_are_the_first_ones(measured: Path, tmp_path: Path, no_eng
         for path in (measured / "student.json", tmp_path / "fewer.json")
     )
     verdicts = [store.by_fingerprint("evaluations", name) for name in (all_of, first)]
-    two, one = (EvaluationManifest.read(each.folder / "manifest.json").result for each in verdicts)
+    two, one = (
+        load_record(EvaluationManifest, each.folder / "manifest.json").result for each in verdicts
+    )
     assert verdicts[0].recipe.inputs == verdicts[1].recipe.inputs
     assert (one["samples"], two["samples"]) == (1, 2)
     assert all(two["correct"][name] - right in (0, 1) for name, right in one["correct"].items())

@@ -18,16 +18,19 @@ from typing import Any
 import pyarrow as pa
 
 from opd_stream.errors import UserError
+from opd_stream.record import Record
 from opd_stream.store.codecs.fidelity import Fidelity
 from opd_stream.store.files import (
     check_there,
     inside,
+    load_record,
     publish,
     publish_new,
+    record_bytes,
     sha256,
     verified_bytes,
 )
-from opd_stream.store.recipe import Recipe, RecipeRecord, Record
+from opd_stream.store.recipe import Recipe, RecipeRecord
 from opd_stream.store.shards import Part, batch_of, schema_of, shard_bytes, table_of
 
 
@@ -102,7 +105,7 @@ class Artifact:
         """Join or start the artifact; the first caller fixes how many rows a unit holds."""
         layout = Layout(rows=rows, rows_per_unit=rows_per_unit)
         record = ArtifactRecord.of(self.recipe, layout=layout)
-        publish_new(self.folder / "recipe.json", record.as_bytes())
+        publish_new(self.folder / "recipe.json", record_bytes(record))
         self.layout()
 
     def units(self) -> range:
@@ -130,12 +133,12 @@ class Artifact:
         Raises:
             UserError: a newer format version wrote it.
         """
-        return Manifest.read(self.folder / "manifest.json")
+        return load_record(Manifest, self.folder / "manifest.json")
 
     def commit_record(self, unit: int) -> Commit | None:
         """The commit record of a unit, if it has one."""
         path = self._commit_path(unit)
-        return Commit.read(path) if path.exists() else None
+        return load_record(Commit, path) if path.exists() else None
 
     def commits(self) -> dict[int, Commit]:
         """Unit -> commit record, for the units that are committed."""
@@ -182,7 +185,7 @@ class Artifact:
             skipped_rows=tuple(skipped_rows),
             fidelity=fidelity,
         )
-        publish_new(self._commit_path(unit), commit.as_bytes())
+        publish_new(self._commit_path(unit), record_bytes(commit))
         standing = self.commit_record(unit)
         assert standing is not None
         if standing.sha256 != digest:
@@ -258,7 +261,7 @@ class Artifact:
             units=tuple(commits[unit] for unit in self.units()),
             counts=summed_counts(commits.values()),
         )
-        publish(self.folder / "manifest.json", manifest.as_bytes())
+        publish(self.folder / "manifest.json", record_bytes(manifest))
 
     def _commit_path(self, unit: int) -> Path:
         return self.folder / "units" / f"{unit:05d}.json"
@@ -269,7 +272,7 @@ class Artifact:
         Raises:
             UserError: a newer format version wrote it, or the folder belongs to another recipe.
         """
-        record = ArtifactRecord.read(self.folder / "recipe.json")
+        record = load_record(ArtifactRecord, self.folder / "recipe.json")
         if record.fingerprint != self.fingerprint:
             raise UserError(
                 f"{self.name}/recipe.json belongs to {record.fingerprint[:16]}…; expected "

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from opd_stream.errors import UserError
+from opd_stream.record import R, Record, read_record
 
 PATIENCE = 5.0  # seconds, with a store that has not answered yet
 READS = 3  # of an object that arrives torn, before it is called damaged
@@ -90,6 +91,20 @@ def read_json(path: Path) -> Any:
             f"{path} is not valid JSON ({error}); expected a file written by opd-stream; "
             "delete it and run the same command again"
         ) from error
+
+
+def load_record(kind: type[R], path: Path) -> R:
+    """The record in a JSON file.
+
+    Raises:
+        UserError: another format version wrote it, or it is no such record (says where).
+    """
+    return read_record(kind, read_json(path), str(path))
+
+
+def record_bytes(record: Record) -> bytes:
+    """The canonical JSON of a record."""
+    return canonical_json(record.as_json())
 
 
 def verified_bytes(

@@ -14,6 +14,7 @@ from opd_stream.store.files import (
     canonical_json,
     inside,
     is_remote,
+    load_record,
     publish,
     read_json,
     remove_stale_temporaries,
@@ -47,7 +48,7 @@ def entries(store: Store) -> Iterator[Entry]:
                 continue
             name = f"{kind}/{folder.name}"
             complete = (folder / "manifest.json").exists()
-            recipe = RecipeRecord.read(folder / "recipe.json").recipe
+            recipe = load_record(RecipeRecord, folder / "recipe.json").recipe
             units, counts, size = "", {}, 0
             if kind in SHARDED:
                 artifact = Artifact(store.root, recipe)
@@ -118,7 +119,7 @@ def problems_of(store: Store, name: str) -> Iterator[str]:
     """The same as `problems` of one artifact."""
     folder, kind = store.root / name, name.partition("/")[0]
     try:
-        recipe = RecipeRecord.read(folder / "recipe.json").recipe
+        recipe = load_record(RecipeRecord, folder / "recipe.json").recipe
         if recipe.fingerprint[:16] != folder.name:
             yield f"{name}: its recipe belongs to {recipe.fingerprint[:16]}"
         elif kind in SHARDED:

@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opd_stream.errors import UserError
+from opd_stream.outcome import TrainOutcome
 from opd_stream.store.files import (
     canonical_json,
     check_there,
     inside,
     is_remote,
+    load_record,
     publish,
     publish_new,
     read_json,
+    record_bytes,
     remove_tree,
     sha256,
     sha256_file,
@@ -162,7 +165,7 @@ class PolicyManifest(RecipeRecord):
     architecture_sha256: str
     rendering_sha256: str
     files: dict[str, str]  # name in the folder -> SHA-256
-    outcome: dict[str, Any]
+    outcome: TrainOutcome
 
     @property
     def checkpoint_identity(self) -> Identity:
@@ -199,7 +202,7 @@ class PolicyArtifact:
 
     def manifest(self) -> PolicyManifest:
         """Recipe, identity, files and the outcome of the training."""
-        return PolicyManifest.read(self.artifact_folder / "manifest.json")
+        return load_record(PolicyManifest, self.artifact_folder / "manifest.json")
 
     def folder(self, part: Part = "model") -> Path:
         """The Hugging Face folder of the published attempt, on this machine.
@@ -232,12 +235,12 @@ class PolicyArtifact:
         """An empty local folder to fill before `publish`."""
         check_there(self.artifact_folder.parent.parent)
         record = RecipeRecord.of(self.recipe)
-        publish_new(self.artifact_folder / "recipe.json", record.as_bytes())
+        publish_new(self.artifact_folder / "recipe.json", record_bytes(record))
         folder = self._local_folder / f"attempt-{uuid.uuid4().hex[:12]}"
         folder.mkdir(parents=True)
         return folder
 
-    def publish(self, attempt: Path, outcome: dict[str, Any]) -> None:
+    def publish(self, attempt: Path, outcome: TrainOutcome) -> None:
         """Make an attempt the policy; an earlier attempt of the same recipe stays, ours goes."""
         identity = identify(attempt)
         sync_tree(attempt)
@@ -252,7 +255,7 @@ class PolicyArtifact:
         )
         if is_remote(self.artifact_folder):
             upload(attempt, self.artifact_folder / attempt.name)
-        if not publish_new(self.artifact_folder / "manifest.json", manifest.as_bytes()):
+        if not publish_new(self.artifact_folder / "manifest.json", record_bytes(manifest)):
             shutil.rmtree(attempt)
             if is_remote(self.artifact_folder):
                 remove_tree(self.artifact_folder / attempt.name)

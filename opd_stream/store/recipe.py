@@ -5,15 +5,12 @@ change between two calls of the same command without making another artifact.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from opd_stream.record import Record
+from opd_stream.store.files import canonical_json, sha256
 
-from opd_stream.errors import UserError
-from opd_stream.store.files import canonical_json, read_json, sha256
-
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 
 Kind = Literal["prompts", "policies", "rollouts", "scores", "evaluations"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -46,48 +43,10 @@ class Recipe:
         return sha256(canonical_json(self.as_json()))
 
 
-class Record(BaseModel):
-    """A JSON file of the store, by one definition for its writer and its reader.
-
-    Fields that a later opd-stream adds are left out when they are read.
-    """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="ignore")
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read the file.
-
-        Raises:
-            UserError: another format version wrote it, or it is no such record (says why).
-        """
-        value = read_json(path)
-        is_mapping = isinstance(value, dict)
-        version: Any = value.get("format_version", FORMAT_VERSION) if is_mapping else None
-        if is_mapping and version != FORMAT_VERSION:
-            raise UserError(
-                f"{path} has format version {version}; this opd-stream reads version "
-                f"{FORMAT_VERSION}; update opd-stream or use another store"
-            )
-        try:
-            return cls.model_validate(value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "the whole"
-            raise UserError(
-                f"{path} is not what opd-stream writes ({field}: {first['msg']}); expected a "
-                f"{cls.__name__}; move its folder away and run the same command again"
-            ) from error
-
-    def as_bytes(self) -> bytes:
-        """The bytes of the file."""
-        return canonical_json(self.model_dump(mode="json"))
-
-
 class RecipeRecord(Record):
     """A file of an artifact: its recipe, in full, beside what else the file says."""
 
-    format_version: int
+    format_version: Literal[1]
     kind: Kind
     settings: dict[str, Any]
     inputs: dict[str, str]

@@ -16,6 +16,7 @@ from opd_stream.store.files import (
     explained,
     is_of_client,
     is_remote,
+    load_record,
     place,
     publish,
     read_json,
@@ -109,7 +110,7 @@ class Store:
                 f"the store {self.root} has no {kind}/{fingerprint[:16]}; "
                 "run the stage that makes it, or set store to the folder that has it"
             )
-        return RecipeRecord.read(path).recipe
+        return load_record(RecipeRecord, path).recipe
 
     def identify(self, checkpoint: Path) -> Identity:
         """The identity of a checkpoint folder, remembering digests of unchanged files."""
@@ -120,7 +121,7 @@ class Store:
         for folder in self.folders(kind):
             path = folder / "recipe.json"
             if path.exists():
-                yield RecipeRecord.read(path).recipe
+                yield load_record(RecipeRecord, path).recipe
 
     def folders(self, kind: Kind) -> list[Path]:
         """The folders of a kind, whether an artifact was started in them or not."""

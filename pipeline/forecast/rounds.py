@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from opd_stream.costs import TokenCounts, train_flops
 from opd_stream.store.artifact import summed_counts
@@ -69,8 +68,8 @@ def forecast_rounds(known: Known) -> Iterator[tuple[RoundForecast, TokenCounts]]
             trained = _was_trained(here.policy)
             student = _named(known, here.policy)
             outcome = here.policy.manifest().outcome
-            decision = outcome["window_decision"]
-            decided = decided if decision is None else decision["window_tokens"]
+            decision = outcome.window_decision
+            decided = decided if decision is None else decision.window_tokens
         else:
             trained = _will_be_trained(known, plan, rows)
         stages.append(_train(known, plan, rows, trained, is_trained=is_trained))
@@ -116,14 +115,14 @@ def _collected(
 
 def _was_trained(policy: PolicyArtifact) -> Trained:
     outcome = policy.manifest().outcome
-    counts: dict[str, Any] = outcome["trained"]
+    counts = outcome.trained
     return Trained(
         counts=TokenCounts(
-            tokens=counts["row_tokens"],
-            completion_tokens=counts["tokens"],
-            pairs=counts["row_pairs"],
+            tokens=counts.row_tokens,
+            completion_tokens=counts.tokens,
+            pairs=counts.row_pairs,
         ),
-        steps=outcome["steps"],
+        steps=outcome.steps,
     )
 
 
