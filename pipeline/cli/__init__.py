@@ -1,29 +1,15 @@
 """The commands. Heavy imports happen inside them, so that help answers at once."""
 
 import sys
-from typing import Annotated
 
-import typer
-
-from pipeline.cli import looking, running
+from pipeline.cli import run_commands, view_commands
 from pipeline.cli.caching import cache
 from pipeline.cli.options import app
-from pipeline.log import LOG, Level, is_json, set_up, tell_error
+from pipeline.log import LOG, is_json, tell_error
 
-__all__ = ["app", "looking", "main", "running"]
+__all__ = ["app", "main", "run_commands", "view_commands"]
 
 app.add_typer(cache, name="cache")
-
-
-@app.callback()
-def options(
-    log_level: Annotated[Level, typer.Option(help="From which level on to speak.")] = Level.INFO,
-    log_json: Annotated[
-        bool, typer.Option("--log-json", help="One JSON object a line on stderr, no bars.")
-    ] = False,
-) -> None:
-    """On-policy distillation of language models from a cache of teacher scores."""
-    set_up(log_level, as_json=log_json)
 
 
 def main() -> None:
@@ -37,7 +23,7 @@ def main() -> None:
         sys.exit(2)
     except Exception as error:
         if _is_damage(error):
-            tell_error(f"{error}; continue the run that made it: that unit alone is made again")
+            tell_error(f"{error}; continue the run that made it: only that unit is made again")
             sys.exit(2)
         if not is_json():
             raise

@@ -1,4 +1,4 @@
-"""The command line itself, what several commands ask for, and how they open a run."""
+"""The command line application, options that several commands share, and how a run is opened."""
 
 import sys
 from pathlib import Path
@@ -6,18 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.log import Level, set_up
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from opd_stream.config import Config
     from pipeline.run_directory import RunDirectory
 
-app = typer.Typer(
-    help="On-policy distillation of language models from a cache of teacher scores.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run.")]
 Overrides = Annotated[
@@ -27,13 +24,23 @@ RunDir = Annotated[
     Path | None, typer.Option("--run-dir", help="Folder of the run. Default: runs/NAME of config.")
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")]
-RoundNumber = Annotated[int, typer.Option("--round", help="Number of the round, from 0.")]
+
+
+@app.callback()
+def options(
+    log_level: Annotated[Level, typer.Option(help="Lowest level to print.")] = Level.INFO,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="One JSON object a line on stderr, no bars.")
+    ] = False,
+) -> None:
+    """On-policy distillation of language models from a cache of teacher scores."""
+    set_up(log_level, as_json=log_json)
 
 
 def open_run(
     config: Path, overrides: list[str] | None, run_dir: Path | None
 ) -> "tuple[Config, RunDirectory]":
-    """Config and folder of a run."""
+    """Config and folder of a run that a config file describes."""
     from opd_stream.config_file import load_config
     from pipeline.run_directory import RunDirectory
 
@@ -41,8 +48,17 @@ def open_run(
     return settings, RunDirectory(run_dir or Path("runs") / config.stem)
 
 
+def open_folder(run_dir: Path, overrides: list[str] | None) -> "tuple[Config, RunDirectory]":
+    """Config and folder of a run that exists."""
+    from opd_stream.config_file import override_config
+    from pipeline.run_directory import RunDirectory
+
+    directory = RunDirectory(run_dir)
+    return override_config(directory.config(), overrides or []), directory
+
+
 def console() -> "Console":
-    """A terminal as wide as it is, or a page of a pipe."""
+    """A console for results: as wide as the terminal, or 140 columns in a pipe."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 140)

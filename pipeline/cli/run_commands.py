@@ -1,15 +1,11 @@
-"""Commands that work: the whole run, one stage of a round, one evaluation."""
+"""Commands that do work: the whole run, one stage of a round, one evaluation."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import ConfigFile, Overrides, RoundNumber, RunDir, app, console, open_run
-
-Follow = Annotated[
-    bool, typer.Option("--follow", help="Wait for what other machines have not published yet.")
-]
+from pipeline.cli.options import ConfigFile, Overrides, RunDir, app, console, open_run
 
 
 @app.command()
@@ -29,40 +25,34 @@ def run(config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None)
     print_run(directory.reports(), summary, str(directory.path), console=page)
 
 
-@app.command()
-def generate(
-    config: ConfigFile,
-    round_index: RoundNumber,
-    overrides: Overrides = None,
-    run_dir: RunDir = None,
-    follow: Follow = False,
-) -> None:
-    """Sample the student's rollouts of one round."""
-    _stage("generate", config, overrides, run_dir, round_index, follow=follow)
+def _add_stage(stage: str, description: str) -> None:
+    """Add the command of one stage; all stages take the same options."""
+
+    @app.command(stage, help=description)
+    def command(
+        config: ConfigFile,
+        round_index: Annotated[int, typer.Option("--round", help="Number of the round, from 0.")],
+        overrides: Overrides = None,
+        run_dir: RunDir = None,
+        follow: Annotated[
+            bool,
+            typer.Option("--follow", help="Wait for what other machines have not published yet."),
+        ] = False,
+    ) -> None:
+        from pipeline.progress import TerminalProgress
+        from pipeline.stage_commands import run_stage
+
+        run, directory = open_run(config, overrides, run_dir)
+        with TerminalProgress() as progress:
+            line = run_stage(
+                stage, run, directory, round_index=round_index, progress=progress, follow=follow
+            )
+        typer.echo(line)
 
 
-@app.command()
-def score(
-    config: ConfigFile,
-    round_index: RoundNumber,
-    overrides: Overrides = None,
-    run_dir: RunDir = None,
-    follow: Follow = False,
-) -> None:
-    """Score the rollouts of one round with the teacher."""
-    _stage("score", config, overrides, run_dir, round_index, follow=follow)
-
-
-@app.command()
-def train(
-    config: ConfigFile,
-    round_index: RoundNumber,
-    overrides: Overrides = None,
-    run_dir: RunDir = None,
-    follow: Follow = False,
-) -> None:
-    """Train on the scores of one round."""
-    _stage("train", config, overrides, run_dir, round_index, follow=follow)
+_add_stage("generate", "Sample the student's rollouts of one round.")
+_add_stage("score", "Score the rollouts of one round with the teacher.")
+_add_stage("train", "Train on the scores of one round.")
 
 
 @app.command()
@@ -101,23 +91,3 @@ def evaluate(
             out=out,
         )
     typer.echo(lines)
-
-
-def _stage(
-    stage: str,
-    config: Path,
-    overrides: list[str] | None,
-    run_dir: Path | None,
-    round_index: int,
-    *,
-    follow: bool = False,
-) -> None:
-    from pipeline.progress import TerminalProgress
-    from pipeline.stage_commands import run_stage
-
-    settings, directory = open_run(config, overrides, run_dir)
-    with TerminalProgress() as progress:
-        line = run_stage(
-            stage, settings, directory, round_index=round_index, progress=progress, follow=follow
-        )
-    typer.echo(line)
