@@ -115,7 +115,7 @@ def test_a_round_without_its_evaluation_is_not_a_finished_run(apart: Path) -> No
     assert [entry["round"] for entry in trained.summary()["evaluations"]] == [0]
     assert not trained.summary()["finished"]
     assert trained.reports()[1]["evaluation"] is None
-    assert state(read_run(apart / "c")).startswith("unfinished, 2 of 2 rounds; not all")
+    assert state(read_run(apart / "c")).startswith("unfinished, 2 of 2 rounds; not all evaluations")
     with pytest.raises(UserError, match=r"2 of 2 rounds, not all evaluated"):
         list(compare(str(apart / "c"), str(apart / "c"), Bootstrap()))
 

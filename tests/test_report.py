@@ -19,10 +19,10 @@ from tests.html_page import CHROMIUM, PROBE, Page, browse
 pytest.importorskip("matplotlib", reason="pip install 'opd-stream[report]' brings what draws")
 
 from pipeline.report.accuracy import COSTS, spent
+from pipeline.report.drift import thinned
 from pipeline.report.page import page, write_report
 from pipeline.report.read import read_run, read_runs
-from pipeline.report.rounds_figures import cache_exhibit
-from pipeline.report.training import thinned
+from pipeline.report.rounds import cache_exhibit
 
 WINDOW = (
     "rollouts.window={kind: adaptive, candidates: [12, 24], max_window_tokens: 48, start: 24, "
@@ -183,24 +183,6 @@ def test_a_run_that_has_only_begun_is_a_page_of_sentences(folder: Path, tmp_path
     assert not any(shown.figure(f"run-0-{name}") for name in FIGURES)
 
 
-def test_reports_of_an_older_version_are_shown_without_what_they_lack(
-    folder: Path, tmp_path: Path
-) -> None:
-    place = tmp_path / "old"
-    shutil.copytree(folder / "first", place)
-    for index in (0, 1):
-        report = report_of(place, index)
-        kept = {name: report[name] for name in ("round", "tokens", "seconds", "decision")}
-        path = place / "rounds" / f"{index:04d}" / "report.json"
-        path.write_text(json.dumps(kept))
-    shown = Page(page(read_runs([place])))
-    assert "No epoch has recorded reverse KL by position." in shown.text
-    assert "No finished round says how large its cache is." in shown.text
-    assert "No finished round says what it reused." in shown.text
-    assert shown.figure("accuracy-tokens")
-    assert not shown.figure("accuracy-flops")
-
-
 def test_a_cost_with_a_gap_is_left_out(folder: Path, tmp_path: Path) -> None:
     place = tmp_path / "gap"
     shutil.copytree(folder / "first", place)
@@ -219,9 +201,10 @@ def test_a_mean_over_steps_keeps_the_sum(long: Path) -> None:
 @pytest.mark.parametrize("lost", [(1.1e-4, 1.2e-4), (1e-4, 1e-4), (2e-7, 0.3), (0.0, 3e-5)])
 def test_the_lost_mass_has_a_scale(folder: Path, lost: tuple[float, float]) -> None:
     found = read_run(folder / "first")
-    for report, value in zip(found.rounds, lost, strict=True):
+    for place, value in enumerate(lost):
         mass = {"teacher_top_mass": 1 - value, "student_top_mass": None}
-        report.epochs[-1] = report.epochs[-1].model_copy(update=mass)
+        last = found.rounds[place].epochs[-1].model_copy(update=mass)
+        found.rounds[place] = found.rounds[place].model_copy(update={"epochs": (last,)})
     labels = re.findall(r">(1e−\d\d)<", cache_exhibit(found, "cache").svg or "")
     assert 2 <= len(labels) == len(set(labels)) <= 6
 
@@ -230,7 +213,8 @@ def test_a_long_run_stays_a_small_page(mixed: str) -> None:
     assert len(mixed) < 1_000_000
     shown = Page(mixed)
     assert "A point is the mean of up to 5 steps." in shown.text
-    assert shown.text.count("At a vertical line") == 2  # read and heard, of the short one
+    lines = shown.text.count("A round begins at each vertical line")
+    assert lines == 2  # read and heard, of the short run
     assert "6 of 90 rounds are drawn" in shown.text
 
 
@@ -239,8 +223,8 @@ def test_a_long_run_stays_a_small_page(mixed: str) -> None:
     [
         ("config.json", None, "has no config.json; expected the folder of a run"),
         ("summary.json", "{", "is not valid JSON"),
-        ("summary.json", "[]", "holds list, not an object"),
-        ("summary.json", '{"evaluations": 3}', "evaluations: Input should be a valid list"),
+        ("summary.json", "[]", "the whole: Input should be a valid dictionary"),
+        ("summary.json", '{"evaluations": 3}', "finished: Field required"),
         ("metrics.jsonl", "{}\n", "line 1 of .*round: Field required"),
     ],
 )

@@ -134,11 +134,15 @@ def report(
     out: Annotated[Path, typer.Option("--out", help="HTML file.")] = Path("report.html"),
 ) -> None:
     """Show runs on one HTML page: accuracy, cost, drift, decisions, lineage."""
-    from pipeline.report import check_libraries
+    from opd_stream.errors import UserError
 
-    check_libraries()
-    from pipeline.report.page import write_report
-
+    try:
+        from pipeline.report.page import write_report
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"opd-stream report needs the library {error.name}, which is not installed; "
+            "pip install jinja2 matplotlib"
+        ) from error
     typer.echo(write_report(run_dirs, out))
 
 

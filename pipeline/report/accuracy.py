@@ -1,29 +1,28 @@
-"""Accuracy against cost: one curve a run, one view a cost."""
+"""Accuracy against cost: one curve a run, one figure for each kind of cost."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from pipeline.report.parts import Entry, Exhibit, Table, left_out, shown, whole
-from pipeline.report.read import Evaluation, RoundRecord, Run
-from pipeline.report.style import STAGES, look
-from pipeline.report.svg import inline, panels, prefixed
-
-TOKENS = ("generated", "teacher_scored", "trained")
+from pipeline.records import RoundReport, StageNumbers, SummaryEvaluation
+from pipeline.report.drawing import Exhibit, Series, exhibit, look, panels, prefixed
+from pipeline.report.read import Run
+from pipeline.report.tables import Table, count, number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Something a run spends."""
+    """Something that a run spends."""
 
     name: str
     choice: str  # in the switch
     label: str  # along the axis
-    of: Callable[[RoundRecord], float | None]  # None: the report does not have it
+    of: Callable[[RoundReport], float]
 
 
-def _total(values: dict[str, float], names: Sequence[str]) -> float | None:
-    return sum(values[name] for name in names) if set(names) <= set(values) else None
+def stage_sum(values: StageNumbers) -> float:
+    """Of generate, score and train together."""
+    return values.generate + values.score + values.train
 
 
 COSTS = (
@@ -31,48 +30,44 @@ COSTS = (
         name="tokens",
         choice="tokens",
         label="tokens generated, scored and trained on",
-        of=lambda report: _total(report.tokens, TOKENS),
+        of=lambda r: r.tokens.generated + r.tokens.teacher_scored + r.tokens.trained,
     ),
     Cost(
         name="teacher",
         choice="teacher-scored tokens",
         label="tokens that the teacher scored",
-        of=lambda report: _total(report.tokens, ("teacher_scored",)),
+        of=lambda r: r.tokens.teacher_scored,
     ),
     Cost(
         name="flops",
         choice="FLOPs",
         label="FLOPs of generate, score and train",
-        of=lambda report: _total(report.flops, STAGES),
+        of=lambda r: stage_sum(r.flops),
     ),
     Cost(
         name="seconds",
         choice="seconds",
         label="seconds of generate, score and train",
-        of=lambda report: _total(report.seconds, STAGES),
+        of=lambda r: stage_sum(r.seconds),
     ),
 )
 
 
 def spent(run: Run, cost: Cost) -> list[float] | None:
-    """What each policy had cost when it was there, from policy 0.
-
-    None where a report is missing or lacks it.
-    """
-    costs = [cost.of(report) for report in run.rounds]
-    known = [value for value in costs if value is not None]
-    is_whole = [report.round for report in run.rounds] == list(range(len(known)))
-    return [0.0, *accumulate(known)] if is_whole else None
+    """What it took to make each policy, by version; None where a report is missing."""
+    if [report.round for report in run.rounds] != list(range(len(run.rounds))):
+        return None
+    return [0.0, *accumulate(cost.of(report) for report in run.rounds)]
 
 
-def evaluated(run: Run) -> list[Evaluation]:
+def evaluated(run: Run) -> list[SummaryEvaluation]:
     """Evaluations of policies whose rounds are all reported."""
-    found = [] if run.summary is None else run.summary.evaluations
-    return [evaluation for evaluation in found if evaluation.round <= len(run.rounds)]
+    found = () if run.summary is None else run.summary.evaluations
+    return [each for each in found if each.round <= len(run.rounds)]
 
 
 def accuracy_exhibits(runs: Sequence[Run]) -> list[tuple[Cost, Exhibit]]:
-    """One figure a cost that any run has."""
+    """One figure for each cost that any run has."""
     if not any(evaluated(run) for run in runs):
         return []
     views: list[tuple[Cost, Exhibit]] = []
@@ -86,26 +81,26 @@ def accuracy_exhibits(runs: Sequence[Run]) -> list[tuple[Cost, Exhibit]]:
 def evaluation_table(runs: Sequence[Run]) -> Table:
     """Every evaluation in numbers."""
     found = [(run, evaluation) for run in runs for evaluation in evaluated(run)]
-    names = sorted({name for _, e in found for name in e.passes()}, key=lambda n: (len(n), n))
+    names = sorted({name for _, e in found for name in e.passes}, key=lambda n: (len(n), n))
     rows = [
         [
             run.name,
-            str(evaluation.round),
-            *(shown(evaluation.passes().get(name), 3) for name in names),
-            shown(evaluation.standard_error, 3),
-            whole(evaluation.problems),
-            whole(evaluation.samples),
+            str(each.round),
+            *(number(each.passes.get(name), 3) for name in names),
+            number(each.standard_error, 3),
+            count(each.problems),
+            count(each.samples),
         ]
-        for run, evaluation in found
+        for run, each in found
     ]
-    head = ["run", "policy", *names, "standard error of pass@1", "problems", "samples"]
+    head = ["run", "policy version", *names, "standard error of pass@1", "problems", "samples"]
     return Table(caption="Evaluations", head=head, rows=rows)
 
 
 def _exhibit(runs: Sequence[Run], cost: Cost, costs: Sequence[list[float] | None]) -> Exhibit:
     title = f"pass@1 against {cost.choice}"
     figure, (axis,) = panels(1, height=2.9)
-    legend: list[Entry] = []
+    legend: list[Series] = []
     missing: list[str] = []
     for place, (run, values) in enumerate(zip(runs, costs, strict=True)):
         points = evaluated(run)
@@ -123,24 +118,19 @@ def _exhibit(runs: Sequence[Run], cost: Cost, costs: Sequence[list[float] | None
             elinewidth=1,
             capsize=2.5,
         )
-        legend.append(Entry(label=run.name, look=drawn))
+        legend.append(Series(label=run.name, look=drawn))
     if not legend:
-        return left_out(cost.name, title, f"No run has evaluations and {cost.label}.")
+        caption = f"No run has evaluations and {cost.label}."
+        return Exhibit(name=cost.name, title=title, caption=caption)
     axis.set_xlabel(cost.label)
     axis.set_ylabel("pass@1")
     axis.set_ylim(-0.02, 1.02)
     prefixed(axis)
     caption = (
         "Each mark is an evaluated policy; bars are one standard error of pass@1 over problems. "
-        "Cost is what the run did itself up to that policy, without evaluation: what it found in "
+        "Cost is what the run itself did up to that policy, without evaluation: what it found in "
         "the store costs nothing."
     )
     if missing:
-        caption += f" Left out, for want of evaluations or of this cost: {', '.join(missing)}."
-    return Exhibit(
-        name=cost.name,
-        title=title,
-        caption=caption,
-        svg=inline(figure, f"accuracy-{cost.name}", title=title, description=caption),
-        legend=legend,
-    )
+        caption += f" Left out, without evaluations or this cost: {', '.join(missing)}."
+    return exhibit(figure, f"accuracy-{cost.name}", title, caption, legend=legend)

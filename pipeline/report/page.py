@@ -11,12 +11,12 @@ from opd_stream.errors import UserError
 from opd_stream.store.files import publish
 from pipeline.report import text
 from pipeline.report.accuracy import accuracy_exhibits, evaluation_table
+from pipeline.report.drawing import Exhibit
+from pipeline.report.drift import drift_exhibit
 from pipeline.report.lineage import lineage_exhibit
-from pipeline.report.parts import Exhibit, Table
-from pipeline.report.positions import position_exhibit
 from pipeline.report.read import Run, read_runs
-from pipeline.report.rounds_figures import cache_exhibit, stage_exhibit, window_exhibit
-from pipeline.report.training import drift_exhibit
+from pipeline.report.rounds import cache_exhibit, position_exhibit, stage_exhibit, window_exhibit
+from pipeline.report.tables import Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +31,11 @@ class Section:
     config: str
     totals: Table
     exhibits: Sequence[Exhibit]
-    decisions: Sequence[text.Decided]
+    decisions: Sequence[text.RoundDecisions]
 
 
 def write_report(folders: list[Path], out: Path) -> str:
-    """Write the page of some runs; returns the line to tell.
+    """Write the page of some runs; returns the line to print.
 
     Raises:
         UserError: a folder is no run, or the file cannot be written.
@@ -78,7 +78,7 @@ def _section(place: int, run: Run) -> Section:
         state=text.state(run),
         reuse=text.reuse(run),
         facts=text.facts(run),
-        config=text.config_text(run),
+        config=run.config.model_dump_json(indent=2),
         totals=text.totals(run),
         exhibits=[
             window_exhibit(run, f"{anchor}-window"),
@@ -88,5 +88,5 @@ def _section(place: int, run: Run) -> Section:
             stage_exhibit(run, f"{anchor}-stages"),
             lineage_exhibit(run, f"{anchor}-lineage"),
         ],
-        decisions=text.decisions(run),
+        decisions=list(text.decisions(run)),
     )

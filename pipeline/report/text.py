@@ -1,14 +1,14 @@
 """Sentences and facts of a run: what it was, what it reused, why it decided as it did."""
 
-import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from pipeline.report.accuracy import TOKENS, evaluated
-from pipeline.report.parts import Table, scaled, shown, whole
-from pipeline.report.read import RoundRecord, Run
-from pipeline.report.style import STAGES
+from pipeline.records import RoundReport
+from pipeline.report.accuracy import evaluated, stage_sum
+from pipeline.report.read import Run
+from pipeline.report.tables import STAGES, Table, count, number, scaled
 
 _FACTS = (
     ("student", "student.path"),
@@ -34,70 +34,54 @@ _FACTS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Decided:
+class RoundDecisions:
     """The decisions of one round, a sentence each."""
 
     round_index: int
     sentences: Sequence[str]
     units: Sequence[str]  # decisions about units, which may be many
-    units_note: str = ""
+    units_note: str
 
 
 def state(run: Run) -> str:
     """How far the run is."""
-    planned = None if run.summary is None else run.summary.rounds_planned
-    planned = planned if planned is not None else run.setting("rounds")
-    done = len(run.rounds)
-    if run.summary is not None and run.summary.finished:
-        return f"finished, {done} rounds"
+    done, planned = len(run.rounds), run.config.rounds
+    if run.summary is not None:
+        planned = run.summary.rounds_planned
+        if run.summary.finished:
+            return f"finished, {done} rounds"
     running = [plan.round_index for plan in run.plans if plan.round_index >= done]
     later = f"; round {running[0]} is planned and not finished" if running else ""
     if done == planned:
-        later = "; not all that are due are evaluated"
-    return f"unfinished, {done} of {planned or 'unknown'} rounds{later}"
+        later = "; not all evaluations that are due are done"
+    return f"unfinished, {done} of {planned} rounds{later}"
 
 
 def reuse(run: Run) -> str:
     """What the run found in the store instead of making it."""
-    known = [report for report in run.rounds if report.reused is not None]
-    if not known:
-        return "No finished round says what it reused."
-    rollouts = sum(report.reused.rollout_units for report in known if report.reused)
-    scores = sum(report.reused.score_units for report in known if report.reused)
-    policies = sum(report.reused.policy for report in known if report.reused)
-    replayed = sum(cache.origin == "replayed" for report in known for cache in report.caches)
-    if not (rollouts or scores or policies or replayed):
-        return "It made all its rollouts, scores and policies itself."
-    found = [
-        f"{count} {name}"
-        for count, name in (
-            (rollouts, "rollout units"),
-            (scores, "score units"),
-            (policies, "policies"),
-        )
-        if count
-    ]
-    return (
-        f"It found {', '.join(found)} that another run had made, and did not make them again."
-        if found
-        else "It replayed scores of another run."
-    )
+    if not run.rounds:
+        return "No round is finished yet."
+    reused = [report.reused for report in run.rounds]
+    counts = {
+        "rollout units": sum(each.rollout_units for each in reused),
+        "score units": sum(each.score_units for each in reused),
+        "policies": sum(each.policy for each in reused),
+    }
+    found = ", ".join(f"{each} {name}" for name, each in counts.items() if each)
+    if found:
+        return f"It found {found} that another run had made, and did not make them again."
+    if any(cache.origin == "replayed" for report in run.rounds for cache in report.caches):
+        return "It replayed scores of another run."
+    return "It made all its rollouts, scores and policies itself."
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
     """The settings that a reader asks for first, and the versions."""
-    found = [
-        (name, _plain(value))
-        for name, field in _FACTS
-        if (value := run.setting(field)) not in (None, [], {})
-    ]
+    settings = run.config.model_dump(mode="json")
+    named = [(name, _setting(settings, field)) for name, field in _FACTS]
+    found = [(name, _plain(value)) for name, value in named if value not in (None, [], {})]
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     return [*found, ("versions", versions)] if versions else found
-
-
-def config_text(run: Run) -> str:
-    """The whole config."""
-    return json.dumps(run.config, indent=2, ensure_ascii=False)
 
 
 def overview(runs: Sequence[Run]) -> Table:
@@ -107,9 +91,11 @@ def overview(runs: Sequence[Run]) -> Table:
             run.name,
             state(run),
             *_accuracies(run),
-            *(whole(_sum(run, "tokens", name)) for name in TOKENS),
-            scaled(_sum(run, "flops", *STAGES), "FLOP"),
-            shown(_sum(run, "seconds", *STAGES), 1),
+            count(sum(report.tokens.generated for report in run.rounds)),
+            count(sum(report.tokens.teacher_scored for report in run.rounds)),
+            count(sum(report.tokens.trained for report in run.rounds)),
+            scaled(sum(stage_sum(report.flops) for report in run.rounds), "FLOP"),
+            number(sum(stage_sum(report.seconds) for report in run.rounds), 1),
         ]
         for run in runs
     ]
@@ -120,84 +106,79 @@ def overview(runs: Sequence[Run]) -> Table:
 
 def totals(run: Run) -> Table:
     """Tokens, seconds, CPU seconds and operations of each stage."""
-    names = dict(zip(STAGES, TOKENS, strict=True))
+    tokens = {"generate": "generated", "score": "teacher_scored", "train": "trained"}
     rows = [
         [
             stage,
-            whole(_sum(run, "tokens", names[stage])),
-            shown(_sum(run, "seconds", stage), 1),
-            shown(_sum(run, "cpu_seconds", stage), 1),
-            scaled(_sum(run, "flops", stage), "FLOP"),
+            count(sum(getattr(report.tokens, tokens[stage]) for report in run.rounds)),
+            number(sum(getattr(report.seconds, stage) for report in run.rounds), 1),
+            number(sum(getattr(report.cpu_seconds, stage) for report in run.rounds), 1),
+            scaled(sum(getattr(report.flops, stage) for report in run.rounds), "FLOP"),
         ]
         for stage in STAGES
     ]
-    seconds = {} if run.summary is None else run.summary.seconds
-    for name, label in (
-        ("evaluate", "evaluate"),
-        ("other", "none of these"),
-        ("wall", "wall clock"),
-    ):
-        if name in seconds:
-            rows.append([label, "–", shown(seconds[name], 1), "–", "–"])
+    if run.summary is not None:
+        seconds = run.summary.seconds
+        named = {
+            "evaluate": seconds.evaluate,
+            "none of these": seconds.other,
+            "wall clock": seconds.wall,
+        }
+        rows += [[name, "–", number(v, 1), "–", "–"] for name, v in named.items() if v is not None]
     head = ["stage", "tokens", "seconds", "CPU seconds", "operations"]
     return Table(caption="Stages", head=head, rows=rows)
 
 
-def decisions(run: Run) -> list[Decided]:
-    """Every decision of every round that has any."""
+def decisions(run: Run) -> Iterator[RoundDecisions]:
+    """The decisions of every round."""
     plans = {plan.round_index: plan for plan in run.plans}
     reports = {report.round: report for report in run.rounds}
-    found: list[Decided] = []
     for place in sorted({*plans, *reports}):
         report = reports.get(place)
-        chosen = report.unit_decisions if report else plans[place].unit_decisions
-        counted = Counter(unit.action for unit in chosen)
-        found.append(
-            Decided(
-                round_index=place,
-                sentences=["Planned, not finished."] if report is None else _sentences(report),
-                units=[
-                    f"prompts {unit.first} to {unit.last - 1}: {unit.action}, {unit.reason}"
-                    for unit in chosen
-                ],
-                units_note=", ".join(f"{action} {n}" for action, n in counted.items()),
-            )
+        units = plans[place].unit_decisions if report is None else report.unit_decisions
+        counted = Counter(unit.action for unit in units)
+        yield RoundDecisions(
+            round_index=place,
+            sentences=["Planned, not finished."] if report is None else list(_sentences(report)),
+            units=[
+                f"prompts {unit.first} to {unit.last - 1}: {unit.action}, {unit.reason}"
+                for unit in units
+            ],
+            units_note=", ".join(f"{action} {n}" for action, n in counted.items()),
         )
-    return found
 
 
-def _sentences(report: RoundRecord) -> list[str]:
-    found = [f"After epoch {epoch.epoch}: {epoch.reason}." for epoch in report.epochs]
-    found = found or ([f"{report.decision}."] if report.decision else [])
-    found += [_jump(jump.step, jump.kept, jump.policy_drift) for jump in report.extrapolations]
+def _sentences(report: RoundReport) -> Iterator[str]:
+    for epoch in report.epochs:
+        yield f"After epoch {epoch.epoch}: {epoch.reason}."
+    for jump in report.extrapolations:
+        drift = jump.policy_drift
+        measured = "" if drift is None else f", policy_drift {drift:.4f} after it"
+        kept = f"{jump.kept} kept{measured}" if jump.kept else "none kept"
+        yield f"Extrapolation after step {jump.step}: {kept}."
     if report.window_decision is not None:
-        found.append(f"Next round: {report.window_decision.reason}.")
-    return found or ["The report has no decision."]
+        yield f"Next round: {report.window_decision.reason}."
 
 
-def _jump(step: int, kept: int, drift: float | None) -> str:
-    if not kept:
-        return f"Extrapolation after step {step}: none kept."
-    measured = "" if drift is None else f", policy_drift {drift:.4f} after it"
-    return f"Extrapolation after step {step}: {kept} kept{measured}."
-
-
-def _accuracies(run: Run) -> tuple[str, str]:
+def _accuracies(run: Run) -> list[str]:
+    """pass@1 of the initial student and of the last evaluated policy."""
     points = evaluated(run)
-    first = next((point for point in points if point.round == 0), None)
-    last = next((point for point in reversed(points) if point.round > 0), None)
-    texts = [
-        "–" if p is None else f"{p.pass_at_1:.3f} ± {p.standard_error or 0:.3f}"
-        for p in (first, last)
+    ends = [
+        next((point for point in points if point.round == 0), None),
+        next((point for point in reversed(points) if point.round > 0), None),
     ]
-    return texts[0], texts[1]
+    return [
+        "–" if point is None else f"{point.pass_at_1:.3f} ± {point.standard_error or 0:.3f}"
+        for point in ends
+    ]
 
 
-def _sum(run: Run, what: str, *names: str) -> float | None:
-    """Over the finished rounds; None where no report says."""
-    found = [getattr(report, what) for report in run.rounds]
-    values = [value[name] for value in found for name in names if name in value]
-    return sum(values) if values else None
+def _setting(settings: dict[str, Any], field: str) -> Any:
+    """A setting by its dotted name; None where a section is not used."""
+    value: Any = settings
+    for part in field.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _plain(value: object) -> str:

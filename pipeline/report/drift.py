@@ -1,0 +1,180 @@
+"""Figure of one run over its optimizer steps: drift, effective samples, gates, regenerations."""
+
+import math
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+
+from pipeline.report.drawing import (
+    FAINT,
+    SERIES,
+    Exhibit,
+    Look,
+    Series,
+    count_axis,
+    exhibit,
+    look,
+    panels,
+)
+from pipeline.report.read import Run, Step
+from pipeline.report.tables import Table, number
+
+MOST_POINTS = 800
+MOST_LINES = 60  # of rounds
+TITLE = "Drift, effective samples, gates and regenerations"
+BOUND = Look(color=FAINT, dashes=(5, 2))
+REGENERATION = Look(color=FAINT)
+KEPT = Look(color=FAINT, dashes=(1.5, 2.5))
+JUMP = Look(color=SERIES[1], mark="D", glyph="◆")
+GATED = Look(color=SERIES[3], mark="s", glyph="■", alpha=0.35)
+MEASURES = (
+    ("policy_drift", "policy_drift\n(nats a token)", look(0)),
+    ("effective_sample_fraction", "effective\nsample fraction", look(2)),
+    ("mean_drift_weight", "mean weight\nby drift", look(3)),
+)
+
+
+def drift_exhibit(run: Run, name: str) -> Exhibit:
+    """Drift and its consequences, step by step."""
+    tables = _tables(run)
+    steps, together = thinned([step for step in run.steps if step.policy_drift is not None])
+    if not steps:
+        caption = "No optimizer step has recorded its drift."
+        return Exhibit(name=name, title=TITLE, caption=caption, tables=tables)
+    is_weighted = any(_is_gated(step) for step in steps)
+    figure, axes = panels(3 if is_weighted else 2, height=1.5)
+    for axis, (measure, label, drawn) in zip(axes, MEASURES, strict=False):
+        values = [math.nan if (v := getattr(step, measure)) is None else v for step in steps]
+        size = 2 if len(steps) < 200 else 0
+        xs = [step.step for step in steps]
+        axis.plot(xs, values, color=drawn.color, marker="o", markersize=size, linewidth=1.1)
+        axis.set_ylabel(label)
+        if measure != "policy_drift":
+            axis.set_ylim(-0.02, 1.04)
+    legend: list[Series] = []
+    far = _draw_bounds(run, axes, steps, legend)
+    has_lines = _draw_rounds(run, axes, steps, legend)
+    _draw_gates(axes, steps, legend)
+    _draw_extrapolations(run, axes[0], legend)
+    count_axis(axes[-1], "optimizer step")
+    caption = (
+        "policy_drift estimates KL(behavior ‖ student) on the tokens of a step; decisions take "
+        "its mean over an epoch, in the table, or over a quarter of one. The effective sample "
+        "fraction is 1 on fresh rollouts."
+    )
+    caption += " A round begins at each vertical line." if has_lines else ""
+    caption += f" The bound on policy_drift is {far:g}, above what is drawn." if far else ""
+    caption += f" A point is the mean of up to {together} steps." if together > 1 else ""
+    caption += "" if is_weighted else " No token was weighted by drift."
+    return exhibit(figure, name, TITLE, caption, run=run.name, legend=legend, tables=tables)
+
+
+def thinned(steps: Sequence[Step]) -> tuple[list[Step], int]:
+    """At most about a thousand points, each the mean of steps of one epoch; and of how many."""
+    together = -(-len(steps) // MOST_POINTS)
+    groups: list[list[Step]] = []
+    for step in steps:
+        last = groups[-1] if groups else []
+        is_same = bool(last) and (last[0].round, last[0].epoch) == (step.round, step.epoch)
+        if is_same and len(last) < together:
+            last.append(step)
+        else:
+            groups.append([step])
+    return [_mean(group) for group in groups], together
+
+
+def _mean(group: Sequence[Step]) -> Step:
+    means: dict[str, float | None] = {}
+    for name, _, _ in MEASURES:
+        values = [v for step in group if (v := getattr(step, name)) is not None]
+        means[name] = sum(values) / len(values) if values else None
+    return group[0].model_copy(update=means)
+
+
+def _is_gated(step: Step) -> bool:
+    return step.mean_drift_weight is not None and step.mean_drift_weight < 1.0
+
+
+def _draw_bounds(
+    run: Run, axes: Sequence[Axes], steps: Sequence[Step], legend: list[Series]
+) -> float | None:
+    """Draw the limits; returns the one of drift if it is too far above to be drawn."""
+    drift = run.config.staleness.policy_drift
+    samples = run.config.staleness.effective_sample_fraction
+    highest = max(step.policy_drift or 0.0 for step in steps)
+    is_near = drift is not None and drift <= 4 * highest
+    for axis, bound in ((axes[0], drift if is_near else None), (axes[1], samples)):
+        if bound is not None:
+            axis.axhline(bound, color=FAINT, linewidth=1, linestyle=BOUND.line)
+    if is_near or samples is not None:
+        legend.append(Series(label="bound", look=BOUND))
+    return None if is_near else drift
+
+
+def _draw_rounds(
+    run: Run, axes: Sequence[Axes], steps: Sequence[Step], legend: list[Series]
+) -> bool:
+    """Draw where rounds begin, with and without new rollouts; returns whether lines were drawn."""
+    first: dict[int, int] = {}
+    for step in steps:
+        first.setdefault(step.round, step.step)
+    begun = list(first.items())[1:]
+    if not 0 < len(begun) <= MOST_LINES:
+        return False
+    caches = run.caches()
+    fresh = {r for r in caches if any(c.origin in ("fresh", "ahead") for c in caches[r])}
+    for label, drawn, is_fresh in (
+        ("new rollouts", REGENERATION, True),
+        ("round without any", KEPT, False),
+    ):
+        starts = [start for round_index, start in begun if (round_index in fresh) == is_fresh]
+        for axis in axes:
+            for start in starts:
+                axis.axvline(start - 0.5, color=FAINT, linewidth=0.8, linestyle=drawn.line)
+        if starts:
+            legend.append(Series(label=label, look=drawn))
+    return True
+
+
+def _draw_gates(axes: Sequence[Axes], steps: Sequence[Step], legend: list[Series]) -> None:
+    """Draw the epochs in which weights by drift were in use."""
+    epochs: dict[tuple[int, int], list[Step]] = {}
+    for step in steps:
+        epochs.setdefault((step.round, step.epoch), []).append(step)
+    gated = [inside for inside in epochs.values() if any(map(_is_gated, inside))]
+    for axis in axes:
+        for inside in gated:
+            span = (inside[0].step - 0.5, inside[-1].step + 0.5)
+            axis.axvspan(*span, color=GATED.color, alpha=0.16, linewidth=0)
+    if gated:
+        legend.append(Series(label="epoch with gates", look=GATED, is_mark=True))
+
+
+def _draw_extrapolations(run: Run, axis: Axes, legend: list[Series]) -> None:
+    jumps = [jump.step - 1 for report in run.rounds for jump in report.extrapolations if jump.kept]
+    drift = {step.step: step.policy_drift for step in run.steps if step.policy_drift is not None}
+    points = [(step, drift[step]) for step in jumps if step in drift]
+    if points:
+        xs, ys = zip(*points, strict=True)
+        axis.plot(xs, ys, JUMP.mark, color=JUMP.color, markersize=5, zorder=3)
+        label = "step before a kept extrapolation"
+        legend.append(Series(label=label, look=JUMP, is_mark=True))
+
+
+def _tables(run: Run) -> list[Table]:
+    rows = [
+        [
+            str(report.round),
+            str(epoch.epoch),
+            epoch.action,
+            number(epoch.policy_drift),
+            number(epoch.effective_sample_fraction, 3),
+            number(epoch.reverse_kl),
+            number(epoch.teacher_entropy),
+        ]
+        for report in run.rounds
+        for epoch in report.epochs
+    ]
+    head = ["round", "epoch", "then", "policy_drift", "effective sample fraction"]
+    head += ["reverse KL, nats", "teacher entropy, nats"]
+    return [Table(caption="Epochs", head=head, rows=rows)] if rows else []
