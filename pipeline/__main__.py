@@ -1,5 +1,6 @@
 """`python -m pipeline` is `opd-stream`."""
 
-from pipeline.cli import main
+from opd_stream.launcher import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ from opd_stream.store.store import Store
 from opd_stream.tasks.pass_at_k import Counts, default_ks, estimates
 from pipeline.reports import Span, made_by
 from stages.checkpoints import Checkpoint, open_checkpoint
-from stages.collect import begin, finish, start_rollouts
+from stages.collect import start_rollouts, submit_missing, wait_for
 from stages.evaluate import (
     evaluate,
     evaluation_prompts,
@@ -62,7 +62,7 @@ class Evaluator:
             start_rollouts(
                 self.store, rollouts.recipe, prompts_per_unit=self.config.prompts_per_unit
             )
-            work = begin(
+            work = submit_missing(
                 self.executor,
                 rollouts,
                 None,
@@ -71,9 +71,9 @@ class Evaluator:
                 made_by=self.run_id,
                 progress=self.progress,
             )
-            if work.orders:
+            if work.tasks:
                 meanwhile()
-            self.spans += finish(self.executor, work, self.progress, name="evaluate")
+            self.spans += wait_for(self.executor, work, self.progress, name="evaluate")
             evaluate(self.store, part, rollouts, student)
 
 

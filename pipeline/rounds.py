@@ -26,7 +26,14 @@ from pipeline.walk import (
     walk,
 )
 from stages.checkpoints import Checkpoint
-from stages.collect import Collection, begin, finish, start_probe, start_rollouts, start_scores
+from stages.collect import (
+    SubmittedWork,
+    start_probe,
+    start_rollouts,
+    start_scores,
+    submit_missing,
+    wait_for,
+)
 from stages.executors import Executor, open_executor
 from stages.progress import Progress
 
@@ -40,7 +47,7 @@ class Session:
     run_id: str
     executor: Executor
     progress: Progress
-    ahead: Collection | None = None  # of the next round, begun before this one trained
+    ahead: SubmittedWork | None = None  # of the next round, begun before this one trained
     spans: list[Span] = field(default_factory=list)
     started: float = field(default_factory=time.time)
     reached: set[str] = field(default_factory=set)  # names of artifacts
@@ -151,7 +158,7 @@ def _mend_bases(session: Session, here: Round, cache: Cache, *, score: bool) -> 
     """Make again what is damaged of what an extension continues, by who made it."""
     for base in bases_of(session.setup, cache, here.students):
         work = _begin(session, base, score=score, shuffle=False)
-        if work.orders:
+        if work.tasks:
             _finish(session, work, "generate")
 
 
@@ -161,7 +168,7 @@ def _begin_ahead(session: Session, here: Round) -> None:
         session.ahead = _begin(session, here.ahead, score=True, shuffle=False)
 
 
-def _begin(session: Session, cache: Cache, *, score: bool, shuffle: bool) -> Collection:
+def _begin(session: Session, cache: Cache, *, score: bool, shuffle: bool) -> SubmittedWork:
     """Order what is missing of a cache."""
     setup = session.setup
     assert cache.student is not None
@@ -170,7 +177,7 @@ def _begin(session: Session, cache: Cache, *, score: bool, shuffle: bool) -> Col
         cache.rollouts.recipe,
         prompts_per_unit=cache.prompts_per_unit(setup.config.prompts_per_unit),
     )
-    return begin(
+    return submit_missing(
         session.executor,
         rollouts,
         start_scores(setup.store, cache.scores.recipe, rollouts) if score else None,
@@ -190,7 +197,7 @@ def _make_probe(session: Session, here: Round, *, score: bool) -> None:
     probe = start_probe(setup.store, here.probe, here.fresh.rollouts)
     if probe is None:
         return
-    work = begin(
+    work = submit_missing(
         session.executor,
         probe,
         start_scores(setup.store, scores_of(setup, here.probe), probe) if score else None,
@@ -202,11 +209,11 @@ def _make_probe(session: Session, here: Round, *, score: bool) -> None:
     _finish(session, work, "probe")
 
 
-def _finish(session: Session, work: Collection, name: str) -> None:
+def _finish(session: Session, work: SubmittedWork, name: str) -> None:
     """Wait for a collection; this process gets ready for training while the workers start."""
-    if work.orders:
+    if work.tasks:
         _import_training()
-    session.spans += finish(session.executor, work, session.progress, name=name)
+    session.spans += wait_for(session.executor, work, session.progress, name=name)
 
 
 def _import_training() -> None:

@@ -25,9 +25,10 @@ from pipeline.run_records import Records
 from pipeline.setup import Setup, check_evaluation, open_setup, open_store
 from pipeline.walk import Round, checkpoint_of, named, probe_artifacts, walk
 from stages.checkpoints import Checkpoint
-from stages.collect import begin, finish, missing_units, start_scores
-from stages.executors import Role, open_executor
+from stages.collect import missing_units, start_scores, submit_missing, wait_for
+from stages.executors import open_executor
 from stages.progress import Progress
+from stages.ray_stream import Role
 
 STAGES = ("generate", "score", "train")
 POLL_SECONDS = 2.0
@@ -179,7 +180,7 @@ def _score(session: Session, here: Round, *, follow: bool) -> str:
         scores = start_scores(session.setup.store, cache.scores.recipe, cache.rollouts)
         is_verified = False
         while not scores.is_complete():
-            work = begin(
+            work = submit_missing(
                 session.executor,
                 cache.rollouts,
                 scores,
@@ -192,7 +193,7 @@ def _score(session: Session, here: Round, *, follow: bool) -> str:
                 verify=not is_verified,
             )
             is_verified = True
-            session.spans += finish(session.executor, work, session.progress)
+            session.spans += wait_for(session.executor, work, session.progress)
             if not scores.is_complete():
                 _check_rollouts(cache, here, follow=follow)
                 time.sleep(POLL_SECONDS)

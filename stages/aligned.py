@@ -1,13 +1,13 @@
 """Scoring by a teacher with another tokenizer: what its recipe adds, and how a unit is read."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from opd_stream.aligned_scores import Aligner
 from opd_stream.byte_tokenizer import ByteTokenizer
 from opd_stream.config import Config
-from opd_stream.engines.base import Engine
+from opd_stream.engines.base import Engine, ScoringSettings
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import read_json
@@ -106,14 +106,14 @@ def _byte_tokenizer(folder: Path, digest: str) -> ByteTokenizer:
 
 
 def score_aligned(
-    engine: Engine, aligner: Aligner, batch: RolloutBatch, asked: dict[str, Any]
+    engine: Engine, aligner: Aligner, batch: RolloutBatch, asked: ScoringSettings
 ) -> tuple[ScoreBatch, RolloutBatch]:
     """The teacher's scores of rollouts, and the rows that it read."""
     reading = aligner.read(batch)
-    forced = asked["forced_ids"]
+    forced = asked.forced_ids
     if reading.rows:
-        theirs = {**asked, "forced_ids": aligner.asked_ids(forced)}
-        scored = engine.score(reading.batch, **theirs)
+        theirs = replace(asked, forced_ids=aligner.asked_ids(forced))
+        scored = engine.score(reading.batch, **asdict(theirs))
     else:
         nothing: tuple[Any, ...] = ()
         scored = ScoreBatch(

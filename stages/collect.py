@@ -13,22 +13,21 @@ from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
 from stages.checkpoints import Checkpoint
 from stages.executors import Executor
-from stages.extension import extension_layout
-from stages.orders import Order
 from stages.progress import Progress
-from stages.selection import probe_size, prompts_of
+from stages.prompts import probe_size, prompts_of
+from stages.workers import Task
 
 Span = tuple[float, float]  # start and end of work, seconds since the epoch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Collection:
-    """Orders that an executor has, for `finish`."""
+class SubmittedWork:
+    """Tasks that an executor has, for `wait_for`."""
 
     rollouts: Artifact
     scores: Artifact | None
-    orders: tuple[Order, ...]
-    to_generate: frozenset[int]
+    tasks: tuple[Task, ...]
+    to_generate: frozenset[int]  # units
     to_score: frozenset[int]
 
 
@@ -39,7 +38,8 @@ def start_rollouts(store: Store, recipe: Recipe, *, prompts_per_unit: int) -> Ar
         return artifact
     if "extends" in recipe.settings:
         base = store.by_fingerprint("rollouts", recipe.inputs["rollouts"])
-        artifact.create(**extension_layout(base, recipe.settings["extends"]))
+        sizes = [len(base.unit_rows(unit)) for unit in recipe.settings["extends"]]
+        artifact.create(rows=sum(sizes), rows_per_unit=max(sizes))
     else:
         rows = prompts_of(store, recipe).num_rows
         artifact.create(rows=rows, rows_per_unit=prompts_per_unit)
@@ -88,7 +88,7 @@ def missing_units(artifact: Artifact, progress: Progress, *, verify: bool = True
     return missing
 
 
-def begin(
+def submit_missing(
     executor: Executor,
     rollouts: Artifact,
     scores: Artifact | None,
@@ -100,19 +100,19 @@ def begin(
     generate: bool = True,
     shuffle: bool = False,
     verify: bool = True,
-) -> Collection:
-    """Order what is missing of rollouts and scores; the workers start at once, where there are any.
+) -> SubmittedWork:
+    """Submit a task for every missing unit of rollouts and scores.
 
     Args:
-        executor: runs the orders.
+        executor: runs the tasks; Ray's workers start at once.
         rollouts: started artifact.
         scores: started artifact, or None to sample only.
         student: checkpoint of the rollouts' recipe.
         teacher: checkpoint of the scores' recipe.
         made_by: id of the run.
-        progress: told of damaged units.
+        progress: warned of damaged units.
         generate: False: score only what is published.
-        shuffle: an order of its own, so that several machines on one artifact share the work.
+        shuffle: in random order, so that several machines on one artifact share the work.
         verify: read what is committed; False: that was done before.
     """
     to_generate = missing_units(rollouts, progress, verify=verify) if generate else []
@@ -123,8 +123,8 @@ def begin(
         to_score = sorted({*missing, *stale, *to_generate})
         if not generate:
             to_score = [unit for unit in to_score if rollouts.commit_record(unit) is not None]
-    orders = [
-        Order(
+    tasks = [
+        Task(
             unit=unit,
             rollouts=rollouts.fingerprint,
             scores=None if scores is None else scores.fingerprint,
@@ -136,28 +136,28 @@ def begin(
         for unit in sorted({*to_generate, *to_score})
     ]
     if shuffle:
-        random.shuffle(orders)
-    if orders:
-        executor.submit(orders)
-    return Collection(
+        random.shuffle(tasks)
+    if tasks:
+        executor.submit(tasks)
+    return SubmittedWork(
         rollouts=rollouts,
         scores=scores,
-        orders=tuple(orders),
+        tasks=tuple(tasks),
         to_generate=frozenset(to_generate),
         to_score=frozenset(to_score),
     )
 
 
-def finish(
-    executor: Executor, work: Collection, progress: Progress, *, name: str = "generate"
+def wait_for(
+    executor: Executor, work: SubmittedWork, progress: Progress, *, name: str = "generate"
 ) -> list[Span]:
-    """Wait for what was begun; returns when the workers were busy.
+    """Wait until submitted work is done; returns when the workers were busy.
 
     Args:
-        executor: has the orders.
-        work: what was begun.
-        progress: told of every unit.
-        name: what the sampling is called there.
+        executor: has the tasks.
+        work: what was submitted.
+        progress: advanced with every unit.
+        name: the stage that sampling is shown as.
 
     Raises:
         UserError: a worker met a user's mistake.
@@ -169,11 +169,11 @@ def finish(
         progress.start("score", len(work.to_score))
         progress.advance("score", 0, **window)
     spans: list[Span] = []
-    for worked in executor.results(work.orders):
-        spans.extend((s[0], s[1]) for s in (worked.generate_span, worked.score_span) if s)
-        made, scored = worked.order.unit in work.to_generate, worked.order.unit in work.to_score
-        progress.advance(name, made, worked.generated_tokens)
-        progress.advance("score", scored, worked.scored_tokens)
+    for result in executor.results(work.tasks):
+        spans += [span for span in (result.generate_span, result.score_span) if span is not None]
+        unit = result.task.unit
+        progress.advance(name, unit in work.to_generate, result.generated_tokens)
+        progress.advance("score", unit in work.to_score, result.scored_tokens)
     work.rollouts.finish()
     if work.scores is not None:
         work.scores.finish()
@@ -181,6 +181,7 @@ def finish(
 
 
 def _scored_from_other_bytes(rollouts: Artifact, scores: Artifact) -> list[int]:
+    """Units whose rollouts were made again, with other bytes, since they were scored."""
     sources = rollouts.commits()
     return [
         unit

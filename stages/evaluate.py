@@ -18,9 +18,8 @@ from opd_stream.store.store import Store
 from opd_stream.tasks.judges import open_judge
 from opd_stream.tasks.pass_at_k import default_ks, pass_at_k, standard_error
 from stages.checkpoints import Checkpoint
-from stages.prompts import make_prompts
+from stages.prompts import make_prompts, prompts_of
 from stages.recipes import evaluation_recipe, evaluation_rollouts_recipe
-from stages.selection import prompts_of
 
 
 def evaluation_prompts(store: Store, evaluation: Evaluation, student: Checkpoint) -> Artifact:

@@ -1,8 +1,8 @@
 """A Ray Data dataset that stays open: blocks are put into a queue and stream through actor pools.
 
-Ray Data buffers rows until a block is large (128 MiB by default); here a block is one order, so
-`target_max_block_size` is 1 byte, and an order moves on as soon as its worker is done. Workers
-publish their own shards and pass on a few hundred bytes.
+Ray Data buffers rows until a block is large (128 MiB by default). Here a block is one task, so
+`target_max_block_size` is 1 byte, and a task moves on as soon as its worker is done. Workers
+publish their own shards and pass on a few hundred bytes. Ray itself is imported inside functions.
 """
 
 import contextlib
@@ -11,25 +11,36 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from opd_stream.config import Pool, Pools
 from opd_stream.errors import UserError
+from opd_stream.launcher import RemoteWorker
+from stages.workers import WorkerSettings
 
 RESTARTS = 3  # of a worker; a unit that kills it four times ends the run
+Role = Literal["student", "teacher"]
 
-WorkerSpec = tuple[type, list[Any], Pool]  # class, constructor arguments, placement
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """The workers of a pool."""
+
+    role: Role
+    settings: WorkerSettings
+    pool: Pool  # how many, and where they may run
 
 
 def start_cluster(pools: Pools) -> bool:
-    """Connect to RAY_ADDRESS, or start Ray on this machine; returns whether we own it."""
+    """Connect to RAY_ADDRESS, or start Ray on this machine; returns whether this call did."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # errors reach us as exceptions
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a stream that was left starts no Ray
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a stream left running starts no Ray
     import ray
 
     if ray.is_initialized():
@@ -52,10 +63,10 @@ def start_cluster(pools: Pools) -> bool:
 
 
 def stop_cluster() -> None:
-    """Leave the cluster, and end it where we started it."""
+    """Disconnect from the cluster, and end it if `start_cluster` started it."""
     import ray
 
-    logging.getLogger("ray").setLevel(logging.CRITICAL)  # threads of a stream that was left
+    logging.getLogger("ray").setLevel(logging.CRITICAL)  # threads of a stream left running
     ray.shutdown()
 
 
@@ -80,7 +91,7 @@ def open_queue() -> Any:
 
 
 def _this_node() -> Any:
-    """Beside the run itself: what is lost with any other node would end it."""
+    """On the node of the run itself: losing another node must not end the stream."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -101,11 +112,12 @@ def close_queue(queue: Any) -> None:
     ray.get(queue.put.remote([None]))
 
 
-def stream(queue: Any, workers: list[WorkerSpec]) -> Iterator[pa.Table]:
-    """Send the queue's blocks through one actor pool per worker class.
+def stream(queue: Any, specs: list[WorkerSpec]) -> Iterator[pa.Table]:
+    """Send the queue's blocks through one actor pool after another.
 
     Raises:
-        UserError: a pool could not be started (says what it asked for and what there is).
+        UserError: a pool could not be started (says what it asks for and what the nodes have), or
+            a worker died too often.
     """
     import ray
     import ray.data
@@ -113,7 +125,7 @@ def stream(queue: Any, workers: list[WorkerSpec]) -> Iterator[pa.Table]:
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     for name in ("exceptions", "_internal.execution.streaming_executor_state"):
-        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)  # told in one line
+        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)  # one line says it
     # Bounded restarts have no named parameter in Ray 2.60 to 2.63.
     warnings.filterwarnings("ignore", message=".*ray_remote_args.* is deprecated.*")
     context = ray.data.DataContext.get_current().copy()
@@ -121,7 +133,7 @@ def stream(queue: Any, workers: list[WorkerSpec]) -> Iterator[pa.Table]:
     context.print_on_execution_start = False
     context.target_max_block_size = 1
     context.execution_no_progress_timeout_s = -1  # the stream rests while the student trains
-    start_seconds = _patience([pool for _, _, pool in workers])
+    start_seconds = _start_seconds([spec.pool for spec in specs])
     context.wait_for_min_actors_s = start_seconds
     with ray.data.DataContext.current(context):
         dataset = ray.data.read_datasource(
@@ -130,14 +142,16 @@ def stream(queue: Any, workers: list[WorkerSpec]) -> Iterator[pa.Table]:
             num_cpus=0,
             ray_remote_args={"scheduling_strategy": _this_node()},
         )
-        for worker, arguments, pool in workers:
+        for spec in specs:
             dataset = dataset.map_batches(
-                worker,
-                fn_constructor_args=arguments,
+                # the class's name is that of Ray's processes
+                type(f"{spec.role.title()}Worker", (RemoteWorker,), {}),
+                fn_constructor_args=["stages.executors:open_worker", spec.role],
+                fn_constructor_kwargs=asdict(spec.settings),
                 batch_size=1,
                 batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(size=pool.workers),
-                **_placement(pool),
+                compute=ray.data.ActorPoolStrategy(size=spec.pool.workers),
+                **_placement(spec.pool),
                 max_restarts=RESTARTS,
                 max_task_retries=-1,  # tries while a worker is being restarted must not count
             )
@@ -147,9 +161,7 @@ def stream(queue: Any, workers: list[WorkerSpec]) -> Iterator[pa.Table]:
     except GetTimeoutError as error:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         lacks = [
-            f"{worker.__name__}: {lack}"
-            for worker, _, pool in workers
-            for lack in lacking(pool, nodes)
+            f"pools.{spec.role}: {lack}" for spec in specs for lack in lacking(spec.pool, nodes)
         ] or [f"every node could, but has no room left; the cluster has {ray.cluster_resources()}"]
         raise UserError(
             f"a pool has no worker after {start_seconds} s; {'; '.join(lacks)}; lower what it asks "
@@ -164,13 +176,13 @@ def stream(queue: Any, workers: list[WorkerSpec]) -> Iterator[pa.Table]:
 
 
 def _cause(error: BaseException) -> str:
-    """What Ray says of a death, in a line."""
+    """Why a worker died, in Ray's words, in one line."""
     whole = " ".join(str(error).split())
     text = whole[max(0, whole.find("The actor is dead because")) :]
     return text if len(text) <= 240 else f"{text[:240]}…"
 
 
-def _patience(pools: list[Pool]) -> int:
+def _start_seconds(pools: list[Pool]) -> int:
     """Seconds until a stream without workers gives up: a pool that no node can run decides."""
     import ray
 
@@ -225,7 +237,7 @@ def _source(queue: Any) -> Any:
 
     class QueueSource(Datasource):
         def get_name(self) -> str:
-            return "Orders"
+            return "Tasks"
 
         def estimate_inmemory_data_size(self) -> int | None:
             return None

@@ -15,7 +15,7 @@ from opd_stream.store.recipe import Recipe
 from opd_stream.tasks.judges import judge_recipe
 from stages.aligned import Crossing
 from stages.checkpoints import Checkpoint
-from stages.selection import every_prompt, round_prompts
+from stages.prompts import every_prompt, round_prompts
 
 
 def rollouts_recipe(

@@ -19,8 +19,8 @@ from pipeline.stage_commands import run_stage
 from pipeline.status import status_lines
 from stages import collect
 from stages.executors import RayExecutor
-from stages.orders import Order, Worked
 from stages.progress import Silent
+from stages.workers import Task, TaskResult
 from tests.conftest import small_config
 
 AHEAD = ("rounds=3", "evaluation=null", "rollouts.ahead=true", "staleness.policy_drift=5")
@@ -92,20 +92,20 @@ def test_the_sampler_never_waits_for_the_scores_of_a_round(
     """A round's rollouts are ordered before the scores of those before are waited for."""
     told: list[tuple[str, str]] = []
 
-    def begin(executor: Any, rollouts: Any, *rest: Any, **named: Any) -> Any:
-        told.append(("begun", rollouts.name))
-        return collect.begin(executor, rollouts, *rest, **named)
+    def submit_missing(executor: Any, rollouts: Any, *rest: Any, **named: Any) -> Any:
+        told.append(("submitted", rollouts.name))
+        return collect.submit_missing(executor, rollouts, *rest, **named)
 
-    def finish(executor: Any, work: Any, *rest: Any, **named: Any) -> Any:
+    def wait_for(executor: Any, work: Any, *rest: Any, **named: Any) -> Any:
         told.append(("waited for", work.rollouts.name))
-        return collect.finish(executor, work, *rest, **named)
+        return collect.wait_for(executor, work, *rest, **named)
 
-    monkeypatch.setattr(rounds, "begin", begin)
-    monkeypatch.setattr(rounds, "finish", finish)
+    monkeypatch.setattr(rounds, "submit_missing", submit_missing)
+    monkeypatch.setattr(rounds, "wait_for", wait_for)
     found = reports(tmp_path, "rounds=5")
     names = [report["caches"][0]["rollouts"][:16] for report in found]
     for before, after in pairwise(names[2:]):
-        assert told.index(("begun", f"rollouts/{after}")) < told.index(
+        assert told.index(("submitted", f"rollouts/{after}")) < told.index(
             ("waited for", f"rollouts/{before}")
         )
 
@@ -168,19 +168,19 @@ def test_what_needs_the_policy_first_is_refused(setting: str, tmp_path: Path) ->
         small_config(tmp_path, "rollouts.ahead=true", setting)
 
 
-def test_results_wait_for_whoever_ordered_them(tmp_path: Path) -> None:
-    """Orders of two collections come back mixed; each gets its own."""
+def test_results_wait_for_whoever_submitted_the_tasks(tmp_path: Path) -> None:
+    """Results of two submissions come back mixed; each gets its own."""
     executor = RayExecutor(small_config(tmp_path))
     done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    executor._done = done
+    executor._results = done
     first, second = (
         [
-            Order(unit=unit, rollouts=name, scores=None, student="s", teacher=None, made_by="r")
+            Task(unit=unit, rollouts=name, scores=None, student="s", teacher=None, made_by="r")
             for unit in range(2)
         ]
         for name in ("a", "b")
     )
-    for order in (second[1], first[0], second[0], first[1]):
-        done.put(Worked(order=order).as_table())
-    assert sorted(worked.order.unit for worked in executor.results(first)) == [0, 1]
-    assert {worked.order for worked in executor.results(second)} == set(second)
+    for task in (second[1], first[0], second[0], first[1]):
+        done.put(TaskResult(task=task).as_table())
+    assert sorted(result.task.unit for result in executor.results(first)) == [0, 1]
+    assert {result.task for result in executor.results(second)} == set(second)

@@ -51,7 +51,7 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(**_: Any) -> None:
         raise AssertionError("an engine was asked for")
 
-    monkeypatch.setattr("stages.units.open_engine", refused)
+    monkeypatch.setattr("stages.workers.open_engine", refused)
 
 
 # Estimates and intervals

@@ -78,7 +78,7 @@ def test_a_worker_killed_in_its_unit_is_started_again(tmp_path: Path) -> None:
     run(small_config(tmp_path / "local", *settings), RunDirectory(tmp_path / "r"), Silent())
     (tmp_path / "ray").mkdir()
     command = ray_command(tmp_path / "ray", *settings)
-    found, killed = end_while_killing(command, "MapBatches(ScoreUnits)", 1, **SLOW)
+    found, killed = end_while_killing(command, "MapBatches(TeacherWorker)", 1, **SLOW)
     assert found.returncode == 0, found.stderr
     assert killed
     local = RunDirectory(tmp_path / "r").summary()
@@ -87,7 +87,7 @@ def test_a_worker_killed_in_its_unit_is_started_again(tmp_path: Path) -> None:
 
 def test_an_engine_that_always_dies_ends_the_run_with_a_reason(tmp_path: Path) -> None:
     command = ray_command(tmp_path, *FAKES, "prompts_per_unit=1")
-    found, killed = end_while_killing(command, "MapBatches(ScoreUnits)", 1000, **SLOW)
+    found, killed = end_while_killing(command, "MapBatches(TeacherWorker)", 1000, **SLOW)
     assert found.returncode == 2, found.stderr
     assert len(killed) >= 4
     assert "a worker died 4 times" in found.stderr.splitlines()[-1]
@@ -128,7 +128,7 @@ def test_a_lost_node_costs_a_run_nothing_but_time(tmp_path: Path, cluster: Any) 
     going = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         wait_for_unit(tmp_path / "ray" / "store" / "scores", going)
-        (worker,) = workers("MapBatches(ScoreUnits)", os.getpid())
+        (worker,) = workers("MapBatches(TeacherWorker)", os.getpid())
         (lost,) = [
             node
             for node in cluster.worker_nodes

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from opd_stream.engines.vllm_options import VllmOptions
 from opd_stream.store.artifact import Artifact
 from pipeline import stage_commands
 from pipeline.run_directory import RunDirectory
@@ -13,9 +12,9 @@ from pipeline.setup import open_setup
 from pipeline.stage_commands import run_stage
 from pipeline.walk import walk
 from stages.collect import start_rollouts
-from stages.orders import Order, Worked
+from stages.generate import GenerateWorker
 from stages.progress import Silent
-from stages.units import GenerateUnits
+from stages.workers import Task, TaskResult, WorkerSettings
 from tests.conftest import small_config
 
 
@@ -27,12 +26,12 @@ def test_scoring_reads_a_shard_once_however_often_it_looks(
     (cache,) = next(walk(setup)).caches
     rollouts = start_rollouts(setup.store, cache.rollouts.recipe, prompts_per_unit=2)
     waiting = list(rollouts.units())
-    student = GenerateUnits(setup.store.address, 8, 1, VllmOptions())
+    student = GenerateWorker(WorkerSettings(store=setup.store.address))
     read: Counter[tuple[str, int]] = Counter()
     damage = Artifact.damage
 
     def one_more(_: float) -> None:
-        order = Order(
+        task = Task(
             unit=waiting.pop(0),
             rollouts=rollouts.fingerprint,
             scores=None,
@@ -40,7 +39,7 @@ def test_scoring_reads_a_shard_once_however_often_it_looks(
             teacher=None,
             made_by="another machine",
         )
-        student(Worked(order=order).as_table())
+        student.run(TaskResult(task=task))
         rollouts.finish()
 
     def counted(self: Artifact, unit: int) -> str | None:

@@ -9,7 +9,6 @@ import pytest
 pytest.importorskip("upath", reason="pip install 'opd-stream[s3]' brings remote stores")
 
 from opd_stream.config import Config
-from opd_stream.engines.vllm_options import VllmOptions
 from opd_stream.errors import UserError
 from opd_stream.store.inventory import problems
 from opd_stream.store.policy import PolicyArtifact
@@ -19,9 +18,9 @@ from pipeline.setup import open_setup
 from pipeline.stage_commands import run_stage
 from pipeline.walk import Round, named, walk
 from stages.executors import LocalExecutor
-from stages.orders import Order, Worked, worked_of
+from stages.generate import GenerateWorker
 from stages.progress import Silent
-from stages.units import GenerateUnits
+from stages.workers import Task, TaskResult, WorkerSettings, results_of
 from tests.conftest import small_config
 
 
@@ -49,22 +48,22 @@ def on_machine(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 class Recorded(Exception):
-    """Nothing is to be done with the orders."""
+    """Nothing is to be done with the tasks."""
 
 
 class Recorder(LocalExecutor):
-    """Takes orders, and stops there."""
+    """Takes tasks, and stops there."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.orders: list[Order] = []
+        self.tasks: list[Task] = []
 
-    def submit(self, orders: Iterable[Order]) -> None:
-        self.orders += orders
+    def submit(self, tasks: Iterable[Task]) -> None:
+        self.tasks += tasks
         raise Recorded
 
 
-def orders_of(config: Config, folder: Path, round_index: int) -> list[Order]:
+def tasks_of(config: Config, folder: Path, round_index: int) -> list[Task]:
     """What the workers of a round are told."""
     setup = open_setup(config)
     here = next(here for here in walk(setup) if here.index == round_index)
@@ -78,19 +77,19 @@ def orders_of(config: Config, folder: Path, round_index: int) -> list[Order]:
     )
     with pytest.raises(Recorded):
         make_caches(session, here)
-    return executor.orders
+    return executor.tasks
 
 
 def test_a_worker_on_another_node_fetches_the_policy_it_samples_from(
     trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (first, *_) = orders_of(trained, tmp_path, 1)
+    (first, *_) = tasks_of(trained, tmp_path, 1)
     on_machine(tmp_path, "first", monkeypatch).rename(tmp_path / "out of reach")
     copies = on_machine(tmp_path, "second", monkeypatch)
-    worker = GenerateUnits(trained.store, 8, 1, VllmOptions())
-    (worked,) = worked_of(worker(Worked(order=first).as_table()))
-    assert worked.problem is None
-    assert worked.generated_tokens > 0
+    worker = GenerateWorker(WorkerSettings(store=trained.store))
+    (result,) = results_of(worker(TaskResult(task=first).as_table()))
+    assert result.problem is None
+    assert result.generated_tokens > 0
     assert list(copies.rglob("model.safetensors"))
 
 

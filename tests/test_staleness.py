@@ -26,8 +26,8 @@ from opd_stream.types import ScoreBatch
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from stages import keeper
-from stages.extension import joined, old_scores
 from stages.progress import Silent
+from stages.score import append_scores, stored_scores
 from tests.conftest import small_config
 
 BOUNDS = StalenessBounds(
@@ -279,7 +279,7 @@ def assert_is_what_one_pass_scores(folder: Path, cache: dict[str, Any], codec: s
     batch = rollouts_batch(rollouts.read_unit(0))
     settings = scores.recipe.settings
     whole = engine.score(batch, top_k=3, forced_ids=tuple(settings["forced_ids"]))
-    stored = old_scores(scores, 0)
+    stored = stored_scores(scores, 0)
     for row in range(len(batch)):
         np.testing.assert_allclose(
             stored.teacher_logprobs[row],
@@ -290,10 +290,12 @@ def assert_is_what_one_pass_scores(folder: Path, cache: dict[str, Any], codec: s
 
 def test_a_refused_row_stays_refused() -> None:
     old, new = scores_of(2, tokens=3, refused={0: "not finite"}), scores_of(1, tokens=2)
-    both = joined(old, new, rows=[1])
+    both = append_scores(old, new, rows=[1])
     assert both.refused == {0: "not finite"}
     assert [len(row) for row in both.teacher_logprobs] == [0, 5]
-    later = joined(scores_of(2, tokens=3), scores_of(1, tokens=2, refused={0: "nan"}), rows=[1])
+    later = append_scores(
+        scores_of(2, tokens=3), scores_of(1, tokens=2, refused={0: "nan"}), rows=[1]
+    )
     assert later.refused == {1: "nan"}
     assert [len(row) for row in later.teacher_logprobs] == [3, 0]
 

@@ -7,7 +7,7 @@ longer window continues the same rollout and another batch size changes nothing 
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSettings:
+    """What `sample` and `extend` are asked for alike."""
+
+    window_tokens: int
+    temperature: float
+    seed: int
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringSettings:
+    """What `score` is asked for."""
+
+    top_k: int
+    forced_ids: tuple[int, ...]
+    draws: int = 0
+    seed: int = 0
 
 
 def unfinished(rollouts: RolloutBatch, window_tokens: int) -> list[int]:

@@ -20,7 +20,6 @@ import pyarrow as pa
 
 from opd_stream.config import Config
 from opd_stream.config.collection import Model, Student
-from opd_stream.engines.vllm_options import VllmOptions
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.schema import rollouts_batch
 from opd_stream.store.store import Store
@@ -30,9 +29,10 @@ from pipeline.doctor.findings import Check, Finding
 from pipeline.doctor.rounding import of_divergence, of_drawn
 from pipeline.setup import Setup
 from stages.checkpoints import Checkpoint
-from stages.orders import Order, Worked
+from stages.generate import GenerateWorker
 from stages.recipes import rollouts_recipe, scores_recipe
-from stages.units import GenerateUnits, ScoreUnits, UnitWorker
+from stages.score import ScoreWorker
+from stages.workers import Task, TaskResult, Worker, WorkerSettings
 
 SELF = Check(
     name="teacher-as-student",
@@ -268,7 +268,7 @@ def _as_both(config: Config) -> Config:
 
 def _rollouts(
     folder: Path, setup: Setup, config: Config, prompts: pa.Table, student: Checkpoint
-) -> tuple[Order, RolloutBatch]:
+) -> tuple[Task, RolloutBatch]:
     """Rollouts of a few prompts in a store of their own."""
     store = Store(folder)
     few = prompts.slice(0, ROWS)
@@ -288,7 +288,7 @@ def _rollouts(
     )
     rollouts = store.artifact(recipe)
     rollouts.create(rows=few.num_rows, rows_per_unit=few.num_rows)
-    order = Order(
+    task = Task(
         unit=0,
         rollouts=rollouts.fingerprint,
         scores=None,
@@ -296,8 +296,8 @@ def _rollouts(
         teacher=None,
         made_by="doctor",
     )
-    _work(GenerateUnits, folder, config.student, order)
-    return order, rollouts_batch(rollouts.read_unit(0))
+    _work(GenerateWorker, folder, config.student, task)
+    return task, rollouts_batch(rollouts.read_unit(0))
 
 
 def _scored_rollouts(
@@ -305,27 +305,26 @@ def _scored_rollouts(
 ) -> ScoredRows:
     """Rows as training reads them."""
     assert config.teacher is not None
-    order, batch = _rollouts(folder, setup, config, prompts, teacher)
+    task, batch = _rollouts(folder, setup, config, prompts, teacher)
     store = Store(folder)
     recipe = scores_recipe(
-        config, rollouts=order.rollouts, teacher=teacher, forced_ids=setup.forced_ids
+        config, rollouts=task.rollouts, teacher=teacher, forced_ids=setup.forced_ids
     )
     scores = store.artifact(recipe)
     scores.create(rows=len(batch), rows_per_unit=len(batch))
-    order = replace(order, scores=scores.fingerprint, teacher=str(teacher.folder))
-    _work(ScoreUnits, folder, config.teacher, order)
-    return ScoredRows([(store.by_fingerprint("rollouts", order.rollouts), scores)])
+    task = replace(task, scores=scores.fingerprint, teacher=str(teacher.folder))
+    _work(ScoreWorker, folder, config.teacher, task)
+    return ScoredRows([(store.by_fingerprint("rollouts", task.rollouts), scores)])
 
 
-def _work(kind: type[UnitWorker], folder: Path, model: Model, order: Order) -> None:
-    in_own_process(model.engine, _worked, kind, str(folder), model.batch_rows, model.vllm, order)
+def _work(kind: type[Worker], folder: Path, model: Model, task: Task) -> None:
+    settings = WorkerSettings(store=str(folder), batch_rows=model.batch_rows, vllm=model.vllm)
+    in_own_process(model.engine, _do_task, kind, settings, task)
     gc.collect()  # the engine's weights make room for the next
 
 
-def _worked(
-    kind: type[UnitWorker], folder: str, batch_rows: int, vllm: VllmOptions, order: Order
-) -> None:
-    kind(folder, batch_rows, 1, vllm).work(Worked(order=order))
+def _do_task(kind: type[Worker], settings: WorkerSettings, task: Task) -> None:
+    kind(settings).work(TaskResult(task=task))
 
 
 def _is_finite(folder: Path) -> bool:

@@ -23,7 +23,7 @@ from pipeline.forecast.units import (
 )
 from pipeline.plan import RoundPlan
 from pipeline.walk import Round, probe_artifacts
-from stages.selection import probe_size, round_prompts
+from stages.prompts import probe_size, round_prompts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.files import read_json
 from opd_stream.store.lines import lines_of
 from pipeline.forecast.lengths import PromptLengths
-from stages.selection import selected_rows
+from stages.prompts import selected_rows
 
 MOST_PROMPTS = 2_000  # tokenised to measure them
 

@@ -29,7 +29,7 @@ from pipeline.walk import (
 )
 from stages.checkpoints import Checkpoint
 from stages.evaluate import evaluation_rollouts
-from stages.selection import every_prompt
+from stages.prompts import every_prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

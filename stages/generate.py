@@ -1,0 +1,140 @@
+"""The generate stage of one unit: the student samples its rollouts, or continues older ones.
+
+An extension continues rows to a longer window. It holds whole rows, so everything that reads
+rollouts and scores reads it like any other artifact. The old part of a row keeps its ids and
+behavior log-probabilities; the new part has those of the policy that wrote it.
+"""
+
+import time
+from collections.abc import Container
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_stream.costs import TokenCounts, counts_of
+from opd_stream.engines.base import SamplingSettings
+from opd_stream.store.artifact import Artifact
+from opd_stream.store.recipe import Recipe
+from opd_stream.store.schema import prompts_batch, rollouts_batch, rollouts_table
+from opd_stream.store.store import Store
+from opd_stream.types import RolloutBatch
+from stages.prompts import probe_rows, prompts_of
+from stages.workers import TaskResult, Worker
+
+
+class GenerateWorker(Worker):
+    """The student's worker: samples the rollouts of a unit unless they are committed."""
+
+    def work(self, result: TaskResult) -> TaskResult:
+        task = result.task
+        rollouts = self.store.by_fingerprint("rollouts", task.rollouts)
+        if rollouts.commit_record(task.unit) is not None:
+            return result
+        start, cpu = time.time(), time.process_time()
+        batch, before = self._sampled(result, rollouts)
+        work = token_counts(batch) if before is None else extension_counts(before, batch)
+        counts = {
+            **work,
+            "rows": len(batch),
+            "length_rows": sum(reason == "length" for reason in batch.finish_reason),
+            "repeated_tokens": sum(_repeated_tokens(ids) for ids in batch.completion_ids),
+            "cpu_seconds": round(time.process_time() - cpu, 3),
+        }
+        end = time.time()
+        rollouts.commit(
+            task.unit,
+            rollouts_table(batch),
+            counts=counts,
+            made_by=task.made_by,
+            seconds=end - start,
+        )
+        tokens = int(work["completion_tokens"])
+        return replace(result, generate_span=(start, end), generated_tokens=tokens)
+
+    def _sampled(
+        self, result: TaskResult, rollouts: Artifact
+    ) -> tuple[RolloutBatch, RolloutBatch | None]:
+        """The unit's rollouts, and the rows that they continue where these are not new."""
+        task, recipe = result.task, rollouts.recipe
+        engine = self.engine(lambda: self.student_folder(task), recipe.inputs["student"], recipe)
+        sampling = asdict(_sampling_settings(recipe))
+        if "extends" in recipe.settings:
+            before = base_rollouts(self.store, recipe, task.unit)
+            return engine.extend(before, **sampling), before
+        if "probe" in recipe.settings:
+            return engine.extend(probe_rows(self.store, recipe), **sampling), None
+        rows = rollouts.unit_rows(task.unit)
+        batch = engine.sample(
+            prompts_batch(prompts_of(self.store, recipe).slice(rows.start, len(rows))),
+            samples_per_prompt=recipe.settings["samples_per_prompt"],
+            extra_draws=recipe.settings["extra_draws"],
+            **sampling,
+        )
+        return batch, None
+
+
+def _sampling_settings(rollouts: Recipe) -> SamplingSettings:
+    """What a recipe of rollouts asks an engine for."""
+    settings = rollouts.settings
+    return SamplingSettings(
+        window_tokens=settings["window_tokens"],
+        temperature=settings["temperature"],
+        seed=settings["seed"],
+        stop_ids=tuple(settings["stop_ids"]),
+    )
+
+
+def base_rollouts(store: Store, extension: Recipe, unit: int) -> RolloutBatch:
+    """The rows that a unit of an extension continues."""
+    base = store.by_fingerprint("rollouts", extension.inputs["rollouts"])
+    return rollouts_batch(base.read_unit(extension.settings["extends"][unit]))
+
+
+def grown_rows(before: RolloutBatch, after: RolloutBatch) -> list[int]:
+    """Rows that an extension made longer."""
+    pairs = zip(before.completion_ids, after.completion_ids, strict=True)
+    return [row for row, (old, new) in enumerate(pairs) if len(new) > len(old)]
+
+
+def new_parts(before: RolloutBatch, after: RolloutBatch, rows: list[int]) -> RolloutBatch:
+    """The new tokens of some rows, as completions of everything before them.
+
+    A row's name says where its new part begins, so that draws from the teacher differ from those of
+    the part before.
+    """
+    starts = {row: len(before.completion_ids[row]) for row in rows}
+    return RolloutBatch(
+        prompt_id=tuple(f"{after.prompt_id[row]}/{starts[row]}" for row in rows),
+        sample_index=np.array([after.sample_index[row] for row in rows], np.int32),
+        prompt_ids=tuple(
+            np.concatenate([after.prompt_ids[row], before.completion_ids[row]]) for row in rows
+        ),
+        completion_ids=tuple(after.completion_ids[row][starts[row] :] for row in rows),
+        behavior_logprobs=tuple(after.behavior_logprobs[row][starts[row] :] for row in rows),
+        finish_reason=tuple(after.finish_reason[row] for row in rows),
+    )
+
+
+def token_counts(batch: RolloutBatch, *, without: Container[int] = ()) -> dict[str, float]:
+    """What the cost of rows follows from: tokens and attended pairs."""
+    total = TokenCounts(tokens=0, completion_tokens=0, pairs=0)
+    for row in range(len(batch)):
+        if row not in without:
+            prompt, completion = len(batch.prompt_ids[row]), len(batch.completion_ids[row])
+            total += counts_of(prompt_tokens=prompt, completion_tokens=completion)
+    return asdict(total)
+
+
+def extension_counts(before: RolloutBatch, after: RolloutBatch) -> dict[str, float]:
+    """The same of an extension: rows that grew are read whole, only their new tokens are made."""
+    return token_counts(new_parts(before, after, grown_rows(before, after)))
+
+
+def _repeated_tokens(ids: NDArray[np.integer[Any]]) -> int:
+    """Tokens of a completion that end a stretch of 4 which occurred before."""
+    if len(ids) < 5:
+        return 0
+    stretches = np.lib.stride_tricks.sliding_window_view(ids, 4)
+    return len(stretches) - len(np.unique(stretches, axis=0))

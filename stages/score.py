@@ -1,0 +1,217 @@
+"""The score stage of one unit: the teacher scores the student's rollouts.
+
+Of an extension only the new tokens are scored; the old scores of its rows are copied from those of
+what it continues, as they were stored.
+"""
+
+import time
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_stream.aligned_scores import Aligner
+from opd_stream.engines.base import Engine, ScoringSettings
+from opd_stream.errors import UserError
+from opd_stream.store.artifact import Artifact
+from opd_stream.store.codecs import SampledCodec, codec_of, decode_scores, encode_scores
+from opd_stream.store.recipe import Recipe
+from opd_stream.store.schema import rollouts_batch
+from opd_stream.types import RolloutBatch, ScoreBatch
+from stages.aligned import aligned_counts, open_aligner, score_aligned
+from stages.generate import base_rollouts, extension_counts, grown_rows, new_parts, token_counts
+from stages.workers import Task, TaskResult, Worker
+
+_COLUMNS = (
+    "teacher_logprobs",
+    "teacher_top_ids",
+    "teacher_top_logprobs",
+    "teacher_tail_logprobs",
+    "teacher_forced_logprobs",
+)
+_FILL = {"teacher_top_logprobs": -np.inf}  # of candidates that a row lacks; ids are filled with 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """Scores of a unit, and what making them took."""
+
+    batch: ScoreBatch
+    counts: dict[str, float]
+
+
+class ScoreWorker(Worker):
+    """The teacher's worker: scores the rollouts of a unit unless they are scored."""
+
+    _aligner: tuple[str, Aligner] | None = None  # with the fingerprint of the scores it is for
+
+    def work(self, result: TaskResult) -> TaskResult:
+        task = result.task
+        if task.scores is None or task.teacher is None:
+            return result
+        scores = self.store.by_fingerprint("scores", task.scores)
+        rollouts = self.store.by_fingerprint("rollouts", task.rollouts)
+        source = rollouts.commit_record(task.unit)
+        if source is None:
+            raise UserError(
+                f"unit {task.unit} of {rollouts.name} is not generated yet; "
+                "run the generate stage of this round first"
+            )
+        committed = scores.commit_record(task.unit)
+        if committed is not None and committed.source_sha256 == source.sha256:
+            return result
+        if committed is not None:
+            scores.condemn(task.unit)
+        start, cpu = time.time(), time.process_time()
+        batch = rollouts_batch(rollouts.read_unit(task.unit))
+        codec = codec_of(scores.recipe.settings["codec"])
+        scored = self._scored(task, rollouts, scores, batch)
+        try:
+            table, fidelity = encode_scores(codec, scored.batch, batch)
+        except ValueError as error:
+            raise UserError(
+                f"unit {task.unit} of {scores.name} cannot be stored: {error}; raise "
+                "scores.codec.max_error, or use scores.codec={kind: exact}"
+            ) from error
+        counts = {
+            **scored.counts,
+            "rows": len(batch),
+            "refused_rows": len(scored.batch.refused),
+            "cpu_seconds": round(time.process_time() - cpu, 3),
+        }
+        end = time.time()
+        scores.commit(
+            task.unit,
+            table,
+            counts=counts,
+            made_by=task.made_by,
+            seconds=end - start,
+            source_sha256=source.sha256,
+            skipped_rows=[
+                row for row in range(len(batch)) if not _trains(batch, scored.batch, row)
+            ],
+            fidelity=fidelity,
+        )
+        tokens = int(scored.counts["completion_tokens"])
+        return replace(result, score_span=(start, end), scored_tokens=tokens)
+
+    def _scored(
+        self, task: Task, rollouts: Artifact, scores: Artifact, batch: RolloutBatch
+    ) -> _Scored:
+        """The scores of a unit: by a teacher with other tokens, of new parts, or of every token."""
+        teacher, recipe = Path(task.teacher or ""), scores.recipe
+        engine = self.engine(lambda: teacher, recipe.inputs["teacher"], recipe)
+        asked = _scoring_settings(recipe)
+        if "alignment" in recipe.settings:
+            aligner = self._aligner_of(task, teacher, scores, rollouts)
+            scored, read = score_aligned(engine, aligner, batch, asked)
+            return _Scored(scored, {**token_counts(read), **aligned_counts(batch, scored)})
+        if "extends" in rollouts.recipe.settings:
+            return self._scored_extension(engine, asked, rollouts, scores, task.unit, batch)
+        scored = engine.score(batch, **asdict(asked))
+        return _Scored(scored, token_counts(batch, without=scored.refused))
+
+    def _aligner_of(
+        self, task: Task, teacher: Path, scores: Artifact, rollouts: Artifact
+    ) -> Aligner:
+        """The aligner of a teacher with another tokenizer, kept between units of an artifact."""
+        if self._aligner is None or self._aligner[0] != scores.fingerprint:
+            student = self.student_folder(task)
+            aligner = open_aligner(
+                self.store, scores.recipe, rollouts.recipe, student=student, teacher=teacher
+            )
+            self._aligner = (scores.fingerprint, aligner)
+        return self._aligner[1]
+
+    def _scored_extension(
+        self,
+        engine: Engine,
+        asked: ScoringSettings,
+        rollouts: Artifact,
+        scores: Artifact,
+        unit: int,
+        batch: RolloutBatch,
+    ) -> _Scored:
+        """The scores of an extended unit: old ones of old tokens, new ones of new tokens."""
+        before = base_rollouts(self.store, rollouts.recipe, unit)
+        base = self.store.by_fingerprint("scores", scores.recipe.inputs["scores"])
+        rows = grown_rows(before, batch)
+        old = stored_scores(base, rollouts.recipe.settings["extends"][unit])
+        counts = extension_counts(before, batch)
+        if not rows:
+            return _Scored(old, counts)
+        new = engine.score(new_parts(before, batch, rows), **asdict(asked))
+        return _Scored(append_scores(old, new, rows), counts)
+
+
+def stored_scores(scores: Artifact, unit: int) -> ScoreBatch:
+    """The scores of a unit, as they were stored."""
+    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+    refused: list[str | None] = []
+    for batch in scores.read_unit(unit).to_batches():
+        block = decode_scores(batch)
+        refused += block.refused
+        for name, values in columns.items():
+            whole = getattr(block, name)
+            values += [whole[first:last] for first, last in pairwise(block.offsets.tolist())]
+    return ScoreBatch(
+        **{name: tuple(values) for name, values in columns.items()},
+        refused={row: reason for row, reason in enumerate(refused) if reason is not None},
+    )
+
+
+def append_scores(old: ScoreBatch, new: ScoreBatch, rows: list[int]) -> ScoreBatch:
+    """Old scores with new parts at the end of some rows; a refused row stays refused."""
+    places = {row: place for place, row in enumerate(rows)}
+    refused = dict(old.refused)
+    for row, place in places.items():
+        if place in new.refused:
+            refused.setdefault(row, new.refused[place])
+    columns: dict[str, tuple[Any, ...]] = {}
+    for name in _COLUMNS:
+        parts: list[Any] = []
+        for row, part in enumerate(getattr(old, name)):
+            if row in refused:
+                part = part[:0]
+            elif row in places:
+                part = _appended(part, getattr(new, name)[places[row]], fill=_FILL.get(name, 0))
+            parts.append(part)
+        columns[name] = tuple(parts)
+    return replace(old, **columns, refused=refused)
+
+
+def _appended(old: NDArray[Any], new: NDArray[Any], *, fill: float) -> NDArray[Any]:
+    """One after the other; the one with fewer candidates is filled up."""
+    if old.ndim == 2 and old.shape[1] != new.shape[1]:
+        width = max(old.shape[1], new.shape[1])
+        old, new = (
+            np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=fill)
+            for part in (old, new)
+        )
+    return np.concatenate([old, new])
+
+
+def _scoring_settings(scores: Recipe) -> ScoringSettings:
+    """What a recipe of scores asks an engine for."""
+    settings, codec = scores.settings, codec_of(scores.settings["codec"])
+    return ScoringSettings(
+        top_k=settings["top_k"],
+        forced_ids=tuple(settings["forced_ids"]),
+        draws=codec.draws if isinstance(codec, SampledCodec) else 0,
+        seed=settings["seed"],
+    )
+
+
+def _trains(batch: RolloutBatch, scored: ScoreBatch, row: int) -> bool:
+    """Whether a row has a token that may train."""
+    if row in scored.refused:
+        return False
+    mask = np.ones(len(batch.completion_ids[row]), np.bool_)
+    if batch.loss_mask is not None:
+        mask &= batch.loss_mask[row]
+    if scored.chunk_ids is not None:
+        mask &= scored.chunk_ids[row] >= 0
+    return bool(mask.any())

@@ -1,0 +1,173 @@
+"""What a worker is told, what it returns, and what all workers share: a store and one engine.
+
+The same workers run in Ray Data actor pools and in the plain local loop. A task names one unit;
+everything that decides its content is read from the recipe in the store, so a worker needs nothing
+but the store and a checkpoint folder.
+"""
+
+import contextlib
+import os
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pyarrow as pa
+from pydantic import TypeAdapter
+
+from opd_stream.engines import open_engine
+from opd_stream.engines.base import Engine
+from opd_stream.engines.vllm_options import VllmOptions
+from opd_stream.errors import UserError
+from opd_stream.store.artifact import DamagedUnit
+from opd_stream.store.files import PATIENCE
+from opd_stream.store.policy import identify
+from opd_stream.store.recipe import Recipe
+from opd_stream.store.store import Store
+
+HUNG = 75  # exit status of a worker that gave up its unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One unit to make.
+
+    Example:
+        >>> Task(unit=3, rollouts="3f0c…", scores="77c0…", student="models/s", teacher="models/t",
+        ...      made_by="5b0c…")
+    """
+
+    unit: int
+    rollouts: str  # fingerprint of the rollouts artifact
+    scores: str | None  # fingerprint of the scores artifact; None: only sample
+    student: str  # checkpoint folder; a policy's may not exist on another node
+    teacher: str | None  # checkpoint folder
+    made_by: str  # id of the run
+    policy: str | None = None  # fingerprint of the student, where it is a policy of the store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskResult:
+    """What workers did for a task so far; a span is (start, end) in seconds since the epoch."""
+
+    task: Task
+    generate_span: tuple[float, float] | None = None  # None: the unit was committed before
+    score_span: tuple[float, float] | None = None
+    generated_tokens: int = 0  # of completions, as far as this task made them
+    scored_tokens: int = 0
+    problem: str | None = None  # what went wrong, in one line
+    traceback: str | None = None  # of anything that is not the user's mistake
+
+    def as_table(self) -> pa.Table:
+        """One row that travels between workers."""
+        return pa.table({"result": [_RESULT.dump_json(self).decode()]})
+
+
+_RESULT = TypeAdapter(TaskResult)
+
+
+def results_of(table: pa.Table) -> list[TaskResult]:
+    """The results that a table holds."""
+    return [_RESULT.validate_json(text) for text in table["result"].to_pylist()]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """How a worker uses its device and its store; nothing here changes what it makes."""
+
+    store: str  # address
+    batch_rows: int = 8
+    threads: int = 1
+    vllm: VllmOptions = field(default_factory=VllmOptions)
+    unit_seconds: int | None = None  # a unit that takes longer ends the process
+    store_seconds: float = PATIENCE  # how long a remote store is asked again
+
+
+class Worker:
+    """A worker with one engine, which is kept between units, rounds and policies."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self.store = Store(settings.store, patience=settings.store_seconds)
+        self._engine: Engine | None = None
+        self._loaded: str | None = None  # fingerprint of the engine's weights
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Run every row of a table (Ray Data passes one row at a time)."""
+        return pa.concat_tables([self.run(result).as_table() for result in results_of(table)])
+
+    def run(self, result: TaskResult) -> TaskResult:
+        """Do this worker's part of a task; an error becomes a result, not a dead worker."""
+        import torch
+
+        if result.problem is not None:
+            return result
+        torch.set_num_threads(self.settings.threads)  # the local loop also trains in this process
+        try:
+            with _ending_hung_process(self.settings.unit_seconds), self.store.watched():
+                return self.work(result)
+        except (UserError, DamagedUnit) as error:
+            return replace(result, problem=str(error))
+        except Exception as error:  # a prompt that breaks the engine must not look like a dead node
+            task = result.task
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            return replace(
+                result,
+                problem=f"unit {task.unit} of rollouts/{task.rollouts[:16]} failed ({text}); "
+                "committed units stay; mend the cause and run again",
+                traceback=traceback.format_exc(),
+            )
+
+    def work(self, result: TaskResult) -> TaskResult:
+        """Make the task's unit, or pass the result on if the unit is committed."""
+        raise NotImplementedError
+
+    def student_folder(self, task: Task) -> Path:
+        """The student's checkpoint on this node; a policy of a remote store is fetched."""
+        if task.policy is None:
+            return Path(task.student)
+        return self.store.policy_by_fingerprint(task.policy).folder()
+
+    def engine(self, find_folder: Callable[[], Path], fingerprint: str, recipe: Recipe) -> Engine:
+        """The engine of a recipe with the weights of that fingerprint.
+
+        Raises:
+            UserError: the folder holds other weights.
+        """
+        if self._loaded == fingerprint and self._engine is not None:
+            return self._engine
+        folder = find_folder()
+        found = identify(folder).fingerprint
+        if found != fingerprint:
+            raise UserError(
+                f"checkpoint {folder} is {found[:12]}; the recipe asks for {fingerprint[:12]}; "
+                "the folder changed during the run: restore it or start the run again"
+            )
+        if self._engine is None:
+            self._engine = open_engine(
+                engine=recipe.settings["engine"],
+                folder=folder,
+                dtype=recipe.settings["dtype"],
+                batch_rows=self.settings.batch_rows,
+                vllm=self.settings.vllm,
+            )
+        else:
+            self._engine.load(folder)
+        self._loaded = fingerprint
+        return self._engine
+
+
+@contextlib.contextmanager
+def _ending_hung_process(seconds: int | None) -> Iterator[None]:
+    """End the process if the work inside takes longer: nothing in it can be trusted to stop."""
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, os._exit, (HUNG,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
