@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from typing import Any
 
 from opd_stream.store.artifact import Commit, summed_counts
@@ -106,20 +105,6 @@ def after(pace: Pace, earlier: Pace) -> Pace:
     if earlier.eta_seconds is None:
         return replace(pace, eta_seconds=None)
     return replace(pace, eta_seconds=max(pace.eta_seconds, earlier.eta_seconds))
-
-
-def clock_text(seconds: float) -> str:
-    """A duration as H:MM:SS, with days where there are any; a short one as seconds."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    return str(timedelta(seconds=round(seconds)))
-
-
-def rate_text(per_second: float) -> str:
-    """A rate with as many digits as it needs."""
-    if per_second >= 100:
-        return f"{per_second:,.0f}"
-    return f"{per_second:.2f}" if per_second >= 0.1 else f"{per_second:.2g}"
 
 
 def _with_rates(pace: Pace, *, units: float, tokens: float, idle: float, longest: float) -> Pace:

@@ -11,7 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.pace import Pace, clock_text, rate_text
+from pipeline.console import clock_text, rate_text
+from pipeline.pace import Pace
 from pipeline.run_status import RoundStatus, RunStatus
 
 COLUMNS = (

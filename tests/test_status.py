@@ -19,9 +19,8 @@ from typer.testing import CliRunner
 from opd_stream.store import Store
 from opd_stream.store.artifact import Commit
 from pipeline.cli import app
-from pipeline.log import LOG, Level, set_up
+from pipeline.console import LOG, Level, TerminalProgress, set_up
 from pipeline.pace import Pace, after, pace_of_steps, pace_of_units
-from pipeline.progress import TerminalProgress
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from pipeline.run_status import RunStatus, StatusReader

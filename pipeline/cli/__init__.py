@@ -5,7 +5,7 @@ import sys
 from pipeline.cli import run_commands, view_commands
 from pipeline.cli.caching import cache
 from pipeline.cli.options import app
-from pipeline.log import LOG, is_json, tell_error
+from pipeline.console import LOG, is_json, print_error
 
 __all__ = ["app", "main", "run_commands", "view_commands"]
 
@@ -19,11 +19,11 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        tell_error(str(error))
+        print_error(str(error))
         sys.exit(2)
     except Exception as error:
         if _is_damage(error):
-            tell_error(f"{error}; continue the run that made it: only that unit is made again")
+            print_error(f"{error}; continue the run that made it: only that unit is made again")
             sys.exit(2)
         if not is_json():
             raise

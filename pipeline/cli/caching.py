@@ -85,7 +85,7 @@ def cache_import(
 def _lines(command: str, store: str, *arguments: object) -> bool:
     """Print what a cache command says; returns whether all is well."""
     from pipeline.cache_commands import COMMANDS, LONG
-    from pipeline.progress import TerminalProgress
+    from pipeline.console import TerminalProgress
 
     all_is_well = True
     with TerminalProgress() as progress:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.log import Level, set_up
+from pipeline.console import Level, set_up
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,7 +11,7 @@ from pipeline.cli.options import ConfigFile, Overrides, RunDir, app, console, op
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Run the whole loop; run it again to continue."""
-    from pipeline.progress import TerminalProgress
+    from pipeline.console import TerminalProgress
     from pipeline.rounds import run as run_rounds
     from pipeline.table import print_run
 
@@ -39,7 +39,7 @@ def _add_stage(stage: str, description: str) -> None:
             typer.Option("--follow", help="Wait for what other machines have not published yet."),
         ] = False,
     ) -> None:
-        from pipeline.progress import TerminalProgress
+        from pipeline.console import TerminalProgress
         from pipeline.stage_commands import run_stage
 
         run, directory = open_run(config, overrides, run_dir)
@@ -72,7 +72,7 @@ def evaluate(
 ) -> None:
     """Evaluate a policy; with another judge or k nothing is sampled again."""
     from opd_stream.errors import UserError
-    from pipeline.progress import TerminalProgress
+    from pipeline.console import TerminalProgress
     from pipeline.stage_commands import run_evaluation
 
     if round_index is not None:

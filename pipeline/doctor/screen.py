@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from pipeline.console import Live
 from pipeline.doctor.findings import Check, Finding, Report
-from pipeline.live import Live
 
 WIDTH = 18  # of the longest name of a check: lines are written before all names are known
 
