@@ -37,8 +37,7 @@ from opd_stream.store.codecs import (
 from opd_stream.store.files import publish, record_bytes
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.recipe import Recipe
-from opd_stream.store.schema import rollouts_table
-from opd_stream.store.shards import batch_of, schema_of, shard_bytes
+from opd_stream.store.shards import batch_of, rollouts_table, schema_of, shard_bytes
 from opd_stream.types import RolloutBatch, ScoreBatch
 from opd_stream.windows import FixedWindow
 from stages.data_module import BatchPlan, EpochLoader, Step

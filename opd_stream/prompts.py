@@ -15,9 +15,8 @@ import pyarrow as pa
 
 from opd_stream.config.prompts import DatasetPrompts, EmbeddedPrompts, JsonlPrompts, Prompts
 from opd_stream.errors import UserError
-from opd_stream.store.files import canonical_json, sha256, sha256_file
-from opd_stream.store.lines import lines_of
-from opd_stream.store.schema import PROMPTS, id_lists
+from opd_stream.store.files import canonical_json, lines_of, sha256, sha256_file
+from opd_stream.store.shards import PROMPTS, id_lists
 from opd_stream.tasks.ledger import make_problems
 
 

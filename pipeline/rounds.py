@@ -106,7 +106,7 @@ def has_policy(session: Session, here: Round) -> bool:
     reason = here.policy.damage(cache=session.setup.store.digests)
     if reason is not None:
         session.progress.warn(f"{here.policy.name} is damaged ({reason}); it is trained again")
-        here.policy.condemn()
+        here.policy.invalidate()
     return reason is None
 
 
@@ -123,7 +123,7 @@ def train_round(session: Session, here: Round) -> None:
                     f"{damaged}; a replay only reads: continue the run that made it, then this one"
                 ) from damaged
             session.progress.warn(f"{damaged}; it is made again")
-            damaged.artifact.condemn(damaged.unit)
+            damaged.artifact.invalidate(damaged.unit)
 
 
 def make_caches(

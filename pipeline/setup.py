@@ -85,7 +85,7 @@ def open_store(config: Config) -> Store:
         UserError: it cannot be reached or written.
     """
     Store(config.store).check_writable()
-    return Store(config.store, patience=config.store_seconds)
+    return Store(config.store, retry_timeout=config.store_seconds)
 
 
 def setup_of(

@@ -13,7 +13,7 @@ from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import read_json
 from opd_stream.store.policy import tokenizer_digest
 from opd_stream.store.recipe import Recipe
-from opd_stream.store.schema import prompts_batch
+from opd_stream.store.shards import prompts_batch
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch, ScoreBatch
 from stages.checkpoints import Checkpoint, open_tokenizer

@@ -83,7 +83,7 @@ def missing_units(artifact: Artifact, progress: Progress, *, verify: bool = True
             missing.append(unit)
         elif verify and (reason := artifact.damage(unit)) is not None:
             progress.warn(f"unit {unit} of {artifact.name} is damaged ({reason}); it is made again")
-            artifact.condemn(unit)
+            artifact.invalidate(unit)
             missing.append(unit)
     return missing
 

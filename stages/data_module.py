@@ -14,8 +14,7 @@ import torch
 
 from opd_stream.batches import Batch, collate
 from opd_stream.masks import trained_mask
-from opd_stream.store.order import epoch_order
-from opd_stream.store.reader import ScoredRow, ScoredRows
+from opd_stream.store.reader import ScoredRow, ScoredRows, epoch_order
 from opd_stream.windows import Window, window_tokens
 
 

@@ -13,7 +13,7 @@ from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, EvaluationManifest
 from opd_stream.store.files import load_record, publish, publish_new, record_bytes
 from opd_stream.store.recipe import Recipe, RecipeRecord
-from opd_stream.store.schema import rollouts_batch
+from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.tasks.judges import open_judge
 from opd_stream.tasks.pass_at_k import default_ks, pass_at_k, standard_error

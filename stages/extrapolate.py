@@ -18,8 +18,7 @@ from opd_stream.config.training import Extrapolation
 from opd_stream.drift import DriftSums
 from opd_stream.extrapolation import Outcome, Score, Search, is_due, moved_parameters, search
 from opd_stream.statistics import NAMES, drift_of, named
-from opd_stream.store.order import epoch_order
-from opd_stream.store.reader import ScoredRows
+from opd_stream.store.reader import ScoredRows, epoch_order
 from opd_stream.store.tree import load_tree, save_tree
 from stages.data_module import BatchPlan, step_batches
 from stages.reward import Reward

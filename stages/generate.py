@@ -17,7 +17,7 @@ from opd_stream.costs import TokenCounts, counts_of
 from opd_stream.engines.base import SamplingSettings
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.recipe import Recipe
-from opd_stream.store.schema import prompts_batch, rollouts_batch, rollouts_table
+from opd_stream.store.shards import prompts_batch, rollouts_batch, rollouts_table
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
 from stages.prompts import probe_rows, prompts_of

@@ -6,8 +6,7 @@ import torch
 
 from opd_stream.batches import collate
 from opd_stream.statistics import NAMES, named
-from opd_stream.store.order import epoch_order
-from opd_stream.store.reader import ScoredRow, ScoredRows
+from opd_stream.store.reader import ScoredRow, ScoredRows, epoch_order
 from stages.data_module import BatchPlan, bucketed
 from stages.student_module import StudentModule
 

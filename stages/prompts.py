@@ -14,7 +14,7 @@ from opd_stream.config.prompts import Prompts
 from opd_stream.prompts import prompts_table, shuffled_rows, source_settings
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.recipe import Recipe
-from opd_stream.store.schema import rollouts_batch
+from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
 from stages.checkpoints import Checkpoint
@@ -46,7 +46,7 @@ def make_prompts(store: Store, source: Prompts, student: Checkpoint) -> Artifact
     table = prompts_table(source, student.tokenizer())
     artifact.create(rows=table.num_rows, rows_per_unit=table.num_rows)
     if artifact.commit_record(0) is not None and artifact.damage(0) is not None:
-        artifact.condemn(0)
+        artifact.invalidate(0)
     artifact.commit(0, table, counts={"rows": table.num_rows})
     artifact.finish()
     return artifact

@@ -8,10 +8,9 @@ from numpy.typing import NDArray
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
-from opd_stream.store.codecs import codec_of, decode_scores, encode_scores
-from opd_stream.store.codecs.block import ScoreBlock
+from opd_stream.store.codecs import ScoreBlock, codec_of, decode_scores, encode_scores
 from opd_stream.store.recipe import Recipe
-from opd_stream.store.schema import rollouts_batch
+from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.style_bias import StyleBias, StyleSettings, style_bias
 from opd_stream.types import RolloutBatch, ScoreBatch

@@ -6,7 +6,7 @@ from typing import Any
 
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
-from opd_stream.store.schema import prompts_batch
+from opd_stream.store.shards import prompts_batch
 from opd_stream.tasks.judges import open_judge
 from opd_stream.types import PromptBatch
 from stages.train_job import TrainJob

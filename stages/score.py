@@ -19,7 +19,7 @@ from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.codecs import SampledCodec, codec_of, decode_scores, encode_scores
 from opd_stream.store.recipe import Recipe
-from opd_stream.store.schema import rollouts_batch
+from opd_stream.store.shards import rollouts_batch
 from opd_stream.types import RolloutBatch, ScoreBatch
 from stages.aligned import aligned_counts, open_aligner, score_aligned
 from stages.generate import base_rollouts, extension_counts, grown_rows, new_parts, token_counts
@@ -64,7 +64,7 @@ class ScoreWorker(Worker):
         if committed is not None and committed.source_sha256 == source.sha256:
             return result
         if committed is not None:
-            scores.condemn(task.unit)
+            scores.invalidate(task.unit)
         start, cpu = time.time(), time.process_time()
         batch = rollouts_batch(rollouts.read_unit(task.unit))
         codec = codec_of(scores.recipe.settings["codec"])

@@ -96,7 +96,7 @@ class TrainJob:
 
     def store(self) -> Store:
         """Where the caches lie and the policy goes."""
-        return Store(self.config.store, patience=self.config.store_seconds)
+        return Store(self.config.store, retry_timeout=self.config.store_seconds)
 
     def target(self) -> PolicyArtifact:
         """The policy to make."""

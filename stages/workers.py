@@ -21,7 +21,7 @@ from opd_stream.engines.base import Engine
 from opd_stream.engines.vllm_options import VllmOptions
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit
-from opd_stream.store.files import PATIENCE
+from opd_stream.store.files import RETRY_TIMEOUT
 from opd_stream.store.policy import identify
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
@@ -81,7 +81,7 @@ class WorkerSettings:
     threads: int = 1
     vllm: VllmOptions = field(default_factory=VllmOptions)
     unit_seconds: int | None = None  # a unit that takes longer ends the process
-    store_seconds: float = PATIENCE  # how long a remote store is asked again
+    store_seconds: float = RETRY_TIMEOUT  # how long a remote store is asked again
 
 
 class Worker:
@@ -89,7 +89,7 @@ class Worker:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
-        self.store = Store(settings.store, patience=settings.store_seconds)
+        self.store = Store(settings.store, retry_timeout=settings.store_seconds)
         self._engine: Engine | None = None
         self._loaded: str | None = None  # fingerprint of the engine's weights
 

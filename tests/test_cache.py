@@ -20,7 +20,7 @@ from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.files import remove_stale_temporaries
 from opd_stream.store.inventory import entries, fidelity_report, problems
 from opd_stream.store.recipe import Recipe
-from opd_stream.store.schema import rollouts_table
+from opd_stream.store.shards import rollouts_table
 from pipeline.cache_commands import COMMANDS
 from pipeline.cli import app
 from pipeline.rounds import run
@@ -224,7 +224,7 @@ def test_a_stopped_epoch_goes_on_with_another_number_of_ranks(finished: Path) ->
 
 
 def test_a_large_order_is_a_permutation_that_stays_near() -> None:
-    from opd_stream.store.order import BLOCK_ROWS, epoch_order
+    from opd_stream.store.reader import BLOCK_ROWS, epoch_order
 
     order = epoch_order(100_003, (1, 2))
     assert sorted(order.tolist()) == list(range(100_003))

@@ -13,10 +13,10 @@ from opd_stream.store.codecs import (
     CompactCodec,
     ExactCodec,
     SampledCodec,
+    ScoreBlock,
     decode_scores,
     encode_scores,
 )
-from opd_stream.store.codecs.block import ScoreBlock
 from opd_stream.store.codecs.fidelity import Fidelity
 from opd_stream.store.shards import batch_of, schema_of, shard_bytes, table_of
 from opd_stream.types import RolloutBatch, ScoreBatch

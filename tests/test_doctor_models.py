@@ -187,7 +187,7 @@ def test_a_cache_with_other_values_and_honest_digests(copied: Path) -> None:
             column = table["teacher_logprobs"].combine_chunks()
             values = type(column).from_arrays(column.offsets, np.asarray(column.values) - 0.05)
             place = table.schema.get_field_index("teacher_logprobs")
-            scores.condemn(unit)
+            scores.invalidate(unit)
             scores.commit(
                 unit,
                 table.set_column(place, table.schema.field(place), values),

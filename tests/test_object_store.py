@@ -18,7 +18,7 @@ pytest.importorskip("moto", reason="pip install 'opd-stream[dev]' brings the S3 
 from opd_stream.errors import UserError
 from opd_stream.store import open_scores
 from opd_stream.store.files import place, publish, publish_new, verified_bytes
-from opd_stream.store.s3 import PatientS3
+from opd_stream.store.s3 import RetryingS3
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from pipeline.run_status import StatusReader
@@ -75,7 +75,7 @@ def use_server(port: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "OPD_STREAM_CACHE": str(folder / "cache"),
     }.items():
         monkeypatch.setenv(name, value)
-    PatientS3.clear_instance_cache()  # it remembers the last server
+    RetryingS3.clear_instance_cache()  # it remembers the last server
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -135,6 +135,6 @@ def test_a_store_that_never_answered_is_one_line_and_not_waited_for(
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    PatientS3.clear_instance_cache()
+    RetryingS3.clear_instance_cache()
     with pytest.raises(UserError, match="cannot reach s3://nobody/store"):
         open_setup(small_config(tmp_path, "store=s3://nobody/store", "store_seconds=3600"))

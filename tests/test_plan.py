@@ -120,7 +120,7 @@ def test_half_a_run_is_counted_and_the_rest_follows_from_it(finished: Path, tmp_
     whole = json.loads((folder / "run" / "summary.json").read_text())
     store = Store(str(folder / "store"))
     second = whole["caches"][1][0]
-    store.by_fingerprint("scores", second["scores"]).condemn(1)
+    store.by_fingerprint("scores", second["scores"]).invalidate(1)
     for policy in store.folders("policies"):
         manifest = json.loads((policy / "manifest.json").read_text())
         if "optimizer" in manifest["inputs"]:

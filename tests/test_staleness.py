@@ -20,7 +20,7 @@ from opd_stream.staleness import (
     decide_unit,
 )
 from opd_stream.store.reader import ScoredRow, open_scores
-from opd_stream.store.schema import rollouts_batch
+from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.types import ScoreBatch
 from pipeline.rounds import run
@@ -350,7 +350,7 @@ def test_a_damaged_unit_of_an_earlier_round_is_made_again_by_the_policy_that_wro
     shard.write_bytes(good[:middle] + bytes(9) + good[middle + 9 :])
     for name in ("rounds/0001/report.json", "summary.json"):
         (tmp_path / "run" / name).unlink()
-    store.policy_by_fingerprint(policy["fingerprint"]).condemn()
+    store.policy_by_fingerprint(policy["fingerprint"]).invalidate()
     again = finished_run(tmp_path, *KEPT, "rounds=2")
     assert again[1]["policy"]["weights_sha256"] == policy["weights_sha256"]
     assert shard.read_bytes() == good

@@ -14,8 +14,7 @@ from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.files import inside, publish, publish_new
 from opd_stream.store.recipe import Recipe, differing_fields
-from opd_stream.store.schema import rollouts_batch, rollouts_table
-from opd_stream.store.shards import shard_bytes, table_of
+from opd_stream.store.shards import rollouts_batch, rollouts_table, shard_bytes, table_of
 from opd_stream.store.store import Store
 from opd_stream.store.tree import load_tree, save_tree
 from opd_stream.types import RolloutBatch
@@ -89,10 +88,10 @@ def test_a_torn_shard_and_a_missing_shard_are_damaged_units(tmp_path: Path) -> N
     assert artifact.damage(0) == "its shard is missing"
 
 
-def test_a_condemned_unit_is_missing_alone_and_the_manifest_is_gone(tmp_path: Path) -> None:
+def test_an_invalidated_unit_is_missing_alone_and_the_manifest_is_gone(tmp_path: Path) -> None:
     artifact = rollouts_artifact(tmp_path)
     assert artifact.is_complete()
-    artifact.condemn(2)
+    artifact.invalidate(2)
     assert not artifact.is_complete()
     assert sorted(artifact.commits()) == [0, 1]
 

@@ -3,7 +3,7 @@
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.reader import ScoredRow, ScoredRows, open_scores
 from opd_stream.store.recipe import Recipe
-from opd_stream.store.schema import rollouts_table
+from opd_stream.store.shards import rollouts_table
 from opd_stream.store.store import Store
 
 __all__ = [

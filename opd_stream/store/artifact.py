@@ -241,7 +241,7 @@ class Artifact:
         except ValueError as error:
             raise DamagedUnit(self, commit.unit, str(error)) from error
 
-    def condemn(self, unit: int) -> None:
+    def invalidate(self, unit: int) -> None:
         """Take a unit out of the artifact, so that the next stage makes it again, alone."""
         (self.folder / "manifest.json").unlink(missing_ok=True)
         commit = self.commit_record(unit)

@@ -9,6 +9,7 @@ A place is a `Path`, or for `s3://...` and other fsspec addresses a `UPath`, whi
 methods.
 """
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -17,22 +18,25 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
+
+import zstandard
 
 from opd_stream.errors import UserError
 from opd_stream.record import R, Record, read_record
 
-PATIENCE = 5.0  # seconds, with a store that has not answered yet
+RETRY_TIMEOUT = 5.0  # seconds, with a store that has not answered yet
 READS = 3  # of an object that arrives torn, before it is called damaged
 
 
-def place(location: str, patience: float = PATIENCE) -> Path:
+def place(location: str, retry_timeout: float = RETRY_TIMEOUT) -> Path:
     """A folder on this machine or in an object store.
 
     Args:
         location: a folder, or s3://BUCKET/PATH.
-        patience: seconds for which S3 is asked again while it does not answer.
+        retry_timeout: seconds for which S3 is asked again while it does not answer.
 
     Raises:
         UserError: the package for this kind of address is not installed.
@@ -46,7 +50,7 @@ def place(location: str, patience: float = PATIENCE) -> Path:
         if location.startswith("s3://"):
             from opd_stream.store import s3
 
-            options |= {**s3.OPTIONS, "patience": patience}
+            options |= {**s3.OPTIONS, "retry_timeout": retry_timeout}
         return cast(Path, UPath(location, **options))
     except (ImportError, ValueError) as error:
         raise UserError(
@@ -333,3 +337,42 @@ def _temporary(path: Path, data: bytes) -> Iterator[Path]:
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
+
+
+CHUNK_BYTES = 1 << 16
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a text file, plain or .zst, without their ends.
+
+    Raises:
+        UserError: a .zst file is torn, or the text is not UTF-8.
+    """
+    with path.open("rb") as file:
+        is_packed = path.suffix == ".zst"
+        chunks = _unpacked(path, file) if is_packed else iter(partial(file.read, CHUNK_BYTES), b"")
+        rest = ""
+        try:
+            for text in codecs.iterdecode(chunks, "utf-8"):
+                *lines, rest = (rest + text).split("\n")
+                yield from lines
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text ({error}); convert it") from error
+        if rest:
+            yield rest
+
+
+def _unpacked(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """The content of a file of zstd frames; the last has to end where the file does."""
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    try:
+        while chunk := file.read(CHUNK_BYTES):
+            while chunk:
+                if frame.eof:
+                    frame = zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(chunk)
+                chunk = frame.unused_data
+        if not frame.eof:
+            raise zstandard.ZstdError("it ends in the middle")
+    except zstandard.ZstdError as error:
+        raise UserError(f"{path} is not a whole zstd file ({error}); copy it again") from error

@@ -283,7 +283,7 @@ class PolicyArtifact:
                 return f"{name} is not the published file"
         return None
 
-    def condemn(self) -> None:
+    def invalidate(self) -> None:
         """Take the policy out of the store, so that the next train stage makes it again."""
         folder = inside(self._local_folder, self.manifest().folder)
         (self.artifact_folder / "manifest.json").unlink(missing_ok=True)

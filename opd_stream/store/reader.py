@@ -23,11 +23,8 @@ from numpy.typing import NDArray
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, Commit, DamagedUnit
-from opd_stream.store.codecs import decode_scores
-from opd_stream.store.codecs.block import ScoreBlock
-from opd_stream.store.order import epoch_order
-from opd_stream.store.schema import rollouts_batch
-from opd_stream.store.shards import ROWS_PER_PART
+from opd_stream.store.codecs import ScoreBlock, decode_scores
+from opd_stream.store.shards import ROWS_PER_PART, rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
 
@@ -291,3 +288,26 @@ def _bytes_of(value: Any) -> int:
     for name in value.__slots__:
         visit(getattr(value, name))
     return sum(bases.values())
+
+
+BLOCK_ROWS = 64
+WINDOW_ROWS = 512
+
+
+def epoch_order(
+    rows: int, key: Sequence[int], *, window_rows: int = WINDOW_ROWS
+) -> NDArray[np.int64]:
+    """Row numbers of an epoch [rows]; `key` is (seed, ..., epoch)."""
+    random = np.random.default_rng(list(key))
+    if rows <= window_rows:
+        return random.permutation(rows)
+    order = np.empty(rows, np.int64)
+    blocks = random.permutation(-(-rows // BLOCK_ROWS))
+    done = 0
+    for start in range(0, len(blocks), window_rows // BLOCK_ROWS):
+        window = blocks[start : start + window_rows // BLOCK_ROWS, None] * BLOCK_ROWS
+        chosen = (window + np.arange(BLOCK_ROWS)).reshape(-1)
+        chosen = random.permutation(chosen[chosen < rows])
+        order[done : done + len(chosen)] = chosen
+        done += len(chosen)
+    return order

@@ -38,24 +38,24 @@ _ANSWERS = (FileNotFoundError, FileExistsError, PermissionError)
 _BUSY = (408, 409, 429)  # HTTP statuses that ask to come again; so does everything from 500 on
 
 
-class PatientS3(S3FileSystem):
-    """s3fs that asks again for `patience` seconds before it says that nobody answers."""
+class RetryingS3(S3FileSystem):
+    """s3fs that asks again for `retry_timeout` seconds before it says that nobody answers."""
 
     retries = 2  # of s3fs, for a body that breaks off
 
-    def __init__(self, *arguments: Any, patience: float, **options: Any) -> None:
+    def __init__(self, *arguments: Any, retry_timeout: float, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.patience = patience
+        self.retry_timeout = retry_timeout
 
     async def _call_s3(self, method: str, *arguments: Any, **fields: Any) -> Any:
         async def ask() -> Any:
-            return await super(PatientS3, self)._call_s3(method, *arguments, **fields)
+            return await super(RetryingS3, self)._call_s3(method, *arguments, **fields)
 
         return await self._asking(ask, f"s3://{fields.get('Bucket')}/{fields.get('Key', '')}")
 
     async def _cat_file(self, path: str, *arguments: Any, **fields: Any) -> bytes:
         async def ask() -> bytes:
-            return await super(PatientS3, self)._cat_file(path, *arguments, **fields)
+            return await super(RetryingS3, self)._cat_file(path, *arguments, **fields)
 
         return await self._asking(ask, f"s3://{path}")
 
@@ -68,14 +68,14 @@ class PatientS3(S3FileSystem):
                 if not is_silence(error):
                     raise
                 waited = time.monotonic() - start
-                if waited >= self.patience:
+                if waited >= self.retry_timeout:
                     raise UserError(unreachable(place, error, waited)) from error
             if waited >= TOLD_AFTER and not is_told:
                 is_told = True
                 logging.getLogger("opd_stream").warning(
-                    "%s does not answer; it is asked for %g s", place, self.patience
+                    "%s does not answer; it is asked for %g s", place, self.retry_timeout
                 )
-            await asyncio.sleep(min(pause, max(0.0, self.patience - waited)))
+            await asyncio.sleep(min(pause, max(0.0, self.retry_timeout - waited)))
             pause = min(2 * pause, LONGEST_PAUSE)
 
 
@@ -90,4 +90,4 @@ def is_silence(error: BaseException) -> bool:
     return True
 
 
-register_implementation("s3", PatientS3, clobber=True)
+register_implementation("s3", RetryingS3, clobber=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import (
-    PATIENCE,
+    RETRY_TIMEOUT,
     canonical_json,
     check_there,
     explained,
@@ -31,13 +31,13 @@ class Store:
     """Artifacts by recipe, in a folder or at an address like s3://BUCKET/PATH.
 
     `local` is a folder on this machine for what cannot live in an object store: checkpoints while
-    they are read or written, and remembered digests. `patience` is how many seconds an object
+    they are read or written, and remembered digests. `retry_timeout` is how many seconds an object
     store is asked again that does not answer.
     """
 
-    def __init__(self, location: str | Path, *, patience: float = PATIENCE) -> None:
+    def __init__(self, location: str | Path, *, retry_timeout: float = RETRY_TIMEOUT) -> None:
         self.location = str(location)
-        self.root = place(self.location, patience)
+        self.root = place(self.location, retry_timeout)
         self.local = _local_folder(self.location) if is_remote(self.root) else self.root
         # The same place for a process that works in another folder.
         self.address = self.location if is_remote(self.root) else str(self.root.resolve())

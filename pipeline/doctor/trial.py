@@ -21,7 +21,7 @@ import pyarrow as pa
 from opd_stream.config import Config
 from opd_stream.config.collection import Model, Student
 from opd_stream.store.reader import ScoredRows
-from opd_stream.store.schema import rollouts_batch
+from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
 from pipeline.contexts import largest_window

@@ -12,8 +12,7 @@ from opd_stream.config.prompts import DatasetPrompts, EmbeddedPrompts, JsonlProm
 from opd_stream.errors import UserError
 from opd_stream.prompts import prompts_table, read_prompts
 from opd_stream.store.artifact import Artifact, DamagedUnit
-from opd_stream.store.files import read_json
-from opd_stream.store.lines import lines_of
+from opd_stream.store.files import lines_of, read_json
 from pipeline.forecast.lengths import PromptLengths
 from stages.prompts import selected_rows
 

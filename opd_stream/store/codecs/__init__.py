@@ -18,8 +18,8 @@ from pydantic import Field, TypeAdapter
 
 from opd_stream.errors import UserError
 from opd_stream.section import Section
-from opd_stream.store.codecs.block import ScoreBlock
 from opd_stream.store.codecs.columns import (
+    ScoreBlock,
     flat,
     flat_values,
     lengths_of,

@@ -1,14 +1,38 @@
-"""List columns: one list a rollout, any number of entries a token.
+"""What all codecs share: the decoded block, list columns, and integers as byte planes.
 
-Shapes: R rows, N tokens, E entries (E = N for one value a token, N * K for K of them).
+Shapes: R rows, N tokens, E entries (E = N for one value a token, N * K for K of them). Byte planes
+are all lowest bytes, then all second bytes, ...: a general compressor finds in a plane of high
+bytes what it cannot see between the noise of low ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreBlock:
+    """R rollouts, N completion tokens in all, K the most candidates of a position, F forced ids,
+    M ids of the student.
+
+    Tokens of row r stand at `offsets[r] : offsets[r + 1]`. A position with fewer than K candidates
+    is filled with id 0 and log-probability -inf.
+    """
+
+    offsets: NDArray[np.int64]  # [R + 1]
+    refused: tuple[str | None, ...]  # R
+    teacher_logprobs: NDArray[np.float32]  # [N]
+    teacher_top_ids: NDArray[np.uint32]  # [N, K]
+    teacher_top_logprobs: NDArray[np.float32]  # [N, K]
+    teacher_tail_logprobs: NDArray[np.float32]  # [N]
+    teacher_forced_logprobs: NDArray[np.float32]  # [N, F]
+    candidate_teacher_logprobs: NDArray[np.float32] | None = None  # [N, M], the student's ids
+    chunk_ids: NDArray[np.int32] | None = None  # [N], of scores with alignment
+    same_tokens: NDArray[np.bool_] | None = None  # [N], the same
 
 
 def lengths_of(rows: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
@@ -65,3 +89,41 @@ def row_offsets(column: pa.Array) -> NDArray[np.int64]:
     """Where each row's values start in `flat_values`, and the end [R + 1]."""
     offsets = column.offsets.to_numpy().astype(np.int64)
     return offsets - offsets[0]
+
+
+def plane_columns(
+    name: str, values: NDArray[np.integer[Any]], offsets: NDArray[np.int64]
+) -> dict[str, pa.Array]:
+    """Non-negative integers below 2^32 [E] as list<uint8> columns NAME_0, NAME_1, ..."""
+    largest = int(values.max()) if len(values) else 0
+    planes = max(1, -(-largest.bit_length() // 8))
+    bytes_E4 = values.astype("<u4").view(np.uint8).reshape(-1, 4)
+    return {
+        f"{name}_{plane}": list_column(np.ascontiguousarray(bytes_E4[:, plane]), offsets)
+        for plane in range(planes)
+    }
+
+
+def plane_values(name: str, batch: pa.RecordBatch) -> NDArray[np.uint32]:
+    """The integers of the planes [E]."""
+    return joined(_planes(name, batch))
+
+
+def joined(planes: list[NDArray[np.uint8]]) -> NDArray[np.uint32]:
+    """Planes, lowest first, as integers."""
+    if len(planes) == 1:
+        return planes[0].astype(np.uint32)
+    whole = np.zeros((len(planes[0]), 2 if len(planes) == 2 else 4), np.uint8)
+    for number, plane in enumerate(planes):
+        whole[:, number] = plane
+    return (
+        whole.view("<u2" if len(planes) == 2 else "<u4").reshape(-1).astype(np.uint32, copy=False)
+    )
+
+
+def _planes(name: str, batch: pa.RecordBatch) -> list[NDArray[np.uint8]]:
+    columns: Mapping[str, int] = {field: place for place, field in enumerate(batch.schema.names)}
+    found: list[NDArray[np.uint8]] = []
+    while (field := f"{name}_{len(found)}") in columns:
+        found.append(flat_values(batch.column(columns[field])))
+    return found

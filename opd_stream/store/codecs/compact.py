@@ -16,17 +16,19 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from opd_stream.store.codecs.block import ScoreBlock
 from opd_stream.store.codecs.columns import (
+    ScoreBlock,
     flat,
     flat_values,
+    joined,
     lengths_of,
     list_column,
     offsets_of,
+    plane_columns,
+    plane_values,
     row_offsets,
 )
 from opd_stream.store.codecs.fidelity import Fidelity, measure
-from opd_stream.store.codecs.planes import joined, plane_columns, plane_values
 from opd_stream.types import ScoreBatch
 
 INFINITE_STEPS = 65_535

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from opd_stream.store.codecs.block import ScoreBlock
 from opd_stream.store.codecs.columns import (
+    ScoreBlock,
     flat,
     flat_values,
     lengths_of,

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from opd_stream.store.codecs.block import ScoreBlock
 from opd_stream.store.codecs.columns import (
+    ScoreBlock,
     flat,
     flat_values,
     lengths_of,
@@ -19,10 +19,11 @@ from opd_stream.store.codecs.columns import (
     matrix_column,
     matrix_of,
     offsets_of,
+    plane_columns,
+    plane_values,
     row_offsets,
 )
 from opd_stream.store.codecs.fidelity import Fidelity, measure
-from opd_stream.store.codecs.planes import plane_columns, plane_values
 from opd_stream.types import ScoreBatch
 
 
