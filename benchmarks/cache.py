@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,9 +39,8 @@ from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import batch_of, rollouts_table, schema_of, shard_bytes
 from opd_stream.types import RolloutBatch, ScoreBatch
 from opd_stream.windows import FixedWindow
-from stages.data_module import BatchPlan, EpochLoader, Step
 from stages.student_model import load_student
-from stages.student_module import StudentModule
+from stages.train_data import BatchPlan, Step, read_epoch
 
 REPEATS = 5
 WIDEST = 256  # candidates scored; smaller K are cut from it
@@ -271,18 +269,14 @@ def _loader_share(family: Family) -> None:
         steps: list[Step] = []
         for _ in range(REPEATS):
             start = time.process_time()
-            steps = list(EpochLoader(ScoredRows(stored), plan, 0))
+            steps = list(read_epoch(ScoredRows(stored), plan, 0))
             seconds.append((time.process_time() - start) / len(steps))
-        load = partial(
-            load_student, STUDENT, lora=None, initial=STUDENT, gradient_checkpointing=False
-        )
-        module = StudentModule(load, (Bucket(),), optimizer={"lr": 1e-4})
-        module.configure_model()
+        student = load_student(STUDENT, lora=None, initial=STUDENT, gradient_checkpointing=False)
         passes: list[float] = []
         for each in steps:
             start = time.process_time()
             for batch in each.batches:
-                module.loss(batch).loss.backward()
+                student(batch, (Bucket(),), merge_terminators=True, limit=None).loss.backward()
             passes.append(time.process_time() - start)
     loader, step = statistics.median(seconds), statistics.median(passes)
     print("\n## DataLoader share of a quickstart training step (window 208, 16 rows)\n")

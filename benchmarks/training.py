@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.fabric import Fabric
 from loss import status_kib
 
 from opd_stream.batches import Batch
@@ -28,9 +29,9 @@ from opd_stream.store.reader import open_scores
 from opd_stream.windows import FixedWindow
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
-from stages.data_module import BatchPlan, EpochLoader, bucketed
+from stages.learner import Learner
 from stages.student_model import load_student
-from stages.student_module import StudentModule
+from stages.train_data import BatchPlan, bucketed, read_epoch
 
 VOCABULARY, ROWS, STEPS, WINDOW, TOP_K = 8192, 16, 12, 64, 32
 
@@ -160,8 +161,8 @@ def _cached(folder: Path) -> float:
 def _timed(parts: dict[str, float], clock: Clock) -> Callable[[], None]:
     """Add up CPU time inside forward, backward and optimizer; returns how to stop."""
     targets: list[tuple[Any, str, str]] = [
-        (StudentModule, "loss", "forward"),
-        (StudentModule, "manual_backward", "backward"),
+        (Learner, "loss", "forward"),
+        (Fabric, "backward", "backward"),
         (torch.optim.AdamW, "step", "optimizer"),
     ]
     plain = [(owner, method, getattr(owner, method)) for owner, method, _ in targets]
@@ -221,7 +222,7 @@ def _batches(folder: Path) -> list[Batch]:
         first_step=0,
         window=FixedWindow(tokens=WINDOW),
     )
-    return [step.batches[0] for step in EpochLoader(open_scores(scores), plan, 0)]
+    return [step.batches[0] for step in read_epoch(open_scores(scores), plan, 0)]
 
 
 def _do(step: Callable[[Batch], torch.Tensor], optimizer: Any, batch: Batch) -> None:

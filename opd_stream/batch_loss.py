@@ -6,6 +6,7 @@ outcome, what each objective reads. One pass over the head serves all of it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -28,9 +29,8 @@ from opd_stream.statistics import step_sums
 from opd_stream.weighting import Weighting, group_means
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchLoss:
-    """The loss of a batch and what was measured on the way."""
+class BatchLoss(NamedTuple):
+    """The loss of a batch and what was measured on the way; a tuple, as wrappers of modules ask."""
 
     loss: torch.Tensor  # scalar: weighted sum over the batch's tokens, with a gradient
     losses_N: torch.Tensor  # of each token before weights and clamp, nats

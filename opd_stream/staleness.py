@@ -11,6 +11,8 @@ from typing import Literal
 
 from opd_stream.drift import DriftSums
 
+LOOKS_PER_EPOCH = 4
+
 EpochAction = Literal["train", "gated", "stop", "regenerate"]
 UnitAction = Literal["train", "gated", "extend", "regenerate", "retire"]
 
@@ -98,6 +100,16 @@ def decide_epoch(
     if bounds.gated_from and beyond(drift, floor=floor) >= bounds.gated_from:
         return Decision(action="gated", reason=f"weights by drift from here on: {measured}")
     return Decision(action="train", reason=f"the cache is still fresh: {measured}")
+
+
+def is_look_due(step: int, steps_per_epoch: int) -> bool:
+    """Whether drift is looked at after so many steps of an epoch: four times, evenly spread.
+
+    The end of the epoch is the fourth.
+    """
+    return (
+        step * LOOKS_PER_EPOCH // steps_per_epoch > (step - 1) * LOOKS_PER_EPOCH // steps_per_epoch
+    )
 
 
 def decide_stop(

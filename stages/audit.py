@@ -6,11 +6,8 @@ sampled objective (or of the one that trains) is taken segment by segment on the
 the decision is the window of the next round.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,35 +17,29 @@ from opd_stream.batches import Batch
 from opd_stream.config.collection import AdaptiveWindowConfig
 from opd_stream.engines.head import output_head
 from opd_stream.objectives import Objective, SampledPg
+from opd_stream.outcome import WindowAudit
 from opd_stream.store.reader import ScoredRows
-from opd_stream.store.tree import load_tree
 from opd_stream.windows import FixedWindow
-from stages.data_module import step_batches
-from stages.student_model import StudentModel, load_student
+from stages.student_model import StudentModel
+from stages.train_data import step_batches
 from stages.train_job import TrainJob
+from stages.train_state import Clock
 
 EPSILON = 1e-8  # of the adam metric
 
 
-def audit(job: TrainJob) -> dict[str, Any] | None:
+def audit(job: TrainJob) -> WindowAudit | None:
     """The decision for the next round, with its cosines and cost; None without probes."""
     settings = job.config.rollouts.window
     if not isinstance(settings, AdaptiveWindowConfig) or job.probe is None:
         return None
-    started, cpu, store = time.time(), time.process_time(), job.store()
+    clock, store = Clock(), job.store()
     rollouts, scores = job.probe
     rows = ScoredRows(
         [(store.by_fingerprint("rollouts", rollouts), store.by_fingerprint("scores", scores))]
     )
-    student = load_student(
-        Path(job.base),
-        lora=job.config.train.lora,
-        initial=Path(job.initial),
-        gradient_checkpointing=False,
-        adapter=job.adapter,
-    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student = student.to(device).eval()
+    student = job.load_student().to(device).eval()
     parameters = audited_parameters(student, layers=settings.layers)
     scales = _scales(job, student, parameters) if settings.metric == "adam" else None
     plan = replace(job.plan(), window=FixedWindow(tokens=settings.max_window_tokens))
@@ -77,12 +68,12 @@ def audit(job: TrainJob) -> dict[str, Any] | None:
         earlier=() if earlier is None else earlier.cosines,
         smoothing=settings.smoothing,
     )
-    return {
+    return WindowAudit(
         **asdict(decision),
-        "probe_rows": len(rows),
-        "seconds": round(time.time() - started, 3),
-        "cpu_seconds": round(time.process_time() - cpu, 3),
-    }
+        probe_rows=len(rows),
+        seconds=clock.seconds,
+        cpu_seconds=clock.cpu_seconds,
+    )
 
 
 def audited_parameters(student: StudentModel, *, layers: int) -> list[torch.nn.Parameter]:
@@ -136,8 +127,8 @@ def _scales(
     job: TrainJob, student: StudentModel, parameters: list[torch.nn.Parameter]
 ) -> list[torch.Tensor] | None:
     """Root second moments of the optimizer; None before the first round has made some."""
-    if job.optimizer_state is None:
+    state = job.previous_moments()
+    if state is None:
         return None
-    state = load_tree(Path(job.optimizer_state))
     names = {parameter: name for name, parameter in student.named_parameters()}
     return [state[names[p]]["exp_avg_sq"].to(p.device).sqrt() + EPSILON for p in parameters]

@@ -1,131 +1,147 @@
-"""EffOPD as a callback: after steps 1, 2, 4, 8, ... look further along the way the weights came.
+"""EffOPD: after steps 1, 2, 4, 8, ... look further along the way the weights came.
 
-It stands before the keeper in the list of callbacks, so a checkpoint of the same step holds the
-outcome. Scores are those of the first process, told to all, and every process moves its own shard.
+Scores are those of the first process, broadcast to all, and every process moves its own shard.
 """
 
 import math
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opd_stream.config.training import Extrapolation
 from opd_stream.drift import DriftSums
+from opd_stream.engines.transformers_engine import TransformersEngine
+from opd_stream.errors import UserError
 from opd_stream.extrapolation import Outcome, Score, Search, is_due, moved_parameters, search
-from opd_stream.statistics import NAMES, drift_of, named
+from opd_stream.outcome import ExtrapolationRecord, PointScore
+from opd_stream.statistics import drift_of
 from opd_stream.store.reader import ScoredRows, epoch_order
+from opd_stream.store.shards import prompts_batch
 from opd_stream.store.tree import load_tree, save_tree
-from stages.data_module import BatchPlan, step_batches
-from stages.reward import Reward
-from stages.student_module import StudentModule
+from opd_stream.tasks.judges import open_judge
+from opd_stream.types import PromptBatch
+from stages.learner import Learner
+from stages.train_data import BatchPlan, step_batches
+from stages.train_job import TrainJob
 
 FOLDER = "extrapolation"  # of the base point inside a policy
 SAMPLE_KEY = 0x0EFF0BD  # of the rows that score a point
 
 
-class Extrapolate(Callback):
-    """Searches, and the point the next direction starts from."""
+class Extrapolator:
+    """The searches of a round, and the point that the next direction starts from."""
 
     def __init__(
         self,
         settings: Extrapolation,
+        learner: Learner,
         rows: ScoredRows,
         plan: BatchPlan,
-        reward: Reward | None,
-        base: dict[str, torch.Tensor] | None,
+        *,
+        reward: "Reward | None" = None,
+        base: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        self._settings, self._rows, self._plan, self._reward = settings, rows, plan, reward
-        self._search = Search(
-            acceptance=settings.acceptance,
-            candidates=settings.candidates,
-        )
-        self._whole_base = base  # of the round before, or of a checkpoint
-        self._base: dict[str, torch.Tensor] = {}
-        self.outcomes: list[dict[str, Any]] = []
-        self.drift_after_jump: DriftSums | None = None  # of the latest step, where it jumped
+        """A base is that of the round before, or of a checkpoint; None: the current weights."""
+        self._settings, self._learner, self._reward = settings, learner, reward
+        self._rows, self._plan = rows, plan
+        self._base = {
+            name: p.detach().clone() if base is None else _laid_out_as(p, base[name])
+            for name, p in self._moved().items()
+        }
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        moved = self._moved(pl_module)
-        for name, parameter in moved.items():
-            if self._whole_base is None:
-                self._base[name] = parameter.detach().clone()
-            else:
-                self._base[name] = _like(parameter, self._whole_base[name])
+    def after_step(self, step: int) -> DriftSums | None:
+        """Search if it is time to, and record it; the drift where the weights jumped to, if any.
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.drift_after_jump = None
-        step = batch.number + 1
-        if not is_due(step):
-            return
-        moved = self._moved(pl_module)
+        Args:
+            step: the step that was just done, from 0.
+        """
+        if not is_due(step + 1):
+            return None
+        moved, learner, drift = self._moved(), self._learner, None
         ordinary = {name: parameter.detach().clone() for name, parameter in moved.items()}
-        pl_module.eval()
+        learner.student.eval()
         outcome = search(
             list(moved.values()),
             [self._base[name] for name in moved],
-            lambda: self._score(trainer, pl_module, batch.number),
-            step=step,
-            settings=self._search,
+            lambda: self._score(step),
+            step=step + 1,
+            settings=Search(
+                acceptance=self._settings.acceptance, candidates=self._settings.candidates
+            ),
         )
         if outcome.kept:
-            self.drift_after_jump = self._drift(trainer, pl_module, batch.number)
-            if not math.isfinite(self.drift_after_jump.policy_drift):  # a reward does not see it
+            drift = self._drift(step)
+            if not math.isfinite(drift.policy_drift):  # a reward does not see it
                 _put_back(moved, ordinary)
-                outcome, self.drift_after_jump = replace(outcome, kept=0), None
+                outcome, drift = replace(outcome, kept=0), None
         if outcome.kept and self._settings.reset_moments:
-            _reset_moments(trainer.optimizers[0], list(moved.values()))
-        pl_module.train()
-        for name, parameter in moved.items():
-            accepted = self._settings.base == "accepted"
-            self._base[name] = parameter.detach().clone() if accepted else ordinary[name]
-        self.outcomes.append(_record(outcome, self.drift_after_jump))
+            _reset_moments(learner.optimizer, list(moved.values()))
+        learner.student.train()
+        if self._settings.base == "accepted":
+            ordinary = {name: parameter.detach().clone() for name, parameter in moved.items()}
+        self._base = ordinary
+        learner.state.extrapolations.append(_record(outcome, drift))
+        return drift
 
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint: the base as whole tensors; every process takes part."""
-        return {"base": {name: _whole(t) for name, t in self._base.items()}, "done": self.outcomes}
+    def base(self) -> dict[str, torch.Tensor]:
+        """The base as whole tensors; every process takes part."""
+        return {name: _whole(tensor) for name, tensor in self._base.items()}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self._whole_base, self.outcomes = state["base"], state["done"]
+    def _moved(self) -> dict[str, torch.nn.Parameter]:
+        return moved_parameters(self._learner.student.named_parameters())
 
-    def _moved(self, module: StudentModule) -> dict[str, torch.nn.Parameter]:
-        assert module.student is not None
-        return moved_parameters(module.student.named_parameters())
-
-    def _score(self, trainer: lightning.Trainer, module: StudentModule, step: int) -> Score:
+    def _score(self, step: int) -> Score:
         signal, reward, kl = self._settings.signal, None, None
         if signal in ("reward", "both"):
             assert self._reward is not None
-            assert module.student is not None
-            reward = self._reward.accuracy(module.student.model)
+            reward = self._reward.accuracy(self._learner.student.model)
         if signal in ("kl", "both"):
-            sums = self._sums(module, step)
+            sums = self._sums(step)
             kl = -sums["loss"] / max(sums["tokens"], 1.0)
-        told = trainer.strategy.broadcast((reward, kl))
-        return Score(reward=told[0], kl=told[1])
+        reward, kl = self._learner.fabric.broadcast((reward, kl))
+        return Score(reward=reward, kl=kl)
 
-    def _drift(self, trainer: lightning.Trainer, module: StudentModule, step: int) -> DriftSums:
-        with trainer.precision_plugin.forward_context():  # as a training step and the floor
-            sums = self._sums(module, step)
-        return drift_of(trainer.strategy.broadcast(sums))
+    def _drift(self, step: int) -> DriftSums:
+        with self._learner.fabric.autocast():  # as a training step and the floor
+            sums = self._sums(step)
+        return drift_of(self._learner.fabric.broadcast(sums))
 
-    @torch.no_grad()
-    def _sums(self, module: StudentModule, step: int) -> dict[str, float]:
+    def _sums(self, step: int) -> dict[str, float]:
         """Cached objective and drift of a fixed sample of rows under the current weights."""
         order = epoch_order(len(self._rows), (self._plan.seed, SAMPLE_KEY))
         sample = order[: self._settings.rows].tolist()
         chosen = [self._plan.used(self._rows[position]) for position in sample]
-        total = torch.zeros(len(NAMES), dtype=torch.float64, device=module.device)
-        for batch in step_batches(chosen, self._plan, step):
-            total += module.loss(batch.to(module.device)).sums
-        return named(total)
+        return self._learner.sums(step_batches(chosen, self._plan, step))
+
+
+def open_extrapolator(
+    job: TrainJob,
+    learner: Learner,
+    rows: ScoredRows,
+    plan: BatchPlan,
+    base: dict[str, torch.Tensor] | None,
+) -> Extrapolator | None:
+    """The searches that a round's config asks for, if any.
+
+    Args:
+        job: the round.
+        learner: what moves.
+        rows: that score a point.
+        plan: of the round.
+        base: of a checkpoint of the round; None: that of the round before, where there is one.
+    """
+    settings = job.config.train.extrapolation
+    if settings is None:
+        return None
+    left = Path(job.base) / FOLDER
+    if base is None and job.is_continued and left.exists():
+        base = load_tree(left)
+    reward = None if settings.signal == "kl" else open_reward(job)
+    return Extrapolator(settings, learner, rows, plan, reward=reward, base=base)
 
 
 def save_base(base: dict[str, torch.Tensor], policy: Path) -> None:
@@ -133,26 +149,87 @@ def save_base(base: dict[str, torch.Tensor], policy: Path) -> None:
     save_tree(base, policy / FOLDER)
 
 
-def load_base(policy: Path) -> dict[str, torch.Tensor] | None:
-    """The base that the round before left."""
-    return load_tree(policy / FOLDER) if (policy / FOLDER).exists() else None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reward:
+    """The verifiable reward of a student in training: sampled answers to a few prompts, judged.
+
+    Prompts, seeds and sampling settings are the same for every point that is scored.
+    """
+
+    prompts: PromptBatch
+    answers: tuple[str, ...]
+    is_right: Callable[[str, str], bool]
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+    def accuracy(self, model: Any) -> float:
+        """Share of right answers of a model in memory."""
+        rollouts = TransformersEngine.over(model).sample(
+            self.prompts,
+            window_tokens=self.max_new_tokens,
+            samples_per_prompt=1,
+            temperature=self.temperature,
+            seed=self.seed,
+            stop_ids=self.stop_ids,
+        )
+        texts = self.tokenizer.batch_decode(
+            [ids.tolist() for ids in rollouts.completion_ids], skip_special_tokens=True
+        )
+        pairs = zip(texts, self.answers, strict=True)
+        return sum(self.is_right(text, answer) for text, answer in pairs) / len(texts)
 
 
-def _record(outcome: Outcome, drift: DriftSums | None) -> dict[str, Any]:
+def open_reward(job: TrainJob) -> Reward:
+    """The first training prompts, judged as in evaluation (of several benchmarks, the first).
+
+    Raises:
+        UserError: a prompt has no reference answer.
+    """
+    from transformers import AutoTokenizer
+
+    settings = job.config.train.extrapolation
+    assert job.config.evaluation is not None
+    assert settings is not None
+    evaluation = next(iter(job.config.evaluation.parts().values()))
+    assert evaluation.judge is not None
+    table = job.store().by_fingerprint("prompts", job.prompts).read_unit(0)
+    table = table.slice(0, settings.prompts)
+    answers = table["answer"].to_pylist()
+    if None in answers:
+        raise UserError(
+            "train.extrapolation.signal reward judges answers to training prompts, and a prompt "
+            "has none; set prompts.answer_field, or use signal kl"
+        )
+    return Reward(
+        prompts=prompts_batch(table),
+        answers=tuple(answers),
+        is_right=open_judge(evaluation.judge),
+        tokenizer=AutoTokenizer.from_pretrained(job.base, trust_remote_code=False),
+        stop_ids=job.stop_ids,
+        max_new_tokens=evaluation.max_new_tokens,
+        temperature=evaluation.temperature,
+        seed=evaluation.seed,
+    )
+
+
+def _record(outcome: Outcome, drift: DriftSums | None) -> ExtrapolationRecord:
     """For reports; a score that is not finite is None there."""
-    return {
-        "step": outcome.step,
-        "scores": [
-            {name: _finite(value) for name, value in asdict(score).items()}
-            for score in outcome.scores
-        ],
-        "kept": outcome.kept,
-        "policy_drift": None if drift is None else drift.policy_drift,
-    }
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+    scores = [
+        {
+            name: value if value is not None and math.isfinite(value) else None
+            for name, value in asdict(score).items()
+        }
+        for score in outcome.scores
+    ]
+    return ExtrapolationRecord(
+        step=outcome.step,
+        scores=tuple(PointScore(**score) for score in scores),
+        kept=outcome.kept,
+        policy_drift=None if drift is None else drift.policy_drift,
+    )
 
 
 @torch.no_grad()
@@ -171,8 +248,8 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
-def _like(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """A whole tensor laid out as the parameter is."""
+def _laid_out_as(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """A whole tensor on the device, or devices, of a parameter."""
     if isinstance(parameter, DTensor):
         placed = whole.to(parameter.to_local().device)
         return distribute_tensor(placed, parameter.device_mesh, parameter.placements)

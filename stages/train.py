@@ -1,41 +1,76 @@
 """The train stage: epochs over cached scores, until they are used up or the student has drifted.
 
-The trainer is never kept between rounds: a round starts from the policy folder and the optimizer
-state beside it, so an uninterrupted run and a resumed one are the same computation. Several devices
-are several processes of `stages.train_worker`, started by `stages.launch`.
+`train_here` is the whole of it, in reading order: open, measure, step and decide, publish. All
+decisions follow from sums over all processes, so every process takes the same ones; only the first
+process writes. Nothing is kept between rounds: a round starts from the policy folder and the
+optimizer moments beside it, so a run that was stopped is the same computation as one that was not.
 """
 
+import contextlib
+import json
 import logging
-import os
+import math
 import shutil
+import time
 import warnings
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch.loggers import Logger
+from lightning.fabric import Fabric
 
-from opd_stream.config import Config
+from opd_stream.batches import Batch
+from opd_stream.drift import DriftSums
 from opd_stream.errors import UserError
-from opd_stream.outcome import TrainOutcome
+from opd_stream.objectives import tolerates_staleness
+from opd_stream.outcome import (
+    DriftRecord,
+    EpochRecord,
+    PositionMeans,
+    StartDrift,
+    TrainedCounts,
+    TrainOutcome,
+    UnitRecord,
+    WindowAudit,
+)
+from opd_stream.schedule import learning_rate
+from opd_stream.staleness import (
+    Decision,
+    StalenessBounds,
+    beyond,
+    decide_epoch,
+    decide_jump,
+    decide_stop,
+    is_look_due,
+)
+from opd_stream.statistics import NAMES, by_position, drift_of, means, named
 from opd_stream.store.reader import ScoredRows
-from opd_stream.store.tree import load_tree, save_tree
+from opd_stream.store.tree import save_tree
 from stages.audit import audit
-from stages.clock import Clock
-from stages.data_module import BatchPlan, CacheDataModule
-from stages.extrapolate import Extrapolate, load_base, save_base
-from stages.keeper import Keeper
+from stages.cache_units import bounds_of
+from stages.extrapolate import Extrapolator, open_extrapolator, save_base
 from stages.launch import launch
+from stages.learner import Learner, measure_units, open_fabric, open_learner
 from stages.progress import Progress
-from stages.reward import open_reward
-from stages.student_model import load_student, save_student
-from stages.student_module import StudentModule
+from stages.student_model import save_student
+from stages.train_data import BatchPlan, Step, read_epoch
 from stages.train_job import TrainJob
-from stages.training_state import latest_checkpoint, load_weights, optimizer_state, weights
+from stages.train_state import (
+    Checkpoint,
+    Clock,
+    TrainState,
+    add_sums,
+    forget_metrics_from,
+    latest_checkpoint,
+    load_weights,
+    optimizer_state,
+    save_checkpoint,
+    trained_weights,
+    write_round_metrics,
+)
 
-OPTIMIZER = "optimizer"  # folder of the optimizer's state inside a policy
+OPTIMIZER = "optimizer"  # folder of the optimizer's moments inside a policy
 
 
 def train(job: TrainJob, progress: Progress) -> None:
@@ -49,154 +84,379 @@ def train(job: TrainJob, progress: Progress) -> None:
     if job.config.pools.trainer.devices > 1:
         launch(job, progress)
     else:
-        train_here(job, progress)
+        train_here(job, progress, open_fabric(job))
 
 
-def train_here(job: TrainJob, progress: Progress) -> None:
+def train_here(job: TrainJob, progress: Progress, fabric: Fabric) -> None:
     """The same in this process, which may be one of several."""
     _quiet()
-    settings, clock = job.config.train, Clock()
-    torch.set_num_threads(settings.threads)
-    rows, plan = job.rows(), job.plan()
-    resumed = latest_checkpoint(Path(job.scratch))
-    previous = None if job.optimizer_state is None else load_tree(Path(job.optimizer_state))
-    module = StudentModule(
-        partial(
-            load_student,
-            Path(job.base),
-            lora=settings.lora,
-            initial=Path(job.initial),
-            gradient_checkpointing=settings.gradient_checkpointing,
-            adapter=job.adapter,
-        ),
-        job.objectives(),
-        optimizer={
-            "lr": settings.learning_rate,
-            "betas": settings.betas,
-            "weight_decay": settings.weight_decay,
-        },
-        optimizer_state=previous if resumed is None else resumed["optimizer"],
-        clip_norm=settings.clip_norm,
-        merge_terminators=settings.guards.merge_terminators,
-        soft_clamp=settings.guards.soft_clamp,
-        weighting=job.weighting(),
-    )
-    is_first = os.environ.get("RANK", "0") == "0"
-    decision = audit(job) if is_first else None
-    extrapolate = _extrapolate(job, rows, plan)
-    keeper = Keeper(job, rows, plan, progress, extrapolate, clock)
-    if resumed is not None:
-        if extrapolate is not None:
-            extrapolate.load_state(resumed["extrapolation"])
-        keeper.load_state(resumed["keeper"])
-        module.mean_loss = resumed["mean_loss"]
-        module.load_weights_with(partial(load_weights, state=resumed["weights"]))
-    data = CacheDataModule(rows, plan, steps_done=keeper.steps)
-    trainer = lightning.Trainer(
-        max_epochs=job.config.staleness.max_epochs - data.first_epoch,
-        logger=_loggers(job),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        reload_dataloaders_every_n_epochs=1,
-        use_distributed_sampler=False,
-        precision="bf16-mixed" if settings.precision == "bf16-mixed" else "32-true",
-        callbacks=[keeper] if extrapolate is None else [extrapolate, keeper],
-        **_placement(job.config),
-    )
+    torch.set_num_threads(job.config.train.threads)
     with _memory_explained():
-        trainer.fit(module, data)
-    base = None if extrapolate is None else extrapolate.state()["base"]
-    spent: dict[str, Any] = {"window_decision": decision, "rows": len(rows), **clock.spent()}
-    _publish(job, module, trainer, keeper, base=base, spent=spent)
+        audited = audit(job) if fabric.is_global_zero else None
+        training = open_training(job, progress, fabric)
+        if training.state.start is None:
+            measure_start(training)
+        progress.start("train", training.planned_steps, training.state.steps)
+        while not training.state.is_over:
+            train_epoch(training)
+        publish(training, measure_end(training), audited)
 
 
-def _publish(
-    job: TrainJob,
-    module: StudentModule,
-    trainer: lightning.Trainer,
-    keeper: Keeper,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """A round in training."""
+
+    job: TrainJob
+    learner: Learner
+    state: TrainState  # of the learner
+    rows: ScoredRows
+    plan: BatchPlan
+    extrapolator: Extrapolator | None
+    bounds: StalenessBounds
+    progress: Progress
+    clock: Clock
+
+    @property
+    def fabric(self) -> Fabric:
+        return self.learner.fabric
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.plan.steps_per_epoch(len(self.rows))
+
+    @property
+    def planned_steps(self) -> int:
+        """Steps of the round if drift never stops it."""
+        return self.steps_per_epoch * self.bounds.max_epochs
+
+
+def open_training(job: TrainJob, progress: Progress, fabric: Fabric) -> Training:
+    """The round at its latest checkpoint, or at its start."""
+    clock, rows, plan = Clock(), job.rows(), job.plan()
+    checkpoint = latest_checkpoint(Path(job.scratch))
+    learner = open_learner(job, fabric, checkpoint)
+    clock.add_earlier(learner.state.seconds, learner.state.cpu_seconds)
+    training = Training(
+        job=job,
+        learner=learner,
+        state=learner.state,
+        rows=rows,
+        plan=plan,
+        extrapolator=open_extrapolator(
+            job, learner, rows, plan, None if checkpoint is None else checkpoint.base
+        ),
+        bounds=bounds_of(job.config),
+        progress=progress,
+        clock=clock,
+    )
+    if fabric.is_global_zero:
+        forget_metrics_from(Path(job.metrics), job.first_step + learner.state.steps)
+    return training
+
+
+def train_epoch(training: Training) -> None:
+    """Steps to the end of an epoch, or until drift stops it."""
+    state, fabric, epoch = training.state, training.fabric, len(training.state.epochs)
+    steps = read_epoch(
+        training.rows,
+        training.plan,
+        epoch,
+        skipped=state.steps - epoch * training.steps_per_epoch,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+    )
+    since = time.perf_counter()
+    for step in steps:
+        rate = rate_of_step(training)
+        sums, grad_norm = take_step(training, step, rate)
+        state.add(sums)
+        jump = None
+        if training.extrapolator is not None:
+            jump = training.extrapolator.after_step(step.number)
+        since, seconds = time.perf_counter(), time.perf_counter() - since
+        report_step(training, step, sums, rate=rate, grad_norm=grad_norm, seconds=seconds)
+        decision = decide(training, jump)
+        if decision is not None:
+            end_epoch(training, decision)
+        if state.steps % training.job.config.train.checkpoint_steps == 0:
+            checkpoint(training)
+        if decision is not None:
+            return
+
+
+def take_step(training: Training, step: Step, rate: float) -> tuple[dict[str, float], float]:
+    """One optimizer step: the sums over all its tokens, and the norm of its gradient.
+
+    Gradients are those of one mean over the tokens of the whole step, whatever the number of
+    micro-batches and processes. The objective needs `student_logprobs` of the sampled tokens
+    anyway; their difference to the cached `behavior_logprobs` is the policy drift, so staleness is
+    measured on every row at every step without another pass.
+
+    Raises:
+        UserError: the loss or its gradient is not finite.
+    """
+    learner, fabric = training.learner, training.fabric
+    torch.manual_seed(training.job.config.seed * 1_000_003 + step.number)  # dropout
+    for group in learner.optimizer.param_groups:
+        group["lr"] = rate
+    sums_S = torch.zeros(len(NAMES), dtype=torch.float64, device=fabric.device)
+    losses: list[tuple[Batch, torch.Tensor]] = []
+    for number, batch in enumerate(step.batches, start=1):
+        batch = batch.to(fabric.device)
+        is_last = number == len(step.batches)  # then gradients travel between processes
+        with fabric.autocast(), fabric.no_backward_sync(learner.model, enabled=not is_last):
+            found = learner.loss(batch, learner.model)
+            # Strategies average over processes; the loss is a sum over them.
+            fabric.backward(found.loss * fabric.world_size)
+        sums_S += found.sums
+        losses.append((batch, found.losses_N))
+    sums = named(fabric.all_reduce(sums_S, reduce_op="sum"))  # pyright: ignore
+    parameters = learner.parameters
+    if learner.weighting is not None and sums["drift_weight"] > 0:
+        mean_weight = sums["drift_weight"] / sums["tokens"]
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(mean_weight)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, training.job.config.train.clip_norm)
+    grad_norm = float(getattr(norm, "full_tensor", lambda: norm)())
+    if not math.isfinite(sums["loss"] + grad_norm):
+        raise UserError(_not_finite(step, losses))
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
+    return sums, grad_norm
+
+
+def rate_of_step(training: Training) -> float:
+    """The learning rate of the coming step."""
+    config = training.job.config
+    in_round = (training.state.steps + 0.5) / training.planned_steps
+    return learning_rate(
+        config.train.schedule,
+        peak=config.train.learning_rate,
+        warmup=config.train.warmup,
+        progress=(training.job.round_index + in_round) / config.rounds,
+    )
+
+
+def report_step(
+    training: Training,
+    step: Step,
+    sums: dict[str, float],
     *,
-    base: dict[str, torch.Tensor] | None,
-    spent: dict[str, Any],
+    rate: float,
+    grad_norm: float,
+    seconds: float,
 ) -> None:
-    """Write the policy; every process helps to gather it, the first one writes."""
-    assert module.student is not None
-    trained = weights(module.student)
-    state = optimizer_state(module.student, trainer.optimizers[0])
-    if not trainer.is_global_zero:
-        return
-    student = module.student
-    if job.config.pools.trainer.strategy == "fsdp2" and trainer.world_size > 1:
-        settings = job.config.train  # the sharded copy cannot be written as it is
-        student = load_student(
-            Path(job.base),
-            lora=settings.lora,
-            initial=Path(job.initial),
-            gradient_checkpointing=False,
-            adapter=job.adapter,
+    """A line of metrics.jsonl, the loggers, and progress."""
+    line = {
+        "round": training.job.round_index,
+        "epoch": len(training.state.epochs),
+        "step": step.number,
+        "learning_rate": rate,
+        "window_tokens": step.window_tokens,
+        "trained_tokens": int(sums["tokens"]),
+        "grad_norm": grad_norm,
+        **means(sums),
+        "seconds": round(seconds, 4),
+    }
+    if training.fabric.is_global_zero:
+        with Path(training.job.metrics).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    numbers = {name: value for name, value in line.items() if name not in ("round", "step")}
+    training.fabric.log_dict(numbers, step=step.number)
+    facts = {"window": step.window_tokens, "loss": line["loss"], "drift": line["policy_drift"]}
+    training.progress.advance("train", 1, line["trained_tokens"], **facts)
+
+
+def decide(training: Training, jump: DriftSums | None) -> Decision | None:
+    """After a step: whether these rows train on, where that is a question; None: they do.
+
+    It is one after an extrapolation (`jump` is the drift there), at the end of an epoch, and a few
+    times inside an epoch, of the rows since the last time.
+    """
+    state, bounds = training.state, training.bounds
+    if jump is not None and (stop := decide_jump(jump, bounds=bounds, floor=state.floor)):
+        return stop
+    place = state.steps % training.steps_per_epoch
+    if place == 0:
+        return decide_epoch(
+            drift_of(state.epoch_sums),
+            epochs_done=len(state.epochs) + 1,
+            bounds=bounds,
+            floor=state.floor,
         )
+    if not is_look_due(place, training.steps_per_epoch):
+        return None
+    recent, state.recent_sums = drift_of(state.recent_sums), {}
+    if tolerates_staleness(training.learner.objectives):
+        return None
+    return decide_stop(recent, bounds=bounds, floor=state.floor)
+
+
+def end_epoch(training: Training, decision: Decision) -> None:
+    """Record an epoch, whole or not, and what was decided."""
+    state = training.state
+    state.epochs.append(
+        EpochRecord(
+            epoch=len(state.epochs),
+            action=decision.action,
+            reason=decision.reason,
+            by_position=tuple(PositionMeans(**place) for place in by_position(state.epoch_sums)),
+            **means(state.epoch_sums),
+        )
+    )
+    state.epoch_sums, state.recent_sums = {}, {}
+    asked = training.job.is_gated or decision.action == "gated"
+    state.is_gated = asked or not training.bounds.gated_from
+
+
+def measure_start(training: Training) -> None:
+    """Before any training: sampler_gap, the floor of drift, drift of all rows, gate or not.
+
+    Raises:
+        UserError: the drift before training is above the bound, and the objective holds a reverse
+            KL, which on rows that another student wrote teaches for prefixes it does not write.
+    """
+    job, state, bounds = training.job, training.state, training.bounds
+    everything, fresh = dict[str, float](), dict[str, float]()
+    for (cache, _), sums in _measure(training).items():
+        add_sums(everything, sums)
+        if job.is_fresh and job.caches[cache].policy_version == job.round_index:
+            add_sums(fresh, sums)
+    unmoved = drift_of(fresh) if fresh else None  # only the engine is what differs
+    state.start = StartDrift(
+        tokens=int(everything["tokens"]),
+        policy_drift=drift_of(everything).policy_drift,
+        sampler_gap=None if unmoved is None else unmoved.absolute_mean,
+        floor=job.earlier_floor() if unmoved is None else unmoved.policy_drift,
+    )
+    drift = beyond(drift_of(everything), floor=state.floor)
+    state.is_gated = job.is_gated or drift >= bounds.gated_from
+    decided = bounds.max_policies or job.config.rollouts.ahead  # before the rows were taken
+    if decided or drift <= bounds.policy_drift:
+        return
+    if not tolerates_staleness(training.learner.objectives):
+        raise UserError(
+            f"the rollouts are stale: policy_drift {drift:.3f} before training, bound "
+            f"{bounds.policy_drift:g}, and the objective holds a reverse KL; generate and score "
+            "again, use a forward objective, or raise staleness.policy_drift"
+        )
+
+
+def measure_end(training: Training) -> tuple[UnitRecord, ...]:
+    """Each unit under the trained weights, for the next round to decide about it."""
+    job = training.job
+    if not training.bounds.max_policies or job.round_index == job.config.rounds - 1:
+        return ()
+    measured = _measure(training)
+    units: list[UnitRecord] = []
+    for number, cache in enumerate(job.caches):
+        for slot in cache.slots:
+            sums = measured.get((number, slot.unit), dict.fromkeys(NAMES, 0.0))
+            units.append(
+                UnitRecord(
+                    rollouts=cache.rollouts,
+                    scores=cache.scores,
+                    policy_version=cache.policy_version,
+                    made_in=cache.made_in,
+                    unit=slot.unit,
+                    first=slot.first,
+                    last=slot.last,
+                    drift=DriftRecord(**drift_of(sums).as_dict()),
+                    student_top_mass=means(sums)["student_top_mass"],
+                )
+            )
+    return tuple(units)
+
+
+def _measure(training: Training) -> dict[tuple[int, int], dict[str, float]]:
+    share = training.job.config.staleness.sample_share
+    return measure_units(training.learner, training.rows, training.plan, share=share)
+
+
+def checkpoint(training: Training) -> None:
+    """Write all that the rest of the round follows from; every process helps to gather it."""
+    learner, state = training.learner, training.state
+    state.seconds, state.cpu_seconds = training.clock.seconds, training.clock.cpu_seconds
+    whole = Checkpoint(
+        state=state,
+        weights=trained_weights(learner.student),
+        optimizer=optimizer_state(learner.student, learner.optimizer),
+        base=None if training.extrapolator is None else training.extrapolator.base(),
+    )
+    if training.fabric.is_global_zero:
+        save_checkpoint(Path(training.job.scratch), whole)
+
+
+def publish(training: Training, units: tuple[UnitRecord, ...], audited: WindowAudit | None) -> None:
+    """Write the policy; every process helps to gather it, the first one writes."""
+    job, learner, state = training.job, training.learner, training.state
+    trained = trained_weights(learner.student)
+    moments = optimizer_state(learner.student, learner.optimizer)
+    base = None if training.extrapolator is None else training.extrapolator.base()
+    if not training.fabric.is_global_zero:
+        return
+    for logger in training.fabric.loggers:
+        logger.finalize("success")
+    student = learner.student
+    if job.config.pools.trainer.strategy == "fsdp2" and training.fabric.world_size > 1:
+        student = job.load_student()  # the sharded copy cannot be written as it is
         load_weights(student, trained)
     policy = job.target()
     attempt = policy.new_attempt()
     save_student(student, trained, Path(job.base), attempt)
-    save_tree(state, attempt / OPTIMIZER)
+    save_tree(moments, attempt / OPTIMIZER)
     if base is not None:
         save_base(base, attempt)
-    keeper.write_round_metrics(attempt)
-    outcome = TrainOutcome.model_validate({**keeper.outcome(), **spent})
+    write_round_metrics(Path(job.metrics), job.round_index, attempt)
+    assert state.start is not None
+    outcome = TrainOutcome(
+        steps=state.steps,
+        rows=len(training.rows),
+        trained=TrainedCounts(**state.trained),
+        epochs=tuple(state.epochs),
+        start=state.start,
+        units=units,
+        extrapolations=tuple(state.extrapolations),
+        window_decision=audited,
+        processes=training.fabric.world_size,
+        made_by=job.made_by,
+        seconds=training.clock.seconds,
+        cpu_seconds=training.clock.cpu_seconds,
+    )
     policy.publish(attempt, outcome)
     shutil.rmtree(job.scratch, ignore_errors=True)
 
 
-def _extrapolate(job: TrainJob, rows: ScoredRows, plan: BatchPlan) -> Extrapolate | None:
-    settings = job.config.train.extrapolation
-    if settings is None:
-        return None
-    reward = None if settings.signal == "kl" else open_reward(job)
-    base = load_base(Path(job.base)) if job.is_continued else None
-    return Extrapolate(settings, rows, plan, reward, base)
+def _not_finite(step: Step, losses: list[tuple[Batch, torch.Tensor]]) -> str:
+    rows = sorted(
+        {
+            batch.names[row]
+            for batch, losses_N in losses
+            for row in batch.row_N[~losses_N.isfinite()].tolist()
+        }
+    )
+    where = f"rows {', '.join(rows[:8])}" if rows else "no row; the gradient is what is not"
+    return (
+        f"the loss of step {step.number} is not finite in {where}; the policy of the round "
+        "before is intact; lower train.learning_rate, or look at these rows' scores"
+    )
 
 
-def _placement(config: Config) -> dict[str, Any]:
-    pool, accelerator = config.pools.trainer, "cuda" if torch.cuda.is_available() else "cpu"
-    if pool.devices == 1:
-        return {"accelerator": accelerator, "devices": 1}
-    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-
-    strategy: Any = DDPStrategy()
-    if pool.strategy == "fsdp2":
-        strategy = ModelParallelStrategy(data_parallel_size=pool.devices, tensor_parallel_size=1)
-    return {"accelerator": accelerator, "devices": pool.devices, "strategy": strategy}
-
-
-def _loggers(job: TrainJob) -> list[Logger] | bool:
-    """Loggers beside the run's own files."""
-    folder, found = Path(job.metrics).parent, []
-    for name in job.config.train.loggers:
-        from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-
-        if name == "tensorboard":
-            found.append(TensorBoardLogger(folder, name=name, version=""))
-        else:
-            found.append(WandbLogger(name=folder.name, save_dir=folder, id=job.made_by))
-    return found or False
-
-
-class _memory_explained:
+@contextlib.contextmanager
+def _memory_explained() -> Iterator[None]:
     """Out of memory becomes a line that says which setting to change."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        text = str(error)
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())
         is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if is_memory or (isinstance(error, RuntimeError) and "can't allocate memory" in text):
-            raise UserError(
-                f"the memory does not suffice for a step ({' '.join(text.split())[:120]}); lower "
-                "train.tokens_per_microbatch, or set train.gradient_checkpointing=true"
-            ) from error
+        if not is_memory and "can't allocate memory" not in text:
+            raise
+        raise UserError(
+            f"the memory does not suffice for a step ({text[:120]}); lower "
+            "train.tokens_per_microbatch, or set train.gradient_checkpointing=true"
+        ) from error
 
 
 def _quiet() -> None:
@@ -204,7 +464,5 @@ def _quiet() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*treespec.*deprecated.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")

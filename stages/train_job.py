@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from opd_stream.config import Config
 from opd_stream.config.training import unserved_by_chunks
@@ -13,11 +14,12 @@ from opd_stream.store.policy import PolicyArtifact
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
+from opd_stream.store.tree import load_tree
 from opd_stream.weighting import DriftGate, Freshness, Weighting
 from opd_stream.windows import FixedWindow, Window, build_window
 from stages.cache_units import CacheUnits
-from stages.data_module import BatchPlan
-from stages.student_model import ADAPTER
+from stages.student_model import ADAPTER, StudentModel, load_student
+from stages.train_data import BatchPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,7 @@ class TrainJob:
 
     @property
     def is_continued(self) -> bool:
-        """Whether the round goes on from a policy of this run.
+        """Whether the round continues a policy of this run.
 
         The first student may be a policy of another run: what lies beside its weights is not ours.
         """
@@ -60,7 +62,7 @@ class TrainJob:
 
     @property
     def adapter(self) -> Path | None:
-        """Folder of the adapter that goes on, if there is one."""
+        """Folder of the adapter that is continued, if there is one."""
         is_ours = self.is_continued and self.config.train.lora is not None
         return Path(self.base) / ADAPTER if is_ours else None
 
@@ -97,6 +99,20 @@ class TrainJob:
     def store(self) -> Store:
         """Where the caches lie and the policy goes."""
         return Store(self.config.store, retry_timeout=self.config.store_seconds)
+
+    def load_student(self, *, gradient_checkpointing: bool = False) -> StudentModel:
+        """The student as the round starts with it."""
+        return load_student(
+            Path(self.base),
+            lora=self.config.train.lora,
+            initial=Path(self.initial),
+            gradient_checkpointing=gradient_checkpointing,
+            adapter=self.adapter,
+        )
+
+    def previous_moments(self) -> dict[str, Any] | None:
+        """Optimizer moments that the round before left, {parameter name: moments}."""
+        return None if self.optimizer_state is None else load_tree(Path(self.optimizer_state))
 
     def target(self) -> PolicyArtifact:
         """The policy to make."""

@@ -30,12 +30,14 @@ class _Reports:
 def main() -> int:
     """Train; exit code 2 after a mistake that the user can mend."""
     import torch.distributed as processes
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
+    from stages.learner import open_fabric
     from stages.train import train_here
 
     job = TrainJob.from_json(Path(sys.argv[1]).read_text())
     try:
-        train_here(job, _Reports())
+        train_here(job, _Reports(), open_fabric(job, TorchElasticEnvironment()))
         if processes.is_initialized():
             processes.barrier()  # the first one writes the policy while the others wait
     except UserError as error:

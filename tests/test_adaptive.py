@@ -15,9 +15,9 @@ from opd_stream.windows import FixedWindow
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from stages.audit import audited_parameters, segment_sketches
-from stages.data_module import BatchPlan, step_batches
 from stages.progress import Silent
 from stages.student_model import load_student
+from stages.train_data import BatchPlan, step_batches
 from tests.conftest import MODELS, small_config
 
 CANDIDATES = (64, 128)

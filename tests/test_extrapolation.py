@@ -21,9 +21,9 @@ from opd_stream.staleness import StalenessBounds, decide_jump
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from stages import extrapolate
-from stages.extrapolate import Extrapolate
-from stages.keeper import Keeper
+from stages.extrapolate import Extrapolator
 from stages.progress import Silent
+from stages.train_state import TrainState
 from tests.conftest import small_config
 
 
@@ -98,15 +98,15 @@ def test_a_round_with_a_score_that_is_not_finite_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, acceptance: str
 ) -> None:
     """The cached objective of every point but the first is NaN."""
-    found = Extrapolate._score
+    found = Extrapolator._score
     calls: list[int] = []
 
-    def score(self: Extrapolate, trainer: Any, module: Any, step: int) -> Score:
+    def score(self: Extrapolator, step: int) -> Score:
         calls.append(step)
-        kept = found(self, trainer, module, step)
+        kept = found(self, step)
         return kept if calls.count(step) == 1 else replace(kept, kl=math.nan)
 
-    monkeypatch.setattr(Extrapolate, "_score", score)
+    monkeypatch.setattr(Extrapolator, "_score", score)
     (report,) = jumped(tmp_path, f"acceptance: {acceptance}")
     assert [entry["kept"] for entry in report["extrapolations"]] == [0, 0]
     for entry in report["extrapolations"]:
@@ -120,7 +120,7 @@ def test_a_jump_to_where_nothing_is_finite_is_taken_back(
 ) -> None:
     """A reward cannot see it: all answers may be as wrong as before."""
     alike, better = iter(range(99)), Score(reward=0.0)
-    monkeypatch.setattr(Extrapolate, "_score", lambda *_: replace(better, reward=next(alike) / 99))
+    monkeypatch.setattr(Extrapolator, "_score", lambda *_: replace(better, reward=next(alike) / 99))
     lost = replace(shifted(0.1), k3=math.nan)
     monkeypatch.setattr(extrapolate, "drift_of", lambda _: lost)
     (report,) = jumped(tmp_path, "candidates: 2")
@@ -143,9 +143,9 @@ def test_a_round_goes_on_after_a_jump_below_the_bound_above_its_floor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, floor: float, steps: int
 ) -> None:
     better = iter(range(99))
-    monkeypatch.setattr(Extrapolate, "_score", lambda *_: Score(kl=float(next(better))))
-    monkeypatch.setattr(Extrapolate, "_drift", lambda *_: shifted(0.3))
-    monkeypatch.setattr(Keeper, "_floor", floor)
+    monkeypatch.setattr(Extrapolator, "_score", lambda *_: Score(kl=float(next(better))))
+    monkeypatch.setattr(Extrapolator, "_drift", lambda *_: shifted(0.3))
+    monkeypatch.setattr(TrainState, "floor", floor)
     bound, rate = "staleness.policy_drift=0.03", "train.learning_rate=1e-6"
     (report,) = jumped(tmp_path, "candidates: 1", bound, rate)
     assert report["steps"] == steps
@@ -159,9 +159,9 @@ def test_drift_after_a_jump_is_computed_as_the_floor_is(
     """In the trainer's precision: the drift of a jump is that of the same weights and rows."""
     seen: list[bool] = []
     drift = extrapolate.drift_of
-    sums = Extrapolate._sums
+    sums = Extrapolator._sums
 
-    def looked(self: Extrapolate, *asked: Any) -> dict[str, float]:
+    def looked(self: Extrapolator, *asked: Any) -> dict[str, float]:
         seen.append(torch.is_autocast_enabled("cpu"))
         return sums(self, *asked)
 
@@ -169,7 +169,7 @@ def test_drift_after_a_jump_is_computed_as_the_floor_is(
         assert seen[-1]
         return drift(found)
 
-    monkeypatch.setattr(Extrapolate, "_sums", looked)
+    monkeypatch.setattr(Extrapolator, "_sums", looked)
     monkeypatch.setattr(extrapolate, "drift_of", drift_of)
     (report,) = jumped(tmp_path, "candidates: 2", "train.precision=bf16-mixed")
     assert any(entry["kept"] for entry in report["extrapolations"])

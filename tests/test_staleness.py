@@ -25,7 +25,7 @@ from opd_stream.store.store import Store
 from opd_stream.types import ScoreBatch
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
-from stages import keeper
+from stages import train
 from stages.progress import Silent
 from stages.score import append_scores, stored_scores
 from tests.conftest import small_config
@@ -204,7 +204,7 @@ def test_units_kept_to_be_weighed_are_weighed_in_every_epoch(
     def decided(drift: DriftSums, *, epochs_done: int, **rest: Any) -> Decision:
         return Decision(action="train" if epochs_done == 1 else "regenerate", reason="told")
 
-    monkeypatch.setattr(keeper, "decide_epoch", decided)
+    monkeypatch.setattr(train, "decide_epoch", decided)
     settings = ("rounds=2", "staleness.max_epochs=2", "staleness.gated_from=1e-12")
     report = finished_run(tmp_path, *KEPT, *settings, "train.gate={blocks: 16}")[1]
     assert {decided["action"] for decided in report["unit_decisions"]} == {"gated"}

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
-from stages import clock, keeper
+from stages import train
 from stages.progress import Silent
 from tests.conftest import small_config
 
@@ -18,18 +18,15 @@ def test_seconds_up_to_the_checkpoint_are_counted(
 ) -> None:
     config = small_config(tmp_path, "rounds=1", "evaluation=null")
     directory = RunDirectory(tmp_path / "run")
-    saved, spent = keeper.Keeper._checkpoint, clock.Clock.spent
+    saved = train.checkpoint
 
-    def stop(self: Any, trainer: Any, module: Any) -> None:
-        saved(self, trainer, module)
+    def stop(training: Any) -> None:
+        training.clock.add_earlier(1000, 1000)
+        saved(training)
         raise KeyboardInterrupt
 
-    def late(self: clock.Clock) -> dict[str, float]:
-        return {name: seconds + 1000 for name, seconds in spent(self).items()}
-
-    monkeypatch.setattr(keeper.Keeper, "_checkpoint", stop)
-    monkeypatch.setattr(clock.Clock, "spent", late)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
+    monkeypatch.setattr(train, "checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):
         run(config, directory, Silent())
     monkeypatch.undo()
     run(config, directory, Silent())

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from opd_stream.errors import UserError
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
-from stages import keeper as keeper_module
-from stages.data_module import bucketed
+from stages import train as train_stage
+from stages.learner import Learner
 from stages.progress import Silent
-from stages.student_module import StudentModule
+from stages.train_data import bucketed
 from tests.conftest import MODELS, small_config
 
 TWO = ("pools.trainer.devices=2",)
@@ -37,6 +37,23 @@ def train(folder: Path, name: str, *overrides: str) -> dict[str, Any]:
     """Train on the collected scores in a run of its own."""
     settings = ("rounds=1", "evaluation=null", f"replay.run={folder / 'source'}", *overrides)
     return run(small_config(folder, *settings), RunDirectory(folder / name), Silent())
+
+
+def stopped_after(
+    steps: int, monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, *overrides: str
+) -> None:
+    """Train, and stop after the checkpoint of so many steps."""
+    saved = train_stage.checkpoint
+
+    def stop(training: train_stage.Training) -> None:
+        saved(training)
+        if training.state.steps == steps:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_stage, "checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, name, *overrides)
+    monkeypatch.undo()
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -104,21 +121,8 @@ def test_a_stopped_round_goes_on_with_another_number_of_processes(
     own = "train.betas=[0.9,0.96]"
     whole = train(collected, "unbroken", own, *TWO)
 
-    def stop_at(trainer: Any, *_: Any) -> None:
-        saved(keeper[0], trainer, *_)
-        raise KeyboardInterrupt
-
-    keeper: list[Any] = []
-    saved = keeper_module.Keeper._checkpoint
-    monkeypatch.setattr(
-        keeper_module.Keeper,
-        "_checkpoint",
-        lambda self, trainer, module: (keeper.append(self), stop_at(trainer, module)),
-    )
     own = "train.betas=[0.9,0.9600001]"
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        train(collected, "broken", own)
-    monkeypatch.undo()
+    stopped_after(1, monkeypatch, collected, "broken", own)
     assert 0 < len(lines(collected, "broken")) < whole["steps"]
     summary = train(collected, "broken", own, *TWO)
     assert summary["steps"] == whole["steps"]
@@ -193,15 +197,15 @@ def test_settings_train_and_lower_the_loss_or_say_why(
 def test_a_loss_that_is_not_finite_names_its_rows_and_leaves_no_policy(
     collected: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = StudentModule.loss
+    plain = Learner.loss
 
-    def poisoned(self: StudentModule, batch: Any) -> Any:
-        found = plain(self, batch)
+    def poisoned(self: Learner, batch: Any, model: Any = None) -> Any:
+        found = plain(self, batch, model)
         found.losses_N[batch.row_N == 0] = torch.nan
         found.sums[2:] = torch.nan
         return found
 
-    monkeypatch.setattr(StudentModule, "loss", poisoned)
+    monkeypatch.setattr(Learner, "loss", poisoned)
     with pytest.raises(UserError, match=r"not finite in rows .*ledger.*/\d.* is intact"):
         train(collected, "poisoned", "train.learning_rate=2e-3")
     assert not (collected / "poisoned" / "rounds" / "0000" / "report.json").exists()
@@ -210,10 +214,10 @@ def test_a_loss_that_is_not_finite_names_its_rows_and_leaves_no_policy(
 def test_memory_that_does_not_suffice_names_the_setting(
     collected: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: StudentModule, batch: Any) -> Any:
+    def full(self: Learner, batch: Any, model: Any = None) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(StudentModule, "loss", full)
+    monkeypatch.setattr(Learner, "loss", full)
     with pytest.raises(UserError, match=r"Tried to allocate.*tokens_per_microbatch"):
         train(collected, "full", "train.learning_rate=2.1e-3")
 
@@ -302,18 +306,8 @@ def test_a_stopped_extrapolating_round_goes_on_the_same_in_two_processes(
     rate = 1.3e-3 if strategy == "ddp" else 1.4e-3
     own = ("train.extrapolation={rows: 8}", "staleness.policy_drift=10")
     whole = train(collected, f"jump-{strategy}", *own, f"train.learning_rate={rate}")
-    saved = keeper_module.Keeper._checkpoint
-
-    def stop(self: Any, trainer: Any, module: Any) -> None:
-        saved(self, trainer, module)
-        if self.steps == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(keeper_module.Keeper, "_checkpoint", stop)
     again = (*own, f"train.learning_rate={rate + 1e-9}")
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        train(collected, f"jumped-{strategy}", *again)
-    monkeypatch.undo()
+    stopped_after(3, monkeypatch, collected, f"jumped-{strategy}", *again)
     placed = (*again, *TWO, f"pools.trainer.strategy={strategy}")
     summary = train(collected, f"jumped-{strategy}", *placed)
     assert summary["steps"] == whole["steps"]

@@ -7,9 +7,8 @@ step is the same rows whatever the number of processes: its micro-batches are de
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
-import lightning
 import torch
 
 from opd_stream.batches import Batch, collate
@@ -37,8 +36,11 @@ class BatchPlan:
     blocks: int | Literal["spans"] = 64  # of the drift gate
     newline_ids: tuple[int, ...] = ()
     staleness: tuple[int, ...] = ()  # of each cache: policies since it was written; none: 0
-
     same_tokens_only: bool = False  # of a teacher with another tokenizer
+
+    def steps_per_epoch(self, rows: int) -> int:
+        """Optimizer steps of an epoch over so many rows."""
+        return -(-rows // self.rows_per_step)
 
     def used(self, row: ScoredRow) -> ScoredRow:
         """What of a row trains, of its candidates and tokens."""
@@ -111,62 +113,23 @@ def step_batches(
     return batches
 
 
-class CacheDataModule(lightning.LightningDataModule):
-    """One round's scored rows; a new loader for each epoch."""
-
-    def __init__(self, rows: ScoredRows, plan: BatchPlan, *, steps_done: int = 0) -> None:
-        super().__init__()
-        self.rows, self.plan = rows, plan
-        self.first_epoch, self._skipped = divmod(steps_done, len(plan.epoch_steps(len(rows), 0)))
-
-    def train_dataloader(self) -> "EpochLoader":
-        assert self.trainer is not None
-        loader = EpochLoader(
-            self.rows,
-            self.plan,
-            self.first_epoch + self.trainer.current_epoch,
-            skipped=self._skipped if self.trainer.current_epoch == 0 else 0,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+def read_epoch(
+    rows: ScoredRows,
+    plan: BatchPlan,
+    epoch: int,
+    *,
+    skipped: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Step]:
+    """The steps of an epoch, without the first ones, as one of `world_size` processes does them."""
+    steps = plan.epoch_steps(len(rows), epoch)
+    first = plan.first_step + epoch * len(steps) + skipped
+    ahead = rows.ahead([position for step in steps[skipped:] for position in step])
+    for number, step in enumerate(steps[skipped:], start=first):
+        chosen = [plan.used(row) for row in islice(ahead, len(step))]
+        yield Step(
+            number=number,
+            window_tokens=window_tokens(plan.window, number),
+            batches=step_batches(chosen, plan, number, rank=rank, world_size=world_size),
         )
-        return loader
-
-    def transfer_batch_to_device(
-        self, batch: Any, device: torch.device, dataloader_idx: int
-    ) -> Step:
-        return replace(batch, batches=[part.to(device) for part in batch.batches])
-
-
-class EpochLoader:
-    """The steps of an epoch, from a position on."""
-
-    def __init__(
-        self,
-        rows: ScoredRows,
-        plan: BatchPlan,
-        epoch: int,
-        *,
-        skipped: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self._rows, self._plan, self._epoch, self._skipped = rows, plan, epoch, skipped
-        self._rank, self._world_size = rank, world_size
-        self._steps = plan.epoch_steps(len(rows), epoch)
-
-    def __len__(self) -> int:
-        return len(self._steps) - self._skipped
-
-    def __iter__(self) -> Iterator[Step]:
-        todo = self._steps[self._skipped :]
-        first = self._plan.first_step + self._epoch * len(self._steps) + self._skipped
-        rows = self._rows.ahead([position for step in todo for position in step])
-        for number, step in enumerate(todo, start=first):
-            chosen = [self._plan.used(row) for row in islice(rows, len(step))]
-            yield Step(
-                number=number,
-                window_tokens=window_tokens(self._plan.window, number),
-                batches=step_batches(
-                    chosen, self._plan, number, rank=self._rank, world_size=self._world_size
-                ),
-            )

@@ -1,0 +1,195 @@
+"""A student set up for training: Fabric, the objectives, the optimizer, and the loss of a batch."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.loggers.logger import Logger
+from lightning.fabric.plugins import ClusterEnvironment, MixedPrecision
+from lightning.fabric.strategies.ddp import DDPStrategy
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
+from lightning.fabric.strategies.strategy import Strategy
+
+from opd_stream.batch_loss import BatchLoss
+from opd_stream.batches import Batch, collate
+from opd_stream.objectives import Objective
+from opd_stream.statistics import NAMES, named
+from opd_stream.store.reader import ScoredRow, ScoredRows, epoch_order
+from opd_stream.weighting import Weighting
+from stages.student_model import StudentModel
+from stages.train_data import BatchPlan, bucketed
+from stages.train_job import TrainJob
+from stages.train_state import Checkpoint, TrainState, load_optimizer_state, load_weights
+
+SAMPLE_KEY = 0x5A3B1E  # of the rows of a unit that measure its drift
+LEAST_ROWS = 2  # of a unit
+UNCUT = 2**31  # a window that cuts nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learner:
+    """A student in training, on one process or as one of several."""
+
+    fabric: Fabric
+    student: StudentModel  # its parameters, perhaps sharded
+    model: Any  # the student as Fabric wraps it: its forward pass synchronises gradients
+    optimizer: torch.optim.Optimizer
+    objectives: tuple[Objective, ...]
+    weighting: Weighting | None
+    merge_terminators: bool
+    soft_clamp: float | None  # in mean losses of the step before
+    state: TrainState
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Those that train."""
+        return [p for p in self.student.parameters() if p.requires_grad]
+
+    def loss(self, batch: Batch, model: Any = None) -> BatchLoss:
+        """Loss of a micro-batch under the current weights.
+
+        Args:
+            batch: on the learner's device.
+            model: the student to use, `Learner.model` for a step that trains; None: the plain one.
+        """
+        limit = None
+        if self.soft_clamp is not None and self.state.mean_loss is not None:
+            limit = self.soft_clamp * self.state.mean_loss
+        return (model or self.student)(
+            batch,
+            self.objectives,
+            merge_terminators=self.merge_terminators,
+            limit=limit,
+            weighting=self.weighting if self.state.is_gated else None,
+        )
+
+    @torch.no_grad()
+    def sums(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Sums (`opd_stream.statistics.NAMES`) of batches under the current weights."""
+        device = self.fabric.device
+        total = torch.zeros(len(NAMES), dtype=torch.float64, device=device)
+        for batch in batches:
+            total += self.loss(batch.to(device)).sums
+        return named(total)
+
+
+def open_fabric(job: TrainJob, environment: ClusterEnvironment | None = None) -> Fabric:
+    """Devices, precision and loggers as the config says.
+
+    Args:
+        job: the round.
+        environment: of one of several processes that were started together; None: the only one.
+    """
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    strategy: Strategy | str = "auto"
+    plugins: list[Any] = []
+    if environment is not None:
+        plugins.append(environment)
+        strategy = DDPStrategy()
+        if job.config.pools.trainer.strategy == "fsdp2":
+            size = environment.world_size()
+            strategy = ModelParallelStrategy(
+                _shard, data_parallel_size=size, tensor_parallel_size=1
+            )
+    if job.config.train.precision == "bf16-mixed":
+        plugins.append(_MixedPrecision("bf16-mixed", accelerator))
+    fabric = Fabric(
+        accelerator=accelerator,
+        strategy=strategy,
+        devices=job.config.pools.trainer.devices,
+        plugins=plugins,
+        loggers=_loggers(job),
+    )
+    fabric.launch()
+    return fabric
+
+
+def open_learner(job: TrainJob, fabric: Fabric, checkpoint: Checkpoint | None) -> Learner:
+    """The student, from a checkpoint of the round or from the policy that the round starts from."""
+    settings = job.config.train
+    student = job.load_student(gradient_checkpointing=settings.gradient_checkpointing)
+    model = fabric.setup_module(student)
+    if checkpoint is not None:
+        load_weights(student, checkpoint.weights)
+    optimizer = torch.optim.AdamW(
+        [p for p in student.parameters() if p.requires_grad],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    moments = job.previous_moments() if checkpoint is None else checkpoint.optimizer
+    if moments is not None:
+        load_optimizer_state(student, optimizer, moments)
+    return Learner(
+        fabric=fabric,
+        student=student,
+        model=model,
+        optimizer=optimizer,
+        objectives=job.objectives(),
+        weighting=job.weighting(),
+        merge_terminators=settings.guards.merge_terminators,
+        soft_clamp=settings.guards.soft_clamp,
+        state=TrainState() if checkpoint is None else checkpoint.state,
+    )
+
+
+def measure_units(
+    learner: Learner, rows: ScoredRows, plan: BatchPlan, *, share: float
+) -> dict[tuple[int, int], dict[str, float]]:
+    """Sums of a sample of the rows of each (cache, unit), in the precision of a training step.
+
+    The sample is a function of the plan's seed and of the unit's size, so the rows measured at the
+    end of a round are those of the start of the next. All that is stored of a row counts, whatever
+    the window. Every process of a sharded model takes part.
+    """
+    learner.student.eval()
+    sums: dict[tuple[int, int], dict[str, float]] = {}
+    for (cache, unit), positions in rows.positions_by_unit().items():
+        order = epoch_order(len(positions), (plan.seed, SAMPLE_KEY + unit))
+        size = max(LEAST_ROWS, round(share * len(positions)))
+        chosen = [rows[positions[place]] for place in order[:size].tolist()]
+        with learner.fabric.autocast():
+            sums[cache, unit] = learner.sums(_whole_batches(chosen, plan))
+    learner.student.train()
+    return sums
+
+
+def _whole_batches(rows: list[ScoredRow], plan: BatchPlan) -> Iterator[Batch]:
+    lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
+    for group in bucketed(lengths, budget=plan.tokens_per_microbatch):
+        chosen = [plan.used(rows[place]) for place in group]
+        yield collate(chosen, window_tokens=UNCUT, masked_ids=plan.masked_ids)
+
+
+def _shard(student: StudentModel, mesh: Any) -> StudentModel:
+    student.shard(mesh["data_parallel"])
+    return student
+
+
+class _MixedPrecision(MixedPrecision):
+    """Autocast alone: cached log-probabilities stay float32, and measured sums float64."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+    def convert_output(self, data: Any) -> Any:
+        return data
+
+
+def _loggers(job: TrainJob) -> list[Logger]:
+    """Loggers beside the run's own files."""
+    folder, found = Path(job.metrics).parent, list[Logger]()
+    for name in job.config.train.loggers:
+        if name == "tensorboard":
+            from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+
+            found.append(TensorBoardLogger(folder, name=name, version=""))
+        else:
+            from lightning.pytorch.loggers import WandbLogger
+
+            found.append(WandbLogger(name=folder.name, save_dir=folder, id=job.made_by))
+    return found

@@ -1,0 +1,207 @@
+"""What a round's training leaves on disk while it runs, so that any number of processes can resume.
+
+A checkpoint is a folder `STEPS/` with the state of the loop, weights, and optimizer moments. They
+are gathered to whole tensors by parameter name before they are written, so a run may resume with
+another number of processes or another strategy.
+"""
+
+import csv
+import io
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from opd_stream.outcome import EpochRecord, ExtrapolationRecord, StartDrift
+from opd_stream.store.files import publish, sync_tree
+from opd_stream.store.tree import load_tree, save_tree
+
+COUNTED = ("tokens", "row_tokens", "row_pairs")  # sums the cost of training follows from
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class TrainState(BaseModel):
+    """The loop's state; every process computes the same one from all-reduced sums.
+
+    Sums are those of `opd_stream.statistics.NAMES`.
+    """
+
+    steps: int = 0  # optimizer steps of this round
+    trained: dict[str, float] = dict.fromkeys(COUNTED, 0.0)
+    start: StartDrift | None = None  # None: not measured yet
+    is_gated: bool = True  # drift weighs tokens
+    mean_loss: float | None = None  # of the step before, for the soft clamp
+    epoch_sums: dict[str, float] = {}
+    recent_sums: dict[str, float] = {}  # since the latest look at drift
+    epochs: list[EpochRecord] = []
+    extrapolations: list[ExtrapolationRecord] = []
+    seconds: float = 0.0  # of training, over all calls, up to the checkpoint
+    cpu_seconds: float = 0.0
+
+    @property
+    def floor(self) -> float:
+        """policy_drift of the latest rows that were fresh, of this round or an earlier one."""
+        return 0.0 if self.start is None else self.start.floor or 0.0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether these rows train no further."""
+        return bool(self.epochs) and self.epochs[-1].action in ("regenerate", "stop")
+
+    def add(self, sums: Mapping[str, float]) -> None:
+        """Count an optimizer step."""
+        self.steps += 1
+        self.mean_loss = sums["loss"] / max(sums["tokens"], 1.0)
+        add_sums(self.epoch_sums, sums)
+        add_sums(self.recent_sums, sums)
+        for name in COUNTED:
+            self.trained[name] += sums[name]
+
+
+def add_sums(total: dict[str, float], sums: Mapping[str, float]) -> None:
+    """Add sums to a total, name by name."""
+    for name, value in sums.items():
+        total[name] = total.get(name, 0.0) + value
+
+
+class Clock:
+    """Seconds of a round's training, over all calls that did a part of it."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.time(), time.process_time()
+
+    def add_earlier(self, seconds: float, cpu_seconds: float) -> None:
+        """Count what earlier calls had spent."""
+        self._wall -= seconds
+        self._cpu -= cpu_seconds
+
+    @property
+    def seconds(self) -> float:
+        """Wall time."""
+        return round(time.time() - self._wall, 3)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of this process."""
+        return round(time.process_time() - self._cpu, 3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """Everything that the rest of a round follows from."""
+
+    state: TrainState
+    weights: dict[str, torch.Tensor]  # that are trained
+    optimizer: dict[str, Any]  # {parameter name: moments}
+    base: dict[str, torch.Tensor] | None  # of the next extrapolation
+
+
+def save_checkpoint(scratch: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint, named by the steps of the round; it appears whole, earlier ones go."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    target = scratch / f"{checkpoint.state.steps:08d}"
+    temporary = scratch / f".{target.name}.{uuid.uuid4().hex}.tmp"
+    tree = {
+        "state": checkpoint.state.model_dump(),
+        "weights": checkpoint.weights,
+        "optimizer": checkpoint.optimizer,
+        "base": checkpoint.base,
+    }
+    save_tree(tree, temporary)
+    sync_tree(temporary)
+    temporary.rename(target)
+    for older in _checkpoints(scratch)[:-1]:
+        shutil.rmtree(older, ignore_errors=True)
+
+
+def latest_checkpoint(scratch: Path) -> Checkpoint | None:
+    """The checkpoint to resume from, if there is one."""
+    found = _checkpoints(scratch)
+    if not found:
+        return None
+    tree = load_tree(found[-1])
+    state, base = tree.get("state"), tree.get("base")
+    if state is None:  # written before version 0.2
+        jumps = tree["extrapolation"] or {"base": None, "done": []}
+        base, old = jumps["base"], tree["keeper"]
+        state = {**old, **old.get("spent", {}), "epochs": old["decisions"]}
+        state |= {"mean_loss": tree["mean_loss"], "extrapolations": jumps["done"]}
+    return Checkpoint(
+        state=TrainState.model_validate(state),
+        weights=tree["weights"],
+        optimizer=tree["optimizer"],
+        base=base,
+    )
+
+
+def _checkpoints(scratch: Path) -> list[Path]:
+    return sorted(path for path in scratch.glob("[0-9]*") if path.is_dir())
+
+
+def optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """{parameter name: moments}; every process takes part, the first one gets the tensors."""
+    return get_optimizer_state_dict(model, optimizer, options=_WHOLE).get("state", {})  # pyright: ignore
+
+
+def load_optimizer_state(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Continue with moments that were saved before; settings stay those of the optimizer."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [
+        {**group, "params": [names[parameter] for parameter in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    whole: dict[str, Any] = {"state": state, "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer, whole, options=_WHOLE)
+
+
+def trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights that are trained; every process takes part, the first one gets the tensors."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(model, options=options)  # pyright: ignore[reportReturnType]
+
+
+def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Put saved weights back."""
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, state, options=options)  # pyright: ignore[reportArgumentType]
+
+
+def forget_metrics_from(metrics: Path, step: int) -> None:
+    """Remove the lines of steps that will be done again."""
+    if not metrics.exists():
+        return
+    kept = [
+        line
+        for line in metrics.read_text().splitlines(keepends=True)
+        if line.endswith("\n") and json.loads(line)["step"] < step
+    ]
+    publish(metrics, "".join(kept).encode())
+
+
+def write_round_metrics(metrics: Path, round_index: int, folder: Path) -> None:
+    """The lines of a round beside its policy, and those of the run as a table beside them."""
+    lines = metrics.read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines]
+    own = [line for line, row in zip(lines, rows, strict=True) if row["round"] == round_index]
+    publish(folder / "metrics.jsonl", "".join(own).encode())
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    publish(metrics.with_suffix(".csv"), text.getvalue().encode())
