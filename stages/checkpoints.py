@@ -29,12 +29,17 @@ class Checkpoint:
 
     def terminators(self) -> tuple[int, ...]:
         """The ids that end a text, from the generation config and the model config."""
-        found: set[int] = set()
+        return tuple(sorted(set().union(*self.declared_terminators().values())))
+
+    def declared_terminators(self) -> dict[str, frozenset[int]]:
+        """File -> the ids that it names as ends of a text, of files that name any."""
+        found: dict[str, frozenset[int]] = {}
         for name in ("generation_config.json", "config.json"):
             path = self.folder / name
             value = read_json(path).get("eos_token_id") if path.exists() else None
-            found |= set(value if isinstance(value, list) else [] if value is None else [value])
-        return tuple(sorted(found))
+            if value is not None and value != []:
+                found[name] = frozenset(value if isinstance(value, list) else [value])
+        return found
 
     def vocab_size(self) -> int:
         """Number of logits."""
@@ -69,6 +74,32 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, *, aligns: bool = False
             f"student {student.folder} names no eos_token_id; expected one in "
             "generation_config.json or config.json; add it"
         )
+
+
+def weight_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name -> shape of every tensor of a checkpoint, read off the headers of its files.
+
+    Raises:
+        UserError: a file is missing, cut off, or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    listed = set(read_json(index)["weight_map"].values()) if index.exists() else set()
+    shapes: dict[str, list[int]] = {}
+    for name in sorted(listed or {path.name for path in folder.glob("*.safetensors")}):
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{index} lists {name}, which is not there; copy the checkpoint again")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                shapes |= {key: file.get_slice(key).get_shape() for key in list(file.keys())}
+        except SafetensorError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{path} is no whole safetensors file ({reason}); copy the checkpoint again"
+            ) from error
+    return shapes
 
 
 @lru_cache(maxsize=8)

@@ -1,46 +1,40 @@
 """The doctor: a healthy config passes, and each planted fault is found by its own check."""
 
 import json
+import os
 import shutil
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from opd_stream.config import Config
+from opd_stream.engines import sampling, transformers_engine
 from opd_stream.engines.transformers_engine import TransformersEngine
-from pipeline import live
+from opd_stream.store.artifact import Artifact, DamagedUnit
+from opd_stream.store.store import Store
+from opd_stream.types import ScoreBatch
+from pipeline import console
 from pipeline.cli import app
-from pipeline.doctor import cached, devices, models, packages, places, prompts, screen, trial
-from pipeline.doctor.devices import Gpu, Machine
-from pipeline.doctor.examination import SETUP, examine
-from pipeline.doctor.findings import Check, Finding, Report
+from pipeline.doctor import findings, inputs, machine, trial
+from pipeline.doctor.examination import CHECKS, examine
+from pipeline.doctor.findings import Finding, Report, Screen
+from pipeline.doctor.machine import Gpu, Machine
+from pipeline.doctor.subject import Check, Subject
+from pipeline.rounds import run
+from pipeline.run_directory import RunDirectory
+from stages.progress import Silent
 from tests.conftest import MODELS, small_config
 
-CHECKS = [
-    packages.PACKAGES,
-    places.STORE,
-    places.DISK,
-    models.WEIGHTS,
-    models.TOKENIZERS,
-    models.TERMINATORS,
-    models.TEMPLATES,
-    prompts.PROMPTS,
-    prompts.ANSWERS,
-    prompts.CONTEXT,
-    devices.DEVICES,
-    devices.PRECISION,
-    devices.MEMORY,
-    SETUP,
-    trial.SELF,
-    trial.SAMPLER,
-    cached.CACHED,
-]
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 SMALL_GPU = Gpu(name="Tesla T4", bytes=16_000_000_000, capability=(7, 5))
 ONE_ROLE = 7_000_000  # bytes: training of the small model fits, and both engines beside it do not
@@ -55,7 +49,6 @@ def only(report: Report, level: str, check: Check) -> Finding:
     """The one finding of a level; there is no other trouble."""
     (found,) = [finding for finding in report.findings if finding.level != "ok"]
     assert (found.level, found.check) == (level, check.name), found
-    assert found.todo
     assert report.may_start == (level != "error")
     return found
 
@@ -103,24 +96,24 @@ def test_another_tokenizer(tmp_path: Path) -> None:
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
     teacher = changed_model(tmp_path, "ledger-teacher", other)
-    found = only(quick(tmp_path, f"teacher.path={teacher}"), "error", models.TOKENIZERS)
+    found = only(quick(tmp_path, f"teacher.path={teacher}"), "error", inputs.tokenizers)
     assert "different tokenizers" in found.found
 
 
 def test_heads_of_different_sizes(tmp_path: Path) -> None:
     teacher = changed_model(tmp_path, "ledger-teacher", with_json("config.json", vocab_size=640))
-    found = only(quick(tmp_path, f"teacher.path={teacher}"), "warning", models.TOKENIZERS)
+    found = only(quick(tmp_path, f"teacher.path={teacher}"), "warning", inputs.tokenizers)
     assert "logits for 606 ids, the teacher for 640" in found.found
 
 
 def test_the_teacher_ends_with_another_token(tmp_path: Path) -> None:
     teacher = changed_model(tmp_path, "ledger-teacher", with_terminator(5))
     where = f"teacher.path={teacher}"
-    found = only(quick(tmp_path, where), "warning", models.TERMINATORS)
+    found = only(quick(tmp_path, where), "warning", inputs.terminators)
     assert "student ends with 1" in found.found
     assert "teacher with 5" in found.found
     unmerged = quick(tmp_path, where, "train.guards.merge_terminators=false")
-    only(unmerged, "error", models.TERMINATORS)
+    only(unmerged, "error", inputs.terminators)
 
 
 def test_files_of_a_model_that_name_different_ends(tmp_path: Path) -> None:
@@ -157,7 +150,7 @@ def test_chat_templates_that_differ(tmp_path: Path) -> None:
     teacher = changed_model(tmp_path, "ledger-teacher", chat(CHAT.replace("<", "[") + "<eos>"))
     models_of = (f"student.path={student}", f"teacher.path={teacher}")
     report = quick(tmp_path, *models_of, "prompts.template={kind: chat}")
-    assert "write the same turns differently" in only(report, "warning", models.TEMPLATES).found
+    assert "write the same turns differently" in only(report, "warning", inputs.templates).found
 
 
 def test_a_turn_that_ends_without_a_terminator(tmp_path: Path) -> None:
@@ -165,14 +158,14 @@ def test_a_turn_that_ends_without_a_terminator(tmp_path: Path) -> None:
     where = [changed_model(tmp_path, f"ledger-{role}", chat) for role in ("student", "teacher")]
     paths = (f"student.path={where[0]}", f"teacher.path={where[1]}")
     report = quick(tmp_path, *paths, "prompts.template={kind: chat}")
-    assert "none of the ids the run stops on" in only(report, "warning", models.TEMPLATES).found
+    assert "none of the ids the run stops on" in only(report, "warning", inputs.templates).found
 
 
 def test_a_context_that_is_too_short(tmp_path: Path) -> None:
     teacher = changed_model(
         tmp_path, "ledger-teacher", with_json("config.json", max_position_embeddings=100)
     )
-    found = only(quick(tmp_path, f"teacher.path={teacher}"), "error", prompts.CONTEXT)
+    found = only(quick(tmp_path, f"teacher.path={teacher}"), "error", inputs.context)
     assert "the teacher reads 100" in found.found
 
 
@@ -189,7 +182,7 @@ def test_a_checkpoint_that_is_cut_off(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-1000])
 
     teacher = changed_model(tmp_path, "ledger-teacher", cut)
-    found = only(quick(tmp_path, f"teacher.path={teacher}"), "error", models.WEIGHTS)
+    found = only(quick(tmp_path, f"teacher.path={teacher}"), "error", inputs.weights)
     assert "no whole safetensors file" in found.found
 
 
@@ -198,14 +191,14 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 0))
     report = quick(tmp_path)
     assert {f.check for f in report.findings if f.level == "error"} == {"disk"}
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 9_200_000))
-    found = only(quick(tmp_path, "rollouts.samples_per_prompt=64"), "warning", places.DISK)
-    assert "9.2 MB free" in found.found
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 19_500_000))
+    found = only(quick(tmp_path, "rollouts.samples_per_prompt=64"), "warning", machine.disk)
+    assert "19.5 MB free" in found.found
 
 
 def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    found = only(quick(tmp_path, f"store={tmp_path / 'file' / 'store'}"), "error", places.STORE)
+    found = only(quick(tmp_path, f"store={tmp_path / 'file' / 'store'}"), "error", machine.store)
     assert "cannot write" in found.found
 
 
@@ -215,43 +208,43 @@ def test_prompts_that_are_not_there(tmp_path: Path) -> None:
     found = [f for f in report.findings if f.check == "prompts" and f.level == "error"]
     assert "holds no prompts" in found[0].found
     absent = quick(tmp_path, "prompts={kind: jsonl, path: nowhere.jsonl}")
-    assert "does not exist" in only(absent, "error", prompts.PROMPTS).found
+    assert "does not exist" in only(absent, "error", inputs.prompts).found
     few = quick(tmp_path, "prompts.count=4")
-    assert "there are 4 prompts" in only(few, "error", prompts.PROMPTS).found
+    assert "there are 4 prompts" in only(few, "error", inputs.prompts).found
 
 
 def test_missing_answers_and_answers_the_judge_cannot_read(tmp_path: Path) -> None:
     path = jsonl(tmp_path, [{"prompt": "1 + 1?", "answer": "two"}])
     source = f"kind: jsonl, path: {path}"
-    found = only(quick(tmp_path, f"evaluation.prompts={{{source}}}"), "error", prompts.ANSWERS)
+    found = only(quick(tmp_path, f"evaluation.prompts={{{source}}}"), "error", inputs.answers)
     assert "1 of 1 prompts have no reference answer" in found.found
     read = (
         f"evaluation.prompts={{{source}, answer_field: answer}}",
         "evaluation.judge.kind=ledger",
     )
-    assert "are wrong answers" in only(quick(tmp_path, *read), "error", prompts.ANSWERS).found
+    assert "are wrong answers" in only(quick(tmp_path, *read), "error", inputs.answers).found
 
 
 def test_evaluation_on_training_prompts(tmp_path: Path) -> None:
-    found = only(quick(tmp_path, "evaluation.prompts.seed=11"), "warning", prompts.PROMPTS)
+    found = only(quick(tmp_path, "evaluation.prompts.seed=11"), "warning", inputs.prompts)
     assert "4 of 4 are training prompts too" in found.found
 
 
 def test_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages, "find_spec", lambda name: name != "ray" and find_spec(name))
+    monkeypatch.setattr(machine, "find_spec", lambda name: name != "ray" and find_spec(name))
     assert quick(tmp_path).may_start
-    found = only(quick(tmp_path, "executor=ray"), "error", packages.PACKAGES)
+    found = only(quick(tmp_path, "executor=ray"), "error", machine.packages)
     assert found.todo == "pip install ray"
 
 
 def test_a_package_in_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages, "version", lambda name: "4.57.1")
+    monkeypatch.setattr(machine, "version", lambda name: "4.57.1")
     report = quick(tmp_path)
     told = [f.found for f in report.findings if f.check == "packages" and f.level == "warning"]
     assert any(line.startswith("transformers is 4.57.1") for line in told)
 
 
-def machine(*gpus: Gpu, **fields: Any) -> Machine:
+def having(*gpus: Gpu, **fields: Any) -> Machine:
     plain = Machine(gpus=gpus, cpus=8, bytes=32_000_000_000, cpu_bfloat16=True)
     return replace(plain, **fields)
 
@@ -259,42 +252,41 @@ def machine(*gpus: Gpu, **fields: Any) -> Machine:
 @pytest.mark.parametrize(
     ("have", "overrides", "level", "check", "words"),
     [
-        (machine(), ["pools.teacher.gpus=1"], "error", "devices", "asks for 1 GPU"),
+        (having(), ["pools.teacher.gpus=1"], "error", "devices", "asks for 1 GPU"),
         (
-            machine(SMALL_GPU),
+            having(SMALL_GPU),
             ["executor=ray", "pools.teacher.gpus=1", "pools.student.gpus=1"],
             "error",
             "devices",
             "ask for 2 GPU together",
         ),
         (
-            machine(SMALL_GPU),
+            having(SMALL_GPU),
             ["executor=ray", "pools.teacher.accelerator=H100"],
             "error",
             "devices",
             "accelerator_type:H100",
         ),
         (
-            machine(),
+            having(),
             ["executor=ray", "pools.student.labels={pool: a}"],
             "error",
             "devices",
             "label",
         ),
-        (machine(SMALL_GPU), ["pools.trainer.devices=2"], "error", "devices", "has 1 GPU"),
-        (machine(), ["pools.trainer.strategy=fsdp2"], "warning", "devices", "one device"),
-        (machine(SMALL_GPU), ["teacher.dtype=bfloat16"], "warning", "precision", "Tesla T4"),
-        (machine(SMALL_GPU), ["train.precision=bf16-mixed"], "warning", "precision", "train.pre"),
+        (having(SMALL_GPU), ["pools.trainer.devices=2"], "error", "devices", "has 1 GPU"),
+        (having(SMALL_GPU), ["teacher.dtype=bfloat16"], "warning", "precision", "Tesla T4"),
+        (having(SMALL_GPU), ["train.precision=bf16-mixed"], "warning", "precision", "train.pre"),
         (
-            machine(cpu_bfloat16=False),
+            having(cpu_bfloat16=False),
             ["student.dtype=bfloat16"],
             "warning",
             "precision",
             "only emulates",
         ),
-        (machine(bytes=2_000_000), ["executor=local"], "error", "memory", "training"),
+        (having(bytes=2_000_000), ["executor=local"], "error", "memory", "training"),
         (
-            machine(replace(SMALL_GPU, bytes=ONE_ROLE)),
+            having(replace(SMALL_GPU, bytes=ONE_ROLE)),
             ["executor=local"],
             "error",
             "memory",
@@ -312,30 +304,30 @@ def test_devices_that_are_not_there(
     words: str,
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(devices, "this_machine", lambda: have)
+    monkeypatch.setattr(machine, "this_machine", lambda: have)
     found = [f for f in quick(tmp_path, *overrides).findings if f.level != "ok"]
     assert (level, check) in {(f.level, f.check) for f in found}
     assert any(words in f.found for f in found)
 
 
 def test_a_cluster_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def silent(config: Config) -> list[dict[str, Any]]:
+    def silent(pools: Any) -> bool:
         raise ConnectionError("no answer")
 
     monkeypatch.setenv("RAY_ADDRESS", "nowhere:6379")
-    monkeypatch.setattr(devices, "cluster_nodes", silent)
+    monkeypatch.setattr("stages.ray_stream.start_cluster", silent)
     config = small_config(tmp_path, "executor=ray", "teacher.engine=fake", "student.engine=fake")
     found = [f for f in examine(config, quick=False).findings if f.level == "error"]
     assert [f.check for f in found] == ["devices"]
     assert "nowhere:6379" in found[0].found
-    assert "pools" in examine(config, quick=True).not_checked
+    assert "does not ask the cluster" in examine(config, quick=True).not_checked["devices"]
 
 
 def test_what_a_run_refuses_is_found(tmp_path: Path) -> None:
-    found = only(quick(tmp_path, "scores.top_k=1000"), "error", SETUP)
+    found = only(quick(tmp_path, "scores.top_k=1000"), "error", inputs.setup)
     assert "scores.top_k is 1000" in found.found
     replay = quick(tmp_path, f"replay.run={tmp_path}")
-    assert "has no summary.json" in only(replay, "error", SETUP).found
+    assert "has no summary.json" in only(replay, "error", inputs.setup).found
 
 
 def test_the_command_says_it_in_lines_in_json_and_by_exit_code(tmp_path: Path) -> None:
@@ -363,37 +355,260 @@ def test_findings_are_written_as_they_are_known(
 ) -> None:
     before: list[str] = []
 
-    def looked_at_late(*_: Any) -> list[Finding]:
+    def looked_at_late(config: Config, folder: Path) -> tuple[Any, ...]:
         before.append(capsys.readouterr().out)
-        return [places.DISK.ok("room")]
+        return ()
 
-    monkeypatch.setattr(places, "disk", looked_at_late)
+    monkeypatch.setattr(machine, "disk_places", looked_at_late)
     small_config(tmp_path)
     command = ["doctor", str(tmp_path / "small.yaml"), "--quick"]
     app(command, standalone_mode=False)
-    after = capsys.readouterr()
     seen = {line.split()[1] for line in before[0].splitlines()}
     assert {"packages", "weights", "prompts", "memory"} <= seen
-    assert after.out.startswith("ok       disk")
-    assert after.err == ""  # no terminal: nothing moves
+    capsys.readouterr()
     app([*command, "--json"], standalone_mode=False)
     assert before[1] == ""
     assert json.loads(capsys.readouterr().out)["may_start"]
 
 
-def test_a_terminal_names_the_check_at_work(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_check_at_work_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
-    monkeypatch.setattr(live, "shows_bars", lambda: True)
-    with screen.Screen(as_json=False) as page:
-        page.begin(trial.SAMPLER)
-        page.found(places.DISK.ok("room"))
-        page.begin(trial.SELF)
-    told = capsys.readouterr()
-    assert told.out == "ok       disk                room\n"
-    assert told.err.index(trial.SAMPLER.name) < told.err.index(trial.SELF.name)
+    """On a terminal at once, elsewhere by a line when it takes its time."""
+    fine = machine.disk.ok("room")
+    with monkeypatch.context() as patched:
+        patched.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
+        patched.setattr(console, "shows_bars", lambda: True)
+        with Screen(as_json=False) as page:
+            page.begin("sampler")
+            page.found(fine)
+            page.begin("cached-scores")
+    said = capsys.readouterr()
+    assert said.out == "ok       disk                room\n"
+    assert said.err.index("sampler") < said.err.index("cached-scores")
+    monkeypatch.setattr(findings, "QUIET_SECONDS", 0)
+    caplog.set_level("INFO", "opd_stream")
+    with Screen(as_json=False) as page:
+        page.begin("sampler")
+        assert page._timer is not None
+        page._timer.join()
+    assert caplog.messages == ["checking sampler ..."]
 
 
-def test_columns_have_room_for_every_check() -> None:
-    assert max(len(check.name) for check in CHECKS) == screen.WIDTH
+def test_every_check_has_room_in_its_column_and_a_row_in_the_page() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "doctor.md").read_text()
+    assert max(len(check.name) for check in CHECKS) == findings.WIDTH
+    for check in CHECKS:
+        assert f"| `{check.name}` |" in page
+
+
+def with_other_weights(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = np.ascontiguousarray(tensors[name][::-1])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    """A finished round, and all checks on its config."""
+    folder = tmp_path_factory.mktemp("healthy")
+    config = small_config(folder)
+    first = config.model_copy(update={"rounds": 1, "evaluation": None})
+    run(first, RunDirectory(folder / "run"), Silent())
+    return folder, examine(config, quick=False)
+
+
+def test_a_healthy_config_passes_every_check(healthy: tuple[Path, Report]) -> None:
+    report = healthy[1]
+    assert [finding for finding in report.findings if finding.level != "ok"] == []
+    assert report.not_checked == {}
+    seen = {finding.check for finding in report.findings}
+    assert seen == {check.name for check in CHECKS}
+    assert any("scores/" in f.found for f in report.findings if f.check == "cached-scores")
+
+
+def first(check: Check, config: Config) -> Finding:
+    """What a check that loads models says first."""
+    return next(check.look(Subject(config, quick=False)))
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough tokens for a law; a judgement of temperatures takes more."""
+    monkeypatch.setattr(trial, "TOKENS", 16)
+    monkeypatch.setattr(trial, "gc", SimpleNamespace(collect=lambda: 0))  # room for the next model
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["scores.codec={kind: exact, dtype: float32}", "train.objective={kind: skew}"],
+        ["scores.codec={kind: compact, mass: 0.99}", "train.objective={kind: hybrid}"],
+        ["scores.codec={kind: sampled}", "train.objective={kind: drawn_forward}"],
+        ["train.objective=[{kind: lsm}, {kind: entropy_aware, threshold: 0}]"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+@pytest.mark.usefixtures("short")
+def test_the_teacher_agrees_with_itself(tmp_path: Path, overrides: list[str]) -> None:
+    config = small_config(tmp_path, *overrides)
+    assert first(trial.teacher_as_student, config).level == "ok"
+
+
+@pytest.mark.usefixtures("short")
+def test_scores_that_stand_one_token_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    score = TransformersEngine.score
+
+    def shifted(self: Any, *batch: Any, **asked: Any) -> ScoreBatch:
+        found = score(self, *batch, **asked)
+        rolled = tuple(np.roll(row, 1, axis=0) for row in found.teacher_top_logprobs)
+        return replace(found, teacher_top_logprobs=rolled)
+
+    monkeypatch.setattr(TransformersEngine, "score", shifted)
+    found = first(trial.teacher_as_student, small_config(tmp_path))
+    assert found.level == "error"
+
+
+@pytest.mark.usefixtures("short")
+def test_a_teacher_with_nan(tmp_path: Path) -> None:
+    def nan(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.nan)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    teacher = changed_model(tmp_path, "ledger-teacher", nan)
+    config = small_config(tmp_path, f"teacher.path={teacher}")
+    found = first(trial.teacher_as_student, config)
+    assert (found.level, found.check) == ("error", "teacher-as-student")
+    assert "not finite" in found.found
+
+
+def undecided(folder: Path) -> None:
+    """A student whose next token is never certain, as that of a larger model often is."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float16(0.25)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.usefixtures("short")
+def test_a_sampler_that_is_right(tmp_path: Path, temperature: float) -> None:
+    student = changed_model(tmp_path, "ledger-student", undecided)
+    where = (f"student.path={student}", f"rollouts.temperature={temperature}")
+    found = first(trial.sampler, small_config(tmp_path, *where))
+    assert found.level == ("warning" if temperature == 0.7 else "ok")
+
+
+def test_a_sampler_that_records_after_its_temperature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tempered(logits: torch.Tensor, numbers: torch.Tensor, temperature: float) -> Any:
+        return sampling.draw(logits / temperature, numbers, 1.0)
+
+    monkeypatch.setattr(transformers_engine, "draw", tempered)
+    found = first(trial.sampler, small_config(tmp_path, "rollouts.temperature=0.7"))
+    assert found.level == "error"
+    assert "differ from a forward pass" in found.found
+
+
+def test_a_sampler_at_another_temperature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cold(logits: torch.Tensor, numbers: torch.Tensor, temperature: float) -> Any:
+        return sampling.draw(logits, numbers, 0.7)
+
+    assert "too little to tell" in first(trial.sampler, small_config(tmp_path)).found
+    student = changed_model(tmp_path, "ledger-student", undecided)
+    monkeypatch.setattr(transformers_engine, "draw", cold)
+    found = first(trial.sampler, small_config(tmp_path, f"student.path={student}"))
+    assert found.level == "error"
+    assert "less surprising than at temperature 1" in found.found
+
+
+@pytest.fixture
+def copied(healthy: tuple[Path, Report], tmp_path: Path) -> Path:
+    """The store of the finished round, to damage."""
+    shutil.copytree(healthy[0] / "store", tmp_path / "store")
+    return tmp_path
+
+
+def on_cache(folder: Path, *overrides: str) -> Finding:
+    try:
+        return first(trial.cached_scores, small_config(folder, *overrides))
+    except DamagedUnit as error:
+        return trial.cached_scores.refused(error)
+
+
+def scores_of(folder: Path) -> Iterator[Artifact]:
+    store = Store(folder / "store")
+    for recipe in store.recipes("scores"):
+        yield store.artifact(recipe)
+
+
+def test_a_cache_in_which_bytes_changed(copied: Path) -> None:
+    for path in (copied / "store" / "scores").rglob("*.arrow"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    found = on_cache(copied)
+    assert found.level == "error"
+    assert "is damaged" in found.found
+
+
+def test_a_cache_with_other_values_and_honest_digests(copied: Path) -> None:
+    for scores in scores_of(copied):
+        for unit in list(scores.units()):
+            commit, table = scores.commit_record(unit), scores.read_unit(unit)
+            assert commit is not None
+            column = table["teacher_logprobs"].combine_chunks()
+            values = type(column).from_arrays(column.offsets, np.asarray(column.values) - 0.05)
+            place = table.schema.get_field_index("teacher_logprobs")
+            scores.invalidate(unit)
+            scores.commit(
+                unit,
+                table.set_column(place, table.schema.field(place), values),
+                counts=commit.counts,
+                source_sha256=commit.source_sha256,
+                skipped_rows=commit.skipped_rows,
+                fidelity=commit.fidelity,
+            )
+    found = on_cache(copied)
+    assert found.level == "error"
+    assert "cached and live differ by" in found.found
+
+
+def test_a_teacher_that_changed_since_the_cache(copied: Path) -> None:
+    teacher = changed_model(copied, "ledger-teacher", with_other_weights)
+    found = on_cache(copied, f"teacher.path={teacher}")
+    assert found.level == "warning"
+    assert "its weights, tokenizer or architecture are others" in found.found
+
+
+def test_a_teacher_that_changed_behind_its_remembered_digest(copied: Path) -> None:
+    teacher = changed_model(copied, "ledger-teacher", lambda _: None)
+    assert on_cache(copied, f"teacher.path={teacher}").level == "ok"
+    weights = teacher / "model.safetensors"
+    before = weights.stat()
+    with_other_weights(teacher)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    found = on_cache(copied, f"teacher.path={teacher}")
+    assert found.level == "error"
+    assert "cached and live differ by" in found.found
+
+
+def test_an_engine_that_changes_its_process_gets_its_own() -> None:
+    assert trial.in_own_process("transformers", os.getpid) == os.getpid()
+    assert trial.in_own_process("vllm", os.getpid) != os.getpid()
+
+
+def test_models_that_only_fit_in_16_bits_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = Gpu(name="small", bytes=1_700_000, capability=(9, 0))
+    monkeypatch.setattr(machine, "this_machine", lambda: having(small, small, small))
+    half = ("student.dtype=bfloat16", "teacher.dtype=bfloat16", "train.lora={}")
+    apart = ("executor=ray", "pools.student.gpus=1", "pools.teacher.gpus=1")
+    report = examine(small_config(tmp_path, *half, *apart), quick=False)
+    assert report.may_start
+    assert "does not fit here in float32" in report.not_checked["sampler"]

@@ -46,12 +46,14 @@ def doctor(
 ) -> None:
     """Say whether a config can run here and is set up right; exit code 1 if not."""
     from opd_stream.config_file import load_config
-    from pipeline.doctor.examination import examine
-    from pipeline.doctor.screen import Screen
+    from pipeline.doctor.findings import Screen
 
     settings = load_config(config, overrides or [])
     with Screen(as_json=as_json) as screen:
-        report = examine(settings, quick=quick, watcher=screen)
+        screen.begin("libraries")  # importing them takes seconds on a cold disk
+        from pipeline.doctor.examination import examine
+
+        report = examine(settings, quick=quick, screen=screen)
         screen.end(report)
     if not report.may_start:
         raise typer.Exit(1)

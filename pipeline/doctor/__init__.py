@@ -1,1 +1,1 @@
-"""Can a config run here, and is it set up right: asked before it costs money."""
+"""Whether a config can run here and is set up right: asked before it costs money."""

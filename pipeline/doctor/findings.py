@@ -1,9 +1,17 @@
-"""What a check says: one finding for each thing it looked at."""
+"""What the doctor says: findings as lines while they come, or as one JSON object at the end."""
 
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+import json
+import threading
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from pipeline.console import LOG, Live
 
 Level = Literal["ok", "warning", "error"]
+WIDTH = 18  # of the longest name of a check: lines are written before all names are known
+QUIET_SECONDS = 2.0  # without a terminal, a check that takes longer is named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,82 +19,35 @@ class Finding:
     """One thing that was looked at.
 
     Example:
-        >>> Finding(check="prompts", level="error", found="train.jsonl holds no prompts",
-        ...         why="nothing can be sampled", todo="check the file")
+        >>> Finding(check="prompts", level="error", found="2 prompts are training prompts too",
+        ...         why="pass@k should be of new ones", todo="take other prompts for evaluation")
     """
 
-    check: str
+    check: str  # name of the check
     level: Level
     found: str
     why: str  # it matters
-    todo: str  # empty where all is well
+    todo: (
+        str  # empty where all is well, and where `found` is the run's own line, which ends with it
+    )
+
+    def lines(self) -> list[str]:
+        """What was found; where that is not well, why it matters and what to do."""
+        lines = [f"{self.level:8} {self.check:{WIDTH}}  {self.found}"]
+        indent = " " * (WIDTH + 11)
+        if self.level != "ok":
+            lines.append(f"{indent}why: {self.why}")
+        if self.todo:
+            lines.append(f"{indent}do:  {self.todo}")
+        return lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """A family of findings that matter for one reason.
-
-    Example:
-        >>> Check(name="disk", why="a full disk stops the run").ok("12 GB free")
-    """
-
-    name: str
-    why: str
-
-    def ok(self, found: str) -> Finding:
-        """All is well."""
-        return Finding(check=self.name, level="ok", found=found, why=self.why, todo="")
-
-    def warning(self, found: str, todo: str) -> Finding:
-        """The run may start, and may not do what is meant."""
-        return Finding(check=self.name, level="warning", found=found, why=self.why, todo=todo)
-
-    def error(self, found: str, todo: str) -> Finding:
-        """The run should not start."""
-        return Finding(check=self.name, level="error", found=found, why=self.why, todo=todo)
-
-    def refused(self, error: Exception) -> Finding:
-        """What a run would refuse; its line ends with what to do."""
-        line = " ".join(str(error).split())
-        found, semicolon, todo = line.rpartition("; ")
-        return self.error(found, todo) if semicolon else self.error(line, "mend it, then ask again")
-
-
-class Watcher(Protocol):
-    """Is told of an examination while it goes on."""
-
-    def begin(self, check: Check) -> None:
-        """A check begins; it may have none, one or several findings."""
-        ...
-
-    def found(self, finding: Finding) -> None:
-        """One more thing is known."""
-        ...
-
-
-class Unwatched:
-    """Nobody looks before the examination is over."""
-
-    def begin(self, check: Check) -> None:
-        """A check begins."""
-
-    def found(self, finding: Finding) -> None:
-        """One more thing is known."""
-
-
-@dataclass(slots=True, kw_only=True)
 class Report:
     """All findings, and what could not be looked at."""
 
-    watcher: Watcher = field(default_factory=Unwatched, repr=False)
     findings: list[Finding] = field(default_factory=list)
     not_checked: dict[str, str] = field(default_factory=dict)  # check -> reason
-
-    def add(self, *findings: Finding) -> None:
-        """Keep findings, and tell of each."""
-        for finding in findings:
-            self.findings.append(finding)
-            self.watcher.found(finding)
 
     @property
     def may_start(self) -> bool:
@@ -96,3 +57,70 @@ class Report:
     def count(self, level: Level) -> int:
         """Findings of a level."""
         return sum(finding.level == level for finding in self.findings)
+
+    def has_error(self, check: str) -> bool:
+        """Whether a check found an error."""
+        return any(f.check == check and f.level == "error" for f in self.findings)
+
+    def last_lines(self) -> list[str]:
+        """What was not looked at, then the verdict."""
+        lines = [
+            f"{'-':8} {check:{WIDTH}}  not checked: {reason}"
+            for check, reason in self.not_checked.items()
+        ]
+        verdict = "the run may start" if self.may_start else "do not start this run"
+        errors, warnings = self.count("error"), self.count("warning")
+        return [*lines, f"{verdict}: errors {errors}, warnings {warnings}"]
+
+    def as_json(self) -> str:
+        """For programs."""
+        value = {
+            "may_start": self.may_start,
+            "errors": self.count("error"),
+            "warnings": self.count("warning"),
+            "findings": [asdict(finding) for finding in self.findings],
+            "not_checked": self.not_checked,
+        }
+        return json.dumps(value, indent=2)
+
+
+class Screen(Live):
+    """Writes each finding when it is known, and names the check at work on stderr.
+
+    A terminal shows it with a clock; elsewhere a line names a check that takes its time.
+    """
+
+    def __init__(self, *, as_json: bool) -> None:
+        super().__init__(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        self._as_json = as_json
+        self._timer: threading.Timer | None = None
+
+    def begin(self, name: str) -> None:
+        """Name the check at work, with a clock of its own."""
+        self._stop_timer()
+        if not self._live:
+            self._timer = threading.Timer(QUIET_SECONDS, LOG.info, ["checking %s ...", name])
+            self._timer.daemon = True
+            self._timer.start()
+            return
+        for task in self._bars.task_ids:
+            self._bars.remove_task(task)
+        self._bars.add_task(name, total=None)
+
+    def found(self, finding: Finding) -> None:
+        """Write a finding, unless all are wanted in one document."""
+        if not self._as_json:
+            self.write(finding.lines())
+
+    def end(self, report: Report) -> None:
+        """Write what no finding says."""
+        self._stop_timer()
+        self.write([report.as_json()] if self._as_json else report.last_lines())
+
+    def __exit__(self, *raised: object) -> None:
+        self._stop_timer()
+        super().__exit__(*raised)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()

@@ -1,14 +1,15 @@
-"""A few rollouts through a throwaway store, computed again by the pass that training takes.
+"""Checks that load models: what a run would compute, computed again in another way.
 
-The workers, codec, shards and reader are those of a run. Two laws are tried: a student that is its
-own teacher has nothing to learn, and what an engine says of the tokens it drew is what a plain
-forward pass at temperature 1 says.
+The workers, codec, shards and reader are those of a run, on a few rollouts in a throwaway store.
+Three laws are tried: a student that is its own teacher has nothing to learn; what an engine says of
+the tokens it drew is what a plain forward pass at temperature 1 says; and scores in the store are
+what the teacher says today.
 """
 
 import gc
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -16,141 +17,214 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
+from numpy.typing import NDArray
 
 from opd_stream.config import Config
 from opd_stream.config.collection import Model, Student
-from opd_stream.store.reader import ScoredRows
+from opd_stream.engines import open_engine
+from opd_stream.store.artifact import Artifact
+from opd_stream.store.codecs import Codec, CompactCodec, ExactCodec, SampledCodec, codec_of
+from opd_stream.store.reader import ScoredRow, ScoredRows
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
 from pipeline.contexts import largest_window
-from pipeline.doctor.findings import Check, Finding
-from pipeline.doctor.rounding import of_divergence, of_drawn
+from pipeline.doctor.findings import Finding
+from pipeline.doctor.subject import NotChecked, Subject, check
 from pipeline.setup import Setup
+from pipeline.walk import walk
 from stages.checkpoints import Checkpoint
 from stages.generate import GenerateWorker
 from stages.recipes import rollouts_recipe, scores_recipe
 from stages.score import ScoreWorker
 from stages.workers import Task, TaskResult, Worker, WorkerSettings
 
-SELF = Check(
-    name="teacher-as-student",
-    why="if the teacher cannot agree with its own cached scores, no student can, and training "
-    "follows the difference",
-)
-SAMPLER = Check(
-    name="sampler",
-    why="drift and importance weights compare training with the log-probabilities that the engine "
-    "recorded; an error there looks like a student that has moved",
-)
 ROWS, TOKENS = 8, 64  # of a trial
 LOSS = 1e-4  # nats a token in float32; what the codec rounds is added
 TOKEN = 1e-3  # nats, largest of a drawn token in float32; what the codec rounds is added
 RECORDED = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.02}  # nats, mean over tokens
 DEVIATIONS = 5.0  # of the mean surprise from its expectation
+CONTROLS = 4.0  # a cached score may differ by so many times what two live ones differ by
+FLOOR = 1e-4  # nats, where two live ones are alike
+PROBABLE = -7.0  # candidates below this log-probability are left out: rounding of tails is no error
+HALF_UNIT = 2.0**-11  # of float16, relative
 ZERO_AT_TEACHER = {"bucket", "skew", "lsm", "hybrid", "sampled_pg", "entropy_aware"}
 Result = TypeVar("Result")
+Floats = NDArray[np.floating[Any]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SelfScores:
-    """What training measures when the student is the teacher."""
-
-    tokens: int
-    loss: float  # of the config's objectives, nats a token
-    largest: float  # |log p - log q| of a drawn token, nats
-    loss_rounding: float  # what the codec may add to the loss, nats a token
-    token_rounding: float  # and to a drawn token, nats
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recorded:
-    """Log-probabilities that an engine recorded against those of a forward pass."""
-
-    tokens: int
-    mean: float  # |recorded - computed|, nats
-    largest: float
-    deviations: float  # of the surprise of the drawn tokens from its expectation, in sigmas
-    power: float  # where that would stand, were the tokens drawn at half the temperature
-    temperature: float  # at which the expectation was taken
-
-
-def teacher_as_student(setup: Setup, prompts: pa.Table, teacher: Checkpoint) -> list[Finding]:
-    """The loss of the teacher's weights on the teacher's cached scores of its own rollouts."""
-    found = self_scores(setup, prompts, teacher)
-    if found is None:
-        return [
-            SELF.error(
-                "the teacher's log-probabilities of its own rollouts are not finite",
-                "look at the teacher's checkpoint: NaN in its weights, or a dtype it overflows in",
-            )
-        ]
-    loss_limit, token_limit = LOSS + found.loss_rounding, TOKEN + found.token_rounding
-    told = (
-        f"loss {found.loss:.1e} nats a token, largest gap of a drawn token {found.largest:.1e}, "
-        f"over {found.tokens} tokens in float32 (allowed {loss_limit:.1e} and {token_limit:.1e}, "
-        f"of which rounding in the store {found.loss_rounding:.1e} and {found.token_rounding:.1e})"
-    )
-    is_zero = abs(found.loss) <= loss_limit and found.largest <= token_limit
-    if is_zero:
-        return [SELF.ok(told)]
-    return [
-        SELF.error(
-            told,
-            "do not train on these scores: try teacher.engine=transformers and scores.codec={kind: "
-            "exact, dtype: float32} to see which of the two is wrong",
-        )
-    ]
-
-
-def sampler(setup: Setup, prompts: pa.Table) -> list[Finding]:
+@check(
+    "drift and importance weights compare training with the log-probabilities that the engine "
+    "recorded; an error there looks like a student that has moved",
+    loads_models=True,
+)
+def sampler(subject: Subject) -> Iterator[Finding]:
     """The student's engine: recorded log-probabilities, and the temperature it draws at."""
-    config = setup.config
-    found = recorded(setup, prompts)
-    limit = RECORDED[config.student.dtype]
-    told = (
+    config, setup = subject.config, subject.setup
+    with tempfile.TemporaryDirectory() as folder:
+        store, few = Path(folder), _first_prompts(subject)
+        rollouts = _sampled(store, setup, config, few, setup.student)
+        batch = rollouts_batch(rollouts.read_unit(0))
+    temperature = config.rollouts.temperature
+    drawn = _read_again(setup.student.folder, batch, temperature)
+    gap_N, limit = drawn.gap_N, RECORDED[config.student.dtype]
+    said = (
         f"recorded log-probabilities differ from a forward pass at temperature 1 by "
-        f"{found.mean:.1e} nats in the mean, {found.largest:.1e} at most, over {found.tokens} "
-        f"tokens (allowed {limit:g} in the mean, {config.student.dtype})"
+        f"{gap_N.mean():.1e} nats in the mean, {gap_N.max():.1e} at most, over {len(gap_N)} tokens "
+        f"(allowed {limit:g} in the mean, {config.student.dtype})"
     )
-    findings: list[Finding] = []
-    if not found.mean <= limit:
-        findings.append(
-            SAMPLER.error(
-                told,
+    found: list[Finding] = []
+    if not gap_N.mean() <= limit:
+        found.append(
+            sampler.error(
+                said,
                 "the engine records another distribution (after temperature, top-p or a penalty), "
                 "or runs other weights: try student.engine=transformers, student.dtype=float32",
             )
         )
-    tells = abs(found.power) > DEVIATIONS
-    if tells and abs(found.deviations) > DEVIATIONS:
-        findings.append(
-            SAMPLER.error(
-                f"drawn tokens are {'more' if found.deviations > 0 else 'less'} surprising than at "
-                f"temperature {found.temperature:g}, by {abs(found.deviations):.1f} standard "
-                f"deviations over {found.tokens} tokens (allowed {DEVIATIONS:g})",
+    tells = abs(drawn.power) > DEVIATIONS
+    if tells and abs(drawn.deviations) > DEVIATIONS:
+        found.append(
+            sampler.error(
+                f"drawn tokens are {'more' if drawn.deviations > 0 else 'less'} surprising than at "
+                f"temperature {temperature:g}, by {abs(drawn.deviations):.1f} standard deviations "
+                f"over {len(gap_N)} tokens (allowed {DEVIATIONS:g})",
                 "the engine draws from another distribution than rollouts.temperature says; look "
                 "for top-k, top-p, penalties or a generation_config.json that it applies",
             )
         )
-    if config.rollouts.temperature not in (0.0, 1.0):
-        findings.append(
-            SAMPLER.warning(
-                f"rollouts.temperature is {config.rollouts.temperature:g}: tokens are drawn from "
-                "another distribution than the one whose log-probabilities are recorded",
+    if temperature not in (0.0, 1.0):
+        found.append(
+            sampler.warning(
+                f"rollouts.temperature is {temperature:g}: tokens are drawn from another "
+                "distribution than the one whose log-probabilities are recorded",
                 "set rollouts.temperature=1, which keeps the objectives' gradients exact",
             )
         )
-    surprise = (
-        f"; surprise of the drawn tokens {found.deviations:+.1f} standard deviations (half the "
-        f"temperature: {found.power:+.1f}{'' if tells else ', too little to tell'})"
+    yield from sampler.or_ok(
+        found,
+        f"{said}; surprise of the drawn tokens {drawn.deviations:+.1f} standard deviations (half "
+        f"the temperature: {drawn.power:+.1f}{'' if tells else ', too little to tell'})",
     )
-    return findings or [SAMPLER.ok(told + surprise)]
 
 
-def self_scores(setup: Setup, prompts: pa.Table, teacher: Checkpoint) -> SelfScores | None:
-    """Sample and score the teacher, then train on it without a step; None: nothing is finite."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawnTokens:
+    """Tokens that an engine drew, read by a forward pass."""
+
+    gap_N: Floats  # |recorded - computed| log-probability, nats
+    deviations: float  # of their surprise from its expectation, in standard deviations
+    power: float  # where that would stand, were the tokens drawn at half the temperature
+
+
+def _read_again(folder: Path, batch: RolloutBatch, temperature: float) -> DrawnTokens:
+    """Each rollout is read once more, whole."""
+    import torch
+
+    model = _model_of_training(folder)
+    gaps: list[Floats] = []
+    excess = shift = variance = 0.0
+    for prompt, completion, behavior in zip(
+        batch.prompt_ids, batch.completion_ids, batch.behavior_logprobs, strict=True
+    ):
+        ids = torch.tensor([[*prompt.tolist(), *completion.tolist()]], device=model.device)
+        with torch.inference_mode():
+            logits_TV = model(input_ids=ids, logits_to_keep=len(completion) + 1).logits[0, :-1]
+        logits_TV = logits_TV.float()
+        drawn_T1 = ids[0, -len(completion) :, None]
+        gaps.append(np.abs(logits_TV.log_softmax(1).gather(1, drawn_T1)[:, 0].cpu() - behavior))
+        if temperature > 0:
+            logprobs_TV = (logits_TV / temperature).log_softmax(1)
+            mean_T = -(logprobs_TV.exp() * logprobs_TV).sum(1)
+            spread_T = (logprobs_TV.exp() * logprobs_TV.square()).sum(1) - mean_T.square()
+            excess += float((-logprobs_TV.gather(1, drawn_T1)[:, 0] - mean_T).sum())
+            colder_TV = (logits_TV / (temperature / 2)).softmax(1)
+            shift += float((-(colder_TV * logprobs_TV).sum(1) - mean_T).sum())
+            variance += float(spread_T.clamp(min=0).sum())
+    return DrawnTokens(
+        gap_N=np.concatenate(gaps),
+        deviations=excess / math.sqrt(variance) if variance else 0.0,
+        power=shift / math.sqrt(variance) if variance else 0.0,
+    )
+
+
+@check(
+    "if the teacher cannot agree with its own cached scores, no student can, and training follows "
+    "the difference",
+    loads_models=True,
+)
+def teacher_as_student(subject: Subject) -> Iterator[Finding]:
+    """The loss of the teacher's weights on the teacher's cached scores of its own rollouts."""
+    _check_one_tokenizer(subject)
+    config, teacher, few = subject.config, subject.model("teacher"), _first_prompts(subject)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            scored = _own_scores(Path(folder), subject, teacher, few)
+            rows = [scored[number] for number in range(len(scored))]
+        except RuntimeError:
+            weights = _model_of_training(teacher.folder).parameters()
+            if all(bool(weight.isfinite().all()) for weight in weights):
+                raise
+            rows = []
+    if not rows:
+        yield teacher_as_student.error(
+            "the teacher's log-probabilities of its own rollouts are not finite",
+            "look at the teacher's checkpoint: NaN in its weights, or a dtype it overflows in",
+        )
+        return
+    codec = config.scores.codec
+    loss, gap_N = _loss_at_teacher(config, teacher.folder, rows)
+    # Of a divergence from the row's own distribution: the mean of the candidates' errors under it,
+    # and twice that where both sides are normalised over the candidates.
+    top = [row.teacher_top_logprobs for row in rows]
+    parts = [2 * (np.exp(t, dtype=np.float64) * rounding(codec, t)).sum(1) for t in top]
+    weight = sum(part.weight for part in config.train.objective)
+    in_loss, in_token = float(np.concatenate(parts).mean()) * weight, drawn_rounding(codec)
+    loss_limit, token_limit = LOSS + in_loss, TOKEN + in_token
+    said = (
+        f"loss {loss:.1e} nats a token, largest gap of a drawn token {gap_N.max():.1e}, over "
+        f"{len(gap_N)} tokens in float32 (allowed {loss_limit:.1e} and {token_limit:.1e}, of which "
+        f"rounding in the store {in_loss:.1e} and {in_token:.1e})"
+    )
+    if abs(loss) <= loss_limit and gap_N.max() <= token_limit:
+        yield teacher_as_student.ok(said)
+    else:
+        yield teacher_as_student.error(
+            said,
+            "do not train on these scores: try teacher.engine=transformers and scores.codec={kind: "
+            "exact, dtype: float32} to see which of the two is wrong",
+        )
+
+
+def _own_scores(folder: Path, subject: Subject, teacher: Checkpoint, few: Any) -> ScoredRows:
+    """The teacher's rollouts with its own scores, in float32 at temperature 1."""
+    config, setup = subject.config, subject.setup
+    assert config.teacher is not None
+    fields = {**config.teacher.model_dump(), "dtype": "float32"}
+    both = config.model_copy(
+        update={
+            "student": Student(**fields),
+            "teacher": Model(**fields),
+            "rollouts": config.rollouts.model_copy(update={"temperature": 1.0}),
+        }
+    )
+    rollouts, store = _sampled(folder, setup, both, few, teacher), Store(folder)
+    recipe = scores_recipe(
+        both, rollouts=rollouts.fingerprint, teacher=teacher, forced_ids=setup.forced_ids
+    )
+    scores = store.artifact(recipe)
+    scores.create(rows=few.num_rows, rows_per_unit=few.num_rows)
+    task = replace(
+        _task(rollouts, teacher), scores=scores.fingerprint, teacher=str(teacher.folder)
+    )
+    _work(ScoreWorker, folder, config.teacher, task)
+    return ScoredRows([(rollouts, scores)])
+
+
+def _loss_at_teacher(
+    config: Config, folder: Path, rows: Sequence[ScoredRow]
+) -> tuple[float, Floats]:
+    """The config's loss at the teacher's weights; |log p - log q| of each drawn token [N], nats."""
     import torch
 
     from opd_stream.batch_loss import batch_loss
@@ -159,24 +233,10 @@ def self_scores(setup: Setup, prompts: pa.Table, teacher: Checkpoint) -> SelfSco
     from opd_stream.logprobs import sampled_logprobs
     from opd_stream.objectives import build_objectives
 
-    config = _as_both(setup.config)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            reader = _scored_rollouts(Path(folder), setup, config, prompts, teacher)
-        except RuntimeError:
-            if _is_finite(teacher.folder):
-                raise
-            return None
-        rows = [reader[number] for number in range(len(reader))]
-    if not rows:
-        return None
-    batch = collate(rows, window_tokens=TOKENS)
-    codec = config.scores.codec.model_dump()
-    rounding = np.concatenate([of_divergence(codec, row) for row in rows])
-    model = _trained(teacher.folder)
+    model = _model_of_training(folder)
+    batch = collate(rows, window_tokens=TOKENS).to(model.device)
     objectives = [part.model_dump() for part in config.train.objective]
     kept = [part for part in objectives if part["kind"] in ZERO_AT_TEACHER]
-    batch = batch.to(model.device)
     with torch.no_grad():
         hidden = model.get_decoder()(
             input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL, use_cache=False
@@ -188,7 +248,6 @@ def self_scores(setup: Setup, prompts: pa.Table, teacher: Checkpoint) -> SelfSco
             batch.completion_ids_N,
             chunk_rows=head.chunk_rows,
         )
-        gap_N = (own_N - batch.teacher_logprobs_N).abs()
         found = batch_loss(
             hidden,
             head,
@@ -196,99 +255,213 @@ def self_scores(setup: Setup, prompts: pa.Table, teacher: Checkpoint) -> SelfSco
             build_objectives(kept or [{"kind": "sampled_pg"}]),
             merge_terminators=config.train.guards.merge_terminators,
         )
-    return SelfScores(
-        tokens=len(gap_N),
-        loss=float(found.loss),
-        largest=float(gap_N.max()),
-        loss_rounding=float(rounding.mean()) * sum(part.weight for part in config.train.objective),
-        token_rounding=of_drawn(codec),
+    return float(found.loss), (own_N - batch.teacher_logprobs_N).abs().cpu().numpy()
+
+
+@check(
+    "scores in the store are trained on as they are; if the teacher, its engine or the bytes "
+    "changed, the student learns from something that no longer exists",
+    loads_models=True,
+)
+def cached_scores(subject: Subject) -> Iterator[Finding]:
+    """Two rows of the first round, scored again alone and together, against the store."""
+    _check_one_tokenizer(subject)
+    teacher, opened = subject.config.teacher, subject.setup
+    if teacher is None:
+        raise NotChecked("the config names no teacher")
+    cache = next(walk(opened)).caches[-1]
+    name, settings = cache.scores.name, cache.scores.recipe.settings
+    units = sorted(set(cache.rollouts.commits()) & set(cache.scores.commits()))
+    if not units:
+        yield _none_cached(opened, cache.scores)
+        return
+    if "engine" not in settings:
+        yield cached_scores.warning(
+            f"{name} was imported; which teacher scored it is not known",
+            "compare it with that teacher before it is trained on",
+        )
+        return
+    rows = ScoredRows([(cache.rollouts, cache.scores)], units=[units])
+    if not len(rows):
+        yield cached_scores.error(
+            f"no row of {name} can be trained on",
+            "look at the teacher's checkpoint, and score again",
+        )
+        return
+    folder, chosen = subject.model("teacher").folder, [rows[0], rows[len(rows) - 1]]
+    live = in_own_process(settings["engine"], _scored_live, folder, teacher, settings, chosen)
+    if live is None:
+        yield cached_scores.error(
+            f"the teacher's log-probabilities for {name} are not finite today",
+            "look at the teacher's checkpoint",
+        )
+        return
+    alone, together = live
+    control_N = np.concatenate([_gaps(*pair) for pair in zip(alone, together, strict=True)])
+    codec = codec_of(settings["codec"])
+    pairs = zip(chosen, alone, strict=True)
+    stored_N = np.concatenate([_gaps_beyond_rounding(codec, row, now) for row, now in pairs])
+    mean, largest = (CONTROLS * g + FLOOR for g in (control_N.mean(), control_N.max()))
+    said = (
+        f"{name}, 2 rows: beyond the codec's rounding, cached and live differ by "
+        f"{stored_N.mean():.1e} nats in the mean, {stored_N.max():.1e} at most; live in batches of "
+        f"1 and 2 differ by {control_N.mean():.1e} and {control_N.max():.1e} (allowed {mean:.1e} "
+        f"and {largest:.1e})"
+    )
+    if stored_N.mean() <= mean and stored_N.max() <= largest:
+        yield cached_scores.ok(said)
+    else:
+        yield cached_scores.error(
+            said,
+            f"restore the teacher that scored them, or remove {cache.scores.folder} to score again",
+        )
+
+
+def _none_cached(setup: Setup, scores: Artifact) -> Finding:
+    """Nothing is there; were the same rollouts scored by another teacher?"""
+    nearest = setup.store.nearest(scores.recipe)
+    if nearest is not None and set(nearest[1]) == {"inputs.teacher"}:
+        old, new = nearest[1]["inputs.teacher"]
+        return cached_scores.warning(
+            f"the store has these rollouts scored by teacher {str(old)[:12]}; the config's is "
+            f"{str(new)[:12]}: its weights, tokenizer or architecture are others, and all is "
+            "scored again",
+            "restore the teacher if it was not meant to change",
+        )
+    return cached_scores.ok("no scores of this config are in the store yet")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowScores:
+    """Log-probabilities of one row, nats."""
+
+    drawn_T: Floats
+    candidates_TK: Floats
+
+
+def _scored_live(
+    folder: Path, model: Model, settings: dict[str, Any], rows: Sequence[ScoredRow]
+) -> tuple[list[RowScores], list[RowScores]] | None:
+    """Today's scores of each row alone, and of all together; None: not finite."""
+    engine = open_engine(
+        engine=settings["engine"],
+        folder=folder,
+        dtype=settings["dtype"],
+        batch_rows=model.batch_rows,
+        vllm=model.vllm,
+    )
+    forced_ids = tuple(settings["forced_ids"])
+
+    def scored(batch: RolloutBatch) -> list[RowScores]:
+        found = engine.score(batch, top_k=settings["top_k"], forced_ids=forced_ids)
+        assert found.candidate_teacher_logprobs is not None
+        pairs = zip(found.teacher_logprobs, found.candidate_teacher_logprobs, strict=True)
+        return [] if found.refused else [RowScores(drawn_T=t, candidates_TK=c) for t, c in pairs]
+
+    alone = [each for row in rows for each in scored(_batch([row]))]
+    together = scored(_batch(rows))
+    return (alone, together) if len(alone) == len(together) == len(rows) else None
+
+
+def _batch(rows: Sequence[ScoredRow]) -> RolloutBatch:
+    """Rows as the engine takes them; the cached ids stand as candidates, so they are scored too."""
+    top = [row.teacher_top_ids.astype(np.int64) for row in rows]
+    width = max(ids.shape[1] for ids in top)
+    return RolloutBatch(
+        prompt_id=tuple(row.prompt_id for row in rows),
+        sample_index=np.array([row.sample_index for row in rows], np.int32),
+        prompt_ids=tuple(row.prompt_ids for row in rows),
+        completion_ids=tuple(row.completion_ids for row in rows),
+        behavior_logprobs=tuple(row.behavior_logprobs for row in rows),
+        finish_reason=("length",) * len(rows),
+        candidate_ids=tuple(np.pad(ids, [(0, 0), (0, width - ids.shape[1])]) for ids in top),
     )
 
 
-def recorded(setup: Setup, prompts: pa.Table) -> Recorded:
-    """Sample the student as the run does, and read each rollout once more, whole."""
-    import torch
-
-    config = setup.config
-    with tempfile.TemporaryDirectory() as folder:
-        batch = _rollouts(Path(folder), setup, config, prompts, setup.student)[1]
-    temperature = config.rollouts.temperature
-    model = _trained(setup.student.folder)
-    gaps: list[Any] = []
-    excess = shift = variance = 0.0
-    for prompt, completion, behavior in zip(
-        batch.prompt_ids, batch.completion_ids, batch.behavior_logprobs, strict=True
-    ):
-        ids = torch.tensor([[*prompt.tolist(), *completion.tolist()]], device=model.device)
-        with torch.inference_mode():
-            logits_TV = model(input_ids=ids, logits_to_keep=len(completion) + 1).logits[0, :-1]
-        logits_TV = logits_TV.float()
-        drawn_T1 = ids[0, -len(completion) :, None]
-        raw_T = logits_TV.log_softmax(1).gather(1, drawn_T1)[:, 0].cpu()
-        gaps.append((raw_T - torch.from_numpy(behavior.copy())).abs())
-        if temperature > 0:
-            logprobs_TV = (logits_TV / temperature).log_softmax(1)
-            mean_T = -(logprobs_TV.exp() * logprobs_TV).sum(1)
-            spread_T = (logprobs_TV.exp() * logprobs_TV.square()).sum(1) - mean_T.square()
-            excess += float((-logprobs_TV.gather(1, drawn_T1)[:, 0] - mean_T).sum())
-            colder_TV = (logits_TV / (temperature / 2)).softmax(1)
-            shift += float((-(colder_TV * logprobs_TV).sum(1) - mean_T).sum())
-            variance += float(spread_T.clamp(min=0).sum())
-    gap_N = torch.cat(gaps)
-    return Recorded(
-        tokens=len(gap_N),
-        mean=float(gap_N.mean()),
-        largest=float(gap_N.max()),
-        deviations=excess / math.sqrt(variance) if variance else 0.0,
-        power=shift / math.sqrt(variance) if variance else 0.0,
-        temperature=temperature,
+def _gaps(left: RowScores, right: RowScores) -> NDArray[np.float64]:
+    """|left - right| over drawn tokens and probable candidates."""
+    width = min(left.candidates_TK.shape[1], right.candidates_TK.shape[1])
+    a, b = (
+        np.concatenate([side.drawn_T, side.candidates_TK[:, :width].reshape(-1)]).astype(np.float64)
+        for side in (left, right)
     )
+    is_drawn = np.arange(len(a)) < len(left.drawn_T)
+    kept = np.isfinite(a) & np.isfinite(b) & (is_drawn | (np.maximum(a, b) > PROBABLE))
+    return np.abs(a - b)[kept]
 
 
-def in_own_process(engine: str, function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function; an engine that changes its process gets one of its own."""
-    if engine != "vllm":
-        return function(*arguments)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+def _gaps_beyond_rounding(codec: Codec, row: ScoredRow, live: RowScores) -> NDArray[np.float64]:
+    """How much further the stored values are than their codec's rounding explains."""
+    top_TK = row.teacher_top_logprobs
+    if isinstance(codec, SampledCodec):  # counts of draws, which no second pass repeats
+        top_TK = np.full_like(top_TK, -np.inf)
+    stored = RowScores(drawn_T=row.teacher_logprobs, candidates_TK=top_TK)
+    now_TK = live.candidates_TK[:, : top_TK.shape[1]]
 
+    def nearest(stored: Floats, now: Floats, error: Any) -> Floats:
+        return np.where(np.isfinite(stored), now + np.clip(stored - now, -error, error), now)
 
-def _as_both(config: Config) -> Config:
-    """The config with the teacher in both roles, in float32, at temperature 1."""
-    assert config.teacher is not None
-    fields = {**config.teacher.model_dump(), "dtype": "float32"}
-    return config.model_copy(
-        update={
-            "student": Student(**fields),
-            "teacher": Model(**fields),
-            "rollouts": config.rollouts.model_copy(update={"temperature": 1.0}),
-        }
+    explained = RowScores(
+        drawn_T=nearest(row.teacher_logprobs, live.drawn_T, drawn_rounding(codec)),
+        candidates_TK=nearest(top_TK, now_TK, rounding(codec, now_TK)),
     )
+    return _gaps(stored, explained)
 
 
-def _rollouts(
-    folder: Path, setup: Setup, config: Config, prompts: pa.Table, student: Checkpoint
-) -> tuple[Task, RolloutBatch]:
+def rounding(codec: Codec, logprobs: Floats) -> NDArray[np.float64]:
+    """Largest error of each stored log-probability of a candidate, nats."""
+    values = np.where(np.isfinite(logprobs), logprobs, 0.0).astype(np.float64)
+    match codec:
+        case CompactCodec(max_error=error):
+            return np.full_like(values, error)
+        case ExactCodec(dtype="float16"):
+            return np.abs(values) * HALF_UNIT
+        case _:
+            return np.zeros_like(values)
+
+
+def drawn_rounding(codec: Codec) -> float:
+    """Largest error of a drawn token's stored log-probability, nats; only `compact` rounds it."""
+    return codec.max_error if isinstance(codec, CompactCodec) else 0.0
+
+
+def _first_prompts(subject: Subject) -> Any:
+    """The prompts of a trial."""
+    if subject.config.replay is not None:
+        raise NotChecked("a replay samples and scores nothing")
+    return subject.table("prompts").slice(0, ROWS)
+
+
+def _check_one_tokenizer(subject: Subject) -> None:
+    if subject.setup.crossing is not None:
+        raise NotChecked("the teacher reads the texts in another tokenizer")
+
+
+def _sampled(folder: Path, setup: Setup, config: Config, few: Any, student: Checkpoint) -> Artifact:
     """Rollouts of a few prompts in a store of their own."""
-    store = Store(folder)
-    few = prompts.slice(0, ROWS)
-    named = store.artifact(setup.prompts.recipe)
-    named.create(rows=few.num_rows, rows_per_unit=few.num_rows)
-    named.commit(0, few, counts={"rows": few.num_rows})
+    store, rows = Store(folder), few.num_rows
+    prompts = store.artifact(setup.prompts.recipe)
+    prompts.create(rows=rows, rows_per_unit=rows)
+    prompts.commit(0, few, counts={"rows": rows})
     sampling = config.rollouts.model_copy(
-        update={"prompts_per_round": few.num_rows, "samples_per_prompt": 1}
+        update={"prompts_per_round": rows, "samples_per_prompt": 1}
     )
     recipe = rollouts_recipe(
         config.model_copy(update={"rollouts": sampling}),
-        prompts=named.fingerprint,
+        prompts=prompts.fingerprint,
         student=student,
         stop_ids=setup.stop_ids,
         round_index=0,
         window_tokens=min(TOKENS, largest_window(config)),
     )
     rollouts = store.artifact(recipe)
-    rollouts.create(rows=few.num_rows, rows_per_unit=few.num_rows)
-    task = Task(
+    rollouts.create(rows=rows, rows_per_unit=rows)
+    _work(GenerateWorker, folder, config.student, _task(rollouts, student))
+    return rollouts
+
+
+def _task(rollouts: Artifact, student: Checkpoint) -> Task:
+    return Task(
         unit=0,
         rollouts=rollouts.fingerprint,
         scores=None,
@@ -296,25 +469,6 @@ def _rollouts(
         teacher=None,
         made_by="doctor",
     )
-    _work(GenerateWorker, folder, config.student, task)
-    return task, rollouts_batch(rollouts.read_unit(0))
-
-
-def _scored_rollouts(
-    folder: Path, setup: Setup, config: Config, prompts: pa.Table, teacher: Checkpoint
-) -> ScoredRows:
-    """Rows as training reads them."""
-    assert config.teacher is not None
-    task, batch = _rollouts(folder, setup, config, prompts, teacher)
-    store = Store(folder)
-    recipe = scores_recipe(
-        config, rollouts=task.rollouts, teacher=teacher, forced_ids=setup.forced_ids
-    )
-    scores = store.artifact(recipe)
-    scores.create(rows=len(batch), rows_per_unit=len(batch))
-    task = replace(task, scores=scores.fingerprint, teacher=str(teacher.folder))
-    _work(ScoreWorker, folder, config.teacher, task)
-    return ScoredRows([(store.by_fingerprint("rollouts", task.rollouts), scores)])
 
 
 def _work(kind: type[Worker], folder: Path, model: Model, task: Task) -> None:
@@ -327,11 +481,15 @@ def _do_task(kind: type[Worker], settings: WorkerSettings, task: Task) -> None:
     kind(settings).work(TaskResult(task=task))
 
 
-def _is_finite(folder: Path) -> bool:
-    return all(bool(weight.isfinite().all()) for weight in _trained(folder).parameters())
+def in_own_process(engine: str, function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function; an engine that changes its process gets one of its own."""
+    if engine != "vllm":
+        return function(*arguments)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
-def _trained(folder: Path) -> Any:
+def _model_of_training(folder: Path) -> Any:
     """The model that training loads, in float32, on the device it would train on."""
     import torch
 

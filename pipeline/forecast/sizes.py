@@ -12,9 +12,9 @@ from pathlib import Path
 from opd_stream.config import Config
 from opd_stream.config.training import Lora
 from opd_stream.costs import TokenCounts
-from opd_stream.errors import UserError
 from opd_stream.store.codecs import CompactCodec, ExactCodec, SampledCodec
 from opd_stream.store.shards import ROWS_PER_PART
+from stages.checkpoints import weight_shapes
 
 UNIT_BYTES = 8_192  # schema and footer of a shard
 PART_BYTES = 4_096  # head of a record batch
@@ -100,7 +100,7 @@ def policy_sizes(folder: Path, lora: Lora | None) -> PolicySizes:
     Raises:
         UserError: the weights are no safetensors.
     """
-    shapes = _shapes(folder)
+    shapes = weight_shapes(folder)
     weights = sum(prod(shape) for shape in shapes.values())
     trained = weights if lora is None else _adapter_weights(shapes, lora)
     others = [
@@ -113,22 +113,6 @@ def policy_sizes(folder: Path, lora: Lora | None) -> PolicySizes:
         policy=weights * FLOAT32 + adapter + 2 * trained * FLOAT32 + sum(others),
         checkpoint=3 * trained * FLOAT32,
     )
-
-
-def _shapes(folder: Path) -> dict[str, list[int]]:
-    from safetensors import SafetensorError, safe_open
-
-    shapes: dict[str, list[int]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "np") as file:
-                names = list(file.keys())
-                shapes |= {name: file.get_slice(name).get_shape() for name in names}
-        except SafetensorError as error:
-            raise UserError(
-                f"{path} is not a whole safetensors file ({error}); copy the checkpoint again"
-            ) from error
-    return shapes
 
 
 def _adapter_weights(shapes: dict[str, list[int]], lora: Lora) -> int:

@@ -50,6 +50,16 @@ def forecast(config: Config, directory: RunDirectory) -> Forecast:
     )
 
 
+def disk_places(config: Config, directory: Path) -> tuple[Place, ...]:
+    """The disks that a run writes to, with what it still needs of each.
+
+    Raises:
+        UserError: the run would be refused, told in the same line.
+    """
+    known = known_of(open_read_only(config))
+    return _places(known, tuple(here for here, _ in forecast_rounds(known)), directory)
+
+
 def _places(known: Known, rounds: tuple[RoundForecast, ...], directory: Path) -> tuple[Place, ...]:
     """The store's disk and the run folder's, which may be one."""
     config, store = known.config, known.setup.store

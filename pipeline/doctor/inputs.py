@@ -1,0 +1,317 @@
+"""Checks of what a run reads: checkpoints, tokenizers, templates and prompts; loads no weights."""
+
+import json
+from collections.abc import Iterator
+
+import pyarrow as pa
+
+from opd_stream.config import Evaluation
+from opd_stream.errors import UserError
+from opd_stream.prompts import shuffled_rows
+from opd_stream.tasks.judges import Judge, open_judge
+from pipeline.contexts import ContextUse, context_of, training_contexts
+from pipeline.doctor.findings import Finding
+from pipeline.doctor.subject import Subject, check
+from pipeline.walk import named, walk
+from stages.checkpoints import Checkpoint, check_pair
+
+SHOWN = 3  # prompts named in a finding
+
+
+@check("a cut off or missing file of a checkpoint ends a worker when it loads it")
+def weights(subject: Subject) -> Iterator[Finding]:
+    """Folders that are no checkpoint, and files of weights that are missing or cut off."""
+    for role in subject.roles:
+        try:
+            folder, count = subject.model(role).folder, subject.parameters(role)
+            yield weights.ok(f"{role}: {count:,} parameters in {folder}")
+        except UserError as error:
+            yield weights.refused(error)
+
+
+@check(
+    "the teacher scores the ids that the student drew; if ids mean other text to it, every score "
+    "is noise"
+)
+def tokenizers(subject: Subject) -> Iterator[Finding]:
+    """Ids that would not mean the same to both models."""
+    if "teacher" not in subject.roles:
+        return
+    student, teacher = subject.model("student"), subject.model("teacher")
+    if not student.terminators():
+        return  # told by the check of terminators
+    aligns = subject.config.scores.alignment is not None
+    check_pair(student, teacher, aligns=aligns)
+    digest = student.identity.tokenizer_sha256[:12]
+    if aligns and teacher.identity.tokenizer_sha256[:12] != digest:
+        yield tokenizers.ok("two tokenizers, whose texts scores.alignment brings together")
+        return
+    size = len(student.tokenizer())
+    yield tokenizers.ok(f"the same files (digest {digest}), {size} ids")
+    logits = {"student": student.vocab_size(), "teacher": teacher.vocab_size()}
+    too_small = [role for role, most in logits.items() if size > most]
+    for role in too_small:
+        yield tokenizers.error(
+            f"the tokenizer has {size} ids, the {role} has logits for {logits[role]}",
+            f"resize the {role}'s embeddings, or use the tokenizer it was trained with",
+        )
+    if logits["student"] != logits["teacher"] and not too_small:
+        smaller = min(logits, key=lambda role: logits[role])
+        yield tokenizers.warning(
+            f"the student has logits for {logits['student']} ids, the teacher for "
+            f"{logits['teacher']}; the tokenizer has {size}",
+            f"an id beyond the {smaller}'s last one, if it is ever drawn or among the top K, ends "
+            "the run: keep scores.top_k small, or cut the larger head",
+        )
+
+
+@check(
+    "generation stops on these ids and nothing else; an end that is not among them makes every "
+    "rollout run on to its window, and an end that only one side uses is unlearnt"
+)
+def terminators(subject: Subject) -> Iterator[Finding]:
+    """Ids that end a text: do a model's own files, and the two models, agree."""
+    student, models = subject.model("student"), subject.models
+    ends = {role: set(model.terminators()) for role, model in models.items()}
+    stop_ids = set().union(*ends.values())
+    found = [f for role, model in models.items() for f in _own_ends(role, model, stop_ids)]
+    if "teacher" in ends and ends["student"] != ends["teacher"]:
+        is_merged = subject.config.train.guards.merge_terminators
+        said = (
+            f"the student ends with {_named(student, ends['student'])}, the teacher with "
+            f"{_named(models['teacher'], ends['teacher'])}"
+        )
+        if is_merged or ends["student"] & ends["teacher"]:
+            one = terminators.warning(
+                f"{said}; train.guards.merge_terminators is {str(is_merged).lower()}",
+                "leave merge_terminators on, and compare generation_config.json of both",
+            )
+        else:
+            one = terminators.error(
+                f"{said}, none is shared, and train.guards.merge_terminators is false",
+                "set train.guards.merge_terminators=true, or give both the same eos_token_id",
+            )
+        found.append(one)
+    if stop_ids and not any(finding.level == "error" for finding in found):
+        yield terminators.ok(f"the run stops on {_named(student, stop_ids)}")
+    yield from found
+
+
+def _own_ends(role: str, model: Checkpoint, stop_ids: set[int]) -> Iterator[Finding]:
+    """Whether files of one checkpoint name the same ends, and ids that exist."""
+    declared = model.declared_terminators()
+    if not declared:
+        yield terminators.error(
+            f"{role} {model.folder} names no eos_token_id", "add it to generation_config.json"
+        )
+        return
+    if len(set(declared.values())) > 1:
+        said = ", ".join(f"{_named(model, ids)} in {name}" for name, ids in declared.items())
+        yield terminators.warning(
+            f"the {role}'s files disagree: {said}; the run stops on all of them",
+            "make eos_token_id of the files agree, unless every one of them ends a text",
+        )
+    beyond = sorted(token for token in stop_ids if token >= model.vocab_size())
+    if beyond:
+        yield terminators.error(
+            f"terminator {beyond[0]} is beyond the {model.vocab_size()} ids of the {role}",
+            "correct eos_token_id in generation_config.json and config.json",
+        )
+    eos = model.tokenizer().eos_token_id
+    if eos is not None and eos not in stop_ids:
+        yield terminators.error(
+            f"the {role}'s tokenizer ends texts with {_named(model, {eos})}, on which the run does "
+            f"not stop (it stops on {_named(model, stop_ids)})",
+            "add that id to eos_token_id in generation_config.json",
+        )
+
+
+@check("prompts are written once, with the student's template, and the teacher reads the same ids")
+def templates(subject: Subject) -> Iterator[Finding]:
+    """Chat templates where prompts use them."""
+    student, models = subject.model("student"), subject.models
+    chats = [s.template for s in subject.sources.values() if s.template.kind == "chat"]
+    has_one = {role: model.tokenizer().chat_template is not None for role, model in models.items()}
+    if not chats:
+        unused = " and ".join(role for role in has_one if has_one[role])
+        yield templates.ok(
+            f"prompts are raw text{unused and f'; chat template of {unused} not used'}"
+        )
+    elif not has_one["student"]:
+        yield templates.error(
+            "prompts.template.kind is chat, and the student's tokenizer has no chat template",
+            "use a tokenizer with one, or set template.kind=raw",
+        )
+    else:
+        system = next((chat.system for chat in chats if chat.system), None)
+        yield from templates.or_ok(
+            [*_turn_end(student, models), *_two_templates(models, has_one, system)],
+            "one chat template writes the same turns for all models",
+        )
+
+
+def _turn_end(student: Checkpoint, models: dict[str, Checkpoint]) -> Iterator[Finding]:
+    """Whether the template ends an answer with something on which generation stops."""
+    stop_ids = set().union(*(model.terminators() for model in models.values()))
+    tokenizer, answer = student.tokenizer(), "ANSWER"
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]
+    text: str = tokenizer.apply_chat_template(turns, tokenize=False)
+    after = text.rpartition(answer)[2]
+    if not stop_ids & set(tokenizer.encode(after, add_special_tokens=False)):
+        yield templates.warning(
+            f"the template ends an answer with {after!r}, which holds none of the ids the run "
+            f"stops on ({_named(student, stop_ids)})",
+            "add the id that ends a turn to eos_token_id in generation_config.json",
+        )
+
+
+def _two_templates(
+    models: dict[str, Checkpoint], has_one: dict[str, bool], system: str | None
+) -> Iterator[Finding]:
+    """Whether the teacher's template writes what the student's does."""
+    if "teacher" not in models:
+        return
+    if not has_one["teacher"]:
+        yield templates.warning(
+            "the student's tokenizer has a chat template, the teacher's has none",
+            "make sure that the teacher was trained on this format; a base model was not",
+        )
+        return
+    turns = [{"role": "user", "content": "How much is 2 + 3?"}]
+    turns = turns if system is None else [{"role": "system", "content": system}, *turns]
+    left, right = (
+        model.tokenizer().apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        for model in models.values()
+    )
+    if left != right:
+        pairs = enumerate(zip(left, right, strict=False))
+        at = next((place for place, (a, b) in pairs if a != b), min(len(left), len(right)))
+        yield templates.warning(
+            "student and teacher write the same turns differently: "
+            f"{left[at : at + 40]!r} against {right[at : at + 40]!r}",
+            "use one chat template for both, unless the teacher reads the student's well",
+        )
+
+
+@check("every stage starts from them; a source that cannot be read stops the run")
+def prompts(subject: Subject) -> Iterator[Finding]:
+    """Sources that cannot be read, too few prompts, and problems that are trained on."""
+    config = subject.config
+    for name in subject.sources:
+        try:
+            lengths = _lengths(subject.table(name))
+            said = f"{len(lengths):,} prompts of {min(lengths)} to {max(lengths)} tokens"
+            yield prompts.ok(f"{name}: {said}")
+            if name == "prompts" and config.replay is None:
+                per_round = config.rollouts.prompts_per_round
+                shuffled_rows(rows=len(lengths), seed=0, round_index=0, per_round=per_round)
+        except UserError as error:
+            yield prompts.refused(error)
+    tables = subject.tables
+    for name in subject.problems:
+        if not {name, "prompts"} <= tables.keys():
+            continue
+        train, asked = (set(tables[source]["text"].to_pylist()) for source in ("prompts", name))
+        if train & asked:
+            yield prompts.warning(
+                f"{name}: {len(train & asked)} of {len(asked)} are training prompts too",
+                "take other prompts for evaluation: pass@k should be of new ones",
+            )
+
+
+@check("a judge compares with the reference answer, after the rollouts were sampled and paid for")
+def answers(subject: Subject) -> Iterator[Finding]:
+    """Reference answers where something judges, and whether the judge accepts them."""
+    judged, extrapolation = subject.problems, subject.config.train.extrapolation
+    if judged and extrapolation is not None and extrapolation.signal != "kl":
+        judged["prompts"] = next(iter(judged.values()))  # its reward judges training prompts
+    if not judged:
+        yield answers.ok("nothing is judged")
+    for name, part in judged.items():
+        if name in subject.tables:
+            try:
+                yield from _judged_answers(name, part, subject.table(name))
+            except UserError as error:
+                yield answers.refused(error)
+
+
+def _judged_answers(name: str, part: Evaluation, table: pa.Table) -> Iterator[Finding]:
+    assert part.judge is not None  # validated
+    is_right = open_judge(part.judge)
+    missing = table.filter(table["answer"].is_null())["prompt_id"].to_pylist()
+    if missing:
+        yield answers.error(
+            f"{name}: {len(missing)} of {table.num_rows} prompts have no reference answer "
+            f"({', '.join(missing[:SHOWN])})",
+            f"set {name}.answer_field, or leave out what judges them",
+        )
+        return
+    pairs = zip(table["prompt_id"].to_pylist(), table["answer"].to_pylist(), strict=True)
+    lost = [place for place, answer in pairs if not _accepts(is_right, answer)]
+    if lost:
+        yield answers.error(
+            f"{name}: {len(lost)} of {table.num_rows} reference answers are wrong answers to judge "
+            f"{part.judge.kind} ({', '.join(lost[:SHOWN])})",
+            f"correct those answers, {name}.answer_field, or the judge's kind",
+        )
+    else:
+        said = f"{table.num_rows:,} answers, each accepted by judge {part.judge.kind}"
+        yield answers.ok(f"{name}: {said}")
+
+
+def _accepts(is_right: Judge, answer: str) -> bool:
+    """A right solution ends with its answer, in either task's form."""
+    try:
+        return is_right(f"Answer: {answer}", answer)
+    except UserError:  # nothing can be read from the reference
+        return False
+
+
+@check("a prompt and a full window that do not fit stop the worker that meets them, in any round")
+def context(subject: Subject) -> Iterator[Finding]:
+    """The longest prompt with the largest window against what each model reads."""
+    config, tables = subject.config, subject.tables
+    student, teacher = subject.model("student"), subject.models.get("teacher")
+    uses: list[tuple[str, ContextUse]] = []
+    if "prompts" in tables:
+        longest = max(_lengths(tables["prompts"]))
+        uses += [("rollouts", u) for u in training_contexts(config, student, teacher, longest)]
+    for name, part in subject.problems.items():
+        if name in tables:
+            use = ContextUse(
+                role="student",
+                prompt_tokens=max(_lengths(tables[name])),
+                window_tokens=part.max_new_tokens,
+                limit=context_of(config, "student", student),
+            )
+            uses.append((name, use))
+    for name, use in uses:
+        if use.fits:
+            yield context.ok(f"{name}: {use}")
+        else:
+            yield context.error(
+                f"{name}: {use}",
+                "lower the window or max_prompt_tokens (long_prompts=skip leaves longer prompts "
+                "out)",
+            )
+
+
+@check("a run refuses what cannot work before it begins, and says the rest as a warning")
+def setup(subject: Subject) -> Iterator[Finding]:
+    """Whatever else the run itself would refuse or warn of."""
+    opened = subject.setup
+    done = sum(each.policy.is_complete() for each in walk(opened, opened=named))
+    for line in opened.warnings:
+        yield setup.warning(line, "")
+    yield setup.ok(f"{done} of {subject.config.rounds} rounds are trained in the store")
+
+
+def _named(model: Checkpoint, ids: set[int] | frozenset[int]) -> str:
+    """Ids with the tokens they stand for."""
+    tokens = model.tokenizer().convert_ids_to_tokens(sorted(ids))
+    pairs = zip(sorted(ids), map(json.dumps, tokens), strict=True)
+    return ", ".join(f"{number} ({token})" for number, token in pairs) or "nothing"
+
+
+def _lengths(table: pa.Table) -> list[int]:
+    return [len(ids) for ids in table["prompt_ids"]]

