@@ -214,9 +214,7 @@ def _own_scores(folder: Path, subject: Subject, teacher: Checkpoint, few: Any) -
     )
     scores = store.artifact(recipe)
     scores.create(rows=few.num_rows, rows_per_unit=few.num_rows)
-    task = replace(
-        _task(rollouts, teacher), scores=scores.fingerprint, teacher=str(teacher.folder)
-    )
+    task = replace(_task(rollouts, teacher), scores=scores.fingerprint, teacher=str(teacher.folder))
     _work(ScoreWorker, folder, config.teacher, task)
     return ScoredRows([(rollouts, scores)])
 
