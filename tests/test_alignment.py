@@ -62,7 +62,7 @@ def aligned(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=ANY_TEXT)
 @example(text="▁ literally <eos> </s> <0x41> \ufffd 😀e\u0301")
 @example(text="  two  spaces\n\tand a line ")
@@ -80,7 +80,7 @@ def test_byte_offsets_round_trip(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["small", "large", "llama"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=ANY_TEXT.filter(lambda text: "▁" not in text))
 def test_the_library_decodes_the_ids_to_the_same_text(name: str, text: str) -> None:
     made = {"small": lambda: byte_level(300), "large": lambda: byte_level(420), "llama": metaspace}
@@ -92,7 +92,7 @@ def test_the_library_decodes_the_ids_to_the_same_text(name: str, text: str) -> N
     assert told.lstrip(" ").removeprefix("x") == text
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.binary(max_size=40))
 def test_readable_agrees_with_the_decoder_and_keeps_order(data: bytes) -> None:
     ends = np.arange(len(data) + 1)
@@ -108,7 +108,7 @@ def test_readable_agrees_with_the_decoder_and_keeps_order(data: bytes) -> None:
 
 @pytest.mark.parametrize("teacher", FAMILIES)
 @pytest.mark.parametrize("student", ["small", "large", "llama"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), text=ANY_TEXT, is_cut=st.booleans())
 def test_chunks_cover_both_and_conserve_sums(
     student: str, teacher: str, seed: int, text: str, is_cut: bool
@@ -144,7 +144,7 @@ def test_chunks_cover_both_and_conserve_sums(
 
 
 @pytest.mark.parametrize("name", ["small", "large", "llama"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=ANY_TEXT.filter(lambda text: "▁" not in text and "\ufffd" not in text))
 def test_a_tokenizer_aligned_with_itself_is_itself(name: str, text: str) -> None:
     ids = family(name).read(text).ids.tolist()

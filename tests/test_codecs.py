@@ -94,7 +94,7 @@ SHAPES = {
 
 
 @given(**SHAPES, dtype=st.sampled_from(["float16", "float32"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_exact_keeps_everything(
     lengths: list[int], top_k: int, vocabulary: int, forced: int, seed: int, dtype: Any
 ) -> None:
@@ -115,7 +115,7 @@ def test_exact_keeps_everything(
     mass=st.sampled_from([None, 0.5, 0.999]),
     min_k=st.integers(1, 3),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_compact_stays_within_its_bound_and_keeps_the_mass(
     lengths: list[int],
     top_k: int,
@@ -200,7 +200,7 @@ def test_a_unit_without_any_token_round_trips() -> None:
 
 
 @given(st.integers(1, 60), st.integers(0, 999))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_sampled_counts_round_trip(draws: int, seed: int) -> None:
     scores = drawn_scores(np.array([0.5, 0.3, 0.15, 0.05]), tokens=7, draws=draws, seed=seed)
     (block,), _ = round_trip(SampledCodec(draws=draws), scores)

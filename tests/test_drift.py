@@ -44,7 +44,7 @@ def test_no_tokens_are_no_drift() -> None:
 
 
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=40), st.integers(1, 39))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_sums_of_any_split_are_the_sums_of_the_whole(values: list[float], cut: int) -> None:
     now, then = torch.tensor(values, dtype=torch.float64), torch.zeros(len(values))
     cut = min(cut, len(values) - 1)

@@ -18,7 +18,7 @@ from stages.progress import Silent
 from tests.conftest import small_config
 from tests.test_ray import ray_command, summary_of, wait_for_unit
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 SLOW = {"OPD_STREAM_FAKE_SECONDS_PER_TOKEN": "0.004"}
 FAKES = ("evaluation=null", "student.engine=fake", "teacher.engine=fake", "rounds=1")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -108,7 +108,6 @@ def test_the_last_answer_counts_when_there_are_two() -> None:
     assert not is_correct("Answer: 42\nAnswer: 17", "42")
 
 
-@settings(deadline=None)
 @given(text=st.text())
 def test_any_text_survives_the_tokenizer(text: str) -> None:
     tokenizer = load_tokenizer(FOLDERS[0])

@@ -106,7 +106,6 @@ def test_a_folder_that_goes_away_is_not_made_again_elsewhere(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_a_minute_without_the_store_costs_a_run_on_ray_a_minute(
     door: Door, tmp_path: Path, expected: Any
 ) -> None:

@@ -177,7 +177,7 @@ def test_another_setting_finds_what_it_shares(finished: Path, tmp_path: Path) ->
 lengths_of_rows = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths_of_rows, st.integers(1, 60), st.integers(1, 300), st.integers(1, 300))
 def test_measured_completions_bound_those_of_any_window(
     ends: list[int], prompt: int, measured_at: int, window: int

@@ -32,7 +32,6 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
 def test_ray_killed_in_the_middle_ends_where_the_local_loop_does(tmp_path: Path) -> None:
     local, ray = tmp_path / "local", tmp_path / "ray"
     run(small_config(local), RunDirectory(local / "run"), Silent())
@@ -53,7 +52,6 @@ def test_ray_killed_in_the_middle_ends_where_the_local_loop_does(tmp_path: Path)
     assert summary_of(ray)["tokens"] == summary_of(local)["tokens"]
 
 
-@pytest.mark.timeout(200)
 def test_a_users_mistake_in_a_ray_worker_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     command = ray_command(tmp_path, "evaluation.max_new_tokens=5000", "pools.student.workers=2")
     found = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -75,7 +73,6 @@ def wait_for_unit(folder: Path, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError(f"nothing was committed below {folder}")
 
 
-@pytest.mark.timeout(200)
 def test_a_pool_that_no_node_can_run_ends_the_run_with_what_is_missing(tmp_path: Path) -> None:
     pool = "{labels: {pool: nowhere}, resources: {slot: 1}, start_seconds: 8}"
     command = ray_command(tmp_path, f"pools.teacher={pool}", "evaluation=null")

@@ -46,7 +46,7 @@ def rollouts_artifact(root: Path, *, rows: int = 6, rows_per_unit: int = 2) -> A
 
 
 @given(st.lists(st.integers(0, 40), max_size=12), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_rollouts_shard_round_trips_ragged_rows(lengths: list[int], seed: int) -> None:
     batch = batch_of(lengths, seed)
     data, parts = shard_bytes(rollouts_table(batch))
