@@ -1,6 +1,7 @@
 """A small run that every pipeline test can afford: two rounds over eight prompts."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,6 +48,18 @@ SMALL_RUN: dict[str, Any] = {
 
 settings.register_profile("any-load", deadline=None)  # an example may take as long as it does
 settings.load_profile("any-load")
+
+# Ray's own limits on starts and answers, which 20 busy processes beside the tests would reach.
+for name in (
+    "gcs_server_port_wait_time_s",
+    "gcs_server_request_timeout_seconds",
+    "gcs_rpc_server_connect_timeout_s",
+    "py_gcs_connect_timeout_s",
+    "worker_register_timeout_seconds",
+):
+    os.environ.setdefault(f"RAY_{name}", "1000")
+for name in ("agent_register_timeout_ms", "health_check_timeout_ms"):
+    os.environ.setdefault(f"RAY_{name}", "1000000")
 
 LONGEST = ("test_ray", "test_training", "test_object_store", "test_resume")
 

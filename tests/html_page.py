@@ -70,7 +70,6 @@ def browse(path: Path, *options: str) -> tuple[str, list[str]]:
         ],
         capture_output=True,
         text=True,
-        timeout=90,
         check=True,
     )
     return found.stdout, [line for line in found.stderr.splitlines() if ":CONSOLE" in line]

@@ -3,7 +3,6 @@
 import contextlib
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from typing import Self
 
@@ -55,16 +54,21 @@ class Door:
     @contextlib.contextmanager
     def opening_after(self, seconds: float) -> Iterator[None]:
         """Inside, a door that was shut opens again so many seconds later."""
+        is_over = threading.Event()
 
         def wait() -> None:
-            if self.was_shut.wait(120):
-                time.sleep(seconds)
+            self.was_shut.wait()
+            if not is_over.wait(seconds):
                 self.open_again()
 
         waiter = threading.Thread(target=wait)
         waiter.start()
-        yield
-        waiter.join()
+        try:
+            yield
+        finally:
+            is_over.set()
+            self.was_shut.set()  # where it never was: the waiter ends too
+            waiter.join()
 
     def _accept(self) -> None:
         threading.Thread(target=self._take, args=(self._listener,), daemon=True).start()

@@ -248,8 +248,11 @@ def test_a_reader_holds_no_more_than_it_may(finished: Path) -> None:
 # Many writers
 
 
+MANY = Recipe(kind="rollouts", settings={"many": 1}, inputs={})
+
+
 def write_units(root: str, seed: int) -> None:
-    artifact = Artifact(Path(root), Recipe(kind="rollouts", settings={"many": 1}, inputs={}))
+    artifact = Artifact(Path(root), MANY)
     artifact.create(rows=24, rows_per_unit=1)
     units = list(artifact.units())
     random.Random(seed).shuffle(units)
@@ -259,10 +262,12 @@ def write_units(root: str, seed: int) -> None:
     artifact.finish()
 
 
-def read_units(root: str, seconds: float) -> None:
-    artifact = Artifact(Path(root), Recipe(kind="rollouts", settings={"many": 1}, inputs={}))
-    end = time.time() + seconds
-    while time.time() < end:
+def read_units(root: str) -> None:
+    """Over and over while units are written, and once more when all are."""
+    artifact = Artifact(Path(root), MANY)
+    is_last = False
+    while not is_last:
+        is_last = artifact.is_complete()
         for unit in artifact.commits():
             first = artifact.commit_record(unit)
             artifact.read_unit(unit)  # raises on torn or foreign bytes
@@ -272,14 +277,19 @@ def read_units(root: str, seconds: float) -> None:
 def test_eight_writers_and_two_readers_lose_and_tear_nothing(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     writers = [context.Process(target=write_units, args=(str(tmp_path), n)) for n in range(8)]
-    readers = [context.Process(target=read_units, args=(str(tmp_path), 1.5)) for _ in range(2)]
+    readers = [
+        context.Process(target=read_units, args=(str(tmp_path),), daemon=True) for _ in range(2)
+    ]
     for process in [*readers, *writers]:
         process.start()
-    for process in [*writers, *readers]:
+    for process in writers:
         process.join()
         assert process.exitcode == 0
-    artifact = Artifact(tmp_path, Recipe(kind="rollouts", settings={"many": 1}, inputs={}))
-    assert artifact.is_complete()
+    assert Artifact(tmp_path, MANY).is_complete()  # what the readers wait for
+    for process in readers:
+        process.join()
+        assert process.exitcode == 0
+    artifact = Artifact(tmp_path, MANY)
     listed = {record.unit: record.sha256 for record in artifact.manifest().units}
     assert listed == {unit: commit.sha256 for unit, commit in artifact.commits().items()}
     shards = {path.name for path in (artifact.folder / "units").glob("*.arrow")}

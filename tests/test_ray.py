@@ -64,13 +64,9 @@ def test_a_users_mistake_in_a_ray_worker_is_one_line_and_exit_code_2(tmp_path: P
 
 def wait_for_unit(folder: Path, process: subprocess.Popen[bytes]) -> None:
     """Until a first unit below the folder is committed."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if list(folder.glob("*/units/*.json")):
-            return
+    while not list(folder.glob("*/units/*.json")):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.02)
-    raise AssertionError(f"nothing was committed below {folder}")
 
 
 def test_a_pool_that_no_node_can_run_ends_the_run_with_what_is_missing(tmp_path: Path) -> None:

@@ -124,7 +124,8 @@ def test_a_finished_run_is_complete_in_every_stage_with_the_tokens_of_its_report
 
 
 def test_a_half_done_stage_counts_its_units_and_says_when_it_ends(half: Path) -> None:
-    planted(half, made_at=time.time() - 5, seconds=4.0)
+    made_at = time.time() - 5
+    planted(half, made_at=made_at, seconds=4.0)
     status = status_of(half)
     assert not status.is_finished
     assert status.rounds_complete == 1
@@ -135,7 +136,8 @@ def test_a_half_done_stage_counts_its_units_and_says_when_it_ends(half: Path) ->
     assert score.units_per_second == pytest.approx(0.25)
     assert score.tokens_per_second == pytest.approx(score.tokens / 4)
     assert score.eta_seconds == pytest.approx(4.0)
-    assert score.idle_seconds == pytest.approx(5, abs=4)
+    assert score.idle_seconds is not None
+    assert 5 <= score.idle_seconds <= time.time() - made_at
     assert not stages["train"].is_complete
     assert not stages["evaluate"].is_complete
     row = next(line for line in printed(status).splitlines() if "1 of 2" in line)
@@ -250,7 +252,7 @@ def test_a_commit_says_when_it_was_made_and_may_have_further_fields(finished: Pa
     store = Store(finished / "store")
     for recipe in store.recipes("scores"):
         records = list(store.artifact(recipe).commits().values())
-        assert all(time.time() - 3600 < record.made_at <= time.time() for record in records)
+        assert all(time.time() - 86400 < record.made_at <= time.time() for record in records)
         assert list(store.artifact(recipe).listed_commits().values()) == records
 
 
