@@ -168,11 +168,11 @@ def test_the_verdict_is_that_of_the_runs_judge(
     assert view.verdict.answer == prompts[prompt_id]
     assert not view.verdict.is_right, "cut by the window, it has no answer"
     answer = prompts[prompt_id]
-    text = view.reading.text
+    text = view.reader.text
     right = open_tokenizer(MODELS / "ledger-student").encode(f"Answer: {answer}")
     row = replace(view.row, completion_ids=np.array(right))
     assert text.whole(right) == f"Answer: {answer}"
-    assert str(view.reading.verdict(view.found.cache, row)) == "right"
+    assert str(view.reader.verdict(view.located.cache, row)) == "right"
     without = override_config(config, ["evaluation=null"])
     view = inspect_rollout(directory, without, round_index=0, prompt_id=prompt_id)
     assert view.verdict is None
@@ -209,7 +209,7 @@ def test_nothing_is_written(finished: tuple[RunDirectory, Config]) -> None:
         (["--round", "0", "--worst", "0"], "--worst is 0"),
         (["--round", "0", "--worst", "2", "--html", "a.html"], "belong to --prompt"),
         (["--round", "0", "--prompt", "{known}", "--html", "."], "expected a file to write"),
-        (["--round", "0", "--prompt", "{known}", "--html", "no/a.html"], "in a folder that is"),
+        (["--round", "0", "--prompt", "{known}", "--html", "no/a.html"], "in a folder that exists"),
         (
             ["--round", "0", "--worst", "1", "--set", "store=nowhere"],
             "store nowhere is not there",
@@ -288,10 +288,10 @@ def test_the_end_of_a_rollout_is_told_apart(finished: tuple[RunDirectory, Config
     stop = open_tokenizer(MODELS / "ledger-student").convert_tokens_to_ids("<eos>")
 
     def end(**changes: Any) -> str:
-        found = replace(view.found, row=replace(row, **changes))
-        ids = found.row.completion_ids.tolist()
-        pieces = tuple(view.reading.text.pieces(ids))
-        return replace(view, found=found, pieces=pieces).finish
+        located = replace(view.located, row=replace(row, **changes))
+        ids = located.row.completion_ids.tolist()
+        pieces = tuple(view.reader.text.pieces(ids))
+        return replace(view, located=located, pieces=pieces).finish
 
     assert end() == "window: cut after 48 tokens"
     stopped = np.array([*row.completion_ids[:5], stop])

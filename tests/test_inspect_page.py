@@ -11,7 +11,7 @@ from opd_stream.config import Config
 from opd_stream.token_text import TokenText, quoted, visible
 from pipeline.inspect.command import inspect_rollout, inspect_worst
 from pipeline.inspect.page import page
-from pipeline.inspect.view import RolloutView, view_of
+from pipeline.inspect.view import RolloutView
 from pipeline.run_directory import RunDirectory
 from tests.conftest import Command
 from tests.test_inspect import printed, rows_of, run_small
@@ -51,8 +51,8 @@ def hostile(finished: tuple[RunDirectory, Config]) -> RolloutView:
     directory, config = finished
     prompt_id = rows_of(directory, config)[0].prompt_id
     view = inspect_rollout(directory, config, round_index=0, prompt_id=prompt_id)
-    found = replace(view.found, row=replace(view.row, prompt_id=f'"><img src=x>{HOSTILE}'))
-    return view_of(replace(view.reading, text=TokenText(Hostile())), found, "reverse_kl")
+    located = replace(view.located, row=replace(view.row, prompt_id=f'"><img src=x>{HOSTILE}'))
+    return replace(view.reader, text=TokenText(Hostile())).view(located, "reverse_kl")
 
 
 def test_the_page_escapes_everything(finished: tuple[RunDirectory, Config]) -> None:

@@ -104,7 +104,7 @@ def test_where_a_later_policy_went_on_is_marked(tmp_path: Path) -> None:
     row = rows_of(directory, config, 1)[0]
     view = inspect_rollout(directory, config, round_index=1, prompt_id=row.prompt_id)
     assert len(view.pieces) == 32
-    assert [(mark.place, mark.text) for mark in view.marks] == [(16, "a later policy goes on")]
+    assert [(mark.place, mark.text) for mark in view.marks] == [(16, "a later policy continues")]
 
 
 def test_imported_rows_are_shown_without_what_they_do_not_say(tmp_path: Path) -> None:

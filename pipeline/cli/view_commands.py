@@ -1,4 +1,4 @@
-"""Commands that look: before a run, while it goes on, and at what it left. They change nothing."""
+"""Commands that only read: before a run, during it, and after it. They change nothing."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def plan(
     run_dir: RunDir = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """What a run would do and cost, and what of it is there; exit code 1: a disk is too small."""
+    """Estimate a run's work and cost, and what the store has of it; exit code 1: disk too small."""
     from pipeline.forecast import forecast
     from pipeline.forecast.table import print_plan
 
@@ -44,7 +44,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Load no model.")] = False,
 ) -> None:
-    """Say whether a config can run here and is set up right; exit code 1 if not."""
+    """Check whether a config can run here and is set up right; exit code 1 if not."""
     from opd_stream.config_file import load_config
     from pipeline.doctor.findings import Screen
 
@@ -63,11 +63,13 @@ def doctor(
 def status(
     run_dir: RunFolder,
     overrides: Overrides = None,
-    live: Annotated[bool, typer.Option("--watch", help="Stay until the run is finished.")] = False,
-    every: Annotated[float, typer.Option(min=0.5, help="Seconds between two looks.")] = 3.0,
+    live: Annotated[
+        bool, typer.Option("--watch", help="Update until the run is finished.")
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.5, help="Seconds between two updates.")] = 3.0,
     form: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """How far a run is, by the store; --set asks what another setting would still find there."""
+    """Show how far a run is, from the store; --set: what another setting would find there."""
     from opd_stream.config_file import override_config
     from pipeline.run_directory import RunDirectory
     from pipeline.status import print_status
@@ -83,10 +85,14 @@ def inspect(
     round_number: Annotated[
         int | None, typer.Option("--round", help="From 0. Default: the last finished.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(metavar="ID", help="Show its rollout.")] = None,
-    sample: Annotated[int | None, typer.Option(help="Which one, from 0. Default: 0.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="ID", help="Show a rollout of this prompt.")
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option(help="Which of its rollouts, from 0. Default: 0.")
+    ] = None,
     worst: Annotated[
-        int | None, typer.Option(metavar="N", help="List the N with the largest mean.")
+        int | None, typer.Option(metavar="N", help="List the N rollouts with the largest mean.")
     ] = None,
     by: Annotated[
         str,
@@ -96,11 +102,12 @@ def inspect(
         Path | None, typer.Option(metavar="OUT", help="Write a page instead of showing it here.")
     ] = None,
     cache_number: Annotated[
-        int | None, typer.Option("--cache", help="Of the round's caches. Default: the newest.")
+        int | None,
+        typer.Option("--cache", help="Which of the round's caches. Default: the newest."),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """A cached rollout seen with its teacher scores, or the worst of a round."""
+    """Show a cached rollout with its teacher scores, or list the worst rollouts of a round."""
     from opd_stream.config_file import override_config
     from pipeline.inspect import command, terminal
     from pipeline.run_directory import RunDirectory
@@ -126,7 +133,9 @@ def inspect(
         by=by,
     )
     if html is not None:
-        return typer.echo(command.write_page(view, html))
+        from pipeline.inspect.page import write_page
+
+        return typer.echo(write_page(view, html))
     terminal.print_rollout(view, console=console())
 
 

@@ -1,18 +1,29 @@
-"""`opd-stream inspect`: checks what was asked, reads, and shows it."""
+"""`opd-stream inspect`: checks what was asked and reads it; `terminal` and `page` show it."""
 
+import heapq
+import math
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
-from opd_stream.store.files import publish
+from opd_stream.store.reader import ScoredRow
 from opd_stream.token_figures import FIGURES
 from opd_stream.token_text import TokenText
-from pipeline.inspect.source import find, open_round
-from pipeline.inspect.view import Reading, RolloutView, view_of
-from pipeline.inspect.worst import Worst, worst_rollouts
+from pipeline.inspect.source import LocatedRow, RoundCache, find, open_round, whole_shards
+from pipeline.inspect.view import RolloutView, RoundReader, mean_of
 from pipeline.run_directory import RunDirectory
 from pipeline.setup import masked_ids
 from stages.checkpoints import open_vocabulary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorstRollout:
+    """A rollout of the list."""
+
+    view: RolloutView
+    command: str  # that opens it
 
 
 def inspect_rollout(
@@ -37,28 +48,53 @@ def inspect_rollout(
         by: a name of `FIGURES`.
 
     Raises:
-        UserError: any of them is not there, or not told by the scores.
+        UserError: one of them does not exist, or the scores do not hold the figure.
     """
-    _check_by(by)
-    reading = open_reading(directory, config, round_index)
-    return view_of(reading, find(reading.source, prompt_id, sample, cache), by)
+    reader = open_reader(directory, config, round_index, by)
+    return reader.view(find(reader.source, prompt_id, sample, cache), by)
 
 
 def inspect_worst(
     directory: RunDirectory, config: Config, *, round_index: int, count: int, by: str = "reverse_kl"
-) -> list[Worst]:
-    """The rollouts of a round with the largest mean of a figure; see `inspect_rollout`."""
-    _check_by(by)
+) -> list[WorstRollout]:
+    """The `count` rollouts with the largest mean over the tokens that train, the largest first.
+
+    Rows are read in order and let go, so memory does not grow with the round. Of equal means the
+    earlier row comes first; a row of which no token trains is left out.
+
+    Raises:
+        UserError: as `inspect_rollout`, or a shard is damaged.
+    """
     if count < 1:
         raise UserError(f"--worst is {count}; expected how many rollouts to list, at least 1")
-    return worst_rollouts(open_reading(directory, config, round_index), count, by)
+    reader = open_reader(directory, config, round_index, by)
+    worst: list[tuple[float, int, RoundCache, ScoredRow]] = []  # a heap: mean, -place, ...
+    place = 0
+    with whole_shards():
+        for cache in reader.source.caches:
+            rows = cache.rows()
+            for row in (rows[position] for position in range(len(rows))):
+                mean = mean_of(reader.figures(cache, row, by)[by], reader.trains(row))
+                place -= 1
+                if not math.isnan(mean):
+                    push = heapq.heappush if len(worst) < count else heapq.heappushpop
+                    push(worst, (mean, place, cache, row))
+    return [
+        WorstRollout(
+            view=reader.view(LocatedRow(cache=cache, row=row), by),
+            command=_command(reader, cache, row, by),
+        )
+        for _, _, cache, row in sorted(worst, key=lambda entry: entry[:2], reverse=True)
+    ]
 
 
-def open_reading(directory: RunDirectory, config: Config, round_index: int) -> Reading:
+def open_reader(directory: RunDirectory, config: Config, round_index: int, by: str) -> RoundReader:
     """The round with its tokenizer."""
+    if by not in FIGURES:
+        raise UserError(f"--by is {by!r}; expected one of {', '.join(FIGURES)}")
     source = open_round(directory, config, round_index)
     tokenizer = open_vocabulary(source.tokenizer_folder().resolve())
-    return Reading(
+    return RoundReader(
         source=source, text=TokenText(tokenizer), masked_ids=masked_ids(config, tokenizer)
     )
 
@@ -86,20 +122,17 @@ def check_question(
         return
     if html.is_dir() or html.suffix not in (".html", ".htm") or not html.parent.is_dir():
         raise UserError(
-            f"--html is {html}; expected a file to write in a folder that is there, such as "
+            f"--html is {html}; expected a file to write in a folder that exists, such as "
             "rollout.html"
         )
 
 
-def write_page(view: RolloutView, path: Path) -> str:
-    """Write the page of a rollout; returns the line to print."""
-    from pipeline.inspect.page import page
-
-    data = page(view).encode()
-    publish(path, data)
-    return f"{path}: {len(data):,} bytes; open it in a browser"
-
-
-def _check_by(by: str) -> None:
-    if by not in FIGURES:
-        raise UserError(f"--by is {by!r}; expected one of {', '.join(FIGURES)}")
+def _command(reader: RoundReader, cache: RoundCache, row: ScoredRow, by: str) -> str:
+    source = reader.source
+    words = ["opd-stream", "inspect", str(source.run), "--round", str(source.round_index)]
+    words += ["--prompt", row.prompt_id, "--sample", str(row.sample_index)]
+    if len(source.caches) > 1:
+        words += ["--cache", str(cache.number)]
+    if by != next(iter(FIGURES)):
+        words += ["--by", by]
+    return shlex.join(words)

@@ -2,14 +2,23 @@
 
 from importlib.resources import files
 from math import exp
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from opd_stream.store.files import publish
 from opd_stream.token_figures import FIGURES
 from opd_stream.token_text import quoted, visible
 from pipeline.inspect.terminal import CANDIDATES, PART, facts, levels, notes, probability, shown
 from pipeline.inspect.view import RolloutView
+
+
+def write_page(view: RolloutView, path: Path) -> str:
+    """Write the page of a rollout; returns the line to print."""
+    data = page(view).encode()
+    publish(path, data)
+    return f"{path}: {len(data):,} bytes; open it in a browser"
 
 
 def page(view: RolloutView) -> str:

@@ -120,15 +120,15 @@ def open_round(directory: RunDirectory, config: Config, round_index: int) -> Rou
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """A rollout of a round."""
+class LocatedRow:
+    """A rollout of a round, and where it was found."""
 
     cache: RoundCache
     row: ScoredRow
-    others: tuple[int, ...]  # further caches of the round with a rollout of this name
+    others: tuple[int, ...] = ()  # further caches of the round with a rollout of this name
 
 
-def find(source: RoundSource, prompt_id: str, sample: int, cache: int | None) -> Found:
+def find(source: RoundSource, prompt_id: str, sample: int, cache: int | None) -> LocatedRow:
     """The rollout of a prompt: of the newest cache that has it, or of the one that is named.
 
     Raises:
@@ -157,7 +157,7 @@ def find(source: RoundSource, prompt_id: str, sample: int, cache: int | None) ->
         if not places:
             raise UserError(_missing(source, prompt_id, sample, names))
         part, unit, row = places[0]
-        return Found(
+        return LocatedRow(
             cache=part,
             row=_scored(part, unit, row),
             others=tuple(other.number for other, _, _ in places[1:]),

@@ -1,4 +1,4 @@
-"""A rollout, or a list of them, for the eyes in a terminal."""
+"""Prints a rollout, or a list of them, in a terminal."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -11,8 +11,8 @@ from rich.text import Text
 
 from opd_stream.token_figures import Figure
 from opd_stream.token_text import quoted, visible
+from pipeline.inspect.command import WorstRollout
 from pipeline.inspect.view import RolloutView
-from pipeline.inspect.worst import Worst
 
 CANDIDATES = 4
 WIDE = 110  # columns of a terminal from which every column of the table fits
@@ -40,7 +40,7 @@ def print_rollout(view: RolloutView, *, console: Console) -> None:
     console.print(_worst_tokens(view, is_wide=console.width >= WIDE))
 
 
-def print_worst(found: list[Worst], *, console: Console) -> None:
+def print_worst(found: list[WorstRollout], *, console: Console) -> None:
     """The list of rollouts, and the command that opens each."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     name = found[0].view.figure.name if found else ""
@@ -69,7 +69,7 @@ def print_worst(found: list[Worst], *, console: Console) -> None:
 
 def facts(view: RolloutView) -> Iterator[tuple[str, str]]:
     """What is known of the whole rollout: (name, text)."""
-    row, cache, source = view.row, view.found.cache, view.reading.source
+    row, cache, source = view.row, view.located.cache, view.reader.source
     yield "rollout", f"{visible(row.prompt_id)}, sample {row.sample_index}"
     yield "from", f"round {source.round_index}, policy {cache.policy_version}, {cache.scores.name}"
     yield "finish", view.finish
@@ -100,9 +100,9 @@ def notes(view: RolloutView) -> Iterator[str]:
         yield "⟦ ⟧ tokens that do not train in this round (loss mask, first occurrence, window)"
     if "" in view.pieces:
         yield f"{PART} token that is part of a character, which a later token ends"
-    if not view.found.cache.has_ranks:
+    if not view.located.cache.has_ranks:
         yield "candidates are ids drawn from the teacher, with their share of the draws"
-    for other in view.found.others:
+    for other in view.located.others:
         yield f"the round has another rollout of this name: --cache {other}"
 
 

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from opd_stream.token_figures import (
 )
 from opd_stream.token_text import TokenText, visible
 from opd_stream.windows import window_tokens
-from pipeline.inspect.source import Found, RoundCache, RoundSource
+from pipeline.inspect.source import LocatedRow, RoundCache, RoundSource
 from pipeline.plan import training_window
 
 WORST_TOKENS = 10
@@ -59,8 +58,8 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """What is needed to read the rollouts of a round."""
+class RoundReader:
+    """Reads the rollouts of a round."""
 
     source: RoundSource
     text: TokenText
@@ -83,10 +82,33 @@ class Reading:
         mask = trained_mask(row, max(self.windows), self.masked_ids)
         return np.pad(mask, (0, len(row.completion_ids) - len(mask)))
 
-    def figures(self, cache: RoundCache, row: ScoredRow) -> dict[str, Values]:
-        """Every figure that the cache tells."""
+    def figures(self, cache: RoundCache, row: ScoredRow, by: str) -> dict[str, Values]:
+        """Every figure of a row that the cache holds.
+
+        Raises:
+            UserError: the figure `by` is not among them.
+        """
         has_ranks = cache.has_ranks and row.teacher_top_ids.shape[1] > 0
-        return token_figures(row, has_ranks=has_ranks)
+        found = token_figures(row, has_ranks=has_ranks)
+        if by not in found:
+            raise UserError(
+                f"{cache.scores.name} holds no ranked candidates, and so no {by}; "
+                f"choose --by {' or '.join(found)}"
+            )
+        return found
+
+    def view(self, located: LocatedRow, by: str) -> "RolloutView":
+        """A rollout under one figure; raises as `figures`."""
+        row = located.row
+        ids, before = row.completion_ids.tolist(), int(row.prompt_ids[-1])
+        return RolloutView(
+            reader=self,
+            located=located,
+            figure=FIGURES[by],
+            figures=self.figures(located.cache, row, by),
+            trains=self.trains(row),
+            pieces=tuple(self.text.pieces(ids, before=before)),
+        )
 
     def verdict(self, cache: RoundCache, row: ScoredRow) -> Verdict | None:
         """None where the run has no judge or the prompt no answer."""
@@ -108,8 +130,8 @@ class Reading:
 class RolloutView:
     """A rollout under one figure."""
 
-    reading: Reading
-    found: Found
+    reader: RoundReader
+    located: LocatedRow
     figure: Figure
     figures: dict[str, Values]  # name -> one value a completion token
     trains: NDArray[np.bool_]  # [T]
@@ -118,7 +140,7 @@ class RolloutView:
     @property
     def row(self) -> ScoredRow:
         """The rollout and its scores."""
-        return self.found.row
+        return self.located.row
 
     @property
     def values(self) -> Values:
@@ -128,7 +150,7 @@ class RolloutView:
     @property
     def prompt(self) -> str:
         """The prompt as the student read it, special tokens included."""
-        return visible(self.reading.text.whole(self.row.prompt_ids.tolist()))
+        return visible(self.reader.text.whole(self.row.prompt_ids.tolist()))
 
     @property
     def mean(self) -> float:
@@ -137,13 +159,14 @@ class RolloutView:
 
     @cached_property
     def verdict(self) -> Verdict | None:
-        """See `Reading.verdict`."""
-        return self.reading.verdict(self.found.cache, self.row)
+        """See `RoundReader.verdict`."""
+        return self.reader.verdict(self.located.cache, self.row)
 
     @property
     def finish(self) -> str:
         """Why the text ends: stop, window or context, and where."""
-        tokens, window = len(self.row.completion_ids), self.window_tokens
+        tokens = len(self.row.completion_ids)
+        window = self.located.cache.rollouts.recipe.settings.get("window_tokens")
         if self.row.finish_reason == "stop":
             last = visible(self.pieces[-1]) if self.pieces else ""
             return f"stop: the student ended it with {last} after {tokens} tokens"
@@ -153,26 +176,21 @@ class RolloutView:
             return f"window: cut after {tokens} tokens"
         return f"context: cut after {tokens} tokens, before its window of {window}"
 
-    @property
-    def window_tokens(self) -> int | None:
-        """The most new tokens it could have; None of imported rows."""
-        return self.found.cache.rollouts.recipe.settings.get("window_tokens")
-
     @cached_property
     def marks(self) -> tuple[Mark, ...]:
-        """Where windows of the round end, and where a later policy went on, in order of place."""
-        tokens, source = len(self.row.completion_ids), self.reading.source
+        """Where windows of the round end, and where a later policy continued, in order of place."""
+        tokens, source = len(self.row.completion_ids), self.reader.source
         found = [
             Mark(place=window, text=f"window {window} from step {step}")
-            for window, step in self.reading.windows.items()
+            for window, step in self.reader.windows.items()
             if window < tokens
         ]
-        recipe = self.found.cache.rollouts.recipe
+        recipe = self.located.cache.rollouts.recipe
         while "extends" in recipe.settings:
             recipe = source.store.by_fingerprint("rollouts", recipe.inputs["rollouts"]).recipe
             place = recipe.settings["window_tokens"]
             if place < tokens:
-                found.append(Mark(place=place, text="a later policy goes on"))
+                found.append(Mark(place=place, text="a later policy continues"))
         return tuple(sorted(found, key=lambda mark: mark.place))
 
     def worst(self, count: int) -> list[int]:
@@ -196,7 +214,7 @@ class RolloutView:
         return [
             Candidate(
                 token_id=int(ids[k]),
-                text=self.reading.text.after(int(before), int(ids[k])),
+                text=self.reader.text.after(int(before), int(ids[k])),
                 probability=math.exp(logprobs[k]),
                 is_drawn=int(ids[k]) == int(row.completion_ids[place]),
             )
@@ -221,40 +239,6 @@ class RolloutView:
         if "tail_mass" not in self.figures:
             return None
         return -math.expm1(self.row.teacher_tail_logprobs[place])
-
-
-def view_of(reading: Reading, found: Found, by: str) -> RolloutView:
-    """A rollout under one figure.
-
-    Raises:
-        UserError: its scores do not tell that figure.
-    """
-    row = found.row
-    figures = reading.figures(found.cache, row)
-    check_figure(by, figures, found.cache)
-    return RolloutView(
-        reading=reading,
-        found=found,
-        figure=FIGURES[by],
-        figures=figures,
-        trains=reading.trains(row),
-        pieces=tuple(
-            reading.text.pieces(row.completion_ids.tolist(), before=int(row.prompt_ids[-1]))
-        ),
-    )
-
-
-def check_figure(by: str, figures: dict[str, Any], cache: RoundCache) -> None:
-    """Refuse a figure that the scores do not tell.
-
-    Raises:
-        UserError: says which they tell.
-    """
-    if by not in figures:
-        raise UserError(
-            f"{cache.scores.name} holds no ranked candidates, so it does not tell {by}; "
-            f"choose --by {' or '.join(figures)}"
-        )
 
 
 def mean_of(values: Values, trains: NDArray[np.bool_]) -> float:
