@@ -52,7 +52,7 @@ def test_other_codecs_say_what_they_know(tmp_path: Path, codec: str) -> None:
         shown = [c.probability for c in view.candidates(0, 9)]
         assert shown == sorted(shown, reverse=True)
         assert sum(shown) == pytest.approx(1)
-        with pytest.raises(UserError, match="does not tell entropy; choose --by reverse_kl or"):
+        with pytest.raises(UserError, match="and so no entropy; choose --by reverse_kl or"):
             inspect_worst(directory, config, round_index=0, count=1, by="entropy")
         return
     counts = np.isfinite(row.teacher_top_logprobs).sum(1)
