@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opd_stream.engines import prefill
+from opd_stream.engines import head
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.types import RolloutBatch
 
@@ -128,7 +128,7 @@ def _bare(engine: TransformersEngine, rollouts: RolloutBatch, *, passes: bool) -
     weight = model.get_output_embeddings().weight.t()
     for start in range(0, len(rollouts), 8):
         rows = slice(start, start + 8)
-        hidden = prefill.completion_hidden(
+        hidden = head.completion_hidden(
             model.get_decoder(),
             rollouts.prompt_ids[rows],
             rollouts.completion_ids[rows],
@@ -149,9 +149,9 @@ def _compare_shared(name: str, engine: TransformersEngine, arguments: Any) -> No
         engine.score(rollouts, top_k=arguments.top_k, forced_ids=(1, 2))
 
     def separately() -> None:
-        kept, prefill.LEAST_SAVING = prefill.LEAST_SAVING, 0.0
+        kept, head.MIN_SAVING = head.MIN_SAVING, 0.0
         score()
-        prefill.LEAST_SAVING = kept
+        head.MIN_SAVING = kept
 
     together, apart = interleaved(arguments.repeats, score, separately)
     print(f"| {name} | {together:.2f} | {apart:.2f} | {apart / together:.2f} |", flush=True)

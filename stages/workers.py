@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import Engine
-from opd_stream.engines.vllm_options import VllmOptions
+from opd_stream.engines.vllm_engine import VllmOptions
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit
 from opd_stream.store.files import RETRY_TIMEOUT
@@ -153,6 +153,7 @@ class Worker:
                 vllm=self.settings.vllm,
             )
         else:
+            self._loaded = None  # if reading fails, the engine has no weights
             self._engine.load(folder)
         self._loaded = fingerprint
         return self._engine

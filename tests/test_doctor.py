@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from opd_stream.config import Config
-from opd_stream.engines import sampling, transformers_engine
+from opd_stream.engines import decoding, transformers_engine
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.store import Store
@@ -506,7 +506,7 @@ def test_a_sampler_that_records_after_its_temperature(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def tempered(logits: torch.Tensor, numbers: torch.Tensor, temperature: float) -> Any:
-        return sampling.draw(logits / temperature, numbers, 1.0)
+        return decoding.draw(logits / temperature, numbers, 1.0)
 
     monkeypatch.setattr(transformers_engine, "draw", tempered)
     found = first(trial.sampler, small_config(tmp_path, "rollouts.temperature=0.7"))
@@ -516,7 +516,7 @@ def test_a_sampler_that_records_after_its_temperature(
 
 def test_a_sampler_at_another_temperature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cold(logits: torch.Tensor, numbers: torch.Tensor, temperature: float) -> Any:
-        return sampling.draw(logits, numbers, 0.7)
+        return decoding.draw(logits, numbers, 0.7)
 
     assert "too little to tell" in first(trial.sampler, small_config(tmp_path)).found
     student = changed_model(tmp_path, "ledger-student", undecided)

@@ -1,6 +1,8 @@
 """The transformers engine against one that is slow and obviously right, on many architectures."""
 
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from transformers import (
 )
 
 from opd_stream.engines.decoding import is_plain_llama
+from opd_stream.engines.head import _cache_argument
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
 from opd_stream.types import PromptBatch, RolloutBatch
@@ -162,6 +165,64 @@ def test_loading_replaces_the_weights_that_decode_and_score(
         np.testing.assert_allclose(mine, others, atol=1e-5)
 
 
+def test_loading_holds_one_model_at_a_time(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(checkpoint)
+    before = weakref.ref(engine._model), weakref.ref(next(engine._model.parameters()))
+    alive: list[bool] = []
+    read = AutoModelForCausalLM.from_pretrained
+
+    def counted(*args: Any, **named: Any) -> Any:
+        alive.extend(old() is not None for old in before)
+        return read(*args, **named)
+
+    sampled(engine)  # what decoding keeps of a model must not keep it alive either
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counted)
+    engine.load(checkpoint)
+    assert alive == [False, False]
+
+
+def test_after_weights_that_cannot_be_read_others_can_be_loaded(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    engine = engine_of(checkpoint)
+    expected = sampled(engine)
+    with pytest.raises(UserError, match="cannot be loaded as a causal language model"):
+        engine.load(tmp_path)
+    engine.load(checkpoint)
+    for mine, others in zip(sampled(engine).completion_ids, expected.completion_ids, strict=True):
+        assert mine.tolist() == others.tolist()
+
+
+def test_a_cache_argument_named_cache_is_used(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a coming transformers means to name it."""
+    engine = engine_of(checkpoint)
+    rollouts = sampled(engine)
+    expected = engine.score(rollouts, top_k=3, forced_ids=())
+    decoder = type(engine._model.get_decoder())
+    forward, caches = decoder.forward, []
+
+    def renamed(self: Any, *, cache: Any = None, **inputs: Any) -> Any:
+        assert "past_key_values" not in inputs
+        caches.append(cache)
+        found = forward(self, past_key_values=cache, **inputs)
+        return SimpleNamespace(last_hidden_state=found.last_hidden_state)
+
+    _cache_argument.cache_clear()
+    monkeypatch.setattr(decoder, "forward", renamed)
+    again = sampled(engine)
+    scores = engine.score(rollouts, top_k=3, forced_ids=())
+    _cache_argument.cache_clear()
+    assert any(cache is not None for cache in caches)
+    for mine, others in zip(again.completion_ids, rollouts.completion_ids, strict=True):
+        assert mine.tolist() == others.tolist()
+    for mine, others in zip(scores.teacher_logprobs, expected.teacher_logprobs, strict=True):
+        assert mine.tolist() == others.tolist()
+
+
 def test_rows_with_logits_that_are_not_finite_are_refused_alone(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**{**BASE, "head_dim": 6}))
@@ -220,7 +281,7 @@ def test_shared_prompts_are_read_once_and_change_no_score(
     )
     once = engine.score(rollouts, top_k=5, forced_ids=(5,))
     shared = sum(read)
-    monkeypatch.setattr("opd_stream.engines.prefill.LEAST_SAVING", 0.0)
+    monkeypatch.setattr("opd_stream.engines.head.MIN_SAVING", 0.0)
     read.clear()
     apart = engine.score(rollouts, top_k=5, forced_ids=(5,))
     hook.remove()

@@ -10,8 +10,13 @@ import pytest
 
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import Engine
-from opd_stream.engines.vllm_options import VllmOptions
-from opd_stream.engines.vllm_scores import asked_ids, dense, given_scores, scores_of
+from opd_stream.engines.vllm_engine import VllmOptions
+from opd_stream.engines.vllm_scores import (
+    asked_ids,
+    scores_of_asked,
+    scores_of_whole,
+    whole_distribution,
+)
 from opd_stream.errors import UserError
 from opd_stream.tasks.ledger import make_problems, prompt_text
 from opd_stream.types import PromptBatch, RolloutBatch
@@ -46,7 +51,7 @@ class Output:
     prompt_token_id_logprobs: np.ndarray
 
 
-def test_given_ids_and_whole_distributions_are_read_to_the_same_columns() -> None:
+def test_asked_ids_and_whole_distributions_are_read_to_the_same_scores() -> None:
     random = np.random.default_rng(0)
     vocab, prompt, tokens, top_k, forced = 11, 3, 4, 3, (2, 7)
     logits = random.normal(size=(tokens, vocab))
@@ -61,24 +66,25 @@ def test_given_ids_and_whole_distributions_are_read_to_the_same_columns() -> Non
         finish_reason=("length",),
     )
     asked = asked_ids(row, 0, forced)
-    whole = scores_of(
-        dense(flat_of(logprobs, ids[prompt:], vocab, before=prompt), tokens, vocab),
+    whole = scores_of_whole(
+        whole_distribution(flat_of(logprobs, ids[prompt:], vocab, before=prompt), tokens, vocab),
         asked,
         top_k=top_k,
         forced=len(forced),
     )
-    given = given_scores(
+    part = scores_of_asked(
         Output(
             flat_of(logprobs, ids[prompt:], top_k, before=prompt),
             np.take_along_axis(logprobs, asked, axis=1),
         ),
         tokens,
-        top_k,
-        len(forced),
+        top_k=top_k,
+        forced=len(forced),
     )
-    for name, values in whole.items():
-        np.testing.assert_allclose(given[name], values, atol=1e-5, err_msg=name)
-    np.testing.assert_allclose(whole["teacher_logprobs"], logprobs[np.arange(tokens), ids[prompt:]])
+    for name, values in whole._asdict().items():
+        np.testing.assert_allclose(getattr(part, name), values, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(whole.asked[:, 0], logprobs[np.arange(tokens), ids[prompt:]])
+    np.testing.assert_allclose(whole.forced, logprobs[:, list(forced)])
 
 
 def flat_of(logprobs_TV: np.ndarray, ids_T: np.ndarray, top_k: int, *, before: int) -> Flat:
@@ -222,9 +228,9 @@ def test_what_vllm_cannot_serve_is_refused(
         sample(student, prompts, extra_draws=1)
     with pytest.raises(UserError, match="needs draws from the teacher"):
         student.score(sample(student, prompts, window_tokens=4), top_k=1, forced_ids=(), draws=4)
-    with pytest.raises(UserError, match="the engine reads 512; lower the window"):
+    with pytest.raises(UserError, match="the model reads 512; lower the window"):
         sample(student, prompts, window_tokens=500)
-    monkeypatch.setattr("opd_stream.engines.vllm_engine.WHOLE_VOCABULARY", 100)
+    monkeypatch.setattr("opd_stream.engines.vllm_engine.MAX_WHOLE_VOCABULARY", 100)
     with pytest.raises(UserError, match=r"use teacher\.engine=transformers"):
         student.score(sample(student, prompts, window_tokens=4), top_k=1, forced_ids=STOPS)
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from opd_stream.engines.vllm_options import VllmOptions
+from opd_stream.engines.vllm_engine import VllmOptions
 from opd_stream.section import Section
 from opd_stream.store.codecs import Codec, ExactCodec
 

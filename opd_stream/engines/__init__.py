@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from opd_stream.engines.base import Engine
-from opd_stream.engines.vllm_options import VllmOptions
+from opd_stream.engines.vllm_engine import VllmOptions
 
 __all__ = ["Engine", "open_engine"]
 

@@ -1,25 +1,35 @@
-"""What every engine can do, whatever runs below it.
+"""The interface of every engine, and the parts of it that need no library.
 
 An engine holds one set of weights at a time. Teacher and student are roles, not classes. Sampling
 is a function of (weights, prompt, `seed`, `prompt_id`, `sample_index`) and of nothing else that
 matters: the k-th token of a rollout uses the k-th number of that rollout's own random stream, so a
 longer window continues the same rollout and another batch size changes nothing but rounding.
+
+Shapes: T completion tokens, K candidates of the teacher, F forced ids, M candidates of the student.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
+from opd_stream.errors import UserError
+from opd_stream.types import FinishReason, PromptBatch, RolloutBatch, ScoreBatch
+
+Ids = NDArray[np.integer[Any]]
+Drawn = tuple[NDArray[np.int32], NDArray[np.float32]]  # ids and log-probabilities of new tokens
+
+LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**28}  # of scoring: a CPU's caches hold them
+MIN_CHUNK_ROWS = 64  # however large the vocabulary: below, the head's product is slow
+MAX_LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**28}  # what a chunk of the fewest rows may reach
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSettings:
-    """What `sample` and `extend` are asked for alike."""
+    """Arguments that `sample` and `extend` share."""
 
     window_tokens: int
     temperature: float
@@ -29,7 +39,7 @@ class SamplingSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringSettings:
-    """What `score` is asked for."""
+    """The arguments of `score`."""
 
     top_k: int
     forced_ids: tuple[int, ...]
@@ -37,42 +47,15 @@ class ScoringSettings:
     seed: int = 0
 
 
-def unfinished(rollouts: RolloutBatch, window_tokens: int) -> list[int]:
-    """Rows that a window shorter than `window_tokens` ended."""
-    return [
-        row
-        for row, reason in enumerate(rollouts.finish_reason)
-        if reason == "length" and len(rollouts.completion_ids[row]) < window_tokens
-    ]
-
-
-def extended(
-    rollouts: RolloutBatch,
-    grown: Mapping[int, tuple[NDArray[np.integer[Any]], NDArray[np.float32]]],
-    stop_ids: tuple[int, ...],
-) -> RolloutBatch:
-    """The rollouts with new ids and log-probabilities at the end of some rows."""
-    ids, logprobs = list(rollouts.completion_ids), list(rollouts.behavior_logprobs)
-    reasons = list(rollouts.finish_reason)
-    for row, (new_ids, new_logprobs) in grown.items():
-        ids[row] = np.concatenate([ids[row], new_ids])
-        logprobs[row] = np.concatenate([logprobs[row], new_logprobs]).astype(np.float32)
-        reasons[row] = "stop" if int(ids[row][-1]) in stop_ids else "length"
-    return replace(
-        rollouts,
-        completion_ids=tuple(ids),
-        behavior_logprobs=tuple(logprobs),
-        finish_reason=tuple(reasons),
-        candidate_ids=None,
-        candidate_behavior_logprobs=None,
-    )
-
-
 class Engine(Protocol):
     """A language model that samples and scores."""
 
     def load(self, folder: Path) -> None:
-        """Replace the weights by those of a Hugging Face folder with the same architecture."""
+        """Replace the weights by those of a Hugging Face folder with the same architecture.
+
+        The old weights are released before the new ones are read; if reading fails, there are none
+        until another `load`.
+        """
         ...
 
     def sample(
@@ -110,7 +93,7 @@ class Engine(Protocol):
     ) -> RolloutBatch:
         """Continue the rollouts that a window ended, up to `window_tokens` tokens each.
 
-        Finished ones stay. New tokens have the log-probabilities of the weights at hand. Under the
+        Finished ones stay. New tokens have the log-probabilities of the current weights. Under the
         weights, seed and temperature of the first sampling, the result is what `sample` with the
         longer window would have given. Candidates of the student are not kept.
 
@@ -138,3 +121,124 @@ class Engine(Protocol):
             UserError: `top_k` is larger than the vocabulary.
         """
         ...
+
+
+class RowScores(NamedTuple):
+    """The scores of one rollout, log-probabilities in nats."""
+
+    asked: NDArray[np.float32]  # [T, 1 + M], of the sampled token, then of the student's candidates
+    top_ids: NDArray[np.int32]  # [T, K]
+    top_logprobs: NDArray[np.float32]  # [T, K]
+    tail: NDArray[np.float32]  # [T]
+    forced: NDArray[np.float32]  # [T, F]
+
+
+def score_batch(rows: Iterable[RowScores], *, has_candidates: bool) -> ScoreBatch:
+    """The scores of all rows; one with a value that is not a number is refused alone."""
+    kept: list[RowScores] = []
+    refused: dict[int, str] = {}
+    for number, row in enumerate(rows):
+        if any(np.isnan(column).any() for column in row):
+            refused[number] = "the teacher's log-probabilities are not finite"
+            row = RowScores(
+                row.asked[:0], row.top_ids[:0], row.top_logprobs[:0], row.tail[:0], row.forced[:0]
+            )
+        kept.append(row)
+    return ScoreBatch(
+        teacher_logprobs=tuple(row.asked[:, 0] for row in kept),
+        teacher_top_ids=tuple(row.top_ids for row in kept),
+        teacher_top_logprobs=tuple(row.top_logprobs for row in kept),
+        teacher_tail_logprobs=tuple(row.tail for row in kept),
+        teacher_forced_logprobs=tuple(row.forced for row in kept),
+        refused=refused,
+        candidate_teacher_logprobs=(
+            tuple(row.asked[:, 1:] for row in kept) if has_candidates else None
+        ),
+    )
+
+
+def sampled_rollouts(
+    prompts: PromptBatch, drawn: Sequence[Drawn], *, stop_ids: tuple[int, ...], extra_draws: int = 0
+) -> RolloutBatch:
+    """The rollouts of what was drawn for each row [T, 1 + M], the sampled token first."""
+    samples = len(drawn) // max(1, len(prompts.prompt_id))
+    prompt_of = [row // samples for row in range(len(drawn))]
+    completions = tuple(ids[:, 0] for ids, _ in drawn)
+    return RolloutBatch(
+        prompt_id=tuple(prompts.prompt_id[prompt] for prompt in prompt_of),
+        sample_index=np.tile(np.arange(samples, dtype=np.int32), len(prompts.prompt_id)),
+        prompt_ids=tuple(prompts.prompt_ids[prompt] for prompt in prompt_of),
+        completion_ids=completions,
+        behavior_logprobs=tuple(logprobs[:, 0] for _, logprobs in drawn),
+        finish_reason=tuple(_finish_reason(ids, stop_ids) for ids in completions),
+        candidate_ids=tuple(ids[:, 1:] for ids, _ in drawn) if extra_draws else None,
+        candidate_behavior_logprobs=(
+            tuple(logprobs[:, 1:] for _, logprobs in drawn) if extra_draws else None
+        ),
+    )
+
+
+def unfinished_rows(rollouts: RolloutBatch, window_tokens: int) -> list[int]:
+    """Rows that a window shorter than `window_tokens` ended."""
+    return [
+        row
+        for row, reason in enumerate(rollouts.finish_reason)
+        if reason == "length" and len(rollouts.completion_ids[row]) < window_tokens
+    ]
+
+
+def extended_rollouts(
+    rollouts: RolloutBatch, new: Mapping[int, Drawn], stop_ids: tuple[int, ...]
+) -> RolloutBatch:
+    """The rollouts with new ids and log-probabilities [T] at the end of some rows."""
+    ids, logprobs = list(rollouts.completion_ids), list(rollouts.behavior_logprobs)
+    reasons = list(rollouts.finish_reason)
+    for row, (new_ids, new_logprobs) in new.items():
+        ids[row] = np.concatenate([ids[row], new_ids])
+        logprobs[row] = np.concatenate([logprobs[row], new_logprobs]).astype(np.float32)
+        reasons[row] = _finish_reason(ids[row], stop_ids)
+    return replace(
+        rollouts,
+        completion_ids=tuple(ids),
+        behavior_logprobs=tuple(logprobs),
+        finish_reason=tuple(reasons),
+        candidate_ids=None,
+        candidate_behavior_logprobs=None,
+    )
+
+
+def _finish_reason(ids: Ids, stop_ids: tuple[int, ...]) -> FinishReason:
+    return "stop" if len(ids) and int(ids[-1]) in stop_ids else "length"
+
+
+def check_context(
+    prompt_id: Sequence[str], texts: Sequence[Ids], window_tokens: int, context: int | None
+) -> None:
+    """Refuse a prompt that does not fit a context with its window; None: there is no limit.
+
+    Raises:
+        UserError: names the prompt.
+    """
+    for name, ids in zip(prompt_id, texts, strict=True):
+        if context is not None and len(ids) + window_tokens > context:
+            raise UserError(
+                f"prompt {name!r} has {len(ids)} tokens and the window {window_tokens}; "
+                f"the model reads {context}; lower the window or max_prompt_tokens"
+            )
+
+
+def check_top_k(top_k: int, vocabulary: int) -> None:
+    """Refuse more candidates than there are tokens.
+
+    Raises:
+        UserError: names both numbers.
+    """
+    if top_k > vocabulary:
+        raise UserError(
+            f"top_k is {top_k} but the vocabulary has {vocabulary} tokens; lower scores.top_k"
+        )
+
+
+def rows_per_chunk(vocabulary: int, device: str) -> int:
+    """Completion tokens whose logits exist at one time: few enough for a CPU's caches."""
+    return max(MIN_CHUNK_ROWS, LOGITS_PER_CHUNK[device] // vocabulary)

@@ -1,4 +1,4 @@
-"""One token at a time for a batch of rows: prefill, step, select.
+"""One token at a time for a batch of rows: prefill, draw, step, select.
 
 Two decoders with the same three verbs. `LibraryDecoder` drives any causal language model through
 the library's own forward pass and cache. `LlamaDecoder` is a step of its own for the plain Llama
@@ -6,16 +6,23 @@ family, where a small model spends most of its time between the matrix products:
 written in place, the projections that read the same input are one product, and the query heads that
 share a key head are laid side by side so that keys are never repeated.
 
-Prompts are padded on the left, so all rows write the same column. Shapes: B rows, C filled columns,
-H hidden, D head size, N query heads, M key heads, G = N / M.
+Every rollout has its own random numbers, and a number decides one token. Prompts are padded on the
+left, so all rows write the same column. Shapes: B rows, C filled columns, H hidden, D head size, N
+query heads, M key heads or draws of a position, G = N / M, V vocabulary, T tokens.
 """
 
+import hashlib
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
-from torch.nn.functional import linear, rms_norm, silu
+from numpy.typing import NDArray
+from torch.nn.functional import linear, pad, rms_norm, silu
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from opd_stream.engines.head import cached_hidden, left_positions
+
+MAX_UNIFORM = 1 - 2**-50
 COLUMNS_PER_GROWTH = 256
 LLAMA_FAMILY = ("llama", "qwen2", "qwen3", "mistral")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others depend on the length read
@@ -25,7 +32,7 @@ class Decoder(Protocol):
     """A batch of rows in decoding."""
 
     def prefill(self, ids_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
-        """Read the left-padded prompts (mask: True = a token); returns the last hidden state."""
+        """Read the left-padded prompts (mask: 1 = a token); returns the last hidden state."""
         ...
 
     def step(self, ids_B: torch.Tensor) -> torch.Tensor:
@@ -45,7 +52,7 @@ def open_decoder(model: Any) -> Decoder:
 def is_plain_llama(model: Any) -> bool:
     """Whether `LlamaDecoder` computes exactly this model."""
     config = model.config
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     return (
         config.model_type in LLAMA_FAMILY
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
@@ -66,9 +73,9 @@ class LibraryDecoder:
         self._cache = DynamicCache(config=model.config)
 
     def prefill(self, ids_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
-        self._mask = mask_BC.long()
-        self._positions = self._mask.sum(1, keepdim=True)
-        return self._forward(ids_BC, (self._mask.cumsum(1) - 1).clamp(min=0))
+        self._mask = mask_BC
+        self._positions = mask_BC.sum(1, keepdim=True)
+        return self._forward(ids_BC, left_positions(mask_BC))
 
     def step(self, ids_B: torch.Tensor) -> torch.Tensor:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(ids_B), 1)], dim=1)
@@ -81,13 +88,8 @@ class LibraryDecoder:
         self._cache.batch_select_indices(rows)
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return self._model.get_decoder()(
-            input_ids=ids,
-            attention_mask=self._mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
+        decoder = self._model.get_decoder()
+        return cached_hidden(decoder, ids, self._mask, positions, self._cache)[:, -1]
 
 
 class LlamaDecoder:
@@ -103,21 +105,15 @@ class LlamaDecoder:
     def prefill(self, ids_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
         """One pass of the library's forward; its keys and values start ours."""
         cache = DynamicCache(config=self._model.config)
-        mask = mask_BC.long()
-        hidden = self._decoder(
-            input_ids=ids_BC,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        hidden = cached_hidden(self._decoder, ids_BC, mask_BC, left_positions(mask_BC), cache)
         self._filled = ids_BC.shape[1]
-        self._positions = mask.sum(1)
-        blocked_BC = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask_BC, -torch.inf)
+        self._positions = mask_BC.sum(1)
+        blocked_BC = torch.zeros(mask_BC.shape, device=mask_BC.device)
+        blocked_BC = blocked_BC.masked_fill(mask_BC == 0, -torch.inf)
         self._blocked = blocked_BC.repeat_interleave(self._key_heads, 0)[:, None]  # [B*M, 1, C]
         layers = cast(list[DynamicLayer], cache.layers)
-        self._keys = [_flat(layer.keys) for layer in layers]  # [B*M, C, D]
-        self._values = [_flat(layer.values) for layer in layers]
+        self._keys = [_tensor(layer.keys).flatten(0, 1) for layer in layers]  # [B*M, C, D]
+        self._values = [_tensor(layer.values).flatten(0, 1) for layer in layers]
         self._reserve(COLUMNS_PER_GROWTH)
         return hidden[:, -1]
 
@@ -182,16 +178,15 @@ class LlamaDecoder:
 
     def _reserve(self, columns: int) -> None:
         """Room for more columns; the mask of new ones says that they may be read."""
-        self._keys = [_grown(keys, columns) for keys in self._keys]
-        self._values = [_grown(values, columns) for values in self._values]
-        self._blocked = torch.nn.functional.pad(self._blocked, (0, columns))
+        self._keys = [pad(keys, (0, 0, 0, columns)) for keys in self._keys]
+        self._values = [pad(values, (0, 0, 0, columns)) for values in self._values]
+        self._blocked = pad(self._blocked, (0, columns))
 
 
 class _Layer:
     """One layer's weights; the projections of one input are views of one matrix.
 
-    The module's own parameters become views too, so nothing is held twice and weights that are
-    loaded in place are seen here.
+    The module's own parameters become views too, so nothing is held twice.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -218,17 +213,71 @@ def _joined(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     whole = parameters[0].data._base
     if whole is None or len(whole) != sum(sizes):
         whole = torch.cat([parameter.data for parameter in parameters])
-        for parameter, view in zip(parameters, whole.split(sizes), strict=True):
+        for parameter, view in zip(parameters, torch.split(whole, sizes), strict=True):
             parameter.data = view
     return whole
 
 
-def _flat(tensor: torch.Tensor | None) -> torch.Tensor:
-    assert tensor is not None  # the forward pass has filled it
-    return tensor.flatten(0, 1)
+def _tensor(filled: torch.Tensor | None) -> torch.Tensor:
+    assert filled is not None  # by the forward pass
+    return filled
 
 
-def _grown(tensor: torch.Tensor, columns: int) -> torch.Tensor:
-    grown = tensor.new_empty(len(tensor), tensor.shape[1] + columns, tensor.shape[2])
-    grown[:, : tensor.shape[1]] = tensor
-    return grown
+def uniforms(seed: int, prompt_id: str, sample: int, window: int) -> NDArray[np.float64]:
+    """The rollout's own random numbers in [0, 1); a longer window only adds to them."""
+    digest = hashlib.sha256(f"{seed}/{sample}/{prompt_id}".encode()).digest()
+    key = int.from_bytes(digest[:16], "big")
+    return np.random.Generator(np.random.Philox(key=key)).random(window)
+
+
+def draw_uniforms(
+    seed: int, prompt_id: str, sample: int, window: int, extra_draws: int
+) -> NDArray[np.float64]:
+    """Numbers for the sampled token and for further draws [T, 1 + M], from streams of their own."""
+    sampled = uniforms(seed, prompt_id, sample, window)[:, None]
+    if not extra_draws:
+        return sampled
+    extra = uniforms(seed, f"{prompt_id}/extra", sample, window * extra_draws)
+    return np.concatenate([sampled, extra.reshape(window, extra_draws)], axis=1)
+
+
+def draw(
+    logits_BV: torch.Tensor, uniforms_BM: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """M ids a row by inverting the cumulative distribution, and their raw log-probabilities."""
+    logprobs_BV = torch.log_softmax(logits_BV.float(), dim=1)
+    if temperature == 0:
+        drawn_BM = logprobs_BV.argmax(1, keepdim=True).expand(uniforms_BM.shape)
+    else:
+        probabilities_BV = logprobs_BV.exp()
+        if temperature != 1:
+            probabilities_BV = torch.softmax(logits_BV.float() / temperature, dim=1)
+        columns = [_inverted(probabilities_BV, uniforms_B) for uniforms_B in uniforms_BM.unbind(1)]
+        drawn_BM = torch.stack(columns, dim=1)
+    return drawn_BM, logprobs_BV.gather(1, drawn_BM)
+
+
+def _inverted(probabilities_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
+    """The id at which the cumulative distribution passes the uniform; never one of probability 0.
+
+    A cumulative sum over the vocabulary is slow, so blocks of about sqrt(V) ids are summed first
+    and only the block that is hit is walked through.
+    """
+    rows, vocab = probabilities_BV.shape
+    size = max(1, round(vocab**0.5))
+    blocks = pad(probabilities_BV, (0, -vocab % size)).view(rows, -1, size)
+    block_B, rest_B = _passed(blocks.sum(2), uniforms_B)
+    within_B, _ = _passed(blocks[torch.arange(rows, device=block_B.device), block_B], rest_B)
+    return block_B * size + within_B
+
+
+def _passed(masses_BM: torch.Tensor, uniforms_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mass in which the uniform falls, and how far into it, in [0, 1)."""
+    cumulative_BM = masses_BM.double().cumsum(1)
+    total_B1 = cumulative_BM[:, -1:]
+    # Rounding must not reach the total: what lies there may have no mass.
+    sought_B1 = torch.minimum(uniforms_B[:, None], uniforms_B.new_tensor(MAX_UNIFORM)) * total_B1
+    hit_B1 = torch.searchsorted(cumulative_BM, sought_B1, right=True)
+    mass_B1 = masses_BM.double().gather(1, hit_B1)
+    into_B1 = (sought_B1 - (cumulative_BM.gather(1, hit_B1) - mass_B1)) / mass_B1
+    return hit_B1[:, 0], into_B1[:, 0].clamp(0, MAX_UNIFORM)

@@ -7,13 +7,21 @@ sampling and scoring agree with each other and two folders differ as two models 
 import hashlib
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_stream.engines.base import extended, unfinished
-from opd_stream.errors import UserError
+from opd_stream.engines.base import (
+    Drawn,
+    Ids,
+    RowScores,
+    check_context,
+    check_top_k,
+    extended_rollouts,
+    sampled_rollouts,
+    score_batch,
+    unfinished_rows,
+)
 from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
 
 CONTEXT_TOKENS = 4096
@@ -49,39 +57,21 @@ class FakeEngine:
         extra_draws: int = 0,
     ) -> RolloutBatch:
         """See `Engine.sample`."""
-        rows: list[tuple[str, int, NDArray[Any], NDArray[np.int32], NDArray[np.float32]]] = []
-        candidates: list[tuple[NDArray[np.int32], NDArray[np.float32]]] = []
-        for prompt_id, ids in zip(prompts.prompt_id, prompts.prompt_ids, strict=True):
-            if len(ids) + window_tokens > CONTEXT_TOKENS:
-                raise UserError(
-                    f"prompt {prompt_id!r} has {len(ids)} tokens and the window {window_tokens}; "
-                    f"the model reads {CONTEXT_TOKENS}; lower the window or max_prompt_tokens"
-                )
+        check_context(prompts.prompt_id, prompts.prompt_ids, window_tokens, CONTEXT_TOKENS)
+        rows: list[Drawn] = []
+        for prompt_id, prompt in zip(prompts.prompt_id, prompts.prompt_ids, strict=True):
             for sample in range(samples_per_prompt):
-                key = _key(seed, prompt_id, sample)
-                uniforms = _uniforms(seed, prompt_id, sample, window_tokens)
-                tokens = self._continue(int(ids[-1]), uniforms, temperature, stop_ids)
-                logprobs = self._rows(int(ids[-1]), tokens)[np.arange(len(tokens)), tokens]
-                rows.append((prompt_id, sample, ids, tokens, logprobs.astype(np.float32)))
-                dense_TV = self._rows(int(ids[-1]), tokens)
+                key = _key(f"{seed}/{sample}/{prompt_id}")
+                uniforms = np.random.default_rng(key).random(window_tokens)
+                tokens = self._continue(int(prompt[-1]), uniforms, temperature, stop_ids)
+                dense_TV = self._dense(int(prompt[-1]), tokens)
                 extra = np.random.default_rng([*key, 1]).random((len(tokens), extra_draws, 1))
                 cumulative_TV = np.exp(dense_TV).cumsum(1)
-                drawn = (extra > cumulative_TV[:, None]).sum(2).clip(max=self._vocab_size - 1)
-                asked = np.take_along_axis(dense_TV, drawn, axis=1)
-                candidates.append((drawn.astype(np.int32), asked.astype(np.float32)))
-        time.sleep(self._seconds_per_token * sum(len(row[3]) for row in rows))
-        return RolloutBatch(
-            prompt_id=tuple(row[0] for row in rows),
-            sample_index=np.array([row[1] for row in rows], np.int32),
-            prompt_ids=tuple(row[2] for row in rows),
-            completion_ids=tuple(row[3] for row in rows),
-            behavior_logprobs=tuple(row[4] for row in rows),
-            finish_reason=tuple("stop" if row[3][-1] in stop_ids else "length" for row in rows),
-            candidate_ids=tuple(ids for ids, _ in candidates) if extra_draws else None,
-            candidate_behavior_logprobs=(
-                tuple(logprobs for _, logprobs in candidates) if extra_draws else None
-            ),
-        )
+                others = (extra > cumulative_TV[:, None]).sum(2).clip(max=self._vocab_size - 1)
+                ids = np.concatenate([tokens[:, None], others], axis=1).astype(np.int32)
+                rows.append((ids, _at(dense_TV, ids)))
+        self._take_time(sum(len(ids) for ids, _ in rows))
+        return sampled_rollouts(prompts, rows, stop_ids=stop_ids, extra_draws=extra_draws)
 
     def extend(
         self,
@@ -93,16 +83,16 @@ class FakeEngine:
         stop_ids: tuple[int, ...],
     ) -> RolloutBatch:
         """See `Engine.extend`."""
-        grown: dict[int, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
-        for row in unfinished(rollouts, window_tokens):
+        new: dict[int, Drawn] = {}
+        for row in unfinished_rows(rollouts, window_tokens):
             before, sample = rollouts.completion_ids[row], int(rollouts.sample_index[row])
             last = int(before[-1] if len(before) else rollouts.prompt_ids[row][-1])
-            uniforms = _uniforms(seed, rollouts.prompt_id[row], sample, window_tokens)
-            tokens = self._continue(last, uniforms[len(before) :], temperature, stop_ids)
-            logprobs = self._rows(last, tokens)[np.arange(len(tokens)), tokens]
-            grown[row] = (tokens, logprobs.astype(np.float32))
-        time.sleep(self._seconds_per_token * sum(len(ids) for ids, _ in grown.values()))
-        return extended(rollouts, grown, stop_ids)
+            key = _key(f"{seed}/{sample}/{rollouts.prompt_id[row]}")
+            uniforms = np.random.default_rng(key).random(window_tokens)[len(before) :]
+            tokens = self._continue(last, uniforms, temperature, stop_ids)
+            new[row] = (tokens, _at(self._dense(last, tokens), tokens[:, None])[:, 0])
+        self._take_time(sum(len(ids) for ids, _ in new.values()))
+        return extended_rollouts(rollouts, new, stop_ids)
 
     def score(
         self,
@@ -114,43 +104,23 @@ class FakeEngine:
         seed: int = 0,
     ) -> ScoreBatch:
         """See `Engine.score`."""
-        if top_k > self._vocab_size:
-            raise UserError(
-                f"top_k is {top_k} but the vocabulary has {self._vocab_size} tokens; "
-                "lower scores.top_k"
-            )
-        columns: dict[str, list[NDArray[Any]]] = {
-            name: [] for name in ("sampled", "ids", "top", "tail", "forced", "candidates")
-        }
-        for row, (prompt, tokens) in enumerate(
-            zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)
-        ):
-            dense_TV = self._rows(int(prompt[-1]), tokens)
+        check_top_k(top_k, self._vocab_size)
+        candidates = rollouts.candidate_ids
+        rows: list[RowScores] = []
+        for row, tokens in enumerate(rollouts.completion_ids):
+            dense_TV = self._dense(int(rollouts.prompt_ids[row][-1]), tokens)
             if draws:
                 key = f"{seed}/{rollouts.sample_index[row]}/{rollouts.prompt_id[row]}/draws"
                 ids, top, tail = _drawn(dense_TV, draws, key)
             else:
                 ids, top, tail = _ranked(dense_TV, top_k)
-            columns["sampled"].append(dense_TV[np.arange(len(tokens)), tokens].astype(np.float32))
-            columns["ids"].append(ids)
-            columns["top"].append(top)
-            columns["tail"].append(tail)
-            columns["forced"].append(dense_TV[:, list(forced_ids)].astype(np.float32))
-            if rollouts.candidate_ids is not None:
-                asked = np.take_along_axis(dense_TV, rollouts.candidate_ids[row], axis=1)
-                columns["candidates"].append(asked.astype(np.float32))
-        time.sleep(self._seconds_per_token * rollouts.completion_tokens)
-        return ScoreBatch(
-            teacher_logprobs=tuple(columns["sampled"]),
-            teacher_top_ids=tuple(columns["ids"]),
-            teacher_top_logprobs=tuple(columns["top"]),
-            teacher_tail_logprobs=tuple(columns["tail"]),
-            teacher_forced_logprobs=tuple(columns["forced"]),
-            refused={},
-            candidate_teacher_logprobs=(
-                None if rollouts.candidate_ids is None else tuple(columns["candidates"])
-            ),
-        )
+            asked = tokens[:, None]
+            if candidates is not None:
+                asked = np.concatenate([asked, candidates[row]], axis=1)
+            forced = dense_TV[:, list(forced_ids)].astype(np.float32)
+            rows.append(RowScores(_at(dense_TV, asked), ids, top, tail, forced))
+        self._take_time(rollouts.completion_tokens)
+        return score_batch(rows, has_candidates=candidates is not None)
 
     def _continue(
         self,
@@ -160,7 +130,7 @@ class FakeEngine:
         stop_ids: tuple[int, ...],
     ) -> NDArray[np.int32]:
         tokens: list[int] = []
-        for uniform in uniforms_T:
+        for uniform in uniforms_T.tolist():
             logprobs_V = self._logprobs_VV[last % self._vocab_size]
             if temperature == 0:
                 last = int(logprobs_V.argmax())
@@ -172,24 +142,27 @@ class FakeEngine:
                 break
         return np.array(tokens, np.int32)
 
-    def _rows(self, last: int, tokens_T: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
+    def _dense(self, last: int, tokens_T: Ids) -> NDArray[np.float64]:
         """Log-probabilities [T, V] at every place of a completion."""
         before_T = np.concatenate([[last], tokens_T])[: len(tokens_T)]
         return self._logprobs_VV[before_T % self._vocab_size]
 
-
-def _key(seed: int, prompt_id: str, sample: int) -> list[int]:
-    return list(hashlib.sha256(f"{seed}/{sample}/{prompt_id}".encode()).digest())
-
-
-def _uniforms(seed: int, prompt_id: str, sample: int, window: int) -> NDArray[np.float64]:
-    return np.random.default_rng(_key(seed, prompt_id, sample)).random(window)
+    def _take_time(self, tokens: int) -> None:
+        time.sleep(self._seconds_per_token * tokens)
 
 
-Scores = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]  # ids, logprobs, tail
+def _key(text: str) -> list[int]:
+    return list(hashlib.sha256(text.encode()).digest())
 
 
-def _ranked(dense_TV: NDArray[np.float64], top_k: int) -> Scores:
+def _at(dense_TV: NDArray[np.float64], ids_TJ: Ids) -> NDArray[np.float32]:
+    return np.take_along_axis(dense_TV, ids_TJ.astype(np.int64), axis=1).astype(np.float32)
+
+
+Ranked = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]  # ids, logprobs, tail
+
+
+def _ranked(dense_TV: NDArray[np.float64], top_k: int) -> Ranked:
     order_TV = np.argsort(-dense_TV, axis=1, kind="stable")
     ranked_TV = np.take_along_axis(dense_TV, order_TV, axis=1)
     with np.errstate(divide="ignore"):
@@ -198,8 +171,8 @@ def _ranked(dense_TV: NDArray[np.float64], top_k: int) -> Scores:
     return ids_TK, ranked_TV[:, :top_k].astype(np.float32), tail_T.astype(np.float32)
 
 
-def _drawn(dense_TV: NDArray[np.float64], draws: int, key: str) -> Scores:
-    random = np.random.default_rng(list(hashlib.sha256(key.encode()).digest()))
+def _drawn(dense_TV: NDArray[np.float64], draws: int, key: str) -> Ranked:
+    random = np.random.default_rng(_key(key))
     ids_TD = np.zeros((len(dense_TV), draws), np.int32)
     logprobs_TD = np.full((len(dense_TV), draws), -np.inf, np.float32)
     for place, logprobs_V in enumerate(dense_TV):

@@ -1,16 +1,25 @@
-"""The output head of any causal language model, apart from its decoder.
+"""Decoder and head of any causal language model, run apart.
 
-Engines and training call the decoder and the head apart, so that logits exist only for the rows
-that need them. What a model does between its head and its logits is read off its config here.
+Engines and training call the two apart, so that logits exist only for the rows that need them. This
+file says which hidden states those are, and what a model does between its head and its logits.
 """
 
+from collections.abc import Sequence
+from functools import cache
+from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from transformers.cache_utils import Cache, DynamicCache
 
+from opd_stream.engines.base import Ids
 from opd_stream.errors import UserError
 from opd_stream.fused import OutputHead
-from opd_stream.logprobs import Head
+from opd_stream.logprobs import Head, completion_rows
+
+MIN_SAVING = 0.9  # share of the tokens from which reading shared prompts once is worth a cache
 
 
 def logits_head(model: Any) -> Head:
@@ -53,3 +62,106 @@ def _scale_and_cap(config: Any) -> tuple[float, float | None]:
     factor = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
     return factor / divisor, getattr(config, "final_logit_softcapping", None)
+
+
+def cached_hidden(
+    decoder: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, past: Cache
+) -> torch.Tensor:
+    """The last hidden states of new ids [R, L, H]; their keys and values join those of `past`."""
+    more = {_cache_argument(decoder.__class__): past}
+    return decoder(
+        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **more
+    ).last_hidden_state
+
+
+@cache
+def _cache_argument(decoder: type[torch.nn.Module]) -> str:
+    """transformers 5 takes the cache as `past_key_values` and means to call it `cache` one day."""
+    return "cache" if "cache" in signature(decoder.forward).parameters else "past_key_values"
+
+
+def left_positions(mask: torch.Tensor) -> torch.Tensor:
+    """Positions of rows that are padded on the left, from 0 at their first token."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def completion_hidden(
+    decoder: Any, prompts: Sequence[Ids], completions: Sequence[Ids], device: torch.device
+) -> torch.Tensor:
+    """Hidden states that predict the completion tokens [N, H], row after row.
+
+    Args:
+        decoder: of a Hugging Face causal language model, without its head.
+        prompts: ids of each row; equal ones are read once where that saves enough.
+        completions: ids of each row; some may be empty.
+        device: of the model.
+    """
+    place_of: dict[bytes, int] = {}
+    shared_R = [
+        place_of.setdefault(ids.astype(np.int64).tobytes(), len(place_of)) for ids in prompts
+    ]
+    unique = [prompts[shared_R.index(place)] for place in range(len(place_of))]
+    completion_tokens = sum(map(len, completions))
+    separately = sum(map(len, prompts)) + completion_tokens
+    together = sum(map(len, unique)) + completion_tokens
+    if together > MIN_SAVING * separately or max(map(len, completions)) < 2:
+        return _hidden_of_whole_rows(decoder, prompts, completions, device)
+    return _hidden_after_shared_prompts(decoder, unique, shared_R, completions, device)
+
+
+def _hidden_of_whole_rows(
+    decoder: Any, prompts: Sequence[Ids], completions: Sequence[Ids], device: torch.device
+) -> torch.Tensor:
+    """Each row whole, padded on the right."""
+    rows = [np.concatenate(pair) for pair in zip(prompts, completions, strict=True)]
+    ids, mask = padded(rows, device, side="right")
+    hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    places = completion_rows(
+        torch.tensor([len(prompt) for prompt in prompts]),
+        torch.tensor([len(completion) for completion in completions]),
+        padded_length=ids.shape[1],
+    )
+    return hidden.flatten(0, 1)[places.to(device)]
+
+
+def _hidden_after_shared_prompts(
+    decoder: Any,
+    prompts: Sequence[Ids],
+    shared_R: Sequence[int],
+    completions: Sequence[Ids],
+    device: torch.device,
+) -> torch.Tensor:
+    """Prompts once, padded on the left; then completions on their keys and values."""
+    past = DynamicCache(config=decoder.config)
+    ids, mask = padded(prompts, device, side="left")
+    of_prompts = cached_hidden(decoder, ids, mask, left_positions(mask), past)
+    rows = torch.tensor(shared_R, device=device)
+    past.batch_select_indices(rows)
+    new_ids, new_mask = padded(
+        [completion[:-1] for completion in completions], device, side="right"
+    )
+    lengths_R = mask.sum(1)[rows]
+    positions = lengths_R[:, None] + torch.arange(new_ids.shape[1], device=device)
+    both = torch.cat([mask[rows], new_mask], dim=1)
+    hidden = cached_hidden(decoder, new_ids, both, positions, past)
+    hidden = torch.cat([of_prompts[rows, -1:], hidden], dim=1)
+    counts = torch.tensor([len(completion) for completion in completions], device=device)
+    return hidden[torch.arange(hidden.shape[1], device=device) < counts[:, None]]
+
+
+def padded(
+    rows: Sequence[Ids], device: torch.device, *, side: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask [R, L]; padding is id 0 and never read."""
+    width = max(map(len, rows))
+    ids, mask = (np.zeros((len(rows), width), np.int64) for _ in range(2))
+    for place, row in enumerate(rows):
+        start = width - len(row) if side == "left" else 0
+        ids[place, start : start + len(row)] = row
+        mask[place, start : start + len(row)] = 1
+    return from_numpy(ids, device), from_numpy(mask, device)
+
+
+def from_numpy(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The array as a tensor on a device."""
+    return torch.from_numpy(array).to(device)  # pyright: ignore[reportUnknownMemberType]

@@ -10,20 +10,56 @@ never beside training.
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from pydantic import Field
 
-from opd_stream.engines.base import extended, unfinished
-from opd_stream.engines.vllm_options import VllmOptions, prepare_environment
-from opd_stream.engines.vllm_scores import COLUMNS, asked_ids, dense, given_scores, scores_of
+from opd_stream.engines.base import (
+    Drawn,
+    Ids,
+    RowScores,
+    check_context,
+    check_top_k,
+    extended_rollouts,
+    sampled_rollouts,
+    score_batch,
+    unfinished_rows,
+)
+from opd_stream.engines.vllm_scores import (
+    asked_ids,
+    scores_of_asked,
+    scores_of_whole,
+    whole_distribution,
+)
 from opd_stream.errors import UserError
+from opd_stream.section import Section
 from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
 
-WHOLE_VOCABULARY = 8192  # largest that is read whole where single ids cannot be asked for
+MAX_WHOLE_VOCABULARY = 8192  # that is read whole where single ids cannot be asked for
+
+
+class VllmOptions(Section):
+    """How engine vllm uses its device (placement only)."""
+
+    memory_share: float = Field(
+        default=0.8, gt=0, le=1, description="of the device; logits need some of the rest"
+    )
+    kv_cache_bytes: int | None = Field(
+        default=None, ge=1, description="for keys and values, instead of what the share leaves"
+    )
+    max_context: int | None = Field(
+        default=None, ge=2, description="tokens of prompt and completion; null: the model's"
+    )
+    tensor_parallel: int = Field(default=1, ge=1, description="devices of one worker")
+    batched_tokens: int = Field(
+        default=8192, ge=64, description="of a forward pass; bounds the logits in scoring"
+    )
+    compiled: bool = Field(default=True, description="graphs and compilation; no: starts faster")
 
 
 class VllmEngine:
@@ -32,23 +68,17 @@ class VllmEngine:
     def __init__(self, folder: Path, *, dtype: str, options: VllmOptions | None = None) -> None:
         """Load a folder.
 
-        Args:
-            folder: Hugging Face checkpoint.
-            dtype: of weights and arithmetic.
-            options: of the device.
-
         Raises:
             UserError: vLLM is not installed or cannot serve the folder.
         """
-        prepare_environment()
+        _prepare_environment()
         try:
-            import vllm  # pyright: ignore[reportMissingImports]
+            self._vllm: Any = import_module("vllm")
         except ImportError as error:
             raise UserError(
                 "engine vllm needs the library vllm, which is not installed; pip install "
                 "vllm (GPU), see docs/deploy.md for a CPU, or use transformers"
             ) from error
-        self._vllm = vllm
         self._options = options or VllmOptions()
         self._dtype, self._version = dtype, 0
         self._llm: Any = self._open(folder)
@@ -87,29 +117,21 @@ class VllmEngine:
                 f"rollouts.extra_draws is {extra_draws}, which engine vllm cannot draw; use "
                 "student.engine=transformers, or an objective that needs no further draws"
             )
-        self._check_context(prompts.prompt_id, prompts.prompt_ids, window_tokens)
+        check_context(prompts.prompt_id, prompts.prompt_ids, window_tokens, self._context)
         rows = [
             (row, sample)
             for row in range(len(prompts.prompt_id))
             for sample in range(samples_per_prompt)
         ]
-        done = self._generate(
+        drawn = self._generate(
             [prompts.prompt_ids[row] for row, _ in rows],
             [window_tokens] * len(rows),
             [_seed(seed, prompts.prompt_id[row], sample, 0) for row, sample in rows],
             temperature,
             stop_ids,
         )
-        return RolloutBatch(
-            prompt_id=tuple(prompts.prompt_id[row] for row, _ in rows),
-            sample_index=np.array([sample for _, sample in rows], np.int32),
-            prompt_ids=tuple(prompts.prompt_ids[row] for row, _ in rows),
-            completion_ids=tuple(ids for ids, _ in done),
-            behavior_logprobs=tuple(logprobs for _, logprobs in done),
-            finish_reason=tuple(
-                "stop" if len(ids) and int(ids[-1]) in stop_ids else "length" for ids, _ in done
-            ),
-        )
+        columns = [(ids[:, None], logprobs[:, None]) for ids, logprobs in drawn]
+        return sampled_rollouts(prompts, columns, stop_ids=stop_ids)
 
     def extend(
         self,
@@ -125,20 +147,23 @@ class VllmEngine:
         The new part has a random stream of its own, so it is a draw from the same distribution but
         not what `sample` with the longer window would have drawn.
         """
-        self._check_context(rollouts.prompt_id, rollouts.prompt_ids, window_tokens)
-        todo = unfinished(rollouts, window_tokens)
-        starts = [len(rollouts.completion_ids[row]) for row in todo]
-        done = self._generate(
-            [np.concatenate([rollouts.prompt_ids[r], rollouts.completion_ids[r]]) for r in todo],
+        check_context(rollouts.prompt_id, rollouts.prompt_ids, window_tokens, self._context)
+        unfinished = unfinished_rows(rollouts, window_tokens)
+        starts = [len(rollouts.completion_ids[row]) for row in unfinished]
+        drawn = self._generate(
+            [
+                np.concatenate([rollouts.prompt_ids[row], rollouts.completion_ids[row]])
+                for row in unfinished
+            ],
             [window_tokens - start for start in starts],
             [
                 _seed(seed, rollouts.prompt_id[row], int(rollouts.sample_index[row]), start)
-                for row, start in zip(todo, starts, strict=True)
+                for row, start in zip(unfinished, starts, strict=True)
             ],
             temperature,
             stop_ids,
         )
-        return extended(rollouts, dict(zip(todo, done, strict=True)), stop_ids)
+        return extended_rollouts(rollouts, dict(zip(unfinished, drawn, strict=True)), stop_ids)
 
     def score(
         self,
@@ -155,16 +180,13 @@ class VllmEngine:
             UserError: more candidates than the engine was opened for, draws from the teacher, or
                 ids that this runner of vLLM cannot be asked for.
         """
-        if top_k > self._vocab:
-            raise UserError(
-                f"top_k is {top_k} but the vocabulary has {self._vocab} tokens; lower scores.top_k"
-            )
+        check_top_k(top_k, self._vocab)
         if draws:
             raise UserError(
                 "scores.codec is sampled, which needs draws from the teacher's whole distribution; "
                 "engine vllm returns its top candidates only; use teacher.engine=transformers"
             )
-        if not self._asks_for_ids and self._vocab > WHOLE_VOCABULARY:
+        if not self._asks_for_ids and self._vocab > MAX_WHOLE_VOCABULARY:
             raise UserError(
                 f"engine vllm cannot be asked for the log-probabilities of {len(forced_ids)} given "
                 f"ids on this machine (vocabulary {self._vocab}, model runner V1); terminators "
@@ -174,37 +196,20 @@ class VllmEngine:
             np.concatenate([prompt, completion])
             for prompt, completion in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)
         ]
-        self._check_context(rollouts.prompt_id, texts, 1)
+        check_context(rollouts.prompt_id, texts, 1, self._context)
         outputs = self._run(
             texts, [self._asking(rollouts, row, top_k, forced_ids) for row in range(len(texts))]
         )
-        columns: dict[str, list[NDArray[Any]]] = {name: [] for name in COLUMNS}
-        refused: dict[int, str] = {}
-        for row, (output, completion) in enumerate(
-            zip(outputs, rollouts.completion_ids, strict=True)
-        ):
+        rows: list[RowScores] = []
+        for row, output in enumerate(outputs):
+            tokens, forced = len(rollouts.completion_ids[row]), len(forced_ids)
             if self._asks_for_ids:
-                found = given_scores(output, len(completion), top_k, len(forced_ids))
-            else:
-                found = scores_of(
-                    dense(output.prompt_logprobs, len(completion), self._vocab),
-                    asked_ids(rollouts, row, forced_ids),
-                    top_k=top_k,
-                    forced=len(forced_ids),
-                )
-            if any(np.isnan(values).any() for values in found.values()):
-                refused[row] = "the teacher's log-probabilities are not finite"
-                found = {name: values[:0] for name, values in found.items()}
-            for name, values in found.items():
-                columns[name].append(values)
-        candidates = columns.pop("candidate_teacher_logprobs")
-        return ScoreBatch(
-            **{name: tuple(values) for name, values in columns.items()},
-            refused=refused,
-            candidate_teacher_logprobs=(
-                None if rollouts.candidate_ids is None else tuple(candidates)
-            ),
-        )
+                rows.append(scores_of_asked(output, tokens, top_k=top_k, forced=forced))
+                continue
+            dense_TV = whole_distribution(output.prompt_logprobs, tokens, self._vocab)
+            asked_TJ = asked_ids(rollouts, row, forced_ids)
+            rows.append(scores_of_whole(dense_TV, asked_TJ, top_k=top_k, forced=forced))
+        return score_batch(rows, has_candidates=rollouts.candidate_ids is not None)
 
     def _asking(
         self, rollouts: RolloutBatch, row: int, top_k: int, forced_ids: tuple[int, ...]
@@ -225,14 +230,14 @@ class VllmEngine:
 
     def _generate(
         self,
-        texts: Sequence[NDArray[np.integer[Any]]],
+        texts: Sequence[Ids],
         windows: Sequence[int],
         seeds: Sequence[int],
         temperature: float,
         stop_ids: tuple[int, ...],
-    ) -> list[tuple[NDArray[np.int32], NDArray[np.float32]]]:
+    ) -> list[Drawn]:
         """Ids and log-probabilities of what follows each text."""
-        shared = self._vllm.SamplingParams(
+        shared: Any = self._vllm.SamplingParams(
             temperature=temperature,
             logprobs=0,
             flat_logprobs=True,
@@ -245,16 +250,16 @@ class VllmEngine:
             own = shared.clone()
             own.max_tokens, own.seed = window, seed
             params.append(own)
-        done: list[tuple[NDArray[np.int32], NDArray[np.float32]]] = []
+        drawn: list[Drawn] = []
         for output in self._run(texts, params):
             (completion,) = output.outputs
             self._check_version(completion)
             ids = np.array(completion.token_ids, np.int32)
             # One entry a token: the token itself.
-            done.append((ids, np.array(completion.logprobs.logprobs, np.float32)[: len(ids)]))
-        return done
+            drawn.append((ids, np.array(completion.logprobs.logprobs, np.float32)[: len(ids)]))
+        return drawn
 
-    def _run(self, texts: Sequence[NDArray[np.integer[Any]]], params: Sequence[Any]) -> list[Any]:
+    def _run(self, texts: Sequence[Ids], params: Sequence[Any]) -> list[Any]:
         prompts = [{"prompt_token_ids": [int(token) for token in text]} for text in texts]
         return self._llm.generate(prompts, list(params), use_tqdm=False)
 
@@ -268,19 +273,6 @@ class VllmEngine:
 
     def _reset_prefix_cache(self) -> None:
         self._llm.reset_prefix_cache()
-
-    def _check_context(
-        self,
-        names: Sequence[str],
-        texts: Sequence[NDArray[np.integer[Any]]],
-        window_tokens: int,
-    ) -> None:
-        for name, ids in zip(names, texts, strict=True):
-            if len(ids) + window_tokens > self._context:
-                raise UserError(
-                    f"prompt {name!r} has {len(ids)} tokens and the window {window_tokens}; the "
-                    f"engine reads {self._context}; lower the window or max_prompt_tokens"
-                )
 
     def _open(self, folder: Path) -> Any:
         options = self._options
@@ -327,3 +319,18 @@ def _seed(seed: int, prompt_id: str, sample: int, start: int) -> int:
     """A random stream for each rollout, whatever else is in the batch."""
     digest = hashlib.sha256(f"{seed}/{sample}/{start}/{prompt_id}".encode()).digest()
     return int.from_bytes(digest[:4], "little")
+
+
+def _prepare_environment() -> None:
+    """Set what vLLM reads while it is imported; what the user has set stays."""
+    import torch
+
+    defaults = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    if not torch.cuda.is_available():
+        defaults |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its processes start slowly
+            "TORCH_COMPILE_DISABLE": "1",  # it would compile one small function for seconds
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+        }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

@@ -1,25 +1,26 @@
-"""What vLLM returns of a scored prompt, as the columns of a row."""
+"""What vLLM returns for a scored prompt, as the scores of a row; needs no vLLM."""
 
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from opd_stream.engines.base import RowScores
 from opd_stream.types import RolloutBatch
 
-SMALLEST_TAIL = 1e-7  # of float32 sums; a smaller tail is not told apart from none
-
-COLUMNS = (
-    "teacher_logprobs",
-    "teacher_top_ids",
-    "teacher_top_logprobs",
-    "teacher_tail_logprobs",
-    "teacher_forced_logprobs",
-    "candidate_teacher_logprobs",
-)
+MIN_TAIL = 1e-7  # of float32 sums; a smaller tail cannot be told from none
 
 
-def dense(flat: Any, tokens: int, vocab: int) -> NDArray[np.float32]:
+def asked_ids(rollouts: RolloutBatch, row: int, forced_ids: tuple[int, ...]) -> NDArray[np.int32]:
+    """sampled token | forced ids | candidates of the student [T, J]."""
+    sampled_T1 = rollouts.completion_ids[row][:, None]
+    parts = [sampled_T1, np.tile(np.array(forced_ids, np.int32), (len(sampled_T1), 1))]
+    if rollouts.candidate_ids is not None:
+        parts.append(rollouts.candidate_ids[row])
+    return np.concatenate([part.astype(np.int32) for part in parts], axis=1)
+
+
+def whole_distribution(flat: Any, tokens: int, vocab: int) -> NDArray[np.float32]:
     """Log-probabilities [T, V] of the last positions from vLLM's flat list.
 
     Its first position is empty; every other one has the token itself, then all ids by rank.
@@ -36,56 +37,48 @@ def dense(flat: Any, tokens: int, vocab: int) -> NDArray[np.float32]:
     return dense_TV
 
 
-def scores_of(
+def scores_of_whole(
     dense_TV: NDArray[np.float32], asked_TJ: NDArray[np.int32], *, top_k: int, forced: int
-) -> dict[str, NDArray[Any]]:
-    """The columns of one row from the whole distribution."""
+) -> RowScores:
+    """The scores of one row from the whole distribution."""
     order_TK = np.argsort(-dense_TV, axis=1, kind="stable")[:, :top_k]
     rest_TV = np.exp(dense_TV, dtype=np.float64)
     np.put_along_axis(rest_TV, order_TK, 0.0, axis=1)
     with np.errstate(divide="ignore"):
         tail_T = np.log(rest_TV.sum(1))
+    top_TK = np.take_along_axis(dense_TV, order_TK, axis=1)
     asked = np.take_along_axis(dense_TV, asked_TJ, axis=1)
-    return {
-        "teacher_top_ids": order_TK.astype(np.int32),
-        "teacher_top_logprobs": np.take_along_axis(dense_TV, order_TK, axis=1),
-        "teacher_tail_logprobs": tail_T.astype(np.float32),
-        **_split(asked, forced),
-    }
+    return _row_scores(order_TK.astype(np.int32), top_TK, tail_T, asked, forced)
 
 
-def given_scores(output: Any, tokens: int, top_k: int, forced: int) -> dict[str, NDArray[Any]]:
-    """The columns of one row where vLLM was asked for given ids (model runner V2).
+def scores_of_asked(output: Any, tokens: int, *, top_k: int, forced: int) -> RowScores:
+    """The scores of one row where vLLM was asked for some ids (model runner V2).
 
     Each of the last T positions of the flat list has the token itself, then the top K.
     """
     if not tokens:
-        ids_TJ = np.zeros((0, 1 + forced), np.int32)
-        return scores_of(np.zeros((0, top_k), np.float32), ids_TJ, top_k=top_k, forced=forced)
+        empty = np.zeros((0, top_k), np.float32)
+        asked = np.zeros((0, 1 + forced), np.float32)
+        return _row_scores(empty.astype(np.int32), empty, empty[:, :0].sum(1), asked, forced)
     shape, last = (-1, top_k + 1), slice(-tokens, None)
     ids_TK = np.asarray(output.prompt_logprobs.token_ids, np.int32).reshape(shape)[last, 1:]
     top_TK = np.asarray(output.prompt_logprobs.logprobs, np.float32).reshape(shape)[last, 1:]
     rest_T = 1 - np.exp(top_TK, dtype=np.float64).sum(1)
-    return {
-        "teacher_top_ids": ids_TK,
-        "teacher_top_logprobs": top_TK,
-        "teacher_tail_logprobs": np.log(rest_T.clip(SMALLEST_TAIL)).astype(np.float32),
-        **_split(np.asarray(output.prompt_token_id_logprobs, np.float32)[last], forced),
-    }
+    asked = np.asarray(output.prompt_token_id_logprobs, np.float32)[last]
+    return _row_scores(ids_TK, top_TK, np.log(rest_T.clip(MIN_TAIL)), asked, forced)
 
 
-def asked_ids(rollouts: RolloutBatch, row: int, forced_ids: tuple[int, ...]) -> NDArray[np.int32]:
-    """sampled token | forced ids | candidates of the student [T, J]."""
-    sampled_T1 = rollouts.completion_ids[row][:, None]
-    parts = [sampled_T1, np.tile(np.array(forced_ids, np.int32), (len(sampled_T1), 1))]
-    if rollouts.candidate_ids is not None:
-        parts.append(rollouts.candidate_ids[row])
-    return np.concatenate([part.astype(np.int32) for part in parts], axis=1)
-
-
-def _split(asked_TJ: NDArray[np.float32], forced: int) -> dict[str, NDArray[np.float32]]:
-    return {
-        "teacher_logprobs": asked_TJ[:, 0],
-        "teacher_forced_logprobs": asked_TJ[:, 1 : 1 + forced],
-        "candidate_teacher_logprobs": asked_TJ[:, 1 + forced :],
-    }
+def _row_scores(
+    top_ids_TK: NDArray[np.int32],
+    top_TK: NDArray[np.float32],
+    tail_T: NDArray[np.floating[Any]],
+    asked_TJ: NDArray[np.float32],
+    forced: int,
+) -> RowScores:
+    return RowScores(
+        asked=np.delete(asked_TJ, slice(1, 1 + forced), axis=1),
+        top_ids=top_ids_TK,
+        top_logprobs=top_TK,
+        tail=tail_T.astype(np.float32),
+        forced=asked_TJ[:, 1 : 1 + forced],
+    )

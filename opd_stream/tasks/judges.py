@@ -89,8 +89,8 @@ def is_equal_mathematics(completion: str, answer: str) -> bool:
     Raises:
         UserError: nothing can be read from the reference.
     """
-    from math_verify import parse, verify
-
+    library: Any = importlib.import_module("math_verify")
+    parse, verify = library.parse, library.verify
     marked = answer.rpartition("####")[2].strip()
     is_wrapped = "\\boxed" in marked or "$" in marked.replace("\\$", "")
     text = marked if is_wrapped else f"\\boxed{{{marked}}}"

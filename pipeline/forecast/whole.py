@@ -5,7 +5,7 @@ from pathlib import Path
 
 from opd_stream.config import Config
 from opd_stream.costs import TokenCounts, forward_flops, train_flops
-from opd_stream.engines.chunks import MOST_LOGITS, logit_rows
+from opd_stream.engines.base import MAX_LOGITS_PER_CHUNK, rows_per_chunk
 from opd_stream.store.files import is_remote
 from pipeline.forecast.amounts import (
     BreakEven,
@@ -105,12 +105,12 @@ def _logits(known: Known) -> LogitMemory | None:
             what="teacher.vllm.batched_tokens",
         )
     device = "cuda" if known.config.pools.teacher.gpus else "cpu"
-    rows = logit_rows(shape.vocabulary, device)
+    rows = rows_per_chunk(shape.vocabulary, device)
     return LogitMemory(
         rows=rows,
         vocabulary=shape.vocabulary,
         bytes=rows * shape.vocabulary * FLOAT32,
-        bound=MOST_LOGITS[device] * FLOAT32,
+        bound=MAX_LOGITS_PER_CHUNK[device] * FLOAT32,
         what="a GPU's chunk" if device == "cuda" else "a CPU's chunk",
     )
 
