@@ -178,6 +178,8 @@ def stream(queue: Any, specs: list[WorkerSpec]) -> Iterator[pa.Table]:
 def _cause(error: BaseException) -> str:
     """Why a worker died, in Ray's words, in one line."""
     whole = " ".join(str(error).split())
+    if "creation task" in whole:  # a worker that cannot start: the error that it raised
+        whole = str(error).strip().splitlines()[-1]
     text = whole[max(0, whole.find("The actor is dead because")) :]
     return text if len(text) <= 240 else f"{text[:240]}…"
 

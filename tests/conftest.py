@@ -61,6 +61,18 @@ for name in (
 for name in ("agent_register_timeout_ms", "health_check_timeout_ms"):
     os.environ.setdefault(f"RAY_{name}", "1000000")
 
+START = "from opd_stream.launcher import main; main()"  # what the console script does
+
+
+def clash(folder: Path) -> dict[str, str]:
+    """Give a folder modules named as our packages; returns an environment that finds them first."""
+    (folder / "stages.py").write_text("raise RuntimeError('this is the stages of a user')\n")
+    (folder / "pipeline").mkdir()
+    (folder / "pipeline" / "__init__.py").write_text("raise RuntimeError('and the pipeline')\n")
+    path = os.pathsep.join([str(folder), str(Path(__file__).parent.parent)])
+    return {**os.environ, "PYTHONPATH": path}
+
+
 LONGEST = ("test_ray", "test_training", "test_object_store", "test_resume")
 
 

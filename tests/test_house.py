@@ -1,6 +1,7 @@
 """The house rules: imports point down, commands answer at once, docs say what the code says."""
 
 import ast
+import re
 import resource
 import subprocess
 import sys
@@ -43,6 +44,17 @@ def test_imports_point_down(path: Path) -> None:
         assert not imports_of(ast.parse(path.read_text())) & {"ray", "lightning"}
     if floor == 2:
         assert not imports_when_loaded(path) & HEAVY
+
+
+def test_only_the_launcher_names_a_module_of_a_floor_above() -> None:
+    """It starts the command line, and cannot import what it has yet to find."""
+    for path in SOURCES:
+        floor = FLOORS[path.relative_to(ROOT).parts[0]]
+        above = "|".join(name for name, level in FLOORS.items() if level > floor) or "nothing"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                is_above = re.fullmatch(rf"({above})\.[\w.:]+", node.value)
+                assert not is_above or path == ROOT / "opd_stream" / "launcher.py", (path, is_above)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import yaml
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from stages.progress import Silent
-from tests.conftest import SMALL_RUN, small_config
+from tests.conftest import SMALL_RUN, START, clash, small_config
 
 
 def ray_command(folder: Path, *overrides: str) -> list[str]:
@@ -23,7 +23,7 @@ def ray_command(folder: Path, *overrides: str) -> list[str]:
     path.write_text(
         yaml.safe_dump({**SMALL_RUN, "executor": "ray", "store": str(folder / "store")})
     )
-    command = [sys.executable, "-m", "pipeline", "run", str(path), "--run-dir", str(folder / "run")]
+    command = [sys.executable, "-c", START, "run", str(path), "--run-dir", str(folder / "run")]
     return command + [part for field in overrides for part in ("--set", field)]
 
 
@@ -53,8 +53,11 @@ def test_ray_killed_in_the_middle_ends_where_the_local_loop_does(tmp_path: Path)
 
 
 def test_a_users_mistake_in_a_ray_worker_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    """Also in a folder with modules named as ours, which Ray puts first on its workers' path."""
     command = ray_command(tmp_path, "evaluation.max_new_tokens=5000", "pools.student.workers=2")
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, env=clash(tmp_path)
+    )
     assert found.returncode == 2, found.stderr
     assert found.stderr.splitlines()[-1].endswith("lower the window or max_prompt_tokens"), (
         found.stderr
