@@ -1,8 +1,8 @@
 """Accuracy against cost: one curve a run, one figure for each kind of cost."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 from pipeline.records import RoundReport, StageNumbers, SummaryEvaluation
 from pipeline.report.drawing import Exhibit, Series, exhibit, look, panels, prefixed
@@ -10,8 +10,7 @@ from pipeline.report.read import Run
 from pipeline.report.tables import Table, count, number
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
+class Cost(NamedTuple):
     """Something that a run spends."""
 
     name: str
@@ -27,28 +26,23 @@ def stage_sum(values: StageNumbers) -> float:
 
 COSTS = (
     Cost(
-        name="tokens",
-        choice="tokens",
-        label="tokens generated, scored and trained on",
-        of=lambda r: r.tokens.generated + r.tokens.teacher_scored + r.tokens.trained,
+        "tokens",
+        "tokens",
+        "tokens generated, scored and trained on",
+        lambda r: r.tokens.generated + r.tokens.teacher_scored + r.tokens.trained,
     ),
     Cost(
-        name="teacher",
-        choice="teacher-scored tokens",
-        label="tokens that the teacher scored",
-        of=lambda r: r.tokens.teacher_scored,
+        "teacher",
+        "teacher-scored tokens",
+        "tokens that the teacher scored",
+        lambda r: r.tokens.teacher_scored,
     ),
+    Cost("flops", "FLOPs", "FLOPs of generate, score and train", lambda r: stage_sum(r.flops)),
     Cost(
-        name="flops",
-        choice="FLOPs",
-        label="FLOPs of generate, score and train",
-        of=lambda r: stage_sum(r.flops),
-    ),
-    Cost(
-        name="seconds",
-        choice="seconds",
-        label="seconds of generate, score and train",
-        of=lambda r: stage_sum(r.seconds),
+        "seconds",
+        "seconds",
+        "seconds of generate, score and train",
+        lambda r: stage_sum(r.seconds),
     ),
 )
 

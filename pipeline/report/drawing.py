@@ -164,21 +164,19 @@ def exhibit(
     legend: Sequence[Series] = (),
     tables: Sequence[Table] = (),
 ) -> Exhibit:
-    """A figure for the page; `run` is named to those who hear the page."""
-    heard = f"{title}: {run}" if run else title
-    svg = inline(figure, name, title=heard, description=caption)
+    """A drawn figure for the page; title, run and caption are also read to those who hear it."""
+    root = _svg(figure, name)
+    for place, (tag, text) in enumerate(
+        [("title", f"{title}: {run}" if run else title), ("desc", caption)]
+    ):
+        element = ElementTree.Element(tag, {"id": f"{name}-{tag}"})
+        element.text = text
+        root.insert(place, element)
+    svg = Markup(ElementTree.tostring(root, encoding="unicode"))
     return Exhibit(name=name, title=title, caption=caption, svg=svg, legend=legend, tables=tables)
 
 
-def inline(figure: Figure, name: str, *, title: str, description: str) -> Markup:
-    """The figure as an `svg` element for the page.
-
-    Args:
-        figure: drawn.
-        name: distinct on the page.
-        title: read to those who hear the page.
-        description: what it shows, likewise.
-    """
+def _svg(figure: Figure, name: str) -> ElementTree.Element:
     buffer = io.StringIO()
     with mpl.rc_context(_OPTIONS):
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -198,11 +196,7 @@ def inline(figure: Figure, name: str, *, title: str, description: str) -> Markup
         "style": "stroke-linejoin: round; stroke-linecap: butt",
         "aria-labelledby": f"{name}-title {name}-desc",
     }
-    for place, (tag, text) in enumerate([("title", title), ("desc", description)]):
-        element = ElementTree.Element(tag, {"id": f"{name}-{tag}"})
-        element.text = text
-        root.insert(place, element)
-    return Markup(ElementTree.tostring(root, encoding="unicode"))
+    return root
 
 
 def _attribute(key: str, value: str, name: str) -> str:

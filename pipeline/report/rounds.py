@@ -6,7 +6,7 @@ from math import nan
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
-from opd_stream.outcome import PositionMeans
+from opd_stream.outcome import PositionMeans, WindowAudit
 from pipeline.records import RoundReport, StageNumbers
 from pipeline.report.drawing import (
     FAINT,
@@ -38,9 +38,8 @@ def window_exhibit(run: Run, name: str) -> Exhibit:
     if not windows:
         return Exhibit(name=name, title=title, caption="No round has a window yet.")
     window = run.config.rollouts.window
-    audited = [report for report in run.rounds if report.window_decision is not None]
-    has_cosines = window.kind == "adaptive" and bool(audited)
-    figure, axes = panels(2 if has_cosines else 1, height=1.7 if has_cosines else 2.6)
+    audits = {r.round: r.window_decision for r in run.rounds if r.window_decision is not None}
+    figure, axes = panels(2 if audits else 1, height=1.7 if audits else 2.6)
     places, tokens = zip(*sorted(windows.items()), strict=True)
     axes[0].step(places, tokens, where="mid", color=look(0).color, marker="o")
     axes[0].set_ylabel("window (tokens)")
@@ -48,9 +47,11 @@ def window_exhibit(run: Run, name: str) -> Exhibit:
     legend: list[Series] = []
     tables: list[Table] = []
     caption = f"Window kind: {window.kind}."
-    if window.kind == "adaptive" and has_cosines:
-        legend = _cosines(axes[1], audited, window.candidates, window.threshold)
-        tables = [_cosine_table(audited, window.candidates)]
+    if window.kind == "adaptive" and audits:
+        legend = _draw_cosines(axes[1], audits, window.candidates)
+        axes[1].axhline(window.threshold, color=FAINT, linewidth=1, linestyle=THRESHOLD.line)
+        legend.append(Series(label=f"threshold {window.threshold:.3f}", look=THRESHOLD))
+        tables = [_cosine_table(audits, window.candidates)]
         caption += (
             " Below, the cosine of each candidate's gradient with that of full rollouts; the "
             "first candidate at or above the threshold is the window of the next round."
@@ -59,34 +60,24 @@ def window_exhibit(run: Run, name: str) -> Exhibit:
     return exhibit(figure, name, title, caption, run=run.name, legend=legend, tables=tables)
 
 
-def _cosines(
-    axis: Axes, audited: Sequence[RoundReport], candidates: Sequence[int], threshold: float
+def _draw_cosines(
+    axis: Axes, audits: dict[int, WindowAudit], candidates: Sequence[int]
 ) -> list[Series]:
     legend: list[Series] = []
     for place, candidate in enumerate(candidates):
         drawn = graded(place, len(candidates))
-        points = [
-            (report.round, report.window_decision.cosines[place])
-            for report in audited
-            if report.window_decision and place < len(report.window_decision.cosines)
-        ]
-        if points:
-            axis.plot(
-                *zip(*points, strict=True), color=drawn.color, marker=drawn.mark, alpha=drawn.alpha
-            )
-            legend.append(Series(label=f"{candidate} tokens", look=drawn))
-    axis.axhline(threshold, color=FAINT, linewidth=1, linestyle=THRESHOLD.line)
+        cosines = [audit.cosines[place] for audit in audits.values()]
+        axis.plot(list(audits), cosines, color=drawn.color, marker=drawn.mark, alpha=drawn.alpha)
+        legend.append(Series(label=f"{candidate} tokens", look=drawn))
     axis.set_ylabel("cosine")
-    return [*legend, Series(label=f"threshold {threshold:.3f}", look=THRESHOLD)]
+    return legend
 
 
-def _cosine_table(audited: Sequence[RoundReport], candidates: Sequence[int]) -> Table:
-    rows: list[list[str]] = []
-    for report in audited:
-        if report.window_decision is not None:
-            cosines = [number(cosine, 3) for cosine in report.window_decision.cosines]
-            padded = [*cosines, *["–"] * len(candidates)][: len(candidates)]
-            rows.append([str(report.round), *padded, str(report.window_decision.window_tokens)])
+def _cosine_table(audits: dict[int, WindowAudit], candidates: Sequence[int]) -> Table:
+    rows = [
+        [str(index), *(number(each, 3) for each in audit.cosines), str(audit.window_tokens)]
+        for index, audit in audits.items()
+    ]
     head = ["round", *(f"{candidate} tokens" for candidate in candidates), "next window"]
     return Table(caption="Cosines behind each decision", head=head, rows=rows)
 

@@ -11,25 +11,11 @@ from pipeline.report.read import Run
 from pipeline.report.tables import STAGES, Table, count, number, scaled
 
 _FACTS = (
-    ("student", "student.path"),
-    ("teacher", "teacher.path"),
-    ("prompts", "prompts.kind"),
-    ("prompts a round", "rollouts.prompts_per_round"),
-    ("samples a prompt", "rollouts.samples_per_prompt"),
-    ("window", "rollouts.window"),
-    ("candidates of the teacher", "scores.top_k"),
-    ("codec", "scores.codec.kind"),
-    ("objective", "train.objective"),
-    ("gate", "train.gate"),
-    ("freshness", "train.freshness"),
-    ("extrapolation", "train.extrapolation"),
-    ("learning rate", "train.learning_rate"),
-    ("rows a step", "train.rows_per_step"),
-    ("epochs at most", "staleness.max_epochs"),
-    ("policies a unit may outlive", "staleness.max_policies"),
-    ("replay of", "replay"),
-    ("executor", "executor"),
-    ("seed", "seed"),
+    *("student.path", "teacher.path", "prompts.kind", "rollouts.prompts_per_round"),
+    *("rollouts.samples_per_prompt", "rollouts.window", "scores.top_k", "scores.codec.kind"),
+    *("train.objective", "train.gate", "train.freshness", "train.extrapolation"),
+    *("train.learning_rate", "train.rows_per_step", "staleness.max_epochs"),
+    *("staleness.max_policies", "replay", "executor", "seed"),
 )
 
 
@@ -78,8 +64,8 @@ def reuse(run: Run) -> str:
 def facts(run: Run) -> list[tuple[str, str]]:
     """The settings that a reader asks for first, and the versions."""
     settings = run.config.model_dump(mode="json")
-    named = [(name, _setting(settings, field)) for name, field in _FACTS]
-    found = [(name, _plain(value)) for name, value in named if value not in (None, [], {})]
+    named = [(field, _setting(settings, field)) for field in _FACTS]
+    found = [(field, _plain(value)) for field, value in named if value not in (None, [], {})]
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     return [*found, ("versions", versions)] if versions else found
 
