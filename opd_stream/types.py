@@ -86,7 +86,7 @@ class ScoreBatch:
     teacher_forced_logprobs: tuple[NDArray[np.float32], ...]  # R x [T, F]
     refused: dict[int, str]  # row number -> reason
     candidate_teacher_logprobs: tuple[NDArray[np.float32], ...] | None = None  # R x [T, M]
-    # Of a teacher with another tokenizer (`aligned_scores.py`):
+    # Of a teacher with another tokenizer (`cross_tokenizer`):
     chunk_ids: tuple[NDArray[np.int32], ...] | None = None  # R x [T], from 0; -1: does not train
     same_tokens: tuple[NDArray[np.bool_], ...] | None = None  # R x [T], one of the teacher's too
 

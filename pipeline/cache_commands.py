@@ -15,7 +15,7 @@ from opd_stream.store.codecs import codec_of
 from opd_stream.store.exchange import Told, export_scores, import_scores
 from opd_stream.store.store import Store
 from opd_stream.style_bias import StyleSettings
-from stages.aligned import refuse_aligned
+from stages.cross_tokenizer import refuse_aligned
 from stages.progress import Progress, Silent
 from stages.residual import make_residual
 

@@ -156,7 +156,7 @@ def scores_of(setup: Setup, rollouts: Recipe, *, extends: str | None = None) -> 
         teacher=setup.teacher,
         forced_ids=setup.forced_ids,
         extends=extends,
-        crossing=setup.crossing,
+        alignment=setup.alignment,
     )
 
 

@@ -118,8 +118,8 @@ def given(setup: Setup) -> set[str]:
         UserError: some of a replay is not in the store, or not of one teacher.
     """
     config, names = setup.config, {setup.prompts.name}
-    if setup.crossing is not None:
-        names.add(f"prompts/{setup.crossing.inputs['prompts'][:16]}")
+    if setup.alignment is not None:
+        names.add(f"prompts/{setup.alignment.inputs['prompts'][:16]}")
     if config.replay is not None:
         source = ReplaySource(setup, config.replay)
         caches = [cache for index in range(config.rounds) for cache in source.caches(index)]

@@ -13,8 +13,8 @@ from opd_stream.store.artifact import Artifact
 from opd_stream.store.store import Store
 from opd_stream.tasks.judges import open_judge
 from pipeline.contexts import check_context
-from stages.aligned import Crossing, open_crossing
 from stages.checkpoints import Checkpoint, check_pair, open_checkpoint, open_vocabulary
+from stages.cross_tokenizer import AlignmentRecipe, open_alignment
 from stages.evaluate import evaluation_prompts
 from stages.prompts import make_prompts, prompts_artifact
 
@@ -29,7 +29,7 @@ class Setup:
     store: Store
     student: Checkpoint  # policy 0
     teacher: Checkpoint | None  # None in a replay
-    crossing: Crossing | None  # of a teacher with another tokenizer
+    alignment: AlignmentRecipe | None  # of a teacher with another tokenizer
     replayed_teacher: str | None  # identity of the teacher that a replay's config names
     warnings: tuple[str, ...]  # what may be wrong, a line each
     stop_ids: tuple[int, ...]  # terminators in the student's ids: generation stops on any of them
@@ -109,14 +109,14 @@ def setup_of(
         UserError: as `open_setup`.
     """
     student = opened(config.student.path)
-    teacher, crossing = None, None
+    teacher, alignment = None, None
     if config.replay is None:
         assert config.teacher is not None  # validated with the config
         teacher = opened(config.teacher.path)
         check_pair(student, teacher, aligns=config.scores.alignment is not None)
         _check_top_k(config, teacher)
-        crossing = open_crossing(store, config, student, teacher, make=make)
-    reads_alike = [student] if teacher is None or crossing is not None else [student, teacher]
+        alignment = open_alignment(store, config, student, teacher, make=make)
+    reads_alike = [student] if teacher is None or alignment is not None else [student, teacher]
     stop_ids = {token for model in reads_alike for token in model.terminators()}
     forced = _forced(config, student, token_id)
     return Setup(
@@ -124,7 +124,7 @@ def setup_of(
         store=store,
         student=student,
         teacher=teacher,
-        crossing=crossing,
+        alignment=alignment,
         replayed_teacher=_replayed_teacher(opened, config),
         warnings=_warnings(opened, config, teacher),
         stop_ids=tuple(sorted(stop_ids)),

@@ -13,8 +13,8 @@ from opd_stream.config.training import Staleness, Train
 from opd_stream.section import Section
 from opd_stream.store.recipe import Recipe
 from opd_stream.tasks.judges import judge_recipe
-from stages.aligned import Crossing
 from stages.checkpoints import Checkpoint
+from stages.cross_tokenizer import AlignmentRecipe
 from stages.prompts import every_prompt, round_prompts
 
 
@@ -117,14 +117,14 @@ def scores_recipe(
     teacher: Checkpoint,
     forced_ids: tuple[int, ...],
     extends: str | None = None,
-    crossing: Crossing | None = None,
+    alignment: AlignmentRecipe | None = None,
 ) -> Recipe:
     """Teacher scores of a rollouts artifact; `rollouts` is its fingerprint.
 
-    `extends` is that of the scores of what an extension continues; `crossing` is what a teacher
+    `extends` is that of the scores of what an extension continues; `alignment` is what a teacher
     with another tokenizer adds, and its scores continue none: they are all made anew.
     """
-    extended = {} if extends is None or crossing is not None else {"scores": extends}
+    extended = {} if extends is None or alignment is not None else {"scores": extends}
     scores: Scores = config.scores
     assert config.teacher is not None  # the config asks for one wherever scores are made
     return Recipe(
@@ -137,13 +137,13 @@ def scores_recipe(
             "temperature": 1.0,
             "engine": config.teacher.engine,
             "dtype": config.teacher.dtype,
-            **({} if crossing is None else {"alignment": crossing.settings}),
+            **({} if alignment is None else {"alignment": alignment.settings}),
         },
         inputs={
             "rollouts": rollouts,
             "teacher": teacher.identity.fingerprint,
             **extended,
-            **({} if crossing is None else crossing.inputs),
+            **({} if alignment is None else alignment.inputs),
         },
     )
 

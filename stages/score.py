@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_stream.aligned_scores import Aligner
+from opd_stream.cross_tokenizer.aligner import Aligner
 from opd_stream.engines.base import Engine, ScoringSettings
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
@@ -21,7 +21,7 @@ from opd_stream.store.codecs import SampledCodec, codec_of, decode_scores, encod
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.types import RolloutBatch, ScoreBatch
-from stages.aligned import aligned_counts, open_aligner, score_aligned
+from stages.cross_tokenizer import aligned_counts, open_aligner, score_aligned
 from stages.generate import base_rollouts, extension_counts, grown_rows, new_parts, token_counts
 from stages.workers import Task, TaskResult, Worker
 

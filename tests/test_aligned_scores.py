@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from opd_stream.aligned_scores import Aligner
-from opd_stream.byte_tokenizer import ByteTokenizer
+from opd_stream.cross_tokenizer.aligner import Aligner
+from opd_stream.cross_tokenizer.byte_tokenizer import ByteTokenizer
 from opd_stream.engines import open_engine
 from opd_stream.store.codecs import CompactCodec, ExactCodec, decode_scores, encode_scores
 from opd_stream.types import RolloutBatch, ScoreBatch

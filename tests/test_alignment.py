@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from opd_stream.alignment import Alignment, align, matching_ids, readable
-from opd_stream.byte_tokenizer import ByteTokenizer
+from opd_stream.cross_tokenizer.alignment import Alignment, align, matching_ids, readable
+from opd_stream.cross_tokenizer.byte_tokenizer import ByteTokenizer
 from opd_stream.errors import UserError
 from tests.tiny_tokenizers import byte_level, metaspace, unigram
 
@@ -233,7 +233,7 @@ def test_a_tokenizer_that_loses_spaces_is_refused() -> None:
 
 def test_the_module_needs_numpy_alone() -> None:
     code = (
-        "import sys, opd_stream.alignment; "
+        "import sys, opd_stream.cross_tokenizer.alignment; "
         "print(sorted({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

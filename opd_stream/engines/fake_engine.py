@@ -130,7 +130,7 @@ class FakeEngine:
         stop_ids: tuple[int, ...],
     ) -> NDArray[np.int32]:
         tokens: list[int] = []
-        for uniform in uniforms_T.tolist():
+        for uniform in map(float, uniforms_T):
             logprobs_V = self._logprobs_VV[last % self._vocab_size]
             if temperature == 0:
                 last = int(logprobs_V.argmax())

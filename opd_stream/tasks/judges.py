@@ -94,7 +94,7 @@ def is_equal_mathematics(completion: str, answer: str) -> bool:
     marked = answer.rpartition("####")[2].strip()
     is_wrapped = "\\boxed" in marked or "$" in marked.replace("\\$", "")
     text = marked if is_wrapped else f"\\boxed{{{marked}}}"
-    expected = parse(text, parsing_timeout=_SECONDS) if marked else []
+    expected: list[Any] = parse(text, parsing_timeout=_SECONDS) if marked else []
     if not expected:
         raise UserError(
             f"reference answer {answer[:60]!r} holds no mathematics that judge math can read; "

@@ -431,7 +431,7 @@ def _first_prompts(subject: Subject) -> Any:
 
 
 def _check_one_tokenizer(subject: Subject) -> None:
-    if subject.setup.crossing is not None:
+    if subject.setup.alignment is not None:
         raise NotChecked("the teacher reads the texts in another tokenizer")
 
 

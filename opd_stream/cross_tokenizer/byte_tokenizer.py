@@ -6,14 +6,15 @@ Shapes: U tokens.
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opd_stream.errors import UserError
 
-SUFFIXED = ("WordPiece", "BPEDecoder", "CTC")  # decoders that put spaces where tokens have none
+Json = dict[str, Any]  # of tokenizer.json
+SPACES_LOST = ("WordPiece", "BPEDecoder", "CTC")  # decoders that put spaces where tokens have none
 FALLBACK = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
@@ -35,22 +36,22 @@ class ByteTokenizer:
     """
 
     def __init__(self, tokenizer: Any, name: str) -> None:
-        """Take the vocabulary of a Hugging Face tokenizer apart; `name` is for messages.
+        """Read the vocabulary of a Hugging Face tokenizer; `name` is for messages.
 
         Raises:
             UserError: it is not fast, or its tokens do not say which bytes they are.
         """
-        backend = getattr(tokenizer, "backend_tokenizer", None)
+        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError(
                 f"the tokenizer of {name} is not a fast one (tokenizer.json), which alignment "
                 "reads; save it with a fast tokenizer"
             )
-        spec = json.loads(backend.to_str())
+        spec: Json = json.loads(backend.to_str())
         model = spec["model"]
         kinds = {part["type"] for part in _parts(spec["decoder"])}
         suffix = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-        if suffix or model["type"] == "WordPiece" or kinds & set(SUFFIXED):
+        if suffix or model["type"] == "WordPiece" or kinds & set(SPACES_LOST):
             raise UserError(
                 f"the tokenizer of {name} ({model['type']}) drops spaces between its tokens; "
                 "scores.alignment of kind bytes reads byte-level and metaspace tokenizers; use "
@@ -61,35 +62,35 @@ class ByteTokenizer:
         self.special = {number: token.content for number, token in added.items() if token.special}
         self.special_ids = {content: number for number, content in self.special.items()}
         self.pieces: dict[int, str] = {n: p for p, n in backend.get_vocab().items()}
-        self.bytes_of = _spelled(spec, self.pieces)
+        self.bytes_of = _bytes_of_pieces(spec, self.pieces)
         for number, token in added.items():
             self.bytes_of[number] = token.content.encode()
         for number in self.special:
             del self.bytes_of[number]
-        self._raw = type(backend).from_str(json.dumps(_without_edges(spec)))
+        self._raw: Any = backend.__class__.from_str(json.dumps(_without_edges(spec)))
         self._raw.encode_special_tokens = True  # what only looks like a special token is text
 
     def read(self, text: str) -> Reading:
         """Tokenise a text that stands behind another one: nothing is put in front."""
         encoding, data = self._raw.encode(text, add_special_tokens=False), text.encode()
         ids = np.array(encoding.ids, np.int64)
-        spelled = [self.bytes_of.get(token) for token in encoding.ids]
-        known = [part for part in spelled if part is not None]
-        if len(known) == len(spelled) and b"".join(known) == data:
-            ends = np.cumsum([len(part) for part in known], dtype=np.int64)
+        parts = [self.bytes_of.get(token) for token in ids.tolist()]
+        spelled = [part for part in parts if part is not None]
+        if len(spelled) == len(parts) and b"".join(spelled) == data:
+            ends = np.cumsum([len(part) for part in spelled], dtype=np.int64)
             return Reading(ids=ids, ends=ends, exact=np.ones(len(ids), np.bool_))
         marks = np.cumsum([0, *(len(char.encode()) for char in text)], dtype=np.int64)
         ends = np.maximum.accumulate(marks[[end for _, end in encoding.offsets]])
         ends[-1:] = len(data)
         starts = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
         exact = [
-            part == data[start:end] for part, start, end in zip(spelled, starts, ends, strict=True)
+            part == data[start:end] for part, start, end in zip(parts, starts, ends, strict=True)
         ]
         return Reading(ids=ids, ends=ends, exact=np.array(exact, np.bool_))
 
 
-def _spelled(spec: dict[str, Any], pieces: dict[int, str]) -> dict[int, bytes]:
-    """The bytes of each piece of a vocabulary; unknown tokens and odd pieces have none."""
+def _bytes_of_pieces(spec: Json, pieces: dict[int, str]) -> dict[int, bytes]:
+    """The bytes of each piece of a vocabulary; the unknown token and odd pieces have none."""
     model = spec["model"]
     parts = [*_parts(spec["decoder"]), *_parts(spec["pre_tokenizer"]), *_parts(spec["normalizer"])]
     unknown = model.get("unk_token")
@@ -120,31 +121,34 @@ def _spelled(spec: dict[str, Any], pieces: dict[int, str]) -> dict[int, bytes]:
     return spelled
 
 
-def _without_edges(spec: dict[str, Any]) -> dict[str, Any]:
+def _without_edges(spec: Json) -> Json:
     """A tokenizer that puts nothing in front of a text, behind it or around it."""
+    inner = {name: _without_prefix(spec[name]) for name in ("normalizer", "pre_tokenizer")}
+    return {**spec, "post_processor": None, "truncation": None, "padding": None, **inner}
 
-    def edited(part: Any) -> Any:
-        if isinstance(part, list):
-            return [edited(item) for item in part if not _prepends(item)]
-        if not isinstance(part, dict) or _prepends(part):
-            return None if _prepends(part) else part
-        changed = {key: edited(value) for key, value in part.items()}
-        if "prepend_scheme" in changed:
-            changed["prepend_scheme"] = "never"
-        if "add_prefix_space" in changed:
-            changed["add_prefix_space"] = False
-        return changed
 
-    edges = {"post_processor": None, "truncation": None, "padding": None}
-    inner = {name: edited(spec[name]) for name in ("normalizer", "pre_tokenizer")}
-    return {**spec, **edges, **inner}
+def _without_prefix(part: Any) -> Any:
+    """The same, for a part of the tokenizer's JSON."""
+    if isinstance(part, list):
+        items = cast(list[Any], part)
+        return [_without_prefix(item) for item in items if not _prepends(item)]
+    if not isinstance(part, dict):
+        return part
+    if _prepends(part):
+        return None
+    changed = {key: _without_prefix(value) for key, value in cast(Json, part).items()}
+    if "prepend_scheme" in changed:
+        changed["prepend_scheme"] = "never"
+    if "add_prefix_space" in changed:
+        changed["add_prefix_space"] = False
+    return changed
 
 
 def _prepends(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "Prepend"
+    return isinstance(part, dict) and cast(Json, part).get("type") == "Prepend"
 
 
-def _parts(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _parts(part: Json | None) -> list[Json]:
     """The steps of a decoder, a pre-tokenizer or a normaliser."""
     if part is None:
         return []

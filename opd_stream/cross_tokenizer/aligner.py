@@ -5,14 +5,14 @@ the teacher was asked for, V ids of the teacher.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_stream.alignment import Alignment, align, matching_ids
-from opd_stream.byte_tokenizer import ByteTokenizer
+from opd_stream.cross_tokenizer.alignment import Alignment, align, matching_ids
+from opd_stream.cross_tokenizer.byte_tokenizer import ByteTokenizer
+from opd_stream.engines.base import Ids, RowScores
 from opd_stream.types import RolloutBatch, ScoreBatch
 
 
@@ -27,7 +27,7 @@ class TeacherReading:
 
 
 class Aligner:
-    """Two tokenizers, and what one cache asks of them."""
+    """A student's and a teacher's tokenizer, for the scores of one cache."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Aligner:
         student_stops: Sequence[int],
         teacher_stops: Sequence[int],
         max_chunk_tokens: int,
-        prompts: Mapping[str, NDArray[np.integer[Any]]],
+        prompts: Mapping[str, Ids],
     ) -> None:
         """Prepare for a teacher of `vocab_size` logits; `prompts` are in its tokens, by id."""
         self._student, self._teacher = student, teacher
@@ -65,7 +65,7 @@ class Aligner:
         refused: dict[int, str] = {}
         for row, ids in enumerate(rollouts.completion_ids):
             stops = self._stops(ids)
-            found = align(
+            aligned = align(
                 self._student,
                 self._teacher,
                 ids[: len(ids) - stops],
@@ -73,14 +73,14 @@ class Aligner:
                 max_chunk_tokens=self._max_chunk_tokens,
                 is_cut=not stops,
             )
-            read = np.concatenate([found.teacher_ids, self._teacher_stops[:1] * stops])
+            read = np.concatenate([aligned.teacher_ids, self._teacher_stops[:1] * stops])
             if rollouts.prompt_id[row] not in self._prompts:
                 refused[row] = "its prompt is too long in the teacher's tokens"
             elif not len(read):
                 refused[row] = "the teacher's tokenizer reads nothing in it"
             else:
                 rows.append(row)
-                alignments.append(found)
+                alignments.append(aligned)
                 completions.append(read.astype(np.int64))
         batch = RolloutBatch(
             prompt_id=tuple(rollouts.prompt_id[row] for row in rows),
@@ -111,78 +111,78 @@ class Aligner:
         places = {row: place for place, row in enumerate(reading.rows)}
         refused = {reading.rows[place]: reason for place, reason in scored.refused.items()}
         refused |= reading.refused
-        found: list[_Row] = []
+        rows: list[_Row] = []
         for row, ids in enumerate(rollouts.completion_ids):
             if row in refused:
-                found.append(_empty_row(0, width, len(forced_ids)))
+                rows.append(_empty_row(0, width, len(forced_ids)))
                 continue
             place = places[row]
-            theirs = _Row(
-                logprobs=scored.teacher_logprobs[place].astype(np.float64),
-                top_ids=scored.teacher_top_ids[place],
+            teacher = RowScores(
+                asked=scored.teacher_logprobs[place][:, None],
+                top_ids=scored.teacher_top_ids[place].astype(np.int32),
                 top_logprobs=scored.teacher_top_logprobs[place],
                 tail=scored.teacher_tail_logprobs[place],
                 forced=self._forced(scored.teacher_forced_logprobs[place], asked, forced_ids),
             )
-            alignment = reading.alignments[place]
-            found.append(self._row(len(ids), self._stops(ids), alignment, theirs, forced_ids))
+            rows.append(self._row(ids, reading.alignments[place], teacher, forced_ids))
         return ScoreBatch(
-            teacher_logprobs=tuple(row.logprobs.astype(np.float32) for row in found),
-            teacher_top_ids=tuple(row.top_ids for row in found),
-            teacher_top_logprobs=tuple(row.top_logprobs for row in found),
-            teacher_tail_logprobs=tuple(row.tail for row in found),
-            teacher_forced_logprobs=tuple(row.forced for row in found),
+            teacher_logprobs=tuple(row.logprobs.astype(np.float32) for row in rows),
+            teacher_top_ids=tuple(row.top_ids for row in rows),
+            teacher_top_logprobs=tuple(row.top_logprobs for row in rows),
+            teacher_tail_logprobs=tuple(row.tail for row in rows),
+            teacher_forced_logprobs=tuple(row.forced for row in rows),
             refused=refused,
-            chunk_ids=tuple(row.chunk_ids for row in found),
-            same_tokens=tuple(row.same_tokens for row in found),
+            chunk_ids=tuple(row.chunk_ids for row in rows),
+            same_tokens=tuple(row.same_tokens for row in rows),
         )
 
-    def _stops(self, ids: NDArray[np.integer[Any]]) -> int:
+    def _stops(self, ids: Ids) -> int:
         """Terminators at the end of a completion: 0 or 1."""
         return int(len(ids) > 0 and int(ids[-1]) in self._student_stops)
 
     def _row(
-        self, tokens: int, stops: int, alignment: Alignment, theirs: "_Row", forced: Sequence[int]
+        self, ids: Ids, alignment: Alignment, teacher: RowScores, forced_ids: Sequence[int]
     ) -> "_Row":
-        """One row of the student's, from the teacher's view of its own tokens."""
-        row = _empty_row(tokens, theirs.top_ids.shape[1], len(forced))
-        text, read = tokens - stops, len(alignment.teacher_ids)
-        source = np.full(tokens, -1, np.int64)
+        """The scores of the student's tokens, from those of the teacher's."""
+        row = _empty_row(len(ids), teacher.top_ids.shape[1], len(forced_ids))
+        stops, read = self._stops(ids), len(alignment.teacher_ids)
+        text = len(ids) - stops
+        source = np.full(len(ids), -1, np.int64)  # place among the teacher's tokens
         source[:text] = alignment.same
-        row.logprobs[:text] = alignment.shares(theirs.logprobs[:read])
+        row.logprobs[:text] = alignment.shares(teacher.asked[:read, 0].astype(np.float64))
         trains = np.append(alignment.trains, False)[alignment.student_chunk]
         row.chunk_ids[:text] = np.where(trains, alignment.student_chunk, -1)
         if stops:
-            columns = [place for place, each in enumerate(forced) if each in self._student_stops]
+            columns = [n for n, each in enumerate(forced_ids) if each in self._student_stops]
             source[-1] = read
-            row.logprobs[-1] = np.logaddexp.reduce(theirs.forced[read, columns])
+            row.logprobs[-1] = np.logaddexp.reduce(teacher.forced[read, columns])
             row.chunk_ids[-1] = len(alignment.trains)
         row.same_tokens[:] = (source >= 0) & (row.chunk_ids >= 0)
-        here, there = np.flatnonzero(row.same_tokens), source[row.same_tokens]
-        row.forced[here] = theirs.forced[there]
-        row.top_ids[here], row.top_logprobs[here], row.tail[here] = self._candidates(
-            theirs.top_ids[there],
-            theirs.top_logprobs[there],
-            theirs.tail[there],
-            theirs.forced[there],
-            forced,
+        places, teachers = np.flatnonzero(row.same_tokens), source[row.same_tokens]
+        row.forced[places] = teacher.forced[teachers]
+        row.top_ids[places], row.top_logprobs[places], row.tail[places] = self._candidates(
+            teacher.top_ids[teachers],
+            teacher.top_logprobs[teachers],
+            teacher.tail[teachers],
+            teacher.forced[teachers],
+            forced_ids,
         )
         return row
 
     def _forced(
-        self, theirs_NJ: NDArray[np.float32], asked: Sequence[int], forced_ids: Sequence[int]
+        self, teacher_NJ: NDArray[np.float32], asked: Sequence[int], forced_ids: Sequence[int]
     ) -> NDArray[np.float32]:
         """Log-probability of the student's forced ids [N, F]; -inf: the teacher has none."""
-        forced_NF = np.full((len(theirs_NJ), len(forced_ids)), -np.inf, np.float32)
+        forced_NF = np.full((len(teacher_NJ), len(forced_ids)), -np.inf, np.float32)
         for column, each in enumerate(forced_ids):
             places = np.flatnonzero(self._matches_V[list(asked)] == each)
             if len(places):
-                forced_NF[:, column] = np.logaddexp.reduce(theirs_NJ[:, places], axis=1)
+                forced_NF[:, column] = np.logaddexp.reduce(teacher_NJ[:, places], axis=1)
         return forced_NF
 
     def _candidates(
         self,
-        ids_NK: NDArray[np.integer[Any]],
+        ids_NK: Ids,
         logprobs_NK: NDArray[np.float32],
         tail_N: NDArray[np.float32],
         forced_NF: NDArray[np.float32],
@@ -211,15 +211,15 @@ class Aligner:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Row:
-    """The scores of one row; of the teacher's own tokens without the last two fields."""
+    """The scores of the student's tokens in one row, filled in place."""
 
     logprobs: NDArray[np.float64]  # [T]
-    top_ids: NDArray[np.integer[Any]]  # [T, K]
+    top_ids: Ids  # [T, K]
     top_logprobs: NDArray[np.float32]  # [T, K]
     tail: NDArray[np.float32]  # [T]
     forced: NDArray[np.float32]  # [T, F], of the student's forced ids
-    chunk_ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))  # [T]
-    same_tokens: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))  # [T]
+    chunk_ids: NDArray[np.int32]  # [T]
+    same_tokens: NDArray[np.bool_]  # [T]
 
 
 def _empty_row(tokens: int, top_k: int, forced: int) -> _Row:

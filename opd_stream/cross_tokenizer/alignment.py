@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_stream.byte_tokenizer import ByteTokenizer, Reading, fallback_byte
+from opd_stream.cross_tokenizer.byte_tokenizer import ByteTokenizer, Reading, fallback_byte
 
 REPLACEMENT = "\ufffd"
 
@@ -117,11 +117,11 @@ def matching_ids(
             by_bytes.setdefault(spelled, []).append(number)
     matches = np.full(vocab_size, -1, np.int64)
     for number, spelled in teacher.bytes_of.items():
-        found = by_bytes.get(spelled)
-        if found and number < vocab_size:
+        same = by_bytes.get(spelled)
+        if same and number < vocab_size:
             piece = teacher.pieces.get(number)
             matches[number] = min(
-                found,
+                same,
                 key=lambda each, piece=piece: (
                     student.pieces.get(each) != piece,
                     fallback_byte(student.pieces.get(each, "")) is not None,
@@ -158,15 +158,15 @@ def _both(
             spelled = [student.bytes_of.get(token, REPLACEMENT.encode()) for token in run]
             lengths = np.cumsum([len(part) for part in spelled], dtype=np.int64)
             text, run_ends = readable(b"".join(spelled), lengths)
-        own = None if content is None else teacher.special_ids.get(content)
-        if own is not None:
-            reading = Reading(ids=np.array([own]), ends=run_ends, exact=np.ones(1, np.bool_))
+        special = None if content is None else teacher.special_ids.get(content)
+        if special is not None:
+            reading = Reading(ids=np.array([special]), ends=run_ends, exact=np.ones(1, np.bool_))
         else:
             reading = teacher.read(text)
-        known = content is None or own is not None
+        may_train = content is None or special is not None
         ends.append(run_ends + position)
         readings.append(
-            Reading(ids=reading.ids, ends=reading.ends + position, exact=reading.exact & known)
+            Reading(ids=reading.ids, ends=reading.ends + position, exact=reading.exact & may_train)
         )
         texts.append(text)
         position += len(text.encode())

@@ -1,13 +1,13 @@
-"""Scoring by a teacher with another tokenizer: what its recipe adds, and how a unit is read."""
+"""Scoring by a teacher with another tokenizer: its part of a recipe, and the scores of a unit."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from opd_stream.aligned_scores import Aligner
-from opd_stream.byte_tokenizer import ByteTokenizer
 from opd_stream.config import Config
-from opd_stream.engines.base import Engine, ScoringSettings
+from opd_stream.cross_tokenizer.aligner import Aligner
+from opd_stream.cross_tokenizer.byte_tokenizer import ByteTokenizer
+from opd_stream.engines.base import Engine, ScoringSettings, score_batch
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import read_json
@@ -19,25 +19,25 @@ from opd_stream.types import RolloutBatch, ScoreBatch
 from stages.checkpoints import Checkpoint, open_tokenizer
 from stages.prompts import make_prompts, prompts_artifact
 
-_TAKEN_APART: dict[str, ByteTokenizer] = {}  # by the digest of the tokenizer's files
+_BYTE_TOKENIZERS: dict[str, ByteTokenizer] = {}  # by the digest of the tokenizer's files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Crossing:
-    """What scores depend on beyond the ordinary where the tokenizers differ.
+class AlignmentRecipe:
+    """What a recipe of scores has in addition where the tokenizers differ.
 
     Example:
-        >>> Crossing(settings={"kind": "bytes", ...}, inputs={"prompts": "3f0c…", ...})
+        >>> AlignmentRecipe(settings={"kind": "bytes", ...}, inputs={"prompts": "3f0c…", ...})
     """
 
     settings: dict[str, Any]
     inputs: dict[str, str]
 
 
-def open_crossing(
+def open_alignment(
     store: Store, config: Config, student: Checkpoint, teacher: Checkpoint, *, make: bool = True
-) -> Crossing | None:
-    """The crossing of a run; None where the tokenizers are the same or no alignment is asked for.
+) -> AlignmentRecipe | None:
+    """The alignment of a run; None where the tokenizers are the same or no alignment is asked for.
 
     Without `make` the teacher's prompts are only named, and no tokenizer is read.
 
@@ -56,7 +56,7 @@ def open_crossing(
     for model in (student, teacher) if make else ():
         _byte_tokenizer(model.folder, model.identity.tokenizer_sha256)
     prompts = (make_prompts if make else prompts_artifact)(store, config.prompts, teacher)
-    return Crossing(
+    return AlignmentRecipe(
         settings={
             **alignment.model_dump(mode="json"),
             "teacher_stop_ids": list(teacher.terminators()),
@@ -99,10 +99,10 @@ def open_aligner(
 
 
 def _byte_tokenizer(folder: Path, digest: str) -> ByteTokenizer:
-    """The tokenizer of a folder; every policy of a run has the same, taken apart once."""
-    if digest not in _TAKEN_APART:
-        _TAKEN_APART[digest] = ByteTokenizer(open_tokenizer(folder), str(folder))
-    return _TAKEN_APART[digest]
+    """The tokenizer of a folder; every policy of a run has the same, read once."""
+    if digest not in _BYTE_TOKENIZERS:
+        _BYTE_TOKENIZERS[digest] = ByteTokenizer(open_tokenizer(folder), str(folder))
+    return _BYTE_TOKENIZERS[digest]
 
 
 def score_aligned(
@@ -110,21 +110,12 @@ def score_aligned(
 ) -> tuple[ScoreBatch, RolloutBatch]:
     """The teacher's scores of rollouts, and the rows that it read."""
     reading = aligner.read(batch)
-    forced = asked.forced_ids
     if reading.rows:
-        theirs = replace(asked, forced_ids=aligner.asked_ids(forced))
-        scored = engine.score(reading.batch, **asdict(theirs))
+        teachers = replace(asked, forced_ids=aligner.asked_ids(asked.forced_ids))
+        scored = engine.score(reading.batch, **asdict(teachers))
     else:
-        nothing: tuple[Any, ...] = ()
-        scored = ScoreBatch(
-            teacher_logprobs=nothing,
-            teacher_top_ids=nothing,
-            teacher_top_logprobs=nothing,
-            teacher_tail_logprobs=nothing,
-            teacher_forced_logprobs=nothing,
-            refused={},
-        )
-    return aligner.scores(batch, reading, scored, forced), reading.batch
+        scored = score_batch((), has_candidates=False)
+    return aligner.scores(batch, reading, scored, asked.forced_ids), reading.batch
 
 
 def aligned_counts(batch: RolloutBatch, scored: ScoreBatch) -> dict[str, float]:
@@ -139,7 +130,7 @@ def aligned_counts(batch: RolloutBatch, scored: ScoreBatch) -> dict[str, float]:
 
 
 def refuse_aligned(scores: Artifact, what: str) -> None:
-    """Refuse what knows nothing of chunks.
+    """Refuse a use of scores that reads every token by itself.
 
     Raises:
         UserError: the scores are of a teacher with another tokenizer.
