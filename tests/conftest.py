@@ -1,21 +1,28 @@
 """A small run that every pipeline test can afford: two rounds over eight prompts."""
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from hypothesis import settings
 
 from opd_stream.config import Config
 from opd_stream.config_file import load_config
 from pipeline.cli import main
+from pipeline.rounds import run
+from pipeline.run_directory import RunDirectory
+from stages.progress import Silent
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
 
@@ -102,6 +109,74 @@ def opd_stream(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         return int(left.value.code or 0), said.out, said.err
 
     return call
+
+
+class SmallRuns:
+    """Finished small runs, each trained once in a session, whichever worker asks first.
+
+    A run's folder holds `run`, `store` and `small.yaml`. It is for reading: what a test has
+    written to it fails the session. `copy` makes one to write to.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        root.mkdir(exist_ok=True)
+        self._found: dict[Path, dict[str, int]] = {}
+
+    def __call__(self, *overrides: str) -> Path:
+        """The small run with overrides."""
+        folder = self._root / hashlib.sha256(repr(overrides).encode()).hexdigest()[:16]
+        if folder not in self._found:
+            with FileLock(f"{folder}.lock"):
+                if not (folder / "run" / "summary.json").exists():
+                    run(small_config(folder, *overrides), RunDirectory(folder / "run"), Silent())
+            self._found[folder] = _files(folder)
+        return folder
+
+    def copy(self, folder: Path, *overrides: str) -> Path:
+        """The same in a folder of one's own, whose config names the store beside it."""
+        shutil.copytree(self(*overrides), folder, dirs_exist_ok=True)
+        path = folder / "run" / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, "store": str(folder / "store")}))
+        small_config(folder)
+        return folder
+
+    def check(self) -> None:
+        """Refuse what was written to a run that others read."""
+        for folder, files in self._found.items():
+            now = _files(folder)
+            written = [path for path in {*files, *now} if files.get(path) != now.get(path)]
+            assert not written, f"a test wrote to a run that it shares, copy it: {written}"
+
+
+def _files(folder: Path) -> dict[str, int]:
+    """The files of a finished run, and a checksum of what is in each."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "digests"]
+    return {str(path): crc32(path.read_bytes()) for path in files}
+
+
+@pytest.fixture(scope="session")
+def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRuns]:
+    """Finished runs of the small config with overrides, to read or to copy."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all workers
+    found = SmallRuns(root / "small-runs")
+    yield found
+    found.check()
+
+
+@pytest.fixture(scope="session")
+def finished_run(small_runs: SmallRuns) -> Path:
+    """The folder of the small run, finished: to read, not to write to."""
+    return small_runs()
+
+
+@pytest.fixture
+def copied_run(small_runs: SmallRuns, tmp_path: Path) -> Path:
+    """A finished small run of one's own, to change or damage."""
+    return small_runs.copy(tmp_path / "copy")
 
 
 def small_config(folder: Path, *overrides: str) -> Config:

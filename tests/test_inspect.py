@@ -26,7 +26,7 @@ from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from stages.checkpoints import open_tokenizer
 from stages.progress import Silent
-from tests.conftest import MODELS, Command, loaded_by, small_config
+from tests.conftest import MODELS, Command, SmallRuns, loaded_by, small_config
 
 
 def run_small(folder: Path, *overrides: str) -> tuple[RunDirectory, Config]:
@@ -36,8 +36,9 @@ def run_small(folder: Path, *overrides: str) -> tuple[RunDirectory, Config]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, Config]:
-    return run_small(tmp_path_factory.mktemp("finished"), "rounds=1")
+def finished(small_runs: SmallRuns) -> tuple[RunDirectory, Config]:
+    folder = small_runs("rounds=1")
+    return RunDirectory(folder / "run"), small_config(folder, "rounds=1")
 
 
 @pytest.fixture

@@ -13,15 +13,17 @@ from pipeline.inspect.command import inspect_rollout, inspect_worst
 from pipeline.inspect.page import page
 from pipeline.inspect.view import RolloutView
 from pipeline.run_directory import RunDirectory
-from tests.conftest import Command
-from tests.test_inspect import printed, rows_of, run_small
+from tests.conftest import Command, SmallRuns, small_config
+from tests.test_inspect import printed, rows_of
 
 HOSTILE = '<script>alert("x")</script>\x1b[31m'
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, Config]:
-    return run_small(tmp_path_factory.mktemp("finished"), "rounds=1", "evaluation=null")
+def finished(small_runs: SmallRuns) -> tuple[RunDirectory, Config]:
+    settings = ("rounds=1", "evaluation=null")
+    folder = small_runs(*settings)
+    return RunDirectory(folder / "run"), small_config(folder, *settings)
 
 
 class Hostile:

@@ -13,6 +13,7 @@ from opd_stream.store.exchange import export_scores, import_scores
 from opd_stream.store.store import Store
 from pipeline.inspect.command import inspect_rollout, inspect_worst
 from pipeline.inspect.page import page
+from tests.conftest import SmallRuns, small_config
 from tests.test_inspect import printed, rows_of, run_small
 
 
@@ -107,8 +108,12 @@ def test_where_a_later_policy_went_on_is_marked(tmp_path: Path) -> None:
     assert [(mark.place, mark.text) for mark in view.marks] == [(16, "a later policy continues")]
 
 
-def test_imported_rows_are_shown_without_what_they_do_not_say(tmp_path: Path) -> None:
-    directory, config = run_small(tmp_path / "first", "rounds=1", "evaluation=null")
+def test_imported_rows_are_shown_without_what_they_do_not_say(
+    small_runs: SmallRuns, tmp_path: Path
+) -> None:
+    settings = ("rounds=1", "evaluation=null")
+    folder = small_runs(*settings)
+    directory, config = RunDirectory(folder / "run"), small_config(folder, *settings)
     row, store = rows_of(directory, config)[0], Store(tmp_path / "store")
     (cache,) = directory.plan(0)["caches"]
     scores = Store(config.store).by_fingerprint("scores", cache["scores"])

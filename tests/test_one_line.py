@@ -7,20 +7,14 @@ from pathlib import Path
 import pytest
 
 from opd_stream.store.store import Store
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
-from stages.progress import Silent
-from tests.conftest import Command, small_config
+from tests.conftest import Command, SmallRuns, small_config
 
 PROGRESS = ("export:", "residual:")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    config = small_config(folder, "rounds=1", "evaluation=null")
-    run(config, RunDirectory(folder / "run"), Silent())
-    return folder
+def finished(small_runs: SmallRuns) -> Path:
+    return small_runs("rounds=1", "evaluation=null")
 
 
 def only_line(said: tuple[int, str, str]) -> str:

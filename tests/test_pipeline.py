@@ -66,22 +66,8 @@ def weights(summary: dict[str, Any]) -> list[str]:
     return [policy["weights_sha256"] for policy in summary["policies"]]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    run_small(folder)
-    return folder
-
-
-@pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
-    """A finished run of one's own to damage."""
-    shutil.copytree(finished, tmp_path / "copy")
-    return tmp_path / "copy"
-
-
-def test_a_run_leaves_what_other_programs_read(finished: Path) -> None:
-    summary = json.loads((finished / "run" / "summary.json").read_text())
+def test_a_run_leaves_what_other_programs_read(finished_run: Path) -> None:
+    summary = json.loads((finished_run / "run" / "summary.json").read_text())
     assert summary["rounds"] == 2
     assert summary["finished"]
     assert [entry["round"] for entry in summary["evaluations"]] == [0, 2]
@@ -93,46 +79,46 @@ def test_a_run_leaves_what_other_programs_read(finished: Path) -> None:
     assert summary["reused"] == {"rollout_units": 0, "score_units": 0}
     assert [policy["version"] for policy in summary["policies"]] == [0, 1, 2]
     assert len(set(weights(summary))) == 3
-    metrics = [json.loads(line) for line in (finished / "run" / "metrics.jsonl").open()]
+    metrics = [json.loads(line) for line in (finished_run / "run" / "metrics.jsonl").open()]
     assert [line["step"] for line in metrics] == list(range(8))
     assert sum(line["trained_tokens"] for line in metrics) == summary["tokens"]["trained"]
 
 
-def test_the_first_step_of_a_round_has_no_drift_and_later_epochs_have(finished: Path) -> None:
-    metrics = [json.loads(line) for line in (finished / "run" / "metrics.jsonl").open()]
+def test_the_first_step_of_a_round_has_no_drift_and_later_epochs_have(finished_run: Path) -> None:
+    metrics = [json.loads(line) for line in (finished_run / "run" / "metrics.jsonl").open()]
     for round_index in (0, 1):
         drifts = [line["policy_drift"] for line in metrics if line["round"] == round_index]
         assert drifts[0] < 1e-9
         assert drifts[2] > 1e-6
 
 
-def test_the_same_command_again_does_nothing(copied: Path) -> None:
+def test_the_same_command_again_does_nothing(copied_run: Path) -> None:
     def artifacts() -> dict[Path, int]:
-        files = [path for path in (copied / "store").glob("*/*/**/*") if path.is_file()]
+        files = [path for path in (copied_run / "store").glob("*/*/**/*") if path.is_file()]
         return {path: path.stat().st_mtime_ns for path in files}
 
     before = artifacts()
-    summary = run(small_config(copied), RunDirectory(copied / "run"), Silent())
+    summary = run(small_config(copied_run), RunDirectory(copied_run / "run"), Silent())
     assert artifacts() == before
     assert summary["rounds"] == 2
 
 
-def test_a_deleted_run_folder_is_made_again_without_sampling_or_scoring(copied: Path) -> None:
-    first = json.loads((copied / "run" / "summary.json").read_text())
-    metrics = (copied / "run" / "metrics.jsonl").read_text()
-    shutil.rmtree(copied / "run")
-    summary = run_small(copied)
+def test_a_deleted_run_folder_is_made_again_without_sampling_or_scoring(copied_run: Path) -> None:
+    first = json.loads((copied_run / "run" / "summary.json").read_text())
+    metrics = (copied_run / "run" / "metrics.jsonl").read_text()
+    shutil.rmtree(copied_run / "run")
+    summary = run_small(copied_run)
     assert weights(summary) == weights(first)
     assert summary["tokens"] == {"generated": 0, "teacher_scored": 0, "trained": 0}
     assert summary["reused"] == {"rollout_units": 4, "score_units": 4}
-    assert (copied / "run" / "metrics.jsonl").read_text() == metrics
+    assert (copied_run / "run" / "metrics.jsonl").read_text() == metrics
 
 
 def test_other_workers_batches_and_units_train_the_same_policy(
-    finished: Path, tmp_path: Path
+    finished_run: Path, tmp_path: Path
 ) -> None:
-    first = json.loads((finished / "run" / "summary.json").read_text())
-    shutil.copytree(finished / "store", tmp_path / "store")
+    first = json.loads((finished_run / "run" / "summary.json").read_text())
+    shutil.copytree(finished_run / "store", tmp_path / "store")
     for artifact in (tmp_path / "store" / "policies").iterdir():
         shutil.rmtree(artifact)
     overrides = ["prompts_per_unit=3", "student.batch_rows=2", "teacher.batch_rows=3"]
@@ -142,9 +128,9 @@ def test_other_workers_batches_and_units_train_the_same_policy(
 
 
 def test_another_unit_size_from_scratch_trains_on_the_same_tokens(
-    finished: Path, tmp_path: Path
+    finished_run: Path, tmp_path: Path
 ) -> None:
-    first = json.loads((finished / "run" / "summary.json").read_text())
+    first = json.loads((finished_run / "run" / "summary.json").read_text())
     again = run_small(tmp_path, "prompts_per_unit=8", "rounds=1", "evaluation=null")
     recipes = [first["caches"][0][0]["rollouts"], again["caches"][0][0]["rollouts"]]
     assert recipes[0] == recipes[1]
@@ -152,18 +138,18 @@ def test_another_unit_size_from_scratch_trains_on_the_same_tokens(
         [row for unit in artifact.units() for row in artifact.read_unit(unit).to_pylist()]
         for artifact in (
             Store(folder / "store").by_fingerprint("rollouts", recipes[0])
-            for folder in (finished, tmp_path)
+            for folder in (finished_run, tmp_path)
         )
     ]
     assert [row["completion_ids"] for row in rows[0]] == [row["completion_ids"] for row in rows[1]]
 
 
-def test_a_flipped_bit_is_named_and_only_that_unit_is_made_again(copied: Path) -> None:
-    summary = json.loads((copied / "run" / "summary.json").read_text())
-    shutil.rmtree(copied / "run")
-    for artifact in (copied / "store" / "policies").iterdir():
+def test_a_flipped_bit_is_named_and_only_that_unit_is_made_again(copied_run: Path) -> None:
+    summary = json.loads((copied_run / "run" / "summary.json").read_text())
+    shutil.rmtree(copied_run / "run")
+    for artifact in (copied_run / "store" / "policies").iterdir():
         shutil.rmtree(artifact)
-    store = Store(copied / "store")
+    store = Store(copied_run / "store")
     scores = store.by_fingerprint("scores", summary["caches"][0][0]["scores"])
     record = scores.commit_record(1)
     assert record is not None
@@ -172,40 +158,40 @@ def test_a_flipped_bit_is_named_and_only_that_unit_is_made_again(copied: Path) -
     damaged[len(damaged) // 2] ^= 4
     shard.write_bytes(bytes(damaged))
     lines = Lines()
-    again = run(small_config(copied), RunDirectory(copied / "run"), lines)
+    again = run(small_config(copied_run), RunDirectory(copied_run / "run"), lines)
     assert any(f"unit 1 of {scores.name} is damaged" in line for line in lines.warnings)
     assert weights(again) == weights(summary)
     assert again["reused"] == {"rollout_units": 4, "score_units": 3}
     assert again["tokens"]["generated"] == 0
 
 
-def test_a_torn_policy_is_trained_again(copied: Path) -> None:
-    summary = json.loads((copied / "run" / "summary.json").read_text())
+def test_a_torn_policy_is_trained_again(copied_run: Path) -> None:
+    summary = json.loads((copied_run / "run" / "summary.json").read_text())
     folder = Path(summary["final_policy"])
-    folder = next((copied / "store").rglob(folder.name))
+    folder = next((copied_run / "store").rglob(folder.name))
     (folder / "model.safetensors").write_bytes(b"torn")
     lines = Lines()
-    again = run(small_config(copied), RunDirectory(copied / "run"), lines)
+    again = run(small_config(copied_run), RunDirectory(copied_run / "run"), lines)
     assert any("is damaged" in line for line in lines.warnings)
     assert weights(again) == weights(summary)
 
 
-def test_two_objectives_share_the_first_round(copied: Path) -> None:
-    other = run_small(copied, "train.objective={kind: lsm}", "rounds=1", name="other")
+def test_two_objectives_share_the_first_round(copied_run: Path) -> None:
+    other = run_small(copied_run, "train.objective={kind: lsm}", "rounds=1", name="other")
     assert other["tokens"]["generated"] == 0
     assert other["reused"] == {"rollout_units": 2, "score_units": 2}
 
 
 @pytest.mark.parametrize("kind", ["lsm", "sampled_pg"])
 def test_a_replay_trains_another_objective_without_generation_or_teacher(
-    copied: Path, kind: str
+    copied_run: Path, kind: str
 ) -> None:
     overrides = [
-        f"replay.run={copied / 'run'}",
+        f"replay.run={copied_run / 'run'}",
         f"train.objective={{kind: {kind}}}",
         "teacher=null",
     ]
-    summary = run_small(copied, *overrides, name="replay")
+    summary = run_small(copied_run, *overrides, name="replay")
     assert summary["tokens"]["generated"] == summary["tokens"]["teacher_scored"] == 0
     assert summary["tokens"]["trained"] > 0
     assert len(set(weights(summary))) == 3
@@ -235,7 +221,9 @@ def test_a_machine_that_only_scores_can_look_at_what_it_scored(tmp_path: Path) -
     assert plans[1:] == plans[:-1]
 
 
-def test_stage_commands_in_turn_make_the_policies_of_a_run(finished: Path, tmp_path: Path) -> None:
+def test_stage_commands_in_turn_make_the_policies_of_a_run(
+    finished_run: Path, tmp_path: Path
+) -> None:
     config, directory = small_config(tmp_path), RunDirectory(tmp_path / "run")
     for round_index in range(2):
         for stage in ("generate", "score", "train"):
@@ -243,7 +231,7 @@ def test_stage_commands_in_turn_make_the_policies_of_a_run(finished: Path, tmp_p
         version = round_index + 1
         run_evaluation(config, directory, policy_version=version, progress=Silent())
     summary = run(config, directory, Silent())
-    first = json.loads((finished / "run" / "summary.json").read_text())
+    first = json.loads((finished_run / "run" / "summary.json").read_text())
     assert weights(summary) == weights(first)
     assert summary["tokens"] == first["tokens"]
 
@@ -267,16 +255,16 @@ def test_a_stage_before_its_time_says_which_comes_first(
         )
 
 
-def test_status_names_the_field_in_which_the_nearest_artifact_differs(copied: Path) -> None:
-    assert all("complete" in line for line in status_lines(small_config(copied)))
-    lines = status_lines(small_config(copied, "rollouts.temperature=0.9"))
+def test_status_names_the_field_in_which_the_nearest_artifact_differs(copied_run: Path) -> None:
+    assert all("complete" in line for line in status_lines(small_config(copied_run)))
+    lines = status_lines(small_config(copied_run, "rollouts.temperature=0.9"))
     assert any("settings.temperature: 1.0 there, 0.9 here" in line for line in lines)
 
 
-def test_a_run_folder_with_other_settings_is_refused_by_field(copied: Path) -> None:
-    config = small_config(copied, "train.learning_rate=0.5")
+def test_a_run_folder_with_other_settings_is_refused_by_field(copied_run: Path) -> None:
+    config = small_config(copied_run, "train.learning_rate=0.5")
     with pytest.raises(UserError, match=r"train\.learning_rate: 0\.001 -> 0\.5"):
-        run(config, RunDirectory(copied / "run"), Silent())
+        run(config, RunDirectory(copied_run / "run"), Silent())
 
 
 def model_with(folder: Path, source: str, **changes: Any) -> Path:

@@ -30,7 +30,7 @@ from pipeline.forecast.sizes import policy_sizes, scores_sizes
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from stages.progress import Silent
-from tests.conftest import MODELS, loaded_by, small_config
+from tests.conftest import MODELS, SmallRuns, loaded_by, small_config
 from tests.test_codecs import random_scores, rollouts_of
 
 ADAPTIVE = "rollouts.window={kind: adaptive, candidates: [16, 32], max_window_tokens: 48}"
@@ -108,10 +108,8 @@ def stages(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    run(small_config(folder, "evaluation=null"), RunDirectory(folder / "run"), Silent())
-    return folder
+def finished(small_runs: SmallRuns) -> Path:
+    return small_runs("evaluation=null")
 
 
 def test_half_a_run_is_counted_and_the_rest_follows_from_it(finished: Path, tmp_path: Path) -> None:

@@ -38,16 +38,8 @@ def evaluate(folder: Path, policy_version: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small run, by `run`."""
-    folder = tmp_path_factory.mktemp("whole")
-    run(small_config(folder), RunDirectory(folder / "run"), Silent())
-    return folder
-
-
-@pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same by stages, each on a machine of its own; the last evaluation is still to come."""
+    """The small run by stages, each on a machine of its own; the last evaluation is still to come."""
     folder = tmp_path_factory.mktemp("apart")
     evaluate(folder, 0)
     for round_index in range(2):
@@ -73,8 +65,10 @@ def plain(value: Any) -> Any:
     return {k: plain(v) for k, v in value.items() if k not in (*TIMES, "folder", "final_policy")}
 
 
-def test_reports_of_stages_are_those_of_the_run_but_for_times(whole: Path, evaluated: Path) -> None:
-    alone, together = RunDirectory(whole / "run"), RunDirectory(evaluated / "d")
+def test_reports_of_stages_are_those_of_the_run_but_for_times(
+    finished_run: Path, evaluated: Path
+) -> None:
+    alone, together = RunDirectory(finished_run / "run"), RunDirectory(evaluated / "d")
     assert plain(together.reports()) == plain(alone.reports())
     assert len(together.reports()) == 2
     assert plain(together.summary()) == plain(alone.summary())
@@ -86,8 +80,8 @@ def test_reports_of_stages_are_those_of_the_run_but_for_times(whole: Path, evalu
         assert plain(together.plan(number)) == plain(alone.plan(number))
 
 
-def test_a_report_draws_the_stages_as_the_run(whole: Path, evaluated: Path) -> None:
-    alone, together = read_run(whole / "run"), read_run(evaluated / "d")
+def test_a_report_draws_the_stages_as_the_run(finished_run: Path, evaluated: Path) -> None:
+    alone, together = read_run(finished_run / "run"), read_run(evaluated / "d")
     assert len(together.steps) == len(alone.steps) == 8
     assert together.summary is not None
     assert alone.summary is not None
@@ -96,8 +90,8 @@ def test_a_report_draws_the_stages_as_the_run(whole: Path, evaluated: Path) -> N
     assert [r.tokens for r in together.rounds] == [r.tokens for r in alone.rounds]
 
 
-def test_the_drift_of_an_epoch_is_the_token_mean_of_its_steps(whole: Path) -> None:
-    directory = RunDirectory(whole / "run")
+def test_the_drift_of_an_epoch_is_the_token_mean_of_its_steps(finished_run: Path) -> None:
+    directory = RunDirectory(finished_run / "run")
     lines = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
     for report in directory.reports():
         for epoch in report["epochs"]:

@@ -21,31 +21,20 @@ from opd_stream.store.artifact import Commit
 from pipeline.cli import app
 from pipeline.console import LOG, Level, TerminalProgress, set_up
 from pipeline.pace import Pace, after, pace_of_steps, pace_of_units
-from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from pipeline.run_status import RunStatus, StatusReader
 from pipeline.setup import open_setup
 from pipeline.status_table import table_of, watch
 from stages.checkpoints import open_tokenizer, open_vocabulary
-from stages.progress import Silent
-from tests.conftest import MODELS, loaded_by, small_config
+from tests.conftest import MODELS, SmallRuns, loaded_by, small_config
 
 NOW = 1_760_000_000.0
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished small run in `run`, its store in `store`."""
-    folder = tmp_path_factory.mktemp("finished")
-    run(small_config(folder), RunDirectory(folder / "run"), Silent())
-    return folder
-
-
 @pytest.fixture
-def half(finished: Path, tmp_path: Path) -> Path:
-    """The same before the second unit of round 1 was scored, and without its policy."""
-    shutil.copytree(finished, tmp_path / "half")
-    folder = tmp_path / "half"
+def half(small_runs: SmallRuns, tmp_path: Path) -> Path:
+    """A small run before the second unit of round 1 was scored, and without its policy."""
+    folder = small_runs.copy(tmp_path / "half")
     report = json.loads((folder / "run" / "rounds" / "0001" / "report.json").read_text())
     config = json.loads((folder / "run" / "config.json").read_text())
     moved = {**config, "store": str(folder / "store")}
@@ -92,14 +81,14 @@ def commit(made_at: float, seconds: float, tokens: int) -> Commit:
 
 
 def test_a_finished_run_is_complete_in_every_stage_with_the_tokens_of_its_reports(
-    finished: Path,
+    finished_run: Path,
 ) -> None:
-    status = status_of(finished)
+    status = status_of(finished_run)
     assert status.is_finished
     assert (status.rounds_complete, status.rounds_planned, status.eta_seconds) == (2, 2, 0.0)
     assert [each.round for each in status.rounds] == [None, 0, 1]
     assert [each.policy_version for each in status.rounds] == [0, 1, 2]
-    reports = RunDirectory(finished / "run").reports()
+    reports = RunDirectory(finished_run / "run").reports()
     for each, report in zip(status.rounds[1:], reports, strict=True):
         assert each.window_tokens == report["window_tokens"]
         stages = each.stages
@@ -171,11 +160,11 @@ def test_metrics_of_other_settings_are_not_taken_for_the_rounds(half: Path) -> N
     assert status.rounds[-1].stages["train"].done == 0
 
 
-def test_a_reader_sees_what_is_made_after_its_first_look(half: Path, finished: Path) -> None:
+def test_a_reader_sees_what_is_made_after_its_first_look(half: Path, finished_run: Path) -> None:
     reader = StatusReader(open_setup(small_config(half)), RunDirectory(half / "run"))
     before = reader.read().rounds[-1].stages["score"]
-    for path in (finished / "store" / "scores").rglob("*.json"):
-        shutil.copy(path, half / "store" / path.relative_to(finished / "store"))
+    for path in (finished_run / "store" / "scores").rglob("*.json"):
+        shutil.copy(path, half / "store" / path.relative_to(finished_run / "store"))
     after_ = reader.read().rounds[-1].stages["score"]
     assert [(pace.done, pace.is_complete) for pace in (before, after_)] == [(1, False), (2, True)]
 
@@ -248,8 +237,8 @@ def test_the_run_is_expected_to_need_what_complete_rounds_needed(half: Path) -> 
     assert later.eta_seconds > expected
 
 
-def test_a_commit_says_when_it_was_made_and_may_have_further_fields(finished: Path) -> None:
-    store = Store(finished / "store")
+def test_a_commit_says_when_it_was_made_and_may_have_further_fields(finished_run: Path) -> None:
+    store = Store(finished_run / "store")
     for recipe in store.recipes("scores"):
         records = list(store.artifact(recipe).commits().values())
         assert all(time.time() - 86400 < record.made_at <= time.time() for record in records)
@@ -292,8 +281,8 @@ def test_a_pipe_gets_the_table_once_without_control_characters(
     assert "0 of 2 rounds complete" in other.stdout
 
 
-def test_watching_ends_with_the_run_or_by_hand(finished: Path) -> None:
-    status = status_of(finished)
+def test_watching_ends_with_the_run_or_by_hand(finished_run: Path) -> None:
+    status = status_of(finished_run)
     looks = [replace(status, is_finished=False), status]
     console = Console(file=io.StringIO(), force_terminal=True, width=120, height=40)
     watch(lambda: looks.pop(0), console, seconds=0.01)
@@ -305,8 +294,8 @@ def test_watching_ends_with_the_run_or_by_hand(finished: Path) -> None:
     watch(interrupted, console, seconds=0.01)
 
 
-def test_a_small_window_shows_the_latest_rounds(finished: Path) -> None:
-    status = status_of(finished)
+def test_a_small_window_shows_the_latest_rounds(finished_run: Path) -> None:
+    status = status_of(finished_run)
     assert "not shown" not in printed(status, height=40)
     text = printed(status, height=12)
     assert "(2 not shown)" in text
@@ -434,8 +423,8 @@ def test_a_mistake_is_one_line_in_the_form_that_was_asked_for(
         assert line.startswith("opd-stream: ")
 
 
-def test_a_long_cache_command_tells_its_progress(finished: Path, command: CliRunner) -> None:
-    found = command.invoke(app, ["--log-json", "cache", "verify", str(finished / "store")])
+def test_a_long_cache_command_tells_its_progress(finished_run: Path, command: CliRunner) -> None:
+    found = command.invoke(app, ["--log-json", "cache", "verify", str(finished_run / "store")])
     assert found.exit_code == 0
     assert found.stdout.splitlines()[-1].endswith("is what was written")
     (line,) = found.stderr.splitlines()
@@ -444,16 +433,16 @@ def test_a_long_cache_command_tells_its_progress(finished: Path, command: CliRun
     assert fields["done"] == fields["total"] > 5
 
 
-def test_status_answers_at_once_and_without_torch(finished: Path) -> None:
-    said, loaded, seconds = loaded_by("status", str(finished / "run"))
+def test_status_answers_at_once_and_without_torch(finished_run: Path) -> None:
+    said, loaded, seconds = loaded_by("status", str(finished_run / "run"))
     assert "2 of 2 rounds complete" in said
     assert loaded == set()
     assert seconds < 2  # of this process: a busy machine takes longer
 
 
-def test_a_question_about_forced_tokens_needs_no_torch(finished: Path) -> None:
+def test_a_question_about_forced_tokens_needs_no_torch(finished_run: Path) -> None:
     setting = 'scores.forced_tokens=["<eos>"]'
-    said, loaded, _ = loaded_by("status", str(finished / "run"), "--set", setting)
+    said, loaded, _ = loaded_by("status", str(finished_run / "run"), "--set", setting)
     assert "round 0: window 48; generate complete; score complete" in said  # it is forced already
     assert "torch" not in loaded
 
