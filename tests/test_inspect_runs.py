@@ -13,6 +13,7 @@ from opd_stream.store.exchange import export_scores, import_scores
 from opd_stream.store.store import Store
 from pipeline.inspect.command import inspect_rollout, inspect_worst
 from pipeline.inspect.page import page
+from pipeline.run_directory import RunDirectory
 from tests.conftest import SmallRuns, small_config
 from tests.test_inspect import printed, rows_of, run_small
 

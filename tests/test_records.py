@@ -39,7 +39,7 @@ def evaluate(folder: Path, policy_version: int) -> None:
 
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small run by stages, each on a machine of its own; the last evaluation is still to come."""
+    """The small run by stages, each on a machine of its own; its last evaluation is to come."""
     folder = tmp_path_factory.mktemp("apart")
     evaluate(folder, 0)
     for round_index in range(2):
