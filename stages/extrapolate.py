@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opd_stream.config.training import Extrapolation
 from opd_stream.drift import DriftSums
@@ -27,6 +26,7 @@ from opd_stream.types import PromptBatch
 from stages.learner import Learner
 from stages.train_data import BatchPlan, step_batches
 from stages.train_job import TrainJob
+from stages.train_state import gathered, laid_out_as
 
 FOLDER = "extrapolation"  # of the base point inside a policy
 SAMPLE_KEY = 0x0EFF0BD  # of the rows that score a point
@@ -49,7 +49,7 @@ class Extrapolator:
         self._settings, self._learner, self._reward = settings, learner, reward
         self._rows, self._plan = rows, plan
         self._base = {
-            name: p.detach().clone() if base is None else _laid_out_as(p, base[name])
+            name: p.detach().clone() if base is None else laid_out_as(p, base[name])
             for name, p in self._moved().items()
         }
 
@@ -88,8 +88,8 @@ class Extrapolator:
         return drift
 
     def base(self) -> dict[str, torch.Tensor]:
-        """The base as whole tensors; every process takes part."""
-        return {name: _whole(tensor) for name, tensor in self._base.items()}
+        """The base as whole tensors of the first process; every process takes part."""
+        return gathered(self._base, is_kept=self._learner.fabric.is_global_zero)
 
     def _moved(self) -> dict[str, torch.nn.Parameter]:
         return moved_parameters(self._learner.student.named_parameters())
@@ -242,15 +242,3 @@ def _reset_moments(optimizer: torch.optim.Optimizer, moved: list[torch.nn.Parame
     for parameter in moved:
         for name in ("exp_avg", "exp_avg_sq"):
             optimizer.state[parameter][name].zero_()
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
-
-
-def _laid_out_as(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """A whole tensor on the device, or devices, of a parameter."""
-    if isinstance(parameter, DTensor):
-        placed = whole.to(parameter.to_local().device)
-        return distribute_tensor(placed, parameter.device_mesh, parameter.placements)
-    return whole.to(parameter.device)

@@ -22,7 +22,14 @@ from opd_stream.weighting import Weighting
 from stages.student_model import StudentModel
 from stages.train_data import BatchPlan, bucketed
 from stages.train_job import TrainJob
-from stages.train_state import Checkpoint, TrainState, load_optimizer_state, load_weights
+from stages.train_state import (
+    Checkpoint,
+    TrainState,
+    load_moments,
+    load_weights,
+    optimizer_moments,
+    trained_weights,
+)
 
 SAMPLE_KEY = 0x5A3B1E  # of the rows of a unit that measure its drift
 LEAST_ROWS = 2  # of a unit
@@ -65,6 +72,15 @@ class Learner:
             limit=limit,
             weighting=self.weighting if self.state.is_gated else None,
         )
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Those that train, whole, for the first process; every process takes part."""
+        return trained_weights(self.student, is_kept=self.fabric.is_global_zero)
+
+    def moments(self) -> dict[str, Any]:
+        """{parameter name: moments of the optimizer}, as `weights`."""
+        is_kept = self.fabric.is_global_zero
+        return optimizer_moments(self.student, self.optimizer, is_kept=is_kept)
 
     @torch.no_grad()
     def sums(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -123,7 +139,7 @@ def open_learner(job: TrainJob, fabric: Fabric, checkpoint: Checkpoint | None) -
     )
     moments = job.previous_moments() if checkpoint is None else checkpoint.optimizer
     if moments is not None:
-        load_optimizer_state(student, optimizer, moments)
+        load_moments(student, optimizer, moments)
     return Learner(
         fabric=fabric,
         student=student,

@@ -64,9 +64,7 @@ from stages.train_state import (
     forget_metrics_from,
     latest_checkpoint,
     load_weights,
-    optimizer_state,
     save_checkpoint,
-    trained_weights,
     write_round_metrics,
 )
 
@@ -380,8 +378,8 @@ def checkpoint(training: Training) -> None:
     state.seconds, state.cpu_seconds = training.clock.seconds, training.clock.cpu_seconds
     whole = Checkpoint(
         state=state,
-        weights=trained_weights(learner.student),
-        optimizer=optimizer_state(learner.student, learner.optimizer),
+        weights=learner.weights(),
+        optimizer=learner.moments(),
         base=None if training.extrapolator is None else training.extrapolator.base(),
     )
     if training.fabric.is_global_zero:
@@ -391,8 +389,8 @@ def checkpoint(training: Training) -> None:
 def publish(training: Training, units: tuple[UnitRecord, ...], audited: WindowAudit | None) -> None:
     """Write the policy; every process helps to gather it, the first one writes."""
     job, learner, state = training.job, training.learner, training.state
-    trained = trained_weights(learner.student)
-    moments = optimizer_state(learner.student, learner.optimizer)
+    trained = learner.weights()
+    moments = learner.moments()
     base = None if training.extrapolator is None else training.extrapolator.base()
     if not training.fabric.is_global_zero:
         return

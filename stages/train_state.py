@@ -18,20 +18,13 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opd_stream.outcome import EpochRecord, ExtrapolationRecord, StartDrift
 from opd_stream.store.files import publish, sync_tree
 from opd_stream.store.tree import load_tree, save_tree
 
 COUNTED = ("tokens", "row_tokens", "row_pairs")  # sums the cost of training follows from
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class TrainState(BaseModel):
@@ -152,34 +145,71 @@ def _checkpoints(scratch: Path) -> list[Path]:
     return sorted(path for path in scratch.glob("[0-9]*") if path.is_dir())
 
 
-def optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """{parameter name: moments}; every process takes part, the first one gets the tensors."""
-    return get_optimizer_state_dict(model, optimizer, options=_WHOLE).get("state", {})  # pyright: ignore
+def gathered(tensors: Mapping[str, torch.Tensor], *, is_kept: bool) -> dict[str, torch.Tensor]:
+    """Whole tensors on the CPU, those of several devices put together.
+
+    Args:
+        tensors: name -> tensor; every process takes part.
+        is_kept: whether this process wants them; else it gets none.
+    """
+    whole: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if is_kept:
+            whole[name] = tensor.detach().cpu()
+    return whole
 
 
-def load_optimizer_state(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+def laid_out_as(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """A whole tensor on the device, or over the devices, of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return whole.to(parameter.device)
+    whole = whole.to(parameter.to_local().device)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None)  # all have the whole
+
+
+def trained_weights(model: torch.nn.Module, *, is_kept: bool) -> dict[str, torch.Tensor]:
+    """The weights that are trained, and buffers, as `gathered` does."""
+    named = model.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in named if not parameter.requires_grad}
+    trained = {name: t for name, t in model.state_dict().items() if name not in frozen}
+    return gathered(trained, is_kept=is_kept)
+
+
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Put saved weights back."""
+    for name, tensor in model.state_dict().items():
+        if name in weights:
+            tensor.copy_(laid_out_as(tensor, weights[name]))
+
+
+def optimizer_moments(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, is_kept: bool
+) -> dict[str, Any]:
+    """{parameter name: moments}, as `gathered` does."""
+    return {
+        name: gathered(optimizer.state[parameter], is_kept=is_kept)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def load_moments(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Any]
 ) -> None:
     """Continue with moments that were saved before; settings stay those of the optimizer."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = [
-        {**group, "params": [names[parameter] for parameter in group["params"]]}
-        for group in optimizer.param_groups
-    ]
-    whole: dict[str, Any] = {"state": state, "param_groups": groups}
-    set_optimizer_state_dict(model, optimizer, whole, options=_WHOLE)
-
-
-def trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights that are trained; every process takes part, the first one gets the tensors."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    return get_model_state_dict(model, options=options)  # pyright: ignore[reportReturnType]
-
-
-def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Put saved weights back."""
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    set_model_state_dict(model, state, options=options)  # pyright: ignore[reportArgumentType]
+    state = optimizer.state_dict()
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    state["state"] = {
+        number: {
+            key: value if key == "step" else laid_out_as(parameter, value)
+            for key, value in moments[name].items()
+        }
+        for number, (name, parameter) in enumerate(trained)
+    }
+    optimizer.load_state_dict(state)
 
 
 def forget_metrics_from(metrics: Path, step: int) -> None:
