@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from opd_stream.config import Config
 from opd_stream.config.training import unserved_by_chunks
 from opd_stream.errors import UserError
@@ -101,7 +103,8 @@ class TrainJob:
         return Store(self.config.store, retry_timeout=self.config.store_seconds)
 
     def load_student(self, *, gradient_checkpointing: bool = False) -> StudentModel:
-        """The student as the round starts with it."""
+        """The student as the round starts with it; a new adapter is the same every time."""
+        torch.manual_seed(self.config.seed * 1_000_003 + self.first_step)
         return load_student(
             Path(self.base),
             lora=self.config.train.lora,
