@@ -134,6 +134,7 @@ class TrainOutcome(Record):
     extrapolations: tuple[ExtrapolationRecord, ...] = ()
     window_decision: WindowAudit | None = None
     processes: int
+    gradient_checkpointing: bool = False  # each forward pass was done twice
     made_by: str  # id of the run
     seconds: float
     cpu_seconds: float

@@ -9,7 +9,7 @@ from typing import Any
 
 from opd_stream.config import Config
 from opd_stream.costs import ModelShape, TokenCounts, forward_flops, shape_of, train_flops
-from opd_stream.outcome import TrainedCounts
+from opd_stream.outcome import TrainOutcome
 from opd_stream.store.artifact import Artifact, Commit, summed_counts
 from opd_stream.store.files import read_json
 from pipeline.caches import Cache
@@ -67,7 +67,7 @@ def round_report(
         "flops": {
             "generate": _flops(forward_flops, here.student, made_by(generated, run_ids)),
             "score": _flops(forward_flops, teacher, made_by(scored, run_ids)),
-            "train": _train_flops(here.student, trained) if trained_here else 0.0,
+            "train": _train_flops(here.student, outcome) if trained_here else 0.0,
         },
         "seconds": {
             "generate": _seconds(made_by(generated, run_ids)),
@@ -198,13 +198,15 @@ def _used(cache: Cache, artifact: Artifact) -> list[Commit]:
     return [commits[unit] for unit in cache.units or commits]
 
 
-def _train_flops(student: Checkpoint, trained: TrainedCounts) -> float:
+def _train_flops(student: Checkpoint, outcome: TrainOutcome) -> float:
+    trained = outcome.trained
     counts = TokenCounts(
         tokens=trained.row_tokens,
         completion_tokens=trained.tokens,
         pairs=trained.row_pairs,
     )
-    return train_flops(shape_of(read_json(student.folder / "config.json")), counts)
+    shape = shape_of(read_json(student.folder / "config.json"))
+    return train_flops(shape, counts, recomputed=outcome.gradient_checkpointing)
 
 
 def _flops(

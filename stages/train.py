@@ -418,6 +418,7 @@ def publish(training: Training, units: tuple[UnitRecord, ...], audited: WindowAu
         extrapolations=tuple(state.extrapolations),
         window_decision=audited,
         processes=training.fabric.world_size,
+        gradient_checkpointing=job.config.train.gradient_checkpointing,
         made_by=job.made_by,
         seconds=training.clock.seconds,
         cpu_seconds=training.clock.cpu_seconds,

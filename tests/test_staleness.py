@@ -18,6 +18,7 @@ from opd_stream.staleness import (
     decide_epoch,
     decide_stop,
     decide_unit,
+    is_look_due,
 )
 from opd_stream.store.reader import ScoredRow, open_scores
 from opd_stream.store.shards import rollouts_batch
@@ -212,6 +213,15 @@ def test_units_kept_to_be_weighed_are_weighed_in_every_epoch(
     weights = [line["mean_drift_weight"] for line in metrics_of(tmp_path) if line["round"] == 1]
     assert epochs == [0, 0, 1, 1]
     assert all(abs(weight - 1) > 1e-6 for weight in weights)
+
+
+def test_drift_is_looked_at_four_times_an_epoch_at_most_and_evenly() -> None:
+    for steps in range(1, 200):
+        looks = [step for step in range(1, steps) if is_look_due(step, steps)]
+        assert len(looks) == min(3, steps - 1)  # the end of the epoch is the fourth
+        gaps = np.diff([0, *looks, steps])
+        assert gaps.max() - gaps.min() <= 1
+    assert [step for step in range(1, 8) if is_look_due(step, 8)] == [2, 4, 6]
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:

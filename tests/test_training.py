@@ -132,6 +132,42 @@ def test_a_stopped_round_goes_on_with_another_number_of_processes(
     assert [line["step"] for line in lines(collected, "broken")] == list(range(whole["steps"]))
 
 
+@pytest.mark.parametrize("steps", [2, 4])
+def test_the_last_step_of_an_epoch_is_a_checkpoint_too(
+    collected: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """Two epochs of two steps each, and a checkpoint every two steps."""
+    own = (f"train.betas=[0.9,0.97{steps}]", "train.checkpoint_steps=2")
+    whole = train(collected, f"epochs-{steps}", *own)
+    assert whole["steps"] == 4
+    again = (f"train.betas=[0.9,0.97{steps}0001]", "train.checkpoint_steps=2")
+    stopped_after(steps, monkeypatch, collected, f"stopped-{steps}", *again)
+    taken = train_stage.take_step
+    steps_done = list[int]()
+
+    def counted(training: Any, step: Any, rate: float) -> Any:
+        steps_done.append(step.number)
+        return taken(training, step, rate)
+
+    monkeypatch.setattr(train_stage, "take_step", counted)
+    train(collected, f"stopped-{steps}", *again)
+    assert steps_done == list(range(steps, 4))
+    np.testing.assert_allclose(
+        column(collected, f"stopped-{steps}"), column(collected, f"epochs-{steps}"), rtol=1e-4
+    )
+
+
+def test_a_new_adapter_does_not_depend_on_what_the_process_did_before(tmp_path: Path) -> None:
+    digests = set[str]()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        settings = ("rounds=1", "evaluation=null", "train.lora={rank: 2}")
+        config = small_config(tmp_path / str(seed), *settings)
+        summary = run(config, RunDirectory(tmp_path / str(seed) / "run"), Silent())
+        digests.add(summary["policies"][-1]["weights_sha256"])
+    assert len(digests) == 1
+
+
 def test_an_adapter_is_trained_merged_and_continued(tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -187,8 +223,10 @@ def test_settings_train_and_lower_the_loss_or_say_why(
     assert np.isfinite(losses).all()
     assert summary["steps"] == len(losses)
     if overrides[0].startswith("train.gradient_checkpointing"):
-        train(collected, "plain", "train.weight_decay=0.002001", "staleness.max_epochs=4")
+        plain = train(collected, "plain", "train.weight_decay=0.002001", "staleness.max_epochs=4")
         np.testing.assert_allclose(losses, column(collected, "plain"), rtol=1e-3)
+        # One forward pass more than forward and backward.
+        assert summary["flops"]["train"] == pytest.approx(plain["flops"]["train"] * 4 / 3)
     if overrides == ("train.precision=bf16-mixed",):
         train(collected, "float32", "train.weight_decay=0.0001")
         assert losses[0] == pytest.approx(column(collected, "float32")[0], rel=0.05)

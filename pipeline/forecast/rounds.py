@@ -156,7 +156,9 @@ def _train(
     amount = Amount(
         rows=sum(part.rows for part in parts),
         tokens=trained.counts.completion_tokens,
-        flops=train_flops(known.student, trained.counts),
+        flops=train_flops(
+            known.student, trained.counts, recomputed=known.config.train.gradient_checkpointing
+        ),
     )
     is_measured = all(part.measured is not None for part in parts)
     basis: Basis = "estimated" if is_measured else "full window"

@@ -125,7 +125,10 @@ def _break_even(known: Known, whole: Forecast, trained: list[TokenCounts]) -> Br
     return BreakEven(
         cache_flops=whole.total("generate", "score", "probe", "probe score").flops,
         live_flops=live,
-        train_flops=sum(train_flops(known.student, counts) for counts in read),
+        train_flops=sum(
+            train_flops(known.student, counts, recomputed=known.config.train.gradient_checkpointing)
+            for counts in read
+        ),
     )
 
 
