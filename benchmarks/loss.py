@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from opd_stream.fused import OutputHead, fused_loss
-from opd_stream.objectives.dense import kl, with_tail
+from opd_stream.objectives.base import kl, log_tail
 
 REPEATS = 5
 CPU_SHAPES = {
@@ -72,7 +72,9 @@ class Case:
 
 def tail_forward(student_NK: torch.Tensor, teacher_NK: torch.Tensor) -> torch.Tensor:
     """Forward KL of K candidates and a tail bucket [N]."""
-    student, teacher = with_tail(student_NK), with_tail(teacher_NK)
+    student, teacher = (
+        torch.cat([side, log_tail(side)[:, None]], dim=1) for side in (student_NK, teacher_NK)
+    )
     return kl(teacher, student)
 
 

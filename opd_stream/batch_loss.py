@@ -11,22 +11,21 @@ from typing import NamedTuple
 import torch
 
 from opd_stream.batches import Batch
+from opd_stream.drift import group_means
 from opd_stream.errors import UserError
 from opd_stream.fused import OutputHead, fused_loss
 from opd_stream.guards import Terminators, merge_into_candidates, soft_clamp
 from opd_stream.logprobs import sampled_logprobs
 from opd_stream.objectives import (
     SMALLEST_LOGPROB,
-    DrawnForward,
     Draws,
-    MonteCarlo,
     Objective,
     ObjectiveInputs,
     token_losses,
 )
-from opd_stream.objectives.dense import teacher_entropy
+from opd_stream.objectives.base import teacher_entropy
 from opd_stream.statistics import step_sums
-from opd_stream.weighting import Weighting, group_means
+from opd_stream.weighting import Weighting
 
 
 class BatchLoss(NamedTuple):
@@ -78,7 +77,7 @@ def batch_loss(
         )
     options = _Options(
         merge=merge_terminators,
-        is_drawn=any(isinstance(part, DrawnForward) for part in objectives),
+        is_drawn=any(part.reads == "drawn" for part in objectives),
         shares_N=_shares(sampled_N, batch),
     )
 
@@ -131,7 +130,7 @@ def check_columns(batch: Batch, objectives: Sequence[Objective]) -> None:
     Raises:
         UserError: says which column, and which stage makes it.
     """
-    if batch.draws is None and any(isinstance(part, MonteCarlo) for part in objectives):
+    if batch.draws is None and any(part.reads == "draws" for part in objectives):
         raise UserError(
             "objective mc reads the column candidate_ids, which these rollouts do not have; set "
             "rollouts.extra_draws, and run generate and score again"

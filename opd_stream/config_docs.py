@@ -4,9 +4,11 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from opd_stream.config import PLACEMENT, Config
+from opd_stream.section import Kinds
 
 
 def config_markdown() -> str:
@@ -32,7 +34,7 @@ def config_markdown() -> str:
         seen.add(section)
         parts.append(_section(section))
         for field in section.model_fields.values():
-            waiting += _sections(field.annotation)
+            waiting += _sections(_whole(field))
     return "\n\n".join(parts) + "\n"
 
 
@@ -41,18 +43,20 @@ def _section(section: type[BaseModel]) -> str:
     lines = [f"## {section.__name__}", "", doc, "", "| field | type | default | meaning |"]
     lines.append("|---|---|---|---|")
     for name, field in section.model_fields.items():
-        default = "required" if field.default is PydanticUndefined else f"`{field.default}`"
+        is_required = field.default is PydanticUndefined or name == "kind"
+        default = "required" if is_required else f"`{field.default}`"
         if isinstance(field.default, BaseModel):
             default = "see there"
         meaning = field.description or ""
-        lines.append(f"| `{name}` | {_type(field.annotation)} | {default} | {meaning} |")
+        lines.append(f"| `{name}` | {_type(_whole(field))} | {default} | {meaning} |")
     return "\n".join(lines)
 
 
 def _type(annotation: Any) -> str:
     origin = get_origin(annotation)
     if origin is Annotated:
-        return _type(get_args(annotation)[0])
+        kinds = _kinds(annotation)
+        return " or ".join(map(_type, kinds)) if kinds else _type(get_args(annotation)[0])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if origin in (Union, UnionType):
@@ -78,7 +82,20 @@ def _type(annotation: Any) -> str:
 def _sections(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [section for part in get_args(annotation) for section in _sections(part)]
+    parts = _kinds(annotation) or get_args(annotation)
+    return [section for part in parts for section in _sections(part)]
+
+
+def _whole(field: FieldInfo) -> Any:
+    """The annotation with its kinds, which pydantic keeps apart."""
+    kinds = next((found for found in field.metadata if isinstance(found, Kinds)), None)
+    return field.annotation if kinds is None else Annotated[field.annotation, kinds]
+
+
+def _kinds(annotation: Any) -> tuple[type[BaseModel], ...]:
+    """The built-in kinds of a part."""
+    found = [value for value in get_args(annotation) if isinstance(value, Kinds)]
+    return found[0].sections if found else ()
 
 
 if __name__ == "__main__":

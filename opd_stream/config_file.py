@@ -150,7 +150,7 @@ def _problem(details: ErrorDetails, raw: dict[str, Any]) -> str:
             return f"unknown key {field!r}; {hint}"
         case "missing":
             return f"{field!r} is missing; expected a value; add it to the config or use --set"
-        case "value_error":
+        case "value_error" | "conflict":
             return details["msg"].removeprefix("Value error, ")
         case _:
             reason = details["msg"][:1].lower() + details["msg"][1:]

@@ -4,11 +4,13 @@ One sign everywhere: d = student_logprobs - behavior_logprobs on the sampled tok
 kept as sums, so micro-batches, epochs and units add up exactly.
 """
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 LARGEST_DIFFERENCE = 20.0  # nats; caps |d| before the exponential
 
@@ -30,7 +32,7 @@ class DriftSums:
     weight: float = 0.0  # sum of exp(d)
     weight_squared: float = 0.0  # sum of exp(2 d)
 
-    def __add__(self, other: "DriftSums") -> "DriftSums":
+    def __add__(self, other: DriftSums) -> DriftSums:
         mine, others = self.as_dict(), other.as_dict()
         return DriftSums(**{name: mine[name] + others[name] for name in mine})
 
@@ -66,14 +68,12 @@ class DriftSums:
         return asdict(self)
 
     @staticmethod
-    def from_dict(value: dict[str, float]) -> "DriftSums":
+    def from_dict(value: dict[str, float]) -> DriftSums:
         """From JSON."""
         return DriftSums(**{field.name: value.get(field.name, 0.0) for field in fields(DriftSums)})
 
 
-def drift_sums(
-    student_logprobs_N: "torch.Tensor", behavior_logprobs_N: "torch.Tensor"
-) -> DriftSums:
+def drift_sums(student_logprobs_N: Tensor, behavior_logprobs_N: Tensor) -> DriftSums:
     """The sums of N tokens, in float64."""
     everything = student_logprobs_N.new_ones(len(student_logprobs_N)).double()
     sums = drift_tensor(student_logprobs_N, behavior_logprobs_N, everything)
@@ -81,10 +81,10 @@ def drift_sums(
 
 
 def drift_tensor(
-    student_logprobs_N: "torch.Tensor",
-    behavior_logprobs_N: "torch.Tensor",
-    counted_N: "torch.Tensor",
-) -> "torch.Tensor":
+    student_logprobs_N: Tensor,
+    behavior_logprobs_N: Tensor,
+    counted_N: Tensor,
+) -> Tensor:
     """The same as one vector in the order of the fields; `counted_N` is 1.0 or 0.0 for a token."""
     import torch
 
@@ -95,3 +95,11 @@ def drift_tensor(
     k3 = d.expm1() - d
     columns = [counted_N, k3, d, d.abs(), d * d, weight, weight * weight]
     return torch.stack(columns).sum(1)
+
+
+def group_means(values_N: Tensor, group_N: Tensor) -> Tensor:
+    """Mean of each group, at each of its tokens [N]."""
+    groups = int(group_N.max()) + 1 if len(group_N) else 0
+    sums = values_N.new_zeros(groups).index_add(0, group_N, values_N)
+    counts = values_N.new_zeros(groups).index_add(0, group_N, values_N.new_ones(len(values_N)))
+    return (sums / counts.clamp(min=1))[group_N]

@@ -5,27 +5,46 @@ W + 2 k (W - base), k = 1, 2, ..., are scored and the last one before the score 
 kept. Nothing is trained, the optimizer's state stays.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+from pydantic import Field
+
+from opd_stream.section import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Parameter
 
 MATRICES = re.compile(r"\.(self_attn|attn|attention|mlp|feed_forward)\..*weight$")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Search:
-    """How far to look, and what counts as better.
+class Extrapolation(Section):
+    """After steps 1, 2, 4, 8, ... jump further along the way the weights came (EffOPD)."""
 
-    Example:
-        >>> Search(acceptance="strict", candidates=5)
-    """
-
-    acceptance: Literal["strict", "equal"] = "strict"  # official code; paper: may stay equal
-    candidates: int = 5
+    signal: Literal["kl", "reward", "both"] = Field(
+        default="kl",
+        description="kl: cached objective on `rows` rows; reward: judged answers to `prompts` "
+        "training prompts (published); both: neither may fall",
+    )
+    base: Literal["accepted", "previous"] = Field(
+        default="accepted",
+        description="start of the direction: last accepted point, or ordinary point (paper)",
+    )
+    acceptance: Literal["strict", "equal"] = Field(
+        default="strict", description="equal: an equal score is accepted too (paper)"
+    )
+    candidates: int = Field(default=5, ge=1, description="points W + 2 k (W - base), k = 1, 2, ...")
+    rows: int = Field(default=64, ge=1, description="cached rows that score a point")
+    prompts: int = Field(default=50, ge=1, description="training prompts that score a point")
+    reset_moments: bool = Field(
+        default=False, description="forget the optimizer's moments of what jumped"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +85,8 @@ def is_better(candidate: Score, best: Score, acceptance: Literal["strict", "equa
 
 
 def moved_parameters(
-    named: Iterator[tuple[str, torch.nn.Parameter]],
-) -> dict[str, torch.nn.Parameter]:
+    named: Iterator[tuple[str, Parameter]],
+) -> dict[str, Parameter]:
     """The parameters that an extrapolation moves: trained matrices of attention and MLP.
 
     Embeddings, norms and the head stay. A LoRA product B A is bilinear, so only its factor B moves:
@@ -78,39 +97,41 @@ def moved_parameters(
     return factors or {name: p for name, p in found.items() if MATRICES.search(name)}
 
 
-@torch.no_grad()
 def search(
-    parameters: Sequence[torch.Tensor],
-    bases: Sequence[torch.Tensor],
+    parameters: Sequence[Tensor],
+    bases: Sequence[Tensor],
     score: Callable[[], Score],
     *,
     step: int,
-    settings: Search,
+    settings: Extrapolation,
 ) -> Outcome:
     """Move the parameters to the best candidate; exactly where they were if none is better.
 
     Element-wise, so every process moves its own shard; `score` must agree between processes.
     """
-    here = [parameter.detach().clone() for parameter in parameters]
-    scores, kept = [score()], 0
-    for k in range(1, settings.candidates + 1):
-        _place(parameters, here, bases, k)
-        scores.append(score())
-        if not is_better(scores[-1], scores[kept], settings.acceptance):
-            break
-        kept = k
-    _place(parameters, here, bases, kept)
+    import torch
+
+    with torch.no_grad():
+        start = [parameter.detach().clone() for parameter in parameters]
+        scores, kept = [score()], 0
+        for k in range(1, settings.candidates + 1):
+            _place(parameters, start, bases, k)
+            scores.append(score())
+            if not is_better(scores[-1], scores[kept], settings.acceptance):
+                break
+            kept = k
+        _place(parameters, start, bases, kept)
     return Outcome(step=step, scores=tuple(scores), kept=kept)
 
 
 def _place(
-    parameters: Sequence[torch.Tensor],
-    here: Sequence[torch.Tensor],
-    bases: Sequence[torch.Tensor],
+    parameters: Sequence[Tensor],
+    start: Sequence[Tensor],
+    bases: Sequence[Tensor],
     k: int,
 ) -> None:
     """W + 2 k (W - base), differenced in float32; k = 0 copies W back bit for bit."""
-    for parameter, now, base in zip(parameters, here, bases, strict=True):
+    for parameter, now, base in zip(parameters, start, bases, strict=True):
         if k == 0:
             parameter.copy_(now)
         else:

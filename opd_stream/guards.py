@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from opd_stream.objectives.inputs import SMALLEST_LOGPROB
+from opd_stream.objectives import SMALLEST_LOGPROB
 
 SMALLEST_TAIL = 1e-7  # of a difference of stored probabilities
 

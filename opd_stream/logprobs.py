@@ -15,19 +15,11 @@ import torch
 GROUP_SIZES = (64, 8)  # of places compared by their largest value, where many or few stand
 Head = Callable[[torch.Tensor], torch.Tensor]  # hidden [n, H] -> logits [n, V]
 
-LARGEST_TOP_LOGPROB = -1e-6  # a head closer to 1 has no tail that float32 can tell from rounding
-
 
 def logprobs_at(logits_NV: torch.Tensor, ids_NJ: torch.Tensor) -> torch.Tensor:
     """log p of given ids: z[ids] - logsumexp(z), float32 (or float64) [N, J]."""
     logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
     return logits_NV.gather(1, ids_NJ) - logits_NV.logsumexp(1, keepdim=True)
-
-
-def log_tail(logprobs_NK: torch.Tensor) -> torch.Tensor:
-    """log(1 - sum of exp(logprobs)) [N], clamped where the sum is 1 but for rounding."""
-    head_N = logprobs_NK.logsumexp(1).clamp(max=LARGEST_TOP_LOGPROB)
-    return torch.log(-torch.expm1(head_N))
 
 
 def completion_rows(

@@ -1,6 +1,29 @@
-"""What every setting that a config can hold has in common."""
+"""What every setting that a config can hold has in common, and parts of the user's own.
 
-from pydantic import BaseModel, ConfigDict
+An objective, a window, an engine or a judge is named in a config: by the name of a built-in one, by
+an import path `package.module:Name`, or by the name of an entry point that stands for such a path.
+Recipes hold the import path.
+"""
+
+import importlib
+from collections.abc import Callable
+from hashlib import sha256
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    SerializationInfo,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
+
+from opd_stream.errors import UserError
+
+IMPORT_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 
 
 class Section(BaseModel):
@@ -10,3 +33,121 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Part(Section):
+    """A section of one of several kinds; a config may name a class of the user's own."""
+
+    kind: Any  # a name; a built-in kind narrows it to its own
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_kind(cls, raw: Any) -> Any:
+        """The kind of a class that declares none is its import path."""
+        if isinstance(raw, dict) and cls.model_fields["kind"].is_required():
+            return {**raw, "kind": f"{cls.__module__}:{cls.__qualname__}"}
+        return raw
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings; of a class of the user's own, also the digest of its file."""
+        own = source_sha256(self.kind) if ":" in self.kind else {}
+        return self.model_dump(mode="json") | own
+
+
+class Kinds:
+    """In an annotation: the built-in kinds of a part; the user's own are found by import path.
+
+    Example:
+        >>> AnyWindow = Annotated[Window, Kinds(FixedWindow, RatioWindow, group="my.windows")]
+    """
+
+    def __init__(self, *sections: type[Part], group: str) -> None:
+        self.sections, self.group = sections, group
+        self.names = [get_args(each.model_fields["kind"].annotation)[0] for each in sections]
+
+    def __get_pydantic_core_schema__(
+        self, source: type[Part], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        schemas = map(handler.generate_schema, self.sections)
+        own = core_schema.no_info_wrap_validator_function(
+            lambda raw, _: self._own(source, raw),
+            core_schema.typed_dict_schema(  # for editors
+                {"kind": core_schema.typed_dict_field(core_schema.str_schema(pattern=IMPORT_PATH))},
+                extra_behavior="allow",
+            ),
+            serialization=core_schema.plain_serializer_function_ser_schema(_dumped, info_arg=True),
+        )
+        return core_schema.tagged_union_schema(
+            {**dict(zip(self.names, schemas, strict=True)), "own": own},
+            discriminator=self._tag,
+            custom_error_type="unknown_kind",
+            custom_error_message=f"expected a kind: {', '.join(self.names)}, or the import path "
+            "package.module:Name of your own class",
+        )
+
+    def _tag(self, raw: Any) -> str | None:
+        kind = raw.get("kind") if isinstance(raw, dict) else getattr(raw, "kind", None)
+        if not isinstance(kind, str) or kind in self.names:
+            return kind
+        return "own" if own_path(kind, self.group) is not None else None
+
+    def _own(self, base: type[Part], raw: Any) -> Part:
+        if isinstance(raw, base):
+            return raw
+        path = own_path(raw["kind"], self.group)
+        assert path is not None  # the tag says so
+        found = import_path(
+            path,
+            f"{base.__name__.lower()} class",
+            lambda found: isinstance(found, type) and issubclass(found, base),
+            f"a subclass of {base.__module__}.{base.__name__}",
+        )
+        return found.model_validate({**raw, "kind": path})
+
+
+def source_sha256(path: str) -> dict[str, str]:
+    """The digest of the file that an import path leads to, for a recipe; empty: it has no file."""
+    source = importlib.import_module(path.partition(":")[0]).__file__
+    return {} if source is None else {"sha256": sha256(Path(source).read_bytes()).hexdigest()}
+
+
+def own_path(name: str, group: str) -> str | None:
+    """The import path that a config names, itself or by an entry point; None: it names none."""
+    if ":" in name:
+        return name
+    return next((found.value for found in entry_points(group=group, name=name)), None)
+
+
+def import_path(path: str, what: str, is_expected: Callable[[Any], bool], expected: str) -> Any:
+    """What stands at `package.module:Name`; importing runs the module.
+
+    Args:
+        path: the import path.
+        what: the role it has, such as `judge function`.
+        is_expected: whether a value can have the role.
+        expected: what can, in words.
+
+    Raises:
+        UserError: the module cannot be imported, or has something else under the name.
+    """
+    module_name, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), name, None)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{what} {path} cannot be imported ({type(error).__name__}: {reason}); expected a "
+            f"module that python -c 'import {module_name}' finds; install it or set PYTHONPATH"
+        ) from error
+    if not is_expected(found):
+        is_class = isinstance(found, type)
+        found_name = f"the class {found.__name__}" if is_class else f"a {type(found).__name__}"
+        raise UserError(
+            f"{what} {path}: the module has {'nothing' if found is None else found_name} under "
+            f"the name {name}; expected {expected}; check the path"
+        )
+    return found
+
+
+def _dumped(part: Part, info: SerializationInfo) -> dict[str, Any]:
+    return part.model_dump(mode=info.mode)

@@ -6,10 +6,13 @@ one, the sums decide whether training goes on. Between rounds a small sample of 
 unit decides whether the unit is kept, continued to a longer window, or made again.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import Field
+
 from opd_stream.drift import DriftSums
+from opd_stream.section import Section
 
 LOOKS_PER_EPOCH = 4
 
@@ -17,19 +20,40 @@ EpochAction = Literal["train", "gated", "stop", "regenerate"]
 UnitAction = Literal["train", "gated", "extend", "regenerate", "retire"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StalenessBounds:
-    """Example:
-    >>> StalenessBounds(max_epochs=4, policy_drift=0.1, effective_sample_fraction=0.5)
-    """
+class Staleness(Section):
+    """When a cache has been used enough."""
 
-    max_epochs: int
-    policy_drift: float  # k3, nats per token
-    effective_sample_fraction: float
-    gated_from: float = 0.0  # policy_drift from which gate and freshness weigh tokens
-    student_top_mass: float = 0.0  # least mass of the student on the teacher's candidates
-    max_policies: int = 0  # policies that a unit may outlive the one that wrote it
-    keep_share: float = 1.0  # of policy_drift, below which a unit is kept for another round
+    max_epochs: int = Field(default=1, ge=1, description="passes over a round's scores, at most")
+    policy_drift: float = Field(default=0.1, gt=0, description="stop above; k3, nats per token")
+    effective_sample_fraction: float = Field(default=0.5, gt=0, le=1, description="stop below")
+    gated_from: float = Field(
+        default=0.0, ge=0, description="policy_drift from which train.gate and freshness weigh"
+    )
+    max_policies: int = Field(
+        default=0,
+        ge=0,
+        description="policies that a unit of rollouts may outlive its own; 0: every round samples "
+        "all of its rollouts",
+    )
+    keep_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="keep a unit while its drift is below this share of policy_drift: with more, "
+        "the next round would stop for it",
+    )
+    student_top_mass: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="make a kept unit again when the student puts less on the teacher's candidates",
+    )
+    sample_share: float = Field(
+        default=0.02,
+        gt=0,
+        le=1,
+        description="rows of a unit that measure its drift between rounds (never below 2)",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +103,7 @@ def beyond(drift: DriftSums, *, floor: float) -> float:
 
 
 def decide_epoch(
-    drift: DriftSums, *, epochs_done: int, bounds: StalenessBounds, floor: float = 0.0
+    drift: DriftSums, *, epochs_done: int, bounds: Staleness, floor: float = 0.0
 ) -> Decision:
     """After an epoch over a cache: another one, with or without gate, or fresh rollouts.
 
@@ -112,9 +136,7 @@ def is_look_due(step: int, steps_per_epoch: int) -> bool:
     )
 
 
-def decide_stop(
-    drift: DriftSums, *, bounds: StalenessBounds, floor: float = 0.0
-) -> Decision | None:
+def decide_stop(drift: DriftSums, *, bounds: Staleness, floor: float = 0.0) -> Decision | None:
     """Inside an epoch: stop at once if the latest rows are too far, or None.
 
     Args:
@@ -130,9 +152,7 @@ def decide_stop(
     )
 
 
-def decide_jump(
-    drift: DriftSums, *, bounds: StalenessBounds, floor: float = 0.0
-) -> Decision | None:
+def decide_jump(drift: DriftSums, *, bounds: Staleness, floor: float = 0.0) -> Decision | None:
     """After an extrapolation: end the round if it drifted too far, or None.
 
     Args:
@@ -147,7 +167,7 @@ def decide_jump(
 
 
 def decide_unit(
-    state: UnitState, *, window_tokens: int, bounds: StalenessBounds, floor: float = 0.0
+    state: UnitState, *, window_tokens: int, bounds: Staleness, floor: float = 0.0
 ) -> UnitDecision:
     """Between rounds: train on a unit again, continue it, or make it again.
 
@@ -160,7 +180,8 @@ def decide_unit(
         bounds: the limits.
         floor: policy_drift of fresh rows before training.
     """
-    bounds = replace(bounds, policy_drift=bounds.policy_drift * bounds.keep_share)
+    kept_below = bounds.policy_drift * bounds.keep_share
+    bounds = bounds.model_copy(update={"policy_drift": kept_below})
     measured = (
         f"{_measured(state.drift, bounds, floor)}, student_top_mass {state.student_top_mass:.3f} "
         f"(bound {bounds.student_top_mass:g}), {state.policies} policies old (bound "
@@ -188,7 +209,7 @@ def decide_unit(
     return UnitDecision(action="train", reason=f"kept: {measured}")
 
 
-def may_run_ahead(policy_drift: float, *, bounds: StalenessBounds, floor: float = 0.0) -> bool:
+def may_run_ahead(policy_drift: float, *, bounds: Staleness, floor: float = 0.0) -> bool:
     """Whether the next rollouts may be written by the policy before the one they will train.
 
     Args:
@@ -199,7 +220,7 @@ def may_run_ahead(policy_drift: float, *, bounds: StalenessBounds, floor: float 
     return policy_drift - floor <= bounds.policy_drift
 
 
-def _too_far(drift: DriftSums, bounds: StalenessBounds, floor: float) -> str | None:
+def _too_far(drift: DriftSums, bounds: Staleness, floor: float) -> str | None:
     if beyond(drift, floor=floor) > bounds.policy_drift:
         return "drift passed its bound"
     if drift.effective_sample_fraction < bounds.effective_sample_fraction:
@@ -207,7 +228,7 @@ def _too_far(drift: DriftSums, bounds: StalenessBounds, floor: float) -> str | N
     return None
 
 
-def _measured(drift: DriftSums, bounds: StalenessBounds, floor: float) -> str:
+def _measured(drift: DriftSums, bounds: Staleness, floor: float) -> str:
     above = f" above a floor of {floor:.4f}" if floor >= 5e-5 else ""
     return (
         f"policy_drift {drift.policy_drift:.4f} (bound {bounds.policy_drift:g}{above}), "

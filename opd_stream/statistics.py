@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd_stream.drift import LARGEST_DIFFERENCE, DriftSums, drift_tensor
-from opd_stream.weighting import group_means
+from opd_stream.drift import LARGEST_DIFFERENCE, DriftSums, drift_tensor, group_means
 
 LARGEST_IMPORTANCE = 5.0  # p / b above it is counted as capped
 ABSOLUTE_EDGES = tuple(float(edge) for edge in np.geomspace(1e-4, 32, 27))  # nats, |reverse_kl|

@@ -7,35 +7,45 @@ over the whole global batch, so that a weighting is no hidden change of the lear
 Shapes: N tokens of a batch, T tokens of one completion.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from pydantic import Field
 
-from opd_stream.drift import LARGEST_DIFFERENCE
+from opd_stream.drift import LARGEST_DIFFERENCE, group_means
+from opd_stream.section import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHORTEST_SPAN, LONGEST_SPAN, FALLBACK_BLOCK = 16, 128, 64  # tokens, for newline spans
 
 Statistic = Literal["signed", "abs", "rms"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DriftGate:
-    """exp(-tau * |s|), s the drift of a token's block (PDG)."""
+class DriftGate(Section):
+    """Tokens of blocks that have drifted count less (PDG)."""
 
-    blocks: int | Literal["spans"] = 64
-    tau: float = 1.0
-    statistic: Statistic = "signed"
+    blocks: Annotated[int, Field(ge=1)] | Literal["spans"] = Field(
+        default=64, description="tokens of a block, or spans: lines of the text"
+    )
+    tau: float = Field(default=1.0, gt=0, description="weight exp(-tau |drift|), then normalised")
+    statistic: Statistic = Field(
+        default="signed", description="of the drift in a block; in signed, opposite shifts cancel"
+    )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Freshness:
-    """max(0, f - floor), f from a row's age and drift (f-OPD)."""
+class Freshness(Section):
+    """Rows that are old or have drifted count less (f-OPD)."""
 
-    alpha: float = 1.0
-    floor: float = 0.05
+    alpha: float = Field(default=1.0, ge=0, description="exp(-alpha sqrt(policy_drift)) of the row")
+    floor: float = Field(
+        default=0.05, ge=0, lt=1, description="subtracted; rows below it have no weight"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,16 +56,11 @@ class Weighting:
     freshness: Freshness | None = None
 
     def token_weights(
-        self,
-        d_N: torch.Tensor,
-        *,
-        block_N: torch.Tensor,
-        row_N: torch.Tensor,
-        staleness_N: torch.Tensor,
-    ) -> torch.Tensor:
+        self, d_N: Tensor, *, block_N: Tensor, row_N: Tensor, staleness_N: Tensor
+    ) -> Tensor:
         """Weights before normalisation [N]; without gradient."""
         d_N = d_N.detach().clamp(-LARGEST_DIFFERENCE, LARGEST_DIFFERENCE)
-        weights_N = torch.ones_like(d_N)
+        weights_N = d_N.new_ones(len(d_N))
         if self.gate is not None:
             weights_N = drift_gate(d_N, block_N, tau=self.gate.tau, statistic=self.gate.statistic)
         if self.freshness is not None:
@@ -66,8 +71,8 @@ class Weighting:
 
 
 def drift_gate(
-    d_N: torch.Tensor, block_N: torch.Tensor, *, tau: float, statistic: Statistic = "signed"
-) -> torch.Tensor:
+    d_N: Tensor, block_N: Tensor, *, tau: float, statistic: Statistic = "signed"
+) -> Tensor:
     """exp(-tau |s|) with s the drift of the block [N], before normalisation.
 
     Args:
@@ -89,9 +94,7 @@ def drift_gate(
     return (-tau * drift_N.abs()).exp()
 
 
-def freshness(
-    staleness_N: torch.Tensor, policy_drift_N: torch.Tensor, *, alpha: float
-) -> torch.Tensor:
+def freshness(staleness_N: Tensor, policy_drift_N: Tensor, *, alpha: float) -> Tensor:
     """1 / (staleness + 1) * exp(-alpha * sqrt(policy_drift)) [N].
 
     Staleness counts policies between the row's and the current one; the drift is that of the row.
@@ -99,14 +102,6 @@ def freshness(
     another one are another artifact. Source: f-OPD.
     """
     return (-alpha * policy_drift_N.clamp(min=0).sqrt()).exp() / (staleness_N + 1)
-
-
-def group_means(values_N: torch.Tensor, group_N: torch.Tensor) -> torch.Tensor:
-    """Mean of each group, at each of its tokens [N]."""
-    groups = int(group_N.max()) + 1 if len(group_N) else 0
-    sums = values_N.new_zeros(groups).index_add(0, group_N, values_N)
-    counts = values_N.new_zeros(groups).index_add(0, group_N, torch.ones_like(values_N))
-    return (sums / counts.clamp(min=1))[group_N]
 
 
 def fixed_blocks(tokens: int, size: int) -> NDArray[np.int64]:

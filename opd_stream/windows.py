@@ -1,77 +1,184 @@
 """Rollout windows: how many new tokens a rollout may have, as a pure function of the step.
 
 A round's rollouts are generated with the window of its last planned step; training masks each step
-to its own window, so a stored row is used exactly as far as the schedule says.
+to its own window, so a stored row is used exactly as far as the schedule says. The adaptive window
+is decided by an audit instead: windows are nested, so the gradient of every prefix is a sum of
+segments, and one backward pass a segment gives them all.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from opd_stream.section import Kinds, Part
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SKETCH_SIZE = 2**16
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FixedWindow:
-    """The same window always (ESR, 2605.27028)."""
+class Window(Part):
+    """New tokens of a rollout. A config names yours by import path: docs/extend.md."""
 
-    tokens: int
+    def tokens_at(self, step: int) -> int:
+        """The window of an optimizer step, at least 1; it never falls from one step to the next."""
+        raise NotImplementedError
+
+    def tokens_of_round(self, first_step: int, steps: int) -> int:
+        """The window to generate with for `steps` steps from `first_step`: that of the last one."""
+        return self.tokens_at(first_step + max(1, steps) - 1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RatioWindow:
+class FixedWindow(Window):
+    """The same window in every round (ESR, 2605.27028)."""
+
+    kind: Literal["fixed"] = "fixed"
+    tokens: int = Field(ge=1, description="new tokens per rollout")
+
+    def tokens_at(self, step: int) -> int:
+        """`tokens`."""
+        return self.tokens
+
+
+class RatioWindow(Window):
     """A share of the longest rollout (TOPD, 2605.31490)."""
 
-    ratio: float
-    max_window_tokens: int
+    kind: Literal["ratio"] = "ratio"
+    ratio: float = Field(gt=0, le=1, description="share of max_window_tokens")
+    max_window_tokens: int = Field(ge=1, description="new tokens of a full rollout")
+
+    def tokens_at(self, step: int) -> int:
+        """The share, rounded."""
+        return max(1, round(self.ratio * self.max_window_tokens))
+
+
+class LinearWindow(Window):
+    """A window that grows with optimizer steps (POPD, 2605.31490)."""
+
+    kind: Literal["linear"] = "linear"
+    h0: int = Field(ge=1, description="new tokens at step 0")
+    delta: int = Field(ge=0, description="new tokens added every `every` steps")
+    every: int = Field(default=1, ge=1, description="optimizer steps between two additions")
+    max_window_tokens: int = Field(ge=1, description="new tokens of a full rollout")
+
+    def tokens_at(self, step: int) -> int:
+        """min(max_window_tokens, h0 + delta * floor(step / every))."""
+        return min(self.max_window_tokens, self.h0 + self.delta * (step // self.every))
+
+
+class AdaptiveWindow(Window):
+    """Decided each round by an audit on full-length probes (ADWIN)."""
+
+    kind: Literal["adaptive"] = "adaptive"
+    candidates: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(64, 128, 256, 512, 1024, 2048), min_length=1, description="windows, ascending"
+    )
+    max_window_tokens: int = Field(ge=2, description="new tokens of a full rollout, and of a probe")
+    start: int | None = Field(
+        default=None, ge=1, description="window of the first round; null: the last candidate"
+    )
+    threshold: float = Field(
+        default=2**-0.5, gt=0, le=1, description="cosine from which a prefix stands for the whole"
+    )
+    probe_rows: int = Field(default=64, ge=1, description="unfinished rollouts continued, at most")
+    probe_share: float = Field(
+        default=0.05, gt=0, le=1, description="of a round's rollouts, at most (never below 2 rows)"
+    )
+    every_rounds: int = Field(default=1, ge=1, description="rounds from one audit to the next")
+    objective: Literal["sampled", "trained"] = Field(
+        default="sampled",
+        description="whose gradients are compared: that of the drawn tokens, or train.objective",
+    )
+    metric: Literal["identity", "adam"] = Field(
+        default="identity", description="of the cosine; adam: divided by root second moments"
+    )
+    layers: int = Field(default=2, ge=1, description="last layers whose gradients are compared")
+    hysteresis: bool = Field(default=False, description="move one candidate a round at most")
+    smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the cosines of the audit before"
+    )
+
+    def tokens_at(self, step: int) -> int:
+        """The window of the first round; an audit decides the later ones."""
+        return self.start or self.candidates[-1]
+
+
+AnyWindow = Annotated[
+    Window,
+    Kinds(FixedWindow, RatioWindow, LinearWindow, AdaptiveWindow, group="opd_stream.windows"),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinearWindow:
-    """min(max_window_tokens, h0 + delta * floor(step / every)) (POPD, 2605.31490)."""
+class WindowDecision:
+    """The window of the next round, with the numbers that chose it."""
 
-    h0: int
-    delta: int
-    every: int
-    max_window_tokens: int
+    window_tokens: int
+    cosines: tuple[float, ...]  # of each candidate's gradient with that of the full rollouts
+    fell_back: bool  # no candidate was admissible
+    reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdaptiveWindow:
-    """The shortest prefix whose gradient still points where that of full rollouts points (ADWIN).
+def choose_window(
+    segments: Sequence[Tensor],
+    candidates: Sequence[int],
+    *,
+    threshold: float = 2**-0.5,
+    current: int | None = None,
+    earlier: Sequence[float] = (),
+    smoothing: float = 0.0,
+) -> WindowDecision:
+    """The shortest candidate whose cumulative gradient has the cosine (ADWIN).
 
-    The window of a round is decided by the audit of the round before: `opd_stream/adaptive.py`.
+    Args:
+        segments: gradients (or sketches) of the tokens in (0, c_1], (c_1, c_2], ..., and beyond the
+            last candidate: one more than candidates.
+        candidates: windows, ascending.
+        threshold: sqrt(2) / 2 is a signal-to-noise ratio of 1.
+        current: with hysteresis, the window now; the next is at most one candidate away.
+        earlier: cosines of the audit before, for smoothing.
+        smoothing: their share.
     """
+    import torch
 
-    candidates: tuple[int, ...]  # ascending
-    max_window_tokens: int  # of the probes
-    start: int  # window of the first round
+    full = torch.stack(list(segments)).sum(0)
+    run = torch.zeros_like(full)
+    cosines: list[float] = []
+    for segment in segments[: len(candidates)]:
+        run = run + segment
+        cosines.append(torch.cosine_similarity(run, full, dim=0, eps=1e-30).item())
+    if earlier and smoothing:
+        pairs = zip(cosines, earlier, strict=True)
+        cosines = [(1 - smoothing) * now + smoothing * before for now, before in pairs]
+    admissible = [place for place, cosine in enumerate(cosines) if cosine >= threshold]
+    place = admissible[0] if admissible else len(candidates) - 1
+    if current is not None:
+        here = max((p for p, c in enumerate(candidates) if c <= current), default=0)
+        place = min(max(place, here - 1), here + 1)
+    measured = ", ".join(f"{c}: {v:.3f}" for c, v in zip(candidates, cosines, strict=True))
+    why = f"window {candidates[place]}" if admissible else f"fell back to {candidates[place]}"
+    return WindowDecision(
+        window_tokens=candidates[place],
+        cosines=tuple(cosines),
+        fell_back=not admissible,
+        reason=f"{why}: cosines {measured} (threshold {threshold:.3f})",
+    )
 
 
-Window = FixedWindow | RatioWindow | LinearWindow | AdaptiveWindow
+def sketch(gradients: Sequence[Tensor], *, seed: int = 0) -> Tensor:
+    """Signed sums of the gradients' entries in 2^16 cells: keeps inner products in expectation."""
+    import torch
 
-
-def window_tokens(window: Window, step: int) -> int:
-    """The window of an optimizer step, at least 1."""
-    match window:
-        case FixedWindow(tokens=tokens):
-            return max(1, tokens)
-        case RatioWindow(ratio=ratio, max_window_tokens=most):
-            return max(1, min(most, round(ratio * most)))
-        case LinearWindow(h0=h0, delta=delta, every=every, max_window_tokens=most):
-            return max(1, min(most, h0 + delta * (step // every)))
-        case AdaptiveWindow(start=start):
-            return start
-
-
-def round_window(window: Window, first_step: int, steps: int) -> int:
-    """The window to generate with for `steps` steps from `first_step`: that of the last one."""
-    return window_tokens(window, first_step + max(1, steps) - 1)
-
-
-def build_window(*, kind: str, **settings: Any) -> Window:
-    """The window of a config section."""
-    if kind == "adaptive":
-        return AdaptiveWindow(
-            candidates=tuple(settings["candidates"]),
-            max_window_tokens=settings["max_window_tokens"],
-            start=settings["start"] or settings["candidates"][-1],
-        )
-    return {"fixed": FixedWindow, "ratio": RatioWindow, "linear": LinearWindow}[kind](**settings)
+    total = sum(gradient.numel() for gradient in gradients)
+    flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
+    if total <= SKETCH_SIZE:
+        return flat
+    generator = torch.Generator().manual_seed(seed)
+    cell = torch.randint(SKETCH_SIZE, (total,), generator=generator).to(flat.device)
+    sign = torch.randint(2, (total,), generator=generator).to(flat.device) * 2 - 1
+    return flat.new_zeros(SKETCH_SIZE).index_add(0, cell, flat * sign)

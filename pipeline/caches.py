@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from opd_stream.drift import DriftSums
 from opd_stream.outcome import TrainOutcome, UnitRecord
-from opd_stream.staleness import StalenessBounds, UnitDecision, UnitState, decide_unit
+from opd_stream.staleness import Staleness, UnitDecision, UnitState, decide_unit
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
@@ -173,7 +173,7 @@ def refreshed_caches(
     plan: RoundPlan,
     students: Sequence[Checkpoint],
     outcome: TrainOutcome,
-    bounds: StalenessBounds,
+    bounds: Staleness,
 ) -> Kept:
     """The caches of a round after the first, where units may outlive their policy.
 

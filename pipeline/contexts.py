@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.files import read_json
+from opd_stream.windows import AdaptiveWindow
 from pipeline.plan import plan_round
 from stages.checkpoints import Checkpoint
 
@@ -76,7 +77,7 @@ def check_context(
 def largest_window(config: Config) -> int:
     """New tokens that a rollout of any round may have, if no drift ends a round early."""
     window = config.rollouts.window
-    if window.kind == "adaptive":
+    if isinstance(window, AdaptiveWindow):
         return window.max_window_tokens
     planned = plan_round(config, round_index=0, first_step=0).planned_steps
     last = config.rounds - 1

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from opd_stream.config import Config
-from opd_stream.windows import Window, build_window, round_window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +30,7 @@ def plan_round(
         round_index=round_index,
         first_step=first_step,
         planned_steps=planned,
-        window_tokens=decided_window or round_window(training_window(config), first_step, planned),
+        window_tokens=decided_window or config.rollouts.window.tokens_of_round(first_step, planned),
     )
 
 
@@ -45,11 +44,6 @@ def plan_ahead(config: Config, plan: RoundPlan) -> RoundPlan:
         round_index=plan.round_index + 1,
         first_step=plan.first_step + plan.planned_steps,
     )
-
-
-def training_window(config: Config) -> Window:
-    """The window of the config."""
-    return build_window(**config.rollouts.window.model_dump())
 
 
 def is_due(config: Config, round_index: int) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_stream.config import Config
+from opd_stream.engines import engine_recipe
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.store import Store
@@ -108,6 +109,9 @@ def setup_of(
     Raises:
         UserError: as `open_setup`.
     """
+    for model in (config.student, config.teacher):
+        if model is not None:
+            engine_recipe(model.engine)  # one of the user's own can be imported
     student = opened(config.student.path)
     teacher, alignment = None, None
     if config.replay is None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from opd_stream.config import Config, Replay
-from opd_stream.config.collection import AdaptiveWindowConfig
 from opd_stream.errors import UserError
 from opd_stream.outcome import TrainOutcome, WindowAudit
 from opd_stream.staleness import may_run_ahead
@@ -21,10 +20,11 @@ from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import read_json
 from opd_stream.store.policy import Identity, Part, PolicyArtifact
 from opd_stream.store.recipe import Recipe
+from opd_stream.windows import AdaptiveWindow
 from pipeline.caches import Cache, Kept, fresh_cache, refreshed_caches, scores_of
 from pipeline.plan import RoundPlan, plan_ahead, plan_round
 from pipeline.setup import Setup
-from stages.cache_units import Slot, bounds_of
+from stages.cache_units import Slot
 from stages.checkpoints import Checkpoint
 from stages.recipes import policy_recipe, probe_recipe
 
@@ -82,7 +82,7 @@ def walk(
     students, previous, first_step = [setup.student], None, 0
     outcome: TrainOutcome | None = None
     decision: WindowAudit | None = None
-    window, bounds = config.rollouts.window, bounds_of(config)
+    window, bounds = config.rollouts.window, config.staleness
     source = None if config.replay is None else ReplaySource(setup, config.replay)
     ahead: Cache | None = None
     for round_index in range(config.rounds):
@@ -120,7 +120,7 @@ def walk(
         )
         fresh = next((cache for cache in caches if cache.origin == "fresh"), None)
         probe = None
-        if isinstance(window, AdaptiveWindowConfig) and fresh is not None:
+        if isinstance(window, AdaptiveWindow) and fresh is not None:
             is_last = round_index == config.rounds - 1
             if not is_last and round_index % window.every_rounds == 0:
                 probe = probe_recipe(window, fresh.rollouts.recipe)
@@ -147,7 +147,7 @@ def walk(
 
 def _own_window(config: Config, plan: RoundPlan, caches: Sequence[Cache]) -> int | None:
     """The decided window, where none of the round's rollouts was made with it."""
-    is_decided = isinstance(config.rollouts.window, AdaptiveWindowConfig)
+    is_decided = isinstance(config.rollouts.window, AdaptiveWindow)
     if not is_decided or config.replay is not None:
         return None
     return None if caches[-1].window_tokens == plan.window_tokens else plan.window_tokens
@@ -162,7 +162,7 @@ def _ahead(
     if not config.rollouts.ahead or is_last or outcome is None:
         return None
     drift = outcome.epochs[-1].policy_drift
-    if not may_run_ahead(drift, bounds=bounds_of(config), floor=outcome.floor):
+    if not may_run_ahead(drift, bounds=config.staleness, floor=outcome.floor):
         return None
     cache = fresh_cache(setup, plan_ahead(config, plan), student)
     return replace(cache, origin="ahead", policy_version=plan.round_index)

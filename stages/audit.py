@@ -11,15 +11,13 @@ from dataclasses import asdict, replace
 
 import torch
 
-from opd_stream.adaptive import choose_window, sketch
 from opd_stream.batch_loss import batch_loss
 from opd_stream.batches import Batch
-from opd_stream.config.collection import AdaptiveWindowConfig
 from opd_stream.engines.head import output_head
 from opd_stream.objectives import Objective, SampledPg
 from opd_stream.outcome import WindowAudit
 from opd_stream.store.reader import ScoredRows
-from opd_stream.windows import FixedWindow
+from opd_stream.windows import AdaptiveWindow, FixedWindow, choose_window, sketch
 from stages.student_model import StudentModel
 from stages.train_data import step_batches
 from stages.train_job import TrainJob
@@ -31,7 +29,7 @@ EPSILON = 1e-8  # of the adam metric
 def audit(job: TrainJob) -> WindowAudit | None:
     """The decision for the next round, with its cosines and cost; None without probes."""
     settings = job.config.rollouts.window
-    if not isinstance(settings, AdaptiveWindowConfig) or job.probe is None:
+    if not isinstance(settings, AdaptiveWindow) or job.probe is None:
         return None
     clock, store = Clock(), job.store()
     rollouts, scores = job.probe

@@ -3,14 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-from opd_stream.config import Config
-from opd_stream.staleness import StalenessBounds
-
-
-def bounds_of(config: Config) -> StalenessBounds:
-    """When rows have been used enough."""
-    return StalenessBounds(**config.staleness.model_dump(exclude={"sample_share"}))
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:

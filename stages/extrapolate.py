@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from opd_stream.config.training import Extrapolation
 from opd_stream.drift import DriftSums
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
-from opd_stream.extrapolation import Outcome, Score, Search, is_due, moved_parameters, search
+from opd_stream.extrapolation import Extrapolation, Outcome, Score, is_due, moved_parameters, search
 from opd_stream.outcome import ExtrapolationRecord, PointScore
 from opd_stream.statistics import drift_of
 from opd_stream.store.reader import ScoredRows, epoch_order
@@ -69,9 +68,7 @@ class Extrapolator:
             [self._base[name] for name in moved],
             lambda: self._score(step),
             step=step + 1,
-            settings=Search(
-                acceptance=self._settings.acceptance, candidates=self._settings.candidates
-            ),
+            settings=self._settings,
         )
         if outcome.kept:
             drift = self._drift(step)

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from opd_stream.config import Config, Evaluation, counts_rounds
-from opd_stream.config.collection import AdaptiveWindowConfig, Rollouts, Scores
-from opd_stream.config.training import Staleness, Train
+from opd_stream.config.collection import Rollouts, Scores
+from opd_stream.config.training import Train
+from opd_stream.engines import engine_recipe
 from opd_stream.section import Section
+from opd_stream.staleness import Staleness
 from opd_stream.store.recipe import Recipe
 from opd_stream.tasks.judges import judge_recipe
+from opd_stream.windows import AdaptiveWindow
 from stages.checkpoints import Checkpoint
 from stages.cross_tokenizer import AlignmentRecipe
 from stages.prompts import every_prompt, round_prompts
@@ -70,7 +73,7 @@ def extension_recipe(
     )
 
 
-def probe_recipe(window: AdaptiveWindowConfig, rollouts: Recipe) -> Recipe:
+def probe_recipe(window: AdaptiveWindow, rollouts: Recipe) -> Recipe:
     """Probes of a rollouts artifact: some of its unfinished rows, continued to full length."""
     share = {"rows": window.probe_rows, "share": window.probe_share}
     return Recipe(
@@ -135,7 +138,7 @@ def scores_recipe(
             "codec": scores.codec.model_dump(mode="json"),
             "seed": config.seed if scores.codec.kind == "sampled" else 0,
             "temperature": 1.0,
-            "engine": config.teacher.engine,
+            **engine_recipe(config.teacher.engine),
             "dtype": config.teacher.dtype,
             **({} if alignment is None else {"alignment": alignment.settings}),
         },
@@ -186,7 +189,7 @@ def policy_recipe(
     return Recipe(
         kind="policies",
         settings={
-            "objectives": [part.model_dump(mode="json") for part in train.objective],
+            "objectives": [part.recipe() for part in train.objective],
             "top_k": train.top_k,
             "gate": _dumped(train.gate),
             "freshness": _dumped(train.freshness),
@@ -204,7 +207,7 @@ def policy_recipe(
             "clip_norm": train.clip_norm,
             "rows_per_step": train.rows_per_step,
             "staleness": staleness.model_dump(mode="json"),
-            "window": config.rollouts.window.model_dump(mode="json"),
+            "window": config.rollouts.window.recipe(),
             **({} if window_tokens is None else {"window_tokens": window_tokens}),
             "units": [None if units is None else list(units) for _, _, units in caches],
             "first_step": first_step,
@@ -251,7 +254,7 @@ def evaluation_recipe(evaluation: Evaluation, rollouts: Recipe) -> Recipe:
 def _sampling(
     config: Config, *, prompts: str, student: Checkpoint, settings: dict[str, Any]
 ) -> Recipe:
-    engine = {"engine": config.student.engine, "dtype": config.student.dtype}
+    engine = {**engine_recipe(config.student.engine), "dtype": config.student.dtype}
     return Recipe(
         kind="rollouts",
         settings={**settings, **engine},

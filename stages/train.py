@@ -37,7 +37,7 @@ from opd_stream.outcome import (
 from opd_stream.schedule import learning_rate
 from opd_stream.staleness import (
     Decision,
-    StalenessBounds,
+    Staleness,
     beyond,
     decide_epoch,
     decide_jump,
@@ -48,7 +48,6 @@ from opd_stream.statistics import NAMES, by_position, drift_of, means, named
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.tree import save_tree
 from stages.audit import audit
-from stages.cache_units import bounds_of
 from stages.extrapolate import Extrapolator, open_extrapolator, save_base
 from stages.launch import launch
 from stages.learner import Learner, measure_units, open_fabric, open_learner
@@ -110,7 +109,7 @@ class Training:
     rows: ScoredRows
     plan: BatchPlan
     extrapolator: Extrapolator | None
-    bounds: StalenessBounds
+    bounds: Staleness
     progress: Progress
     clock: Clock
 
@@ -143,7 +142,7 @@ def open_training(job: TrainJob, progress: Progress, fabric: Fabric) -> Training
         extrapolator=open_extrapolator(
             job, learner, rows, plan, None if checkpoint is None else checkpoint.base
         ),
-        bounds=bounds_of(job.config),
+        bounds=job.config.staleness,
         progress=progress,
         clock=clock,
     )

@@ -14,7 +14,7 @@ import torch
 from opd_stream.batches import Batch, collate
 from opd_stream.masks import trained_mask
 from opd_stream.store.reader import ScoredRow, ScoredRows, epoch_order
-from opd_stream.windows import Window, window_tokens
+from opd_stream.windows import Window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,7 @@ def step_batches(
     rows: Sequence[ScoredRow], plan: BatchPlan, step: int, *, rank: int = 0, world_size: int = 1
 ) -> list[Batch]:
     """The micro-batches that one of `world_size` processes does of an optimizer step."""
-    window = window_tokens(plan.window, step)
+    window = plan.window.tokens_at(step)
     masked = plan.masked_ids
     tokens = sum(int(trained_mask(row, window, masked).sum()) for row in rows)
     lengths = [len(row.prompt_ids) + min(len(row.completion_ids), window) for row in rows]
@@ -130,6 +130,6 @@ def read_epoch(
         chosen = [plan.used(row) for row in islice(ahead, len(step))]
         yield Step(
             number=number,
-            window_tokens=window_tokens(plan.window, number),
+            window_tokens=plan.window.tokens_at(number),
             batches=step_batches(chosen, plan, number, rank=rank, world_size=world_size),
         )

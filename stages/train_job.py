@@ -10,15 +10,15 @@ import torch
 from opd_stream.config import Config
 from opd_stream.config.training import unserved_by_chunks
 from opd_stream.errors import UserError
-from opd_stream.objectives import Objective, build_objectives
+from opd_stream.objectives import Objective
 from opd_stream.outcome import WindowAudit
 from opd_stream.store.policy import PolicyArtifact
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
 from opd_stream.store.tree import load_tree
-from opd_stream.weighting import DriftGate, Freshness, Weighting
-from opd_stream.windows import FixedWindow, Window, build_window
+from opd_stream.weighting import Weighting
+from opd_stream.windows import AdaptiveWindow, FixedWindow, Window
 from stages.cache_units import CacheUnits
 from stages.student_model import ADAPTER, StudentModel, load_student
 from stages.train_data import BatchPlan
@@ -171,23 +171,20 @@ class TrainJob:
 
     def window(self) -> Window:
         """The training window; an adaptive one is what the audit before the round decided."""
-        if self.config.rollouts.window.kind == "adaptive":
+        if isinstance(self.config.rollouts.window, AdaptiveWindow):
             return FixedWindow(tokens=self.window_tokens)
-        return build_window(**self.config.rollouts.window.model_dump())
+        return self.config.rollouts.window
 
     def objectives(self) -> tuple[Objective, ...]:
         """What to minimise."""
-        return build_objectives([part.model_dump() for part in self.config.train.objective])
+        return self.config.train.objective
 
     def weighting(self) -> Weighting | None:
         """How measured drift weighs tokens."""
         gate, fresh = self.config.train.gate, self.config.train.freshness
         if gate is None and fresh is None:
             return None
-        return Weighting(
-            gate=None if gate is None else DriftGate(**gate.model_dump()),
-            freshness=None if fresh is None else Freshness(**fresh.model_dump()),
-        )
+        return Weighting(gate=gate, freshness=fresh)
 
     def plan(self) -> BatchPlan:
         """Which rows meet in which step."""
@@ -199,7 +196,7 @@ class TrainJob:
             first_step=self.first_step,
             window=self.window(),
             top_k=train.top_k,
-            same_tokens_only=any(part.kind != "sampled_pg" for part in train.objective),
+            same_tokens_only=any(part.reads != "token" for part in train.objective),
             masked_ids=self.masked_ids,
             blocks=64 if train.gate is None else train.gate.blocks,
             newline_ids=self.newline_ids,

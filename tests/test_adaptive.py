@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_stream.adaptive import choose_window, sketch
 from opd_stream.errors import UserError
 from opd_stream.objectives import Bucket, Objective, SampledPg
 from opd_stream.store import open_scores
-from opd_stream.windows import FixedWindow
+from opd_stream.windows import FixedWindow, choose_window, sketch
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from stages.audit import audited_parameters, segment_sketches

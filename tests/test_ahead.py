@@ -10,7 +10,7 @@ import pytest
 
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
-from opd_stream.staleness import StalenessBounds, may_run_ahead
+from opd_stream.staleness import Staleness, may_run_ahead
 from opd_stream.types import RolloutBatch
 from pipeline import rounds
 from pipeline.rounds import run
@@ -116,7 +116,7 @@ def test_a_round_that_drifted_too_far_makes_the_next_wait(tmp_path: Path) -> Non
 
 
 def test_the_bound_is_on_drift_above_the_floor() -> None:
-    bounds = StalenessBounds(max_epochs=1, policy_drift=0.1, effective_sample_fraction=0.5)
+    bounds = Staleness(max_epochs=1, policy_drift=0.1, effective_sample_fraction=0.5)
     assert may_run_ahead(0.1, bounds=bounds)
     assert not may_run_ahead(0.11, bounds=bounds)
     assert may_run_ahead(0.11, bounds=bounds, floor=0.02)

@@ -8,11 +8,10 @@ import pytest
 import yaml
 
 from opd_stream.config import Evaluation
-from opd_stream.config.evaluation import FunctionJudge, Judge
 from opd_stream.config_file import load_config
 from opd_stream.errors import UserError
 from opd_stream.prompts import read_prompts
-from opd_stream.tasks.judges import judge_recipe, open_judge
+from opd_stream.tasks.judges import BuiltInJudge, FunctionJudge, judge_recipe, open_judge
 from tests.conftest import SMALL_RUN, small_config
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -52,7 +51,7 @@ def test_a_published_format_needs_only_its_file(tmp_path: Path, name: str) -> No
         row.get("question", row.get("problem")),
         str(row["answer"]),
     )
-    assert part.judge == Judge(kind=judge)  # type: ignore[arg-type]
+    assert part.judge == BuiltInJudge(kind=judge)  # type: ignore[arg-type]
     assert Evaluation.model_validate(evaluation.model_dump(mode="json")) == evaluation
 
 
@@ -64,7 +63,7 @@ def test_every_published_reference_is_right_by_its_own_judge(name: str, rows: in
     prompts = {"kind": "jsonl", "path": path}
     benchmarks = {name: {"format": name, "prompts": prompts}}
     part = Evaluation.model_validate({"max_new_tokens": 8, "benchmarks": benchmarks}).parts()[name]
-    if part.judge == Judge(kind="math"):
+    if part.judge == BuiltInJudge(kind="math"):
         pytest.importorskip("math_verify", reason="the extra `math` is not installed")
     assert part.prompts is not None
     assert part.judge is not None
@@ -83,7 +82,8 @@ def test_the_import_path_of_a_config_file_is_no_file_path(tmp_path: Path) -> Non
     found = load_config(tmp_path / "run.yaml", []).evaluation
     assert found is not None
     assert found.judge == FunctionJudge(kind="function", path="my_package.judges:right")
-    assert judge_recipe(Judge(kind="ledger")) == {"kind": "ledger"}  # names older verdicts too
+    recipe = judge_recipe(BuiltInJudge(kind="ledger"))
+    assert recipe == {"kind": "ledger"}  # names older verdicts too
 
 
 def test_a_config_of_two_forms_or_none_is_one_line(tmp_path: Path) -> None:
@@ -111,6 +111,6 @@ def test_the_config_of_the_page_is_one() -> None:
     parts = Evaluation.model_validate(yaml.safe_load(block)["evaluation"]).parts()
     assert [part.samples_per_prompt for part in parts.values()] == [1, 8, 32]
     for part in parts.values():
-        assert part.judge == Judge(kind="math")
+        assert part.judge == BuiltInJudge(kind="math")
         assert part.prompts is not None
         assert part.prompts.template.text.endswith("within \\boxed{}.")

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_stream.drift import DriftSums, drift_sums
-from opd_stream.staleness import StalenessBounds, decide_epoch
+from opd_stream.staleness import Staleness, decide_epoch
 
 P = torch.tensor([0.40, 0.30, 0.15, 0.10, 0.05], dtype=torch.float64)
 B = torch.tensor([0.30, 0.30, 0.20, 0.10, 0.10], dtype=torch.float64)
-BOUNDS = StalenessBounds(max_epochs=3, policy_drift=0.1, effective_sample_fraction=0.5)
+BOUNDS = Staleness(max_epochs=3, policy_drift=0.1, effective_sample_fraction=0.5)
 
 
 def test_the_expected_drift_is_the_kl_of_behavior_to_student() -> None:

@@ -1,143 +1,134 @@
-"""The page on extensions is enough: its code and its steps, in a copy of the library, work."""
+"""Parts of the user's own: those of the page run, by import path and by entry point."""
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 
+from opd_stream.config import Config
+from opd_stream.config_file import load_config
+from opd_stream.errors import UserError
+from opd_stream.store.store import Store
+from pipeline.rounds import run
+from pipeline.run_directory import RunDirectory
+from stages.progress import Silent
 from tests.conftest import SMALL_RUN
 
-ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "extend.md").read_text()
+PAGE = (Path(__file__).parent.parent / "docs" / "extend.md").read_text()
 FILES = {
     block.split("\n")[0].removeprefix("# "): block
     for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 }
-SECTION = '''class {name}(Section):
-    """Of the page."""
-
-    kind: Literal["{kind}"]
-{fields}
-
-'''
-NUMBER = '    {name}: int = Field(ge=1, description="of the page")\n'
-WEIGHT = '    weight: float = Field(default=1.0, gt=0, description="of the page")\n'
-CLASS = (
-    "@dataclass(frozen=True, slots=True, kw_only=True)\nclass Jeffreys:\n    weight: float = 1.0\n"
-)
-CHECK = """
-import sys
-from pathlib import Path
-import torch
-from opd_stream.config_file import load_config
-from opd_stream.engines import open_engine
-from opd_stream.objectives import build_objectives, token_losses
-from opd_stream.windows import build_window, window_tokens
-import opd_stream
-from test_my_objective import TEACHER, inputs
-
-config = load_config(Path("it.yaml"), [])
-assert Path(opd_stream.__file__).is_relative_to(Path.cwd())
-window = build_window(**config.rollouts.window.model_dump())
-assert [window_tokens(window, step) for step in (0, 50, 999)] == [64, 128, 300]
-objectives = build_objectives([part.model_dump() for part in config.train.objective])
-assert token_losses(objectives, inputs(TEACHER.log())).abs().max() < 1e-12
-assert token_losses(objectives, inputs(torch.zeros(1, 4).double())).min() > 0.01
-engine = open_engine(engine=config.student.engine, folder=Path("s"), dtype="float32", batch_rows=1)
-assert engine.tokens == 0
-"""
+YAML = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+LINES = {name: value for block in YAML for name, value in block.items()}
+ENGINE = LINES["student"]["engine"]
 
 
-def changed(path: Path, *changes: tuple[str, str]) -> None:
-    """Put text before the only place where some other text stands."""
-    text = path.read_text()
-    for anchor, new in changes:
-        assert text.count(anchor) == 1, anchor
-        text = text.replace(anchor, new + anchor)
-    path.write_text(text)
+@pytest.fixture
+def own_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on the path with the files of the page."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+        monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
+    monkeypatch.syspath_prepend(folder)
+    return folder
 
 
-def named(path: str) -> str:
-    """A path, which the page must name as one to change."""
-    assert f"`{path}`" in PAGE.split("## A judge")[0]
-    return path
-
-
-def extend(library: Path) -> None:
-    """The steps of the page, and no file but those of its table."""
-    own = FILES["my_objective.py"].replace("objectives import Obj", "objectives.inputs import Obj")
-    (library / "opd_stream/objectives/my_objective.py").write_text(own)
-    (library / "opd_stream/engines/my_engine.py").write_text(FILES["my_engine.py"])
-    changed(
-        library / named("opd_stream/windows.py"),
-        ("Window = FixedWindow", FILES["my_window.py"].split("import dataclass\n")[1] + "\n\n"),
-        ("FixedWindow | RatioWindow |", "DoublingWindow | "),
-        (
-            "        case FixedWindow(",
-            "        case DoublingWindow(): return doubled(window, step)\n",
-        ),
-        ('"fixed": FixedWindow', '"doubling": DoublingWindow, '),
-    )
-    fields = "".join(NUMBER.format(name=name) for name in ("h0", "every", "max_window_tokens"))
-    changed(
-        library / named("opd_stream/config/collection.py"),
-        (
-            "Window = Annotated",
-            SECTION.format(name="DoublingWindowConfig", kind="doubling", fields=fields),
-        ),
-        ("FixedWindowConfig | ", "DoublingWindowConfig | "),
-        ('"transformers", "vllm", "fake"', '"counting", '),
-    )
-    changed(
-        library / named("opd_stream/objectives/__init__.py"),
-        ("from opd_stream.objectives.sampled", "from .my_objective import jeffreys\n"),
-        ("Objective = Bucket", f"{CLASS}\n\n"),
-        ("Bucket | Skew | Lsm", "Jeffreys | "),
-        ('    "bucket": Bucket', '    "jeffreys": Jeffreys,\n'),
-        (
-            '        case Bucket(direction="reverse")',
-            "        case Jeffreys(): return jeffreys(inputs)\n",
-        ),
-    )
-    changed(
-        library / named("opd_stream/config/training.py"),
-        ("Objective = Annotated", SECTION.format(name="Mine", kind="jeffreys", fields=WEIGHT)),
-        ("BucketObjective\n    |", "Mine | "),
-    )
-    changed(
-        library / named("opd_stream/engines/__init__.py"),
-        (
-            '    if engine == "fake"',
-            '    if engine == "counting":\n'
-            "        from .my_engine import CountingEngine\n"
-            "        return CountingEngine(folder)\n",
-        ),
-    )
-
-
-def test_the_steps_of_the_page_are_enough(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "opd_stream", tmp_path / "opd_stream")
-    extend(tmp_path)
-    for name in ("my_objective.py", "test_my_objective.py"):
-        (tmp_path / name).write_text(FILES[name])
-    (window,) = re.findall(r"`window: (\{kind: doubling.*?\})`", PAGE)
+def config_of(folder: Path, **changes: Any) -> Config:
+    """The small run with all four parts of the page, or others in their place."""
+    parts = {"engine": ENGINE, **LINES, **changes}
+    window = {**parts["window"], "h0": 8} if "h0" in parts["window"] else parts["window"]
     config = {
         **SMALL_RUN,
-        "student": {**SMALL_RUN["student"], "engine": "counting"},
-        "rollouts": {"prompts_per_round": 8, "window": yaml.safe_load(window)},
-        "train": {**SMALL_RUN["train"], "objective": {"kind": "jeffreys"}},
+        "rounds": 1,
+        "student": {**SMALL_RUN["student"], "engine": parts["engine"]},
+        "rollouts": {**SMALL_RUN["rollouts"], "window": window},
+        "train": {**SMALL_RUN["train"], "objective": parts["objective"]},
+        "evaluation": {**SMALL_RUN["evaluation"], "judge": parts["judge"]},
+        "store": str(folder / "store"),
     }
-    (tmp_path / "it.yaml").write_text(yaml.safe_dump(config))
-    (tmp_path / "check.py").write_text(CHECK)
-    done = subprocess.run(
-        [sys.executable, "check.py"],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path), "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=False,
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return load_config(folder / "run.yaml", [])
+
+
+def test_the_tests_of_the_page_pass(own_parts: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(own_parts)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=own_parts)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_run_with_four_parts_of_ones_own_names_them_in_its_recipes(
+    own_parts: Path, tmp_path: Path
+) -> None:
+    config = config_of(tmp_path)
+    run(config, RunDirectory(tmp_path / "run"), Silent())
+    store = Store(config.store)
+    settings = {
+        kind: next(store.recipes(kind)).settings for kind in ("rollouts", "policies", "evaluations")
+    }
+    assert settings["rollouts"]["engine"] == "my_engine:CountingEngine"
+    (objective,) = settings["policies"]["objectives"]
+    assert (objective["kind"], objective["share"]) == ("my_objective:Jeffreys", 0.3)
+    assert settings["policies"]["window"]["kind"] == "my_window:DoublingWindow"
+    assert settings["evaluations"]["judge"]["path"] == "my_judge:last_line"
+    digests = [
+        settings["rollouts"]["engine_sha256"],
+        objective["sha256"],
+        settings["policies"]["window"]["sha256"],
+        settings["evaluations"]["judge"]["sha256"],
+    ]
+    assert len(set(digests)) == 4
+
+
+def test_an_entry_point_stands_for_an_import_path(own_parts: Path, tmp_path: Path) -> None:
+    told = own_parts / "mine-1.0.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (told / "entry_points.txt").write_text(
+        "[opd_stream.objectives]\njeffreys = my_objective:Jeffreys\n"
+        "[opd_stream.windows]\ndoubling = my_window:DoublingWindow\n"
+        "[opd_stream.engines]\ncounting = my_engine:CountingEngine\n"
+        "[opd_stream.judges]\nlast_line = my_judge:last_line\n"
     )
-    assert done.returncode == 0, done.stderr
+    short = config_of(
+        tmp_path,
+        engine="counting",
+        objective={**LINES["objective"], "kind": "jeffreys"},
+        window={**LINES["window"], "kind": "doubling"},
+        judge={"kind": "last_line"},
+    )
+    assert short == config_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"objective": {"kind": "my_objective:Jefreys"}}, "has nothing under the name Jefreys"),
+        ({"objective": {"kind": "my_window:DoublingWindow"}}, "a subclass of opd_stream.objec"),
+        ({"objective": {"kind": "no_such:It"}}, "cannot be imported .*ModuleNotFoundError"),
+        ({"objective": {**LINES["objective"], "shar": 1}}, "unknown key 'train.objective.shar'"),
+        ({"objective": {**LINES["objective"], "share": 2}}, "'train.objective.share' is 2; input"),
+        ({"objective": {"kind": "jeffrey"}}, "expected a kind: bucket, .*import path"),
+        ({"window": {"kind": "my_window:Field"}}, "expected a subclass of opd_stream.windows"),
+        ({"window": {"kind": "my_window:DoublingWindow"}}, "h0' is missing"),
+        ({"engine": "my_engine:Missing"}, "has nothing under the name Missing"),
+        ({"engine": "my_window:DoublingWindow"}, "expected a class with load, sample, extend"),
+        ({"engine": "nothing"}, "'student.engine' is 'nothing'; expected transformers, vllm"),
+        ({"judge": {"kind": "my_judge:first_line"}}, "has nothing under the name first_line"),
+        ({"judge": {"kind": "lines"}}, "'evaluation.judge'"),
+    ],
+)
+def test_a_wrong_part_is_one_line_before_any_work(
+    own_parts: Path, tmp_path: Path, changes: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(UserError, match=line) as told:
+        run(config_of(tmp_path, **changes), RunDirectory(tmp_path / "run"), Silent())
+    lines = str(told.value).splitlines()
+    assert all(" problems in " in one or ";" in one for one in lines)
+    assert not list(tmp_path.glob("store/rollouts/*"))

@@ -10,14 +10,14 @@ import torch
 
 from opd_stream.drift import DriftSums, drift_sums
 from opd_stream.extrapolation import (
+    Extrapolation,
     Score,
-    Search,
     is_better,
     is_due,
     moved_parameters,
     search,
 )
-from opd_stream.staleness import StalenessBounds, decide_jump
+from opd_stream.staleness import Staleness, decide_jump
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from stages import extrapolate
@@ -41,7 +41,11 @@ def test_only_descent_is_accepted_on_a_quadratic(best: float, kept: int) -> None
     weight = torch.nn.Parameter(torch.ones(3))
     target = torch.full((3,), best)
     outcome = search(
-        [weight], [torch.zeros(3)], lambda: quadratic(weight, target), step=4, settings=Search()
+        [weight],
+        [torch.zeros(3)],
+        lambda: quadratic(weight, target),
+        step=4,
+        settings=Extrapolation(),
     )
     assert outcome.kept == kept
     assert weight.tolist() == pytest.approx([1 + 2 * kept] * 3)
@@ -61,7 +65,7 @@ def test_a_rejected_search_leaves_every_bit() -> None:
     weight = torch.nn.Parameter(torch.randn(50, 50) * 1e-3)
     before = weight.detach().clone()
     outcome = search(
-        [weight], [torch.randn(50, 50)], lambda: Score(reward=0.5), step=2, settings=Search()
+        [weight], [torch.randn(50, 50)], lambda: Score(reward=0.5), step=2, settings=Extrapolation()
     )
     assert outcome.kept == 0
     assert torch.equal(weight, before)
@@ -88,7 +92,7 @@ def test_a_score_that_is_not_finite_is_worse_than_any_other(
     assert is_better(fine, replace(lost, reward=0.5), acceptance)
     weight = torch.nn.Parameter(torch.ones(3))
     points = iter([fine, lost, fine])
-    settings = Search(acceptance=acceptance)
+    settings = Extrapolation(acceptance=acceptance)
     outcome = search([weight], [torch.zeros(3)], lambda: next(points), step=1, settings=settings)
     assert (outcome.kept, weight.tolist()) == (0, [1.0] * 3)
 
@@ -129,7 +133,7 @@ def test_a_jump_to_where_nothing_is_finite_is_taken_back(
 
 
 def test_a_jump_is_judged_above_the_floor() -> None:
-    bounds = StalenessBounds(max_epochs=1, policy_drift=0.03, effective_sample_fraction=0.5)
+    bounds = Staleness(max_epochs=1, policy_drift=0.03, effective_sample_fraction=0.5)
     jump = shifted(0.3)  # policy_drift 0.045
     assert decide_jump(jump, bounds=bounds, floor=0.02) is None
     decision = decide_jump(jump, bounds=bounds, floor=0.01)

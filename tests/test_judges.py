@@ -6,9 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from opd_stream.config.evaluation import FunctionJudge, Judge
 from opd_stream.errors import UserError
-from opd_stream.tasks.judges import final_number, is_exact, is_final_number, open_judge
+from opd_stream.tasks.judges import (
+    BuiltInJudge,
+    FunctionJudge,
+    final_number,
+    is_exact,
+    is_final_number,
+    open_judge,
+)
 from opd_stream.tasks.pass_at_k import pass_at_k, standard_error
 
 
@@ -36,8 +42,8 @@ def test_a_marked_number_counts_before_later_ones() -> None:
 
 
 def test_a_judge_has_a_name() -> None:
-    assert open_judge(Judge(kind="final_number")) is is_final_number
-    assert open_judge(Judge(kind="ledger"))("...\nAnswer: 07", "07")
+    assert open_judge(BuiltInJudge(kind="final_number")) is is_final_number
+    assert open_judge(BuiltInJudge(kind="ledger"))("...\nAnswer: 07", "07")
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
@@ -96,13 +102,13 @@ def test_the_exact_judge_compares_marked_text(completion: str, answer: str, righ
 )
 def test_the_math_judge_compares_values(completion: str, answer: str, right: bool) -> None:
     pytest.importorskip("math_verify", reason="the extra `math` is not installed")
-    assert open_judge(Judge(kind="math"))(completion, answer) is right
+    assert open_judge(BuiltInJudge(kind="math"))(completion, answer) is right
 
 
 def test_an_unreadable_reference_is_one_line() -> None:
     pytest.importorskip("math_verify", reason="the extra `math` is not installed")
     with pytest.raises(UserError, match=r"reference answer '#### ' holds no mathematics") as caught:
-        open_judge(Judge(kind="math"))("1", "#### ")
+        open_judge(BuiltInJudge(kind="math"))("1", "#### ")
     assert "\n" not in str(caught.value)
 
 

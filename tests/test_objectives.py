@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from opd_stream.logprobs import log_tail, logprobs_at
+from opd_stream.logprobs import logprobs_at
 from opd_stream.objectives import (
     Bucket,
     DrawnForward,
@@ -24,6 +24,7 @@ from opd_stream.objectives import (
     token_losses,
     tolerates_staleness,
 )
+from opd_stream.objectives.base import log_tail
 
 P = torch.tensor([0.40, 0.30, 0.15, 0.10, 0.05], dtype=torch.float64)  # student
 Q = torch.tensor([0.50, 0.05, 0.25, 0.12, 0.08], dtype=torch.float64)  # teacher
@@ -346,7 +347,7 @@ def test_drawn_teacher_ids_have_the_full_forward_kl_gradient_in_expectation() ->
 def test_a_weighted_sum_of_objectives_is_the_sum_of_its_parts() -> None:
     parts = (Bucket(direction="reverse", weight=0.3), EntropyAware(threshold=0.5, weight=2.0))
     both = token_losses(parts, inputs_for(P.log())).item()
-    alone = [value_and_gradient(replace(part, weight=1.0), P)[0] for part in parts]
+    alone = [value_and_gradient(part.model_copy(update={"weight": 1.0}), P)[0] for part in parts]
     assert both == pytest.approx(0.3 * alone[0] + 2.0 * alone[1])
 
 

@@ -10,9 +10,6 @@ from opd_stream.windows import (
     LinearWindow,
     RatioWindow,
     Window,
-    build_window,
-    round_window,
-    window_tokens,
 )
 from pipeline.plan import plan_round
 from tests.conftest import small_config
@@ -21,7 +18,7 @@ from tests.conftest import small_config
 @pytest.mark.parametrize(("step", "tokens"), [(0, 1024), (1, 1033), (100, 1924), (542, 5902)])
 def test_the_linear_window_follows_its_formula(step: int, tokens: int) -> None:
     window = LinearWindow(h0=1024, delta=9, every=1, max_window_tokens=15_360)
-    assert window_tokens(window, step) == tokens
+    assert window.tokens_at(step) == tokens
 
 
 @pytest.mark.parametrize(
@@ -33,19 +30,19 @@ def test_the_linear_window_follows_its_formula(step: int, tokens: int) -> None:
     ],
 )
 def test_a_window_never_shrinks_leaves_its_bounds_or_ends_at_nothing(window: Window) -> None:
-    tokens = [window_tokens(window, step) for step in range(60)]
+    tokens = [window.tokens_at(step) for step in range(60)]
     assert tokens == sorted(tokens)
     assert min(tokens) >= 1
     assert max(tokens) <= getattr(window, "max_window_tokens", 50)
 
 
 def test_a_ratio_is_of_the_longest_rollout() -> None:
-    assert window_tokens(RatioWindow(ratio=0.25, max_window_tokens=200), 7) == 50
+    assert RatioWindow(ratio=0.25, max_window_tokens=200).tokens_at(7) == 50
 
 
 def test_a_round_is_generated_with_the_window_of_its_last_step() -> None:
-    window = build_window(kind="linear", h0=10, delta=1, every=1, max_window_tokens=100)
-    assert round_window(window, 20, 5) == window_tokens(window, 24) == 34
+    window = LinearWindow(h0=10, delta=1, every=1, max_window_tokens=100)
+    assert window.tokens_of_round(20, 5) == window.tokens_at(24) == 34
 
 
 def test_a_plan_counts_steps_over_all_planned_epochs(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from opd_stream.drift import DriftSums, drift_sums
 from opd_stream.errors import UserError
 from opd_stream.staleness import (
     Decision,
-    StalenessBounds,
+    Staleness,
     UnitState,
     decide_epoch,
     decide_stop,
@@ -31,13 +31,14 @@ from stages.progress import Silent
 from stages.score import append_scores, stored_scores
 from tests.conftest import small_config
 
-BOUNDS = StalenessBounds(
+BOUNDS = Staleness(
     max_epochs=3,
     policy_drift=0.1,
     effective_sample_fraction=0.5,
     gated_from=0.02,
     student_top_mass=0.9,
     max_policies=2,
+    keep_share=1.0,
 )
 # Two units of four prompts a round; they may live for three rounds.
 KEPT = (
@@ -325,7 +326,7 @@ def scores_of(rows: int, *, tokens: int, refused: dict[int, str] | None = None) 
 
 def test_decisions_follow_from_the_report_alone(tmp_path: Path) -> None:
     reports = finished_run(tmp_path, *KEPT, *GROWING)
-    bounds = StalenessBounds(
+    bounds = Staleness(
         max_epochs=1,
         policy_drift=0.1,
         effective_sample_fraction=0.5,

@@ -5,16 +5,21 @@ default store and run folder, are relative to where the command is called. Unkno
 Nothing here needs torch.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from opd_stream.config.collection import Model, Rollouts, Scores, Student
 from opd_stream.config.evaluation import Evaluation
 from opd_stream.config.prompts import Prompts
-from opd_stream.config.training import Staleness, Train, unserved_by_chunks
+from opd_stream.config.training import Train, unserved_by_chunks
 from opd_stream.section import Section
+from opd_stream.staleness import Staleness
+from opd_stream.store.codecs import SampledCodec
+from opd_stream.windows import AdaptiveWindow, LinearWindow
 
 __all__ = [
     "PLACEMENT",
@@ -41,12 +46,6 @@ class Replay(Section):
     scores: tuple[str, ...] = Field(
         default=(), description="or scores/FINGERPRINT in the store, one for each round"
     )
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "Replay":
-        if (self.run is None) == (not self.scores):
-            raise ValueError("replay has run and scores, or neither; expected one of the two")
-        return self
 
 
 class Pool(Section):
@@ -94,9 +93,6 @@ class Pools(Section):
     trainer: TrainerPool = TrainerPool()
 
 
-_EITHER = {"sampled_pg", "mc"}  # objectives that read no candidates of the teacher
-
-
 class Config(Section):
     """A run."""
 
@@ -132,165 +128,183 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
-        if self.teacher is None and self.replay is None:
-            raise ValueError(
-                "'teacher' is missing; expected a checkpoint that scores the rollouts; "
-                "add teacher, or set replay.run to train from the scores of an earlier run"
+        """Tell every conflict between fields at once."""
+        found = [
+            InitErrorDetails(
+                type=PydanticCustomError("conflict", "{text}", {"text": text}), input=""
             )
-        kinds = {part.kind for part in self.train.objective}
-        if not kinds:
-            raise ValueError("train.objective is an empty list; name at least one objective")
-        if self.rollouts.temperature == 0 and kinds & {"sampled_pg", "mc", "hybrid"}:
-            raise ValueError(
-                f"rollouts.temperature is 0 with objective {sorted(kinds)[0]}, which needs samples "
-                "from the student; set rollouts.temperature=1 or another objective"
-            )
-        signed = sorted(kinds & {"sampled_pg", "mc", "hybrid"})
-        if signed and self.train.guards.soft_clamp is not None:
-            raise ValueError(
-                f"train.guards.soft_clamp is set with objective {signed[0]}, whose losses may be "
-                "negative, and so may be the mean that bounds them; leave it out"
-            )
-        drawn = self.scores.codec.kind == "sampled"
-        needs_drawn, needs_ranked = "drawn_forward" in kinds, kinds - _EITHER - {"drawn_forward"}
-        if (drawn and needs_ranked) or (not drawn and needs_drawn):
-            raise ValueError(
-                f"scores.codec is {self.scores.codec.kind} with train.objective "
-                f"{', '.join(sorted(kinds))}; ids drawn from the teacher serve drawn_forward, "
-                "ranked ones every other objective (sampled_pg and mc take both); change one of "
-                "the two"
-            )
-        for role, model in (("student", self.student), ("teacher", self.teacher)):
-            if model is not None and model.engine == "vllm" and self.executor == "local":
-                raise ValueError(
-                    f"{role}.engine is vllm with executor local, which shares a process with "
-                    "training; vLLM changes its process; set executor=ray"
-                )
-        if "mc" in kinds and self.replay is None and not self.rollouts.extra_draws:
-            raise ValueError(
-                "rollouts.extra_draws is 0 with objective mc, which averages over several draws; "
-                "set rollouts.extra_draws (3 already helps), or use sampled_pg"
-            )
-        top_k = self.train.top_k
-        if top_k is not None and drawn:
-            raise ValueError(
-                f"train.top_k is {top_k} with scores.codec sampled, whose ids have no ranks; "
-                "leave train.top_k out, or score again with fewer draws"
-            )
-        if top_k is not None and self.replay is None and top_k > self.scores.top_k:
-            raise ValueError(
-                f"train.top_k is {top_k} but scores.top_k is {self.scores.top_k}; lower the one or "
-                "raise the other"
-            )
-        jump = self.train.extrapolation
-        if jump is not None and jump.signal != "kl":
-            if self.evaluation is None:
-                raise ValueError(
-                    f"train.extrapolation.signal is {jump.signal}, which judges answers as "
-                    "evaluation does, but there is no evaluation section; add one, or use kl"
-                )
-            if self.pools.trainer.devices > 1 and self.pools.trainer.strategy == "fsdp2":
-                raise ValueError(
-                    f"train.extrapolation.signal is {jump.signal}, which samples from the model in "
-                    "training, with sharded weights; use strategy ddp, or signal kl"
-                )
-        _check_staleness(self)
-        _check_ahead(self)
-        _check_adaptive(self)
-        _check_alignment(self)
-        window = self.rollouts.window
-        if window.kind == "linear" and window.h0 > window.max_window_tokens:
-            raise ValueError(
-                f"rollouts.window.h0 {window.h0} is larger than max_window_tokens "
-                f"{window.max_window_tokens}; lower h0 or raise max_window_tokens"
-            )
+            for text in _conflicts(self)
+        ]
+        if found:
+            raise ValidationError.from_exception_data("Config", found)
         return self
 
 
-def _check_adaptive(config: Config) -> None:
+def _conflicts(config: Config) -> Iterator[str]:
+    """What fields say against each other, one line each."""
+    if config.teacher is None and config.replay is None:
+        yield (
+            "'teacher' is missing; expected a checkpoint that scores the rollouts; "
+            "add teacher, or set replay.run to train from the scores of an earlier run"
+        )
+    if (replay := config.replay) is not None and (replay.run is None) == (not replay.scores):
+        yield "replay has run and scores, or neither; expected one of the two"
+    for role, model in (("student", config.student), ("teacher", config.teacher)):
+        if model is not None and model.engine == "vllm" and config.executor == "local":
+            yield (
+                f"{role}.engine is vllm with executor local, which shares a process with "
+                "training; vLLM changes its process; set executor=ray"
+            )
+    yield from _objective_conflicts(config)
+    yield from _extrapolation_conflicts(config)
+    yield from _window_conflicts(config)
+    yield from _staleness_conflicts(config)
+    yield from _alignment_conflicts(config)
+    if config.evaluation is not None:
+        yield from config.evaluation.conflicts()
+
+
+def _objective_conflicts(config: Config) -> Iterator[str]:
+    """Objectives, against what rollouts and scores hold."""
+    objectives, train, codec = config.train.objective, config.train, config.scores.codec
+    kinds = ", ".join(sorted({part.kind for part in objectives}))
+    if not objectives:
+        yield "train.objective is an empty list; name at least one objective"
+    sampled = sorted(part.kind for part in objectives if part.is_sampled)
+    if sampled and config.rollouts.temperature == 0:
+        yield (
+            f"rollouts.temperature is 0 with objective {sampled[0]}, which needs samples "
+            "from the student; set rollouts.temperature=1 or another objective"
+        )
+    if sampled and train.guards.soft_clamp is not None:
+        yield (
+            f"train.guards.soft_clamp is set with objective {sampled[0]}, whose losses may be "
+            "negative, and so may be the mean that bounds them; leave it out"
+        )
+    is_drawn = isinstance(codec, SampledCodec)
+    if any(part.reads == ("candidates" if is_drawn else "drawn") for part in objectives):
+        yield (
+            f"scores.codec is {codec.kind} with train.objective {kinds}; ids drawn from the "
+            "teacher serve drawn_forward, ranked ones every other objective (sampled_pg and mc "
+            "take both); change one of the two"
+        )
+    reads_draws = any(part.reads == "draws" for part in objectives)
+    if reads_draws and config.replay is None and not config.rollouts.extra_draws:
+        yield (
+            "rollouts.extra_draws is 0 with objective mc, which averages over several draws; "
+            "set rollouts.extra_draws (3 already helps), or use sampled_pg"
+        )
+    if train.top_k is not None and is_drawn:
+        yield (
+            f"train.top_k is {train.top_k} with scores.codec sampled, whose ids have no ranks; "
+            "leave train.top_k out, or score again with fewer draws"
+        )
+    elif train.top_k is not None and config.replay is None and train.top_k > config.scores.top_k:
+        yield (
+            f"train.top_k is {train.top_k} but scores.top_k is {config.scores.top_k}; lower the "
+            "one or raise the other"
+        )
+
+
+def _extrapolation_conflicts(config: Config) -> Iterator[str]:
+    """A reward needs a judge, and weights that are whole."""
+    jump, trainer = config.train.extrapolation, config.pools.trainer
+    if jump is None or jump.signal == "kl":
+        return
+    if config.evaluation is None:
+        yield (
+            f"train.extrapolation.signal is {jump.signal}, which judges answers as "
+            "evaluation does, but there is no evaluation section; add one, or use kl"
+        )
+    if trainer.devices > 1 and trainer.strategy == "fsdp2":
+        yield (
+            f"train.extrapolation.signal is {jump.signal}, which samples from the model in "
+            "training, with sharded weights; use strategy ddp, or signal kl"
+        )
+
+
+def _window_conflicts(config: Config) -> Iterator[str]:
+    """Bounds of a window, and rollouts made ahead of a window that is not decided yet."""
     window = config.rollouts.window
-    if window.kind != "adaptive":
-        return
-    rising = list(window.candidates)
-    if rising != sorted(set(rising)):
-        raise ValueError(
-            f"rollouts.window.candidates are {rising}; expected ascending windows; sort them"
+    if isinstance(window, LinearWindow) and window.h0 > window.max_window_tokens:
+        yield (
+            f"rollouts.window.h0 {window.h0} is larger than max_window_tokens "
+            f"{window.max_window_tokens}; lower h0 or raise max_window_tokens"
         )
-    if rising[-1] >= window.max_window_tokens:
-        raise ValueError(
-            f"rollouts.window.candidates end at {rising[-1]}, which is not below "
-            f"max_window_tokens {window.max_window_tokens}; raise max_window_tokens"
-        )
-    if window.objective == "trained" and any(part.kind == "mc" for part in config.train.objective):
-        raise ValueError(
-            "rollouts.window.objective is trained with train.objective mc, whose further draws "
-            "probes do not have; set rollouts.window.objective=sampled"
-        )
-
-
-def _check_ahead(config: Config) -> None:
-    """Rollouts made ahead must follow from what is known before the round trains."""
-    if not config.rollouts.ahead:
-        return
+    if isinstance(window, AdaptiveWindow):
+        rising = list(window.candidates)
+        if rising != sorted(set(rising)):
+            yield (
+                f"rollouts.window.candidates are {rising}; expected ascending windows; sort them"
+            )
+        elif rising[-1] >= window.max_window_tokens:
+            yield (
+                f"rollouts.window.candidates end at {rising[-1]}, which is not below "
+                f"max_window_tokens {window.max_window_tokens}; raise max_window_tokens"
+            )
+        reads_draws = any(part.reads == "draws" for part in config.train.objective)
+        if window.objective == "trained" and reads_draws:
+            yield (
+                "rollouts.window.objective is trained with train.objective mc, whose further draws "
+                "probes do not have; set rollouts.window.objective=sampled"
+            )
     against = {
-        "rollouts.window.kind=adaptive": config.rollouts.window.kind == "adaptive",
+        "rollouts.window.kind=adaptive": isinstance(window, AdaptiveWindow),
         "staleness.max_policies": bool(config.staleness.max_policies),
         "replay": config.replay is not None,
     }
     found = [name for name, is_set in against.items() if is_set]
-    if found:
-        raise ValueError(
+    if config.rollouts.ahead and found:
+        yield (
             f"rollouts.ahead is set with {', '.join(found)}, where a round's rollouts depend on "
-            "the training before it or are there already; leave one of them out"
+            "the training before it or exist already; leave one of them out"
         )
 
 
-def _check_staleness(config: Config) -> None:
+def _staleness_conflicts(config: Config) -> Iterator[str]:
     """Bounds that contradict each other, or that nothing can act on."""
     staleness, train = config.staleness, config.train
     if staleness.gated_from > staleness.policy_drift:
-        raise ValueError(
+        yield (
             f"staleness.gated_from {staleness.gated_from:g} is above staleness.policy_drift "
             f"{staleness.policy_drift:g}, where training stops; lower gated_from"
         )
     if staleness.gated_from and train.gate is None and train.freshness is None:
-        raise ValueError(
+        yield (
             f"staleness.gated_from is {staleness.gated_from:g} but nothing weighs tokens; add "
             "train.gate or train.freshness, or leave gated_from out"
         )
-    if not staleness.max_policies:
-        return
-    if config.replay is not None:
-        raise ValueError(
+    if staleness.max_policies and config.replay is not None:
+        yield (
             f"staleness.max_policies is {staleness.max_policies} in a replay, which samples "
             "nothing; leave it out"
         )
-    if config.rollouts.extra_draws:
-        raise ValueError(
+    elif staleness.max_policies and config.rollouts.extra_draws:
+        yield (
             f"staleness.max_policies is {staleness.max_policies} with rollouts.extra_draws, whose "
             "candidates are lost when a rollout is continued; set one of the two to 0"
         )
 
 
-def _check_alignment(config: Config) -> None:
+def _alignment_conflicts(config: Config) -> Iterator[str]:
     """What a teacher with another tokenizer cannot give."""
     if config.scores.alignment is None or config.replay is not None:
         return
     if (problem := unserved_by_chunks(config.train)) is not None:
-        raise ValueError(f"scores.alignment is set: {problem}")
+        yield f"scores.alignment is set: {problem}"
     if config.rollouts.extra_draws:
-        raise ValueError(
+        yield (
             "scores.alignment is set with rollouts.extra_draws, ids that no text holds; a teacher "
             "with another tokenizer cannot score them; set rollouts.extra_draws=0"
         )
-    if config.scores.codec.kind == "sampled":
-        raise ValueError(
+    if isinstance(config.scores.codec, SampledCodec):
+        yield (
             "scores.alignment is set with codec sampled, whose draws may be no token of the "
             "student's; use codec exact or compact"
         )
-    kinds = {part.kind for part in config.train.objective}
-    if config.staleness.student_top_mass and "sampled_pg" in kinds:
-        raise ValueError(
+    reads_token = any(part.reads == "token" for part in config.train.objective)
+    if config.staleness.student_top_mass and reads_token:
+        yield (
             f"scores.alignment is set with staleness.student_top_mass "
             f"{config.staleness.student_top_mass:g} and sampled_pg, whose tokens have no "
             "candidates where the tokenizers differ; set staleness.student_top_mass=0"
@@ -303,7 +317,7 @@ def counts_rounds(config: Config) -> bool:
         config.train.schedule != "constant"
         or config.train.warmup > 0
         or config.staleness.max_policies > 0
-        or config.rollouts.window.kind == "adaptive"
+        or isinstance(config.rollouts.window, AdaptiveWindow)
     )
 
 

@@ -1,6 +1,7 @@
 """Held-out problems, how often each is answered, and what says that an answer is right."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,6 +9,7 @@ from pydantic import Field, model_validator
 
 from opd_stream.config.prompts import DatasetPrompts, EmbeddedPrompts, JsonlPrompts, Prompts
 from opd_stream.section import Section
+from opd_stream.tasks.judges import AnyJudge
 
 BenchmarkFormat = Literal["gsm8k", "math500", "amc23", "aime"]
 
@@ -19,28 +21,6 @@ _FORMATS: dict[str, tuple[str, str, str]] = {
     "aime": ("problem", "answer", "math"),
 }
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
-
-
-class Judge(Section):
-    """How an answer is checked."""
-
-    kind: Literal["ledger", "final_number", "exact", "math"] = Field(
-        description="ledger: the embedded tasks; final_number: the number after GSM8K's ####, else "
-        "the last one, as a value; exact: the text after ####, or all of it; math: the last LaTeX "
-        "or boxed expression, up to mathematical equality (library math-verify)"
-    )
-
-
-class FunctionJudge(Section):
-    """Your own function (completion, reference) -> bool, imported and run: only code you trust."""
-
-    kind: Literal["function"]
-    path: str = Field(
-        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="as my_package.my_module:my_function"
-    )
-
-
-AnyJudge = Annotated[Judge | FunctionJudge, Field(discriminator="kind")]
 
 
 class Benchmark(Section):
@@ -90,35 +70,36 @@ class Evaluation(Section):
         description="also between rounds; default: before the first and after the last",
     )
 
-    @model_validator(mode="after")
-    def _one_form(self) -> "Evaluation":
+    def conflicts(self) -> Iterator[str]:
+        """What fields say against each other, one line each."""
+        has_one = self.prompts is not None or self.judge is not None
         if self.benchmarks is None:
             missing = [name for name in ("prompts", "judge") if getattr(self, name) is None]
             if missing:
-                raise ValueError(
+                yield (
                     f"'evaluation.{missing[0]}' is missing; expected prompts and judge, or "
                     "benchmarks with names; add it"
                 )
-        elif not self.benchmarks or self.prompts is not None or self.judge is not None:
+                return
+        elif not self.benchmarks or has_one:
             found = "is empty" if not self.benchmarks else "stands beside prompts or judge"
-            raise ValueError(
+            yield (
                 f"evaluation.benchmarks {found}; expected named entries, each with prompts and "
                 "judge of its own, or only evaluation.prompts and evaluation.judge; keep one form"
             )
+        largest = max(self.pass_at or (1,))
         for name, part in self.parts().items():
             if not _NAME.fullmatch(name):
-                raise ValueError(
+                yield (
                     f"evaluation.benchmarks has the name {name!r}; expected letters, digits, - "
                     "and _; rename it"
                 )
-            largest = max(self.pass_at or (1,))
             if largest > part.samples_per_prompt:
-                raise ValueError(
+                yield (
                     f"evaluation.pass_at asks for pass@{largest} but {name} has "
                     f"{part.samples_per_prompt} samples a problem; raise samples_per_prompt or "
                     "lower pass_at"
                 )
-        return self
 
     def parts(self) -> dict[str, "Evaluation"]:
         """Name -> one set of problems with every setting it is measured by."""

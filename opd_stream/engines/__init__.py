@@ -4,12 +4,55 @@ Torch is loaded when an engine is opened, not before.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 
 from opd_stream.engines.base import Engine
 from opd_stream.engines.vllm_engine import VllmOptions
+from opd_stream.section import import_path, own_path, source_sha256
 
-__all__ = ["Engine", "open_engine"]
+__all__ = ["Engine", "EngineName", "engine_recipe", "open_engine"]
+
+BUILT_IN = ("transformers", "vllm", "fake")
+VERBS = ("load", "sample", "extend", "score")
+
+
+def _named(name: str) -> str:
+    if name not in BUILT_IN and (path := own_path(name, "opd_stream.engines")) is not None:
+        return path
+    if name not in BUILT_IN:
+        expected = f"expected {', '.join(BUILT_IN)}, or the import path package.module:Class"
+        raise PydanticCustomError("unknown_engine", expected)
+    return name
+
+
+EngineName = Annotated[str, AfterValidator(_named)]
+"""A built-in engine, or the import path of a class (or an entry point that stands for one)."""
+
+
+def engine_recipe(engine: str) -> dict[str, str]:
+    """What a recipe says of an engine: its name; of the user's own, also the digest of its file.
+
+    Raises:
+        UserError: the class cannot be imported, or is no engine.
+    """
+    if engine in BUILT_IN:
+        return {"engine": engine}
+    _own_class(engine)
+    return {"engine": engine} | {f"engine_{k}": v for k, v in source_sha256(engine).items()}
+
+
+def _own_class(path: str) -> Callable[..., Engine]:
+    return import_path(
+        path,
+        "engine class",
+        lambda found: isinstance(found, type) and all(hasattr(found, verb) for verb in VERBS),
+        f"a class with {', '.join(VERBS)} (opd_stream.engines.base.Engine)",
+    )
 
 
 def open_engine(
@@ -23,14 +66,15 @@ def open_engine(
     """The engine of a name, with the weights of a folder; heavy imports happen here.
 
     Args:
-        engine: transformers, vllm or fake.
+        engine: transformers, vllm, fake, or the import path of a class whose instances are an
+            `Engine` and which takes (folder, *, dtype, batch_rows).
         folder: Hugging Face checkpoint.
         dtype: of weights and arithmetic.
         batch_rows: rows that transformers runs at once.
         vllm: how vLLM uses its device.
 
     Raises:
-        UserError: the folder is no checkpoint, or the engine's library is not installed.
+        UserError: the folder is no checkpoint, or the engine's library or class is not found.
     """
     if engine == "vllm":
         from opd_stream.engines.vllm_engine import VllmEngine
@@ -41,6 +85,8 @@ def open_engine(
 
         pace = os.environ.get("OPD_STREAM_FAKE_SECONDS_PER_TOKEN", "0")
         return FakeEngine(folder, seconds_per_token=float(pace))
+    if engine != "transformers":
+        return _own_class(engine)(folder, dtype=dtype, batch_rows=batch_rows)
     import torch
 
     from opd_stream.engines.transformers_engine import TransformersEngine

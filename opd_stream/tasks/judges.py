@@ -6,15 +6,13 @@ from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BeforeValidator, Field
 
-from opd_stream.config.evaluation import FunctionJudge
-from opd_stream.config.evaluation import Judge as EmbeddedJudge
 from opd_stream.errors import UserError
-from opd_stream.store.files import sha256_file
+from opd_stream.section import IMPORT_PATH, Section, import_path, own_path, source_sha256
 from opd_stream.tasks import ledger
 
 Judge = Callable[[str, str], bool]  # (completion text, reference answer) -> verdict
@@ -23,7 +21,40 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _SECONDS = 5  # math-verify's limit for one expression and for one comparison
 
 
-def open_judge(settings: EmbeddedJudge | FunctionJudge) -> Judge:
+class BuiltInJudge(Section):
+    """How an answer is checked."""
+
+    kind: Literal["ledger", "final_number", "exact", "math"] = Field(
+        description="ledger: the embedded tasks; final_number: the number after GSM8K's ####, else "
+        "the last one, as a value; exact: the text after ####, or all of it; math: the last LaTeX "
+        "or boxed expression, up to mathematical equality (library math-verify); or yours: "
+        "docs/extend.md"
+    )
+
+
+class FunctionJudge(Section):
+    """Your own function (completion, reference) -> bool, imported and run: only code you trust.
+
+    `kind: package.module:function` says the same in one word.
+    """
+
+    kind: Literal["function"] = "function"
+    path: str = Field(pattern=IMPORT_PATH, description="as my_package.my_module:my_function")
+
+
+def _function(raw: Any) -> Any:
+    """A kind that is an import path, or an entry point's name, is a function."""
+    kind = raw.get("kind") if isinstance(raw, dict) else None
+    path = own_path(kind, "opd_stream.judges") if isinstance(kind, str) else None
+    return raw if path is None else {**raw, "kind": "function", "path": path}
+
+
+AnyJudge = Annotated[
+    BuiltInJudge | FunctionJudge, Field(discriminator="kind"), BeforeValidator(_function)
+]
+
+
+def open_judge(settings: BuiltInJudge | FunctionJudge) -> Judge:
     """The judge that a config asks for.
 
     Raises:
@@ -41,7 +72,7 @@ def open_judge(settings: EmbeddedJudge | FunctionJudge) -> Judge:
     }[settings.kind]
 
 
-def judge_recipe(settings: EmbeddedJudge | FunctionJudge) -> dict[str, Any]:
+def judge_recipe(settings: BuiltInJudge | FunctionJudge) -> dict[str, Any]:
     """What decides the verdicts: the settings, and which code of others does.
 
     Raises:
@@ -50,8 +81,7 @@ def judge_recipe(settings: EmbeddedJudge | FunctionJudge) -> dict[str, Any]:
     recipe = settings.model_dump(mode="json")
     if isinstance(settings, FunctionJudge):
         _imported(settings.path)
-        source = importlib.import_module(settings.path.partition(":")[0]).__file__
-        return recipe if source is None else {**recipe, "sha256": sha256_file(Path(source))}
+        return recipe | source_sha256(settings.path)
     if settings.kind == "math":
         _need_math_verify()
         return {**recipe, "math_verify": version("math-verify")}
@@ -132,22 +162,8 @@ def _need_math_verify() -> None:
 
 def _imported(path: str) -> Callable[..., Any]:
     """The function at `package.module:name`; importing runs the module."""
-    module_name, _, name = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module_name), name, None)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        raise UserError(
-            f"judge function {path} cannot be imported ({type(error).__name__}: "
-            f"{_one_line(error)}); expected a module that python -c 'import {module_name}' finds; "
-            "install it or set PYTHONPATH"
-        ) from error
-    if not callable(found):
-        what = "nothing" if found is None else f"a {type(found).__name__}"
-        raise UserError(
-            f"judge function {path}: the module has {what} under the name {name}; expected a "
-            "function of completion and reference; check judge.path"
-        )
-    return found
+    expected = "a function of completion and reference"
+    return import_path(path, "judge function", callable, expected)
 
 
 def _checked(path: str, function: Callable[..., Any]) -> Judge:

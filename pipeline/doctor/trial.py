@@ -48,7 +48,6 @@ CONTROLS = 4.0  # a cached score may differ by so many times what two live ones 
 FLOOR = 1e-4  # nats, where two live ones are alike
 PROBABLE = -7.0  # candidates below this log-probability are left out: rounding of tails is no error
 HALF_UNIT = 2.0**-11  # of float16, relative
-ZERO_AT_TEACHER = {"bucket", "skew", "lsm", "hybrid", "sampled_pg", "entropy_aware"}
 Result = TypeVar("Result")
 Floats = NDArray[np.floating[Any]]
 
@@ -229,12 +228,12 @@ def _loss_at_teacher(
     from opd_stream.batches import collate
     from opd_stream.engines.head import output_head
     from opd_stream.logprobs import sampled_logprobs
-    from opd_stream.objectives import build_objectives
+    from opd_stream.objectives import SampledPg
 
     model = _model_of_training(folder)
     batch = collate(rows, window_tokens=TOKENS).to(model.device)
-    objectives = [part.model_dump() for part in config.train.objective]
-    kept = [part for part in objectives if part["kind"] in ZERO_AT_TEACHER]
+    objectives = config.train.objective
+    kept = [part for part in objectives if part.is_zero_at_teacher and part.reads != "draws"]
     with torch.no_grad():
         hidden = model.get_decoder()(
             input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL, use_cache=False
@@ -250,7 +249,7 @@ def _loss_at_teacher(
             hidden,
             head,
             batch,
-            build_objectives(kept or [{"kind": "sampled_pg"}]),
+            kept or [SampledPg()],
             merge_terminators=config.train.guards.merge_terminators,
         )
     return float(found.loss), (own_N - batch.teacher_logprobs_N).abs().cpu().numpy()

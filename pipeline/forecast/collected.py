@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from opd_stream.config.collection import AdaptiveWindowConfig
 from opd_stream.costs import TokenCounts
 from opd_stream.store.artifact import Artifact, Commit, summed_counts
+from opd_stream.windows import AdaptiveWindow
 from pipeline.caches import Cache
 from pipeline.forecast.amounts import Stage
 from pipeline.forecast.known import Known
@@ -148,7 +148,7 @@ def kept_rows(known: Known, plan: RoundPlan, cache: Cache) -> Rows:
 def probe_stages(known: Known, plan: RoundPlan, rows: Rows, here: Round | None) -> list[Stage]:
     """The probes of an audit, if the round takes one: unfinished rows, taken to fill the window."""
     window, is_last = known.config.rollouts.window, plan.round_index == known.config.rounds - 1
-    if not isinstance(window, AdaptiveWindowConfig) or is_last:
+    if not isinstance(window, AdaptiveWindow) or is_last:
         return []
     if plan.round_index % window.every_rounds:
         return []

@@ -8,7 +8,7 @@ from functools import partial
 from opd_stream.costs import TokenCounts, train_flops
 from opd_stream.store.artifact import summed_counts
 from opd_stream.store.policy import PolicyArtifact
-from opd_stream.windows import FixedWindow, window_tokens
+from opd_stream.windows import AdaptiveWindow, FixedWindow
 from pipeline.forecast.amounts import Amount, Basis, RoundForecast, Stage
 from pipeline.forecast.collected import (
     Rows,
@@ -20,7 +20,7 @@ from pipeline.forecast.collected import (
 from pipeline.forecast.known import Known
 from pipeline.forecast.lengths import expected_counts, measured_of
 from pipeline.forecast.units import commits_of, sizes_of, stage_of, unit_rows, work_on
-from pipeline.plan import RoundPlan, is_due, plan_round, training_window
+from pipeline.plan import RoundPlan, is_due, plan_round
 from pipeline.walk import (
     ReplaySource,
     Round,
@@ -131,13 +131,13 @@ def _will_be_trained(known: Known, plan: RoundPlan, parts: Sequence[Rows]) -> Tr
     rows_per_step, rows = known.config.train.rows_per_step, sum(part.rows for part in parts)
     per_epoch = -int(-rows // rows_per_step)
     steps = per_epoch * known.config.staleness.max_epochs
-    window = training_window(known.config)
-    if known.config.rollouts.window.kind == "adaptive":
+    window = known.config.rollouts.window
+    if isinstance(window, AdaptiveWindow):
         window = FixedWindow(tokens=plan.window_tokens)
     epochs: Counter[int] = Counter()  # window -> share of the rows that a step with it reads
     for step in range(steps):
         in_step = min(rows_per_step, rows - step % per_epoch * rows_per_step)
-        epochs[window_tokens(window, plan.first_step + step)] += in_step / rows  # pyright: ignore
+        epochs[window.tokens_at(plan.first_step + step)] += in_step / rows  # pyright: ignore
     total = TokenCounts(tokens=0, completion_tokens=0, pairs=0)
     for tokens, share in epochs.items():
         for part in parts:

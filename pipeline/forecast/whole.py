@@ -7,6 +7,7 @@ from opd_stream.config import Config
 from opd_stream.costs import TokenCounts, forward_flops, train_flops
 from opd_stream.engines.base import MAX_LOGITS_PER_CHUNK, rows_per_chunk
 from opd_stream.store.files import is_remote
+from opd_stream.windows import AdaptiveWindow
 from pipeline.forecast.amounts import (
     BreakEven,
     Forecast,
@@ -150,7 +151,7 @@ def _assumptions(known: Known, whole: Forecast) -> list[str]:
             "training is taken to use all epochs (staleness.max_epochs "
             f"{config.staleness.max_epochs}); drift may stop it earlier"
         )
-        if config.rollouts.window.kind == "adaptive":
+        if isinstance(config.rollouts.window, AdaptiveWindow):
             lines.append("audits decide later windows; until then the latest one is taken")
         if config.staleness.max_policies:
             lines.append("rounds that have no name yet are taken to sample all of their rollouts")

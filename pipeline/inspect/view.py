@@ -20,9 +20,8 @@ from opd_stream.token_figures import (
     token_figures,
 )
 from opd_stream.token_text import TokenText, visible
-from opd_stream.windows import window_tokens
+from opd_stream.windows import AdaptiveWindow
 from pipeline.inspect.source import LocatedRow, RoundCache, RoundSource
-from pipeline.plan import training_window
 
 WORST_TOKENS = 10
 
@@ -70,11 +69,11 @@ class RoundReader:
     def windows(self) -> dict[int, int]:
         """Window -> the first planned step of the round that trains up to it."""
         plan, config = self.source.plan, self.source.config
-        if config.rollouts.window.kind == "adaptive":
+        if isinstance(config.rollouts.window, AdaptiveWindow):
             return {plan["window_tokens"]: plan["first_step"]}
-        window, found = training_window(config), dict[int, int]()
+        window, found = config.rollouts.window, dict[int, int]()
         for step in range(plan["first_step"], plan["first_step"] + max(1, plan["planned_steps"])):
-            found.setdefault(window_tokens(window, step), step)
+            found.setdefault(window.tokens_at(step), step)
         return found
 
     def trains(self, row: ScoredRow) -> NDArray[np.bool_]:

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
 from opd_stream.outcome import PositionMeans, WindowAudit
+from opd_stream.windows import AdaptiveWindow
 from pipeline.records import RoundReport, StageNumbers
 from pipeline.report.drawing import (
     FAINT,
@@ -47,7 +48,7 @@ def window_exhibit(run: Run, name: str) -> Exhibit:
     legend: list[Series] = []
     tables: list[Table] = []
     caption = f"Window kind: {window.kind}."
-    if window.kind == "adaptive" and audits:
+    if isinstance(window, AdaptiveWindow) and audits:
         legend = _draw_cosines(axes[1], audits, window.candidates)
         axes[1].axhline(window.threshold, color=FAINT, linewidth=1, linestyle=THRESHOLD.line)
         legend.append(Series(label=f"threshold {window.threshold:.3f}", look=THRESHOLD))
