@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -14,6 +15,10 @@ from typing import Any
 import pytest
 
 pytest.importorskip("moto", reason="pip install 'opd-stream[dev]' brings the S3 server")
+
+import fsspec
+import s3fs
+from upath import UPath
 
 from opd_stream.errors import UserError
 from opd_stream.store import open_scores
@@ -138,3 +143,15 @@ def test_a_store_that_never_answered_is_one_line_and_not_waited_for(
     RetryingS3.clear_instance_cache()
     with pytest.raises(UserError, match="cannot reach s3://nobody/store"):
         open_setup(small_config(tmp_path, "store=s3://nobody/store", "store_seconds=3600"))
+
+
+def test_other_code_keeps_its_own_s3(bucket: str) -> None:
+    publish(place(f"{bucket}/shard"), b"ours")
+    own = fsspec.filesystem("s3")
+    assert type(own) is s3fs.S3FileSystem
+    assert own.cat_file(f"{bucket}/shard") == b"ours"
+    assert type(UPath(bucket).fs) is s3fs.S3FileSystem
+    store: Any = place(bucket) / "units"
+    copies = (store, store.parent, pickle.loads(pickle.dumps(store)))
+    for path in (*copies, *store.parent.iterdir()):
+        assert type(path.fs) is RetryingS3

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
@@ -44,14 +44,13 @@ def place(location: str, retry_timeout: float = RETRY_TIMEOUT) -> Path:
     if "://" not in location:
         return Path(location)
     try:
+        if location.startswith("s3://"):
+            from opd_stream.store.s3 import StorePath, options
+
+            return cast(Path, StorePath(location, **options(retry_timeout)))
         from upath import UPath
 
-        options: dict[str, Any] = {"use_listings_cache": False}  # other machines write here too
-        if location.startswith("s3://"):
-            from opd_stream.store import s3
-
-            options |= {**s3.OPTIONS, "retry_timeout": retry_timeout}
-        return cast(Path, UPath(location, **options))
+        return cast(Path, UPath(location, use_listings_cache=False))  # other machines write too
     except (ImportError, ValueError) as error:
         raise UserError(
             f"store {location} cannot be opened ({error}); expected a folder or s3://BUCKET/PATH; "
@@ -61,7 +60,7 @@ def place(location: str, retry_timeout: float = RETRY_TIMEOUT) -> Path:
 
 def is_remote(path: Path) -> bool:
     """Whether a place is in an object store."""
-    return not isinstance(path, Path)
+    return not isinstance(path, Path)  # pyright: ignore[reportUnnecessaryIsInstance]
 
 
 def canonical_json(value: Any) -> bytes:
@@ -250,7 +249,7 @@ def remove_stale_temporaries(root: Path, *, older_than_seconds: float, now: floa
 
 
 @contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Generator[None]:
     """Turn the operating system's refusals of a write into one line each."""
     try:
         yield
@@ -325,7 +324,7 @@ def unreachable(place: Path | str, error: BaseException, waited: float | None = 
 
 
 @contextlib.contextmanager
-def _temporary(path: Path, data: bytes) -> Iterator[Path]:
+def _temporary(path: Path, data: bytes) -> Generator[Path]:
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,32 +1,30 @@
-"""S3 as a run needs it: a request that nobody answers is sent again for as long as was asked.
+"""S3 as a run needs it: a request that nobody answers is sent again until a timeout.
 
 Every request of s3fs goes through `_call_s3`, so nothing that uses the store knows of outages.
-Refusals (no such key, no such bucket, no right) are answers and are passed on at once.
+Refusals (no such key, no such bucket, no right) are answers and are passed on at once. Only a
+`StorePath` behaves so: what other code of the process does with s3:// addresses stays as it is.
 """
+
+# s3fs and botocore have no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Self
 
 import aiohttp
 from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
-from fsspec import register_implementation
 from s3fs import S3FileSystem
+from upath.implementations.cloud import S3Path
 
 from opd_stream.errors import UserError
 from opd_stream.store.files import unreachable
 
 TOLD_AFTER = 5.0  # seconds of silence
 LONGEST_PAUSE = 5.0  # seconds between two attempts; the first is a tenth of one
-OPTIONS: dict[str, Any] = {
-    "config_kwargs": {
-        "retries": {"mode": "standard", "max_attempts": 1},  # attempts are counted here
-        "connect_timeout": 10,
-        "read_timeout": 60,
-    },
-}
 _SILENCE = (
     ConnectionError,  # botocore's: refused, no route, no such host, no handshake
     HTTPClientError,  # broken off, or no byte in time
@@ -36,6 +34,20 @@ _SILENCE = (
 )
 _ANSWERS = (FileNotFoundError, FileExistsError, PermissionError)
 _BUSY = (408, 409, 429)  # HTTP statuses that ask to come again; so does everything from 500 on
+
+
+def options(retry_timeout: float) -> dict[str, Any]:
+    """What `RetryingS3` is made with."""
+    config = {
+        "retries": {"mode": "standard", "max_attempts": 1},  # attempts are counted here
+        "connect_timeout": 10,
+        "read_timeout": 60,
+    }
+    return {
+        "config_kwargs": config,
+        "use_listings_cache": False,  # other machines write here too
+        "retry_timeout": retry_timeout,
+    }
 
 
 class RetryingS3(S3FileSystem):
@@ -90,4 +102,16 @@ def is_silence(error: BaseException) -> bool:
     return True
 
 
-register_implementation("s3", RetryingS3, clobber=True)
+class StorePath(S3Path):
+    """A place in S3 that is reached through `RetryingS3`."""
+
+    __slots__ = ()
+
+    def __new__(cls, *parts: Any, **options: Any) -> Self:
+        return object.__new__(cls)  # UPath's own would look up the class of the process
+
+    @classmethod
+    def _fs_factory(
+        cls, urlpath: str, protocol: str, storage_options: Mapping[str, Any]
+    ) -> RetryingS3:
+        return RetryingS3(**storage_options)
