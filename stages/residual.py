@@ -30,8 +30,7 @@ def make_residual(
         UserError: the artifact is not complete, or holds ids drawn from the teacher.
         DamagedUnit: a shard is not what was committed.
     """
-    if not scores.is_complete():
-        raise UserError(f"{scores.name} is not complete; run its score stage again")
+    rollouts = store.scored_rollouts(scores)
     refuse_aligned(scores, "the residual")
     codec = codec_of(scores.recipe.settings["codec"])
     if scores.recipe.settings["codec"]["kind"] == "sampled":
@@ -39,7 +38,6 @@ def make_residual(
             f"{scores.name} holds ids drawn from the teacher, whose counts cannot be corrected; "
             "score with codec exact or compact"
         )
-    rollouts = store.by_fingerprint("rollouts", scores.recipe.inputs["rollouts"])
     target = store.artifact(
         Recipe(
             kind="scores",

@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.files import read_json
 from opd_stream.store.reader import open_scores
 from opd_stream.store.store import Store
-from pipeline.cache_commands import export, residual
+from pipeline.cli import app
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from pipeline.setup import open_setup
@@ -66,12 +67,9 @@ def test_a_round_with_another_tokenizers_teacher(
     recipe = Store(config.store).by_fingerprint("scores", name.removeprefix("scores/")).recipe
     assert recipe.settings["alignment"]["max_chunk_tokens"] == 6
     assert recipe.inputs["student_tokenizer"] != recipe.inputs["teacher_tokenizer"]
-    for command in (
-        lambda: list(residual(config.store, name)),
-        lambda: list(export(config.store, name, tmp_path / "out", "parquet")),
-    ):
+    for words in (("residual", str(config.store), name), ("export", str(config.store), name, "o")):
         with pytest.raises(UserError, match="another tokenizer") as caught:
-            command()
+            CliRunner().invoke(app, ["cache", *words], catch_exceptions=False)
         assert "\n" not in str(caught.value)
     replayed = small_config(
         tmp_path,

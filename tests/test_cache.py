@@ -13,15 +13,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from opd_stream.errors import UserError
 from opd_stream.store import Store, inventory, open_scores
 from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.files import remove_stale_temporaries
-from opd_stream.store.inventory import entries, fidelity_report, problems
+from opd_stream.store.inventory import (
+    RUN_SECONDS,
+    collect_garbage,
+    damages,
+    entries,
+    fidelity_report,
+    garbage,
+)
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_table
-from pipeline.cache_commands import COMMANDS
 from pipeline.cli import app
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
@@ -31,6 +38,8 @@ from tests.test_store import batch_of
 
 PAGE = (Path(__file__).parent.parent / "docs" / "cache-format.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+GONE = ("--run-days", "0")  # no run whose folder is away counts
+NOW = ("--hours", "0", *GONE)
 CODECS = ["{kind: exact}", "{kind: exact, dtype: float32}", "{kind: compact, mass: 0.99}"]
 
 
@@ -52,8 +61,10 @@ def scores_names(folder: Path) -> list[str]:
     return [f"scores/{cache['scores'][:16]}" for caches in summary["caches"] for cache in caches]
 
 
-def said(command: str, *arguments: Any) -> str:
-    return "\n".join(COMMANDS[command](*arguments))
+def said(*arguments: object) -> str:
+    """What a `cache` command prints."""
+    words = ["cache", *map(str, arguments)]
+    return CliRunner().invoke(app, words, catch_exceptions=False).stdout
 
 
 def test_the_forty_line_reader_of_the_specification_reads_what_we_read(finished: Path) -> None:
@@ -116,12 +127,12 @@ def test_a_thousand_bit_flips_are_found_and_only_what_was_hit_is_made_again(
         with pytest.raises(DamagedUnit, match=f"unit {unit} of {artifact.name} is damaged"):
             artifact.read_unit(unit)
         path.write_bytes(healthy)
-    assert list(problems(store)) == []
+    assert list(damages(store)) == []
     for path in (hit := rng.sample(shards, 3)):
         data = bytearray(path.read_bytes())
         data[rng.randrange(len(data))] ^= 4
         path.write_bytes(bytes(data))
-    named = list(problems(store))
+    named = list(damages(store))
     assert len(named) == 3
     before = {path: path.stat().st_mtime_ns for path in shards if path not in hit}
     for policy in store.folders("policies"):
@@ -129,7 +140,7 @@ def test_a_thousand_bit_flips_are_found_and_only_what_was_hit_is_made_again(
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     again = finish(tmp_path, "again", "scores.codec={kind: compact, mass: 0.99}")
     assert again["policies"] == summary["policies"]
-    assert list(problems(store)) == []
+    assert list(damages(store)) == []
     untouched = {path: path.stat().st_mtime_ns for path in before if path.exists()}
     scored_again = {p for p in before if p not in untouched}
     assert len(scored_again) <= 3  # scores of a rollouts unit that was hit
@@ -175,7 +186,7 @@ def test_nothing_that_was_planted_is_unpickled(tmp_path: Path) -> None:
             (policy / "manifest.json").unlink()
     finish(tmp_path, "again")
     said("verify", str(store.root))
-    said("gc", str(store.root), False, 0.0)
+    said("gc", store.root, *NOW)
     assert not (tmp_path / "exploded").exists()
 
 
@@ -322,22 +333,59 @@ def test_gc_frees_what_no_run_and_no_pin_reaches(tmp_path: Path) -> None:
     others = names_in(tmp_path) - kept
     store = str(tmp_path / "store")
     pinned = next(name for name in sorted(others) if name.startswith("scores/"))
-    assert said("gc", store, True, 0.0).startswith("0 folders")
+    assert said("gc", store, "--delete", *NOW).startswith("0 folders")
     shutil.rmtree(tmp_path / "other")
     said("pin", store, pinned)
-    assert "would remove" in said("gc", store, False, 0.0)
+    assert "would remove" in said("gc", store, *NOW)
     assert names_in(tmp_path) == kept | others
-    assert said("gc", store, True, 24.0).startswith("0 folders")  # all of it is young
-    said("gc", store, True, 0.0)
+    assert said("gc", store, "--delete", *GONE).startswith("0 folders")  # all of it is young
+    said("gc", store, "--delete", *NOW)
     assert kept <= names_in(tmp_path)
     assert pinned in names_in(tmp_path)
     assert len(names_in(tmp_path) - kept - {pinned}) < len(others) - 1
     said("unpin", store, pinned)
-    said("gc", store, True, 0.0)
+    said("gc", store, "--delete", *NOW)
     assert names_in(tmp_path) == kept
     assert finish(tmp_path, "run")["tokens"]["teacher_scored"] > 0  # of the run's own, before
     with pytest.raises(UserError, match="is not pinned"):
         said("unpin", store, pinned)
+
+
+def test_a_run_is_gone_when_its_record_is_old_and_its_folder_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "store")
+    artifact = store.artifact(Recipe(kind="rollouts", settings={}, inputs={}))
+    artifact.create(rows=1, rows_per_unit=1)
+    folder = tmp_path / "run"
+    store.record_run("a", folder, {artifact.name})
+    record = store.root / "runs" / "a.json"
+
+    def is_kept(host: str) -> bool:
+        monkeypatch.setattr("platform.node", lambda: host)
+        return garbage(store, grace_seconds=0) == []
+
+    hosts = (json.loads(record.read_text())["host"], "a new container")
+    assert all(map(is_kept, hosts))  # the folder is away, on another machine perhaps
+    old = time.time() - RUN_SECONDS - 60
+    os.utime(record, (old, old))
+    assert not any(map(is_kept, hosts))
+    assert "run a is gone" in said("gc", store.root, "--hours", 0)
+    folder.mkdir()
+    assert all(map(is_kept, hosts))
+    folder.rmdir()
+    store.add_to_run("a", folder, set())  # it goes on, with nothing new
+    assert all(map(is_kept, hosts))
+
+
+def test_a_record_of_a_later_version_is_one_line_and_nothing_is_freed(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    store.check_writable()
+    store.record_run("a", tmp_path, ())
+    record = store.root / "runs" / "a.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "format_version": 2}))
+    with pytest.raises(UserError, match=r"a\.json has format version 2; .* reads version 1"):
+        said("gc", store.root)
 
 
 def test_a_killed_gc_leaves_no_unit_without_its_recipe(
@@ -355,13 +403,14 @@ def test_a_killed_gc_leaves_no_unit_without_its_recipe(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(inventory, "remove_tree", stops)
+    store = Store(tmp_path / "store")
     with pytest.raises(KeyboardInterrupt):
-        said("gc", str(tmp_path / "store"), True, 0.0)
+        collect_garbage(store, garbage(store, grace_seconds=0, run_seconds=0), grace_seconds=0)
     (gone,) = removed
     assert gone.name in ("units", "attempts") or gone.name.startswith("attempt")
     assert (gone.parent / "recipe.json").exists()
     finish(tmp_path, "run")
-    assert list(problems(Store(tmp_path / "store"))) == []
+    assert list(damages(Store(tmp_path / "store"))) == []
 
 
 # Exchange
@@ -370,14 +419,14 @@ def test_a_killed_gc_leaves_no_unit_without_its_recipe(
 @pytest.mark.parametrize("form", ["parquet", "datasets"])
 def test_what_is_exported_comes_back_the_same(finished: Path, tmp_path: Path, form: str) -> None:
     store, name = str(finished / "store"), scores_names(finished)[0]
-    said("export", store, name, tmp_path / "out", form)
+    said("export", store, name, tmp_path / "out", "--form", form)
     source = tmp_path / "out"
     if form == "datasets":
         import datasets
 
         source = tmp_path / "table.parquet"
         datasets.load_from_disk(str(tmp_path / "out")).to_parquet(source)
-    line = said("import", str(tmp_path / "store"), source, "{kind: exact, dtype: float32}")
+    line = said("import", str(tmp_path / "store"), source, "--codec", CODECS[1])
     mine = open_scores(finished / "store" / name)
     theirs = open_scores(tmp_path / "store" / line.split(":")[0])
     assert len(mine) == len(theirs)
@@ -420,7 +469,7 @@ def written(path: Path, rows: list[Any]) -> Path:
 
 def test_a_run_trains_on_rows_another_program_wrote(tmp_path: Path) -> None:
     source = written(tmp_path / "rows.jsonl.zst", [ROW | {"prompt_id": str(n)} for n in range(8)])
-    line = said("import", str(tmp_path / "store"), source, "{kind: compact}")
+    line = said("import", str(tmp_path / "store"), source, "--codec", "{kind: compact}")
     name = line.split(":")[0]
     row = open_scores(tmp_path / "store" / name)[0]
     assert row.teacher_tail_logprobs[0] == pytest.approx(
@@ -455,12 +504,12 @@ def test_a_run_trains_on_rows_another_program_wrote(tmp_path: Path) -> None:
 def test_a_bad_row_is_named(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     source = written(tmp_path / "rows.jsonl", [ROW, ROW | change])
     with pytest.raises(UserError, match=words):
-        said("import", str(tmp_path / "store"), source, "{kind: exact}")
+        said("import", str(tmp_path / "store"), source)
 
 
 def test_a_store_is_read_from_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = written(tmp_path / "rows.jsonl", [ROW])
-    name = said("import", str(tmp_path / "store"), source, "{kind: exact}").split(":")[0]
+    name = said("import", str(tmp_path / "store"), source).split(":")[0]
     monkeypatch.chdir(tmp_path / "store")
     assert len(open_scores(name)) == 1
     with pytest.raises(UserError, match="is no scores artifact"):
@@ -471,14 +520,14 @@ def test_a_torn_file_of_rows_is_refused(tmp_path: Path) -> None:
     source = written(tmp_path / "rows.jsonl.zst", [ROW] * 9)
     source.write_bytes(source.read_bytes()[:-6])
     with pytest.raises(UserError, match="not a whole zstd file"):
-        said("import", str(tmp_path / "store"), source, "{kind: exact}")
+        said("import", str(tmp_path / "store"), source)
 
 
 def test_what_is_no_store_codec_or_file_is_one_line(tmp_path: Path) -> None:
     for words, arguments in (
         ("does not exist", ("ls", str(tmp_path / "nothing"))),
-        ("is no codec", ("import", str(tmp_path / "s"), tmp_path / "x", "{kind: magic}")),
-        ("is no file", ("import", str(tmp_path / "s"), tmp_path / "x.jsonl", "{kind: exact}")),
+        ("is no codec", ("import", tmp_path / "s", "x", "--codec", "{kind: magic}")),
+        ("is no file", ("import", tmp_path / "s", tmp_path / "x.jsonl")),
     ):
         with pytest.raises(UserError, match=words):
             said(*arguments)

@@ -21,7 +21,7 @@ class Collecting(Silent):
         self.removed: list[str] = []
 
     def start(self, stage: str, total: int, done: int = 0) -> None:
-        found = garbage(self._store, grace_seconds=0.0)
+        found = garbage(self._store, grace_seconds=0.0, run_seconds=0.0)
         self.stages.append(stage)
         self.removed += [f"{path.parent.name}/{path.name}" for path in found]
         collect_garbage(self._store, found, grace_seconds=0.0)

@@ -10,7 +10,7 @@ pytest.importorskip("upath", reason="pip install 'opd-stream[s3]' brings remote 
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
-from opd_stream.store.inventory import problems
+from opd_stream.store.inventory import damages
 from opd_stream.store.policy import PolicyArtifact
 from pipeline.rounds import Session, has_policy, make_caches
 from pipeline.run_directory import RunDirectory
@@ -117,7 +117,7 @@ def test_a_damaged_copy_is_fetched_again_and_the_policy_stays(
         assert has_policy(session, here)
         assert copy.read_bytes() == good
         spoil(copy)
-        assert list(problems(session.setup.store)) == []
+        assert list(damages(session.setup.store)) == []
         assert copy.read_bytes() == good
     (here.policy.folder("name") / "model.safetensors").unlink()
     assert has_policy(session, here)
@@ -129,8 +129,8 @@ def test_a_policy_damaged_in_the_store_is_taken_out(trained: Config, tmp_path: P
     spoil(here.policy.artifact_folder / folder.name / "model.safetensors")
     assert has_policy(session, here)  # this machine's copy is whole
     spoil(folder / "model.safetensors")
-    (problem,) = problems(session.setup.store)
-    assert "model.safetensors" in problem
+    (problem,) = damages(session.setup.store)
+    assert "model.safetensors" in problem.reason
     with pytest.raises(UserError, match=r"is damaged in the store \(model.safetensors"):
         here.policy.folder()
     assert not has_policy(session, here)

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from opd_stream.errors import UserError
 from opd_stream.store import open_scores
 from opd_stream.store.store import Store
 from opd_stream.style_bias import StyleSettings, style_bias
-from pipeline.cache_commands import COMMANDS
+from pipeline.cli import app
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from stages.progress import Silent
@@ -59,7 +60,8 @@ def test_the_residual_is_scores_that_a_run_trains_on(tmp_path: Path, codec: str)
     settings = ("rounds=1", "evaluation=null", f"scores.codec={codec}")
     run(small_config(tmp_path, *settings), RunDirectory(tmp_path / "source"), Silent())
     (folder,) = (tmp_path / "store" / "scores").iterdir()
-    line = "\n".join(COMMANDS["residual"](str(tmp_path / "store"), f"scores/{folder.name}"))
+    words = ["cache", "residual", str(tmp_path / "store"), f"scores/{folder.name}"]
+    line = CliRunner().invoke(app, words, catch_exceptions=False).stdout
     name = line.split(":")[0]
     before, after = open_scores(folder), open_scores(tmp_path / "store" / name)
     assert len(before) == len(after)
@@ -101,5 +103,6 @@ def test_what_has_no_residual_is_one_line(tmp_path: Path) -> None:
     config = small_config(tmp_path, "rounds=1", "evaluation=null", *settings)
     run(config, RunDirectory(tmp_path / "source"), Silent())
     (folder,) = (tmp_path / "store" / "scores").iterdir()
+    words = ["cache", "residual", str(tmp_path / "store"), f"scores/{folder.name}"]
     with pytest.raises(UserError, match="drawn from the teacher"):
-        list(COMMANDS["residual"](str(tmp_path / "store"), f"scores/{folder.name}"))
+        CliRunner().invoke(app, words, catch_exceptions=False)

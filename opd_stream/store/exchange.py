@@ -4,28 +4,31 @@ One row is one scored rollout, with the columns below; docs/cache-format.md desc
 that was exported and imported again holds the same values.
 """
 
+import importlib
 import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import Field, ValidationError
 
 from opd_stream.errors import UserError
-from opd_stream.store.artifact import Artifact, Commit
+from opd_stream.record import Record
+from opd_stream.store.artifact import Artifact
 from opd_stream.store.codecs import Codec, decode_scores, encode_scores
 from opd_stream.store.files import lines_of, sha256_file
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_table
 from opd_stream.store.store import Store
-from opd_stream.types import RolloutBatch, ScoreBatch
+from opd_stream.types import FinishReason, RolloutBatch, ScoreBatch
 
 ROWS_PER_UNIT = 512
 LISTS = pa.list_(pa.float32())
@@ -45,16 +48,37 @@ COLUMNS = pa.schema(
         ("refused", pa.string()),
     ]
 )
-Told = Callable[[Artifact, Commit | None], object]  # None: before the first unit
+PlacedRow = tuple[str, object]  # where a row stands, and its JSON value
+UnitReport = Callable[[int, int, int], object]  # units done, of how many, tokens of the latest
+
+
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+Logprob = Annotated[float, Field(lt=math.inf)]
+
+
+class ImportedRow(Record):
+    """A row that another program wrote; lists of a refused row's scores are empty."""
+
+    prompt_id: str | int | float | None = None
+    sample_index: int | None = None
+    prompt_ids: list[TokenId]
+    completion_ids: list[TokenId]
+    behavior_logprobs: list[Logprob]
+    finish_reason: str | None = None
+    teacher_logprobs: list[Logprob]
+    teacher_top_ids: list[list[TokenId]]
+    teacher_top_logprobs: list[list[Logprob]]
+    teacher_tail_logprobs: list[Logprob] | None = None
+    teacher_forced_logprobs: list[list[Logprob]] | None = None
+    refused: str | None = None
+
+
+def _silent(done: int, total: int, tokens: int) -> None:
+    pass
 
 
 def export_scores(
-    store: Store,
-    scores: Artifact,
-    out: Path,
-    *,
-    form: str,
-    told: Told = lambda artifact, commit: None,
+    store: Store, scores: Artifact, out: Path, *, form: str, after_unit: UnitReport = _silent
 ) -> int:
     """Write a scores artifact with its rollouts as Parquet files or a `datasets` folder.
 
@@ -63,7 +87,7 @@ def export_scores(
         scores: a complete scores artifact.
         out: folder that must not exist yet.
         form: `parquet` or `datasets`.
-        told: called before the first unit and after each.
+        after_unit: called before the first unit and after each.
 
     Returns:
         Rows written.
@@ -74,28 +98,25 @@ def export_scores(
     """
     if out.exists():
         raise UserError(f"{out} exists; expected a new folder; choose another or remove it")
-    if not scores.is_complete():
-        raise UserError(f"{scores.name} is not complete; run its score stage again")
-    rollouts = store.by_fingerprint("rollouts", scores.recipe.inputs["rollouts"])
+    rollouts = store.scored_rollouts(scores)
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows = 0
+    rows, commits = 0, scores.listed_commits()
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         folder = Path(temporary) / "parquet"
         folder.mkdir()
-        told(scores, None)
-        for unit, commit in scores.listed_commits().items():
+        after_unit(0, len(commits), 0)
+        for done, (unit, commit) in enumerate(commits.items(), 1):
             table = _plain(rollouts.read_unit(unit), scores.read_unit(unit))
             pq.write_table(table, folder / f"{unit:05d}.parquet", compression="zstd")
             rows += table.num_rows
-            told(scores, commit)
+            after_unit(done, len(commits), int(commit.counts.get("completion_tokens", 0)))
         if form == "datasets":
-            import datasets
-
+            datasets: Any = importlib.import_module("datasets")  # not typed
             datasets.disable_progress_bars()
-            files: list[Any] = [str(path) for path in sorted(folder.iterdir())]
+            files = [str(path) for path in sorted(folder.iterdir())]
             loaded = datasets.Dataset.from_parquet(files, cache_dir=f"{temporary}/cache")
             folder = Path(temporary) / "datasets"
-            loaded.save_to_disk(folder)  # pyright: ignore[reportAttributeAccessIssue]
+            loaded.save_to_disk(folder)
         shutil.move(folder, out)
     return rows
 
@@ -106,12 +127,12 @@ def import_scores(
     codec: Codec,
     *,
     stop_ids: Sequence[int] = (),
-    told: Told = lambda artifact, commit: None,
+    after_unit: UnitReport = _silent,
 ) -> Artifact:
     """Make rollouts and scores artifacts of a JSONL(.zst) or Parquet file, or a folder of Parquet.
 
     `stop_ids` are the terminators that the first columns of teacher_forced_logprobs speak of;
-    `told` is called before the first unit and after each.
+    `after_unit` is called before the first unit and after each.
 
     Raises:
         UserError: a row is missing a column, or its lengths do not agree (file and row named).
@@ -126,53 +147,57 @@ def import_scores(
     rows = sum(1 for file in files for _ in _rows_of(file))
     if rows == 0:
         raise UserError(f"{source} holds no rows; expected one scored rollout a row")
-    stops = {"stop_ids": list(stop_ids)} if stop_ids else {}
-    rollouts = store.artifact(
-        Recipe(kind="rollouts", settings={"imported": digests, **stops}, inputs={})
-    )
-    scores = store.artifact(
-        Recipe(
-            kind="scores",
-            settings={
-                "imported": digests,
-                "codec": codec.model_dump(),
-                "forced_ids": list(stop_ids),
-            },
-            inputs={"rollouts": rollouts.fingerprint},
-        )
-    )
+    ids = list(stop_ids)
+    settings = {"imported": digests, **({"stop_ids": ids} if ids else {})}
+    rollouts = store.artifact(Recipe(kind="rollouts", settings=settings, inputs={}))
+    settings = {"imported": digests, "codec": codec.model_dump(), "forced_ids": ids}
+    inputs = {"rollouts": rollouts.fingerprint}
+    scores = store.artifact(Recipe(kind="scores", settings=settings, inputs=inputs))
     for artifact in (rollouts, scores):
         artifact.create(rows=rows, rows_per_unit=ROWS_PER_UNIT)
-    everything = (item for file in files for item in _rows_of(file))
-    told(scores, None)
-    for unit in scores.units():
-        chunk = list(islice(everything, ROWS_PER_UNIT))
-        batch, scored = _batches(chunk)
-        if any(row.shape[1] < len(stop_ids) for row in scored.teacher_forced_logprobs if len(row)):
-            raise UserError(
-                f"{chunk[0][0]} has fewer teacher_forced_logprobs than the {len(stop_ids)} "
-                "terminators named; add their log-probabilities, or name no terminators"
-            )
-        try:
-            table, fidelity = encode_scores(codec, scored, batch)
-        except ValueError as error:
-            raise UserError(f"rows of {chunk[0][0]} and after cannot be stored: {error}") from error
-        tokens = batch.completion_tokens
-        counts = {"rows": len(batch), "completion_tokens": tokens}
-        record = rollouts.commit(unit, rollouts_table(batch), counts=counts)
-        skipped = [row for row, ids in enumerate(batch.completion_ids) if not len(ids)]
-        scored_as = scores.commit(
-            unit,
-            table,
-            counts=counts,
-            source_sha256=record.sha256,
-            skipped_rows=sorted({*skipped, *scored.refused}),
-            fidelity=fidelity,
-        )
-        told(scores, scored_as)
+    every_row = (item for file in files for item in _rows_of(file))
+    units = scores.units()
+    after_unit(0, len(units), 0)
+    for unit in units:
+        chunk = list(islice(every_row, ROWS_PER_UNIT))
+        tokens = _import_unit((rollouts, scores), unit, chunk, codec, len(ids))
+        after_unit(unit + 1, len(units), tokens)
     for artifact in (rollouts, scores):
         artifact.finish()
     return scores
+
+
+def _import_unit(
+    artifacts: tuple[Artifact, Artifact],
+    unit: int,
+    chunk: list[PlacedRow],
+    codec: Codec,
+    forced: int,
+) -> int:
+    """Commit rows as a unit of (rollouts, scores); returns their completion tokens."""
+    rollouts, scores = artifacts
+    batch, scored = _batches(chunk)
+    if any(row.shape[1] < forced for row in scored.teacher_forced_logprobs if len(row)):
+        raise UserError(
+            f"{chunk[0][0]} has fewer teacher_forced_logprobs than the {forced} "
+            "terminators named; add their log-probabilities, or name no terminators"
+        )
+    try:
+        table, fidelity = encode_scores(codec, scored, batch)
+    except ValueError as error:
+        raise UserError(f"rows of {chunk[0][0]} and after cannot be stored: {error}") from error
+    counts = {"rows": len(batch), "completion_tokens": batch.completion_tokens}
+    record = rollouts.commit(unit, rollouts_table(batch), counts=counts)
+    empty = [row for row, ids in enumerate(batch.completion_ids) if not len(ids)]
+    scores.commit(
+        unit,
+        table,
+        counts=counts,
+        source_sha256=record.sha256,
+        skipped_rows=sorted({*empty, *scored.refused}),
+        fidelity=fidelity,
+    )
+    return batch.completion_tokens
 
 
 def _plain(rollouts: pa.Table, scores: pa.Table) -> pa.Table:
@@ -210,8 +235,8 @@ def _plain(rollouts: pa.Table, scores: pa.Table) -> pa.Table:
     return table.cast(COLUMNS)
 
 
-def _rows_of(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of a file."""
+def _rows_of(file: Path) -> Iterator[PlacedRow]:
+    """The rows of a file, as they are."""
     if file.suffix == ".parquet":
         number = 0
         for batch in pq.ParquetFile(file).iter_batches(256):
@@ -229,70 +254,109 @@ def _rows_of(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{file} line {number}", row
 
 
-def _batches(chunk: list[tuple[str, dict[str, Any]]]) -> tuple[RolloutBatch, ScoreBatch]:
-    for place, row in chunk:
-        check_row(place, row)
-    rows = [row for _, row in chunk]
-    refused = {n: row["refused"] for n, row in enumerate(rows) if row.get("refused")}
-    lengths = [0 if n in refused else len(row["completion_ids"]) for n, row in enumerate(rows)]
-    most = max(
-        (len(ids) for row in rows for ids in row["teacher_top_ids"] or []),
-        default=0,
-    )
+def _checked(place: str, value: object) -> ImportedRow:
+    """A row whose columns are there and agree.
 
-    def flat(name: str, dtype: Any) -> tuple[NDArray[Any], ...]:
-        return tuple(np.array(row[name] or [], dtype) for row in rows)
+    Raises:
+        UserError: names the place.
+    """
+    try:
+        row = ImportedRow.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "values"
+        if first["type"] == "missing" or (len(first["loc"]) == 1 and first["input"] is None):
+            raise UserError(
+                f"{place} has no {name}; expected the columns of docs/cache-format.md; add it"
+            ) from error
+        kind = f"such ({first['msg']})"
+        if "logprobs" in name:
+            kind = "log-probabilities (null, NaN or infinite)"
+        raise UserError(f"{place} has {name} that are no {kind}; mend the row") from error
+    tokens = len(row.completion_ids)
+    scored = 0 if row.refused else tokens
+    for name, values, wanted in (
+        ("behavior_logprobs", row.behavior_logprobs, tokens),
+        ("teacher_logprobs", row.teacher_logprobs, scored),
+        ("teacher_top_ids", row.teacher_top_ids, scored),
+        ("teacher_top_logprobs", row.teacher_top_logprobs, scored),
+        ("teacher_tail_logprobs", row.teacher_tail_logprobs, scored),
+        ("teacher_forced_logprobs", row.teacher_forced_logprobs, scored),
+    ):
+        if values is not None and len(values) != wanted:
+            what = "completion" if values is row.behavior_logprobs else "scored"
+            raise UserError(
+                f"{place} has {len(values)} {name} for {wanted} {what} tokens; expected one for "
+                "each; mend the row"
+            )
+    if len({len(values) for values in row.teacher_forced_logprobs or ()}) > 1:
+        raise UserError(
+            f"{place} has unequal numbers of teacher_forced_logprobs at its positions; "
+            "expected one for each forced id everywhere; mend the row"
+        )
+    for ids, logprobs in zip(row.teacher_top_ids, row.teacher_top_logprobs, strict=True):
+        if len(ids) != len(logprobs):
+            raise UserError(
+                f"{place} has {len(ids)} teacher_top_ids and {len(logprobs)} teacher_top_logprobs "
+                "at a position; expected as many of one as of the other; mend the row"
+            )
+    return row
 
-    tops = [_ranked(row, length, most) for row, length in zip(rows, lengths, strict=True)]
-    tails = tuple(
-        np.array(row["teacher_tail_logprobs"], np.float32)
-        if row.get("teacher_tail_logprobs") is not None
-        else _tail_of(top)
-        for row, (_, top) in zip(rows, tops, strict=True)
-    )
-    widths = {
-        len((row.get("teacher_forced_logprobs") or [()])[0])
-        for row, length in zip(rows, lengths, strict=True)
-        if length
-    }
+
+def _batches(chunk: list[PlacedRow]) -> tuple[RolloutBatch, ScoreBatch]:
+    rows = [_checked(place, value) for place, value in chunk]
+    most = max((len(ids) for row in rows for ids in row.teacher_top_ids), default=0)
+    tops = [_ranked(row, most) for row in rows]
+    forced = [row.teacher_forced_logprobs or [[] for _ in row.teacher_logprobs] for row in rows]
+    widths = {len(values[0]) for values in forced if values}
     if len(widths) > 1:
         raise UserError(
             f"rows of {chunk[0][0]} and after have {sorted(widths)} teacher_forced_logprobs a "
             "token; expected as many in every row; mend the rows"
         )
-    forced = max(widths, default=0)
+
+    def arrays(column: Iterable[Any], dtype: Any) -> tuple[NDArray[Any], ...]:
+        return tuple(np.array(values, dtype) for values in column)
+
     rollouts = RolloutBatch(
-        prompt_id=tuple(str(row.get("prompt_id", place)) for place, row in chunk),
-        sample_index=np.array([row.get("sample_index") or 0 for row in rows], np.int32),
-        prompt_ids=flat("prompt_ids", np.int64),
-        completion_ids=flat("completion_ids", np.int64),
-        behavior_logprobs=flat("behavior_logprobs", np.float32),
-        finish_reason=tuple(row.get("finish_reason") or "length" for row in rows),
+        prompt_id=tuple(
+            place if row.prompt_id is None else str(row.prompt_id)
+            for (place, _), row in zip(chunk, rows, strict=True)
+        ),
+        sample_index=np.array([row.sample_index or 0 for row in rows], np.int32),
+        prompt_ids=arrays((row.prompt_ids for row in rows), np.int64),
+        completion_ids=arrays((row.completion_ids for row in rows), np.int64),
+        behavior_logprobs=arrays((row.behavior_logprobs for row in rows), np.float32),
+        finish_reason=tuple(cast(FinishReason, row.finish_reason or "length") for row in rows),
     )
     return rollouts, ScoreBatch(
-        teacher_logprobs=flat("teacher_logprobs", np.float32),
+        teacher_logprobs=arrays((row.teacher_logprobs for row in rows), np.float32),
         teacher_top_ids=tuple(ids for ids, _ in tops),
         teacher_top_logprobs=tuple(logprobs for _, logprobs in tops),
-        teacher_tail_logprobs=tails,
-        teacher_forced_logprobs=tuple(
-            np.array(row.get("teacher_forced_logprobs") or [], np.float32).reshape(length, forced)
-            for row, length in zip(rows, lengths, strict=True)
+        teacher_tail_logprobs=tuple(
+            _tail_of(top)
+            if row.teacher_tail_logprobs is None
+            else np.array(row.teacher_tail_logprobs, np.float32)
+            for row, (_, top) in zip(rows, tops, strict=True)
         ),
-        refused=refused,
+        teacher_forced_logprobs=tuple(
+            np.array(values, np.float32).reshape(len(values), max(widths, default=0))
+            for values in forced
+        ),
+        refused={n: row.refused for n, row in enumerate(rows) if row.refused},
     )
 
 
-def _ranked(
-    row: dict[str, Any], length: int, most: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def _ranked(row: ImportedRow, most: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Candidates in rank order, filled up to `most` with id 0 and -inf [T, K]."""
+    length = len(row.teacher_top_ids)
     ids = np.zeros((length, most), np.int64)
     logprobs = np.full((length, most), -np.inf, np.float32)
     for place in range(length):
-        values = np.array(row["teacher_top_logprobs"][place], np.float32)
+        values = np.array(row.teacher_top_logprobs[place], np.float32)
         order = np.argsort(-values, kind="stable")
         logprobs[place, : len(values)] = values[order]
-        ids[place, : len(values)] = np.array(row["teacher_top_ids"][place], np.int64)[order]
+        ids[place, : len(values)] = np.array(row.teacher_top_ids[place], np.int64)[order]
     return ids, logprobs
 
 
@@ -300,73 +364,3 @@ def _tail_of(logprobs_TK: NDArray[np.float32]) -> NDArray[np.float32]:
     """Of what the candidates leave; below 1e-7 that is rounding of theirs."""
     rest = 1 - np.exp(logprobs_TK.astype(np.float64)).sum(1)
     return np.log(rest.clip(1e-7)).astype(np.float32)
-
-
-REQUIRED = (
-    "prompt_ids",
-    "completion_ids",
-    "behavior_logprobs",
-    "teacher_logprobs",
-    "teacher_top_ids",
-    "teacher_top_logprobs",
-)
-OPTIONAL = ("teacher_tail_logprobs", "teacher_forced_logprobs")
-
-
-def check_row(place: str, row: dict[str, Any]) -> None:
-    """Refuse a row that lacks a column, or whose lists do not agree.
-
-    Raises:
-        UserError: names the place.
-    """
-    missing = [name for name in REQUIRED if row.get(name) is None]
-    if missing:
-        raise UserError(
-            f"{place} has no {', '.join(missing)}; expected the columns of docs/cache-format.md; "
-            "add them"
-        )
-    tokens = 0 if row.get("refused") else len(row["completion_ids"])
-    for name in REQUIRED[2:]:
-        wanted = len(row["completion_ids"]) if name == "behavior_logprobs" else tokens
-        if len(row[name]) != wanted:
-            raise UserError(
-                f"{place} has {len(row[name])} {name} for {wanted} completion tokens; expected one "
-                "for each; mend the row"
-            )
-    for name in OPTIONAL:
-        if row.get(name) is not None and len(row[name]) != tokens:
-            raise UserError(
-                f"{place} has {len(row[name])} {name} for {tokens} scored tokens; expected one for "
-                "each, or none; mend the row"
-            )
-    _check_numbers(place, row)
-    for ids, logprobs in zip(row["teacher_top_ids"], row["teacher_top_logprobs"], strict=True):
-        if len(ids) != len(logprobs):
-            raise UserError(
-                f"{place} has {len(ids)} teacher_top_ids and {len(logprobs)} teacher_top_logprobs "
-                "at a position; expected as many of one as of the other; mend the row"
-            )
-
-
-def _check_numbers(place: str, row: dict[str, Any]) -> None:
-    flat = [("behavior_logprobs", row["behavior_logprobs"])]
-    if not row.get("refused"):
-        flat += [
-            (name, row[name])
-            for name in ("teacher_logprobs", "teacher_tail_logprobs")
-            if row.get(name) is not None
-        ]
-        flat += [("teacher_top_logprobs", list(chain.from_iterable(row["teacher_top_logprobs"])))]
-        forced = row.get("teacher_forced_logprobs") or []
-        flat += [("teacher_forced_logprobs", list(chain.from_iterable(forced)))]
-        if len({len(values) for values in forced}) > 1:
-            raise UserError(
-                f"{place} has unequal numbers of teacher_forced_logprobs at its positions; "
-                "expected one for each forced id everywhere; mend the row"
-            )
-    for name, values in flat:
-        if any(value is None or not value < math.inf for value in values):
-            raise UserError(
-                f"{place} has {name} that are no log-probabilities (null, NaN or infinite); mend "
-                "the row"
-            )

@@ -96,6 +96,11 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def json_files(folder: Path) -> list[Path]:
+    """The JSON files in a folder that may not be there."""
+    return sorted(folder.glob("*.json"), key=str) if folder.exists() else []
+
+
 def load_record(kind: type[R], path: Path) -> R:
     """The record in a JSON file.
 

@@ -1,108 +1,65 @@
 """What a store holds, whether it is whole, and what nobody needs any more."""
 
-import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from opd_stream.errors import UserError
+from opd_stream.record import Record
 from opd_stream.store.artifact import Artifact, summed_counts
 from opd_stream.store.codecs.fidelity import Fidelity
 from opd_stream.store.files import (
-    canonical_json,
     inside,
     is_remote,
+    json_files,
     load_record,
     publish,
     read_json,
+    record_bytes,
     remove_stale_temporaries,
     remove_tree,
 )
+from opd_stream.store.policy import PolicyManifest
 from opd_stream.store.recipe import KINDS, RecipeRecord
-from opd_stream.store.store import Store
+from opd_stream.store.store import RunRecord, Store
 
 SHARDED = ("prompts", "rollouts", "scores")
-GRACE_SECONDS = 24 * 3600  # whatever is younger may still be in the making
+GRACE_SECONDS = 24 * 3600.0  # whatever is younger may still be in the making
+RUN_SECONDS = 30 * 24 * 3600.0  # a run that nobody went on with for so long may be gone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One artifact's line in a listing."""
+    """One artifact in a listing."""
 
     name: str  # KIND/FINGERPRINT
-    complete: bool
-    units: str  # "8 of 8"; empty for artifacts without shards
+    is_complete: bool
+    units: tuple[int, int] | None  # committed, and all; None: it has no shards
     bytes: int
     rows: int
     tokens: int
-    settings: dict[str, Any]
 
 
-def entries(store: Store) -> Iterator[Entry]:
-    """Every artifact that was started."""
-    for kind in KINDS:
-        for folder in store.folders(kind):
-            if not (folder / "recipe.json").exists():
-                continue
-            name = f"{kind}/{folder.name}"
-            complete = (folder / "manifest.json").exists()
-            recipe = load_record(RecipeRecord, folder / "recipe.json").recipe
-            units, counts, size = "", {}, 0
-            if kind in SHARDED:
-                artifact = Artifact(store.root, recipe)
-                commits = artifact.commits()
-                units, counts = (
-                    f"{len(commits)} of {len(artifact.units())}",
-                    summed_counts(commits.values()),
-                )
-                size = sum(commit.bytes for commit in commits.values())
-            elif kind == "policies" and complete:
-                size = bytes_below(folder)
-            yield Entry(
-                name=name,
-                complete=complete,
-                units=units,
-                bytes=size,
-                rows=int(counts.get("rows", 0)),
-                tokens=int(counts.get("completion_tokens", 0)),
-                settings=recipe.settings,
-            )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """Something in the store that is not what was written."""
+
+    artifact: str  # KIND/FINGERPRINT
+    unit: int | None  # None: not one of its shards
+    reason: str
+
+    def __str__(self) -> str:
+        unit = "" if self.unit is None else f"unit {self.unit} is damaged: "
+        return f"{self.artifact}: {unit}{self.reason}"
 
 
-def open_artifact(store: Store, name: str) -> Artifact:
-    """A sharded artifact by its name, KIND/FINGERPRINT.
+class Pin(Record):
+    """`pins/NAME.json`: an artifact that stays."""
 
-    Raises:
-        UserError: the store has no such artifact, or it has no shards.
-    """
-    kind, slash, fingerprint = name.strip("/").partition("/")
-    if not slash or kind not in SHARDED:
-        raise UserError(
-            f"{name!r} is no artifact with shards; expected KIND/FINGERPRINT with one of "
-            f"{', '.join(SHARDED)}; `opd-stream cache ls` lists them"
-        )
-    return store.by_fingerprint(kind, fingerprint)
-
-
-def fidelity_report(artifact: Artifact) -> dict[str, Any]:
-    """What the codec kept and lost over the committed units of a scores artifact, and its size."""
-    commits = artifact.commits().values()
-    whole = sum((commit.fidelity for commit in commits if commit.fidelity), Fidelity())
-    size = sum(commit.bytes for commit in commits)
-    return {
-        "codec": artifact.recipe.settings.get("codec"),
-        "bytes": size,
-        "bytes_per_token": size / max(1, whole.tokens),
-        **whole.report(),
-    }
-
-
-def problems(store: Store) -> Iterator[str]:
-    """One line for everything in the store that is not what was written."""
-    for name in started(store):
-        yield from problems_of(store, name)
+    format_version: Literal[1] = 1
+    name: str
 
 
 def started(store: Store) -> list[str]:
@@ -115,74 +72,145 @@ def started(store: Store) -> list[str]:
     ]
 
 
-def problems_of(store: Store, name: str) -> Iterator[str]:
-    """The same as `problems` of one artifact."""
+def entries(store: Store) -> Iterator[Entry]:
+    """Every artifact that was started."""
+    for name in started(store):
+        folder, kind = store.root / name, name.partition("/")[0]
+        is_complete = (folder / "manifest.json").exists()
+        units, size, counts = None, 0, dict[str, float]()
+        if kind in SHARDED:
+            artifact = Artifact(store.root, _recipe(folder).recipe)
+            commits = artifact.commits()
+            units, counts = (len(commits), len(artifact.units())), summed_counts(commits.values())
+            size = sum(commit.bytes for commit in commits.values())
+        elif kind == "policies" and is_complete:
+            size = bytes_below(folder)
+        yield Entry(
+            name=name,
+            is_complete=is_complete,
+            units=units,
+            bytes=size,
+            rows=int(counts.get("rows", 0)),
+            tokens=int(counts.get("completion_tokens", 0)),
+        )
+
+
+def open_artifact(store: Store, name: str) -> Artifact:
+    """A sharded artifact by its name, KIND/FINGERPRINT.
+
+    Raises:
+        UserError: the store has no such artifact, or it has no shards.
+    """
+    kind, slash, fingerprint = name.strip("/").partition("/")
+    for sharded in SHARDED:
+        if slash and kind == sharded:
+            return store.by_fingerprint(sharded, fingerprint)
+    raise UserError(
+        f"{name!r} is no artifact with shards; expected KIND/FINGERPRINT with one of "
+        f"{', '.join(SHARDED)}; `opd-stream cache ls` lists them"
+    )
+
+
+def fidelity_report(artifact: Artifact) -> dict[str, float | None]:
+    """The size of a scores artifact, and what its codec kept and lost in the committed units."""
+    commits = artifact.commits().values()
+    whole = sum((commit.fidelity for commit in commits if commit.fidelity), Fidelity())
+    size = sum(commit.bytes for commit in commits)
+    return {"bytes": size, "bytes_per_token": size / max(1, whole.tokens), **whole.report()}
+
+
+def damages(store: Store) -> Iterator[Damage]:
+    """Everything in the store that is not what was written."""
+    for name in started(store):
+        yield from damages_of(store, name)
+
+
+def damages_of(store: Store, name: str) -> Iterator[Damage]:
+    """The same of one artifact."""
     folder, kind = store.root / name, name.partition("/")[0]
+    reason: str | None = None
     try:
-        recipe = load_record(RecipeRecord, folder / "recipe.json").recipe
+        recipe = _recipe(folder).recipe
         if recipe.fingerprint[:16] != folder.name:
-            yield f"{name}: its recipe belongs to {recipe.fingerprint[:16]}"
+            reason = f"its recipe belongs to {recipe.fingerprint[:16]}"
         elif kind in SHARDED:
             yield from _damaged_units(Artifact(store.root, recipe))
         elif kind == "policies":
             policy = store.policy(recipe)
             reason = policy.damage(cache=store.digests) if policy.is_complete() else None
-            if reason is not None:
-                yield f"{name}: {reason}"
         elif (folder / "manifest.json").exists():
             read_json(folder / "manifest.json")
-    except (UserError, KeyError, TypeError) as error:
-        yield f"{name}: {' '.join(str(error).split())}"
+    except UserError as error:
+        reason = " ".join(str(error).split())
+    if reason is not None:
+        yield Damage(artifact=name, unit=None, reason=reason)
 
 
-def _damaged_units(artifact: Artifact) -> Iterator[str]:
+def _damaged_units(artifact: Artifact) -> Iterator[Damage]:
     commits = artifact.commits()
     for unit in commits:
         if (reason := artifact.damage(unit)) is not None:
-            yield f"{artifact.name}: unit {unit} is damaged: {reason}"
+            yield Damage(artifact=artifact.name, unit=unit, reason=reason)
     if artifact.is_complete():
         listed = {record.unit: record.sha256 for record in artifact.manifest().units}
         for unit in artifact.units():
-            there = commits[unit].sha256 if unit in commits else None
-            if listed.get(unit) != there:
-                yield f"{artifact.name}: unit {unit} is not the one its manifest lists"
+            committed = commits[unit].sha256 if unit in commits else None
+            if listed.get(unit) != committed:
+                reason = f"unit {unit} is not the one its manifest lists"
+                yield Damage(artifact=artifact.name, unit=None, reason=reason)
 
 
 def pin(store: Store, name: str) -> None:
     """Keep an artifact, and what it was made from, whatever the runs do."""
     if not (store.root / name / "recipe.json").exists():
         raise UserError(f"the store has no {name}; `opd-stream cache ls` lists what it has")
-    publish(store.root / "pins" / f"{name.replace('/', '-')}.json", canonical_json({"name": name}))
+    publish(_pin_path(store, name), record_bytes(Pin(name=name)))
 
 
 def unpin(store: Store, name: str) -> None:
     """Take a pin away."""
-    path = store.root / "pins" / f"{name.replace('/', '-')}.json"
-    if not path.exists():
+    if not _pin_path(store, name).exists():
         raise UserError(f"{name} is not pinned")
-    path.unlink()
+    _pin_path(store, name).unlink()
 
 
-def garbage(store: Store, *, grace_seconds: float = GRACE_SECONDS) -> list[Path]:
+def _pin_path(store: Store, name: str) -> Path:
+    return store.root / "pins" / f"{name.replace('/', '-')}.json"
+
+
+def gone_runs(store: Store, *, run_seconds: float = RUN_SECONDS) -> list[RunRecord]:
+    """Runs whose folder this machine cannot see and that nobody went on with for a long time.
+
+    A folder that is away alone says nothing: the run may be at work on another machine, or in a
+    container. Every command of a run refreshes its record.
+    """
+    now = time.time()
+    return [
+        record
+        for path, record in store.runs().items()
+        if now - path.stat().st_mtime > run_seconds and not Path(record.folder).exists()
+    ]
+
+
+def garbage(
+    store: Store, *, grace_seconds: float = GRACE_SECONDS, run_seconds: float = RUN_SECONDS
+) -> list[Path]:
     """Folders of artifacts that no run and no pin reaches, and unpublished checkpoints.
 
-    A run counts while its folder is there (as far as this machine can see it). What is younger than
-    the grace time is never garbage: somebody may be making it.
+    What is younger than the grace time is never garbage: somebody may be making it.
     """
-    recipes = {
-        f"{kind}/{folder.name}": read_json(folder / "recipe.json")
-        for kind in KINDS
-        for folder in store.folders(kind)
-        if (folder / "recipe.json").exists()
-    }
-    reached = _closure(store, recipes, {*_named_by_runs(store), *_pinned(store)})
+    recipes = {name: _recipe(store.root / name) for name in started(store)}
+    gone = {record.id for record in gone_runs(store, run_seconds=run_seconds)}
+    named = {name for run in store.runs().values() if run.id not in gone for name in run.artifacts}
+    pinned = {load_record(Pin, path).name for path in json_files(store.root / "pins")}
+    needed = _needed(store, recipes, named | pinned)
     now = time.time()
     found = [
         store.root / name
         for name in recipes
-        if name not in reached and now - _youngest(store.root / name) > grace_seconds
+        if name not in needed and now - _youngest(store.root / name) > grace_seconds
     ]
-    for name in reached:
+    for name in needed:
         if name.startswith("policies/") and not is_remote(store.root):
             found += _unpublished(store.root / name, now - grace_seconds)
     return found
@@ -205,51 +233,36 @@ def bytes_below(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _named_by_runs(store: Store) -> set[str]:
-    named: set[str] = set()
-    for path in _files(store.root / "runs"):
-        record = read_json(path)
-        gone = record["host"] == platform.node() and not Path(record["folder"]).exists()
-        if not gone:
-            named |= set(record["artifacts"])
-    return named
+def _recipe(folder: Path) -> RecipeRecord:
+    return load_record(RecipeRecord, folder / "recipe.json")
 
 
-def _pinned(store: Store) -> set[str]:
-    return {read_json(path)["name"] for path in _files(store.root / "pins")}
-
-
-def _closure(store: Store, recipes: dict[str, Any], named: set[str]) -> set[str]:
+def _needed(store: Store, recipes: dict[str, RecipeRecord], named: Iterable[str]) -> set[str]:
     """The named artifacts, what they were made from, and verdicts on what is kept."""
-    by_fingerprint = {value["fingerprint"]: name for name, value in recipes.items()}
-    by_identity = {
-        read_json(manifest)["identity"]: name
-        for name in recipes
-        if name.startswith("policies/")
-        and (manifest := store.root / name / "manifest.json").exists()
-    }
-    reached: set[str] = set()
+    makers = {record.fingerprint: name for name, record in recipes.items()}
+    for name in recipes:
+        manifest = store.root / name / "manifest.json"
+        if name.startswith("policies/") and manifest.exists():
+            makers.setdefault(load_record(PolicyManifest, manifest).identity, name)
+    needed: set[str] = set()
     waiting = [name for name in named if name in recipes]
     while waiting:
         name = waiting.pop()
-        if name in reached:
-            continue
-        reached.add(name)
-        for fingerprint in recipes[name]["inputs"].values():
-            source = by_fingerprint.get(fingerprint) or by_identity.get(fingerprint)
-            if source is not None:
-                waiting.append(source)
-    for name, value in recipes.items():
-        sources = {by_fingerprint.get(each) for each in value["inputs"].values()}
-        if name.startswith("evaluations/") and sources <= reached:
-            reached.add(name)
-    return reached
+        if name not in needed:
+            needed.add(name)
+            inputs = recipes[name].inputs.values()
+            waiting += [makers[each] for each in inputs if each in makers]
+    for name, record in recipes.items():
+        sources = {makers.get(each) for each in record.inputs.values()}
+        if name.startswith("evaluations/") and sources <= needed:
+            needed.add(name)
+    return needed
 
 
 def _unpublished(folder: Path, before: float) -> list[Path]:
     """Attempts that lost or were cut short."""
     manifest = folder / "manifest.json"
-    published = read_json(manifest)["folder"] if manifest.exists() else None
+    published = load_record(PolicyManifest, manifest).folder if manifest.exists() else None
     if published is not None:
         inside(folder, published)
     return [
@@ -261,7 +274,3 @@ def _unpublished(folder: Path, before: float) -> list[Path]:
 
 def _youngest(folder: Path) -> float:
     return max((path.stat().st_mtime for path in folder.rglob("*") if path.is_file()), default=0.0)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.json"), key=str) if folder.exists() else []

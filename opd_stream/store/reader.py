@@ -104,10 +104,7 @@ def open_scores(location: str | Path, *, memory_bytes: int = MEMORY_BYTES) -> "S
         )
     store, fingerprint = Store(parts[0] if len(parts) == 3 else "."), parts[-1]
     scores = store.by_fingerprint("scores", fingerprint)
-    if not scores.is_complete():
-        raise UserError(f"{scores.name} is not complete; run its score stage again")
-    rollouts = store.by_fingerprint("rollouts", scores.recipe.inputs["rollouts"])
-    return ScoredRows([(rollouts, scores)], memory_bytes=memory_bytes)
+    return ScoredRows([(store.scored_rollouts(scores), scores)], memory_bytes=memory_bytes)
 
 
 class ScoredRows:

@@ -3,28 +3,44 @@
 import contextlib
 import os
 import platform
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
+from typing import Literal
 
 from opd_stream.errors import UserError
+from opd_stream.record import Record
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import (
     RETRY_TIMEOUT,
-    canonical_json,
     check_there,
     explained,
     is_of_client,
     is_remote,
+    json_files,
     load_record,
     place,
     publish,
-    read_json,
+    record_bytes,
     sha256,
     unreachable,
 )
 from opd_stream.store.policy import Identity, PolicyArtifact, identify
 from opd_stream.store.recipe import Kind, Recipe, RecipeRecord, differing_fields
+
+REFRESH_SECONDS = 3600.0  # a run that goes on writes its record again after so long
+
+
+class RunRecord(Record):
+    """`runs/ID.json`: the artifacts that a run reaches."""
+
+    format_version: Literal[1] = 1
+    id: str
+    host: str
+    folder: str
+    artifacts: tuple[str, ...]  # names, KIND/FINGERPRINT
+    shared: str | None = None  # the same for all folders of a run on several machines
 
 
 class Store:
@@ -49,8 +65,8 @@ class Store:
         Raises:
             UserError: says why.
         """
+        probe = self.root / f".probe.{uuid.uuid4().hex}.tmp"
         if is_remote(self.root):
-            probe = self.root / f".probe.{uuid.uuid4().hex}.tmp"
             publish(probe, b"")
             probe.unlink()
             return
@@ -61,12 +77,11 @@ class Store:
                 raise UserError(
                     f"store {self.root} is a file; expected a folder; set store=DIR"
                 ) from error
-            probe = self.root / f".probe.{uuid.uuid4().hex}.tmp"
             probe.touch()
             probe.unlink()
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self) -> Generator[None]:
         """Turn what breaks inside because the store went away into one line."""
         try:
             yield
@@ -102,6 +117,16 @@ class Store:
         """
         return self.policy(self._recipe_of("policies", fingerprint))
 
+    def scored_rollouts(self, scores: Artifact) -> Artifact:
+        """The rollouts of a complete scores artifact.
+
+        Raises:
+            UserError: it is not complete.
+        """
+        if not scores.is_complete():
+            raise UserError(f"{scores.name} is not complete; run its score stage again")
+        return self.by_fingerprint("rollouts", scores.recipe.inputs["rollouts"])
+
     def _recipe_of(self, kind: Kind, fingerprint: str) -> Recipe:
         path = self.root / kind / fingerprint[:16] / "recipe.json"
         if not path.exists():
@@ -129,46 +154,55 @@ class Store:
         return sorted(parent.iterdir(), key=str) if parent.exists() else []
 
     def record_run(
-        self, run_id: str, folder: Path, artifacts: set[str], shared: str | None = None
+        self, run_id: str, folder: Path, artifacts: Collection[str], shared: str | None = None
     ) -> None:
         """Say what a run reaches, so that `gc` leaves it.
 
         Args:
             run_id: id of the run.
-            folder: its folder; where that is gone, the record counts no more.
+            folder: of the run.
             artifacts: names as KIND/FINGERPRINT, the fingerprint's first 16 characters.
             shared: what this folder works on together with the folders of other machines; None
                 leaves what was recorded before.
         """
-        path = self.root / "runs" / f"{run_id}.json"
-        before = read_json(path) if path.exists() else {}
-        record = {
-            "id": run_id,
-            "host": platform.node(),
-            "folder": str(folder.resolve()),
-            "artifacts": sorted(artifacts),
-            "shared": shared or before.get("shared"),
-        }
+        path, before = self._run_path(run_id), self.run(run_id)
+        record = RunRecord(
+            id=run_id,
+            host=platform.node(),
+            folder=str(folder.resolve()),
+            artifacts=tuple(sorted(artifacts)),
+            shared=shared or (before and before.shared),
+        )
         check_there(self.root)
-        if before != record:
-            publish(path, canonical_json(record))
+        if before != record or time.time() - path.stat().st_mtime > REFRESH_SECONDS:
+            publish(path, record_bytes(record))
 
     def add_to_run(
-        self, run_id: str, folder: Path, artifacts: set[str], shared: str | None = None
+        self, run_id: str, folder: Path, artifacts: Collection[str], shared: str | None = None
     ) -> None:
         """As `record_run`, keeping what was recorded under this id before."""
-        path = self.root / "runs" / f"{run_id}.json"
-        before = read_json(path)["artifacts"] if path.exists() else []
-        self.record_run(run_id, folder, {*before, *artifacts}, shared)
+        before = self.run(run_id)
+        kept = () if before is None else before.artifacts
+        self.record_run(run_id, folder, {*kept, *artifacts}, shared)
+
+    def run(self, run_id: str) -> RunRecord | None:
+        """What a run reaches, if it was recorded."""
+        path = self._run_path(run_id)
+        return load_record(RunRecord, path) if path.exists() else None
+
+    def runs(self) -> dict[Path, RunRecord]:
+        """Every recorded run, by the file that says so."""
+        return {path: load_record(RunRecord, path) for path in json_files(self.root / "runs")}
 
     def ids_of_run(self, run_id: str) -> frozenset[str]:
         """The id, and those of the folders of other machines that work on the same run."""
-        own = self.root / "runs" / f"{run_id}.json"
-        shared = read_json(own).get("shared") if own.exists() else None
-        if shared is None:
+        own = self.run(run_id)
+        if own is None or own.shared is None:
             return frozenset({run_id})
-        records = [read_json(path) for path in own.parent.iterdir() if path.suffix == ".json"]
-        return frozenset(record["id"] for record in records if record.get("shared") == shared)
+        return frozenset(each.id for each in self.runs().values() if each.shared == own.shared)
+
+    def _run_path(self, run_id: str) -> Path:
+        return self.root / "runs" / f"{run_id}.json"
 
     def nearest(self, recipe: Recipe) -> tuple[Recipe, dict[str, tuple[object, object]]] | None:
         """The started artifact of the same kind with the fewest other fields, and those fields."""

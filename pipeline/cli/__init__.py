@@ -3,7 +3,7 @@
 import sys
 
 from pipeline.cli import run_commands, view_commands
-from pipeline.cli.caching import cache
+from pipeline.cli.cache_commands import cache
 from pipeline.cli.options import app
 from pipeline.console import LOG, is_json, print_error
 

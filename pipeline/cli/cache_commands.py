@@ -1,0 +1,216 @@
+"""Commands on a store: `opd-stream cache …`."""
+
+import json
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.console import TerminalProgress
+
+if TYPE_CHECKING:
+    from opd_stream.store import Store
+    from opd_stream.store.exchange import UnitReport
+
+cache = typer.Typer(help="Look at a store, verify it, free it, share it.", no_args_is_help=True)
+StorePlace = Annotated[str, typer.Argument(metavar="STORE", help="Folder or s3://BUCKET/PATH.")]
+ArtifactName = Annotated[str, typer.Argument(metavar="NAME", help="KIND/FINGERPRINT.")]
+_ROW = "{:30} {:9} {:>10} {:>9} {:>12} {:>14} {:>8}"
+
+
+@cache.command("ls")
+def list_artifacts(location: StorePlace) -> None:
+    """List the artifacts of a store."""
+    from opd_stream.store.inventory import entries
+
+    total = 0
+    typer.echo(_ROW.format("artifact", "state", "units", "rows", "tokens", "bytes", "B/token"))
+    for entry in entries(_existing(location)):
+        row = _ROW.format(
+            entry.name,
+            "complete" if entry.is_complete else "partial",
+            "" if entry.units is None else f"{entry.units[0]} of {entry.units[1]}",
+            f"{entry.rows:,}",
+            f"{entry.tokens:,}",
+            f"{entry.bytes:,}",
+            f"{entry.bytes / entry.tokens:.1f}" if entry.tokens else "",
+        )
+        typer.echo(row)
+        total += entry.bytes
+    typer.echo(f"{total:,} bytes in {location}")
+
+
+@cache.command()
+def show(location: StorePlace, name: ArtifactName) -> None:
+    """Recipe, size and fidelity of an artifact."""
+    from opd_stream.store.inventory import fidelity_report, open_artifact
+
+    artifact = open_artifact(_existing(location), name)
+    typer.echo(f"{artifact.name}  {'complete' if artifact.is_complete() else 'not complete'}")
+    typer.echo(json.dumps(artifact.recipe.as_json(), indent=2))
+    if artifact.recipe.kind == "scores":
+        typer.echo(f"{'codec':22} {json.dumps(artifact.recipe.settings.get('codec'))}")
+        for field, value in fidelity_report(artifact).items():
+            text = f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
+            typer.echo(f"{field:22} {text}")
+
+
+@cache.command()
+def verify(location: StorePlace) -> None:
+    """Read everything and say what is damaged; exit code 1 if anything is."""
+    from opd_stream.store.inventory import damages_of, started
+
+    store, found = _existing(location), 0
+    names = started(store)
+    with TerminalProgress() as progress:
+        progress.start("verify", len(names))
+        for name in names:
+            for damage in damages_of(store, name):
+                found += 1
+                progress.result(f"damaged: {damage}")
+            progress.advance("verify", 1)
+    if found:
+        typer.echo(f"{found} damaged; the next run that needs one makes it again, alone")
+        raise typer.Exit(1)
+    typer.echo(f"everything in {location} is what was written")
+
+
+@cache.command()
+def gc(
+    location: StorePlace,
+    delete: Annotated[bool, typer.Option("--delete", help="Do it. Default: only say.")] = False,
+    hours: Annotated[float, typer.Option(help="Leave what is younger.")] = 24.0,
+    run_days: Annotated[
+        float,
+        typer.Option(help="A run whose folder is away counts until nobody went on for so long."),
+    ] = 30.0,
+) -> None:
+    """Free what no run and no pin reaches."""
+    from opd_stream.store.inventory import bytes_below, collect_garbage, garbage, gone_runs
+
+    store, grace, run_seconds = _existing(location), 3600 * hours, 24 * 3600 * run_days
+    found, size = garbage(store, grace_seconds=grace, run_seconds=run_seconds), 0
+    names = {f"{folder.parent.name}/{folder.name}" for folder in found}
+    for run in gone_runs(store, run_seconds=run_seconds):
+        if not names.isdisjoint(run.artifacts):
+            typer.echo(f"run {run.id} is gone: {run.folder} on {run.host}, {run_days:g} days old")
+    for folder in found:
+        folder_bytes = bytes_below(folder)
+        size += folder_bytes
+        typer.echo(f"{'removed' if delete else 'would remove'} {folder} ({folder_bytes:,} bytes)")
+    if delete:
+        collect_garbage(store, found, grace_seconds=grace)
+    end = "" if delete else "; --delete removes them"
+    typer.echo(f"{len(found)} folders, {size:,} bytes{end}")
+
+
+@cache.command()
+def pin(location: StorePlace, name: ArtifactName) -> None:
+    """Keep an artifact whatever the runs do."""
+    from opd_stream.store import inventory
+
+    inventory.pin(_existing(location), name)
+    typer.echo(f"pinned {name}")
+
+
+@cache.command()
+def unpin(location: StorePlace, name: ArtifactName) -> None:
+    """Take a pin away."""
+    from opd_stream.store import inventory
+
+    inventory.unpin(_existing(location), name)
+    typer.echo(f"unpinned {name}")
+
+
+@cache.command("export")
+def export_artifact(
+    location: StorePlace,
+    name: ArtifactName,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
+    form: Annotated[str, typer.Option(help="parquet or datasets.")] = "parquet",
+) -> None:
+    """Write a scores artifact with its rollouts for other programs."""
+    from opd_stream.errors import UserError
+    from opd_stream.store.exchange import export_scores
+    from opd_stream.store.inventory import open_artifact
+    from stages.cross_tokenizer import refuse_aligned
+
+    if form not in ("parquet", "datasets"):
+        raise UserError(f"--form is {form!r}; expected parquet or datasets")
+    store = _existing(location)
+    scores = open_artifact(store, name)
+    refuse_aligned(scores, "another program")
+    with TerminalProgress() as progress:
+        after_unit = _bar(progress, "export")
+        rows = export_scores(store, scores, out, form=form, after_unit=after_unit)
+    typer.echo(f"{rows:,} rows in {out}")
+
+
+@cache.command("residual")
+def residual(location: StorePlace, name: ArtifactName) -> None:
+    """Make scores without the teacher's style bias, from the cache alone (Lightning OPD 2.0)."""
+    from opd_stream.store.inventory import open_artifact
+    from opd_stream.style_bias import StyleSettings
+    from stages.residual import make_residual
+
+    store = _existing(location)
+    with TerminalProgress() as progress:
+        target = make_residual(store, open_artifact(store, name), StyleSettings(), progress)
+    typer.echo(f"{target.name}: train on it with replay: {{scores: [{target.name}]}}")
+
+
+@cache.command("import")
+def import_artifact(
+    location: StorePlace,
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help=".jsonl, .jsonl.zst, .parquet")],
+    codec: Annotated[str, typer.Option(help="As scores.codec in a config.")] = "{kind: exact}",
+    stop_id: Annotated[
+        list[int] | None,
+        typer.Option(help="A terminator; in the order of teacher_forced_logprobs' columns."),
+    ] = None,
+) -> None:
+    """Make artifacts of rollouts and scores that another program wrote."""
+    import yaml
+    from pydantic import ValidationError
+
+    from opd_stream.errors import UserError
+    from opd_stream.store import Store
+    from opd_stream.store.codecs import codec_of
+    from opd_stream.store.exchange import import_scores
+
+    try:
+        settings = codec_of(yaml.safe_load(codec))
+    except (ValidationError, yaml.YAMLError) as error:
+        reason = textwrap.shorten(" ".join(str(error).split()), 160)
+        raise UserError(f"--codec {codec!r} is no codec ({reason}); see docs/config.md") from error
+    store = Store(location)
+    store.check_writable()
+    with TerminalProgress() as progress:
+        after_unit = _bar(progress, "import")
+        scores = import_scores(
+            source, store, settings, stop_ids=stop_id or (), after_unit=after_unit
+        )
+    typer.echo(f"{scores.name}: train on it with replay: {{scores: [{scores.name}]}}")
+
+
+def _existing(location: str) -> "Store":
+    from opd_stream.errors import UserError
+    from opd_stream.store import Store
+
+    store = Store(location)
+    if not store.root.exists():
+        raise UserError(f"store {location} does not exist; expected a store of an earlier run")
+    return store
+
+
+def _bar(progress: TerminalProgress, stage: str) -> "UnitReport":
+    """Progress through the units of one artifact."""
+
+    def after_unit(done: int, total: int, tokens: int) -> None:
+        if done:
+            progress.advance(stage, 1, tokens)
+        else:
+            progress.start(stage, total)
+
+    return after_unit
