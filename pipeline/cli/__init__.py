@@ -22,16 +22,12 @@ def main() -> None:
         print_error(str(error))
         sys.exit(2)
     except Exception as error:
-        if _is_damage(error):
+        from opd_stream.store.artifact import DamagedUnit
+
+        if isinstance(error, DamagedUnit):
             print_error(f"{error}; continue the run that made it: only that unit is made again")
             sys.exit(2)
         if not is_json():
             raise
         LOG.exception("a defect of opd-stream")
         sys.exit(1)
-
-
-def _is_damage(error: Exception) -> bool:
-    from opd_stream.store.artifact import DamagedUnit
-
-    return isinstance(error, DamagedUnit)
