@@ -10,6 +10,7 @@
 import importlib
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -66,7 +67,9 @@ def test_every_block_is_of_a_kind_that_is_checked(block: Block) -> None:
     if block.kind == "indented":
         first = [start for page, start in DRAWINGS if page == block.page]
         assert block.text.startswith(tuple(first)), "neither command nor config: see DRAWINGS"
-    assert block.kind in {"bash", "python", "yaml", "text", "indented"}
+    assert block.kind in {"bash", "python", "yaml", "toml", "text", "indented"}
+    if block.kind == "toml":
+        tomllib.loads(block.text)
 
 
 def test_what_needs_something_is_what_is_listed() -> None:
