@@ -134,11 +134,14 @@ class SmallRuns:
         return folder
 
     def copy(self, folder: Path, *overrides: str) -> Path:
-        """The same in a folder of one's own, whose config names the store beside it."""
+        """The same in a folder of one's own, as if it had been made there."""
         shutil.copytree(self(*overrides), folder, dirs_exist_ok=True)
-        path = folder / "run" / "config.json"
-        config = json.loads(path.read_text())
-        path.write_text(json.dumps({**config, "store": str(folder / "store")}))
+        moved = {"store": folder / "store"}, [folder / "run" / "config.json"]
+        known = {"folder": folder / "run"}, (folder / "store" / "runs").iterdir()
+        for fields, paths in (moved, known):
+            for path in paths:
+                found = json.loads(path.read_text())
+                path.write_text(json.dumps(found | {k: str(v) for k, v in fields.items()}))
         small_config(folder)
         return folder
 

@@ -33,7 +33,7 @@ from pipeline.cli import app
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from stages.progress import Silent
-from tests.conftest import MODELS, small_config
+from tests.conftest import MODELS, SmallRuns, small_config
 from tests.test_store import batch_of
 
 PAGE = (Path(__file__).parent.parent / "docs" / "cache-format.md").read_text()
@@ -44,11 +44,9 @@ CODECS = ["{kind: exact}", "{kind: exact, dtype: float32}", "{kind: compact, mas
 
 
 @pytest.fixture(scope="module", params=CODECS)
-def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(request: pytest.FixtureRequest, small_runs: SmallRuns) -> Path:
     """A folder with a finished small run in `run` and its store in `store`."""
-    folder = tmp_path_factory.mktemp("finished")
-    finish(folder, "run", f"scores.codec={request.param}")
-    return folder
+    return small_runs(f"scores.codec={request.param}")
 
 
 def finish(folder: Path, name: str, *overrides: str) -> dict[str, Any]:
@@ -109,9 +107,9 @@ def test_show_gives_the_fidelity_and_ls_every_artifact(finished: Path) -> None:
 
 
 def test_a_thousand_bit_flips_are_found_and_only_what_was_hit_is_made_again(
-    tmp_path: Path,
+    small_runs: SmallRuns, tmp_path: Path
 ) -> None:
-    finish(tmp_path, "run", "scores.codec={kind: compact, mass: 0.99}")
+    small_runs.copy(tmp_path, "scores.codec={kind: compact, mass: 0.99}")
     store = Store(tmp_path / "store")
     shards = [p for p in store.root.rglob("*.arrow") if "prompts" not in str(p)]
     rng = random.Random(7)
@@ -163,12 +161,12 @@ def test_a_part_with_a_flipped_bit_is_never_decoded(finished: Path) -> None:
     assert open_scores(finished / "store" / name)[0].prompt_id
 
 
-def test_nothing_that_was_planted_is_unpickled(tmp_path: Path) -> None:
+def test_nothing_that_was_planted_is_unpickled(small_runs: SmallRuns, tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[Any, ...]:
             return (os.mkdir, (str(tmp_path / "exploded"),))
 
-    finish(tmp_path, "run")
+    small_runs.copy(tmp_path)
     bomb = pickle.dumps(Bomb())
     store = Store(tmp_path / "store")
     for folder in [
@@ -210,7 +208,8 @@ def test_a_commit_record_that_points_out_of_the_store_is_refused(
 
 def test_the_order_of_an_epoch_depends_on_nothing_but_seed_epoch_and_rows(tmp_path: Path) -> None:
     for name, per_unit in (("small", 1), ("large", 8)):
-        finish(tmp_path / name, "run", f"prompts_per_unit={per_unit}")
+        settings = ("rounds=1", "evaluation=null", f"prompts_per_unit={per_unit}")
+        finish(tmp_path / name, "run", *settings)
     small, large = (
         open_scores(tmp_path / name / "store" / scores_names(tmp_path / name)[0])
         for name in ("small", "large")
@@ -324,10 +323,10 @@ def names_in(folder: Path) -> set[str]:
     return {entry.name for entry in entries(Store(folder / "store"))}
 
 
-def test_gc_frees_what_no_run_and_no_pin_reaches(tmp_path: Path) -> None:
+def test_gc_frees_what_no_run_and_no_pin_reaches(small_runs: SmallRuns, tmp_path: Path) -> None:
     import shutil
 
-    finish(tmp_path, "run")
+    small_runs.copy(tmp_path)
     kept = names_in(tmp_path)
     finish(tmp_path, "other", "scores.top_k=3")
     others = names_in(tmp_path) - kept
@@ -389,11 +388,11 @@ def test_a_record_of_a_later_version_is_one_line_and_nothing_is_freed(tmp_path: 
 
 
 def test_a_killed_gc_leaves_no_unit_without_its_recipe(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_runs: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil
 
-    finish(tmp_path, "run")
+    small_runs.copy(tmp_path)
     shutil.rmtree(tmp_path / "run")
     removed: list[Path] = []
 

@@ -30,10 +30,7 @@ from pipeline.doctor.examination import CHECKS, examine
 from pipeline.doctor.findings import Finding, Report, Screen
 from pipeline.doctor.machine import Gpu, Machine
 from pipeline.doctor.subject import Check, Subject
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
-from stages.progress import Silent
-from tests.conftest import MODELS, small_config
+from tests.conftest import MODELS, SmallRuns, small_config
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 SMALL_GPU = Gpu(name="Tesla T4", bytes=16_000_000_000, capability=(7, 5))
@@ -412,13 +409,10 @@ def with_other_weights(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def healthy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+def healthy(small_runs: SmallRuns, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     """A finished round, and all checks on its config."""
-    folder = tmp_path_factory.mktemp("healthy")
-    config = small_config(folder)
-    first = config.model_copy(update={"rounds": 1, "evaluation": None})
-    run(first, RunDirectory(folder / "run"), Silent())
-    return folder, examine(config, quick=False)
+    folder = small_runs.copy(tmp_path_factory.mktemp("healthy"), "rounds=1", "evaluation=null")
+    return folder, examine(small_config(folder), quick=False)
 
 
 def test_a_healthy_config_passes_every_check(healthy: tuple[Path, Report]) -> None:

@@ -9,7 +9,7 @@ from opd_stream.store.store import Store
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from stages.progress import Silent
-from tests.conftest import small_config
+from tests.conftest import SmallRuns, small_config
 
 
 class Collecting(Silent):
@@ -40,19 +40,23 @@ def test_nothing_that_a_run_works_on_is_garbage(tmp_path: Path) -> None:
     assert garbage(Store(tmp_path / "store"), grace_seconds=0.0) == []
 
 
-def test_scores_of_a_run_that_is_gone_stay_while_they_are_replayed(tmp_path: Path) -> None:
-    run(small_config(tmp_path, "evaluation=null"), RunDirectory(tmp_path / "old"), Silent())
-    caches = json.loads((tmp_path / "old" / "summary.json").read_text())["caches"]
+def test_scores_of_a_run_that_is_gone_stay_while_they_are_replayed(
+    small_runs: SmallRuns, tmp_path: Path
+) -> None:
+    small_runs.copy(tmp_path, "evaluation=null")
+    caches = json.loads((tmp_path / "run" / "summary.json").read_text())["caches"]
     names = [f"scores/{cache['scores'][:16]}" for (cache,) in caches]
-    shutil.rmtree(tmp_path / "old")
+    shutil.rmtree(tmp_path / "run")
     replay = (f"replay.scores=[{','.join(names)}]", "evaluation=null", "teacher=null")
     removed = collected(tmp_path, "new", *replay, "train.objective={kind: lsm}").removed
     assert {name.partition("/")[0] for name in removed} == {"policies"}  # of the run that is gone
     assert {f"scores/{path.name}" for path in (tmp_path / "store" / "scores").iterdir()} == {*names}
 
 
-def test_a_run_that_goes_on_keeps_the_rounds_it_comes_to(tmp_path: Path) -> None:
-    run(small_config(tmp_path), RunDirectory(tmp_path / "run"), Silent())
+def test_a_run_that_goes_on_keeps_the_rounds_it_comes_to(
+    small_runs: SmallRuns, tmp_path: Path
+) -> None:
+    small_runs.copy(tmp_path)
     summary = RunDirectory(tmp_path / "run").summary()
     for path in (tmp_path / "store" / "policies").iterdir():
         if (path / Path(summary["final_policy"]).name).exists():

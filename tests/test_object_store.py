@@ -88,12 +88,11 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 def test_a_run_in_s3_ends_where_one_on_a_disk_does(
-    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, store in (("disk", str(tmp_path / "store")), ("s3", bucket)):
-        config = small_config(tmp_path, f"store={store}")  # the last one is that in S3
-        run(config, RunDirectory(tmp_path / name), Silent())
-    disk, remote = summary_of(tmp_path / "disk"), summary_of(tmp_path / "s3")
+    config = small_config(tmp_path, f"store={bucket}")
+    run(config, RunDirectory(tmp_path / "s3"), Silent())
+    disk, remote = summary_of(finished_run / "run"), summary_of(tmp_path / "s3")
     for key in ("policies", "caches", "tokens"):
         assert disk[key] == remote[key]
     again = RunDirectory(tmp_path / "again")
@@ -101,7 +100,7 @@ def test_a_run_in_s3_ends_where_one_on_a_disk_does(
     assert again.summary()["tokens"]["teacher_scored"] == 0
     assert again.summary()["policies"] == disk["policies"]
     caches = disk["caches"][0][0]
-    near = open_scores(tmp_path / "store" / "scores" / caches["scores"][:16])
+    near = open_scores(finished_run / "store" / "scores" / caches["scores"][:16])
     far = open_scores(f"{bucket}/scores/{caches['scores'][:16]}")
     assert len(near) == len(far) > 0
     for here, there in zip(near.epoch(seed=1, epoch=0), far.epoch(seed=1, epoch=0), strict=True):

@@ -12,10 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
-from stages.progress import Silent
-from tests.conftest import SMALL_RUN, START, clash, small_config
+from tests.conftest import SMALL_RUN, START, clash
 
 
 def ray_command(folder: Path, *overrides: str) -> list[str]:
@@ -32,9 +29,10 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_ray_killed_in_the_middle_ends_where_the_local_loop_does(tmp_path: Path) -> None:
-    local, ray = tmp_path / "local", tmp_path / "ray"
-    run(small_config(local), RunDirectory(local / "run"), Silent())
+def test_ray_killed_in_the_middle_ends_where_the_local_loop_does(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    local, ray = finished_run, tmp_path / "ray"
     ray.mkdir()
     command = ray_command(ray)
     first = subprocess.Popen(

@@ -15,9 +15,9 @@ from opd_stream.errors import UserError
 from pipeline.rounds import run
 from pipeline.run_directory import RunDirectory
 from stages.progress import Silent
-from tests.conftest import small_config
+from tests.conftest import SmallRuns, small_config
 
-KILLS, KILLS_WITH_METHODS = 20, 6
+KILLS, KILLS_WITH_METHODS = 12, 6
 
 
 class Telling(Silent):
@@ -106,11 +106,9 @@ EVERY_METHOD = (
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 @pytest.mark.parametrize("overrides", [(), EVERY_METHOD], ids=["plain", "every method"])
 def test_a_run_killed_many_times_ends_in_the_same_place(
-    overrides: tuple[str, ...], tmp_path: Path
+    overrides: tuple[str, ...], small_runs: SmallRuns, tmp_path: Path
 ) -> None:
-    config = small_config(tmp_path / "whole", *overrides)
-    run(config, RunDirectory(tmp_path / "whole" / "run"), Silent())
-    expected = fingerprints(tmp_path / "whole")
+    expected = fingerprints(small_runs(*overrides))
     if overrides:
         origins = {cache["origin"] for caches in expected["caches"] for cache in caches}
         assert len(origins) > 1, origins
@@ -136,14 +134,13 @@ def test_a_run_killed_many_times_ends_in_the_same_place(
 
 @pytest.mark.parametrize("overrides", [(), ("rollouts.ahead=true",)], ids=["plain", "ahead"])
 def test_a_finished_run_goes_on_with_more_rounds(
-    overrides: tuple[str, ...], tmp_path: Path
+    overrides: tuple[str, ...], small_runs: SmallRuns, tmp_path: Path
 ) -> None:
-    for rounds in (1, 3):
-        config = small_config(tmp_path / "grown", f"rounds={rounds}", *overrides)
-        run(config, RunDirectory(tmp_path / "grown" / "run"), Silent())
-    config = small_config(tmp_path / "whole", "rounds=3", *overrides)
-    run(config, RunDirectory(tmp_path / "whole" / "run"), Silent())
-    grown, whole = fingerprints(tmp_path / "grown"), fingerprints(tmp_path / "whole")
+    small_runs.copy(tmp_path / "grown", "rounds=1", *overrides)
+    config = small_config(tmp_path / "grown", "rounds=3", *overrides)
+    run(config, RunDirectory(tmp_path / "grown" / "run"), Silent())
+    grown = fingerprints(tmp_path / "grown")
+    whole = fingerprints(small_runs("rounds=3", *overrides))
     evaluated = grown.pop("evaluations")
     assert evaluated[1]["round"] == 1  # it was the last
     assert [evaluated[0], *evaluated[2:]] == whole.pop("evaluations")
@@ -175,8 +172,9 @@ def test_a_run_is_not_made_shorter(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*")
-def test_two_runs_on_one_store_at_the_same_time_both_finish(tmp_path: Path) -> None:
-    run(small_config(tmp_path / "alone"), RunDirectory(tmp_path / "alone" / "run"), Silent())
+def test_two_runs_on_one_store_at_the_same_time_both_finish(
+    finished_run: Path, tmp_path: Path
+) -> None:
     children: list[int] = []
     for name, overrides in (("first", []), ("second", []), ("third", ["rounds=1"])):
         child = os.fork()
@@ -190,7 +188,7 @@ def test_two_runs_on_one_store_at_the_same_time_both_finish(tmp_path: Path) -> N
                 os._exit(status)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
-    alone = json.loads((tmp_path / "alone" / "run" / "summary.json").read_text())
+    alone = json.loads((finished_run / "run" / "summary.json").read_text())
     made = 0
     for name in ("first", "second"):
         summary = json.loads((tmp_path / "shared" / name / "summary.json").read_text())
