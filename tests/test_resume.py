@@ -17,7 +17,8 @@ from pipeline.run_directory import RunDirectory
 from stages.progress import Silent
 from tests.conftest import SmallRuns, small_config
 
-KILLS, KILLS_WITH_METHODS = 12, 6
+KILLS, KILLS_WITH_METHODS = 10, 6  # at least
+STAGES = {"generate", "score", "train", "evaluate"}
 
 
 class Telling(Silent):
@@ -116,7 +117,7 @@ def test_a_run_killed_many_times_ends_in_the_same_place(
     killed: Counter[str] = Counter()
     number = 0
     kills = KILLS_WITH_METHODS if overrides else KILLS
-    while sum(killed.values()) < kills:
+    while sum(killed.values()) < kills or not (overrides or STAGES <= set(killed)):
         folder = tmp_path / f"killed-{number}"
         signs, delay = moments.randint(1, 9), moments.uniform(0, 0.05)
         stage = attempt(folder, *overrides, signs=signs, delay=delay)
@@ -128,8 +129,6 @@ def test_a_run_killed_many_times_ends_in_the_same_place(
     folder = tmp_path / f"killed-{number}"
     run(small_config(folder, *overrides), RunDirectory(folder / "run"), Silent())
     assert fingerprints(folder) == expected
-    if not overrides:
-        assert {"generate", "score", "train", "evaluate"} <= set(killed), killed
 
 
 @pytest.mark.parametrize("overrides", [(), ("rollouts.ahead=true",)], ids=["plain", "ahead"])
