@@ -130,8 +130,8 @@ def distil(
 ) -> list[dict[str, Any]]:
     """Costs and decisions of each round, with the folder of its policy."""
     from opd_stream.config_file import load_config
-    from pipeline.rounds import run
-    from pipeline.run_directory import RunDirectory
+    from pipeline.run import run
+    from pipeline.run_folder import RunFolder
     from stages.progress import Silent
 
     settings = [
@@ -142,7 +142,7 @@ def distil(
         *overrides,
     ]
     config = load_config(FOLDER / f"methods_{task}.yaml", settings)
-    directory = RunDirectory(folder / "run")
+    directory = RunFolder(folder / "run")
     run(config, directory, Silent())
     return [
         {
@@ -161,7 +161,7 @@ def distil(
             "by_position": report["epochs"][0]["by_position"],
             "student_top_mass": report["epochs"][-1]["student_top_mass"],
         }
-        for report in directory.reports()
+        for report in (each.as_json() for each in directory.reports())
     ]
 
 

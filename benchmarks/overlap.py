@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from opd_stream.config_file import load_config
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run import run
+from pipeline.run_folder import RunFolder
 from stages.progress import Silent
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -82,10 +82,10 @@ def _rounds(ahead: bool, pace: float | None) -> dict[str, float]:
     if pace is not None:
         settings += ["student.engine=fake", "teacher.engine=fake", "train.learning_rate=1e-5"]
     with tempfile.TemporaryDirectory() as folder:
-        clock, directory = Clock(), RunDirectory(Path(folder) / "run")
+        clock, directory = Clock(), RunFolder(Path(folder) / "run")
         config = load_config(QUICKSTART, [*settings, f"store={folder}/store"])
         run(config, directory, clock)
-        seconds = [report["seconds"] for report in directory.reports()]
+        seconds = [report.seconds.model_dump() for report in directory.reports()]
         made = seconds[3:] if ahead else seconds[2:-1]  # between these lines
         return {
             "round": (clock.begun[-1] - clock.begun[2]) / len(made),

@@ -27,8 +27,8 @@ from opd_stream.config_file import load_config
 from opd_stream.objectives import Bucket
 from opd_stream.store.reader import open_scores
 from opd_stream.windows import FixedWindow
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run import run
+from pipeline.run_folder import RunFolder
 from stages.learner import Learner
 from stages.student_model import load_student
 from stages.train_data import BatchPlan, bucketed, read_epoch
@@ -144,11 +144,11 @@ def _cached(folder: Path) -> float:
     clock = Clock()
     parts: dict[str, float] = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
     undo = _timed(parts, clock)
-    summary = run(load_config(folder / "run.yaml", []), RunDirectory(folder / "run"), clock)
+    summary = run(load_config(folder / "run.yaml", []), RunFolder(folder / "run"), clock)
     undo()
     second = clock.times[STEPS], clock.times[-1]
     seconds = second[1] - second[0]
-    tokens = summary["tokens"]["trained"] / 2
+    tokens = summary.tokens.trained / 2
     print("## A training step of the second epoch\n")
     print("| part | share |\n|---|---|")
     for name, value in parts.items():

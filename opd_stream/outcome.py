@@ -6,6 +6,7 @@ Everything that a later round, a report or an estimate asks about a finished rou
 
 from typing import Literal
 
+from opd_stream.drift import DriftSums
 from opd_stream.record import Record
 
 EpochAction = Literal["train", "gated", "stop", "regenerate"]
@@ -68,18 +69,6 @@ class StartDrift(Record):
     floor: float | None  # policy_drift of the latest rows that were fresh; None: none ever was
 
 
-class DriftRecord(Record):
-    """The sums of `opd_stream.drift.DriftSums`."""
-
-    tokens: float = 0.0
-    k3: float = 0.0
-    signed: float = 0.0
-    absolute: float = 0.0
-    squared: float = 0.0
-    weight: float = 0.0
-    weight_squared: float = 0.0
-
-
 class UnitRecord(Record):
     """A unit that was trained on, as the next round decides about it."""
 
@@ -90,7 +79,7 @@ class UnitRecord(Record):
     unit: int
     first: int  # prompts of the round whose place it takes
     last: int  # exclusive
-    drift: DriftRecord  # of a sample of its rows, under the trained weights
+    drift: DriftSums  # of a sample of its rows, under the trained weights
     student_top_mass: float
 
 

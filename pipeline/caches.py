@@ -1,4 +1,4 @@
-"""What a round trains on: units of rollouts and scores, fresh, kept from earlier rounds, continued.
+"""What a round trains on: units of rollouts and scores, fresh, kept from earlier rounds, extended.
 
 A round has a place for each of its prompts. Where a unit of an earlier round is kept, it holds the
 places it had; the other places are sampled anew, with the prompts that the round draws for them.
@@ -8,19 +8,22 @@ run and another machine come to the same artifacts.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from pathlib import Path
 
-from opd_stream.drift import DriftSums
+from opd_stream.config import Replay
+from opd_stream.errors import UserError
 from opd_stream.outcome import TrainOutcome, UnitRecord
-from opd_stream.staleness import Staleness, UnitDecision, UnitState, decide_unit
-from opd_stream.store.artifact import Artifact
-from opd_stream.store.recipe import Recipe
-from opd_stream.store.store import Store
+from opd_stream.record import read_record
+from opd_stream.staleness import UnitDecision, UnitState, decide_unit
+from opd_stream.store.artifact import Commit
+from opd_stream.store.files import read_json
 from pipeline.plan import RoundPlan
+from pipeline.records import CacheRecord, Origin, RunSummary, UnitDecisionRecord
 from pipeline.setup import Setup
 from stages.cache_units import CacheUnits, Slot
 from stages.checkpoints import Checkpoint
 from stages.recipes import extension_recipe, rollouts_recipe, scores_recipe
+from stages.step import EXTEND, GENERATE, SCORE, Step, StepKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,16 +31,14 @@ class Cache:
     """Units of one scores artifact with its rollouts, as a round uses them.
 
     Example:
-        >>> [cache.origin for cache in here.caches]
+        >>> [cache.origin for cache in round_.caches]
         ['kept', 'fresh']
     """
 
-    rollouts: Artifact
-    scores: Artifact
-    origin: Literal["fresh", "ahead", "extended", "kept", "replayed"]
+    rollouts: Step
+    scores: Step
+    origin: Origin
     policy_version: int  # of the oldest tokens in it
-    made_in: int  # the round that made it
-    student: Checkpoint | None  # sampled it; None: not known here, it must be there
     slots: tuple[Slot, ...] = ()  # none: every unit, in its own place
 
     @property
@@ -48,11 +49,12 @@ class Cache:
     @property
     def window_tokens(self) -> int | None:
         """New tokens of its rollouts; None of imported rows."""
-        return self.rollouts.recipe.settings.get("window_tokens")
+        return self.rollouts.artifact.recipe.settings.get("window_tokens")
 
-    def prompts_per_unit(self, wanted: int) -> int:
-        """How many prompts a unit holds: those of a place, where the cache has places."""
-        return max((slot.last - slot.first for slot in self.slots), default=wanted)
+    def used(self, step: Step) -> list[Commit]:
+        """Of its rollouts or scores, the commit records of the units that train."""
+        commits = step.shards.listed_commits()
+        return [commits[unit] for unit in self.units or commits]
 
     def is_complete(self) -> bool:
         """Whether it can be trained on."""
@@ -60,29 +62,30 @@ class Cache:
 
     def cache_units(self) -> CacheUnits:
         """The same for the train stage; the artifacts exist."""
+        scores = self.scores.shards
         slots = self.slots or tuple(
             Slot(unit=unit, first=rows.start, last=rows.stop)
-            for unit in self.scores.units()
-            for rows in (self.scores.unit_rows(unit),)
+            for unit in scores.units()
+            for rows in (scores.unit_rows(unit),)
         )
         return CacheUnits(
-            rollouts=self.rollouts.fingerprint,
-            scores=self.scores.fingerprint,
+            rollouts=self.rollouts.artifact.fingerprint,
+            scores=scores.fingerprint,
             policy_version=self.policy_version,
-            made_in=self.made_in,
+            made_in=self.rollouts.round_index,
             slots=slots,
         )
 
-    def as_json(self) -> dict[str, Any]:
-        """For reports."""
-        return {
-            "rollouts": self.rollouts.fingerprint,
-            "scores": self.scores.fingerprint,
-            "origin": self.origin,
-            "policy_version": self.policy_version,
-            "window_tokens": self.window_tokens,
-            "units": self.units,
-        }
+    def record(self) -> CacheRecord:
+        """For plans and reports."""
+        return CacheRecord(
+            rollouts=self.rollouts.artifact.fingerprint,
+            scores=self.scores.artifact.fingerprint,
+            origin=self.origin,
+            policy_version=self.policy_version,
+            window_tokens=self.window_tokens,
+            units=self.units,
+        )
 
 
 def fresh_cache(
@@ -101,13 +104,17 @@ def fresh_cache(
         window_tokens=plan.window_tokens,
         ranges=ranges,
     )
+    rollouts = Step(
+        kind=GENERATE,
+        round_index=plan.round_index,
+        artifact=setup.store.artifact(recipe),
+        model=student,
+    )
     return Cache(
-        rollouts=setup.store.artifact(recipe),
-        scores=setup.store.artifact(scores_of(setup, recipe)),
+        rollouts=rollouts,
+        scores=scores_step(setup, rollouts),
         origin="fresh",
         policy_version=plan.round_index,
-        made_in=plan.round_index,
-        student=student,
         slots=tuple(
             Slot(unit=unit, first=first, last=last)
             for unit, (first, last) in enumerate(ranges or ())
@@ -115,48 +122,26 @@ def fresh_cache(
     )
 
 
-def bases_of(setup: Setup, cache: Cache, students: Sequence[Checkpoint]) -> tuple[Cache, ...]:
-    """What an extension continues, what that continues, and so on; the first rollouts first.
-
-    Args:
-        setup: of the run.
-        cache: of a round of it.
-        students: that each round up to that one started from.
-    """
-    recipe = cache.rollouts.recipe
-    if "extends" not in recipe.settings:
-        return ()
-    rollouts = setup.store.by_fingerprint("rollouts", recipe.inputs["rollouts"])
-    continued = cache.scores.recipe.inputs.get("scores")
-    scores = (
-        setup.store.artifact(scores_of(setup, rollouts.recipe))  # aligned ones continue none
-        if continued is None
-        else setup.store.by_fingerprint("scores", continued)
-    )
-    authors = [student.identity.fingerprint for student in students]
-    made_in = authors.index(rollouts.recipe.inputs["student"])
-    base = replace(
-        cache,
-        rollouts=rollouts,
-        scores=scores,
-        origin="kept",
-        made_in=made_in,
-        student=students[made_in],
-        slots=(),
-    )
-    return (*bases_of(setup, base, students), base)
-
-
-def scores_of(setup: Setup, rollouts: Recipe, *, extends: str | None = None) -> Recipe:
-    """The scores of rollouts."""
+def scores_step(
+    setup: Setup, rollouts: Step, *, kind: StepKind = SCORE, extends: Step | None = None
+) -> Step:
+    """The teacher's scores of rollouts; of an extension they continue those of its base."""
     assert setup.teacher is not None
-    return scores_recipe(
+    recipe = scores_recipe(
         setup.config,
-        rollouts=rollouts.fingerprint,
+        rollouts=rollouts.artifact.fingerprint,
         teacher=setup.teacher,
         forced_ids=setup.forced_ids,
-        extends=extends,
+        extends=None if extends is None else extends.artifact.fingerprint,
         alignment=setup.alignment,
+    )
+    return Step(
+        kind=kind,
+        round_index=rollouts.round_index,
+        artifact=setup.store.artifact(recipe),
+        model=setup.teacher,
+        needs=(rollouts,) if extends is None else (rollouts, extends),
+        is_new=rollouts.is_new,
     )
 
 
@@ -164,16 +149,12 @@ def scores_of(setup: Setup, rollouts: Recipe, *, extends: str | None = None) -> 
 class Kept:
     """What becomes of the units of the round before."""
 
-    caches: tuple[Cache, ...]
-    decisions: tuple[dict[str, Any], ...]  # one a unit, for the report
+    caches: tuple[Cache, ...] = ()
+    decisions: tuple[UnitDecisionRecord, ...] = ()
 
 
-def refreshed_caches(
-    setup: Setup,
-    plan: RoundPlan,
-    students: Sequence[Checkpoint],
-    outcome: TrainOutcome,
-    bounds: Staleness,
+def kept_caches(
+    setup: Setup, plan: RoundPlan, students: Sequence[Checkpoint], outcome: TrainOutcome
 ) -> Kept:
     """The caches of a round after the first, where units may outlive their policy.
 
@@ -182,45 +163,42 @@ def refreshed_caches(
         plan: of the round.
         students: that each round up to this one started from.
         outcome: of the policy before, with its measured units.
-        bounds: of staleness.
     """
-    floor = outcome.floor
-    states = [
-        (unit, _state(setup.store, unit, plan))
-        for unit in sorted(outcome.units, key=lambda unit: unit.first)
+    units = sorted(outcome.units, key=lambda unit: unit.first)
+    states = [_state(setup, unit, plan) for unit in units]
+    bounds = setup.config.staleness
+    decisions = [
+        decide_unit(state, window_tokens=plan.window_tokens, bounds=bounds, floor=outcome.floor)
+        for state in states
     ]
-    decided = [
-        (
-            unit,
-            decide_unit(state, window_tokens=plan.window_tokens, bounds=bounds, floor=floor),
-        )
-        for unit, state in states
-    ]
-    caches = [*_same(setup, students, decided), *_extended(setup, plan, students, decided)]
+    decided = list(zip(units, decisions, strict=True))
+    caches = [*_unchanged(setup, students, decided), *_extended(setup, plan, students, decided)]
     lost = [(unit.first, unit.last) for unit, decision in decided if not decision.is_kept]
     if lost:
         caches.append(fresh_cache(setup, plan, students[-1], lost if caches else None))
-    record = [
-        {
-            "first": unit.first,
-            "last": unit.last,
-            "floor": floor,
-            **asdict(state),
-            **asdict(decision),
-        }
-        for (unit, state), (_, decision) in zip(states, decided, strict=True)
-    ]
-    return Kept(caches=tuple(caches), decisions=tuple(record))
+    records = (
+        UnitDecisionRecord(
+            first=unit.first,
+            last=unit.last,
+            floor=outcome.floor,
+            drift=state.drift,
+            **{name: value for name, value in asdict(state).items() if name != "drift"},
+            action=decision.action,
+            reason=decision.reason,
+        )
+        for unit, state, decision in zip(units, states, decisions, strict=True)
+    )
+    return Kept(caches=tuple(caches), decisions=tuple(records))
 
 
 Decided = list[tuple[UnitRecord, UnitDecision]]
 
 
-def _state(store: Store, unit: UnitRecord, plan: RoundPlan) -> UnitState:
-    rollouts = store.by_fingerprint("rollouts", unit.rollouts)
+def _state(setup: Setup, unit: UnitRecord, plan: RoundPlan) -> UnitState:
+    rollouts = setup.store.by_fingerprint("rollouts", unit.rollouts)
     commit = rollouts.commit_record(unit.unit)
     return UnitState(
-        drift=DriftSums(**unit.drift.as_json()),
+        drift=unit.drift,
         student_top_mass=unit.student_top_mass,
         policies=plan.round_index - unit.policy_version,
         window_tokens=rollouts.recipe.settings["window_tokens"],
@@ -228,19 +206,19 @@ def _state(store: Store, unit: UnitRecord, plan: RoundPlan) -> UnitState:
     )
 
 
-def _same(setup: Setup, students: Sequence[Checkpoint], decided: Decided) -> list[Cache]:
+def _unchanged(setup: Setup, students: Sequence[Checkpoint], decided: Decided) -> list[Cache]:
     """Kept units as they are, by the artifact they belong to."""
     kept = [unit for unit, decision in decided if decision.action in ("train", "gated")]
     caches: list[Cache] = []
     for units in _by_artifact(kept):
+        first = units[0]
+        rollouts, scores = _stored(setup, first.rollouts, first.scores, students)
         caches.append(
             Cache(
-                rollouts=setup.store.by_fingerprint("rollouts", units[0].rollouts),
-                scores=setup.store.by_fingerprint("scores", units[0].scores),
+                rollouts=replace(rollouts, round_index=first.made_in),
+                scores=replace(scores, round_index=first.made_in),
                 origin="kept",
-                policy_version=units[0].policy_version,
-                made_in=units[0].made_in,
-                student=students[units[0].made_in],
+                policy_version=first.policy_version,
                 slots=tuple(
                     Slot(unit=unit.unit, first=unit.first, last=unit.last) for unit in units
                 ),
@@ -252,26 +230,30 @@ def _same(setup: Setup, students: Sequence[Checkpoint], decided: Decided) -> lis
 def _extended(
     setup: Setup, plan: RoundPlan, students: Sequence[Checkpoint], decided: Decided
 ) -> list[Cache]:
-    """Kept units whose unfinished rows go on, as new artifacts."""
+    """Kept units whose unfinished rows are continued, as new artifacts."""
     kept = [unit for unit, decision in decided if decision.action == "extend"]
     caches: list[Cache] = []
     for units in _by_artifact(kept):
-        base = setup.store.by_fingerprint("rollouts", units[0].rollouts)
+        base, base_scores = _stored(setup, units[0].rollouts, units[0].scores, students)
         recipe = extension_recipe(
-            base.recipe,
+            base.artifact.recipe,
             units=[unit.unit for unit in units],
             student=students[-1],
             window_tokens=plan.window_tokens,
         )
-        scores = scores_of(setup, recipe, extends=units[0].scores)
+        rollouts = Step(
+            kind=EXTEND,
+            round_index=plan.round_index,
+            artifact=setup.store.artifact(recipe),
+            model=students[-1],
+            needs=(base,),
+        )
         caches.append(
             Cache(
-                rollouts=setup.store.artifact(recipe),
-                scores=setup.store.artifact(scores),
+                rollouts=rollouts,
+                scores=scores_step(setup, rollouts, extends=base_scores),
                 origin="extended",
                 policy_version=units[0].policy_version,
-                made_in=plan.round_index,
-                student=students[-1],
                 slots=tuple(
                     Slot(unit=number, first=unit.first, last=unit.last)
                     for number, unit in enumerate(units)
@@ -281,9 +263,127 @@ def _extended(
     return caches
 
 
+def _stored(
+    setup: Setup, rollouts: str, scores: str | None, students: Sequence[Checkpoint]
+) -> tuple[Step, Step]:
+    """Stored rollouts and scores by their fingerprints, with all that they continue.
+
+    Scores of a teacher with another tokenizer continue none; those of their base are then named by
+    their recipe.
+    """
+    artifact = setup.store.by_fingerprint("rollouts", rollouts)
+    recipe = artifact.recipe
+    scored = None if scores is None else setup.store.by_fingerprint("scores", scores)
+    authors = [student.identity.fingerprint for student in students]
+    made_in = authors.index(recipe.inputs["student"])
+    needs: tuple[Step, ...] = ()
+    continued: tuple[Step, ...] = ()
+    if "extends" in recipe.settings:
+        before = None if scored is None else scored.recipe.inputs.get("scores")
+        base, base_scores = _stored(setup, recipe.inputs["rollouts"], before, students)
+        needs, continued = (base,), (base_scores,)
+    made = Step(
+        kind=EXTEND if needs else GENERATE,
+        round_index=made_in,
+        artifact=artifact,
+        model=students[made_in],
+        needs=needs,
+        is_new=False,
+    )
+    if scored is None:
+        return made, scores_step(setup, made)
+    return made, Step(
+        kind=SCORE,
+        round_index=made_in,
+        artifact=scored,
+        model=setup.teacher,
+        needs=(made, *continued),
+        is_new=False,
+    )
+
+
 def _by_artifact(units: list[UnitRecord]) -> list[list[UnitRecord]]:
     """Units of one scores artifact together, oldest artifact first."""
     groups: dict[tuple[int, str], list[UnitRecord]] = {}
     for unit in units:
         groups.setdefault((unit.made_in, unit.scores), []).append(unit)
     return [groups[key] for key in sorted(groups)]
+
+
+class ReplaySource:
+    """Scores that are in the store already: an earlier run's, or named ones."""
+
+    def __init__(self, setup: Setup, replay: Replay) -> None:
+        self._store, rounds = setup.store, setup.config.rounds
+        if replay.run is None:
+            named = [
+                [(name.removeprefix("scores/"), None, number)]
+                for number, name in enumerate(replay.scores)
+            ]
+            self._where, self._rounds = "replay.scores", named
+        else:
+            self._where, self._rounds = str(replay.run), _caches_of(replay.run)
+        self._teacher = setup.replayed_teacher
+        if len(self._rounds) < rounds:
+            raise UserError(
+                f"{self._where} has {len(self._rounds)} finished rounds; the config asks for "
+                f"{rounds}; lower rounds"
+            )
+
+    def caches(self, round_index: int) -> tuple[Cache, ...]:
+        """What a round trained on.
+
+        Raises:
+            UserError: some of it is not in the store, not complete, or not of one teacher.
+        """
+        return tuple(self._cache(round_index, *found) for found in self._rounds[round_index])
+
+    def _cache(
+        self, round_index: int, fingerprint: str, units: tuple[int, ...] | None, version: int
+    ) -> Cache:
+        scores = self._store.by_fingerprint("scores", fingerprint)
+        rollouts = self._store.by_fingerprint("rollouts", scores.recipe.inputs["rollouts"])
+        for artifact in (rollouts, scores):
+            if not artifact.is_complete():
+                raise UserError(
+                    f"{artifact.name} of {self._where} is not complete; finish that run first"
+                )
+        found = scores.recipe.inputs.get("teacher")  # imported rows have none
+        self._teacher = self._teacher or found
+        if found is not None and found != self._teacher:
+            raise UserError(
+                f"{scores.name} of {self._where} was scored by teacher {found[:12]}; expected "
+                f"{str(self._teacher)[:12]}, as the config or an earlier round says; leave "
+                "`teacher` out, or replay scores of one teacher"
+            )
+        read = {"round_index": round_index, "model": None, "is_new": False}
+        sampled = Step(kind=GENERATE, artifact=rollouts, **read)
+        return Cache(
+            rollouts=sampled,
+            scores=Step(kind=SCORE, artifact=scores, needs=(sampled,), **read),
+            origin="replayed",
+            policy_version=version,
+            slots=tuple(
+                Slot(unit=unit, first=place, last=place + 1)
+                for place, unit in enumerate(units or ())
+            ),
+        )
+
+
+def _caches_of(run: Path) -> list[list[tuple[str, tuple[int, ...] | None, int]]]:
+    """What each round of an earlier run trained on: scores, units, policy version.
+
+    Raises:
+        UserError: the folder is no run.
+    """
+    path = run / "summary.json"
+    if not path.is_file():
+        raise UserError(
+            f"replay.run {run} has no summary.json; expected the folder of an earlier run; "
+            "check the path"
+        )
+    summary = read_record(RunSummary, read_json(path), str(path))
+    return [
+        [(cache.scores, cache.units, cache.policy_version) for cache in caches]
+        for caches in summary.caches
+    ]

@@ -11,7 +11,7 @@ from opd_stream.store.files import load_record, read_json
 from opd_stream.store.recipe import Recipe, differing_fields
 from opd_stream.store.store import Store
 from opd_stream.tasks.pass_at_k import Bootstrap, Counts, Difference, default_ks, differences
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 
 _PLACES = "expected RUN, RUN@POLICY_VERSION (0: the initial student) or a file of evaluate --out"
 _OWN = ("engine", "dtype", "stop_ids")  # of a policy; everything else has to be the same
@@ -81,32 +81,27 @@ def _open_side(place: str) -> Side:
     folder, at, number = place.rpartition("@") if not Path(place).is_dir() else (place, "", "")
     if at and not number.isdecimal():
         raise UserError(f"{place} names the policy version {number!r}; {_PLACES}; give a number")
-    directory = RunDirectory(Path(folder if at else place))
+    directory = RunFolder(Path(folder if at else place))
     if not directory.path.is_dir():
         raise UserError(f"{directory.path} does not exist; {_PLACES}; check the path")
     store = Store(directory.config().store)
     summary = directory.summary()
-    evaluations = summary.get("evaluations", [])
-    if not at and evaluations and not summary["finished"]:
-        done, planned = summary["rounds"], summary["rounds_planned"]
+    evaluations = () if summary is None else summary.evaluations
+    if summary is not None and not at and evaluations and not summary.finished:
+        done, planned = summary.rounds, summary.rounds_planned
         lacks = ", not all evaluated" if done == planned else ""
         raise UserError(
             f"{place} is not finished ({done} of {planned} rounds{lacks}); "
             f"{_PLACES}; finish it, or name an evaluated policy version (such as {place}@0)"
         )
     if at:
-        evaluations = [entry for entry in evaluations if entry["round"] == int(number)]
+        evaluations = tuple(e for e in evaluations if e.round == int(number))
     if not evaluations:
         raise UserError(
             f"{place} has no evaluation{f' of policy version {number}' if at else ''}; {_PLACES}; "
             "run it with an evaluation section, or use evaluate --out"
         )
-    if "benchmarks" not in evaluations[-1]:
-        raise UserError(
-            f"{place} was evaluated by an earlier opd-stream, whose summary names no evaluations; "
-            "run the same command again: it writes them and makes nothing twice"
-        )
-    return Side(name=place, store=store, artifacts=_artifacts(evaluations[-1]))
+    return Side(name=place, store=store, artifacts=_artifacts(evaluations[-1].as_json()))
 
 
 def _artifacts(evaluation: dict[str, Any]) -> dict[str, str]:

@@ -1,95 +1,56 @@
 """Policies on held-out problems: sample what is missing, judge it, and say how sure that is."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.store import Store
 from opd_stream.tasks.pass_at_k import Counts, default_ks, estimates
-from pipeline.reports import Span, made_by
+from pipeline.records import Answers, BenchmarkRecord, EvaluationRecord, Passes
 from stages.checkpoints import Checkpoint, open_checkpoint
-from stages.collect import start_rollouts, submit_missing, wait_for
-from stages.evaluate import (
-    evaluate,
-    evaluation_prompts,
-    evaluation_result,
-    evaluation_rollouts,
-)
-from stages.executors import Executor
-from stages.progress import Progress
+from stages.evaluate import evaluation_result, evaluation_rollouts
 from stages.prompts import prompts_artifact
+from stages.step import EVALUATE, Step
 
 
-@dataclass(slots=True, kw_only=True)
-class Evaluator:
-    """What an evaluation works with, and what it did."""
+def evaluation_steps(
+    config: Config, store: Store, policy: Checkpoint, stop_ids: tuple[int, ...], version: int
+) -> dict[str, Step]:
+    """Answers of a policy to the problems of each benchmark, by its name.
 
-    config: Config
-    store: Store
-    executor: Executor
-    run_id: str
-    progress: Progress
-    reach: Callable[[set[str]], object]  # told names of artifacts before they are worked on
-    spans: list[Span] = field(default_factory=list)
-
-    def measure(
-        self,
-        student: Checkpoint,
-        stop_ids: tuple[int, ...],
-        meanwhile: Callable[[], object] = lambda: None,
-    ) -> None:
-        """One policy on every benchmark, as far as the store does not have it.
-
-        Raises:
-            UserError: prompts or judge are refused, or a worker met a user's mistake.
-        """
-        evaluation = self.config.evaluation
-        assert evaluation is not None
-        for part in evaluation.parts().values():
-            prompts = evaluation_prompts(self.store, part, student)
-            rollouts = evaluation_rollouts(
-                self.store,
-                self.config,
-                part,
-                prompts=prompts,
-                student=student,
-                stop_ids=stop_ids,
-            )
-            self.reach({prompts.name, rollouts.name})
-            start_rollouts(
-                self.store, rollouts.recipe, prompts_per_unit=self.config.prompts_per_unit
-            )
-            work = submit_missing(
-                self.executor,
-                rollouts,
-                None,
-                student=student,
-                teacher=None,
-                made_by=self.run_id,
-                progress=self.progress,
-            )
-            if work.tasks:
-                meanwhile()
-            self.spans += wait_for(self.executor, work, self.progress, name="evaluate")
-            evaluate(self.store, part, rollouts, student)
+    Args:
+        config: its evaluation section says what is asked; none where it has none.
+        store: of the run.
+        policy: answers.
+        stop_ids: terminators of its answers.
+        version: of the policy; 0 is the initial student.
+    """
+    evaluation = config.evaluation
+    steps: dict[str, Step] = {}
+    for name, part in {} if evaluation is None else evaluation.parts().items():
+        assert part.prompts is not None  # validated
+        prompts = prompts_artifact(store, part.prompts, policy)
+        artifact = evaluation_rollouts(
+            store, config, part, prompts=prompts, student=policy, stop_ids=stop_ids
+        )
+        steps[name] = Step(kind=EVALUATE, round_index=version - 1, artifact=artifact, model=policy)
+    return steps
 
 
-def known_evaluation(
+def evaluation_record(
     config: Config,
     store: Store,
-    student: Checkpoint,
+    policy: Checkpoint,
     stop_ids: tuple[int, ...],
     run_ids: Collection[str],
-) -> dict[str, Any] | None:
-    """What the summary keeps of a policy's evaluation, from the store; None: it is not all there.
+) -> EvaluationRecord | None:
+    """What reports keep of a policy's evaluation, from the store; None: it is not all there.
 
     Args:
         config: its evaluation section says what is asked.
         store: of the run.
-        student: the policy.
+        policy: answers.
         stop_ids: terminators of its answers.
         run_ids: of the run; seconds are of what these made.
     """
@@ -97,37 +58,36 @@ def known_evaluation(
     if evaluation is None:
         return None
     counts: list[Counts] = []
-    benchmarks: dict[str, dict[str, Any]] = {}
+    benchmarks: dict[str, BenchmarkRecord] = {}
     seconds, errors = 0.0, list[float]()
-    for name, part in evaluation.parts().items():
-        assert part.prompts is not None  # validated
-        prompts = prompts_artifact(store, part.prompts, student)
-        rollouts = evaluation_rollouts(
-            store, config, part, prompts=prompts, student=student, stop_ids=stop_ids
-        )
-        if (known := evaluation_result(store, part, rollouts)) is None:
+    for name, step in evaluation_steps(config, store, policy, stop_ids, 0).items():
+        known = evaluation_result(store, evaluation.parts()[name], step.shards)
+        if known is None:
             return None
         artifact, result = known
         counts.append(Counts(correct=result["correct"], samples=result["samples"]))
-        benchmarks[name] = {
-            **_figures([counts[-1]], _ks(evaluation.pass_at, [counts[-1]])),
-            "standard_error": result["standard_error"],
-            "problems": result["problems"],
-            "samples": result["samples"],
-            "mean_tokens": result["completion_tokens"] / (result["problems"] * result["samples"]),
-            "artifact": artifact,
-        }
+        passes = _passes([counts[-1]], _ks(evaluation.pass_at, [counts[-1]]))
+        benchmarks[name] = BenchmarkRecord(
+            passes=passes.passes,
+            intervals=passes.intervals,
+            standard_error=result["standard_error"],
+            problems=result["problems"],
+            samples=result["samples"],
+            mean_tokens=result["completion_tokens"] / (result["problems"] * result["samples"]),
+            artifact=artifact,
+        )
         errors.append(result["standard_error"])
-        own = made_by(rollouts.commits().values(), run_ids)
-        seconds += sum(commit.seconds for commit in own)
-    return {
-        **_figures(counts, _ks(evaluation.pass_at, counts)),
-        "standard_error": sum(error**2 for error in errors) ** 0.5 / len(errors),
-        "problems": sum(len(each.correct) for each in counts),
-        "samples": counts[0].samples if len(counts) == 1 else None,
-        "seconds": seconds,
-        "benchmarks": benchmarks,
-    }
+        seconds += sum(c.seconds for c in step.commits() if c.made_by in run_ids)
+    passes = _passes(counts, _ks(evaluation.pass_at, counts))
+    return EvaluationRecord(
+        passes=passes.passes,
+        intervals=passes.intervals,
+        standard_error=sum(error**2 for error in errors) ** 0.5 / len(errors),
+        problems=sum(len(each.correct) for each in counts),
+        samples=counts[0].samples if len(counts) == 1 else None,
+        seconds=seconds,
+        benchmarks=benchmarks,
+    )
 
 
 def open_policy(config: Config, store: Store, folder: Path) -> tuple[Checkpoint, tuple[int, ...]]:
@@ -156,22 +116,21 @@ def open_policy(config: Config, store: Store, folder: Path) -> tuple[Checkpoint,
     return policy, tuple(sorted(stop_ids))
 
 
-def figure_lines(evaluation: dict[str, Any]) -> Iterator[str]:
+def figure_lines(evaluation: Answers) -> Iterator[str]:
     """One line a benchmark, and one for their mean where there are several."""
-    benchmarks = evaluation["benchmarks"]
-    for name, entry in benchmarks.items():
+    for name, entry in evaluation.benchmarks.items():
         yield (
-            f"{name}: {_said(entry)}; {entry['problems']:,} problems × {entry['samples']} samples, "
-            f"{entry['mean_tokens']:.0f} tokens each; {entry['artifact']}"
+            f"{name}: {_said(entry)}; {entry.problems:,} problems × {entry.samples} samples, "
+            f"{entry.mean_tokens:.0f} tokens each; {entry.artifact}"
         )
-    if len(benchmarks) > 1:
-        yield f"mean of {len(benchmarks)}: {_said(evaluation)}"
+    if len(evaluation.benchmarks) > 1:
+        yield f"mean of {len(evaluation.benchmarks)}: {_said(evaluation)}"
 
 
-def _said(entry: dict[str, Any]) -> str:
+def _said(entry: Passes) -> str:
     return ", ".join(
-        f"{name} {entry[name]:.3f} [{low:.3f}, {high:.3f}]"
-        for name, (low, high) in entry["intervals"].items()
+        f"{name} {entry.passes[name]:.3f} [{low:.3f}, {high:.3f}]"
+        for name, (low, high) in entry.intervals.items()
     )
 
 
@@ -182,9 +141,9 @@ def _ks(asked: Sequence[int] | None, counts: Sequence[Counts]) -> tuple[int, ...
     return default_ks(min(each.samples for each in counts))
 
 
-def _figures(counts: Sequence[Counts], ks: Sequence[int]) -> dict[str, Any]:
+def _passes(counts: Sequence[Counts], ks: Sequence[int]) -> Passes:
     found = estimates(counts, ks)
-    return {
-        **{name: estimate for name, (estimate, _) in found.items()},
-        "intervals": {name: list(interval) for name, (_, interval) in found.items()},
-    }
+    return Passes(
+        passes={name: estimate for name, (estimate, _) in found.items()},
+        intervals={name: (low, high) for name, (_, (low, high)) in found.items()},
+    )

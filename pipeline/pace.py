@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from opd_stream.store.artifact import Commit, summed_counts
-from pipeline.reports import Span, busy_seconds
+from pipeline.accounting import Span, busy_seconds
 
 QUIET_SECONDS = 60.0  # a stage is quiet when nothing came for this long
 QUIET_UNITS = 3.0  # and as long again as this many of its longest units took

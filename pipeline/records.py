@@ -1,6 +1,6 @@
 """What a run's folder says: plan and report of each round, the summary; for writers and readers.
 
-`run.json`, `config.json` and `metrics.jsonl` stand beside them; `pipeline/run_directory.py` knows
+`run.json`, `config.json` and `metrics.jsonl` stand beside them; `pipeline/run_folder.py` knows
 where everything lies.
 """
 
@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_serializer, model_validator
 
-from opd_stream.outcome import DriftRecord, EpochRecord, ExtrapolationRecord, WindowAudit
+from opd_stream.drift import DriftSums
+from opd_stream.outcome import EpochRecord, ExtrapolationRecord, WindowAudit
 from opd_stream.record import Record
 
 Origin = Literal["fresh", "ahead", "extended", "kept", "replayed"]
@@ -31,7 +32,7 @@ class UnitDecisionRecord(Record):
     first: int  # prompts of the round whose place the unit has
     last: int  # exclusive
     floor: float
-    drift: DriftRecord
+    drift: DriftSums
     student_top_mass: float
     policies: int
     window_tokens: int
@@ -59,11 +60,16 @@ class PolicyRecord(Record):
     version: int
     fingerprint: str
     weights_sha256: str
-    folder: str | None = None
+
+
+class RoundPolicy(PolicyRecord):
+    """The policy that a round made."""
+
+    folder: str
 
 
 class Passes(Record):
-    """pass@k by name, with intervals; in JSON each pass@k is a field of its own."""
+    """pass@k and avg@n by name, with intervals; in JSON each is a field of its own."""
 
     passes: dict[str, float] = Field(default={})
     intervals: dict[str, tuple[float, float]] = Field(default={})
@@ -76,7 +82,7 @@ class Passes(Record):
     def _gather(cls, value: Any) -> Any:
         if not isinstance(value, dict) or "passes" in value:
             return value
-        return {**value, "passes": {k: v for k, v in value.items() if k.startswith("pass@")}}
+        return {**value, "passes": {k: v for k, v in value.items() if "@" in k}}
 
     @model_serializer(mode="wrap")
     def _spread(self, dump: Any) -> dict[str, Any]:
@@ -96,14 +102,19 @@ class BenchmarkRecord(Passes):
     artifact: str | None = None  # name in the store
 
 
-class EvaluationRecord(Passes):
+class Answers(Passes):
     """Sampled answers of one policy on every benchmark."""
 
-    seconds: float = 0.0  # of what this run sampled
     benchmarks: dict[str, BenchmarkRecord] = Field(default={})
 
 
-class SummaryEvaluation(EvaluationRecord):
+class EvaluationRecord(Answers):
+    """The same, with what it cost."""
+
+    seconds: float = 0.0  # of what this run sampled
+
+
+class SummaryEvaluation(Answers):
     """The same in a summary."""
 
     round: int  # the policy's version
@@ -125,6 +136,11 @@ class RunSeconds(StageNumbers):
     wall: float | None = None  # of all calls of `run`
     other: float | None = None  # of these, when no stage was at work
 
+    @model_serializer(mode="wrap")
+    def _without_calls(self, dump: Any) -> dict[str, Any]:
+        """Where there was no call of `run`, nothing is said of calls."""
+        return {name: value for name, value in dump(self).items() if value is not None}
+
 
 class TokenNumbers(Record):
     """Completion tokens."""
@@ -132,14 +148,24 @@ class TokenNumbers(Record):
     generated: int = 0
     teacher_scored: int = 0
     trained: int = 0
-    probed: int = 0  # of them, for audits
 
 
-class ReusedNumbers(Record):
-    """What was made by other runs."""
+class RoundTokens(TokenNumbers):
+    """Completion tokens of a round."""
+
+    probed: int = 0  # of those that were scored, for audits
+
+
+class ReusedUnits(Record):
+    """Units that were made by other runs."""
 
     rollout_units: int = 0
     score_units: int = 0
+
+
+class RoundReuse(ReusedUnits):
+    """What of a round was made by other runs."""
+
     policy: bool = False
 
 
@@ -159,7 +185,7 @@ class RoundReport(Record):
     first_step: int
     steps: int
     rows: int
-    tokens: TokenNumbers
+    tokens: RoundTokens
     refused_rows: int = 0
     length_share: float
     terminator_rate: float
@@ -170,7 +196,7 @@ class RoundReport(Record):
     seconds: StageNumbers
     cpu_seconds: StageNumbers
     audit_cpu_seconds: float = 0.0
-    reused: ReusedNumbers
+    reused: RoundReuse
     processes: int = 1
     extrapolations: tuple[ExtrapolationRecord, ...] = ()
     window_decision: WindowAudit | None = None
@@ -182,7 +208,7 @@ class RoundReport(Record):
     effective_sample_fraction: float
     epochs: tuple[EpochRecord, ...]
     decision: str
-    policy: PolicyRecord
+    policy: RoundPolicy
     caches: tuple[CacheRecord, ...]
     evaluation: EvaluationRecord | None = None
 
@@ -199,7 +225,7 @@ class RunSummary(Record):
     flops: StageNumbers = StageNumbers()
     seconds: RunSeconds = RunSeconds()
     cpu_seconds: StageNumbers = StageNumbers()
-    reused: ReusedNumbers = ReusedNumbers()
+    reused: ReusedUnits = ReusedUnits()
     policies: tuple[PolicyRecord, ...]
     final_policy: str | None = None
     caches: tuple[tuple[CacheRecord, ...], ...] = ()

@@ -1,297 +1,232 @@
-"""The loop: generate, score, train, evaluate, report; again until the rounds are done.
+"""The rounds of a run as lists of steps, in order, as far as they can be named.
 
-Every step first looks for its artifact and makes only what is missing, so the same function starts
-a run, continues one after any kind of stop, and finds that a finished one has nothing to do.
+The recipes of a round name the policy it starts from, so round R + 1 can be named once the policy
+of round R exists. `rounds` is therefore lazy: whoever takes a round from it either finds its policy
+complete or completes it before asking for the next.
 """
 
-import importlib
-import time
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from opd_stream.config import Config
-from opd_stream.errors import UserError
-from opd_stream.store.artifact import DamagedUnit
-from pipeline.caches import Cache, bases_of, scores_of
-from pipeline.evaluation import Evaluator
-from pipeline.plan import is_due
-from pipeline.reports import Span, busy_seconds
-from pipeline.run_directory import RunDirectory
-from pipeline.run_records import Records, given, reached
-from pipeline.setup import Setup, open_setup
-from pipeline.walk import (
-    Round,
-    checkpoint_of,
-    probe_artifacts,
-    walk,
-)
+from opd_stream.outcome import TrainOutcome, WindowAudit
+from opd_stream.staleness import may_run_ahead
+from opd_stream.store.policy import Part, PolicyArtifact
+from opd_stream.windows import AdaptiveWindow
+from pipeline.caches import Cache, Kept, ReplaySource, fresh_cache, kept_caches, scores_step
+from pipeline.plan import RoundPlan, plan_ahead, plan_round
+from pipeline.records import UnitDecisionRecord
+from pipeline.setup import Setup
 from stages.checkpoints import Checkpoint
-from stages.collect import (
-    SubmittedWork,
-    start_probe,
-    start_rollouts,
-    start_scores,
-    submit_missing,
-    wait_for,
-)
-from stages.executors import Executor, open_executor
-from stages.progress import Progress
+from stages.recipes import policy_recipe, probe_recipe
+from stages.step import PROBE, PROBE_SCORE, TRAIN, Step
 
 
-@dataclass(slots=True, kw_only=True)
-class Session:
-    """One call of the command: what it works with, and when it was busy."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One round: what it does, in the order in which it is done."""
 
-    setup: Setup
-    directory: RunDirectory
-    run_id: str
-    executor: Executor
-    progress: Progress
-    ahead: SubmittedWork | None = None  # of the next round, begun before this one trained
-    spans: list[Span] = field(default_factory=list)
-    started: float = field(default_factory=time.time)
-    reached: set[str] = field(default_factory=set)  # names of artifacts
+    plan: RoundPlan
+    student: Checkpoint  # samples the rollouts and is trained
+    previous: PolicyArtifact | None  # made `student`; None in round 0
+    caches: tuple[Cache, ...]  # what it trains on
+    unit_decisions: tuple[UnitDecisionRecord, ...]  # about the units of the round before
+    audit: WindowAudit | None  # that decided the window, if one did
+    steps: tuple[Step, ...]  # everything but evaluation; the last one trains
+    ahead: Cache | None  # of the next round, if its rollouts need not wait for this policy
+    is_expected: bool = False  # the policy before is not there yet, so no artifact can be
 
-    def reach(self, names: set[str]) -> None:
-        """Tell the store what is about to be read or made, so that `gc` leaves it."""
-        self.reached |= names
-        self.setup.store.add_to_run(self.run_id, self.directory.path, self.reached)
+    @property
+    def index(self) -> int:
+        """Number of the round, from 0; also the version of the policy it starts from."""
+        return self.plan.round_index
+
+    @property
+    def policy(self) -> PolicyArtifact:
+        """What it trains."""
+        return self.steps[-1].policy
+
+    @property
+    def window_tokens(self) -> int:
+        """New tokens of its rollouts; of units kept from earlier rounds, how many may train."""
+        newest = self.caches[-1]
+        cached = newest.window_tokens if newest.origin in ("ahead", "replayed") else None
+        return cached or self.plan.window_tokens
+
+    @property
+    def new_steps(self) -> list[Step]:
+        """Those that sample or score for this round."""
+        return [step for step in self.steps[:-1] if step.is_new]
+
+    @property
+    def probe(self) -> Step | None:
+        """Scores of the probes of its audit, if it takes one."""
+        return next((step for step in self.steps if step.kind == PROBE_SCORE), None)
+
+    def names(self) -> set[str]:
+        """The names of its artifacts, and of those that are made ahead."""
+        ahead = () if self.ahead is None else (self.ahead.rollouts, self.ahead.scores)
+        return {step.artifact.name for step in (*self.steps, *ahead)}
 
 
-def run(config: Config, directory: RunDirectory, progress: Progress) -> dict[str, Any]:
-    """Run or continue the whole loop; returns the summary.
+def checkpoint_of(policy: PolicyArtifact, part: Part = "model") -> Checkpoint:
+    """The checkpoint that a train stage published; this part of a remote one is on this machine."""
+    identity = policy.manifest().checkpoint_identity
+    folder = policy.folder(part).resolve()
+    return Checkpoint(folder=folder, identity=identity, policy=policy.fingerprint)
 
-    Raises:
-        UserError: anything the user can mend, told in one line.
+
+# Of a policy that is only named: nothing of a remote one is copied to this machine.
+named_checkpoint = partial(checkpoint_of, part="name")
+
+
+def rounds(
+    setup: Setup,
+    *,
+    opened: Callable[[PolicyArtifact], Checkpoint] = checkpoint_of,
+    wait: Callable[[Round], bool] | None = None,
+    expected: bool = False,
+) -> Iterator[Round]:
+    """The rounds; stops after one whose policy is not complete when the next is asked for.
+
+    Args:
+        setup: of the run.
+        opened: gives the checkpoint of a complete policy.
+        wait: called with a round whose policy is not complete; returns whether it is now.
+        expected: go on with rounds whose artifacts cannot be named yet, as if every round before
+            took all of its planned steps.
     """
-    started = time.time()
-    setup = open_setup(config)
-    run_id = directory.open(config)
-    for line in setup.warnings:
-        progress.warn(line)
-    earlier = directory.calls()
-    records = Records(setup=setup, directory=directory, run_id=run_id)
-    reports: list[dict[str, Any]] = []
-    with setup.store.watched(), open_executor(config) as executor:
-        session = Session(
-            setup=setup,
-            directory=directory,
-            run_id=run_id,
-            executor=executor,
-            progress=progress,
-            started=started,
+    config = setup.config
+    students, previous, first_step = [setup.student], None, 0
+    outcome: TrainOutcome | None = None
+    audit: WindowAudit | None = None
+    source = None if config.replay is None else ReplaySource(setup, config.replay)
+    ahead: Cache | None = None
+    is_expected = False
+    for round_index in range(config.rounds):
+        plan = plan_round(
+            config,
+            round_index=round_index,
+            first_step=first_step,
+            decided_window=None if audit is None else audit.window_tokens,
         )
-        session.reach(given(setup))
-        if config.evaluation is not None:
-            evaluate_policy(session, setup.student)
-        if not directory.summary():
-            records.write_summary(reports, _calls(session, earlier))
-        for here in walk(setup):
-            session.reach(reached(setup, here))
-            directory.write_plan(here)
-            if not has_policy(session, here):
-                train_round(session, here)
-            if is_due(config, here.index):
-                evaluate_policy(session, checkpoint_of(here.policy))
-            reports.append(records.write_round(here))
-            records.write_summary(reports, _calls(session, earlier))
-        setup.store.record_run(run_id, directory.path, session.reached)  # and no more
-    return records.write_summary(reports, _calls(session, earlier))
+        kept = Kept()
+        if source is not None:
+            caches = source.caches(round_index)
+        elif outcome is not None and outcome.units:
+            kept = kept_caches(setup, plan, students, outcome)
+            caches = kept.caches
+        else:
+            caches = (fresh_cache(setup, plan, students[-1]) if ahead is None else ahead,)
+        ahead = _ahead(setup, plan, students[-1], outcome)
+        here = Round(
+            plan=plan,
+            student=students[-1],
+            previous=previous,
+            caches=caches,
+            unit_decisions=kept.decisions,
+            audit=audit,
+            steps=round_steps(setup, plan, students[-1], previous, caches),
+            ahead=ahead,
+            is_expected=is_expected,
+        )
+        yield here
+        previous = here.policy
+        if here.policy.is_complete() or (wait is not None and wait(here)):
+            students.append(opened(here.policy))
+            outcome = here.policy.manifest().outcome
+            first_step += outcome.steps
+            audit = outcome.window_decision or audit
+        elif expected:
+            students.append(_expected_student(setup, round_index + 1))
+            outcome, is_expected = None, True
+            first_step += plan.planned_steps
+        else:
+            return
 
 
-def has_policy(session: Session, here: Round) -> bool:
-    """Whether the round's policy is there and whole; a damaged one is named and taken out."""
-    if not here.policy.is_complete():
-        return False
-    reason = here.policy.damage(cache=session.setup.store.digests)
-    if reason is not None:
-        session.progress.warn(f"{here.policy.name} is damaged ({reason}); it is trained again")
-        here.policy.invalidate()
-    return reason is None
+def round_steps(
+    setup: Setup,
+    plan: RoundPlan,
+    student: Checkpoint,
+    previous: PolicyArtifact | None,
+    caches: Sequence[Cache],
+) -> tuple[Step, ...]:
+    """Everything that a round consists of but its evaluation, in the order in which it is done.
 
-
-def train_round(session: Session, here: Round) -> None:
-    """Everything up to the policy of a round; a unit found damaged while reading is made again."""
-    while True:
-        make_caches(session, here)
-        _begin_ahead(session, here)
-        try:
-            return train_policy(session, here)
-        except DamagedUnit as damaged:
-            if session.setup.config.replay is not None:
-                raise UserError(
-                    f"{damaged}; a replay only reads: continue the run that made it, then this one"
-                ) from damaged
-            session.progress.warn(f"{damaged}; it is made again")
-            damaged.artifact.invalidate(damaged.unit)
-
-
-def make_caches(
-    session: Session, here: Round, *, score: bool = True, shuffle: bool = False
-) -> None:
-    """The generate and score stages of a round (a replay has nothing to make).
-
-    Without `score` only the student's side; with `shuffle` in an order of this process's own.
+    A new kind of step is added here, and nowhere else.
     """
-    setup = session.setup
-    if setup.config.replay is not None:
-        return
-    mine = session.ahead
-    if mine is not None and mine.rollouts.name in {cache.rollouts.name for cache in here.caches}:
-        session.ahead = None
-        _begin_ahead(session, here)  # the sampler goes on while our last units are scored
-        _finish(session, mine, "generate")
-    session.progress.say(
-        f"round {here.index}: window {here.window_tokens} tokens, "
-        f"policy {here.student.identity.fingerprint[:12]}"
-    )
-    for cache in here.caches:
-        if cache.made_in == here.index or not cache.is_complete():
-            _mend_bases(session, here, cache, score=score)
-            name = "extend" if cache.origin == "extended" else "generate"
-            _finish(session, _begin(session, cache, score=score, shuffle=shuffle), name)
-    if here.probe is not None:
-        _make_probe(session, here, score=score)
-
-
-def _mend_bases(session: Session, here: Round, cache: Cache, *, score: bool) -> None:
-    """Make again what is damaged of what an extension continues, by who made it."""
-    for base in bases_of(session.setup, cache, here.students):
-        work = _begin(session, base, score=score, shuffle=False)
-        if work.tasks:
-            _finish(session, work, "generate")
-
-
-def _begin_ahead(session: Session, here: Round) -> None:
-    """Order the next round's rollouts, unless that is done or they wait for this round's policy."""
-    if here.ahead is not None and session.ahead is None:
-        session.ahead = _begin(session, here.ahead, score=True, shuffle=False)
-
-
-def _begin(session: Session, cache: Cache, *, score: bool, shuffle: bool) -> SubmittedWork:
-    """Order what is missing of a cache."""
-    setup = session.setup
-    assert cache.student is not None
-    rollouts = start_rollouts(
-        setup.store,
-        cache.rollouts.recipe,
-        prompts_per_unit=cache.prompts_per_unit(setup.config.prompts_per_unit),
-    )
-    return submit_missing(
-        session.executor,
-        rollouts,
-        start_scores(setup.store, cache.scores.recipe, rollouts) if score else None,
-        student=cache.student,
-        teacher=setup.teacher,
-        made_by=session.run_id,
-        progress=session.progress,
-        shuffle=shuffle,
-    )
-
-
-def _make_probe(session: Session, here: Round, *, score: bool) -> None:
-    """Probes of the round's rollouts, continued and scored; counted in every figure of cost."""
-    setup = session.setup
-    assert here.probe is not None
-    assert here.fresh is not None
-    probe = start_probe(setup.store, here.probe, here.fresh.rollouts)
-    if probe is None:
-        return
-    work = submit_missing(
-        session.executor,
-        probe,
-        start_scores(setup.store, scores_of(setup, here.probe), probe) if score else None,
-        student=here.student,
-        teacher=setup.teacher,
-        made_by=session.run_id,
-        progress=session.progress,
-    )
-    _finish(session, work, "probe")
-
-
-def _finish(session: Session, work: SubmittedWork, name: str) -> None:
-    """Wait for a collection; this process gets ready for training while the workers start."""
-    if work.tasks:
-        _import_training()
-    session.spans += wait_for(session.executor, work, session.progress, name=name)
-
-
-def _import_training() -> None:
-    """Load what training needs while workers start."""
-    importlib.import_module("stages.train")
-
-
-def train_policy(session: Session, here: Round) -> None:
-    """The train stage of a round.
-
-    Raises:
-        UserError: nothing can be trained on, or the loss is not finite.
-        DamagedUnit: a shard is not what was committed.
-    """
-    from stages.train import OPTIMIZER, train
-    from stages.train_job import TrainJob
-
-    config, start = session.setup.config, time.time()
-    optimizer = None if here.previous is None else here.previous.folder("training") / OPTIMIZER
-    author = here.caches[-1].rollouts.recipe.inputs.get("student")
-    train(
-        TrainJob(
-            config=config,
-            policy=here.policy.recipe,
-            base=str(here.student.folder),
-            initial=str(session.setup.student.folder),
-            optimizer_state=None if optimizer is None else str(optimizer),
-            caches=tuple(cache.cache_units() for cache in here.caches),
-            is_fresh=author == here.student.identity.fingerprint,
-            is_gated=any(decision["action"] == "gated" for decision in here.unit_decisions),
-            probe=_complete_probe(session, here),
-            earlier_decision=here.decision,
-            window_tokens=here.window_tokens,
-            masked_ids=session.setup.masked_ids,
-            newline_ids=session.setup.newline_ids,
-            stop_ids=session.setup.stop_ids,
-            prompts=session.setup.prompts.fingerprint,
-            first_step=here.plan.first_step,
-            round_index=here.index,
-            scratch=str(session.directory.scratch(here)),
-            metrics=str(session.directory.metrics),
-            made_by=session.run_id,
+    cached = [step for cache in caches for step in (cache.rollouts, cache.scores)]
+    probes = _probe_steps(setup, plan, caches)
+    train = Step(
+        kind=TRAIN,
+        round_index=plan.round_index,
+        artifact=setup.store.policy(
+            policy_recipe(
+                setup.config,
+                prompts=setup.prompts.fingerprint,
+                stop_ids=setup.stop_ids,
+                base=student,
+                previous=None if previous is None else previous.fingerprint,
+                caches=[
+                    (cache.scores.artifact.fingerprint, cache.policy_version, cache.units)
+                    for cache in caches
+                ],
+                round_index=plan.round_index,
+                first_step=plan.first_step,
+                window_tokens=_own_window(setup.config, plan, caches),
+            )
         ),
-        session.progress,
+        model=student,
+        needs=(*(cache.scores for cache in caches), *probes[1:]),
     )
-    session.spans.append((start, time.time()))
-    if (decided := here.policy.manifest().outcome.window_decision) is not None:
-        session.progress.say(f"next round: {decided.reason}")
+    return (*cached, *probes, train)
 
 
-def _complete_probe(session: Session, here: Round) -> tuple[str, str] | None:
-    if here.probe is None:
-        return None
-    found = probe_artifacts(session.setup, here.probe)
-    if not all(artifact.is_complete() for artifact in found):
-        return None
-    rollouts, scores = found
-    return rollouts.fingerprint, scores.fingerprint
-
-
-def evaluate_policy(session: Session, student: Checkpoint) -> None:
-    """The evaluate stage for one policy."""
-    evaluator = Evaluator(
-        config=session.setup.config,
-        store=session.setup.store,
-        executor=session.executor,
-        run_id=session.run_id,
-        progress=session.progress,
-        reach=session.reach,
+def _probe_steps(setup: Setup, plan: RoundPlan, caches: Sequence[Cache]) -> tuple[Step, ...]:
+    """Probes of fresh rollouts and their scores, in rounds whose audit decides the next window."""
+    window = setup.config.rollouts.window
+    fresh = next((cache.rollouts for cache in caches if cache.origin == "fresh"), None)
+    is_last = plan.round_index == setup.config.rounds - 1
+    if not isinstance(window, AdaptiveWindow) or fresh is None or is_last:
+        return ()
+    if plan.round_index % window.every_rounds:
+        return ()
+    probe = Step(
+        kind=PROBE,
+        round_index=plan.round_index,
+        artifact=setup.store.artifact(probe_recipe(window, fresh.artifact.recipe)),
+        model=fresh.model,
+        needs=(fresh,),
     )
-    evaluator.measure(student, session.setup.stop_ids, _import_training)
-    session.spans += evaluator.spans
+    return probe, scores_step(setup, probe, kind=PROBE_SCORE)
 
 
-def _calls(session: Session, earlier: dict[str, float]) -> dict[str, float]:
-    """Seconds of all calls of the run so far."""
-    wall = time.time() - session.started if session.spans else 0.0  # nothing done: no time spent
-    return {
-        "wall": earlier.get("wall", 0.0) + wall,
-        "other": earlier.get("other", 0.0) + wall - busy_seconds(session.spans),
-    }
+def _own_window(config: Config, plan: RoundPlan, caches: Sequence[Cache]) -> int | None:
+    """The decided window, where none of the round's rollouts was made with it."""
+    is_decided = isinstance(config.rollouts.window, AdaptiveWindow)
+    if not is_decided or config.replay is not None:
+        return None
+    return None if caches[-1].window_tokens == plan.window_tokens else plan.window_tokens
+
+
+def _ahead(
+    setup: Setup, plan: RoundPlan, student: Checkpoint, outcome: TrainOutcome | None
+) -> Cache | None:
+    """The next round's cache, by the student of this one; `outcome` is of the round before."""
+    config = setup.config
+    is_last = plan.round_index == config.rounds - 1
+    if not config.rollouts.ahead or is_last or outcome is None:
+        return None
+    drift = outcome.epochs[-1].policy_drift
+    if not may_run_ahead(drift, bounds=config.staleness, floor=outcome.floor):
+        return None
+    cache = fresh_cache(setup, plan_ahead(config, plan), student)
+    return replace(cache, origin="ahead", policy_version=plan.round_index)
+
+
+def _expected_student(setup: Setup, version: int) -> Checkpoint:
+    """Stands for a policy that is not there yet: no artifact of it exists."""
+    identity = replace(setup.student.identity, weights_sha256=f"policy version {version}")
+    return Checkpoint(folder=setup.student.folder, identity=identity)

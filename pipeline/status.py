@@ -1,74 +1,248 @@
-"""What of a run is in the store, round by round, read from the store alone."""
+"""How far a run is: the pace of each step, read from the store; of training also from its folder.
 
-import sys
+Any machine that reaches the store can ask, whichever machines the stages run on: units carry the
+time they were made, and rounds are named as the run itself names them.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.console import Console
-
-from opd_stream.config import Config
-from opd_stream.store.artifact import Artifact
+from opd_stream.store.artifact import Artifact, Commit
 from opd_stream.store.policy import PolicyArtifact
-from pipeline.run_directory import RunDirectory
-from pipeline.run_status import StatusReader
-from pipeline.setup import Setup, open_to_look
-from pipeline.status_table import status_json, table_of, watch
-from pipeline.walk import named, walk
+from pipeline.accounting import Span, busy_seconds
+from pipeline.evaluation import evaluation_steps
+from pipeline.pace import Pace, after, pace_of_steps, pace_of_units, spans_of
+from pipeline.plan import is_due
+from pipeline.rounds import Round, named_checkpoint, rounds
+from pipeline.run_folder import RunFolder
+from pipeline.setup import Setup
+from stages.checkpoints import Checkpoint
+from stages.evaluate import evaluation_result
+from stages.step import Step, of_stage
 
 
-def status_lines(config: Config) -> list[str]:
-    """One line a round, and for the first missing artifact how it differs from the nearest one.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundStatus:
+    """A round with the pace of each of its stages; `evaluate` only where it is due."""
 
-    Raises:
-        UserError: the checkpoints or prompts of the run cannot be opened.
-    """
-    return lines_of(open_to_look(config))
+    round: int | None  # from 0; None: the initial student, which is only evaluated
+    policy_version: int  # of the policy that is evaluated: 0, or the round's number + 1
+    window_tokens: int | None
+    busy_seconds: float  # in generate, score and train
+    stages: dict[str, Pace]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing of it is left to do."""
+        return all(pace.is_complete for pace in self.stages.values())
 
 
-def lines_of(setup: Setup) -> list[str]:
-    """The same of a run that is open."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatus:
+    """A run at one moment."""
+
+    run: str
+    time: float  # seconds since the epoch
+    is_finished: bool
+    rounds_complete: int
+    rounds_planned: int
+    eta_seconds: float | None  # of the whole run, without evaluations
+    rounds: tuple[RoundStatus, ...]  # as far as they can be named
+
+
+class StatusReader:
+    """Reads the status again and again; what is complete is read once."""
+
+    def __init__(self, setup: Setup, folder: RunFolder) -> None:
+        self._setup, self._folder = setup, folder
+        self._complete: dict[str, list[Commit]] = {}  # fingerprint -> records
+        self._rounds: dict[str, RoundStatus] = {}  # fingerprint of the policy -> complete round
+
+    def read(self) -> RunStatus:
+        """The status now."""
+        now, setup = time.time(), self._setup
+        named = list(rounds(setup, opened=named_checkpoint))
+        statuses = [self._round(here, now) for here in named]
+        start: list[RoundStatus] = []
+        if setup.config.evaluation is not None:
+            first = self._evaluate(setup.student, 0, now)
+            start = [
+                RoundStatus(
+                    round=None,
+                    policy_version=0,
+                    window_tokens=None,
+                    busy_seconds=0.0,
+                    stages={"evaluate": first},
+                )
+            ]
+        complete = sum(here.policy.is_complete() for here in named)
+        return RunStatus(
+            run=str(self._folder.path),
+            time=now,
+            is_finished=complete == setup.config.rounds and all(s.is_complete for s in statuses),
+            rounds_complete=complete,
+            rounds_planned=setup.config.rounds,
+            eta_seconds=_eta(setup, statuses),
+            rounds=(*start, *statuses),
+        )
+
+    def _round(self, here: Round, now: float) -> RoundStatus:
+        known = self._rounds.get(here.policy.fingerprint) or self._read_round(here, now)
+        if known.is_complete:
+            self._rounds[here.policy.fingerprint] = known
+        return known
+
+    def _read_round(self, here: Round, now: float) -> RoundStatus:
+        made = [s for s in here.steps[:-1] if (s.is_new or not s.is_complete()) and not s.is_void()]
+        stages: dict[str, Pace] = {}
+        for stage in ("generate", "score"):
+            steps = of_stage(made, stage)
+            pace = self._units(steps, now)
+            stages[stage] = after(pace, stages["generate"]) if stages else pace
+        stages["train"] = self._train(here, now)
+        if is_due(self._setup.config, here.index):
+            stages["evaluate"] = (
+                self._evaluate(named_checkpoint(here.policy), here.index + 1, now)
+                if here.policy.is_complete()
+                else Pace(done=0, total=None, is_complete=False)
+            )
+        spans: list[Span] = []
+        if self._setup.config.replay is None:  # else another run's time
+            spans = [span for step in made for span in spans_of(self._commits(step))]
+        return RoundStatus(
+            round=here.index,
+            policy_version=here.index + 1,
+            window_tokens=here.window_tokens,
+            busy_seconds=busy_seconds(spans) + (stages["train"].busy_seconds or 0.0),
+            stages=stages,
+        )
+
+    def _units(self, steps: Sequence[Step], now: float) -> Pace:
+        return pace_of_units(
+            [commit for step in steps for commit in self._commits(step)],
+            total=sum(self._planned_units(step) for step in steps),
+            is_complete=all(step.is_complete() for step in steps),
+            now=now,
+        )
+
+    def _planned_units(self, step: Step) -> int:
+        """Units of a step, as this config would cut those of one that nobody has started."""
+        if step.shards.is_started():
+            return len(step.shards.units())
+        if step.kind.stage == "score":
+            return self._planned_units(step.rollouts)
+        settings, config = step.artifact.recipe.settings, self._setup.config
+        if "probe" in settings:
+            return 0  # it is not known yet whether there is one
+        ranges = settings.get("selection", {}).get("ranges")
+        units = settings.get("extends", ranges)
+        if units is not None:
+            return len(units)
+        return -(-config.rollouts.prompts_per_round // config.prompts_per_unit)
+
+    def _commits(self, step: Step) -> list[Commit]:
+        known = self._complete.get(step.artifact.fingerprint)
+        if known is not None and step.artifact.is_complete():
+            return known
+        commits = step.commits()
+        if step.artifact.is_complete():
+            self._complete[step.artifact.fingerprint] = commits
+        return commits
+
+    def _train(self, here: Round, now: float) -> Pace:
+        lines = self._folder.training_lines(here)
+        pace = Pace(done=0, total=here.plan.planned_steps, is_complete=False)
+        if lines:
+            pace = pace_of_steps(
+                lines,
+                total=here.plan.planned_steps,
+                is_complete=here.policy.is_complete(),
+                now=now,
+                latest=self._folder.metrics.stat().st_mtime,
+            )
+        if not here.policy.is_complete():
+            kept = self._folder.checkpoint_steps(here)
+            return replace(pace, facts=pace.facts | ({} if kept is None else {"checkpoint": kept}))
+        outcome = here.policy.manifest().outcome
+        last = outcome.epochs[-1]
+        facts = {"loss": last.loss, "policy_drift": last.policy_drift}
+        if lines:
+            return replace(pace, facts=facts)
+        return Pace(
+            done=outcome.steps,
+            total=outcome.steps,
+            is_complete=True,
+            tokens=int(outcome.trained.tokens),
+            busy_seconds=outcome.seconds,
+            units_per_second=outcome.steps / outcome.seconds,
+            tokens_per_second=outcome.trained.tokens / outcome.seconds,
+            facts=facts,
+        )
+
+    def _evaluate(self, policy: Checkpoint, version: int, now: float) -> Pace:
+        setup, evaluation = self._setup, self._setup.config.evaluation
+        assert evaluation is not None
+        steps = evaluation_steps(setup.config, setup.store, policy, setup.stop_ids, version)
+        results = [
+            evaluation_result(setup.store, evaluation.parts()[name], step.shards)
+            for name, step in steps.items()
+        ]
+        passed = [known[1]["pass@1"] for known in results if known is not None]
+        is_complete = len(passed) == len(steps)
+        facts = {"pass@1": sum(passed) / len(passed)} if is_complete else {}
+        started = [step for step in steps.values() if step.shards.is_started()]
+        pace = self._units(started, now)
+        total = pace.total if len(started) == len(steps) else None
+        return replace(pace, total=total, is_complete=is_complete, facts=facts)
+
+
+def _eta(setup: Setup, named: Sequence[RoundStatus]) -> float | None:
+    """Seconds that are left, if a token of the window takes as long as in the complete rounds."""
+    done = [status for status in named if status.stages["train"].is_complete]
+    windows = sum(status.window_tokens or 0 for status in done)
+    busy = sum(status.busy_seconds for status in done)
+    if not windows or not busy:
+        return None
+    left, per_token = 0.0, busy / windows
+    for number, here in enumerate(rounds(setup, opened=named_checkpoint, expected=True)):
+        if not here.is_expected and here.policy.is_complete():
+            continue
+        spent = named[number].busy_seconds if number < len(named) else 0.0
+        left += max(0.0, per_token * here.window_tokens - spent)
+    return left
+
+
+def status_lines(setup: Setup) -> list[str]:
+    """One line a round, and for the first missing artifact how it differs from the nearest one."""
     lines: list[str] = []
-    for here in walk(setup, opened=named):
+    named = 0
+    for here in rounds(setup, opened=named_checkpoint):
+        named += 1
         lines.append(
             f"round {here.index}: window {here.plan.window_tokens}; "
-            f"generate {_units([cache.rollouts for cache in here.caches])}; "
-            f"score {_units([cache.scores for cache in here.caches])}; "
+            f"generate {_progress_text([cache.rollouts for cache in here.caches])}; "
+            f"score {_progress_text([cache.scores for cache in here.caches])}; "
             f"train {'complete' if here.policy.is_complete() else 'not complete'}"
         )
-        caches = [part for cache in here.caches for part in (cache.rollouts, cache.scores)]
-        for artifact in (*caches, here.policy):
-            if not artifact.is_complete():
-                lines += _nearest(setup, artifact)
-                break
-    waiting = setup.config.rounds - sum(line.startswith("round") for line in lines)
+        missing = next((s for s in here.steps if not s.is_complete() and not _waits(s)), None)
+        if missing is not None:
+            lines += _nearest(setup, missing.artifact)
+    waiting = setup.config.rounds - named
     if waiting:
         later = "1 more round waits" if waiting == 1 else f"{waiting} more rounds wait"
         lines.append(f"{later} for the policy of the round before")
     return lines
 
 
-def print_status(
-    config: Config, directory: RunDirectory, *, as_json: bool, every: float | None
-) -> None:
-    """Print table and lines, or one JSON object; with `every` seconds, keep the table up to date.
-
-    In a pipe everything is printed once.
-    """
-    setup = open_to_look(config)
-    reader = StatusReader(setup, directory)
-    if as_json:
-        sys.stdout.write(status_json(reader.read(), lines_of(setup)) + "\n")
-        return
-    is_terminal = sys.stdout.isatty()
-    console = Console() if is_terminal else Console(width=140, force_terminal=False)
-    if every is not None and is_terminal:
-        watch(reader.read, console, seconds=every)
-        return
-    console.print(table_of(reader.read()))
-    for line in lines_of(setup):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+def _waits(step: Step) -> bool:
+    """Whether a probe may turn out not to be needed."""
+    return "probe" in step.kind.name
 
 
-def _units(artifacts: list[Artifact]) -> str:
+def _progress_text(steps: Iterable[Step]) -> str:
+    artifacts = [step.shards for step in steps]
     if all(artifact.is_complete() for artifact in artifacts):
         return "complete"
     started = [artifact for artifact in artifacts if artifact.is_started()]
@@ -83,12 +257,9 @@ def _nearest(setup: Setup, artifact: Artifact | PolicyArtifact) -> list[str]:
     if found is None:
         return [f"  {artifact.name} is not complete; the store has no other {artifact.recipe.kind}"]
     other, fields = found
-    lines = [
-        f"  {artifact.name} is not complete; the nearest is "
-        f"{other.kind}/{other.fingerprint[:16]}, which differs in:"
-    ]
     return [
-        *lines,
+        f"  {artifact.name} is not complete; the nearest is "
+        f"{other.kind}/{other.fingerprint[:16]}, which differs in:",
         *(
             f"    {name}: {_short(old)} there, {_short(new)} here"
             for name, (old, new) in fields.items()

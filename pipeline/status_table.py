@@ -1,6 +1,7 @@
 """The table of `opd-stream status`: a row a stage, printed once or kept up to date."""
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,7 +14,9 @@ from rich.text import Text
 
 from pipeline.console import clock_text, rate_text
 from pipeline.pace import Pace
-from pipeline.run_status import RoundStatus, RunStatus
+from pipeline.run_folder import RunFolder
+from pipeline.setup import Setup
+from pipeline.status import RoundStatus, RunStatus, StatusReader, status_lines
 
 COLUMNS = (
     "round",
@@ -59,9 +62,24 @@ def watch(read: Callable[[], RunStatus], console: Console, *, seconds: float) ->
         return
 
 
-def status_json(status: RunStatus, lines: list[str]) -> str:
-    """The same for other programs, as one JSON object."""
-    return json.dumps({**asdict(status), "lines": lines})
+def print_status(setup: Setup, folder: RunFolder, *, as_json: bool, every: float | None) -> None:
+    """Print table and lines, or one JSON object; with `every` seconds, keep the table up to date.
+
+    In a pipe everything is printed once.
+    """
+    reader = StatusReader(setup, folder)
+    if as_json:
+        record = {**asdict(reader.read()), "lines": status_lines(setup)}
+        sys.stdout.write(json.dumps(record) + "\n")
+        return
+    is_terminal = sys.stdout.isatty()
+    console = Console() if is_terminal else Console(width=140, force_terminal=False)
+    if every is not None and is_terminal:
+        watch(reader.read, console, seconds=every)
+        return
+    console.print(table_of(reader.read()))
+    for line in status_lines(setup):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _fitting(rounds: tuple[RoundStatus, ...], height: int | None) -> tuple[RoundStatus, ...]:

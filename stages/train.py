@@ -25,7 +25,6 @@ from opd_stream.drift import DriftSums
 from opd_stream.errors import UserError
 from opd_stream.objectives import tolerates_staleness
 from opd_stream.outcome import (
-    DriftRecord,
     EpochRecord,
     PositionMeans,
     StartDrift,
@@ -359,7 +358,7 @@ def measure_end(training: Training) -> tuple[UnitRecord, ...]:
                     unit=slot.unit,
                     first=slot.first,
                     last=slot.last,
-                    drift=DriftRecord(**drift_of(sums).as_dict()),
+                    drift=drift_of(sums),
                     student_top_mass=means(sums)["student_top_mass"],
                 )
             )

@@ -20,9 +20,9 @@ from hypothesis import settings
 from opd_stream.config import Config
 from opd_stream.config_file import load_config
 from pipeline.cli import main
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
-from stages.progress import Silent
+from pipeline.run import run as run_pipeline
+from pipeline.run_folder import RunFolder
+from stages.progress import Progress, Silent
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
 
@@ -129,7 +129,7 @@ class SmallRuns:
         if folder not in self._found:
             with FileLock(f"{folder}.lock"):
                 if not (folder / "run" / "summary.json").exists():
-                    run(small_config(folder, *overrides), RunDirectory(folder / "run"), Silent())
+                    run(small_config(folder, *overrides), RunFolder(folder / "run"), Silent())
             self._found[folder] = _files(folder)
         return folder
 
@@ -188,6 +188,23 @@ def small_config(folder: Path, *overrides: str) -> Config:
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump({**SMALL_RUN, "store": str(folder / "store")}))
     return load_config(path, list(overrides))
+
+
+def run(config: Config, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+    """`pipeline.run.run`, with the summary as other programs read it."""
+    return run_pipeline(config, folder, progress).as_json()
+
+
+def reports_of(folder: RunFolder) -> list[dict[str, Any]]:
+    """The reports of a run's finished rounds, as other programs read them."""
+    return [report.as_json() for report in folder.reports()]
+
+
+def summary_of(folder: RunFolder) -> dict[str, Any]:
+    """The summary of a run, as other programs read it."""
+    summary = folder.summary()
+    assert summary is not None
+    return summary.as_json()
 
 
 def loaded_by(*arguments: str) -> tuple[str, set[str], float]:

@@ -11,13 +11,12 @@ from opd_stream.errors import UserError
 from opd_stream.objectives import Bucket, Objective, SampledPg
 from opd_stream.store import open_scores
 from opd_stream.windows import FixedWindow, choose_window, sketch
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages.audit import audited_parameters, segment_sketches
 from stages.progress import Silent
 from stages.student_model import load_student
 from stages.train_data import BatchPlan, step_batches
-from tests.conftest import MODELS, small_config
+from tests.conftest import MODELS, reports_of, run, small_config
 
 CANDIDATES = (64, 128)
 
@@ -69,7 +68,7 @@ def test_a_sketch_keeps_cosines() -> None:
 def test_segments_add_up_to_the_gradient_of_the_whole(tmp_path: Path, objective: Objective) -> None:
     run(
         small_config(tmp_path, "rounds=1", "evaluation=null"),
-        RunDirectory(tmp_path / "r"),
+        RunFolder(tmp_path / "r"),
         Silent(),
     )
     (scores,) = (tmp_path / "store" / "scores").iterdir()
@@ -104,7 +103,7 @@ ADAPTIVE = (
 def test_a_run_takes_the_windows_its_audits_decide(tmp_path: Path) -> None:
     summary = run(
         small_config(tmp_path, "rounds=3", "evaluation=null", ADAPTIVE),
-        RunDirectory(tmp_path / "run"),
+        RunFolder(tmp_path / "run"),
         Silent(),
     )
     reports = [
@@ -127,7 +126,7 @@ def test_a_run_takes_the_windows_its_audits_decide(tmp_path: Path) -> None:
     assert reports[2]["tokens"]["probed"] == 0
     again = run(
         small_config(tmp_path, "rounds=3", "evaluation=null", ADAPTIVE),
-        RunDirectory(tmp_path / "again"),
+        RunFolder(tmp_path / "again"),
         Silent(),
     )
     assert again["policies"] == summary["policies"]
@@ -141,9 +140,9 @@ def test_units_kept_from_a_longer_window_train_at_the_decided_one(tmp_path: Path
         "probe_rows: 4, probe_share: 1, threshold: 0.001}"
     )
     kept = ("staleness.max_policies=9", "staleness.policy_drift=9", "train.learning_rate=1e-5")
-    directory = RunDirectory(tmp_path / "run")
+    directory = RunFolder(tmp_path / "run")
     run(small_config(tmp_path, "evaluation=null", window, *kept), directory, Silent())
-    first, second = directory.reports()
+    first, second = reports_of(directory)
     assert first["window_decision"]["window_tokens"] == 8
     assert [cache["origin"] for cache in second["caches"]] == ["kept"]
     assert (first["window_tokens"], second["window_tokens"]) == (32, 8)
@@ -166,7 +165,7 @@ def test_an_audit_can_read_the_objective_that_trains(tmp_path: Path, objective: 
         )
         choice = f"train.objective={{kind: {objective}}}"
         config = small_config(tmp_path, "rounds=2", "evaluation=null", settings, choice)
-        run(config, RunDirectory(tmp_path / audited), Silent())
+        run(config, RunFolder(tmp_path / audited), Silent())
         report = json.loads((tmp_path / audited / "rounds" / "0000" / "report.json").read_text())
         found[audited] = report["window_decision"]["cosines"]
     if objective == "sampled_pg":  # the same gradient
@@ -201,4 +200,4 @@ def test_candidates_that_contradict_each_other_are_one_line(
 def test_a_probe_longer_than_the_context_is_one_line(tmp_path: Path) -> None:
     settings = "rollouts.window={kind: adaptive, candidates: [8], max_window_tokens: 100000}"
     with pytest.raises(UserError, match="lower the window"):
-        run(small_config(tmp_path, settings), RunDirectory(tmp_path / "run"), Silent())
+        run(small_config(tmp_path, settings), RunFolder(tmp_path / "run"), Silent())

@@ -13,23 +13,23 @@ from opd_stream.errors import UserError
 from opd_stream.staleness import Staleness, may_run_ahead
 from opd_stream.types import RolloutBatch
 from pipeline import rounds
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
-from pipeline.stage_commands import run_stage
+from pipeline.run_folder import RunFolder
+from pipeline.setup import open_to_look
+from pipeline.single_stage import run_stage
 from pipeline.status import status_lines
 from stages import collect
 from stages.executors import RayExecutor
 from stages.progress import Silent
 from stages.workers import Task, TaskResult
-from tests.conftest import small_config
+from tests.conftest import reports_of, run, small_config
 
 AHEAD = ("rounds=3", "evaluation=null", "rollouts.ahead=true", "staleness.policy_drift=5")
 
 
 def reports(folder: Path, *overrides: str) -> list[dict[str, Any]]:
-    directory = RunDirectory(folder / "run")
+    directory = RunFolder(folder / "run")
     run(small_config(folder, *AHEAD, *overrides), directory, Silent())
-    return directory.reports()
+    return reports_of(directory)
 
 
 def test_from_the_third_round_on_rollouts_are_of_the_policy_before(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_the_next_round_can_be_made_on_another_machine_before_this_one_trains(
     tmp_path: Path,
 ) -> None:
     whole = reports(tmp_path / "whole")
-    config, directory = small_config(tmp_path, *AHEAD), RunDirectory(tmp_path / "run")
+    config, directory = small_config(tmp_path, *AHEAD), RunFolder(tmp_path / "run")
 
     def stage(name: str, round_index: int) -> None:
         run_stage(name, config, directory, round_index=round_index, progress=Silent())
@@ -147,7 +147,8 @@ def test_the_next_round_can_be_made_on_another_machine_before_this_one_trains(
     stage("generate", 2)
     stage("score", 2)
     stage("train", 1)
-    assert status_lines(config)[2].startswith("round 2: window 48; generate complete; score comp")
+    lines = status_lines(open_to_look(config))
+    assert lines[2].startswith("round 2: window 48; generate complete; score comp")
     stage("train", 2)
     again = run(config, directory, Silent())
     assert again["policies"][1:] == [

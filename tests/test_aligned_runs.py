@@ -12,12 +12,11 @@ from opd_stream.store.files import read_json
 from opd_stream.store.reader import open_scores
 from opd_stream.store.store import Store
 from pipeline.cli import app
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.rounds import rounds
+from pipeline.run_folder import RunFolder
 from pipeline.setup import open_setup
-from pipeline.walk import walk
 from stages.progress import Silent
-from tests.conftest import MODELS, small_config
+from tests.conftest import MODELS, reports_of, run, small_config
 from tests.tiny_tokenizers import byte_level, metaspace, permuted, random_teacher
 
 
@@ -28,7 +27,7 @@ def other_teacher(folder: Path, name: str) -> Path:
 
 
 def made_run(config: Config, folder: Path) -> dict[str, Any]:
-    return run(config, RunDirectory(folder), Silent())
+    return run(config, RunFolder(folder), Silent())
 
 
 ALIGNED = "scores.alignment={kind: bytes}"
@@ -110,7 +109,7 @@ def test_an_extension_is_scored_whole_again(tmp_path: Path) -> None:
         if len(after[name].completion_ids) > len(before[name].completion_ids)
     ]
     assert longer
-    reports = RunDirectory(tmp_path / "run").reports()
+    reports = reports_of(RunFolder(tmp_path / "run"))
     whole = sum(len(row.completion_ids) for row in after.values())
     assert reports[1]["tokens"]["teacher_scored"] == pytest.approx(whole, rel=0.05)
 
@@ -126,8 +125,8 @@ def test_with_one_tokenizer_alignment_names_the_ordinary_scores(tmp_path: Path) 
     folder = other_teacher(tmp_path / "teacher", "byte_level")
     names: list[str] = []
     for extra in ((), (ALIGNED,), (ALIGNED, f"teacher.path={folder}")):
-        here = next(walk(open_setup(small_config(tmp_path, *extra))))
-        names.append(here.caches[0].scores.fingerprint)
+        here = next(rounds(open_setup(small_config(tmp_path, *extra))))
+        names.append(here.caches[0].scores.artifact.fingerprint)
     assert names[0] == names[1] != names[2]
 
 

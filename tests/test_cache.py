@@ -30,10 +30,9 @@ from opd_stream.store.inventory import (
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_table
 from pipeline.cli import app
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages.progress import Silent
-from tests.conftest import MODELS, SmallRuns, small_config
+from tests.conftest import MODELS, SmallRuns, run, small_config
 from tests.test_store import batch_of
 
 PAGE = (Path(__file__).parent.parent / "docs" / "cache-format.md").read_text()
@@ -50,7 +49,7 @@ def finished(request: pytest.FixtureRequest, small_runs: SmallRuns) -> Path:
 
 
 def finish(folder: Path, name: str, *overrides: str) -> dict[str, Any]:
-    directory = RunDirectory(folder / name)
+    directory = RunFolder(folder / name)
     return run(small_config(folder, *overrides), directory, Silent())
 
 

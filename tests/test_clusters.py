@@ -11,12 +11,11 @@ import pytest
 
 from opd_stream.config import Pool
 from opd_stream.store.store import Store
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
-from pipeline.stage_commands import run_stage
+from pipeline.run_folder import RunFolder
+from pipeline.single_stage import run_stage
 from stages.progress import Silent
 from stages.ray_stream import lacking
-from tests.conftest import small_config
+from tests.conftest import reports_of, run, small_config
 
 SETTINGS = (
     "evaluation=null",
@@ -48,7 +47,7 @@ def stages(folder: Path, name: str, *which: str) -> Callable[[], None]:
                 run_stage(
                     stage,
                     config,
-                    RunDirectory(folder / name),
+                    RunFolder(folder / name),
                     round_index=round_index,
                     progress=Silent(),
                     follow=True,
@@ -60,7 +59,7 @@ def stages(folder: Path, name: str, *which: str) -> Callable[[], None]:
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_three_machines_that_follow_each_other_make_the_policies_of_one(tmp_path: Path) -> None:
     config = small_config(tmp_path / "alone", *SETTINGS)
-    alone = run(config, RunDirectory(tmp_path / "alone" / "run"), Silent())
+    alone = run(config, RunFolder(tmp_path / "alone" / "run"), Silent())
     small_config(tmp_path / "apart", *SETTINGS)
     children = [
         machine(stages(tmp_path / "apart", name, name)) for name in ("train", "score", "generate")
@@ -68,11 +67,11 @@ def test_three_machines_that_follow_each_other_make_the_policies_of_one(tmp_path
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
     together = run(
         small_config(tmp_path / "apart", *SETTINGS),
-        RunDirectory(tmp_path / "apart" / "r"),
+        RunFolder(tmp_path / "apart" / "r"),
         Silent(),
     )
     assert together["policies"] == alone["policies"]
-    audits = [r["window_decision"] for r in RunDirectory(tmp_path / "apart" / "r").reports()]
+    audits = [r["window_decision"] for r in reports_of(RunFolder(tmp_path / "apart" / "r"))]
     assert audits[0]["probe_rows"] == 2  # the probe crossed machines, too
     assert together["tokens"]["generated"] == together["tokens"]["trained"] == 0
 
@@ -85,7 +84,7 @@ def test_two_machines_on_one_stage_share_its_units(tmp_path: Path) -> None:
 
     def generate(name: str) -> Callable[[], None]:
         def work() -> None:
-            directory = RunDirectory(tmp_path / name)
+            directory = RunFolder(tmp_path / name)
             run_stage("generate", config, directory, round_index=0, progress=Silent())
 
         return work

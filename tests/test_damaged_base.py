@@ -10,11 +10,10 @@ import pytest
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.store import Store
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
-from pipeline.stage_commands import run_stage
+from pipeline.run_folder import RunFolder
+from pipeline.single_stage import run_stage
 from stages.progress import Silent
-from tests.conftest import small_config
+from tests.conftest import run, small_config
 
 ROUNDS = 3
 GROWING = (
@@ -31,7 +30,7 @@ GROWING = (
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three rounds: the second continues the rollouts of the first, the third those of both."""
     folder = tmp_path_factory.mktemp("finished")
-    run(small_config(folder, *GROWING), RunDirectory(folder / "run"), Silent())
+    run(small_config(folder, *GROWING), RunFolder(folder / "run"), Silent())
     return folder
 
 
@@ -93,7 +92,7 @@ def assert_mended(finished: Path, folder: Path, policy: str) -> None:
 
 
 def test_a_run_mends_what_it_continues(finished: Path, damaged: Path) -> None:
-    summary = run(small_config(damaged, *GROWING), RunDirectory(damaged / "run"), Silent())
+    summary = run(small_config(damaged, *GROWING), RunFolder(damaged / "run"), Silent())
     assert_mended(finished, damaged, summary["policies"][-1]["weights_sha256"])
 
 
@@ -101,7 +100,7 @@ def test_stages_mend_what_they_continue(finished: Path, damaged: Path) -> None:
     config = small_config(damaged, *GROWING)
 
     def stage(name: str) -> None:
-        directory = RunDirectory(damaged / name)
+        directory = RunFolder(damaged / name)
         run_stage(name, config, directory, round_index=ROUNDS - 1, progress=Silent())
 
     for name in ("generate", "score", "train"):

@@ -20,12 +20,11 @@ from opd_stream.store.inventory import garbage
 from opd_stream.store.store import Store
 from opd_stream.tasks.pass_at_k import Bootstrap, Counts, differences, estimates
 from pipeline.comparison import compare
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
-from pipeline.stage_commands import run_evaluation
+from pipeline.run_folder import RunFolder
+from pipeline.single_stage import run_evaluation
 from pipeline.table import print_run
 from stages.progress import Silent
-from tests.conftest import MODELS, Command, small_config
+from tests.conftest import MODELS, Command, reports_of, run, small_config
 from tests.test_judges import function_judge
 
 WHOLE = ("evaluation.max_new_tokens=208", "evaluation.prompts.count=12")
@@ -33,7 +32,7 @@ WHOLE = ("evaluation.max_new_tokens=208", "evaluation.prompts.count=12")
 
 def evaluate(folder: Path, *overrides: str, name: str = "run", **which: Any) -> str:
     config = small_config(folder, *overrides)
-    return run_evaluation(config, RunDirectory(folder / name), progress=Silent(), **which)
+    return run_evaluation(config, RunFolder(folder / name), progress=Silent(), **which)
 
 
 @pytest.fixture(scope="module")
@@ -274,9 +273,9 @@ def test_a_run_is_compared_with_its_own_start(tmp_path: Path) -> None:
     evaluation = {"max_new_tokens": 16, "samples_per_prompt": 2, "benchmarks": benchmarks}
     folder = tmp_path / "run"
     config = small_config(tmp_path, "rounds=1", f"evaluation={json.dumps(evaluation)}")
-    summary = run(config, RunDirectory(folder), Silent())
+    summary = run(config, RunFolder(folder), Silent())
     console = Console(width=140, file=io.StringIO(), record=True)
-    print_run(RunDirectory(folder).reports(), summary, "run", console=console)
+    print_run(reports_of(RunFolder(folder)), summary, "run", console=console)
     table = console.export_text()
     assert all(f"\n{name}: pass@1 " in table for name in ("one", "two", "mean of 2"))
     lines = list(compare(f"{folder}@0", str(folder), Bootstrap()))

@@ -13,10 +13,9 @@ from opd_stream.config import Config
 from opd_stream.config_file import load_config
 from opd_stream.errors import UserError
 from opd_stream.store.store import Store
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages.progress import Silent
-from tests.conftest import SMALL_RUN
+from tests.conftest import SMALL_RUN, run
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extend.md").read_text()
 FILES = {
@@ -67,7 +66,7 @@ def test_a_run_with_four_parts_of_ones_own_names_them_in_its_recipes(
     own_parts: Path, tmp_path: Path
 ) -> None:
     config = config_of(tmp_path)
-    run(config, RunDirectory(tmp_path / "run"), Silent())
+    run(config, RunFolder(tmp_path / "run"), Silent())
     store = Store(config.store)
     settings = {
         kind: next(store.recipes(kind)).settings for kind in ("rollouts", "policies", "evaluations")
@@ -128,7 +127,7 @@ def test_a_wrong_part_is_one_line_before_any_work(
     own_parts: Path, tmp_path: Path, changes: dict[str, Any], line: str
 ) -> None:
     with pytest.raises(UserError, match=line) as told:
-        run(config_of(tmp_path, **changes), RunDirectory(tmp_path / "run"), Silent())
+        run(config_of(tmp_path, **changes), RunFolder(tmp_path / "run"), Silent())
     lines = str(told.value).splitlines()
     assert all(" problems in " in one or ";" in one for one in lines)
     assert not list(tmp_path.glob("store/rollouts/*"))

@@ -18,13 +18,12 @@ from opd_stream.extrapolation import (
     search,
 )
 from opd_stream.staleness import Staleness, decide_jump
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages import extrapolate
 from stages.extrapolate import Extrapolator
 from stages.progress import Silent
 from stages.train_state import TrainState
-from tests.conftest import small_config
+from tests.conftest import reports_of, run, small_config
 
 
 def test_searches_follow_powers_of_two() -> None:
@@ -188,8 +187,8 @@ def jumped(folder: Path, settings: str, *overrides: str) -> list[dict[str, Any]]
     """The reports of a run of one round with two searches."""
     own = ("rounds=1", "evaluation=null", "staleness.policy_drift=10", "staleness.max_epochs=1")
     config = small_config(folder, *own, f"train.extrapolation={{rows: 4, {settings}}}", *overrides)
-    run(config, RunDirectory(folder / "run"), Silent())
-    return RunDirectory(folder / "run").reports()
+    run(config, RunFolder(folder / "run"), Silent())
+    return reports_of(RunFolder(folder / "run"))
 
 
 def test_norms_embeddings_and_heads_never_move_and_of_lora_one_factor() -> None:

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages.progress import Silent
-from tests.conftest import small_config
+from tests.conftest import run, small_config
 from tests.test_ray import ray_command, summary_of, wait_for_unit
 
 pytestmark = pytest.mark.slow
@@ -75,13 +74,13 @@ def called(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_worker_killed_in_its_unit_is_started_again(tmp_path: Path) -> None:
     settings = (*FAKES, "prompts_per_unit=1")
-    run(small_config(tmp_path / "local", *settings), RunDirectory(tmp_path / "r"), Silent())
+    run(small_config(tmp_path / "local", *settings), RunFolder(tmp_path / "r"), Silent())
     (tmp_path / "ray").mkdir()
     command = ray_command(tmp_path / "ray", *settings)
     found, killed = end_while_killing(command, "MapBatches(TeacherWorker)", 1, **SLOW)
     assert found.returncode == 0, found.stderr
     assert killed
-    local = RunDirectory(tmp_path / "r").summary()
+    local = RunFolder(tmp_path / "r").summary()
     assert summary_of(tmp_path / "ray")["policies"] == local["policies"]
 
 
@@ -119,7 +118,7 @@ def cluster() -> Iterator[Any]:
 
 def test_a_lost_node_costs_a_run_nothing_but_time(tmp_path: Path, cluster: Any) -> None:
     settings = (*FAKES, "prompts_per_unit=1")
-    run(small_config(tmp_path / "local", *settings), RunDirectory(tmp_path / "r"), Silent())
+    run(small_config(tmp_path / "local", *settings), RunFolder(tmp_path / "r"), Silent())
     (tmp_path / "ray").mkdir()
     # Without a label the student's worker may take the place that the teacher's needs later.
     labels = [f"pools.{role}.labels={{pool: {role}}}" for role in ("student", "teacher")]
@@ -139,5 +138,5 @@ def test_a_lost_node_costs_a_run_nothing_but_time(tmp_path: Path, cluster: Any) 
     finally:
         going.kill()
     assert going.returncode == 0, said
-    local = RunDirectory(tmp_path / "r").summary()
+    local = RunFolder(tmp_path / "r").summary()
     assert summary_of(tmp_path / "ray")["policies"] == local["policies"]

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages.progress import Silent
-from tests.conftest import small_config
+from tests.conftest import run, small_config
 
 ADAPTED = (
     "rounds=1",
@@ -24,7 +23,7 @@ ADAPTED = (
 
 def trained(folder: Path, name: str, *overrides: str) -> tuple[Path, dict[str, Any]]:
     """A run of one round: its policy, and its report."""
-    run(small_config(folder, *ADAPTED, *overrides), RunDirectory(folder / name), Silent())
+    run(small_config(folder, *ADAPTED, *overrides), RunFolder(folder / name), Silent())
     report = json.loads((folder / name / "rounds" / "0000" / "report.json").read_text())
     return Path(report["policy"]["folder"]), report
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from opd_stream.store.artifact import Artifact
-from pipeline import stage_commands
-from pipeline.run_directory import RunDirectory
+from pipeline import single_stage
+from pipeline.rounds import rounds
+from pipeline.run_folder import RunFolder
 from pipeline.setup import open_setup
-from pipeline.stage_commands import run_stage
-from pipeline.walk import walk
+from pipeline.single_stage import run_stage
 from stages.collect import start_rollouts
 from stages.generate import GenerateWorker
 from stages.progress import Silent
@@ -23,8 +23,8 @@ def test_scoring_reads_a_shard_once_however_often_it_looks(
 ) -> None:
     config = small_config(tmp_path, "evaluation=null", "prompts_per_unit=2")
     setup = open_setup(config)
-    (cache,) = next(walk(setup)).caches
-    rollouts = start_rollouts(setup.store, cache.rollouts.recipe, prompts_per_unit=2)
+    (cache,) = next(rounds(setup)).caches
+    rollouts = start_rollouts(setup.store, cache.rollouts.artifact.recipe, prompts_per_unit=2)
     waiting = list(rollouts.units())
     student = GenerateWorker(WorkerSettings(store=setup.store.address))
     read: Counter[tuple[str, int]] = Counter()
@@ -46,12 +46,12 @@ def test_scoring_reads_a_shard_once_however_often_it_looks(
         read[self.recipe.kind, unit] += 1
         return damage(self, unit)
 
-    monkeypatch.setattr(stage_commands.time, "sleep", one_more)
+    monkeypatch.setattr(single_stage.time, "sleep", one_more)
     monkeypatch.setattr(Artifact, "damage", counted)
-    directory = RunDirectory(tmp_path / "run")
+    directory = RunFolder(tmp_path / "run")
     run_stage("score", config, directory, round_index=0, progress=Silent(), follow=True)
     assert not waiting
     assert cache.is_complete()
     assert max((count for (kind, _), count in read.items() if kind == "scores"), default=0) <= 1
     monkeypatch.undo()
-    assert [cache.scores.damage(unit) for unit in cache.scores.units()] == [None] * 4
+    assert [cache.scores.shards.damage(unit) for unit in cache.scores.shards.units()] == [None] * 4

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from opd_stream.store.inventory import collect_garbage, garbage
 from opd_stream.store.store import Store
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages.progress import Silent
-from tests.conftest import SmallRuns, small_config
+from tests.conftest import SmallRuns, run, small_config, summary_of
 
 
 class Collecting(Silent):
@@ -30,7 +29,7 @@ class Collecting(Silent):
 def collected(folder: Path, name: str, *overrides: str) -> Collecting:
     """What was removed while a run went on."""
     progress = Collecting(folder)
-    run(small_config(folder, *overrides), RunDirectory(folder / name), progress)
+    run(small_config(folder, *overrides), RunFolder(folder / name), progress)
     assert "train" in progress.stages
     return progress
 
@@ -57,9 +56,9 @@ def test_a_run_that_goes_on_keeps_the_rounds_it_comes_to(
     small_runs: SmallRuns, tmp_path: Path
 ) -> None:
     small_runs.copy(tmp_path)
-    summary = RunDirectory(tmp_path / "run").summary()
+    summary = RunFolder(tmp_path / "run").summary()
     for path in (tmp_path / "store" / "policies").iterdir():
         if (path / Path(summary["final_policy"]).name).exists():
             shutil.rmtree(path)
     assert collected(tmp_path, "run").removed == []
-    assert RunDirectory(tmp_path / "run").summary()["policies"] == summary["policies"]
+    assert summary_of(RunFolder(tmp_path / "run"))["policies"] == summary["policies"]

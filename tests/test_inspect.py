@@ -22,35 +22,34 @@ from opd_stream.token_text import TokenText
 from pipeline.inspect.command import inspect_rollout, inspect_worst
 from pipeline.inspect.terminal import print_rollout
 from pipeline.inspect.view import RolloutView
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages.checkpoints import open_tokenizer
 from stages.progress import Silent
-from tests.conftest import MODELS, Command, SmallRuns, loaded_by, small_config
+from tests.conftest import MODELS, Command, SmallRuns, loaded_by, run, small_config
 
 
-def run_small(folder: Path, *overrides: str) -> tuple[RunDirectory, Config]:
-    config, directory = small_config(folder, *overrides), RunDirectory(folder / "run")
+def run_small(folder: Path, *overrides: str) -> tuple[RunFolder, Config]:
+    config, directory = small_config(folder, *overrides), RunFolder(folder / "run")
     run(config, directory, Silent())
     return directory, config
 
 
 @pytest.fixture(scope="module")
-def finished(small_runs: SmallRuns) -> tuple[RunDirectory, Config]:
+def finished(small_runs: SmallRuns) -> tuple[RunFolder, Config]:
     folder = small_runs("rounds=1")
-    return RunDirectory(folder / "run"), small_config(folder, "rounds=1")
+    return RunFolder(folder / "run"), small_config(folder, "rounds=1")
 
 
 @pytest.fixture
-def copied(finished: tuple[RunDirectory, Config], tmp_path: Path) -> tuple[RunDirectory, Config]:
+def copied(finished: tuple[RunFolder, Config], tmp_path: Path) -> tuple[RunFolder, Config]:
     """The same run to damage."""
     shutil.copytree(finished[0].path.parent, tmp_path / "copy")
     config = override_config(finished[1], [f"store={tmp_path / 'copy' / 'store'}"])
-    return RunDirectory(tmp_path / "copy" / "run"), config
+    return RunFolder(tmp_path / "copy" / "run"), config
 
 
-def rows_of(directory: RunDirectory, config: Config, round_index: int = 0) -> ScoredRows:
-    (cache,) = directory.plan(round_index)["caches"]
+def rows_of(directory: RunFolder, config: Config, round_index: int = 0) -> ScoredRows:
+    (cache,) = directory.plan(round_index).as_json()["caches"]
     return open_scores(f"{config.store}/scores/{cache['scores'][:16]}")
 
 
@@ -77,7 +76,7 @@ def by_hand(row: ScoredRow, place: int) -> dict[str, float]:
     }
 
 
-def test_the_figures_are_those_of_the_cache(finished: tuple[RunDirectory, Config]) -> None:
+def test_the_figures_are_those_of_the_cache(finished: tuple[RunFolder, Config]) -> None:
     directory, config = finished
     rows = rows_of(directory, config)
     ranks: set[int] = set()
@@ -103,7 +102,7 @@ def test_the_figures_are_those_of_the_cache(finished: tuple[RunDirectory, Config
 
 
 @pytest.mark.parametrize("by", ["reverse_kl", "teacher_nll", "rank"])
-def test_the_worst_are_the_worst(finished: tuple[RunDirectory, Config], by: str) -> None:
+def test_the_worst_are_the_worst(finished: tuple[RunFolder, Config], by: str) -> None:
     directory, config = finished
     rows = rows_of(directory, config)
     means = {
@@ -122,7 +121,7 @@ def test_the_worst_are_the_worst(finished: tuple[RunDirectory, Config], by: str)
 
 
 def test_without_a_round_it_is_the_last_finished_one(
-    finished: tuple[RunDirectory, Config], tmp_path: Path, opd_stream: Command
+    finished: tuple[RunFolder, Config], tmp_path: Path, opd_stream: Command
 ) -> None:
     code, output, _ = opd_stream("inspect", str(finished[0].path), "--worst", "1")
     assert code == 0
@@ -131,13 +130,13 @@ def test_without_a_round_it_is_the_last_finished_one(
         (tmp_path / "rounds" / folder).mkdir(parents=True)
         if folder != "0011":  # at work
             (tmp_path / "rounds" / folder / "report.json").write_text("{}")
-    assert RunDirectory(tmp_path).last_round() == 10
+    assert RunFolder(tmp_path).last_round() == 10
     with pytest.raises(UserError, match="has no finished round; continue the run"):
-        RunDirectory(tmp_path / "empty").last_round()
+        RunFolder(tmp_path / "empty").last_round()
 
 
 def test_the_command_of_the_list_opens_the_rollout(
-    finished: tuple[RunDirectory, Config], opd_stream: Command
+    finished: tuple[RunFolder, Config], opd_stream: Command
 ) -> None:
     directory, config = finished
     (worst,) = inspect_worst(directory, config, round_index=0, count=1)
@@ -155,7 +154,7 @@ def test_the_command_of_the_list_opens_the_rollout(
 
 
 def test_the_verdict_is_that_of_the_runs_judge(
-    finished: tuple[RunDirectory, Config], tmp_path: Path
+    finished: tuple[RunFolder, Config], tmp_path: Path
 ) -> None:
     directory, config = finished
     prompt_id = rows_of(directory, config)[0].prompt_id
@@ -179,14 +178,14 @@ def test_the_verdict_is_that_of_the_runs_judge(
     assert view.verdict is None
 
 
-def test_a_look_needs_no_torch(finished: tuple[RunDirectory, Config]) -> None:
+def test_a_look_needs_no_torch(finished: tuple[RunFolder, Config]) -> None:
     folder = str(finished[0].path)
     said, loaded, _ = loaded_by("inspect", folder, "--round", "0", "--worst", "1")
     assert "mean reverse_kl" in said
     assert not loaded & {"torch", "ray", "lightning"}
 
 
-def test_nothing_is_written(finished: tuple[RunDirectory, Config]) -> None:
+def test_nothing_is_written(finished: tuple[RunFolder, Config]) -> None:
     directory, config = finished
 
     def files() -> dict[Path, int]:
@@ -218,7 +217,7 @@ def test_nothing_is_written(finished: tuple[RunDirectory, Config]) -> None:
     ],
 )
 def test_a_mistake_is_one_line(
-    finished: tuple[RunDirectory, Config],
+    finished: tuple[RunFolder, Config],
     arguments: list[str],
     line: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -237,7 +236,7 @@ def test_a_mistake_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_shard_is_one_line(copied: tuple[RunDirectory, Config]) -> None:
+def test_a_damaged_shard_is_one_line(copied: tuple[RunFolder, Config]) -> None:
     directory, config = copied
     row = rows_of(directory, config)[0]
     (shard,) = (Path(config.store) / "scores").glob("*/units/00000-*.arrow")
@@ -252,7 +251,7 @@ def test_a_damaged_shard_is_one_line(copied: tuple[RunDirectory, Config]) -> Non
             ask()
 
 
-def test_a_refused_rollout_says_why(copied: tuple[RunDirectory, Config]) -> None:
+def test_a_refused_rollout_says_why(copied: tuple[RunFolder, Config]) -> None:
     directory, config = copied
     rows = rows_of(directory, config)
     left_out, kept = rows[0], rows[1]
@@ -266,7 +265,7 @@ def test_a_refused_rollout_says_why(copied: tuple[RunDirectory, Config]) -> None
 
 
 def test_the_tokenizer_comes_from_the_store_where_the_student_is_gone(
-    finished: tuple[RunDirectory, Config], tmp_path: Path
+    finished: tuple[RunFolder, Config], tmp_path: Path
 ) -> None:
     directory, config = finished
     prompt_id = rows_of(directory, config)[0].prompt_id
@@ -282,7 +281,7 @@ def test_the_tokenizer_comes_from_the_store_where_the_student_is_gone(
         inspect_rollout(directory, moved, round_index=0, prompt_id=prompt_id)
 
 
-def test_the_end_of_a_rollout_is_told_apart(finished: tuple[RunDirectory, Config]) -> None:
+def test_the_end_of_a_rollout_is_told_apart(finished: tuple[RunFolder, Config]) -> None:
     directory, config = finished
     row = rows_of(directory, config)[0]
     view = inspect_rollout(directory, config, round_index=0, prompt_id=row.prompt_id)

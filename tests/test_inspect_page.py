@@ -12,7 +12,7 @@ from opd_stream.token_text import TokenText, quoted, visible
 from pipeline.inspect.command import inspect_rollout, inspect_worst
 from pipeline.inspect.page import page
 from pipeline.inspect.view import RolloutView
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from tests.conftest import Command, SmallRuns, small_config
 from tests.test_inspect import printed, rows_of
 
@@ -20,10 +20,10 @@ HOSTILE = '<script>alert("x")</script>\x1b[31m'
 
 
 @pytest.fixture(scope="module")
-def finished(small_runs: SmallRuns) -> tuple[RunDirectory, Config]:
+def finished(small_runs: SmallRuns) -> tuple[RunFolder, Config]:
     settings = ("rounds=1", "evaluation=null")
     folder = small_runs(*settings)
-    return RunDirectory(folder / "run"), small_config(folder, *settings)
+    return RunFolder(folder / "run"), small_config(folder, *settings)
 
 
 class Hostile:
@@ -49,7 +49,7 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def hostile(finished: tuple[RunDirectory, Config]) -> RolloutView:
+def hostile(finished: tuple[RunFolder, Config]) -> RolloutView:
     directory, config = finished
     prompt_id = rows_of(directory, config)[0].prompt_id
     view = inspect_rollout(directory, config, round_index=0, prompt_id=prompt_id)
@@ -57,7 +57,7 @@ def hostile(finished: tuple[RunDirectory, Config]) -> RolloutView:
     return replace(view.reader, text=TokenText(Hostile())).view(located, "reverse_kl")
 
 
-def test_the_page_escapes_everything(finished: tuple[RunDirectory, Config]) -> None:
+def test_the_page_escapes_everything(finished: tuple[RunFolder, Config]) -> None:
     view = hostile(finished)
     text = page(view)
     read = Page(text)
@@ -77,7 +77,7 @@ def test_the_page_escapes_everything(finished: tuple[RunDirectory, Config]) -> N
 
 
 def test_the_terminal_gets_no_control_sequence_from_a_rollout(
-    finished: tuple[RunDirectory, Config],
+    finished: tuple[RunFolder, Config],
 ) -> None:
     text = printed(hostile(finished))
     assert "\x1b" not in text
@@ -85,7 +85,7 @@ def test_the_terminal_gets_no_control_sequence_from_a_rollout(
 
 
 def test_the_page_says_of_every_token_what_the_cache_says(
-    finished: tuple[RunDirectory, Config], tmp_path: Path, opd_stream: Command
+    finished: tuple[RunFolder, Config], tmp_path: Path, opd_stream: Command
 ) -> None:
     directory, config = finished
     view = inspect_worst(directory, config, round_index=0, count=1)[0].view
@@ -110,7 +110,7 @@ def test_the_page_says_of_every_token_what_the_cache_says(
 
 
 def test_a_narrow_terminal_still_reads_the_candidates(
-    finished: tuple[RunDirectory, Config],
+    finished: tuple[RunFolder, Config],
 ) -> None:
     directory, config = finished
     view = inspect_worst(directory, config, round_index=0, count=1)[0].view

@@ -13,7 +13,7 @@ from opd_stream.store.exchange import export_scores, import_scores
 from opd_stream.store.store import Store
 from pipeline.inspect.command import inspect_rollout, inspect_worst
 from pipeline.inspect.page import page
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from tests.conftest import SmallRuns, small_config
 from tests.test_inspect import printed, rows_of, run_small
 
@@ -70,7 +70,7 @@ def test_a_round_with_several_caches_shows_the_newest_and_names_the_other(tmp_pa
     directory, config = run_small(tmp_path, "prompts.count=8", "evaluation=null")
     path = directory.path / "rounds" / "0001" / "plan.json"
     plan = json.loads(path.read_text())
-    plan["caches"] = [*directory.plan(0)["caches"], *plan["caches"]]
+    plan["caches"] = [*directory.plan(0).as_json()["caches"], *plan["caches"]]
     rows = [rows_of(directory, config, round_index) for round_index in (0, 1)]
     path.write_text(json.dumps(plan))
     name = rows[0][0].prompt_id
@@ -114,9 +114,9 @@ def test_imported_rows_are_shown_without_what_they_do_not_say(
 ) -> None:
     settings = ("rounds=1", "evaluation=null")
     folder = small_runs(*settings)
-    directory, config = RunDirectory(folder / "run"), small_config(folder, *settings)
+    directory, config = RunFolder(folder / "run"), small_config(folder, *settings)
     row, store = rows_of(directory, config)[0], Store(tmp_path / "store")
-    (cache,) = directory.plan(0)["caches"]
+    (cache,) = directory.plan(0).as_json()["caches"]
     scores = Store(config.store).by_fingerprint("scores", cache["scores"])
     export_scores(Store(config.store), scores, tmp_path / "out", form="parquet")
     imported = import_scores(tmp_path / "out", store, ExactCodec(dtype="float32"))

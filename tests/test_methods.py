@@ -22,9 +22,9 @@ import transformers
 from opd_stream.config import Config
 from opd_stream.config_file import load_config
 from opd_stream.store.store import Store
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages.progress import Silent
+from tests.conftest import run
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -121,7 +121,7 @@ def record_of(config: Config, summary: dict[str, Any], folder: Path) -> dict[str
 @pytest.mark.parametrize("name", CASES)
 def test_a_method_gives_what_it_gave_before(name: str, tmp_path: Path) -> None:
     config = tiny_config(name, tmp_path)
-    summary = run(config, RunDirectory(tmp_path / "run"), Silent())
+    summary = run(config, RunFolder(tmp_path / "run"), Silent())
     assert summary["finished"]
     assert summary["steps"] >= 2 * config.rounds
     weights = [policy["weights_sha256"] for policy in summary["policies"]]
@@ -150,7 +150,7 @@ def main() -> None:
     for name in CASES:
         with tempfile.TemporaryDirectory() as folder:
             config = tiny_config(name, Path(folder))
-            summary = run(config, RunDirectory(Path(folder) / "run"), Silent())
+            summary = run(config, RunFolder(Path(folder) / "run"), Silent())
             found[name] = record_of(config, summary, Path(folder) / "run")
             print(name, summary["steps"], "steps", flush=True)
     golden[machine()] = found

@@ -24,12 +24,11 @@ from opd_stream.errors import UserError
 from opd_stream.store import open_scores
 from opd_stream.store.files import place, publish, publish_new, verified_bytes
 from opd_stream.store.s3 import RetryingS3
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
-from pipeline.run_status import StatusReader
+from pipeline.run_folder import RunFolder
 from pipeline.setup import open_setup
+from pipeline.status import StatusReader
 from stages.progress import Silent
-from tests.conftest import small_config
+from tests.conftest import run, small_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -91,14 +90,14 @@ def test_a_run_in_s3_ends_where_one_on_a_disk_does(
     bucket: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_config(tmp_path, f"store={bucket}")
-    run(config, RunDirectory(tmp_path / "s3"), Silent())
+    run(config, RunFolder(tmp_path / "s3"), Silent())
     disk, remote = summary_of(finished_run / "run"), summary_of(tmp_path / "s3")
     for key in ("policies", "caches", "tokens"):
         assert disk[key] == remote[key]
-    again = RunDirectory(tmp_path / "again")
+    again = RunFolder(tmp_path / "again")
     run(small_config(tmp_path, f"store={bucket}"), again, Silent())
-    assert again.summary()["tokens"]["teacher_scored"] == 0
-    assert again.summary()["policies"] == disk["policies"]
+    assert summary_of(again)["tokens"]["teacher_scored"] == 0
+    assert summary_of(again)["policies"] == disk["policies"]
     caches = disk["caches"][0][0]
     near = open_scores(finished_run / "store" / "scores" / caches["scores"][:16])
     far = open_scores(f"{bucket}/scores/{caches['scores'][:16]}")
@@ -108,7 +107,7 @@ def test_a_run_in_s3_ends_where_one_on_a_disk_does(
         assert (here.teacher_top_ids == there.teacher_top_ids).all()
         assert (here.teacher_top_logprobs == there.teacher_top_logprobs).all()
     monkeypatch.setenv("OPD_STREAM_CACHE", str(tmp_path / "elsewhere"))
-    status = StatusReader(open_setup(config), RunDirectory(tmp_path / "nothing")).read()
+    status = StatusReader(open_setup(config), RunFolder(tmp_path / "nothing")).read()
     assert status.is_finished
     assert all(pace.tokens_per_second for each in status.rounds for pace in each.stages.values())
     assert not list((tmp_path / "elsewhere").rglob("*.safetensors"))  # no policy was fetched

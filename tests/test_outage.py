@@ -11,10 +11,9 @@ pytest.importorskip("moto", reason="pip install 'opd-stream[dev]' brings the S3 
 
 from opd_stream.errors import UserError
 from opd_stream.store.files import place
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages.progress import Silent
-from tests.conftest import small_config
+from tests.conftest import run, small_config
 from tests.s3_outage import Door
 from tests.test_object_store import served, use_server
 from tests.test_ray import ray_command, summary_of
@@ -34,9 +33,9 @@ FAKES = (
 
 def policies(folder: Path, *settings: str, progress: Silent | None = None) -> Any:
     """Of a run in a folder, begun or continued."""
-    directory = RunDirectory(folder / "run")
+    directory = RunFolder(folder / "run")
     run(small_config(folder, *FAKES, *settings), directory, progress or Silent())
-    return directory.summary()["policies"]
+    return summary_of(folder)["policies"]
 
 
 @pytest.fixture(scope="module")

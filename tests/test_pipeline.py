@@ -13,12 +13,11 @@ from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
 from opd_stream.store.store import Store
 from pipeline.inspect.command import inspect_worst
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
-from pipeline.stage_commands import run_evaluation, run_stage
+from pipeline.run_folder import RunFolder
+from pipeline.single_stage import run_evaluation, run_stage
 from pipeline.status import status_lines
 from stages.progress import Silent
-from tests.conftest import MODELS, small_config
+from tests.conftest import MODELS, run, small_config
 
 
 class Lines(Silent):
@@ -36,7 +35,7 @@ class Lines(Silent):
 
 
 def run_small(folder: Path, *overrides: str, name: str = "run") -> dict[str, Any]:
-    return run(small_config(folder, *overrides), RunDirectory(folder / name), Lines())
+    return run(small_config(folder, *overrides), RunFolder(folder / name), Lines())
 
 
 def test_offline_training_asks_who_taught_the_student(tmp_path: Path) -> None:
@@ -50,7 +49,7 @@ def test_offline_training_asks_who_taught_the_student(tmp_path: Path) -> None:
     for number, (overrides, expected) in enumerate(cases):
         config = small_config(tmp_path, "rounds=1", "evaluation=null", *overrides)
         said = Lines()
-        run(config, RunDirectory(tmp_path / f"run{number}"), said)
+        run(config, RunFolder(tmp_path / f"run{number}"), said)
         assert len(said.warnings) == (expected is not None)
         assert expected is None or expected in said.warnings[0]
 
@@ -98,7 +97,7 @@ def test_the_same_command_again_does_nothing(copied_run: Path) -> None:
         return {path: path.stat().st_mtime_ns for path in files}
 
     before = artifacts()
-    summary = run(small_config(copied_run), RunDirectory(copied_run / "run"), Silent())
+    summary = run(small_config(copied_run), RunFolder(copied_run / "run"), Silent())
     assert artifacts() == before
     assert summary["rounds"] == 2
 
@@ -158,7 +157,7 @@ def test_a_flipped_bit_is_named_and_only_that_unit_is_made_again(copied_run: Pat
     damaged[len(damaged) // 2] ^= 4
     shard.write_bytes(bytes(damaged))
     lines = Lines()
-    again = run(small_config(copied_run), RunDirectory(copied_run / "run"), lines)
+    again = run(small_config(copied_run), RunFolder(copied_run / "run"), lines)
     assert any(f"unit 1 of {scores.name} is damaged" in line for line in lines.warnings)
     assert weights(again) == weights(summary)
     assert again["reused"] == {"rollout_units": 4, "score_units": 3}
@@ -171,7 +170,7 @@ def test_a_torn_policy_is_trained_again(copied_run: Path) -> None:
     folder = next((copied_run / "store").rglob(folder.name))
     (folder / "model.safetensors").write_bytes(b"torn")
     lines = Lines()
-    again = run(small_config(copied_run), RunDirectory(copied_run / "run"), lines)
+    again = run(small_config(copied_run), RunFolder(copied_run / "run"), lines)
     assert any("is damaged" in line for line in lines.warnings)
     assert weights(again) == weights(summary)
 
@@ -208,7 +207,7 @@ def test_a_drift_bound_stops_the_epochs_and_says_so(tmp_path: Path) -> None:
 def test_a_machine_that_only_scores_can_look_at_what_it_scored(tmp_path: Path) -> None:
     config, directories = small_config(tmp_path), {}
     for stage in ("generate", "score", "train"):
-        directories[stage] = RunDirectory(tmp_path / stage)
+        directories[stage] = RunFolder(tmp_path / stage)
         run_stage(stage, config, directories[stage], round_index=0, progress=Silent())
     seen = [
         inspect_worst(directory, config, round_index=0, count=2)
@@ -217,14 +216,14 @@ def test_a_machine_that_only_scores_can_look_at_what_it_scored(tmp_path: Path) -
     assert [[worst.view.mean for worst in found] for found in seen[1:]] == [
         [worst.view.mean for worst in seen[0]]
     ] * 2
-    plans = [directory.plan(0) for directory in directories.values()]
+    plans = [directory.plan(0).as_json() for directory in directories.values()]
     assert plans[1:] == plans[:-1]
 
 
 def test_stage_commands_in_turn_make_the_policies_of_a_run(
     finished_run: Path, tmp_path: Path
 ) -> None:
-    config, directory = small_config(tmp_path), RunDirectory(tmp_path / "run")
+    config, directory = small_config(tmp_path), RunFolder(tmp_path / "run")
     for round_index in range(2):
         for stage in ("generate", "score", "train"):
             run_stage(stage, config, directory, round_index=round_index, progress=Silent())
@@ -248,7 +247,7 @@ def test_stage_commands_in_turn_make_the_policies_of_a_run(
 def test_a_stage_before_its_time_says_which_comes_first(
     tmp_path: Path, stage: str, round_index: int, line: str
 ) -> None:
-    directory = RunDirectory(tmp_path / "run")
+    directory = RunFolder(tmp_path / "run")
     with pytest.raises(UserError, match=line):
         run_stage(
             stage, small_config(tmp_path), directory, round_index=round_index, progress=Silent()
@@ -264,7 +263,7 @@ def test_status_names_the_field_in_which_the_nearest_artifact_differs(copied_run
 def test_a_run_folder_with_other_settings_is_refused_by_field(copied_run: Path) -> None:
     config = small_config(copied_run, "train.learning_rate=0.5")
     with pytest.raises(UserError, match=r"train\.learning_rate: 0\.001 -> 0\.5"):
-        run(config, RunDirectory(copied_run / "run"), Silent())
+        run(config, RunFolder(copied_run / "run"), Silent())
 
 
 def model_with(folder: Path, source: str, **changes: Any) -> Path:

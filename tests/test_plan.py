@@ -27,10 +27,9 @@ from pipeline.forecast.amounts import BreakEven, Forecast
 from pipeline.forecast.lengths import PromptLengths, expected_counts, measured_of
 from pipeline.forecast.prompts import FastTokenizer
 from pipeline.forecast.sizes import policy_sizes, scores_sizes
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages.progress import Silent
-from tests.conftest import MODELS, SmallRuns, loaded_by, small_config
+from tests.conftest import MODELS, SmallRuns, loaded_by, run, small_config
 from tests.test_codecs import random_scores, rollouts_of
 
 ADAPTIVE = "rollouts.window={kind: adaptive, candidates: [16, 32], max_window_tokens: 48}"
@@ -48,7 +47,7 @@ CASES: dict[str, tuple[str, ...]] = {
 
 
 def plan(folder: Path, *overrides: str, name: str = "run") -> Forecast:
-    return forecast(small_config(folder, *overrides), RunDirectory(folder / name))
+    return forecast(small_config(folder, *overrides), RunFolder(folder / name))
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
@@ -60,7 +59,7 @@ def planned(
     before = plan(folder, *overrides)
     found = {"case": request.param, "folder": folder, "before": before.as_json()}
     assert sorted(path.name for path in folder.iterdir()) == ["small.yaml"]  # nothing is written
-    found["summary"] = run(small_config(folder, *overrides), RunDirectory(folder / "run"), Silent())
+    found["summary"] = run(small_config(folder, *overrides), RunFolder(folder / "run"), Silent())
     found["after"] = plan(folder, *overrides).as_json()
     return found
 
@@ -156,7 +155,7 @@ def test_another_setting_finds_what_it_shares(finished: Path, tmp_path: Path) ->
     assert {stage.basis for stage in expected.rounds[0].stages} == {"estimated"}
     shutil.copytree(finished / "store", tmp_path / "store")
     config = small_config(tmp_path, "evaluation=null", "rounds=1", shorter)
-    measured = run(config, RunDirectory(tmp_path / "run"), Silent())
+    measured = run(config, RunFolder(tmp_path / "run"), Silent())
     for name, tokens in measured["tokens"].items():
         assert expected.as_json()["total"]["tokens"][name] == pytest.approx(tokens, rel=0.05)
     assert expected.as_json()["total"]["cache_bytes"] == pytest.approx(
@@ -330,7 +329,7 @@ def test_a_window_that_does_not_fit_the_context_is_refused_as_by_run(tmp_path: P
     with pytest.raises(UserError, match="the student reads 2048; lower the window") as planned:
         plan(tmp_path, window)
     with pytest.raises(UserError) as refused:
-        run(small_config(tmp_path, window), RunDirectory(directory), Silent())
+        run(small_config(tmp_path, window), RunFolder(directory), Silent())
     assert str(refused.value) == str(planned.value)
     assert not directory.exists()
 

@@ -20,10 +20,9 @@ import yaml
 
 from opd_stream.errors import UserError
 from opd_stream.store import open_scores
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages.progress import Silent
-from tests.conftest import MODELS, small_config
+from tests.conftest import MODELS, run, small_config
 
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -198,7 +197,7 @@ def test_a_run_trains_on_the_examples_scores(scored: str, tmp_path: Path) -> Non
     store, _, fingerprint = scored.rsplit("/", 2)
     settings = (f"store={store}", f"replay.scores=[{fingerprint}]", "rounds=1", "evaluation=null")
     config = small_config(tmp_path, *settings, "staleness.max_epochs=1", "scores.top_k=4")
-    found = run(config, RunDirectory(tmp_path / "run"), progress=Silent())
+    found = run(config, RunFolder(tmp_path / "run"), progress=Silent())
     assert found["caches"][0][0]["scores"].startswith(fingerprint)
     assert found["tokens"] == {"generated": 0, "teacher_scored": 0, "trained": 8 * 48}
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from opd_stream.store.recipe import Recipe
+from pipeline.rounds import rounds
 from pipeline.setup import open_setup
-from pipeline.walk import walk
 from tests.conftest import small_config
 
 EVALUATED = {
@@ -20,7 +20,7 @@ EVALUATED = {
 def policy_of(folder: Path, signal: str, *overrides: str) -> Recipe:
     """The recipe of a run's first policy."""
     extrapolation = f"train.extrapolation={{signal: {signal}}}"
-    return next(walk(open_setup(small_config(folder, extrapolation, *overrides)))).policy.recipe
+    return next(rounds(open_setup(small_config(folder, extrapolation, *overrides)))).policy.recipe
 
 
 @pytest.mark.parametrize("signal", ["reward", "both"])
@@ -37,7 +37,7 @@ def test_what_decides_a_reward_names_the_policy(signal: str, changed: str, tmp_p
 
 def test_a_reward_is_of_the_training_prompts_and_ends_at_the_stop_ids(tmp_path: Path) -> None:
     setup = open_setup(small_config(tmp_path, "train.extrapolation={signal: reward}"))
-    recipe = next(walk(setup)).policy.recipe
+    recipe = next(rounds(setup)).policy.recipe
     assert recipe.inputs["prompts"] == setup.prompts.fingerprint
     assert recipe.settings["reward"]["stop_ids"] == list(setup.stop_ids)
 

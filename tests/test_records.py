@@ -15,23 +15,22 @@ from opd_stream.tasks.pass_at_k import Bootstrap
 from pipeline.comparison import compare
 from pipeline.report.read import read_run
 from pipeline.report.text import state
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
-from pipeline.stage_commands import run_evaluation, run_stage
+from pipeline.run_folder import RunFolder
+from pipeline.single_stage import run_evaluation, run_stage
 from stages.progress import Silent
-from tests.conftest import small_config
+from tests.conftest import reports_of, run, small_config, summary_of
 
 MACHINES = {"generate": "a", "score": "b", "train": "c"}
 TIMES = ("seconds", "cpu_seconds", "audit_cpu_seconds", "wall", "other")
 
 
 def stage(folder: Path, name: str, round_index: int) -> None:
-    config, directory = small_config(folder), RunDirectory(folder / MACHINES[name])
+    config, directory = small_config(folder), RunFolder(folder / MACHINES[name])
     run_stage(name, config, directory, round_index=round_index, progress=Silent())
 
 
 def evaluate(folder: Path, policy_version: int) -> None:
-    directory = RunDirectory(folder / "d")
+    directory = RunFolder(folder / "d")
     run_evaluation(
         small_config(folder), directory, policy_version=policy_version, progress=Silent()
     )
@@ -68,16 +67,18 @@ def plain(value: Any) -> Any:
 def test_reports_of_stages_are_those_of_the_run_but_for_times(
     finished_run: Path, evaluated: Path
 ) -> None:
-    alone, together = RunDirectory(finished_run / "run"), RunDirectory(evaluated / "d")
-    assert plain(together.reports()) == plain(alone.reports())
-    assert len(together.reports()) == 2
-    assert plain(together.summary()) == plain(alone.summary())
-    assert together.summary()["finished"]
-    assert together.summary()["tokens"]["teacher_scored"] == 768  # on another machine, for this run
-    assert all(together.summary()["seconds"][name] > 0 for name in ("generate", "score", "train"))
+    alone, together = RunFolder(finished_run / "run"), RunFolder(evaluated / "d")
+    assert plain(reports_of(together)) == plain(reports_of(alone))
+    assert len(reports_of(together)) == 2
+    assert plain(summary_of(together)) == plain(summary_of(alone))
+    assert summary_of(together)["finished"]
+    assert (
+        summary_of(together)["tokens"]["teacher_scored"] == 768
+    )  # on another machine, for this run
+    assert all(summary_of(together)["seconds"][name] > 0 for name in ("generate", "score", "train"))
     assert together.calls() == {}  # there was no call of `run`
     for number in range(2):
-        assert plain(together.plan(number)) == plain(alone.plan(number))
+        assert plain(together.plan(number).as_json()) == plain(alone.plan(number).as_json())
 
 
 def test_a_report_draws_the_stages_as_the_run(finished_run: Path, evaluated: Path) -> None:
@@ -91,9 +92,9 @@ def test_a_report_draws_the_stages_as_the_run(finished_run: Path, evaluated: Pat
 
 
 def test_the_drift_of_an_epoch_is_the_token_mean_of_its_steps(finished_run: Path) -> None:
-    directory = RunDirectory(finished_run / "run")
+    directory = RunFolder(finished_run / "run")
     lines = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
-    for report in directory.reports():
+    for report in reports_of(directory):
         for epoch in report["epochs"]:
             place = (report["round"], epoch["epoch"])
             own = [line for line in lines if (line["round"], line["epoch"]) == place]
@@ -105,10 +106,10 @@ def test_the_drift_of_an_epoch_is_the_token_mean_of_its_steps(finished_run: Path
 
 
 def test_a_round_without_its_evaluation_is_not_a_finished_run(apart: Path) -> None:
-    trained = RunDirectory(apart / "c")
-    assert [entry["round"] for entry in trained.summary()["evaluations"]] == [0]
-    assert not trained.summary()["finished"]
-    assert trained.reports()[1]["evaluation"] is None
+    trained = RunFolder(apart / "c")
+    assert [entry["round"] for entry in summary_of(trained)["evaluations"]] == [0]
+    assert not summary_of(trained)["finished"]
+    assert reports_of(trained)[1]["evaluation"] is None
     assert state(read_run(apart / "c")).startswith("unfinished, 2 of 2 rounds; not all evaluations")
     with pytest.raises(UserError, match=r"2 of 2 rounds, not all evaluated"):
         list(compare(str(apart / "c"), str(apart / "c"), Bootstrap()))
@@ -119,9 +120,9 @@ def test_the_machines_of_another_run_are_not_of_this_one(apart: Path, tmp_path: 
     shutil.copytree(apart, folder)
     config = small_config(folder, f"store={folder / 'store'}", "train.learning_rate=0.002")
     for name in ("generate", "score", "train"):
-        directory = RunDirectory(folder / "other")
+        directory = RunFolder(folder / "other")
         run_stage(name, config, directory, round_index=0, progress=Silent())
-    (report,) = RunDirectory(folder / "other").reports()
+    (report,) = reports_of(RunFolder(folder / "other"))
     assert report["tokens"]["generated"] == report["tokens"]["teacher_scored"] == 0
     assert report["reused"] == {"rollout_units": 2, "score_units": 2, "policy": False}
 
@@ -129,12 +130,12 @@ def test_the_machines_of_another_run_are_not_of_this_one(apart: Path, tmp_path: 
 def test_a_run_in_the_folder_of_a_stage_goes_on_with_it(evaluated: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(evaluated, folder)
-    before = RunDirectory(folder / "c").summary()
+    before = summary_of(RunFolder(folder / "c"))
     config = small_config(folder, f"store={folder / 'store'}")
-    after = run(config, RunDirectory(folder / "c"), Silent())
+    after = run(config, RunFolder(folder / "c"), Silent())
     assert plain(after["tokens"]) == before["tokens"]
     assert after["finished"]
-    elsewhere = run(config, RunDirectory(folder / "new"), Silent())
+    elsewhere = run(config, RunFolder(folder / "new"), Silent())
     assert elsewhere["tokens"]["generated"] == 0
     assert elsewhere["reused"] == {"rollout_units": 4, "score_units": 4}
 
@@ -142,13 +143,13 @@ def test_a_run_in_the_folder_of_a_stage_goes_on_with_it(evaluated: Path, tmp_pat
 def test_another_evaluation_leaves_the_folder_as_it_is(evaluated: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(evaluated, folder)
-    directory = RunDirectory(folder / "d")
+    directory = RunFolder(folder / "d")
     before = {path: path.read_bytes() for path in sorted((folder / "d").rglob("*.json"))}
     config = small_config(folder, "evaluation.samples_per_prompt=1")
     run_evaluation(config, directory, policy_version=1, progress=Silent())
     assert {path: path.read_bytes() for path in sorted((folder / "d").rglob("*.json"))} == before
     evaluate(folder, 1)
-    versions = [entry["policy_version"] for entry in directory.summary()["evaluations"]]
+    versions = [entry["policy_version"] for entry in summary_of(directory)["evaluations"]]
     assert versions == [0, 1, 2]  # one that was not due, asked for by name
 
 

@@ -12,16 +12,16 @@ from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.inventory import damages
 from opd_stream.store.policy import PolicyArtifact
-from pipeline.rounds import Session, has_policy, make_caches
-from pipeline.run_directory import RunDirectory
+from pipeline.rounds import Round, named_checkpoint, rounds
+from pipeline.run import Session, is_trained, make_shards
+from pipeline.run_folder import RunFolder
 from pipeline.setup import open_setup
-from pipeline.stage_commands import run_stage
-from pipeline.walk import Round, named, walk
+from pipeline.single_stage import run_stage
 from stages.executors import LocalExecutor
 from stages.generate import GenerateWorker
 from stages.progress import Silent
 from stages.workers import Task, TaskResult, WorkerSettings, results_of
-from tests.conftest import small_config
+from tests.conftest import reports_of, small_config
 
 
 def spoil(path: Path) -> None:
@@ -37,7 +37,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     store = f"memory://{uuid.uuid4().hex}"
     done = small_config(tmp_path, f"store={store}", "rounds=2", "evaluation=null")
     for stage in ("generate", "score", "train"):
-        run_stage(stage, done, RunDirectory(tmp_path / "run"), round_index=0, progress=Silent())
+        run_stage(stage, done, RunFolder(tmp_path / "run"), round_index=0, progress=Silent())
     return done
 
 
@@ -66,17 +66,18 @@ class Recorder(LocalExecutor):
 def tasks_of(config: Config, folder: Path, round_index: int) -> list[Task]:
     """What the workers of a round are told."""
     setup = open_setup(config)
-    here = next(here for here in walk(setup) if here.index == round_index)
+    here = next(here for here in rounds(setup) if here.index == round_index)
     executor = Recorder(config)
     session = Session(
-        setup=setup,
-        directory=RunDirectory(folder / "run"),
+        config=config,
+        store=setup.store,
+        folder=RunFolder(folder / "run"),
         run_id="test",
         executor=executor,
         progress=Silent(),
     )
     with pytest.raises(Recorded):
-        make_caches(session, here)
+        make_shards(session, here)
     return executor.tasks
 
 
@@ -97,13 +98,14 @@ def first_round(config: Config, folder: Path) -> tuple[Session, Round]:
     """The round that is done, and a call that looks at it."""
     setup = open_setup(config)
     session = Session(
-        setup=setup,
-        directory=RunDirectory(folder / "run"),
+        config=config,
+        store=setup.store,
+        folder=RunFolder(folder / "run"),
         run_id="test",
         executor=LocalExecutor(config),
         progress=Silent(),
     )
-    return session, next(walk(setup))
+    return session, next(rounds(setup))
 
 
 def test_a_damaged_copy_is_fetched_again_and_the_policy_stays(
@@ -114,26 +116,26 @@ def test_a_damaged_copy_is_fetched_again_and_the_policy_stays(
         copy = here.policy.folder("name") / name
         good = copy.read_bytes()
         spoil(copy)
-        assert has_policy(session, here)
+        assert is_trained(session, here)
         assert copy.read_bytes() == good
         spoil(copy)
         assert list(damages(session.setup.store)) == []
         assert copy.read_bytes() == good
     (here.policy.folder("name") / "model.safetensors").unlink()
-    assert has_policy(session, here)
+    assert is_trained(session, here)
 
 
 def test_a_policy_damaged_in_the_store_is_taken_out(trained: Config, tmp_path: Path) -> None:
     session, here = first_round(trained, tmp_path)
     folder = here.policy.folder("name")
     spoil(here.policy.artifact_folder / folder.name / "model.safetensors")
-    assert has_policy(session, here)  # this machine's copy is whole
+    assert is_trained(session, here)  # this machine's copy is whole
     spoil(folder / "model.safetensors")
     (problem,) = damages(session.setup.store)
     assert "model.safetensors" in problem.reason
     with pytest.raises(UserError, match=r"is damaged in the store \(model.safetensors"):
         here.policy.folder()
-    assert not has_policy(session, here)
+    assert not is_trained(session, here)
     assert not here.policy.is_complete()
 
 
@@ -153,13 +155,13 @@ def test_a_stage_copies_the_policy_it_loads_and_no_other(
     for number in range(3):
         for stage in ("generate", "score", "train"):
             copies = on_machine(tmp_path, f"{stage}-{number}", monkeypatch)
-            directory = RunDirectory(tmp_path / f"run-{stage}-{number}")
+            directory = RunFolder(tmp_path / f"run-{stage}-{number}")
             run_stage(stage, config, directory, round_index=number, progress=Silent())
-            policies = [here.policy for here in walk(open_setup(config), opened=named)]
+            policies = [here.policy for here in rounds(open_setup(config), opened=named_checkpoint)]
             seen[stage, number] = [copied(copies, policy) for policy in policies]
     nothing, loaded = set[str](), {"model.safetensors"}
     trains = {"model.safetensors", "optimizer/tensors.safetensors"}
     assert seen["generate", 2] == [nothing, loaded, nothing]
     assert seen["score", 2] == [nothing, nothing, nothing]
     assert seen["train", 2] == [nothing, trains, trains]
-    assert len(RunDirectory(tmp_path / "run-train-2").reports()) == 3
+    assert len(reports_of(RunFolder(tmp_path / "run-train-2"))) == 3

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from opd_stream.errors import UserError
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages.progress import Silent
-from tests.conftest import small_config
+from tests.conftest import run, small_config
 from tests.html_page import CHROMIUM, PROBE, Page, browse
 
 pytest.importorskip("matplotlib", reason="pip install 'opd-stream[report]' brings what draws")
@@ -37,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("report")
     config = small_config(place, WINDOW, "train.gate={blocks: 8}", "evaluation.every_rounds=1")
     for name in ("first", "second"):
-        run(config, RunDirectory(place / name), Silent())
+        run(config, RunFolder(place / name), Silent())
     return place
 
 

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 
 from opd_stream.errors import UserError
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages.progress import Silent
-from tests.conftest import SmallRuns, small_config
+from tests.conftest import SmallRuns, run, small_config
 
 KILLS, KILLS_WITH_METHODS = 10, 6  # at least
 STAGES = {"generate", "score", "train", "evaluate"}
@@ -63,7 +62,7 @@ def attempt(folder: Path, *overrides: str, signs: int, delay: float) -> str | No
         status = 1
         try:
             config = small_config(folder, *overrides)
-            run(config, RunDirectory(folder / "run"), Telling(writing))
+            run(config, RunFolder(folder / "run"), Telling(writing))
             status = 0
         finally:
             os._exit(status)
@@ -127,7 +126,7 @@ def test_a_run_killed_many_times_ends_in_the_same_place(
         else:
             killed[stage] += 1
     folder = tmp_path / f"killed-{number}"
-    run(small_config(folder, *overrides), RunDirectory(folder / "run"), Silent())
+    run(small_config(folder, *overrides), RunFolder(folder / "run"), Silent())
     assert fingerprints(folder) == expected
 
 
@@ -137,7 +136,7 @@ def test_a_finished_run_goes_on_with_more_rounds(
 ) -> None:
     small_runs.copy(tmp_path / "grown", "rounds=1", *overrides)
     config = small_config(tmp_path / "grown", "rounds=3", *overrides)
-    run(config, RunDirectory(tmp_path / "grown" / "run"), Silent())
+    run(config, RunFolder(tmp_path / "grown" / "run"), Silent())
     grown = fingerprints(tmp_path / "grown")
     whole = fingerprints(small_runs("rounds=3", *overrides))
     evaluated = grown.pop("evaluations")
@@ -156,14 +155,14 @@ def test_a_finished_run_goes_on_with_more_rounds(
     ],
 )
 def test_rounds_that_know_their_number_are_not_added_to(override: str, tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path / "run")
+    directory = RunFolder(tmp_path / "run")
     directory.open(small_config(tmp_path, "rounds=2", override))
     with pytest.raises(UserError, match=r"other settings \(rounds: 2 -> 3\)"):
         directory.check(small_config(tmp_path, "rounds=3", override))
 
 
 def test_a_run_is_not_made_shorter(tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path / "run")
+    directory = RunFolder(tmp_path / "run")
     directory.open(small_config(tmp_path, "rounds=2"))
     directory.check(small_config(tmp_path, "rounds=3"))
     with pytest.raises(UserError, match=r"other settings \(rounds: 2 -> 1\)"):
@@ -181,7 +180,7 @@ def test_two_runs_on_one_store_at_the_same_time_both_finish(
             status = 1
             try:
                 config = small_config(tmp_path / "shared", *overrides)
-                run(config, RunDirectory(tmp_path / "shared" / name), Silent())
+                run(config, RunFolder(tmp_path / "shared" / name), Silent())
                 status = 0
             finally:
                 os._exit(status)

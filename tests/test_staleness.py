@@ -24,12 +24,11 @@ from opd_stream.store.reader import ScoredRow, open_scores
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.types import ScoreBatch
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages import train
 from stages.progress import Silent
 from stages.score import append_scores, stored_scores
-from tests.conftest import small_config
+from tests.conftest import reports_of, run, small_config
 
 BOUNDS = Staleness(
     max_epochs=3,
@@ -121,8 +120,8 @@ def test_an_epoch_goes_on_with_weights_and_stops_inside_when_too_far() -> None:
 
 def finished_run(folder: Path, *overrides: str) -> list[dict[str, Any]]:
     """The reports of a run."""
-    run(small_config(folder, *overrides), RunDirectory(folder / "run"), Silent())
-    return RunDirectory(folder / "run").reports()
+    run(small_config(folder, *overrides), RunFolder(folder / "run"), Silent())
+    return reports_of(RunFolder(folder / "run"))
 
 
 def test_units_live_as_long_as_they_may_and_tokens_are_counted_once(tmp_path: Path) -> None:
@@ -377,7 +376,7 @@ def test_a_replay_of_mixed_rounds_trains_on_the_same_rows(tmp_path: Path) -> Non
         *GROWING,
         "staleness.max_epochs=1",
     )
-    summary = run(config, RunDirectory(tmp_path / "again"), Silent())
+    summary = run(config, RunFolder(tmp_path / "again"), Silent())
     first = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["tokens"]["trained"] == first["tokens"]["trained"]
     assert summary["tokens"]["generated"] == 0

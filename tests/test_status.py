@@ -21,12 +21,12 @@ from opd_stream.store.artifact import Commit
 from pipeline.cli import app
 from pipeline.console import LOG, Level, TerminalProgress, set_up
 from pipeline.pace import Pace, after, pace_of_steps, pace_of_units
-from pipeline.run_directory import RunDirectory
-from pipeline.run_status import RunStatus, StatusReader
+from pipeline.run_folder import RunFolder
 from pipeline.setup import open_setup
+from pipeline.status import RunStatus, StatusReader
 from pipeline.status_table import table_of, watch
 from stages.checkpoints import open_tokenizer, open_vocabulary
-from tests.conftest import MODELS, SmallRuns, loaded_by, small_config
+from tests.conftest import MODELS, SmallRuns, loaded_by, reports_of, small_config
 
 NOW = 1_760_000_000.0
 
@@ -58,7 +58,7 @@ def planted(folder: Path, **fields: float) -> None:
 
 def status_of(folder: Path, run_folder: str = "run") -> RunStatus:
     config = small_config(folder)
-    return StatusReader(open_setup(config), RunDirectory(folder / run_folder)).read()
+    return StatusReader(open_setup(config), RunFolder(folder / run_folder)).read()
 
 
 def printed(status: RunStatus, height: int | None = None) -> str:
@@ -88,7 +88,7 @@ def test_a_finished_run_is_complete_in_every_stage_with_the_tokens_of_its_report
     assert (status.rounds_complete, status.rounds_planned, status.eta_seconds) == (2, 2, 0.0)
     assert [each.round for each in status.rounds] == [None, 0, 1]
     assert [each.policy_version for each in status.rounds] == [0, 1, 2]
-    reports = RunDirectory(finished_run / "run").reports()
+    reports = reports_of(RunFolder(finished_run / "run"))
     for each, report in zip(status.rounds[1:], reports, strict=True):
         assert each.window_tokens == report["window_tokens"]
         stages = each.stages
@@ -155,13 +155,13 @@ def test_the_store_alone_is_enough(half: Path) -> None:
 
 def test_metrics_of_other_settings_are_not_taken_for_the_rounds(half: Path) -> None:
     config = small_config(half, "train.learning_rate=0.5")
-    status = StatusReader(open_setup(config), RunDirectory(half / "run")).read()
+    status = StatusReader(open_setup(config), RunFolder(half / "run")).read()
     assert status.rounds[-1].stages["generate"].is_complete  # the store has these
     assert status.rounds[-1].stages["train"].done == 0
 
 
 def test_a_reader_sees_what_is_made_after_its_first_look(half: Path, finished_run: Path) -> None:
-    reader = StatusReader(open_setup(small_config(half)), RunDirectory(half / "run"))
+    reader = StatusReader(open_setup(small_config(half)), RunFolder(half / "run"))
     before = reader.read().rounds[-1].stages["score"]
     for path in (finished_run / "store" / "scores").rglob("*.json"):
         shutil.copy(path, half / "store" / path.relative_to(finished_run / "store"))

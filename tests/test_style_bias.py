@@ -11,11 +11,10 @@ from opd_stream.store import open_scores
 from opd_stream.store.store import Store
 from opd_stream.style_bias import StyleSettings, style_bias
 from pipeline.cli import app
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages.progress import Silent
 from stages.residual import make_residual
-from tests.conftest import small_config
+from tests.conftest import run, small_config
 
 
 def made_up(rows: int, bias_of_id: np.ndarray, noise: float = 0.3, seed: int = 0) -> tuple:
@@ -58,7 +57,7 @@ def test_small_groups_shrink_to_the_common_mean() -> None:
 @pytest.mark.parametrize("codec", ["{kind: exact, dtype: float32}", "{kind: compact, mass: 0.999}"])
 def test_the_residual_is_scores_that_a_run_trains_on(tmp_path: Path, codec: str) -> None:
     settings = ("rounds=1", "evaluation=null", f"scores.codec={codec}")
-    run(small_config(tmp_path, *settings), RunDirectory(tmp_path / "source"), Silent())
+    run(small_config(tmp_path, *settings), RunFolder(tmp_path / "source"), Silent())
     (folder,) = (tmp_path / "store" / "scores").iterdir()
     words = ["cache", "residual", str(tmp_path / "store"), f"scores/{folder.name}"]
     line = CliRunner().invoke(app, words, catch_exceptions=False).stdout
@@ -91,7 +90,7 @@ def test_the_residual_is_scores_that_a_run_trains_on(tmp_path: Path, codec: str)
     replay = (f"replay.scores=[{name}]", "train.objective={kind: sampled_pg}")
     summary = run(
         small_config(tmp_path, "rounds=1", "evaluation=null", *replay),
-        RunDirectory(tmp_path / "trained"),
+        RunFolder(tmp_path / "trained"),
         Silent(),
     )
     assert summary["tokens"]["teacher_scored"] == 0
@@ -101,7 +100,7 @@ def test_the_residual_is_scores_that_a_run_trains_on(tmp_path: Path, codec: str)
 def test_what_has_no_residual_is_one_line(tmp_path: Path) -> None:
     settings = ("scores.codec={kind: sampled, draws: 4}", "train.objective={kind: drawn_forward}")
     config = small_config(tmp_path, "rounds=1", "evaluation=null", *settings)
-    run(config, RunDirectory(tmp_path / "source"), Silent())
+    run(config, RunFolder(tmp_path / "source"), Silent())
     (folder,) = (tmp_path / "store" / "scores").iterdir()
     words = ["cache", "residual", str(tmp_path / "store"), f"scores/{folder.name}"]
     with pytest.raises(UserError, match="drawn from the teacher"):

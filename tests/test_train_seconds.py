@@ -6,18 +6,17 @@ from typing import Any
 
 import pytest
 
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages import train
 from stages.progress import Silent
-from tests.conftest import small_config
+from tests.conftest import run, small_config
 
 
 def test_seconds_up_to_the_checkpoint_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_config(tmp_path, "rounds=1", "evaluation=null")
-    directory = RunDirectory(tmp_path / "run")
+    directory = RunFolder(tmp_path / "run")
     saved = train.checkpoint
 
     def stop(training: Any) -> None:

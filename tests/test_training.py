@@ -13,13 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_stream.errors import UserError
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages import train as train_stage
 from stages.learner import Learner
 from stages.progress import Silent
 from stages.train_data import bucketed
-from tests.conftest import MODELS, small_config
+from tests.conftest import MODELS, run, small_config
 
 TWO = ("pools.trainer.devices=2",)
 
@@ -29,14 +28,14 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one round whose scores the tests train on again."""
     folder = tmp_path_factory.mktemp("collected")
     settings = ("rounds=1", "evaluation=null", "rollouts.extra_draws=2")
-    run(small_config(folder, *settings), RunDirectory(folder / "source"), Silent())
+    run(small_config(folder, *settings), RunFolder(folder / "source"), Silent())
     return folder
 
 
 def train(folder: Path, name: str, *overrides: str) -> dict[str, Any]:
     """Train on the collected scores in a run of its own."""
     settings = ("rounds=1", "evaluation=null", f"replay.run={folder / 'source'}", *overrides)
-    return run(small_config(folder, *settings), RunDirectory(folder / name), Silent())
+    return run(small_config(folder, *settings), RunFolder(folder / name), Silent())
 
 
 def stopped_after(
@@ -163,7 +162,7 @@ def test_a_new_adapter_does_not_depend_on_what_the_process_did_before(tmp_path: 
         torch.manual_seed(seed)
         settings = ("rounds=1", "evaluation=null", "train.lora={rank: 2}")
         config = small_config(tmp_path / str(seed), *settings)
-        summary = run(config, RunDirectory(tmp_path / str(seed) / "run"), Silent())
+        summary = run(config, RunFolder(tmp_path / str(seed) / "run"), Silent())
         digests.add(summary["policies"][-1]["weights_sha256"])
     assert len(digests) == 1
 
@@ -174,7 +173,7 @@ def test_an_adapter_is_trained_merged_and_continued(tmp_path: Path) -> None:
 
     settings = ("evaluation=null", "train.lora={rank: 4, alpha: 8}", "train.learning_rate=3e-3")
     config = small_config(tmp_path, *settings)
-    summary = run(config, RunDirectory(tmp_path / "run"), Silent())
+    summary = run(config, RunFolder(tmp_path / "run"), Silent())
     first = config.student.path
     reports = [
         json.loads((tmp_path / "run" / "rounds" / f"{n:04d}" / "report.json").read_text())
@@ -322,7 +321,7 @@ def test_an_extrapolation_is_searched_recorded_and_continued(tmp_path: Path, sig
         "evaluation.max_new_tokens=8",
     )
     config = small_config(tmp_path, *settings)
-    run(config, RunDirectory(tmp_path / "run"), Silent())
+    run(config, RunFolder(tmp_path / "run"), Silent())
     reports = [
         json.loads((tmp_path / "run" / "rounds" / f"{n:04d}" / "report.json").read_text())
         for n in range(2)

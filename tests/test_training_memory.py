@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages import train as train_stage
 from stages.progress import Silent
-from tests.conftest import small_config
+from tests.conftest import run, small_config
 
 JUMPS = "train.extrapolation={rows: 4, candidates: 1}"
 
@@ -36,7 +35,7 @@ def test_student_and_optimizer_of_a_round_are_gone_after_it(
     gc.disable()
     try:
         settings = ("rounds=3", "evaluation=null", "train.learning_rate=1e-6", *method)
-        run(small_config(tmp_path, *settings), RunDirectory(tmp_path / "run"), Silent())
+        run(small_config(tmp_path, *settings), RunFolder(tmp_path / "run"), Silent())
         alive.append(sum(reference() is not None for reference in held))
     finally:
         gc.enable()

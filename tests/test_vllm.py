@@ -20,10 +20,9 @@ from opd_stream.engines.vllm_scores import (
 from opd_stream.errors import UserError
 from opd_stream.tasks.ledger import make_problems, prompt_text
 from opd_stream.types import PromptBatch, RolloutBatch
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from stages.progress import Silent
-from tests.conftest import MODELS, small_config
+from tests.conftest import MODELS, reports_of, run, small_config
 
 needs_vllm = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vllm is not installed; make test-vllm installs it"
@@ -250,8 +249,8 @@ def test_two_rounds_with_vllm_as_student_and_teacher(tmp_path: Path) -> None:
         f"pools.teacher.env={env}",
         "evaluation=null",
     )
-    summary = run(config, RunDirectory(tmp_path / "run"), Silent())
+    summary = run(config, RunFolder(tmp_path / "run"), Silent())
     assert summary["finished"]
-    reports = RunDirectory(tmp_path / "run").reports()
+    reports = reports_of(RunFolder(tmp_path / "run"))
     assert all(report["sampler_gap"] < 2e-3 for report in reports)  # the new weights, each round
     assert reports[0]["policy"]["weights_sha256"] != reports[1]["policy"]["weights_sha256"]

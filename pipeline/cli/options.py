@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from opd_stream.config import Config
-    from pipeline.run_directory import RunDirectory
+    from pipeline.run_folder import RunFolder
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -23,7 +23,7 @@ Overrides = Annotated[
 RunDir = Annotated[
     Path | None, typer.Option("--run-dir", help="Folder of the run. Default: runs/NAME of config.")
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")]
 
 
 @app.callback()
@@ -39,21 +39,21 @@ def options(
 
 def open_run(
     config: Path, overrides: list[str] | None, run_dir: Path | None
-) -> "tuple[Config, RunDirectory]":
+) -> "tuple[Config, RunFolder]":
     """Config and folder of a run that a config file describes."""
     from opd_stream.config_file import load_config
-    from pipeline.run_directory import RunDirectory
+    from pipeline.run_folder import RunFolder
 
     settings = load_config(config, overrides or [])
-    return settings, RunDirectory(run_dir or Path("runs") / config.stem)
+    return settings, RunFolder(run_dir or Path("runs") / config.stem)
 
 
-def open_folder(run_dir: Path, overrides: list[str] | None) -> "tuple[Config, RunDirectory]":
+def open_folder(run_dir: Path, overrides: list[str] | None) -> "tuple[Config, RunFolder]":
     """Config and folder of a run that exists."""
     from opd_stream.config_file import override_config
-    from pipeline.run_directory import RunDirectory
+    from pipeline.run_folder import RunFolder
 
-    directory = RunDirectory(run_dir)
+    directory = RunFolder(run_dir)
     return override_config(directory.config(), overrides or []), directory
 
 

@@ -1,7 +1,7 @@
 """Commands that do work: the whole run, one stage of a round, one evaluation."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,7 +12,7 @@ from pipeline.cli.options import ConfigFile, Overrides, RunDir, app, console, op
 def run(config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Run the whole loop; run it again to continue."""
     from pipeline.console import TerminalProgress
-    from pipeline.rounds import run as run_rounds
+    from pipeline.run import run as run_rounds
     from pipeline.table import print_run
 
     settings, directory = open_run(config, overrides, run_dir)
@@ -20,12 +20,12 @@ def run(config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None)
         before = directory.summary()
         summary = run_rounds(settings, directory, progress)
     page = console()
-    if before.get("finished") and before["policies"] == summary["policies"]:
+    if before is not None and before.finished and before.policies == summary.policies:
         page.print("everything is in the store already; nothing to do", highlight=False)
     print_run(directory.reports(), summary, str(directory.path), console=page)
 
 
-def _add_stage(stage: str, description: str) -> None:
+def _add_stage(stage: Literal["generate", "score", "train"], description: str) -> None:
     """Add the command of one stage; all stages take the same options."""
 
     @app.command(stage, help=description)
@@ -40,7 +40,7 @@ def _add_stage(stage: str, description: str) -> None:
         ] = False,
     ) -> None:
         from pipeline.console import TerminalProgress
-        from pipeline.stage_commands import run_stage
+        from pipeline.single_stage import run_stage
 
         run, directory = open_run(config, overrides, run_dir)
         with TerminalProgress() as progress:
@@ -73,7 +73,7 @@ def evaluate(
     """Evaluate a policy; with another judge or k nothing is sampled again."""
     from opd_stream.errors import UserError
     from pipeline.console import TerminalProgress
-    from pipeline.stage_commands import run_evaluation
+    from pipeline.single_stage import run_evaluation
 
     if round_index is not None:
         raise UserError(

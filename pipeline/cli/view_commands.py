@@ -9,8 +9,8 @@ import typer
 from pipeline.cli.options import (
     ConfigFile,
     Overrides,
+    RunArgument,
     RunDir,
-    RunFolder,
     app,
     console,
     open_run,
@@ -61,7 +61,7 @@ def doctor(
 
 @app.command()
 def status(
-    run_dir: RunFolder,
+    run_dir: RunArgument,
     overrides: Overrides = None,
     live: Annotated[
         bool, typer.Option("--watch", help="Update until the run is finished.")
@@ -71,17 +71,18 @@ def status(
 ) -> None:
     """Show how far a run is, from the store; --set: what another setting would find there."""
     from opd_stream.config_file import override_config
-    from pipeline.run_directory import RunDirectory
-    from pipeline.status import print_status
+    from pipeline.run_folder import RunFolder
+    from pipeline.setup import open_to_look
+    from pipeline.status_table import print_status
 
-    directory = RunDirectory(run_dir)
+    directory = RunFolder(run_dir)
     settings = override_config(directory.config(), overrides or [])
-    print_status(settings, directory, as_json=form, every=every if live else None)
+    print_status(open_to_look(settings), directory, as_json=form, every=every if live else None)
 
 
 @app.command()
 def inspect(
-    run_dir: RunFolder,
+    run_dir: RunArgument,
     round_number: Annotated[
         int | None, typer.Option("--round", help="From 0. Default: the last finished.")
     ] = None,
@@ -110,11 +111,11 @@ def inspect(
     """Show a cached rollout with its teacher scores, or list the worst rollouts of a round."""
     from opd_stream.config_file import override_config
     from pipeline.inspect import command, terminal
-    from pipeline.run_directory import RunDirectory
+    from pipeline.run_folder import RunFolder
 
     has_choice = sample is not None or cache_number is not None
     command.check_question(prompt, worst, html, has_choice)
-    directory = RunDirectory(run_dir)
+    directory = RunFolder(run_dir)
     config = override_config(directory.config(), overrides or [])
     round_index = directory.last_round() if round_number is None else round_number
     if prompt is None:

@@ -12,7 +12,7 @@ from opd_stream.tasks.judges import Judge, open_judge
 from pipeline.contexts import ContextUse, context_of, training_contexts
 from pipeline.doctor.findings import Finding
 from pipeline.doctor.subject import Subject, check
-from pipeline.walk import named, walk
+from pipeline.rounds import named_checkpoint, rounds
 from stages.checkpoints import Checkpoint, check_pair
 
 SHOWN = 3  # prompts named in a finding
@@ -300,7 +300,7 @@ def context(subject: Subject) -> Iterator[Finding]:
 def setup(subject: Subject) -> Iterator[Finding]:
     """Whatever else the run itself would refuse or warn of."""
     opened = subject.setup
-    done = sum(each.policy.is_complete() for each in walk(opened, opened=named))
+    done = sum(each.policy.is_complete() for each in rounds(opened, opened=named_checkpoint))
     for line in opened.warnings:
         yield setup.warning(line, "")
     yield setup.ok(f"{done} of {subject.config.rounds} rounds are trained in the store")

@@ -31,8 +31,8 @@ from opd_stream.types import RolloutBatch
 from pipeline.contexts import largest_window
 from pipeline.doctor.findings import Finding
 from pipeline.doctor.subject import NotChecked, Subject, check
+from pipeline.rounds import rounds
 from pipeline.setup import Setup
-from pipeline.walk import walk
 from stages.checkpoints import Checkpoint
 from stages.generate import GenerateWorker
 from stages.recipes import rollouts_recipe, scores_recipe
@@ -266,11 +266,11 @@ def cached_scores(subject: Subject) -> Iterator[Finding]:
     teacher, opened = subject.config.teacher, subject.setup
     if teacher is None:
         raise NotChecked("the config names no teacher")
-    cache = next(walk(opened)).caches[-1]
-    name, settings = cache.scores.name, cache.scores.recipe.settings
-    units = sorted(set(cache.rollouts.commits()) & set(cache.scores.commits()))
+    cache = next(rounds(opened)).caches[-1]
+    name, settings = cache.scores.shards.name, cache.scores.shards.recipe.settings
+    units = sorted(set(cache.rollouts.shards.commits()) & set(cache.scores.shards.commits()))
     if not units:
-        yield _none_cached(opened, cache.scores)
+        yield _none_cached(opened, cache.scores.shards)
         return
     if "engine" not in settings:
         yield cached_scores.warning(
@@ -278,7 +278,7 @@ def cached_scores(subject: Subject) -> Iterator[Finding]:
             "compare it with that teacher before it is trained on",
         )
         return
-    rows = ScoredRows([(cache.rollouts, cache.scores)], units=[units])
+    rows = ScoredRows([(cache.rollouts.shards, cache.scores.shards)], units=[units])
     if not len(rows):
         yield cached_scores.error(
             f"no row of {name} can be trained on",
@@ -310,7 +310,8 @@ def cached_scores(subject: Subject) -> Iterator[Finding]:
     else:
         yield cached_scores.error(
             said,
-            f"restore the teacher that scored them, or remove {cache.scores.folder} to score again",
+            f"restore the teacher that scored them, or remove {cache.scores.shards.folder} to "
+            "score again",
         )
 
 

@@ -22,7 +22,7 @@ from pipeline.forecast.units import (
     work_on,
 )
 from pipeline.plan import RoundPlan
-from pipeline.walk import Round, probe_artifacts
+from pipeline.rounds import Round
 from stages.prompts import probe_size, round_prompts
 
 
@@ -47,19 +47,19 @@ def fresh_rows(known: Known, plan: RoundPlan, cache: Cache | None) -> Collected:
         seed=known.config.seed, round_index=plan.round_index, per_round=settings.prompts_per_round
     )
     if cache is not None:
-        selection = cache.rollouts.recipe.settings["selection"]
-        per_unit = cache.prompts_per_unit(per_unit)
+        selection = cache.rollouts.shards.recipe.settings["selection"]
+        per_unit = max((slot.last - slot.first for slot in cache.slots), default=per_unit)
     ranges = selection.get("ranges", [(0, settings.prompts_per_round)])
     prompts = sum(last - first for first, last in ranges)
     lengths = known.opened.prompts.chosen(selection)
-    commits = commits_of(None if cache is None else cache.rollouts)
+    commits = commits_of(None if cache is None else cache.rollouts.shards)
     found = measured_of(plan.window_tokens, summed_counts(commits.values()))
     known.measured = found or known.measured
     known.rollouts_sizes = sizes_of(commits, known.rollouts_sizes)
     if known.measured is None and cache is not None:
         _look_elsewhere(known, cache)
     units = unit_rows(
-        None if cache is None else cache.rollouts,
+        None if cache is None else cache.rollouts.shards,
         commits,
         partial(
             expected_counts,
@@ -84,19 +84,19 @@ def fresh_rows(known: Known, plan: RoundPlan, cache: Cache | None) -> Collected:
 def _look_elsewhere(known: Known, cache: Cache) -> None:
     """Take what other runs in the store measured."""
     store = known.setup.store
-    rollouts = similar_rollouts(store, cache.rollouts.recipe)
+    rollouts = similar_rollouts(store, cache.rollouts.shards.recipe)
     if rollouts is not None:
         commits = commits_of(rollouts)
         window = rollouts.recipe.settings["window_tokens"]
         known.measured = measured_of(window, summed_counts(commits.values()))
         known.rollouts_sizes = sizes_of(commits, known.rollouts_sizes)
-    scores = similar_scores(store, cache.scores.recipe)
+    scores = similar_scores(store, cache.scores.shards.recipe)
     known.scores_sizes = sizes_of(commits_of(scores), known.scores_sizes)
 
 
 def extended_rows(known: Known, cache: Cache) -> Collected:
     """Rows that go on to a longer window: new tokens are sampled and scored, whole rows stored."""
-    recipe, commits = cache.rollouts.recipe, commits_of(cache.rollouts)
+    recipe, commits = cache.rollouts.shards.recipe, commits_of(cache.rollouts.shards)
     base = known.setup.store.by_fingerprint("rollouts", recipe.inputs["rollouts"])
     before, window = commits_of(base), recipe.settings["window_tokens"]
     lengths = known.opened.prompts.chosen(recipe.settings["selection"])
@@ -130,11 +130,12 @@ def extended_rows(known: Known, cache: Cache) -> Collected:
 
 def kept_rows(known: Known, plan: RoundPlan, cache: Cache) -> Rows:
     """Rows that are there: of an earlier round, or of an earlier run."""
-    commits = commits_of(cache.rollouts)
+    commits = commits_of(cache.rollouts.shards)
     counts = summed_counts(commits[unit] for unit in cache.units or commits)
     window = cache.window_tokens or plan.window_tokens
-    is_whole = "extends" not in cache.rollouts.recipe.settings  # else only new tokens are counted
-    selection = cache.rollouts.recipe.settings.get("selection")
+    settings = cache.rollouts.artifact.recipe.settings
+    is_whole = "extends" not in settings  # else only new tokens are counted
+    selection = settings.get("selection")
     return Rows(
         rows=counts["rows"],
         prompts=sum(slot.last - slot.first for slot in cache.slots)
@@ -159,7 +160,7 @@ def probe_stages(known: Known, plan: RoundPlan, rows: Rows, here: Round | None) 
     size = probe_size(round(rows.rows), share, -int(-cut // 1))
     rollouts, scores = (None, None)
     if here is not None and here.probe is not None:
-        rollouts, scores = probe_artifacts(known.setup, here.probe)
+        rollouts, scores = here.probe.rollouts.shards, here.probe.shards
     commits = commits_of(rollouts)
     if not size and not commits:
         return []
@@ -185,7 +186,7 @@ def _stages(
 ) -> list[Stage]:
     """Generate and score; with `learn` later rounds take the measured size of these shards."""
     assert known.teacher is not None  # else nothing is sampled
-    scores: Artifact | None = None if cache is None else cache.scores
+    scores: Artifact | None = None if cache is None else cache.scores.shards
     scored = commits_of(scores)
     if learn:
         known.scores_sizes = sizes_of(scored, known.scores_sizes)

@@ -9,6 +9,7 @@ from opd_stream.costs import TokenCounts, train_flops
 from opd_stream.store.artifact import summed_counts
 from opd_stream.store.policy import PolicyArtifact
 from opd_stream.windows import AdaptiveWindow, FixedWindow
+from pipeline.caches import ReplaySource
 from pipeline.forecast.amounts import Amount, Basis, RoundForecast, Stage
 from pipeline.forecast.collected import (
     Rows,
@@ -21,12 +22,7 @@ from pipeline.forecast.known import Known
 from pipeline.forecast.lengths import expected_counts, measured_of
 from pipeline.forecast.units import commits_of, sizes_of, stage_of, unit_rows, work_on
 from pipeline.plan import RoundPlan, is_due, plan_round
-from pipeline.walk import (
-    ReplaySource,
-    Round,
-    identity_of,
-    walk,
-)
+from pipeline.rounds import Round, named_checkpoint, rounds
 from stages.checkpoints import Checkpoint
 from stages.evaluate import evaluation_rollouts
 from stages.prompts import every_prompt
@@ -49,7 +45,7 @@ def forecast_rounds(known: Known) -> Iterator[tuple[RoundForecast, TokenCounts]]
         window = config.evaluation.max_new_tokens
         start = RoundForecast(index=-1, window_tokens=window, first_step=0, steps=0, stages=stages)
         yield start, nothing
-    named = walk(known.setup, opened=partial(_named, known))
+    named = rounds(known.setup, opened=partial(_named, known))
     source = None if config.replay is None else ReplaySource(known.setup, config.replay)
     decided: int | None = None
     for round_index in range(config.rounds):
@@ -88,7 +84,7 @@ def forecast_rounds(known: Known) -> Iterator[tuple[RoundForecast, TokenCounts]]
 
 def _named(known: Known, policy: PolicyArtifact) -> Checkpoint:
     """A policy by its identity alone: its folder may be on another machine."""
-    return Checkpoint(folder=known.setup.student.folder, identity=identity_of(policy))
+    return Checkpoint(folder=known.setup.student.folder, identity=named_checkpoint(policy).identity)
 
 
 def _collected(
@@ -103,7 +99,7 @@ def _collected(
     stages: list[Stage] = []
     trained: list[Rows] = []
     for cache in here.caches:
-        if cache.made_in != here.index:
+        if cache.rollouts.round_index != here.index:
             trained.append(kept_rows(known, plan, cache))
             continue
         is_fresh = cache.origin in ("fresh", "ahead")

@@ -20,10 +20,10 @@ from pipeline.forecast.known import Known, known_of
 from pipeline.forecast.opened import existing, open_read_only
 from pipeline.forecast.rounds import forecast_rounds
 from pipeline.forecast.sizes import FLOAT32, RECORD_BYTES, policy_sizes
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 
 
-def forecast(config: Config, directory: RunDirectory) -> Forecast:
+def forecast(config: Config, directory: RunFolder) -> Forecast:
     """What the run would do, from what the store has of it on.
 
     Raises:

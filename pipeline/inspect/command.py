@@ -13,7 +13,7 @@ from opd_stream.token_figures import FIGURES
 from opd_stream.token_text import TokenText
 from pipeline.inspect.source import LocatedRow, RoundCache, find, open_round, whole_shards
 from pipeline.inspect.view import RolloutView, RoundReader, mean_of
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 from pipeline.setup import masked_ids
 from stages.checkpoints import open_vocabulary
 
@@ -27,7 +27,7 @@ class WorstRollout:
 
 
 def inspect_rollout(
-    directory: RunDirectory,
+    directory: RunFolder,
     config: Config,
     *,
     round_index: int,
@@ -55,7 +55,7 @@ def inspect_rollout(
 
 
 def inspect_worst(
-    directory: RunDirectory, config: Config, *, round_index: int, count: int, by: str = "reverse_kl"
+    directory: RunFolder, config: Config, *, round_index: int, count: int, by: str = "reverse_kl"
 ) -> list[WorstRollout]:
     """The `count` rollouts with the largest mean over the tokens that train, the largest first.
 
@@ -88,7 +88,7 @@ def inspect_worst(
     ]
 
 
-def open_reader(directory: RunDirectory, config: Config, round_index: int, by: str) -> RoundReader:
+def open_reader(directory: RunFolder, config: Config, round_index: int, by: str) -> RoundReader:
     """The round with its tokenizer."""
     if by not in FIGURES:
         raise UserError(f"--by is {by!r}; expected one of {', '.join(FIGURES)}")

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
@@ -14,7 +13,8 @@ from opd_stream.store.policy import tokenizer_digest
 from opd_stream.store.reader import ScoredRow, ScoredRows
 from opd_stream.store.store import Store
 from opd_stream.token_text import quoted
-from pipeline.run_directory import RunDirectory
+from pipeline.records import RoundPlanRecord
+from pipeline.run_folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +45,13 @@ class RoundSource:
     run: Path
     config: Config
     store: Store
-    plan: dict[str, Any]
+    plan: RoundPlanRecord
     caches: tuple[RoundCache, ...]
 
     @property
     def round_index(self) -> int:
         """Number of the round, from 0."""
-        return self.plan["round_index"]
+        return self.plan.round_index
 
     def answers(self, cache: RoundCache) -> dict[str, str | None]:
         """Reference answers by prompt id; empty for imported rows."""
@@ -87,7 +87,7 @@ class RoundSource:
         )
 
 
-def open_round(directory: RunDirectory, config: Config, round_index: int) -> RoundSource:
+def open_round(directory: RunFolder, config: Config, round_index: int) -> RoundSource:
     """The caches of a round, as its plan names them.
 
     Raises:
@@ -95,10 +95,10 @@ def open_round(directory: RunDirectory, config: Config, round_index: int) -> Rou
     """
     plan, store = directory.plan(round_index), Store(config.store)
     caches: list[RoundCache] = []
-    for number, named in enumerate(plan["caches"]):
+    for number, named in enumerate(plan.caches):
         pair: list[Artifact] = []
         for kind in ("rollouts", "scores"):
-            artifact = store.by_fingerprint(kind, named[kind])
+            artifact = store.by_fingerprint(kind, getattr(named, kind))
             if not artifact.is_complete():
                 raise UserError(
                     f"{artifact.name} of round {round_index} is not complete; continue the run, "
@@ -110,8 +110,8 @@ def open_round(directory: RunDirectory, config: Config, round_index: int) -> Rou
                 number=number,
                 rollouts=pair[0],
                 scores=pair[1],
-                units=tuple(pair[1].units() if named["units"] is None else named["units"]),
-                policy_version=named["policy_version"],
+                units=tuple(pair[1].units() if named.units is None else named.units),
+                policy_version=named.policy_version,
             )
         )
     return RoundSource(

@@ -70,9 +70,9 @@ class RoundReader:
         """Window -> the first planned step of the round that trains up to it."""
         plan, config = self.source.plan, self.source.config
         if isinstance(config.rollouts.window, AdaptiveWindow):
-            return {plan["window_tokens"]: plan["first_step"]}
+            return {plan.window_tokens: plan.first_step}
         window, found = config.rollouts.window, dict[int, int]()
-        for step in range(plan["first_step"], plan["first_step"] + max(1, plan["planned_steps"])):
+        for step in range(plan.first_step, plan.first_step + max(1, plan.planned_steps)):
             found.setdefault(window.tokens_at(step), step)
         return found
 

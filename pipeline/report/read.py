@@ -12,7 +12,7 @@ from opd_stream.errors import UserError
 from opd_stream.record import Record, read_record
 from opd_stream.store.files import read_json
 from pipeline.records import CacheRecord, RoundPlanRecord, RoundReport, RunSummary
-from pipeline.run_directory import RunDirectory
+from pipeline.run_folder import RunFolder
 
 
 class Versions(Record):
@@ -73,7 +73,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     reports = sorted(folder.glob("rounds/*/report.json"))
     summary, made_with = folder / "summary.json", folder / "run.json"
     versions = dict[str, str]()
-    config = RunDirectory(folder).config()
+    config = RunFolder(folder).config()
     if made_with.is_file():
         found = read_record(Versions, read_json(made_with), str(made_with))
         versions = {**({"python": found.python} if found.python else {}), **found.versions}

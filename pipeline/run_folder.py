@@ -24,15 +24,17 @@ from pydantic import ValidationError
 from opd_stream.config import PLACEMENT, Config, counts_rounds
 from opd_stream.config_file import problems_of
 from opd_stream.errors import UserError
+from opd_stream.record import read_record
 from opd_stream.store.files import explained, publish, publish_new, read_json
 from opd_stream.store.recipe import differing_fields
-from pipeline.walk import Round
+from pipeline.records import RoundPlanRecord, RoundReport, RunSummary
+from pipeline.rounds import Round
 
 LIBRARIES = ("opd-stream", "torch", "transformers", "lightning", "ray", "pyarrow")
 SHOWN = 3  # settings named in a refusal
 
 
-class RunDirectory:
+class RunFolder:
     """Reads and writes the folder of one run."""
 
     def __init__(self, path: Path) -> None:
@@ -120,7 +122,7 @@ class RunDirectory:
                 f"{'; '.join(problems[:SHOWN])}{more}; look at the run with that version"
             ) from error
 
-    def plan(self, round_index: int) -> dict[str, Any]:
+    def plan(self, round_index: int) -> RoundPlanRecord:
         """What a round will do or did, and the artifacts it names.
 
         Raises:
@@ -134,7 +136,7 @@ class RunDirectory:
                 f"{self.path} has no round {round_index}; it has {known}; choose --round, or "
                 "continue the run (of stages on several machines: where one of it was run)"
             )
-        return read_json(path)
+        return read_record(RoundPlanRecord, read_json(path), str(path))
 
     def last_round(self) -> int:
         """The last finished round.
@@ -156,35 +158,54 @@ class RunDirectory:
 
     def write_plan(self, here: Round) -> None:
         """What the round will do, and the artifacts it names."""
-        record = {
+        record = RoundPlanRecord(
             **asdict(here.plan),
-            "caches": [cache.as_json() for cache in here.caches],
-            "unit_decisions": here.unit_decisions,
-            "policy": here.policy.fingerprint,
-        }
-        publish(self._round(here.index) / "plan.json", _pretty(record))
+            caches=tuple(cache.record() for cache in here.caches),
+            unit_decisions=here.unit_decisions,
+            policy=here.policy.fingerprint,
+        )
+        publish(self._round(here.index) / "plan.json", _pretty(record.as_json()))
 
-    def write_report(self, round_index: int, report: dict[str, Any]) -> None:
-        """What the round did."""
-        publish(self._round(round_index) / "report.json", _pretty(report))
+    def write_report(self, report: RoundReport) -> None:
+        """What a round did."""
+        publish(self._round(report.round) / "report.json", _pretty(report.as_json()))
 
-    def write_summary(self, summary: dict[str, Any]) -> None:
+    def report(self, round_index: int) -> RoundReport | None:
+        """What a round did; None where no report that this version reads is there."""
+        path = self._round(round_index) / "report.json"
+        try:
+            return RoundReport.model_validate_json(path.read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    def reports(self) -> list[RoundReport]:
+        """The reports of the finished rounds, in order.
+
+        Raises:
+            UserError: one was written by another version.
+        """
+        paths = sorted(self.path.glob("rounds/*/report.json"))
+        return [read_record(RoundReport, read_json(path), str(path)) for path in paths]
+
+    def write_summary(self, summary: RunSummary) -> None:
         """The run so far."""
-        publish(self.path / "summary.json", _pretty(summary))
+        publish(self.path / "summary.json", _pretty(summary.as_json()))
 
-    def summary(self) -> dict[str, Any]:
-        """The summary, empty before the first."""
+    def summary(self) -> RunSummary | None:
+        """The summary; None before the first.
+
+        Raises:
+            UserError: another version wrote it.
+        """
         path = self.path / "summary.json"
-        return read_json(path) if path.exists() else {}
+        return read_record(RunSummary, read_json(path), str(path)) if path.exists() else None
 
     def calls(self) -> dict[str, float]:
         """Seconds of the calls of `run` so far, as the summary has them; empty before the first."""
-        seconds = self.summary().get("seconds", {})
-        return {name: seconds[name] for name in ("wall", "other") if name in seconds}
-
-    def reports(self) -> list[dict[str, Any]]:
-        """The reports of the finished rounds, in order."""
-        return [read_json(path) for path in sorted(self.path.glob("rounds/*/report.json"))]
+        summary = self.summary()
+        if summary is None or summary.seconds.wall is None or summary.seconds.other is None:
+            return {}
+        return {"wall": summary.seconds.wall, "other": summary.seconds.other}
 
     def scratch(self, here: Round) -> Path:
         """Checkpoints of a round in training."""

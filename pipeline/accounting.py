@@ -1,0 +1,398 @@
+"""What rounds and runs did, summed over the commit records of their steps and never remembered.
+
+A unit's commit record says which run made it and how long that took, so the same run resumed after
+a kill counts its own work once, and a run that finds a unit made by another counts it as reused. It
+does not matter on which machine a stage ran: whoever finishes a round writes the same report.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from opd_stream.config import PLACEMENT, counts_rounds
+from opd_stream.costs import ModelShape, TokenCounts, forward_flops, shape_of, train_flops
+from opd_stream.outcome import TrainOutcome
+from opd_stream.store.artifact import Commit, summed_counts
+from opd_stream.store.files import canonical_json, read_json, sha256
+from opd_stream.store.recipe import differing_fields
+from pipeline.caches import ReplaySource
+from pipeline.evaluation import evaluation_record
+from pipeline.plan import is_due
+from pipeline.records import (
+    AlignmentShares,
+    EvaluationRecord,
+    PolicyRecord,
+    ReusedUnits,
+    RoundPolicy,
+    RoundReport,
+    RoundReuse,
+    RoundTokens,
+    RunSeconds,
+    RunSummary,
+    StageNumbers,
+    SummaryEvaluation,
+    TokenNumbers,
+)
+from pipeline.rounds import Round, checkpoint_of, rounds
+from pipeline.run_folder import RunFolder, is_below
+from pipeline.setup import Setup
+from stages.checkpoints import Checkpoint
+from stages.step import PROBE_SCORE, Step, of_stage
+
+Span = tuple[float, float]
+
+# What a report says of a policy needs no weights.
+described_checkpoint = partial(checkpoint_of, part="texts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accounts:
+    """Brings the reports and the summary of a run's folder up to date with the store."""
+
+    setup: Setup
+    folder: RunFolder
+    run_id: str
+    _reports: dict[int, RoundReport] = field(default_factory=dict)
+
+    def write_round(self, here: Round, *, is_changed: bool) -> None:
+        """Metrics, plan and report of a finished round.
+
+        Args:
+            here: the round.
+            is_changed: whether something was made or evaluated since its report was written.
+        """
+        config = self.setup.config
+        known = None if is_changed else self.folder.report(here.index)
+        if (
+            known is None
+            or known.policy.fingerprint != here.policy.fingerprint
+            or (known.evaluation is None and is_due(config, here.index))
+            or not self.folder.metrics.exists()
+        ):
+            self.folder.write_plan(here)
+            self.folder.add_metrics(here)
+            known = self._report(here)
+            self.folder.write_report(known)
+        self._reports[here.index] = known
+
+    def write_summary(self, calls: dict[str, float]) -> RunSummary:
+        """The run so far.
+
+        Args:
+            calls: seconds of all calls of `run` together (`wall`), and of these when nothing was
+                sampled, scored, trained or evaluated (`other`); empty where there was none.
+        """
+        student = self.setup.student
+        summary = run_summary(
+            reports=[self._reports[index] for index in sorted(self._reports)],
+            rounds_planned=self.setup.config.rounds,
+            due={index for index in range(self.setup.config.rounds) if self._is_due(index)},
+            initial=PolicyRecord(
+                version=0,
+                fingerprint=student.identity.fingerprint,
+                weights_sha256=student.identity.weights_sha256,
+            ),
+            initial_evaluation=self._evaluation(student),
+            calls=calls,
+        )
+        self.folder.write_summary(summary)
+        return summary
+
+    def write(self, changed: int | None) -> None:
+        """All finished rounds and the summary, whoever made them; `changed` is a round's number."""
+        for here in rounds(self.setup, opened=described_checkpoint):
+            if here.policy.is_complete():
+                self.write_round(here, is_changed=here.index == changed)
+        self.write_summary(self.folder.calls())
+
+    def share(self, here: Round) -> None:
+        """Tell the store which round is worked on here, and for which run of several machines.
+
+        What a run has cost is then known on each of its machines, and `gc` leaves it.
+        """
+        self.setup.store.add_to_run(
+            self.run_id,
+            self.folder.path,
+            inputs_of(self.setup) | here.names(),
+            shared=_name_of_run(self.setup),
+        )
+
+    def _is_due(self, round_index: int) -> bool:
+        return is_due(self.setup.config, round_index)
+
+    def _evaluation(self, policy: Checkpoint) -> EvaluationRecord | None:
+        setup = self.setup
+        run_ids = setup.store.ids_of_run(self.run_id)
+        return evaluation_record(setup.config, setup.store, policy, setup.stop_ids, run_ids)
+
+    def _report(self, here: Round) -> RoundReport:
+        evaluation = self._evaluation(described_checkpoint(here.policy))
+        return round_report(here, self.setup.store.ids_of_run(self.run_id), evaluation)
+
+
+def round_report(
+    here: Round, run_ids: Collection[str], evaluation: EvaluationRecord | None
+) -> RoundReport:
+    """The report of a finished round.
+
+    Args:
+        here: the round.
+        run_ids: of the run, one for each machine's folder; what others made counts as reused.
+        evaluation: of its policy, if there is one.
+    """
+    manifest = here.policy.manifest()
+    outcome, last = manifest.outcome, manifest.outcome.epochs[-1]
+    is_trained_here = outcome.made_by in run_ids
+    generated, scored = of_stage(here.new_steps, "generate"), of_stage(here.new_steps, "score")
+    probed = [step for step in scored if step.kind == PROBE_SCORE]
+    audits = [step for step in here.new_steps if step.kind.name.startswith("probe")]
+    audit = outcome.window_decision
+    scores = summed_counts(c for cache in here.caches for c in cache.used(cache.scores))
+    new = [c for step in here.new_steps if step not in audits for c in step.commits()]
+    mine = partial(_made_by, run_ids=run_ids)
+    length_share, repeat_ratio = _endings(here)
+    return RoundReport(
+        round=here.index,
+        window_tokens=here.window_tokens,
+        first_step=here.plan.first_step,
+        steps=outcome.steps,
+        rows=outcome.rows,
+        tokens=RoundTokens(
+            generated=_tokens(mine(generated)),
+            teacher_scored=_tokens(mine(scored)),
+            probed=_tokens(mine(probed)),
+            trained=int(outcome.trained.tokens) if is_trained_here else 0,
+        ),
+        refused_rows=int(scores.get("refused_rows", 0)),
+        length_share=length_share,
+        terminator_rate=1 - length_share,
+        repeat_ratio=repeat_ratio,
+        alignment=_alignment(scores),
+        cache_bytes=sum(commit.bytes for commit in new),
+        flops=StageNumbers(
+            generate=sum(_flops(step, mine([step])) for step in generated),
+            score=sum(_flops(step, mine([step])) for step in scored),
+            train=_train_flops(here.student, outcome) if is_trained_here else 0.0,
+        ),
+        seconds=StageNumbers(
+            generate=_seconds(mine(generated)),
+            score=_seconds(mine(scored)),
+            train=outcome.seconds if is_trained_here else 0.0,
+        ),
+        cpu_seconds=StageNumbers(
+            generate=_cpu_seconds(mine(generated)),
+            score=_cpu_seconds(mine(scored)),
+            train=outcome.cpu_seconds if is_trained_here else 0.0,
+        ),
+        audit_cpu_seconds=_cpu_seconds(mine(audits)) + (audit.cpu_seconds if audit else 0.0),
+        reused=RoundReuse(
+            rollout_units=_reused(generated, audits, run_ids),
+            score_units=_reused(scored, audits, run_ids),
+            policy=not is_trained_here,
+        ),
+        processes=outcome.processes,
+        extrapolations=outcome.extrapolations,
+        window_decision=audit,
+        sampler_gap=outcome.start.sampler_gap,
+        drift_floor=outcome.start.floor,
+        start_drift=outcome.start.policy_drift,
+        unit_decisions=here.unit_decisions,
+        policy_drift=last.policy_drift,
+        effective_sample_fraction=last.effective_sample_fraction,
+        epochs=outcome.epochs,
+        decision=last.reason,
+        policy=RoundPolicy(
+            version=here.index + 1,
+            fingerprint=here.policy.fingerprint,
+            weights_sha256=manifest.weights_sha256,
+            folder=str(here.policy.folder("name")),
+        ),
+        caches=tuple(cache.record() for cache in here.caches),
+        evaluation=evaluation,
+    )
+
+
+def run_summary(
+    *,
+    reports: Sequence[RoundReport],
+    rounds_planned: int,
+    due: Collection[int],
+    initial: PolicyRecord,
+    initial_evaluation: EvaluationRecord | None,
+    calls: dict[str, float],
+) -> RunSummary:
+    """The whole run in one value, for other programs.
+
+    Args:
+        reports: of the finished rounds, in order.
+        rounds_planned: of the config.
+        due: rounds whose policy is evaluated.
+        initial: the initial student.
+        initial_evaluation: of it, if there is one.
+        calls: see `Accounts.write_summary`.
+    """
+    found = [initial_evaluation, *(report.evaluation for report in reports)]
+    evaluations = [
+        SummaryEvaluation.model_validate(
+            {"round": version, "policy_version": version, **evaluation.as_json()}
+        )
+        for version, evaluation in enumerate(found)
+        if evaluation is not None
+    ]
+    is_evaluated = all(r.evaluation is not None for r in reports if r.round in due)
+    times = {name: round(value, 3) for name, value in calls.items()}
+    return RunSummary(
+        finished=len(reports) == rounds_planned and is_evaluated,
+        rounds=len(reports),
+        rounds_planned=rounds_planned,
+        evaluations=tuple(evaluations),
+        tokens=TokenNumbers(
+            generated=sum(report.tokens.generated for report in reports),
+            teacher_scored=sum(report.tokens.teacher_scored for report in reports),
+            trained=sum(report.tokens.trained for report in reports),
+        ),
+        flops=_by_stage([report.flops for report in reports]),
+        seconds=RunSeconds(
+            **_by_stage([report.seconds for report in reports], digits=3).model_dump(),
+            evaluate=round(sum(each.seconds for each in found if each is not None), 3),
+            **times,
+        ),
+        cpu_seconds=_by_stage([report.cpu_seconds for report in reports], digits=3),
+        reused=ReusedUnits(
+            rollout_units=sum(report.reused.rollout_units for report in reports),
+            score_units=sum(report.reused.score_units for report in reports),
+        ),
+        policies=(
+            initial,
+            *(PolicyRecord.model_validate(report.policy.model_dump()) for report in reports),
+        ),
+        final_policy=reports[-1].policy.folder if reports else None,
+        caches=tuple(report.caches for report in reports),
+        steps=sum(report.steps for report in reports),
+        refused_rows=sum(report.refused_rows for report in reports),
+        cache_bytes=sum(report.cache_bytes for report in reports),
+        decisions=tuple(report.decision for report in reports),
+    )
+
+
+def inputs_of(setup: Setup) -> set[str]:
+    """The names of what a run finds made: its prompts, and what all rounds of a replay read.
+
+    Raises:
+        UserError: some of a replay is not in the store, or not of one teacher.
+    """
+    config, names = setup.config, {setup.prompts.name}
+    if setup.alignment is not None:
+        names.add(f"prompts/{setup.alignment.inputs['prompts'][:16]}")
+    if config.replay is not None:
+        source = ReplaySource(setup, config.replay)
+        caches = [cache for index in range(config.rounds) for cache in source.caches(index)]
+        names |= {step.artifact.name for c in caches for step in (c.rollouts, c.scores)}
+    return names
+
+
+def busy_seconds(spans: Iterable[Span]) -> float:
+    """Length of the union of spans: time in which at least one of them was going on."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def flops_of(
+    cost: Callable[[ModelShape, TokenCounts], float], model: Checkpoint, counts: dict[str, float]
+) -> float:
+    """Operations of a model over counted rows, by the cost model of `opd_stream/costs.py`."""
+    shape = shape_of(read_json(model.folder / "config.json"))
+    names = ("tokens", "completion_tokens", "pairs")
+    return cost(shape, TokenCounts(**{name: counts[name] for name in names}))
+
+
+def _flops(step: Step, commits: Iterable[Commit]) -> float:
+    counts = summed_counts(commits)
+    if step.model is None or "pairs" not in counts:
+        return 0.0
+    return flops_of(forward_flops, step.model, counts)
+
+
+def _train_flops(student: Checkpoint, outcome: TrainOutcome) -> float:
+    trained = outcome.trained
+    counts = {
+        "tokens": trained.row_tokens,
+        "completion_tokens": trained.tokens,
+        "pairs": trained.row_pairs,
+    }
+    cost = partial(train_flops, recomputed=outcome.gradient_checkpointing)
+    return flops_of(cost, student, counts)
+
+
+def _made_by(steps: Iterable[Step], run_ids: Collection[str]) -> list[Commit]:
+    """The units of some steps that a run made itself."""
+    return [c for step in steps for c in step.commits() if c.made_by in run_ids]
+
+
+def _reused(steps: list[Step], audits: list[Step], run_ids: Collection[str]) -> int:
+    """Units of some steps, but those of audits, that a run found made."""
+    cached = [step for step in steps if step not in audits]
+    return sum(len(step.commits()) for step in cached) - len(_made_by(cached, run_ids))
+
+
+def _by_stage(numbers: Sequence[StageNumbers], digits: int | None = None) -> StageNumbers:
+    """Sums of numbers of stages."""
+    total = {
+        stage: sum(getattr(each, stage) for each in numbers)
+        for stage in ("generate", "score", "train")
+    }
+    if digits is not None:
+        total = {stage: round(value, digits) for stage, value in total.items()}
+    return StageNumbers(**total)
+
+
+def _endings(here: Round) -> tuple[float, float]:
+    """Share of rollouts that the window cut, and of tokens that repeat a stretch before them."""
+    counts = summed_counts(c for cache in here.caches for c in cache.used(cache.rollouts))
+    rows, tokens = max(counts.get("rows", 0), 1), max(counts.get("completion_tokens", 0), 1)
+    return counts.get("length_rows", 0) / rows, counts.get("repeated_tokens", 0) / tokens
+
+
+def _alignment(counts: dict[str, float]) -> AlignmentShares | None:
+    if "student_tokens" not in counts:
+        return None
+    tokens = max(counts["student_tokens"], 1)
+    return AlignmentShares(
+        aligned_share=counts["aligned_tokens"] / tokens,
+        chunk_share=counts["chunk_tokens"] / tokens,
+    )
+
+
+def _tokens(commits: Iterable[Commit]) -> int:
+    return int(summed_counts(commits).get("completion_tokens", 0))
+
+
+def _seconds(commits: Iterable[Commit]) -> float:
+    return round(sum(commit.seconds for commit in commits), 3)
+
+
+def _cpu_seconds(commits: Iterable[Commit]) -> float:
+    """Of the processes that did the work, all threads; of the first process in training."""
+    return round(summed_counts(commits).get("cpu_seconds", 0.0), 3)
+
+
+def _name_of_run(setup: Setup) -> str:
+    """Digest of what all machines of a run agree on; where files lie may differ between them.
+
+    What a path leads to is in the recipe of the first round's policy.
+    """
+    config = setup.config
+    settings = differing_fields(config.model_dump(), {})
+    paths = [name for name, (value, _) in settings.items() if isinstance(value, Path)]
+    grows = () if counts_rounds(config) else ("rounds",)
+    free = (*PLACEMENT, *paths, *grows, "evaluation")
+    agreed = {
+        name: value
+        for name, (value, _) in differing_fields(config.model_dump(mode="json"), {}).items()
+        if not is_below(name, free)
+    }
+    return sha256(canonical_json([agreed, next(rounds(setup)).policy.fingerprint]))

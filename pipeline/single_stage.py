@@ -1,0 +1,345 @@
+"""One stage of one round, for a machine that does only that.
+
+A stage needs the config and the store, nothing else. With `follow` it waits for what the stage
+before has not published yet, so generation, scoring and training can be started on three machines
+at once; several machines on one stage take the units in orders of their own and so share them.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from opd_stream.config import Config
+from opd_stream.errors import UserError
+from opd_stream.store.artifact import DamagedUnit
+from opd_stream.store.files import publish
+from opd_stream.store.store import Store
+from pipeline.accounting import Accounts
+from pipeline.evaluation import evaluation_record, figure_lines, open_policy
+from pipeline.plan import plan_ahead
+from pipeline.rounds import Round, checkpoint_of, named_checkpoint, rounds
+from pipeline.run import (
+    Session,
+    evaluate_policy,
+    is_trained,
+    make_shards,
+    start_shards,
+    train_policy,
+)
+from pipeline.run_folder import RunFolder
+from pipeline.setup import Setup, check_evaluation, open_setup, open_store
+from stages.checkpoints import Checkpoint
+from stages.collect import missing_units, submit_missing, wait_for
+from stages.executors import open_executor
+from stages.progress import Progress
+from stages.ray_stream import Role
+from stages.step import Stage, Step, of_stage, with_needs
+
+POLL_SECONDS = 2.0
+_ROLES: dict[str, tuple[Role, ...]] = {"score": ("teacher",)}
+
+
+def run_stage(
+    stage: Stage,
+    config: Config,
+    folder: RunFolder,
+    *,
+    round_index: int,
+    progress: Progress,
+    follow: bool = False,
+) -> str:
+    """Do one stage of a round; returns the line to print.
+
+    Args:
+        stage: generate, score or train.
+        config: the run.
+        folder: of this machine's notes on the run.
+        round_index: from 0.
+        progress: told of every unit.
+        follow: wait for what is missing instead of refusing.
+
+    Raises:
+        UserError: an earlier stage has not been run yet, or anything else the user can mend.
+    """
+    setup = open_setup(config)
+    run_id = folder.open(config)
+    with setup.store.watched(), open_executor(config, _ROLES.get(stage, ("student",))) as executor:
+        session = Session(
+            config=config,
+            store=setup.store,
+            folder=folder,
+            run_id=run_id,
+            executor=executor,
+            progress=progress,
+        )
+        here = _find_round(
+            setup, round_index, needs_policy=stage == "train", session=session if follow else None
+        )
+        accounts = Accounts(setup=setup, folder=folder, run_id=run_id)
+        accounts.share(here)
+        if stage == "train" or all(cache.origin != "ahead" for cache in here.caches):
+            folder.write_plan(here)  # what is made ahead belongs to no policy yet
+        if stage == "generate":
+            make_shards(session, replace(here, ahead=None), score=False, shuffle=True)
+            return _completed(here, stage)
+        if stage == "score":
+            _score(session, here, follow=follow)
+            return _completed(here, stage)
+        line = _train(session, setup, here, follow=follow)
+    accounts.write(changed=round_index)
+    return line
+
+
+def run_evaluation(
+    config: Config,
+    folder: RunFolder,
+    *,
+    policy_version: int | None = None,
+    policy: Path | None = None,
+    progress: Progress,
+    out: Path | None = None,
+) -> str:
+    """Evaluate one policy; returns the lines to print.
+
+    Args:
+        config: the run; its evaluation may be another than that of the run's folder.
+        folder: of this machine's notes on the run.
+        policy_version: 0 is the initial student, R + 1 the policy after round R.
+        policy: a Hugging Face folder instead.
+        progress: told of every unit.
+        out: file to write for `compare`.
+
+    Raises:
+        UserError: there is no such policy yet, or anything else the user can mend.
+    """
+    _check_question(config, policy_version, policy, out)
+    setup, version = None, policy_version or 0
+    if policy is None:
+        setup = open_setup(config)
+        store, stop_ids, student = setup.store, setup.stop_ids, _policy_of(setup, version)
+        run_id = _join(setup, folder, version)
+    else:
+        store = open_store(config)
+        student, stop_ids = open_policy(config, store, policy)
+        check_evaluation(config, store, student)
+        run_id = folder.join(config)
+    with store.watched(), open_executor(config, ("student",)) as executor:
+        session = Session(
+            config=config,
+            store=store,
+            folder=folder,
+            run_id=run_id,
+            executor=executor,
+            progress=progress,
+            record=f"{run_id}-evaluate",  # that of the run says what its rounds reach
+        )
+        evaluate_policy(session, student, stop_ids, version=version)
+    found = evaluation_record(config, store, student, stop_ids, store.ids_of_run(run_id))
+    assert found is not None  # measured above
+    if setup is not None and folder.is_of(config):
+        Accounts(setup=setup, folder=folder, run_id=run_id).write(changed=version - 1)
+    if out is not None:
+        _write_out(out, found.as_json(), student, store)
+    return "\n".join(figure_lines(found))
+
+
+def _check_question(
+    config: Config, policy_version: int | None, policy: Path | None, out: Path | None
+) -> None:
+    if config.evaluation is None:
+        raise UserError("the config has no evaluation section; expected one; add it")
+    if (policy_version is None) == (policy is None):
+        raise UserError(
+            f"evaluate was given {'neither' if policy is None else 'both'} of --policy-version and "
+            "--policy; expected one of them; --policy-version 0 is the initial student"
+        )
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
+
+
+def _write_out(out: Path, evaluation: dict[str, object], student: Checkpoint, store: Store) -> None:
+    """An evaluation as a file that `compare` reads."""
+    record = {
+        "policy": str(student.folder),
+        "fingerprint": student.identity.fingerprint,
+        "store": store.address,
+        **{name: value for name, value in evaluation.items() if name != "seconds"},
+    }
+    publish(out, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def _join(setup: Setup, folder: RunFolder, policy_version: int) -> str:
+    """Join the run of a folder, or begin one for a run of other machines; returns the id."""
+    if policy_version == 0 or folder.is_run():
+        return folder.join(setup.config)
+    run_id = folder.open(setup.config)
+    accounts = Accounts(setup=setup, folder=folder, run_id=run_id)
+    accounts.share(_find_round(setup, policy_version - 1))
+    return run_id
+
+
+def _policy_of(setup: Setup, version: int) -> Checkpoint:
+    """The policy of a version: 0 is the initial student, R + 1 the policy after round R."""
+    if version == 0:
+        return setup.student
+    if not 0 < version <= setup.config.rounds:
+        raise UserError(
+            f"--policy-version is {version}; the config has policies 0 (the initial student) to "
+            f"{setup.config.rounds}; choose one of them"
+        )
+    here = _find_round(setup, version - 1)
+    _need(here.policy.is_complete(), here, "train", "policy")
+    return checkpoint_of(here.policy)
+
+
+def _score(session: Session, here: Round, *, follow: bool) -> None:
+    """Score what the student's machines have published, until the round is scored."""
+    due = [step for step in of_stage(here.steps, "score") if not step.is_complete()]
+    for step in of_stage(with_needs(due), "score"):
+        rollouts = step.rollouts
+        if not step.is_new:  # what an extension continues
+            _mend_base(session, here, step, follow=follow)
+        if not follow:
+            _need(rollouts.is_complete(), here, "generate", "rollouts")
+        _wait(
+            session,
+            lambda rollouts=rollouts: rollouts.shards.is_started() or rollouts.is_void(),
+            f"{rollouts.artifact.name} to be started",
+        )
+        if not step.is_void():
+            _score_step(session, here, step, follow=follow)
+
+
+def _score_step(session: Session, here: Round, step: Step, *, follow: bool) -> None:
+    """Score units as they are published, until all are."""
+    rollouts, scores = step.rollouts.shards, start_shards(session, step)
+    is_verified = False
+    while not scores.is_complete():
+        work = submit_missing(
+            session.executor,
+            rollouts,
+            scores,
+            student=here.student,
+            teacher=step.model,
+            made_by=session.run_id,
+            progress=session.progress,
+            generate=False,
+            shuffle=True,
+            verify=not is_verified,
+        )
+        is_verified = True
+        session.spans += wait_for(session.executor, work, session.progress)
+        if not scores.is_complete():
+            missing = [u for u in rollouts.units() if rollouts.commit_record(u) is None]
+            what = f"rollouts (units {missing[:8]} are missing)"
+            _need(follow or not missing, here, "generate", what)
+            time.sleep(POLL_SECONDS)
+
+
+def _mend_base(session: Session, here: Round, step: Step, *, follow: bool) -> None:
+    """Take damaged units out of what an extension continues, and wait until they are sampled."""
+    rollouts = step.rollouts.shards
+    lost = missing_units(rollouts, session.progress)
+    if lost and follow:
+        _wait(session, rollouts.is_complete, f"units {lost[:8]} of {rollouts.name}")
+    what = f"rollouts (units {lost[:8]} of {rollouts.name} are missing)"
+    _need(follow or not lost, here, "generate", what)
+    missing_units(step.shards, session.progress)
+
+
+def _train(session: Session, setup: Setup, here: Round, *, follow: bool) -> str:
+    shards = here.steps[:-1]
+    for step in shards:
+        if follow:
+            _wait(session, step.is_complete, f"{step.artifact.name} to be complete")
+        what = "scores" if step.kind.stage == "score" else "rollouts"
+        _need(step.is_complete(), here, step.kind.stage, what)
+    if not is_trained(session, here):
+        damaged = [
+            f"unit {unit} of {step.artifact.name}"
+            for step in shards
+            if not step.is_void()
+            for unit in missing_units(step.shards, session.progress)
+        ]
+        _need(not damaged, here, "generate and score", ", ".join(damaged))
+        try:
+            train_policy(session, setup, here)
+        except DamagedUnit as error:
+            raise UserError(f"{error}; run generate and score again: only it is made") from error
+    return f"{here.policy.name} is complete: {here.policy.folder()}"
+
+
+def _wait(session: Session, is_there: Callable[[], bool], what: str) -> None:
+    """Poll until another machine has published something."""
+    if not is_there():
+        session.progress.say(f"waiting for {what}")
+    while not is_there():
+        time.sleep(POLL_SECONDS)
+
+
+def _completed(here: Round, stage: Stage) -> str:
+    names = [s.artifact.name for s in of_stage(here.steps, stage) if not s.is_void()]
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} complete"
+
+
+def _find_round(
+    setup: Setup, round_index: int, *, needs_policy: bool = True, session: Session | None = None
+) -> Round:
+    """A round by its number.
+
+    Args:
+        setup: of the run.
+        round_index: its number, from 0.
+        needs_policy: False: its rollouts are enough, which may be made ahead.
+        session: of a call that waits for the policy of the round before; None: do not wait.
+
+    Raises:
+        UserError: there is no such round, or the round before has no policy yet.
+    """
+    if not 0 <= round_index < setup.config.rounds:
+        raise UserError(
+            f"--round is {round_index}; the config has rounds 0 to "
+            f"{setup.config.rounds - 1}; choose one of them"
+        )
+
+    def wait(here: Round) -> bool:
+        is_ahead = here.ahead is not None and here.index == round_index - 1
+        if session is None or (is_ahead and not needs_policy):
+            return False
+        _wait(session, here.policy.is_complete, f"the policy of round {here.index}")
+        return True
+
+    last = None
+    for here in rounds(setup, opened=named_checkpoint, wait=wait):
+        last = here
+        if here.index == round_index:
+            return here
+    assert last is not None
+    if last.ahead is not None and last.index == round_index - 1 and not needs_policy:
+        return _round_ahead(setup, last)
+    raise UserError(
+        f"round {round_index} starts from the policy of round {round_index - 1}, which is "
+        f"not trained yet; run train --round {last.index} first"
+    )
+
+
+def _round_ahead(setup: Setup, here: Round) -> Round:
+    """The next round, to make its shards only: its policy cannot be named yet."""
+    assert here.ahead is not None
+    return replace(
+        here,
+        plan=plan_ahead(setup.config, here.plan),
+        caches=(here.ahead,),
+        steps=(here.ahead.rollouts, here.ahead.scores, here.steps[-1]),
+        unit_decisions=(),
+        ahead=None,
+    )
+
+
+def _need(there: bool, here: Round, stage: str, what: str) -> None:
+    if not there:
+        raise UserError(
+            f"round {here.index} has no complete {what} yet; run {stage} --round {here.index} first"
+        )

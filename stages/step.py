@@ -1,0 +1,105 @@
+"""A round is a list of steps: each an artifact, who makes it, and what must be complete first.
+
+Everything that asks about a round is a fold over its steps: `run` makes those that are incomplete,
+a single stage makes those of its kind, `--follow` waits for their needs, `gc` leaves their
+artifacts, status is the pace of each, `plan` the cost of each, and a report sums their commit
+records. A new kind of step is a `StepKind` and a line where the steps of a round are listed
+(`round_steps` in `pipeline/rounds.py`).
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from opd_stream.store.artifact import Artifact, Commit, summed_counts
+from opd_stream.store.policy import PolicyArtifact
+from stages.checkpoints import Checkpoint
+
+Stage = Literal["generate", "score", "train", "evaluate"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepKind:
+    """What tables call a step, and the stage (command and pool) that makes it."""
+
+    name: str
+    stage: Stage
+
+
+GENERATE = StepKind("generate", "generate")  # fresh rollouts
+EXTEND = StepKind("extend", "generate")  # cached rollouts, continued to a longer window
+PROBE = StepKind("probe", "generate")  # unfinished rollouts, continued to full length
+SCORE = StepKind("score", "score")
+PROBE_SCORE = StepKind("probe score", "score")
+TRAIN = StepKind("train", "train")
+EVALUATE = StepKind("evaluate", "evaluate")  # answers to held-out problems
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One artifact of a round, whether it exists or not.
+
+    Example:
+        >>> [step.kind.name for step in round_.steps]
+        ['generate', 'score', 'train']
+    """
+
+    kind: StepKind
+    round_index: int  # the round that makes it
+    artifact: Artifact | PolicyArtifact
+    model: Checkpoint | None  # samples, scores or is trained; None: it is only read
+    needs: tuple["Step", ...] = ()  # complete before it can be; scores stream behind their rollouts
+    is_new: bool = True  # made by its round, not kept from an earlier one or replayed
+
+    @property
+    def shards(self) -> Artifact:
+        """The artifact of a step that is made of shards."""
+        assert isinstance(self.artifact, Artifact)
+        return self.artifact
+
+    @property
+    def policy(self) -> PolicyArtifact:
+        """The artifact of a step that trains."""
+        assert isinstance(self.artifact, PolicyArtifact)
+        return self.artifact
+
+    @property
+    def rollouts(self) -> "Step":
+        """What a step of scores scores."""
+        return self.needs[0]
+
+    def is_void(self) -> bool:
+        """Whether there is nothing to make: a probe of rollouts none of which the window cut."""
+        if self.kind == PROBE_SCORE:
+            return self.rollouts.is_void()
+        if self.kind != PROBE or not self.needs[0].is_complete():
+            return False
+        return not counts_of(self.needs).get("length_rows")
+
+    def is_complete(self) -> bool:
+        """Whether nothing of it is left to make."""
+        return self.artifact.is_complete() or self.is_void()
+
+    def commits(self) -> list[Commit]:
+        """The commit records of its units; none where nobody started it."""
+        return list(self.shards.listed_commits().values()) if self.shards.is_started() else []
+
+
+def with_needs(steps: Iterable[Step]) -> Iterator[Step]:
+    """The steps, each after all that it needs, nothing twice."""
+    seen: set[str] = set()
+    for step in steps:
+        for needed in (*with_needs(step.needs), step):
+            if needed.artifact.name not in seen:
+                seen.add(needed.artifact.name)
+                yield needed
+
+
+def of_stage(steps: Iterable[Step], *stages: Stage) -> list[Step]:
+    """The steps that some stages make."""
+    return [step for step in steps if step.kind.stage in stages]
+
+
+def counts_of(steps: Iterable[Step]) -> dict[str, float]:
+    """The counts of all units of some steps together."""
+    return summed_counts(commit for step in steps for commit in step.commits())
