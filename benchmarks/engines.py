@@ -23,6 +23,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opd_stream.engines import head
+from opd_stream.engines.base import rows_per_chunk
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.types import RolloutBatch
 
@@ -134,7 +135,7 @@ def _bare(engine: TransformersEngine, rollouts: RolloutBatch, *, passes: bool) -
             rollouts.completion_ids[rows],
             torch.device("cpu"),
         )
-        logits = torch.empty(engine.head_rows_per_chunk(), weight.shape[1])
+        logits = torch.empty(rows_per_chunk(weight.shape[1], "cpu"), weight.shape[1])
         for chunk in hidden.split(len(logits)):
             made = torch.mm(chunk, weight, out=logits[: len(chunk)])
             if passes:

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_stream.errors import UserError
-from opd_stream.types import FinishReason, PromptBatch, RolloutBatch, ScoreBatch
+from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
 
 Ids = NDArray[np.integer[Any]]
-Drawn = tuple[NDArray[np.int32], NDArray[np.float32]]  # ids and log-probabilities of new tokens
+Drawn = tuple[NDArray[np.int32], NDArray[np.float32]]  # new ids and their log-probabilities
 
 LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**28}  # of scoring: a CPU's caches hold them
 MIN_CHUNK_ROWS = 64  # however large the vocabulary: below, the head's product is slow
@@ -157,24 +157,17 @@ def score_batch(rows: Iterable[RowScores], *, has_candidates: bool) -> ScoreBatc
     )
 
 
-def sampled_rollouts(
-    prompts: PromptBatch, drawn: Sequence[Drawn], *, stop_ids: tuple[int, ...], extra_draws: int = 0
-) -> RolloutBatch:
-    """The rollouts of what was drawn for each row [T, 1 + M], the sampled token first."""
-    samples = len(drawn) // max(1, len(prompts.prompt_id))
-    prompt_of = [row // samples for row in range(len(drawn))]
-    completions = tuple(ids[:, 0] for ids, _ in drawn)
+def empty_rollouts(prompts: PromptBatch, samples_per_prompt: int) -> RolloutBatch:
+    """Rows without a token yet: to extend them is to sample."""
+    rows = [prompt for prompt in range(len(prompts.prompt_id)) for _ in range(samples_per_prompt)]
+    samples = np.arange(samples_per_prompt, dtype=np.int32)
     return RolloutBatch(
-        prompt_id=tuple(prompts.prompt_id[prompt] for prompt in prompt_of),
-        sample_index=np.tile(np.arange(samples, dtype=np.int32), len(prompts.prompt_id)),
-        prompt_ids=tuple(prompts.prompt_ids[prompt] for prompt in prompt_of),
-        completion_ids=completions,
-        behavior_logprobs=tuple(logprobs[:, 0] for _, logprobs in drawn),
-        finish_reason=tuple(_finish_reason(ids, stop_ids) for ids in completions),
-        candidate_ids=tuple(ids[:, 1:] for ids, _ in drawn) if extra_draws else None,
-        candidate_behavior_logprobs=(
-            tuple(logprobs[:, 1:] for _, logprobs in drawn) if extra_draws else None
-        ),
+        prompt_id=tuple(prompts.prompt_id[prompt] for prompt in rows),
+        sample_index=np.tile(samples, len(prompts.prompt_id)),
+        prompt_ids=tuple(prompts.prompt_ids[prompt] for prompt in rows),
+        completion_ids=tuple(np.zeros(0, np.int32) for _ in rows),
+        behavior_logprobs=tuple(np.zeros(0, np.float32) for _ in rows),
+        finish_reason=tuple("length" for _ in rows),
     )
 
 
@@ -196,7 +189,8 @@ def extended_rollouts(
     for row, (new_ids, new_logprobs) in new.items():
         ids[row] = np.concatenate([ids[row], new_ids])
         logprobs[row] = np.concatenate([logprobs[row], new_logprobs]).astype(np.float32)
-        reasons[row] = _finish_reason(ids[row], stop_ids)
+        is_stopped = len(ids[row]) and int(ids[row][-1]) in stop_ids
+        reasons[row] = "stop" if is_stopped else "length"
     return replace(
         rollouts,
         completion_ids=tuple(ids),
@@ -207,23 +201,20 @@ def extended_rollouts(
     )
 
 
-def _finish_reason(ids: Ids, stop_ids: tuple[int, ...]) -> FinishReason:
-    return "stop" if len(ids) and int(ids[-1]) in stop_ids else "length"
-
-
 def check_context(
     prompt_id: Sequence[str], texts: Sequence[Ids], window_tokens: int, context: int | None
 ) -> None:
-    """Refuse a prompt that does not fit a context with its window; None: there is no limit.
+    """Refuse texts that do not fit a context with their window; None: there is no limit.
 
     Raises:
         UserError: names the prompt.
     """
+    more = f"and the window {window_tokens}" if window_tokens else "with its completion"
     for name, ids in zip(prompt_id, texts, strict=True):
         if context is not None and len(ids) + window_tokens > context:
             raise UserError(
-                f"prompt {name!r} has {len(ids)} tokens and the window {window_tokens}; "
-                f"the model reads {context}; lower the window or max_prompt_tokens"
+                f"prompt {name!r} has {len(ids)} tokens {more}; the model reads {context}; "
+                "lower the window or max_prompt_tokens"
             )
 
 

@@ -6,6 +6,7 @@ sampling and scoring agree with each other and two folders differ as two models 
 
 import hashlib
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from opd_stream.engines.base import (
     RowScores,
     check_context,
     check_top_k,
+    empty_rollouts,
     extended_rollouts,
-    sampled_rollouts,
     score_batch,
     unfinished_rows,
 )
@@ -58,20 +59,28 @@ class FakeEngine:
     ) -> RolloutBatch:
         """See `Engine.sample`."""
         check_context(prompts.prompt_id, prompts.prompt_ids, window_tokens, CONTEXT_TOKENS)
-        rows: list[Drawn] = []
-        for prompt_id, prompt in zip(prompts.prompt_id, prompts.prompt_ids, strict=True):
-            for sample in range(samples_per_prompt):
-                key = _key(f"{seed}/{sample}/{prompt_id}")
-                uniforms = np.random.default_rng(key).random(window_tokens)
-                tokens = self._continue(int(prompt[-1]), uniforms, temperature, stop_ids)
-                dense_TV = self._dense(int(prompt[-1]), tokens)
-                extra = np.random.default_rng([*key, 1]).random((len(tokens), extra_draws, 1))
-                cumulative_TV = np.exp(dense_TV).cumsum(1)
-                others = (extra > cumulative_TV[:, None]).sum(2).clip(max=self._vocab_size - 1)
-                ids = np.concatenate([tokens[:, None], others], axis=1).astype(np.int32)
-                rows.append((ids, _at(dense_TV, ids)))
-        self._take_time(sum(len(ids) for ids, _ in rows))
-        return sampled_rollouts(prompts, rows, stop_ids=stop_ids, extra_draws=extra_draws)
+        rollouts = self.extend(
+            empty_rollouts(prompts, samples_per_prompt),
+            window_tokens=window_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop_ids=stop_ids,
+        )
+        if not extra_draws:
+            return rollouts
+        drawn: list[Drawn] = []
+        for row, tokens in enumerate(rollouts.completion_ids):
+            dense_TV = self._dense(int(rollouts.prompt_ids[row][-1]), tokens)
+            random = np.random.default_rng([*_key(rollouts, row, seed), 1])
+            uniforms = random.random((len(tokens), extra_draws, 1))
+            cumulative_TV = np.exp(dense_TV).cumsum(1)
+            ids = (uniforms > cumulative_TV[:, None]).sum(2).clip(max=self._vocab_size - 1)
+            drawn.append((ids.astype(np.int32), _at(dense_TV, ids)))
+        return replace(
+            rollouts,
+            candidate_ids=tuple(ids for ids, _ in drawn),
+            candidate_behavior_logprobs=tuple(logprobs for _, logprobs in drawn),
+        )
 
     def extend(
         self,
@@ -85,13 +94,13 @@ class FakeEngine:
         """See `Engine.extend`."""
         new: dict[int, Drawn] = {}
         for row in unfinished_rows(rollouts, window_tokens):
-            before, sample = rollouts.completion_ids[row], int(rollouts.sample_index[row])
+            before = rollouts.completion_ids[row]
             last = int(before[-1] if len(before) else rollouts.prompt_ids[row][-1])
-            key = _key(f"{seed}/{sample}/{rollouts.prompt_id[row]}")
-            uniforms = np.random.default_rng(key).random(window_tokens)[len(before) :]
+            random = np.random.default_rng(_key(rollouts, row, seed))
+            uniforms = random.random(window_tokens)[len(before) :]
             tokens = self._continue(last, uniforms, temperature, stop_ids)
             new[row] = (tokens, _at(self._dense(last, tokens), tokens[:, None])[:, 0])
-        self._take_time(sum(len(ids) for ids, _ in new.values()))
+        time.sleep(self._seconds_per_token * sum(len(ids) for ids, _ in new.values()))
         return extended_rollouts(rollouts, new, stop_ids)
 
     def score(
@@ -110,8 +119,7 @@ class FakeEngine:
         for row, tokens in enumerate(rollouts.completion_ids):
             dense_TV = self._dense(int(rollouts.prompt_ids[row][-1]), tokens)
             if draws:
-                key = f"{seed}/{rollouts.sample_index[row]}/{rollouts.prompt_id[row]}/draws"
-                ids, top, tail = _drawn(dense_TV, draws, key)
+                ids, top, tail = _drawn(dense_TV, draws, _key(rollouts, row, seed, "/draws"))
             else:
                 ids, top, tail = _ranked(dense_TV, top_k)
             asked = tokens[:, None]
@@ -119,7 +127,7 @@ class FakeEngine:
                 asked = np.concatenate([asked, candidates[row]], axis=1)
             forced = dense_TV[:, list(forced_ids)].astype(np.float32)
             rows.append(RowScores(_at(dense_TV, asked), ids, top, tail, forced))
-        self._take_time(rollouts.completion_tokens)
+        time.sleep(self._seconds_per_token * rollouts.completion_tokens)
         return score_batch(rows, has_candidates=candidates is not None)
 
     def _continue(
@@ -147,11 +155,10 @@ class FakeEngine:
         before_T = np.concatenate([[last], tokens_T])[: len(tokens_T)]
         return self._logprobs_VV[before_T % self._vocab_size]
 
-    def _take_time(self, tokens: int) -> None:
-        time.sleep(self._seconds_per_token * tokens)
 
-
-def _key(text: str) -> list[int]:
+def _key(rollouts: RolloutBatch, row: int, seed: int, purpose: str = "") -> list[int]:
+    """The seed of a rollout's own random numbers."""
+    text = f"{seed}/{rollouts.sample_index[row]}/{rollouts.prompt_id[row]}{purpose}"
     return list(hashlib.sha256(text.encode()).digest())
 
 
@@ -171,8 +178,8 @@ def _ranked(dense_TV: NDArray[np.float64], top_k: int) -> Ranked:
     return ids_TK, ranked_TV[:, :top_k].astype(np.float32), tail_T.astype(np.float32)
 
 
-def _drawn(dense_TV: NDArray[np.float64], draws: int, key: str) -> Ranked:
-    random = np.random.default_rng(_key(key))
+def _drawn(dense_TV: NDArray[np.float64], draws: int, key: list[int]) -> Ranked:
+    random = np.random.default_rng(key)
     ids_TD = np.zeros((len(dense_TV), draws), np.int32)
     logprobs_TD = np.full((len(dense_TV), draws), -np.inf, np.float32)
     for place, logprobs_V in enumerate(dense_TV):

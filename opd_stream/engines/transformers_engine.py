@@ -6,6 +6,7 @@ only over completion tokens, in chunks, so no [B, T, V] tensor ever exists.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,9 +20,9 @@ from opd_stream.engines.base import (
     RowScores,
     check_context,
     check_top_k,
+    empty_rollouts,
     extended_rollouts,
     rows_per_chunk,
-    sampled_rollouts,
     score_batch,
     unfinished_rows,
 )
@@ -85,7 +86,15 @@ class TransformersEngine:
             new = self._decode(ids, np.stack(numbers), temperature, stop_ids)
             drawn.update(zip(rows, new, strict=True))
         in_order = [drawn[row] for row in sorted(drawn)]
-        return sampled_rollouts(prompts, in_order, stop_ids=stop_ids, extra_draws=extra_draws)
+        new = {row: (ids[:, 0], logprobs[:, 0]) for row, (ids, logprobs) in enumerate(in_order)}
+        rollouts = extended_rollouts(empty_rollouts(prompts, samples_per_prompt), new, stop_ids)
+        if not extra_draws:
+            return rollouts
+        return replace(
+            rollouts,
+            candidate_ids=tuple(ids[:, 1:] for ids, _ in in_order),
+            candidate_behavior_logprobs=tuple(logprobs[:, 1:] for _, logprobs in in_order),
+        )
 
     @torch.inference_mode()
     def extend(
@@ -132,17 +141,17 @@ class TransformersEngine:
     ) -> ScoreBatch:
         """See `Engine.score`."""
         check_top_k(top_k, self._vocabulary)
-        lengths = [
-            len(prompt) + len(completion)
-            for prompt, completion in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)
+        texts = [
+            np.concatenate(pair)
+            for pair in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)
         ]
-        self._check_lengths(rollouts, lengths)
+        check_context(rollouts.prompt_id, texts, 0, self._context)
         prompts = [ids.tobytes() for ids in rollouts.prompt_ids]
         longest: dict[bytes, int] = {}
-        for prompt, length in zip(prompts, lengths, strict=True):
-            longest[prompt] = max(length, longest.get(prompt, 0))
+        for prompt, text in zip(prompts, texts, strict=True):
+            longest[prompt] = max(len(text), longest.get(prompt, 0))
         # Similar lengths together, and rows of one prompt, which is then read once.
-        order = sorted(range(len(lengths)), key=lambda r: (longest[prompts[r]], prompts[r], r))
+        order = sorted(range(len(texts)), key=lambda r: (longest[prompts[r]], prompts[r], r))
         scored: dict[int, RowScores] = {}
         for start in range(0, len(order), self._batch_rows):
             chosen = order[start : start + self._batch_rows]
@@ -233,7 +242,7 @@ class TransformersEngine:
             asked_ids_NJ=from_numpy(asked, self._device),
             forced_ids_F=torch.tensor(forced_ids, dtype=torch.long, device=self._device),
             top_k=top_k,
-            chunk_rows=self.head_rows_per_chunk(),
+            chunk_rows=rows_per_chunk(self._vocabulary, self._device.type),
             draws_ND=drawn,
         )
         ends = np.cumsum([len(completion) for completion in completions])
@@ -241,10 +250,6 @@ class TransformersEngine:
         for parts in zip(*(np.split(column, ends[:-1]) for column in columns), strict=True):
             row = RowScores(*parts)  # the fields of the two stand in the same order
             yield row._replace(top_ids=row.top_ids.astype(np.int32))
-
-    def head_rows_per_chunk(self) -> int:
-        """Completion tokens whose logits exist at one time."""
-        return rows_per_chunk(self._vocabulary, self._device.type)
 
     def _read(self, folder: Path) -> Any:
         from transformers import AutoModelForCausalLM
@@ -272,12 +277,3 @@ class TransformersEngine:
     def _context(self) -> int | None:
         """Tokens that the model reads at once; None: its config names no limit."""
         return getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-
-    def _check_lengths(self, rollouts: RolloutBatch, lengths: Sequence[int]) -> None:
-        context = self._context
-        for prompt_id, length in zip(rollouts.prompt_id, lengths, strict=True):
-            if context is not None and length > context:
-                raise UserError(
-                    f"prompt {prompt_id!r} has {length} tokens with its completion; the model "
-                    f"reads {context}; lower the window or max_prompt_tokens"
-                )

@@ -25,8 +25,8 @@ from opd_stream.engines.base import (
     RowScores,
     check_context,
     check_top_k,
+    empty_rollouts,
     extended_rollouts,
-    sampled_rollouts,
     score_batch,
     unfinished_rows,
 )
@@ -117,21 +117,13 @@ class VllmEngine:
                 f"rollouts.extra_draws is {extra_draws}, which engine vllm cannot draw; use "
                 "student.engine=transformers, or an objective that needs no further draws"
             )
-        check_context(prompts.prompt_id, prompts.prompt_ids, window_tokens, self._context)
-        rows = [
-            (row, sample)
-            for row in range(len(prompts.prompt_id))
-            for sample in range(samples_per_prompt)
-        ]
-        drawn = self._generate(
-            [prompts.prompt_ids[row] for row, _ in rows],
-            [window_tokens] * len(rows),
-            [_seed(seed, prompts.prompt_id[row], sample, 0) for row, sample in rows],
-            temperature,
-            stop_ids,
+        return self.extend(
+            empty_rollouts(prompts, samples_per_prompt),
+            window_tokens=window_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop_ids=stop_ids,
         )
-        columns = [(ids[:, None], logprobs[:, None]) for ids, logprobs in drawn]
-        return sampled_rollouts(prompts, columns, stop_ids=stop_ids)
 
     def extend(
         self,
@@ -196,7 +188,7 @@ class VllmEngine:
             np.concatenate([prompt, completion])
             for prompt, completion in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)
         ]
-        check_context(rollouts.prompt_id, texts, 1, self._context)
+        check_context(rollouts.prompt_id, texts, 1, self._context)  # it always generates a token
         outputs = self._run(
             texts, [self._asking(rollouts, row, top_k, forced_ids) for row in range(len(texts))]
         )
