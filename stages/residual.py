@@ -1,14 +1,16 @@
 """The style-bias residual of scores: another scores artifact, made from the cache alone."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
-from opd_stream.store.codecs import ScoreBlock, codec_of, decode_scores, encode_scores
+from opd_stream.store.codecs import codec_of, decode_scores, encode_scores
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
@@ -133,25 +135,22 @@ def _scores_of(scores: Artifact, unit: int) -> ScoreBatch:
     """The decoded scores of a unit, row by row."""
     blocks = [decode_scores(batch) for batch in scores.read_unit(unit).to_batches()]
 
-    def rows(name: str) -> tuple[NDArray[np.generic], ...]:
+    def rows(columns: Iterable[NDArray[Any]]) -> tuple[NDArray[Any], ...]:
         return tuple(
-            getattr(block, name)[start:end]
-            for block in blocks
+            column[start:end]
+            for block, column in zip(blocks, columns, strict=True)
             for start, end in pairwise(block.offsets.tolist())
         )
 
     refused = [reason for block in blocks for reason in block.refused]
-    has_candidates = any(_candidates(block) for block in blocks)
+    candidates = [block.candidate_teacher_logprobs for block in blocks]
+    drawn = [column for column in candidates if column is not None]
     return ScoreBatch(
-        teacher_logprobs=rows("teacher_logprobs"),  # pyright: ignore[reportArgumentType]
-        teacher_top_ids=rows("teacher_top_ids"),  # pyright: ignore[reportArgumentType]
-        teacher_top_logprobs=rows("teacher_top_logprobs"),  # pyright: ignore[reportArgumentType]
-        teacher_tail_logprobs=rows("teacher_tail_logprobs"),  # pyright: ignore[reportArgumentType]
-        teacher_forced_logprobs=rows("teacher_forced_logprobs"),  # pyright: ignore
+        teacher_logprobs=rows(block.teacher_logprobs for block in blocks),
+        teacher_top_ids=rows(block.teacher_top_ids for block in blocks),
+        teacher_top_logprobs=rows(block.teacher_top_logprobs for block in blocks),
+        teacher_tail_logprobs=rows(block.teacher_tail_logprobs for block in blocks),
+        teacher_forced_logprobs=rows(block.teacher_forced_logprobs for block in blocks),
         refused={row: reason for row, reason in enumerate(refused) if reason is not None},
-        candidate_teacher_logprobs=rows("candidate_teacher_logprobs") if has_candidates else None,  # pyright: ignore
+        candidate_teacher_logprobs=rows(drawn) if drawn else None,
     )
-
-
-def _candidates(block: ScoreBlock) -> bool:
-    return block.candidate_teacher_logprobs is not None

@@ -132,7 +132,7 @@ def _identity(folder: Path, digest: Callable[[Path], str]) -> Identity:
 
 def _rendering(folder: Path) -> str:
     path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    settings: dict[str, Any] = read_json(path) if path.is_file() else {}
     found: dict[str, Any] = {name: settings.get(name) for name in RENDERING}
     found |= {name: (folder / name).read_text() for name in TEMPLATES if (folder / name).is_file()}
     return sha256(canonical_json(found))

@@ -11,11 +11,11 @@ decoded up to a bound, so memory does not grow with the cache.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -270,20 +270,16 @@ def _row_of(column: Any, row: int | slice) -> Any:
     return None if column is None else column[row]
 
 
-def _bytes_of(value: Any) -> int:
+def _bytes_of(batch: RolloutBatch | ScoreBlock) -> int:
     """Bytes of the arrays in a batch or block, each underlying array once."""
     bases: dict[int, int] = {}
-
-    def visit(item: Any) -> None:
-        if isinstance(item, np.ndarray):
-            base: Any = item if item.base is None else item.base
-            bases[id(base)] = getattr(base, "nbytes", None) or item.nbytes
-        elif isinstance(item, Iterable) and not isinstance(item, str):
-            for inner in item:
-                visit(inner)
-
-    for name in value.__slots__:
-        visit(getattr(value, name))
+    for field in fields(batch):
+        value: Any = getattr(batch, field.name)
+        for item in cast(tuple[Any, ...], value) if isinstance(value, tuple) else (value,):
+            if isinstance(item, np.ndarray):
+                array = cast(NDArray[Any], item)
+                base: Any = array if array.base is None else array.base
+                bases[id(base)] = getattr(base, "nbytes", None) or array.nbytes
     return sum(bases.values())
 
 

@@ -5,7 +5,7 @@ change between two calls of the same command without making another artifact.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 from opd_stream.record import Record
 from opd_stream.store.files import canonical_json, sha256
@@ -65,10 +65,11 @@ class RecipeRecord(Record):
 
 def differing_fields(left: Any, right: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Dotted field -> (left value, right value) for every leaf in which two JSON values differ."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        found: dict[str, tuple[Any, Any]] = {}
-        for key in sorted({*left, *right}):
-            path = f"{prefix}.{key}" if prefix else str(key)
-            found |= differing_fields(left.get(key), right.get(key), path)
-        return found
-    return {} if left == right else {prefix: (left, right)}
+    if not (isinstance(left, dict) and isinstance(right, dict)):
+        return {} if left == right else {prefix: (left, right)}
+    one, other = cast(dict[str, Any], left), cast(dict[str, Any], right)
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted({*one, *other}):
+        path = f"{prefix}.{key}" if prefix else str(key)
+        found |= differing_fields(one.get(key), other.get(key), path)
+    return found

@@ -4,6 +4,10 @@ Tensors go to `tensors.safetensors`; everything else, with a reference where a t
 `tree.json`. Dictionaries with integer keys (optimizer state) keep them.
 """
 
+# The values of a tree may be anything.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false
+
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -33,7 +37,7 @@ def load_tree(folder: Path) -> Any:
     return _decode(read_json(folder / "tree.json"), load_file(folder / "tensors.safetensors"))
 
 
-def _encode(value: Any, tensors: dict[str, torch.Tensor], path: str) -> Any:
+def _encode(value: Any, tensors: dict[str, torch.Tensor], path: str) -> object:
     if isinstance(value, torch.Tensor):
         name = f"{len(tensors)}{path}"
         tensors[name] = value.detach().cpu().contiguous().clone()

@@ -93,7 +93,7 @@ def decode_compact(batch: pa.RecordBatch, *, max_error: float) -> ScoreBlock:
     counts_column = batch.column("top_counts")
     counts_N = flat_values(counts_column)
     tokens = len(counts_N)
-    dictionary = unpacked_dictionary(batch.schema.metadata[DICTIONARY_KEY])
+    dictionary = unpacked_dictionary((batch.schema.metadata or {})[DICTIONARY_KEY])
     ids = dictionary[plane_values("top_codes", batch)]
     differences = plane_values("top_steps", batch).view(np.int32)
     most = int(counts_N.max()) if tokens else 0
@@ -148,9 +148,9 @@ def _kept(
     possible_NK = true_NK > -np.inf
     if mass is None:
         return possible_NK, 1 - tail_mass_N, tail_mass_N
-    reached_N = (probabilities_NK.cumsum(1) < mass).sum(1) + 1
-    kept_NK = np.arange(top_k) < reached_N.clip(min(min_k, top_k), top_k)[:, None]
-    kept_NK &= possible_NK
+    needed_N: NDArray[np.int64] = (probabilities_NK.cumsum(1) < mass).sum(1) + 1
+    needed_N = np.minimum(np.maximum(needed_N, min_k), top_k)
+    kept_NK = np.less(np.arange(top_k, dtype=np.int64), needed_N.reshape(-1, 1)) & possible_NK
     lost_N = tail_mass_N + np.where(kept_NK, 0, probabilities_NK).sum(1)
     return kept_NK, 1 - lost_N, lost_N
 

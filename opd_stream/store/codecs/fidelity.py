@@ -1,5 +1,7 @@
 """What an encoder kept and lost, as sums that add over units."""
 
+from bisect import bisect_left
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import numpy as np
@@ -64,10 +66,10 @@ class Fidelity(BaseModel):
 
     def _lost_mass_quantile(self, share: float) -> float:
         """Upper edge of the bin in which the quantile of the lost mass lies."""
-        counts = np.cumsum(self.lost_mass_bins)
+        counts = list(accumulate(self.lost_mass_bins))
         if not counts[-1]:
             return 0.0
-        place = int(np.searchsorted(counts, share * counts[-1]))
+        place = bisect_left(counts, share * counts[-1])
         return float(10 ** ((place + 1) / BINS_PER_DECADE - DECADES))
 
 
