@@ -7,10 +7,11 @@ from typing import Any
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import EvaluationManifest
-from opd_stream.store.files import load_record, read_json
+from opd_stream.store.files import load_record
 from opd_stream.store.recipe import Recipe, differing_fields
 from opd_stream.store.store import Store
 from opd_stream.tasks.pass_at_k import Bootstrap, Counts, Difference, default_ks, differences
+from pipeline.records import Answers, EvaluationFile
 from pipeline.run_folder import RunFolder
 
 _PLACES = "expected RUN, RUN@POLICY_VERSION (0: the initial student) or a file of evaluate --out"
@@ -74,10 +75,8 @@ def _rows(name: str, problems: int, found: dict[str, Difference]) -> Iterator[st
 def _open_side(place: str) -> Side:
     """Find what the user means by RUN, RUN@POLICY_VERSION or a file."""
     if Path(place).is_file():
-        record = read_json(Path(place))
-        if not isinstance(record, dict) or not {"store", "benchmarks"} <= set(record):
-            raise UserError(f"{place} is no file of evaluate --out; {_PLACES}; check the path")
-        return Side(name=place, store=Store(record["store"]), artifacts=_artifacts(record))
+        found = load_record(EvaluationFile, Path(place))
+        return Side(name=place, store=Store(found.store), artifacts=_artifacts(found))
     folder, at, number = place.rpartition("@") if not Path(place).is_dir() else (place, "", "")
     if at and not number.isdecimal():
         raise UserError(f"{place} names the policy version {number!r}; {_PLACES}; give a number")
@@ -101,11 +100,11 @@ def _open_side(place: str) -> Side:
             f"{place} has no evaluation{f' of policy version {number}' if at else ''}; {_PLACES}; "
             "run it with an evaluation section, or use evaluate --out"
         )
-    return Side(name=place, store=store, artifacts=_artifacts(evaluations[-1].as_json()))
+    return Side(name=place, store=store, artifacts=_artifacts(evaluations[-1]))
 
 
-def _artifacts(evaluation: dict[str, Any]) -> dict[str, str]:
-    return {name: entry["artifact"] for name, entry in evaluation["benchmarks"].items()}
+def _artifacts(evaluation: Answers) -> dict[str, str]:
+    return {name: entry.artifact for name, entry in evaluation.benchmarks.items() if entry.artifact}
 
 
 def _pair(name: str, left: Side, right: Side) -> tuple[Counts, Counts]:

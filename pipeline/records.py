@@ -121,6 +121,14 @@ class SummaryEvaluation(Answers):
     policy_version: int | None = None
 
 
+class EvaluationFile(Answers):
+    """A policy's evaluation as `evaluate --out` writes it and `compare` reads it."""
+
+    policy: str  # folder
+    fingerprint: str
+    store: str
+
+
 class StageNumbers(Record):
     """A number of each stage, such as seconds."""
 

@@ -138,6 +138,11 @@ class RunFolder:
             )
         return read_record(RoundPlanRecord, read_json(path), str(path))
 
+    def plans(self) -> list[RoundPlanRecord]:
+        """The plans of the rounds that have one, in order."""
+        paths = sorted(self.path.glob("rounds/*/plan.json"))
+        return [read_record(RoundPlanRecord, read_json(path), str(path)) for path in paths]
+
     def last_round(self) -> int:
         """The last finished round.
 

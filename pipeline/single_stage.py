@@ -19,6 +19,7 @@ from opd_stream.store.store import Store
 from pipeline.accounting import Accounts
 from pipeline.evaluation import evaluation_record, figure_lines, open_policy
 from pipeline.plan import plan_ahead
+from pipeline.records import Answers, EvaluationFile
 from pipeline.rounds import Round, checkpoint_of, named_checkpoint, rounds
 from pipeline.run import (
     Session,
@@ -141,7 +142,7 @@ def run_evaluation(
     if setup is not None and folder.is_of(config):
         Accounts(setup=setup, folder=folder, run_id=run_id).write(changed=version - 1)
     if out is not None:
-        _write_out(out, found.as_json(), student, store)
+        _write_out(out, found, student, store)
     return "\n".join(figure_lines(found))
 
 
@@ -159,15 +160,15 @@ def _check_question(
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
 
 
-def _write_out(out: Path, evaluation: dict[str, object], student: Checkpoint, store: Store) -> None:
+def _write_out(out: Path, evaluation: Answers, student: Checkpoint, store: Store) -> None:
     """An evaluation as a file that `compare` reads."""
-    record = {
-        "policy": str(student.folder),
-        "fingerprint": student.identity.fingerprint,
-        "store": store.address,
-        **{name: value for name, value in evaluation.items() if name != "seconds"},
-    }
-    publish(out, (json.dumps(record, indent=2) + "\n").encode())
+    record = EvaluationFile(
+        policy=str(student.folder),
+        fingerprint=student.identity.fingerprint,
+        store=store.address,
+        **{name: getattr(evaluation, name) for name in Answers.model_fields},
+    )
+    publish(out, (json.dumps(record.as_json(), indent=2) + "\n").encode())
 
 
 def _join(setup: Setup, folder: RunFolder, policy_version: int) -> str:

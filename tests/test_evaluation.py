@@ -22,9 +22,9 @@ from opd_stream.tasks.pass_at_k import Bootstrap, Counts, differences, estimates
 from pipeline.comparison import compare
 from pipeline.run_folder import RunFolder
 from pipeline.single_stage import run_evaluation
-from pipeline.table import print_run
+from pipeline.summary_table import print_run
 from stages.progress import Silent
-from tests.conftest import MODELS, Command, reports_of, run, small_config
+from tests.conftest import MODELS, Command, run, small_config
 from tests.test_judges import function_judge
 
 WHOLE = ("evaluation.max_new_tokens=208", "evaluation.prompts.count=12")
@@ -275,7 +275,9 @@ def test_a_run_is_compared_with_its_own_start(tmp_path: Path) -> None:
     config = small_config(tmp_path, "rounds=1", f"evaluation={json.dumps(evaluation)}")
     summary = run(config, RunFolder(folder), Silent())
     console = Console(width=140, file=io.StringIO(), record=True)
-    print_run(reports_of(RunFolder(folder)), summary, "run", console=console)
+    written = RunFolder(folder).summary()
+    assert written is not None
+    print_run(RunFolder(folder).reports(), written, "run", console=console)
     table = console.export_text()
     assert all(f"\n{name}: pass@1 " in table for name in ("one", "two", "mean of 2"))
     lines = list(compare(f"{folder}@0", str(folder), Bootstrap()))

@@ -13,7 +13,7 @@ def run(config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None)
     """Run the whole loop; run it again to continue."""
     from pipeline.console import TerminalProgress
     from pipeline.run import run as run_rounds
-    from pipeline.table import print_run
+    from pipeline.summary_table import print_run
 
     settings, directory = open_run(config, overrides, run_dir)
     with TerminalProgress() as progress:

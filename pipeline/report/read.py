@@ -69,11 +69,8 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 def read_run(folder: Path, name: str | None = None) -> Run:
     """One run; raises as `read_runs`."""
-    plans = sorted(folder.glob("rounds/*/plan.json"))
-    reports = sorted(folder.glob("rounds/*/report.json"))
-    summary, made_with = folder / "summary.json", folder / "run.json"
-    versions = dict[str, str]()
-    config = RunFolder(folder).config()
+    run, made_with = RunFolder(folder), folder / "run.json"
+    config, versions = run.config(), dict[str, str]()
     if made_with.is_file():
         found = read_record(Versions, read_json(made_with), str(made_with))
         versions = {**({"python": found.python} if found.python else {}), **found.versions}
@@ -81,12 +78,10 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         name=name or folder.resolve().name,
         config=config,
         versions=versions,
-        summary=read_record(RunSummary, read_json(summary), str(summary))
-        if summary.is_file()
-        else None,
-        plans=[read_record(RoundPlanRecord, read_json(path), str(path)) for path in plans],
-        rounds=[read_record(RoundReport, read_json(path), str(path)) for path in reports],
-        steps=list(_steps(folder / "metrics.jsonl")),
+        summary=run.summary(),
+        plans=run.plans(),
+        rounds=run.reports(),
+        steps=list(_steps(run.metrics)),
     )
 
 
