@@ -356,7 +356,7 @@ def test_findings_are_written_as_they_are_known(
         before.append(capsys.readouterr().out)
         return ()
 
-    monkeypatch.setattr(machine, "disk_places", looked_at_late)
+    monkeypatch.setattr(machine, "disks_of", looked_at_late)
     small_config(tmp_path)
     command = ["doctor", str(tmp_path / "small.yaml"), "--quick"]
     app(command, standalone_mode=False)

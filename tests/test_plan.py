@@ -22,11 +22,16 @@ from opd_stream.store.codecs import Codec, CompactCodec, ExactCodec, SampledCode
 from opd_stream.store.shards import shard_bytes
 from opd_stream.store.store import Store
 from pipeline.cli import app
-from pipeline.forecast import forecast
-from pipeline.forecast.amounts import BreakEven, Forecast
-from pipeline.forecast.lengths import PromptLengths, expected_counts, measured_of
-from pipeline.forecast.prompts import FastTokenizer
-from pipeline.forecast.sizes import policy_sizes, scores_sizes
+from pipeline.estimate import estimate
+from pipeline.estimate.reading import FastTokenizer
+from pipeline.estimate.sizes import (
+    PromptLengths,
+    completions_of,
+    expected_counts,
+    policy_sizes,
+    scores_sizes,
+)
+from pipeline.estimate.values import BreakEven, Estimate
 from pipeline.run_folder import RunFolder
 from stages.progress import Silent
 from tests.conftest import MODELS, SmallRuns, loaded_by, run, small_config
@@ -46,8 +51,8 @@ CASES: dict[str, tuple[str, ...]] = {
 }
 
 
-def plan(folder: Path, *overrides: str, name: str = "run") -> Forecast:
-    return forecast(small_config(folder, *overrides), RunFolder(folder / name))
+def plan(folder: Path, *overrides: str, name: str = "run") -> Estimate:
+    return estimate(small_config(folder, *overrides), RunFolder(folder / name))
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
@@ -152,7 +157,7 @@ def test_another_setting_finds_what_it_shares(finished: Path, tmp_path: Path) ->
     ]
     shorter = "rollouts.window={kind: fixed, tokens: 40}"
     expected = plan(finished, "evaluation=null", "rounds=1", shorter, name="shorter")
-    assert {stage.basis for stage in expected.rounds[0].stages} == {"estimated"}
+    assert {stage.basis for stage in expected.rounds[0].steps} == {"estimated"}
     shutil.copytree(finished / "store", tmp_path / "store")
     config = small_config(tmp_path, "evaluation=null", "rounds=1", shorter)
     measured = run(config, RunFolder(tmp_path / "run"), Silent())
@@ -189,8 +194,8 @@ def test_measured_completions_bound_those_of_any_window(
         "pairs": float((rows * (rows + 1) / 2).sum()),
         "length_rows": float((np.array(ends) > measured_at).sum()),
     }
-    prompts = PromptLengths(mean=prompt, mean_square=prompt**2, longest=prompt)
-    measured = measured_of(measured_at, counts)
+    prompts = PromptLengths(mean=prompt, mean_square=prompt**2)
+    measured = completions_of(measured_at, counts)
     same = expected_counts(len(ends), measured_at, prompts, measured)
     assert same.completion_tokens == pytest.approx(counts["completion_tokens"])
     assert same.pairs == pytest.approx(counts["pairs"])
@@ -337,7 +342,7 @@ def test_a_window_that_does_not_fit_the_context_is_refused_as_by_run(tmp_path: P
 def test_large_weights_are_not_read_and_nothing_is_claimed_for_them(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.forecast.opened.MOST_BYTES", 1_000)
+    monkeypatch.setattr("pipeline.estimate.reading.MOST_BYTES", 1_000)
     known = plan(finished, "evaluation=null")
     assert known.total(left=True).flops == 0  # the run remembered their digests
     monkeypatch.setattr("opd_stream.store.policy._remembered", lambda path, cache: cache / "none")

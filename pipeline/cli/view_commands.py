@@ -25,10 +25,10 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Estimate a run's work and cost, and what the store has of it; exit code 1: disk too small."""
-    from pipeline.forecast import forecast
-    from pipeline.forecast.table import print_plan
+    from pipeline.estimate import estimate
+    from pipeline.estimate.table import print_plan
 
-    found = forecast(*open_run(config, overrides, run_dir))
+    found = estimate(*open_run(config, overrides, run_dir))
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=2))
     else:

@@ -27,19 +27,13 @@ class Finding:
     level: Level
     found: str
     why: str  # it matters
-    todo: (
-        str  # empty where all is well, and where `found` is the run's own line, which ends with it
-    )
+    todo: str = ""  # empty where all is well, or where `found` ends with it
 
     def lines(self) -> list[str]:
         """What was found; where that is not well, why it matters and what to do."""
         lines = [f"{self.level:8} {self.check:{WIDTH}}  {self.found}"]
-        indent = " " * (WIDTH + 11)
-        if self.level != "ok":
-            lines.append(f"{indent}why: {self.why}")
-        if self.todo:
-            lines.append(f"{indent}do:  {self.todo}")
-        return lines
+        more = {"why": self.why if self.level != "ok" else "", "do": self.todo}
+        return lines + [f"{'':{WIDTH + 11}}{f'{k}:':4} {v}" for k, v in more.items() if v]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +48,9 @@ class Report:
         """Whether nothing was found that should keep the run from starting."""
         return not self.count("error")
 
-    def count(self, level: Level) -> int:
-        """Findings of a level."""
-        return sum(finding.level == level for finding in self.findings)
-
-    def has_error(self, check: str) -> bool:
-        """Whether a check found an error."""
-        return any(f.check == check and f.level == "error" for f in self.findings)
+    def count(self, level: Level, check: str | None = None) -> int:
+        """Findings of a level, of one check or of all."""
+        return sum(f.level == level and check in (None, f.check) for f in self.findings)
 
     def last_lines(self) -> list[str]:
         """What was not looked at, then the verdict."""

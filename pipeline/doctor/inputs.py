@@ -302,7 +302,7 @@ def setup(subject: Subject) -> Iterator[Finding]:
     opened = subject.setup
     done = sum(each.policy.is_complete() for each in rounds(opened, opened=named_checkpoint))
     for line in opened.warnings:
-        yield setup.warning(line, "")
+        yield setup.warning(line)
     yield setup.ok(f"{done} of {subject.config.rounds} rounds are trained in the store")
 
 

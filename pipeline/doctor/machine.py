@@ -1,5 +1,6 @@
 """Checks of where a run works: libraries, store, disks, devices, arithmetic and memory."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from opd_stream.config.prompts import DatasetPrompts, JsonlPrompts
 from opd_stream.errors import UserError
 from pipeline.doctor.findings import Finding
 from pipeline.doctor.subject import NotChecked, Subject, check
-from pipeline.forecast.whole import disk_places
+from pipeline.estimate.run import disks_of
 
 PROJECT = "opd-stream"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -84,10 +85,8 @@ def needed_packages(config: Config) -> dict[str, tuple[str, ...]]:
 
 def _version(distributions: list[str]) -> str | None:
     for name in distributions:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             return version(name)
-        except PackageNotFoundError:
-            continue
     return None
 
 
@@ -116,32 +115,25 @@ def disk(subject: Subject) -> Iterator[Finding]:
     """Free space where artifacts go, and where checkpoints of a round in training go."""
     _ = subject.setup
     try:
-        places = disk_places(subject.config, RUNS)
+        found = disks_of(subject.config, RUNS)
     except UserError as error:  # the check of what is refused told it
         raise NotChecked(str(error)) from error
-    for place in places:
-        if place.free is None:
+    for each in found:
+        if each.free is None:
             continue
-        least = place.needed - place.parts.get("shards", 0)
-        need = decimal(place.needed)
-        need = need if least == place.needed else f"{decimal(least)} to {need}"
-        found = f"{place.path}: {', '.join(place.parts)} need {need}; {decimal(place.free)} free"
-        if place.free < least:
-            yield disk.error(found, "free space, or set store to a larger disk")
-        elif not place.fits:
-            todo = "free space, lower scores.top_k, or take scores.codec={kind: compact}"
-            yield disk.warning(found, todo)
+        least = each.needed - each.parts.get("shards", 0)
+        need = f"{decimal(least)} to {decimal(each.needed)}"
+        said = f"{each.path}: {', '.join(each.parts)} need {need}; {decimal(each.free)} free"
+        todo = "free space, set store to a larger disk, or take scores.codec={kind: compact}"
+        if each.fits:
+            yield disk.ok(said)
         else:
-            yield disk.ok(found)
+            yield disk.error(said, todo) if each.free < least else disk.warning(said, todo)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """A device of this machine.
-
-    Example:
-        >>> Gpu(name="NVIDIA H100 80GB HBM3", bytes=85_000_000_000, capability=(9, 0))
-    """
+    """A device of this machine."""
 
     name: str
     bytes: int
@@ -153,7 +145,8 @@ class Machine:
     """What this machine has.
 
     Example:
-        >>> Machine(gpus=(), cpus=2, bytes=16_000_000_000, cpu_bfloat16=True)
+        >>> gpu = Gpu(name="NVIDIA H100 80GB HBM3", bytes=85_000_000_000, capability=(9, 0))
+        >>> Machine(gpus=(gpu,), cpus=2, bytes=16_000_000_000, cpu_bfloat16=True)
     """
 
     gpus: tuple[Gpu, ...]

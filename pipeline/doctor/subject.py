@@ -3,9 +3,11 @@
 The check that asks first tells why something is refused; later checks that need it are not made.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -13,12 +15,11 @@ import pyarrow as pa
 from opd_stream.config import Config, Evaluation, Pool
 from opd_stream.config.collection import Model
 from opd_stream.config.prompts import Prompts
-from opd_stream.errors import UserError
 from opd_stream.prompts import prompts_table, source_settings
 from opd_stream.store.policy import identify
 from opd_stream.store.store import Store
-from pipeline.doctor.findings import Finding, Level
-from pipeline.setup import Setup, open_setup
+from pipeline.doctor.findings import Finding
+from pipeline.setup import Setup, open_setup, open_store
 from stages.checkpoints import Checkpoint, open_checkpoint, weight_shapes
 
 T = TypeVar("T")
@@ -48,13 +49,7 @@ class Subject:
     @property
     def store(self) -> Store:
         """The run's store, which can be written."""
-
-        def opened() -> Store:
-            store = Store(self.config.store)
-            store.check_writable()
-            return store
-
-        return self._once("the store", opened)
+        return self._once("the store", lambda: open_store(self.config))
 
     @property
     def engines(self) -> dict[str, Model]:
@@ -75,16 +70,13 @@ class Subject:
 
     def model(self, role: str) -> Checkpoint:
         """The checkpoint of a role."""
+        return self._once(f"the {role}", lambda: self._checkpoint(self.engines[role].path))
 
-        def opened() -> Checkpoint:
-            path = self.engines[role].path
-            try:
-                store = self.store
-            except (NotChecked, UserError):  # told by the check of the store
-                return Checkpoint(folder=path.resolve(), identity=identify(path))
-            return open_checkpoint(store, path)
-
-        return self._once(f"the {role}", opened)
+    def _checkpoint(self, path: Path) -> Checkpoint:
+        try:
+            return open_checkpoint(self.store, path)
+        except NotChecked:  # the store cannot be written
+            return Checkpoint(folder=path.resolve(), identity=identify(path))
 
     @property
     def models(self) -> dict[str, Checkpoint]:
@@ -93,11 +85,8 @@ class Subject:
 
     def parameters(self, role: str) -> int:
         """Numbers in the weights of a role."""
-
-        def counted() -> int:
-            return sum(map(prod, weight_shapes(self.model(role).folder).values()))
-
-        return self._once(f"the {role}'s weights", counted)
+        folder = self.model(role).folder
+        return self._once(f"the {role}'s weights", lambda: parameters_of(folder))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -123,13 +112,8 @@ class Subject:
 
     def table(self, name: str) -> pa.Table:
         """The prompts of a source as the run will have them."""
-
-        def read() -> pa.Table:
-            source = self.sources[name]
-            source_settings(source)  # its files are there
-            return prompts_table(source, self.model("student").tokenizer())
-
-        return self._once(f"{name} of the config", read)
+        tokenizer = self.model("student").tokenizer()
+        return self._once(name, lambda: read_table(self.sources[name], tokenizer))
 
     @property
     def tables(self) -> dict[str, pa.Table]:
@@ -146,11 +130,20 @@ class Subject:
     def _those_opened(names: Iterable[str], open_: Callable[[str], T]) -> dict[str, T]:
         found: dict[str, T] = {}
         for name in names:
-            try:
+            with contextlib.suppress(NotChecked):
                 found[name] = open_(name)
-            except (NotChecked, UserError):
-                continue
         return found
+
+
+def parameters_of(folder: Path) -> int:
+    """Numbers in the weights of a checkpoint."""
+    return sum(map(prod, weight_shapes(folder).values()))
+
+
+def read_table(source: Prompts, tokenizer: Any) -> pa.Table:
+    """The prompts of a source."""
+    source_settings(source)  # its files are there
+    return prompts_table(source, tokenizer)
 
 
 Look = Callable[[Subject], Iterator[Finding]]
@@ -170,24 +163,21 @@ class Check:
     look: Look
     loads_models: bool
 
-    def _finding(self, level: Level, found: str, todo: str) -> Finding:
-        return Finding(check=self.name, level=level, found=found, why=self.why, todo=todo)
-
     def ok(self, found: str) -> Finding:
         """All is well."""
-        return self._finding("ok", found, "")
+        return Finding(check=self.name, level="ok", found=found, why=self.why)
 
-    def warning(self, found: str, todo: str) -> Finding:
+    def warning(self, found: str, todo: str = "") -> Finding:
         """The run may start, and may not do what is meant."""
-        return self._finding("warning", found, todo)
+        return Finding(check=self.name, level="warning", found=found, why=self.why, todo=todo)
 
-    def error(self, found: str, todo: str) -> Finding:
+    def error(self, found: str, todo: str = "") -> Finding:
         """The run should not start."""
-        return self._finding("error", found, todo)
+        return Finding(check=self.name, level="error", found=found, why=self.why, todo=todo)
 
     def refused(self, error: Exception) -> Finding:
         """What a run would refuse, in the run's own line, which says what to do."""
-        return self.error(" ".join(str(error).split()), "")
+        return self.error(" ".join(str(error).split()))
 
     def or_ok(self, problems: Iterable[Finding], found: str) -> Iterator[Finding]:
         """The problems; where there are none, what is well."""

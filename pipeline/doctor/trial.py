@@ -267,10 +267,11 @@ def cached_scores(subject: Subject) -> Iterator[Finding]:
     if teacher is None:
         raise NotChecked("the config names no teacher")
     cache = next(rounds(opened)).caches[-1]
-    name, settings = cache.scores.shards.name, cache.scores.shards.recipe.settings
-    units = sorted(set(cache.rollouts.shards.commits()) & set(cache.scores.shards.commits()))
+    rollouts, scores = cache.rollouts.shards, cache.scores.shards
+    name, settings = scores.name, scores.recipe.settings
+    units = sorted(set(rollouts.commits()) & set(scores.commits()))
     if not units:
-        yield _none_cached(opened, cache.scores.shards)
+        yield _none_cached(opened, scores)
         return
     if "engine" not in settings:
         yield cached_scores.warning(
@@ -278,7 +279,7 @@ def cached_scores(subject: Subject) -> Iterator[Finding]:
             "compare it with that teacher before it is trained on",
         )
         return
-    rows = ScoredRows([(cache.rollouts.shards, cache.scores.shards)], units=[units])
+    rows = ScoredRows([(rollouts, scores)], units=[units])
     if not len(rows):
         yield cached_scores.error(
             f"no row of {name} can be trained on",
@@ -309,9 +310,7 @@ def cached_scores(subject: Subject) -> Iterator[Finding]:
         yield cached_scores.ok(said)
     else:
         yield cached_scores.error(
-            said,
-            f"restore the teacher that scored them, or remove {cache.scores.shards.folder} to "
-            "score again",
+            said, f"restore the teacher that scored them, or remove {scores.folder} to score again"
         )
 
 

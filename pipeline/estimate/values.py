@@ -1,15 +1,18 @@
-"""What a stage costs: rows, tokens, bytes and operations, done and left to do."""
+"""What a run costs, as values: steps, rounds, disks, memory, and when the cache pays for itself."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-StageName = Literal["generate", "score", "probe", "probe score", "train", "evaluate"]
+from stages.step import PROBE, PROBE_SCORE, StepKind
+
+# Where the numbers of what is left come from: nothing is left; the completions measured so far;
+# or there are none, and every row is taken to fill its window.
 Basis = Literal["measured", "estimated", "full window"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Amount:
-    """Sums that add over units and stages.
+    """Sums that add over units and steps.
 
     Example:
         >>> Amount(rows=128, tokens=8_192, bytes=40_412, flops=1.1e10)
@@ -28,61 +31,58 @@ class Amount:
             flops=self.flops + other.flops,
         )
 
-    def rounded(self) -> "Amount":
+    def as_json(self) -> dict[str, float]:
         """Whole rows, tokens and bytes, as they are counted."""
-        return Amount(
-            rows=round(self.rows),
-            tokens=round(self.tokens),
-            bytes=round(self.bytes),
-            flops=self.flops,
-        )
+        whole = {name: round(getattr(self, name)) for name in ("rows", "tokens", "bytes")}
+        return {**whole, "flops": self.flops}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """One stage of one round.
+class StepCost:
+    """One step of one round."""
 
-    `basis` says where the numbers of what is left come from: `measured` where nothing is left,
-    `estimated` from the completions measured so far, `full window` where there are none and every
-    row is taken to fill its window.
-    """
-
-    name: StageName
+    kind: StepKind
     window_tokens: int
     prompts: int
     done: Amount
     left: Amount
-    store: str  # what of it is there: "2 of 2 units", "1 of 1 policy"
+    units: int  # shards, or 1 policy
+    units_left: int
     basis: Basis
-    units_left: int = 0  # shards
 
     @property
     def total(self) -> Amount:
         """Done and left."""
         return self.done + self.left
 
+    @property
+    def store(self) -> str:
+        """What of it is in the store."""
+        what = "policy" if self.kind.stage == "train" else "units"
+        return f"{self.units - self.units_left} of {self.units} {what}"
+
     def as_json(self) -> dict[str, Any]:
         """For programs."""
         return {
-            "stage": self.name,
+            "stage": self.kind.name,
             "window_tokens": self.window_tokens,
             "prompts": self.prompts,
-            **asdict(self.total.rounded()),
-            "left": asdict(self.left.rounded()),
+            **self.total.as_json(),
+            "left": self.left.as_json(),
             "store": self.store,
             "basis": self.basis,
         }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RoundForecast:
-    """The stages of a round; number -1 is what comes before the first."""
+class RoundCost:
+    """The steps of a round; number -1 is what comes before the first."""
 
     index: int
     window_tokens: int
     first_step: int
-    steps: int
-    stages: tuple[Stage, ...]
+    optimizer_steps: int
+    steps: tuple[StepCost, ...]
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
@@ -90,13 +90,13 @@ class RoundForecast:
             "round": self.index,
             "window_tokens": self.window_tokens,
             "first_step": self.first_step,
-            "steps": self.steps,
-            "stages": [stage.as_json() for stage in self.stages],
+            "steps": self.optimizer_steps,
+            "stages": [step.as_json() for step in self.steps],
         }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class Disk:
     """A disk, with what the run still writes to it."""
 
     path: str
@@ -163,45 +163,42 @@ class BreakEven:
     def as_json(self) -> dict[str, Any]:
         """For programs."""
         shares = {str(replays): self.cache_share(replays) for replays in (0, 1, 3, 10)}
-        return {
-            **asdict(self),
-            "runs": self.runs,
-            "replays": self.replays,
-            "cache_share_after_replays": shares,
-        }
+        computed = {"runs": self.runs, "replays": self.replays, "cache_share_after_replays": shares}
+        return {**asdict(self), **computed}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Forecast:
+class Estimate:
     """What a run would do."""
 
-    rounds: tuple[RoundForecast, ...]
-    places: tuple[Place, ...]
+    rounds: tuple[RoundCost, ...]
+    disks: tuple[Disk, ...]
     logits: LogitMemory | None  # None: no teacher scores here
     break_even: BreakEven | None  # None: nothing is known of a teacher
     notes: tuple[str, ...]  # what was assumed
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...]
 
-    def total(self, *names: str, left: bool = False) -> Amount:
-        """Of the stages with these names, or of all."""
+    def total(self, *stages: str, left: bool = False, probes: bool = True) -> Amount:
+        """Of the steps that some stages make, or of all; with or without the probes of audits."""
         total = Amount()
-        for stage in (stage for here in self.rounds for stage in here.stages):
-            if not names or stage.name in names:
-                total += stage.left if left else stage.total
+        for step in (step for each in self.rounds for step in each.steps):
+            is_probe = step.kind in (PROBE, PROBE_SCORE)
+            if (not stages or step.kind.stage in stages) and (probes or not is_probe):
+                total += step.left if left else step.total
         return total
 
     @property
     def fits(self) -> bool:
         """Whether every disk has the room."""
-        return all(place.fits for place in self.places)
+        return all(disk.fits for disk in self.disks)
 
     def as_json(self) -> dict[str, Any]:
         """For programs; tokens and operations as in a run's summary."""
         return {
-            "rounds": [here.as_json() for here in self.rounds],
+            "rounds": [each.as_json() for each in self.rounds],
             "total": self._sums(left=False),
             "left": self._sums(left=True),
-            "disk": [place.as_json() for place in self.places],
+            "disk": [disk.as_json() for disk in self.disks],
             "fits": self.fits,
             "logits": None if self.logits is None else self.logits.as_json(),
             "break_even": None if self.break_even is None else self.break_even.as_json(),
@@ -211,23 +208,12 @@ class Forecast:
 
     def _sums(self, *, left: bool) -> dict[str, Any]:
         """Under the names of a summary; probes count as generated and scored, as they do there."""
-        generated = self.total("generate", "probe", left=left)
-        scored = self.total("score", "probe score", left=left)
-        trained = self.total("train", left=left)
-        evaluated = self.total("evaluate", left=left)
-        cached = self.total("generate", "score", left=left)
+        stages = ("generate", "score", "train", "evaluate")
+        names = ("generated", "teacher_scored", "trained", "evaluated")
+        amounts = {stage: self.total(stage, left=left) for stage in stages}
+        cached = self.total("generate", "score", left=left, probes=False)
         return {
-            "tokens": {
-                "generated": round(generated.tokens),
-                "teacher_scored": round(scored.tokens),
-                "trained": round(trained.tokens),
-                "evaluated": round(evaluated.tokens),
-            },
-            "flops": {
-                "generate": generated.flops,
-                "score": scored.flops,
-                "train": trained.flops,
-                "evaluate": evaluated.flops,
-            },
+            "tokens": {n: round(amounts[s].tokens) for n, s in zip(names, stages, strict=True)},
+            "flops": {stage: amounts[stage].flops for stage in stages},
             "cache_bytes": round(cached.bytes),
         }

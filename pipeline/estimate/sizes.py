@@ -1,10 +1,18 @@
-"""Bytes: of shards, from what is measured or from their columns; of policies, from the student.
+"""Tokens of rows and bytes of files: from what was measured, else upper bounds.
 
-Where nothing is measured, a shard is taken as large as its columns before zstd, so it is an upper
-bound; docs/cache-format.md has the columns.
+A measured round gives three facts about completions c under a window W: their mean, the mean of
+their squares (from the attended pairs) and the share u that the window cut. For another window w
+follow bounds that hold for the same policy, whatever the distribution of lengths:
+
+    w <= W    mean min(c, w) <= min(w, mean)
+    w >  W    mean min(c, w) <= mean + u (w - W)
+
+A shard that nothing like it was measured for is taken as large as its columns before zstd
+(docs/cache-format.md has them); a policy follows from the shapes of the student's weights.
 """
 
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,6 +20,7 @@ from pathlib import Path
 from opd_stream.config import Config
 from opd_stream.config.training import Lora
 from opd_stream.costs import TokenCounts
+from opd_stream.store.artifact import Commit, summed_counts
 from opd_stream.store.codecs import CompactCodec, ExactCodec, SampledCodec
 from opd_stream.store.shards import ROWS_PER_PART
 from stages.checkpoints import weight_shapes
@@ -21,6 +30,76 @@ PART_BYTES = 4_096  # head of a record batch
 ROW_BYTES = 192  # names and offsets of a row
 RECORD_BYTES = 4_096  # commit record of a unit
 FLOAT32 = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLengths:
+    """Example:
+    >>> PromptLengths(mean=60.3, mean_square=3_650.1)
+    """
+
+    mean: float  # tokens
+    mean_square: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completions:
+    """Completions that were sampled under a window, measured.
+
+    Example:
+        >>> completions_of(64, summed_counts(rollouts.commits().values()))
+    """
+
+    window_tokens: int
+    completion_mean: float
+    prompt_mean: float
+    row_square_mean: float  # of the tokens of prompt and completion
+    cut_share: float  # that the window ended
+
+    def mean(self, window: int) -> float:
+        """Completion tokens under another window, at most."""
+        if window <= self.window_tokens:
+            return min(float(window), self.completion_mean)
+        more = self.cut_share * (window - self.window_tokens)
+        return min(float(window), self.completion_mean + more)
+
+    def mean_square(self, window: int, prompts: PromptLengths) -> float:
+        """Of the completion tokens: spread as they were measured, within what is possible."""
+        crossed = 2 * self.prompt_mean * self.completion_mean
+        measured = self.row_square_mean - prompts.mean_square - crossed
+        mean = self.mean(window)
+        spread = measured / max(self.completion_mean, 1e-9) ** 2
+        return min(max(spread, 1.0) * mean**2, window * mean)
+
+
+def completions_of(window_tokens: int, counts: Mapping[str, float]) -> Completions | None:
+    """The lengths behind the counts of commit records; None where they hold no rows."""
+    rows, tokens = counts.get("rows", 0.0), counts.get("tokens", 0.0)
+    if not rows or not tokens:
+        return None
+    completion = counts["completion_tokens"]
+    return Completions(
+        window_tokens=window_tokens,
+        completion_mean=completion / rows,
+        prompt_mean=(tokens - completion) / rows,
+        row_square_mean=(2 * counts["pairs"] - tokens) / rows,
+        cut_share=counts.get("length_rows", 0.0) / rows,
+    )
+
+
+def expected_counts(
+    rows: float, window_tokens: int, prompts: PromptLengths, measured: Completions | None
+) -> TokenCounts:
+    """Counts of rows under a window; without a measurement, of rows that all fill it."""
+    mean, square = float(window_tokens), float(window_tokens) ** 2
+    if measured is not None:
+        mean = measured.mean(window_tokens)
+        square = measured.mean_square(window_tokens, prompts)
+    tokens = prompts.mean + mean
+    squares = prompts.mean_square + 2 * prompts.mean * mean + square
+    return TokenCounts(
+        tokens=rows * tokens, completion_tokens=rows * mean, pairs=rows * (squares + tokens) / 2
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +125,18 @@ class ShardSizes:
         )
 
 
-def measured_sizes(per_completion_token: float, per_unit: float) -> ShardSizes:
-    """As shards that were measured: what grows with them belongs to their completion tokens."""
+def measured_sizes(commits: Collection[Commit]) -> ShardSizes | None:
+    """As shards were measured, if any were; what grows belongs to their completion tokens."""
+    tokens = summed_counts(commits).get("completion_tokens", 0.0)
+    if not tokens:
+        return None
+    batches = sum(part.length for commit in commits for part in commit.parts[1:])
+    whole = sum(commit.bytes for commit in commits)
     return ShardSizes(
         per_token=0.0,
-        per_completion_token=per_completion_token,
+        per_completion_token=batches / tokens,
         per_row=0.0,
-        per_unit=per_unit,
+        per_unit=(whole - batches) / len(commits),
         per_part=0.0,
     )
 

@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from pipeline.forecast.amounts import Amount, BreakEven, Forecast, Stage
+from pipeline.estimate.values import BreakEven, Estimate, StepCost
 
 COLUMNS = (
     "round",
@@ -24,43 +24,31 @@ COLUMNS = (
 TEXT = ("stage", "in the store", "basis")
 
 
-def print_plan(found: Forecast, *, console: Console) -> None:
+def print_plan(found: Estimate, *, console: Console) -> None:
     """Print rounds, totals, disks, memory, break-even, assumptions and warnings."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for name in COLUMNS:
         side = "left" if name in TEXT else "right"
         table.add_column(name, justify=side, no_wrap=True, vertical="bottom")
-    for here in found.rounds:
-        label = "start" if here.index < 0 else str(here.index)
-        for stage in here.stages:
-            table.add_row(label, *_cells(stage))
+    for each in found.rounds:
+        label = "start" if each.index < 0 else str(each.index)
+        for step in each.steps:
+            table.add_row(label, *_cells(step))
             label = ""
     table.add_section()
     total, left = found.total(), found.total(left=True)
-    table.add_row(
-        "all",
-        "",
-        "",
-        "",
-        "",
-        "",
-        decimal(round(total.bytes)),
-        flops_text(total.flops),
-        "",
-        "",
-        flops_text(left.flops),
-        "",
-    )
+    sums = [decimal(round(total.bytes)), flops_text(total.flops), "", "", flops_text(left.flops)]
+    table.add_row("all", *[""] * 5, *sums, "")
     console.print(table)
     for line in plan_lines(found):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def plan_lines(found: Forecast) -> list[str]:
+def plan_lines(found: Estimate) -> list[str]:
     """What stands below the table."""
-    left = found.total("score", "probe score", left=True)
+    left = found.total("score", left=True)
     lines = [f"teacher-scored tokens: {round(left.tokens):,} to come"]
-    for place in found.places:
+    for place in found.disks:
         free = "its free space is not known here"
         if place.free is not None:
             free = f"{decimal(place.free)} free"
@@ -85,25 +73,21 @@ def flops_text(flops: float) -> str:
     return f"{flops:.2e}" if flops else "0"
 
 
-def _cells(stage: Stage) -> list[str]:
-    total, left = stage.total.rounded(), stage.left.rounded()
+def _cells(step: StepCost) -> list[str]:
+    total, left = step.total, step.left
     return [
-        stage.name,
-        str(stage.window_tokens),
-        f"{stage.prompts:,}",
-        f"{total.rows:,}",
-        f"{total.tokens:,}",
-        decimal(int(total.bytes)) if total.bytes else "",
+        step.kind.name,
+        str(step.window_tokens),
+        f"{step.prompts:,}",
+        f"{round(total.rows):,}",
+        f"{round(total.tokens):,}",
+        decimal(round(total.bytes)) if round(total.bytes) else "",
         flops_text(total.flops),
-        stage.store,
-        _left(left),
+        step.store,
+        f"{round(left.tokens):,}",
         flops_text(left.flops),
-        stage.basis,
+        step.basis,
     ]
-
-
-def _left(left: Amount) -> str:
-    return f"{left.tokens:,}" if left.tokens else "0"
 
 
 def _break_even_lines(found: BreakEven) -> list[str]:

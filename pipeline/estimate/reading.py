@@ -1,0 +1,222 @@
+"""What an estimate reads: the setup of a run and the lengths of its prompts, without torch.
+
+Nothing is written: prompts are named, not made, and no digest is remembered.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from opd_stream.config import Config, Evaluation
+from opd_stream.config.prompts import DatasetPrompts, EmbeddedPrompts, JsonlPrompts, Prompts
+from opd_stream.errors import UserError
+from opd_stream.prompts import prompts_table, read_prompts
+from opd_stream.store.artifact import Artifact, DamagedUnit
+from opd_stream.store.files import is_remote, lines_of, read_json
+from opd_stream.store.policy import UNREAD, known_identity
+from opd_stream.store.store import Store
+from pipeline.contexts import check_context
+from pipeline.estimate.sizes import PromptLengths
+from pipeline.setup import Setup, check_extras, setup_of
+from stages.checkpoints import Checkpoint
+from stages.prompts import prompts_artifact, selected_rows
+
+MOST_BYTES = 2**30  # of weights, read for their digest
+MOST_PROMPTS = 2_000  # tokenised to measure them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceLengths:
+    """Tokens of the prompts of a source."""
+
+    tokens: NDArray[np.integer[Any]]
+    is_whole: bool  # of all of them, in their order
+    rows: int | None  # prompts in the source, as far as that is known
+
+    def selected(self, selection: dict[str, Any]) -> PromptLengths:
+        """Of the prompts of a recipe; where not all are measured, of those that are.
+
+        Raises:
+            UserError: a round wants more prompts than there are.
+        """
+        tokens = self.tokens
+        if self.is_whole:
+            tokens = tokens[selected_rows(selection, len(tokens))]
+        return PromptLengths(
+            mean=float(tokens.mean()),
+            mean_square=float(np.square(tokens).mean()),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problems:
+    """A set of problems that policies are evaluated on."""
+
+    settings: Evaluation
+    artifact: Artifact
+    lengths: SourceLengths
+
+
+@dataclass(slots=True, kw_only=True)
+class RunInputs:
+    """The setup of a run, and the lengths of its prompts."""
+
+    setup: Setup
+    prompts: SourceLengths
+    problems: tuple[Problems, ...]
+    notes: list[str]  # what was assumed
+
+
+def read_inputs(config: Config) -> RunInputs:
+    """Open what a run needs, without changing anything.
+
+    Raises:
+        UserError: as `open_setup`, and where the run would be refused.
+    """
+    check_extras(config)
+    store = Store(config.store)
+    _check_store(store)
+    notes: list[str] = []
+    tokenizer = FastTokenizer.of(config.student.path)
+
+    def token_id(model: Checkpoint, token: str) -> int | None:
+        return None if tokenizer is None else tokenizer.token_id(token)
+
+    setup = setup_of(config, store, partial(_checkpoint, store, notes), token_id, make=False)
+    problems: list[Problems] = []
+    for part in () if config.evaluation is None else config.evaluation.parts().values():
+        assert part.prompts is not None  # validated
+        held_out = prompts_artifact(store, part.prompts, setup.student)
+        lengths = measure_prompts(held_out, part.prompts, tokenizer, notes)
+        problems.append(Problems(settings=part, artifact=held_out, lengths=lengths))
+    prompts = measure_prompts(setup.prompts, config.prompts, tokenizer, notes)
+    check_context(config, setup.student, setup.teacher, int(prompts.tokens.max()))
+    return RunInputs(setup=setup, prompts=prompts, problems=tuple(problems), notes=notes)
+
+
+def _checkpoint(store: Store, notes: list[str], folder: Path) -> Checkpoint:
+    identity = known_identity(folder, cache=store.digests, most_bytes=MOST_BYTES)
+    if identity.weights_sha256 == UNREAD:
+        notes.append(
+            f"the weights of {folder} have not been read by a run on this machine, and are too "
+            "large to read now: what the store has for them is not counted"
+        )
+    return Checkpoint(folder=folder.resolve(), identity=identity)
+
+
+def _check_store(store: Store) -> None:
+    """Refuse what the run would refuse, by looking alone."""
+    if is_remote(store.root):
+        return
+    folder = existing_folder(store.root)
+    if not folder.is_dir():
+        raise UserError(f"store {store.root} is a file; expected a folder; set store=DIR")
+    if not os.access(folder, os.W_OK):
+        raise UserError(
+            f"cannot write {store.root}; expected a writable folder; choose another one "
+            "(--set store=DIR)"
+        )
+
+
+def existing_folder(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.resolve()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+class FastTokenizer:
+    """`tokenizer.json` alone: what raw prompts need of a tokenizer, without transformers."""
+
+    chat_template = None
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        settings = folder / "tokenizer_config.json"
+        token = read_json(settings).get("bos_token") if settings.exists() else None
+        text = token["content"] if isinstance(token, dict) else token
+        self.bos_token_id = None if text is None else self.token_id(text)
+
+    @staticmethod
+    def of(folder: Path) -> "FastTokenizer | None":
+        """That of a checkpoint; None where it has none in this form.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        if not (folder / "tokenizer.json").is_file():
+            return None
+        try:
+            return FastTokenizer(folder)
+        except Exception as error:  # the library raises nothing narrower
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{folder} has no readable tokenizer ({reason}); check the folder"
+            ) from error
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as it stands in the vocabulary."""
+        return self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The ids of a text."""
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+
+def measure_prompts(
+    artifact: Artifact, source: Prompts, tokenizer: FastTokenizer | None, notes: list[str]
+) -> SourceLengths:
+    """The lengths of a source's prompts; what is assumed is added to `notes`.
+
+    Raises:
+        UserError: as the run would: the source cannot be read, or a prompt does not fit.
+    """
+    if artifact.is_complete():
+        try:
+            return _all_lengths(artifact.read_unit(0))
+        except DamagedUnit:
+            notes.append(f"{artifact.name} is damaged; the run makes it again")
+    if tokenizer is None or source.template.kind == "chat" or isinstance(source, DatasetPrompts):
+        most = source.max_prompt_tokens
+        notes.append(
+            f"prompts ({source.kind}, template {source.template.kind}) are not in the store yet: "
+            f"each is taken to have max_prompt_tokens, {most}"
+        )
+        return SourceLengths(tokens=np.array([most]), is_whole=False, rows=_rows(source))
+    field = "count" if isinstance(source, EmbeddedPrompts) else "limit"
+    most = min(getattr(source, field) or MOST_PROMPTS + 1, MOST_PROMPTS + 1)
+    first = source.model_copy(update={field: most})
+    found = _all_lengths(prompts_table(first, tokenizer))
+    if len(read_prompts(first)) <= MOST_PROMPTS:
+        return found
+    notes.append(f"prompts ({source.kind}) are measured on the first {MOST_PROMPTS:,} of them")
+    return SourceLengths(tokens=found.tokens, is_whole=False, rows=_rows(source))
+
+
+def _all_lengths(prompts: pa.Table) -> SourceLengths:
+    chunks = prompts["prompt_ids"].chunks
+    lengths = np.concatenate([np.diff(_offsets(chunk)) for chunk in chunks])
+    return SourceLengths(tokens=lengths, is_whole=True, rows=len(lengths))
+
+
+def _offsets(lists: Any) -> NDArray[np.int32]:
+    """Of a column of lists; `to_numpy` would load pandas, which takes longer than all the rest."""
+    offsets = lists.offsets
+    whole = np.frombuffer(offsets.buffers()[1], np.int32)
+    return whole[offsets.offset : offsets.offset + len(offsets)]
+
+
+def _rows(source: Prompts) -> int | None:
+    """How many prompts a source holds, without reading them."""
+    if isinstance(source, EmbeddedPrompts):
+        return source.count
+    if isinstance(source, JsonlPrompts) and source.limit is None:
+        return sum(1 for line in lines_of(source.path) if line.strip())
+    return source.limit

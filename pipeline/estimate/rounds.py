@@ -1,0 +1,467 @@
+"""The cost of each step of each round: counted where it is done, estimated where it is left.
+
+Rounds are taken in order. What one of them measured, the lengths of completions and the sizes of
+shards, is what the estimate of the later ones follows from.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from opd_stream.costs import ModelShape, TokenCounts, forward_flops, shape_of, train_flops
+from opd_stream.errors import UserError
+from opd_stream.store.artifact import Artifact, Commit, summed_counts
+from opd_stream.store.files import is_remote, read_json
+from opd_stream.store.policy import PolicyArtifact
+from opd_stream.store.recipe import Recipe
+from opd_stream.store.store import Store
+from opd_stream.windows import AdaptiveWindow, FixedWindow
+from pipeline.caches import Cache
+from pipeline.estimate.reading import Problems, RunInputs
+from pipeline.estimate.sizes import (
+    Completions,
+    PromptLengths,
+    ShardSizes,
+    completions_of,
+    expected_counts,
+    measured_sizes,
+    rollouts_sizes,
+    scores_sizes,
+)
+from pipeline.estimate.values import Amount, Basis, RoundCost, StepCost
+from pipeline.plan import is_due
+from pipeline.rounds import Round, named_checkpoint, rounds
+from stages.checkpoints import Checkpoint
+from stages.evaluate import evaluation_rollouts
+from stages.prompts import every_prompt, probe_size
+from stages.step import EVALUATE, EXTEND, GENERATE, PROBE, TRAIN, Step, StepKind
+
+SAMPLING = ("temperature", "stop_ids", "extra_draws")  # what decides how completions end
+NOTHING = TokenCounts(tokens=0, completion_tokens=0, pairs=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitRows:
+    """The rows of one unit of rollouts."""
+
+    rows: float
+    counts: TokenCounts  # that a model reads; measured where the rollouts are committed
+    stored: TokenCounts  # that a shard holds: of an extension, whole rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedRows:
+    """Rows that a round trains on, from one cache."""
+
+    rows: float
+    prompts: int
+    window_tokens: int  # they were or will be sampled with
+    lengths: PromptLengths
+    completions: Completions | None  # None: each is taken to fill its window
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingReads:
+    """What training reads in a round, done or expected; a live teacher would read as much."""
+
+    counts: TokenCounts
+    optimizer_steps: int
+
+
+class RunCosts:
+    """The costs of a run's steps; remembers what the rounds so far have measured.
+
+    Raises:
+        UserError: the cost of a model does not follow from its config.
+    """
+
+    def __init__(self, inputs: RunInputs) -> None:
+        setup = inputs.setup
+        self.inputs, self.setup, self.config = inputs, setup, setup.config
+        self.student = _shape(setup.student)
+        self.teacher = None if setup.teacher is None else _shape(setup.teacher)
+        self.reads: list[TokenCounts] = []  # of training, by round
+        vocabulary = (self.teacher or self.student).vocabulary
+        self._completions: Completions | None = None
+        self._answers: Completions | None = None
+        self._rollouts_sizes = rollouts_sizes(self.config.rollouts.extra_draws)
+        self._answers_sizes = rollouts_sizes(0)
+        self._scores_sizes = scores_sizes(
+            self.config, forced=len(setup.forced_ids), vocabulary=vocabulary
+        )
+        self._units: dict[str, dict[int, UnitRows]] = {}  # name of rollouts -> unit -> its rows
+
+    def rounds(self) -> Iterator[RoundCost]:
+        """Each round; number -1 is the evaluation of the initial student."""
+        if self.config.evaluation is not None:
+            yield RoundCost(
+                index=-1,
+                window_tokens=self.config.evaluation.max_new_tokens,
+                first_step=0,
+                optimizer_steps=0,
+                steps=tuple(self._evaluations(self.setup.student)),
+            )
+        for each in rounds(self.setup, opened=named_checkpoint, expected=True):
+            if each.index == 0 and self.config.replay is None:
+                self._look_at_other_runs(each.caches[0])
+            yield self._round(each)
+
+    def _round(self, each: Round) -> RoundCost:
+        steps = [cost for step in each.new_steps if (cost := self._shards(step)) is not None]
+        rows = [self._trained_rows(each, cache) for cache in each.caches]
+        is_trained = each.policy.is_complete()
+        reads = _was_read(each.policy) if is_trained else self._will_be_read(each, rows)
+        self.reads.append(reads.counts)
+        steps.append(self._training(rows, reads, is_trained=is_trained))
+        if is_due(self.config, each.index):
+            steps += self._evaluations(named_checkpoint(each.policy) if is_trained else None)
+        return RoundCost(
+            index=each.index,
+            window_tokens=rows[-1].window_tokens,
+            first_step=each.plan.first_step,
+            optimizer_steps=reads.optimizer_steps,
+            steps=tuple(steps),
+        )
+
+    def _shards(self, step: Step) -> StepCost | None:
+        """The cost of rollouts or scores; None: there is nothing to make."""
+        is_scored = step.kind.stage == "score"
+        source = step.rollouts if is_scored else step
+        units, commits = self._units_of(source), _commits(step.shards)
+        if not commits and not any(unit.rows for unit in units.values()):
+            return None
+        shape, sizes = self.student, self._rollouts_sizes
+        if is_scored:
+            assert self.teacher is not None  # else nothing is scored
+            if source.kind == GENERATE:
+                self._scores_sizes = measured_sizes(commits.values()) or self._scores_sizes
+            shape, sizes = self.teacher, self._scores_sizes
+        settings = source.shards.recipe.settings
+        samples = 1 if source.kind == PROBE else settings["samples_per_prompt"]
+        return _step_cost(
+            step.kind,
+            units,
+            commits,
+            shape,
+            sizes,
+            window=settings["window_tokens"],
+            samples=samples,
+            is_estimated=source.kind != PROBE and self._completions is not None,
+        )
+
+    def _units_of(self, step: Step) -> dict[int, UnitRows]:
+        """The units of rollouts, each with the rows that it has or will have."""
+        name = step.artifact.name
+        if name not in self._units:
+            kinds = {EXTEND: self._extended, PROBE: self._probed}
+            self._units[name] = kinds.get(step.kind, self._fresh)(step)
+        return self._units[name]
+
+    def _fresh(self, step: Step) -> dict[int, UnitRows]:
+        rollouts, settings = step.shards, step.shards.recipe.settings
+        window, commits = settings["window_tokens"], _commits(rollouts)
+        measured = completions_of(window, summed_counts(commits.values()))
+        self._completions = measured or self._completions
+        self._rollouts_sizes = measured_sizes(commits.values()) or self._rollouts_sizes
+        selection = settings["selection"]
+        ranges = selection.get("ranges", [(0, self.config.rollouts.prompts_per_round)])
+        per_unit = self.config.prompts_per_unit
+        if "ranges" in selection:  # a unit has the place of the one it stands for
+            per_unit = max(last - first for first, last in ranges)
+        return _sampled_units(
+            rollouts,
+            commits,
+            window=window,
+            prompts=sum(last - first for first, last in ranges),
+            prompts_per_unit=per_unit,
+            samples=settings["samples_per_prompt"],
+            lengths=self.inputs.prompts.selected(selection),
+            completions=self._completions,
+        )
+
+    def _extended(self, step: Step) -> dict[int, UnitRows]:
+        """Rows continued to a longer window: new tokens are computed, whole rows are stored."""
+        settings, base = step.shards.recipe.settings, step.needs[0].shards
+        window, before, commits = settings["window_tokens"], _commits(base), _commits(step.shards)
+        lengths = self.inputs.prompts.selected(settings["selection"])
+        units: dict[int, UnitRows] = {}
+        for unit, old in enumerate(settings["extends"]):
+            rows, cut = (before[old].counts[name] for name in ("rows", "length_rows"))
+            whole = expected_counts(cut, window, lengths, None)
+            new = TokenCounts(
+                tokens=whole.tokens,
+                completion_tokens=cut * (window - base.recipe.settings["window_tokens"]),
+                pairs=whole.pairs,
+            )
+            stored = expected_counts(rows, window, lengths, self._completions)
+            counts = _counts([commits[unit]]) if unit in commits else new
+            units[unit] = UnitRows(rows=rows, counts=counts, stored=stored)
+        return units
+
+    def _probed(self, step: Step) -> dict[int, UnitRows]:
+        """One unit of unfinished rows, taken to fill the longest window."""
+        settings, commits = step.shards.recipe.settings, _commits(step.shards)
+        rows = sum(unit.rows for unit in self._units_of(step.needs[0]).values())
+        cut = rows if self._completions is None else rows * self._completions.cut_share
+        size = probe_size(round(rows), settings["probe"], -int(-cut // 1))
+        lengths = self.inputs.prompts.selected(settings["selection"])
+        counts = expected_counts(size, settings["window_tokens"], lengths, None)
+        counts = _counts(commits.values()) if commits else counts
+        return {0: UnitRows(rows=size, counts=counts, stored=counts)}
+
+    def _look_at_other_runs(self, cache: Cache) -> None:
+        """Take what other runs in the store measured, until this one has measured something."""
+        rollouts = _similar_rollouts(self.setup.store, cache.rollouts.shards.recipe)
+        if rollouts is not None:
+            commits = _commits(rollouts).values()
+            window = rollouts.recipe.settings["window_tokens"]
+            self._completions = completions_of(window, summed_counts(commits))
+            self._rollouts_sizes = measured_sizes(commits) or self._rollouts_sizes
+        scores = _similar_scores(self.setup.store, cache.scores.shards.recipe)
+        self._scores_sizes = measured_sizes(_commits(scores).values()) or self._scores_sizes
+
+    def _trained_rows(self, each: Round, cache: Cache) -> TrainedRows:
+        """What a round trains on from one of its caches."""
+        recipe, per_round = cache.rollouts.shards.recipe, self.config.rollouts.prompts_per_round
+        window = cache.window_tokens or each.plan.window_tokens
+        selection = recipe.settings.get("selection") or every_prompt()
+        prompts = sum(slot.last - slot.first for slot in cache.slots) or per_round
+        if cache.rollouts.is_new:
+            rows = sum(unit.rows for unit in self._units_of(cache.rollouts).values())
+            completions = self._completions
+        else:
+            counts = summed_counts(cache.used(cache.rollouts))
+            is_whole = "extends" not in recipe.settings  # else only new tokens are counted
+            rows = counts["rows"]
+            completions = completions_of(window, counts) if is_whole else self._completions
+        return TrainedRows(
+            rows=rows,
+            prompts=prompts,
+            window_tokens=window,
+            lengths=self.inputs.prompts.selected(selection),
+            completions=completions,
+        )
+
+    def _will_be_read(self, each: Round, parts: Collection[TrainedRows]) -> TrainingReads:
+        """Every epoch over every row, each optimizer step up to its own window."""
+        rows_per_step, rows = self.config.train.rows_per_step, sum(part.rows for part in parts)
+        per_epoch = -int(-rows // rows_per_step)
+        steps = per_epoch * self.config.staleness.max_epochs
+        window = self.config.rollouts.window
+        if isinstance(window, AdaptiveWindow):
+            window = FixedWindow(tokens=each.plan.window_tokens)
+        shares: dict[int, float] = defaultdict(float)  # window -> of the rows of an epoch
+        for step in range(steps):
+            in_step = min(rows_per_step, rows - step % per_epoch * rows_per_step)
+            shares[window.tokens_at(each.plan.first_step + step)] += in_step / rows
+        total = NOTHING
+        for tokens, share in shares.items():
+            for part in parts:
+                most = min(tokens, part.window_tokens)
+                total += expected_counts(part.rows, most, part.lengths, part.completions) * share
+        return TrainingReads(counts=total, optimizer_steps=steps)
+
+    def train_flops(self, counts: TokenCounts) -> float:
+        """Operations of training that reads these rows."""
+        is_recomputed = self.config.train.gradient_checkpointing
+        return train_flops(self.student, counts, recomputed=is_recomputed)
+
+    def _training(
+        self, parts: Collection[TrainedRows], reads: TrainingReads, *, is_trained: bool
+    ) -> StepCost:
+        amount = Amount(
+            rows=sum(part.rows for part in parts),
+            tokens=reads.counts.completion_tokens,
+            flops=self.train_flops(reads.counts),
+        )
+        is_estimated = all(part.completions is not None for part in parts)
+        return StepCost(
+            kind=TRAIN,
+            window_tokens=max(part.window_tokens for part in parts),
+            prompts=sum(part.prompts for part in parts),
+            done=amount if is_trained else Amount(),
+            left=Amount() if is_trained else amount,
+            units=1,
+            units_left=int(not is_trained),
+            basis=_basis(is_done=is_trained, is_estimated=is_estimated),
+        )
+
+    def _evaluations(self, policy: Checkpoint | None) -> Iterator[StepCost]:
+        """Sampling on held-out prompts, where it is known how many there are."""
+        for problems in self.inputs.problems:
+            if problems.lengths.rows is not None:
+                yield self._evaluation(problems, problems.lengths.rows, policy)
+
+    def _evaluation(self, problems: Problems, prompts: int, policy: Checkpoint | None) -> StepCost:
+        artifact, settings = None, problems.settings
+        if policy is not None:
+            artifact = evaluation_rollouts(
+                self.setup.store,
+                self.config,
+                settings,
+                prompts=problems.artifact,
+                student=policy,
+                stop_ids=self.setup.stop_ids,
+            )
+        commits, window = _commits(artifact), settings.max_new_tokens
+        measured = completions_of(window, summed_counts(commits.values()))
+        self._answers = measured or self._answers
+        self._answers_sizes = measured_sizes(commits.values()) or self._answers_sizes
+        units = _sampled_units(
+            artifact,
+            commits,
+            window=window,
+            prompts=prompts,
+            prompts_per_unit=self.config.prompts_per_unit,
+            samples=settings.samples_per_prompt,
+            lengths=problems.lengths.selected(every_prompt()),
+            completions=self._answers,
+        )
+        return _step_cost(
+            EVALUATE,
+            units,
+            commits,
+            self.student,
+            self._answers_sizes,
+            window=window,
+            samples=settings.samples_per_prompt,
+            is_estimated=self._answers is not None,
+        )
+
+
+def _shape(model: Checkpoint) -> ModelShape:
+    try:
+        return shape_of(read_json(model.folder / "config.json"))
+    except KeyError as error:
+        raise UserError(
+            f"{model.folder}/config.json has no {error.args[0]!r}, from which its cost follows; "
+            "expected a decoder with the fields of the Llama family; use such a model"
+        ) from error
+
+
+def _commits(artifact: Artifact | None) -> dict[int, Commit]:
+    """Unit -> commit record; from the manifest, one file, where the artifact is complete."""
+    return {} if artifact is None else artifact.listed_commits()
+
+
+def _counts(commits: Iterable[Commit]) -> TokenCounts:
+    """The tokens of commit records; 0 where they were not counted (imported rows)."""
+    counts = summed_counts(commits)
+    names = ("tokens", "completion_tokens", "pairs")
+    return TokenCounts(**{name: counts.get(name, 0.0) for name in names})
+
+
+def _sampled_units(
+    rollouts: Artifact | None,
+    commits: Mapping[int, Commit],
+    *,
+    window: int,
+    prompts: int,
+    prompts_per_unit: int,
+    samples: int,
+    lengths: PromptLengths,
+    completions: Completions | None,
+) -> dict[int, UnitRows]:
+    """The units of rollouts, in the layout of a started artifact or in that of the config."""
+    if rollouts is not None and rollouts.is_started():
+        sizes = {unit: len(rollouts.unit_rows(unit)) for unit in rollouts.units()}
+    else:
+        starts = range(0, prompts, prompts_per_unit)
+        sizes = {unit: min(prompts_per_unit, prompts - start) for unit, start in enumerate(starts)}
+    found: dict[int, UnitRows] = {}
+    for unit, size in sizes.items():
+        counts = expected_counts(size * samples, window, lengths, completions)
+        counts = _counts([commits[unit]]) if unit in commits else counts
+        found[unit] = UnitRows(rows=size * samples, counts=counts, stored=counts)
+    return found
+
+
+def _step_cost(
+    kind: StepKind,
+    units: Mapping[int, UnitRows],
+    commits: Mapping[int, Commit],
+    shape: ModelShape,
+    sizes: ShardSizes,
+    *,
+    window: int,
+    samples: int,
+    is_estimated: bool,
+) -> StepCost:
+    """A forward pass over every row of the units: of those in `commits` it is done."""
+    done, left = Amount(), Amount()
+    for number, unit in units.items():
+        commit = commits.get(number)
+        if commit is None:
+            left += Amount(
+                rows=unit.rows,
+                tokens=unit.counts.completion_tokens,
+                bytes=sizes.bytes(unit.stored, unit.rows, 1),
+                flops=forward_flops(shape, unit.counts),
+            )
+        else:
+            counts = _counts([commit])
+            done += Amount(
+                rows=commit.counts.get("rows", unit.rows),
+                tokens=counts.completion_tokens,
+                bytes=commit.bytes,
+                flops=forward_flops(shape, counts) if counts.pairs else 0.0,
+            )
+    units_left = len(units) - len(commits)
+    return StepCost(
+        kind=kind,
+        window_tokens=window,
+        prompts=round(sum(unit.rows for unit in units.values()) / samples),
+        done=done,
+        left=left,
+        units=len(units),
+        units_left=units_left,
+        basis=_basis(is_done=not units_left, is_estimated=is_estimated),
+    )
+
+
+def _basis(*, is_done: bool, is_estimated: bool) -> Basis:
+    return "measured" if is_done else "estimated" if is_estimated else "full window"
+
+
+def _was_read(policy: PolicyArtifact) -> TrainingReads:
+    outcome = policy.manifest().outcome
+    counts = TokenCounts(
+        tokens=outcome.trained.row_tokens,
+        completion_tokens=outcome.trained.tokens,
+        pairs=outcome.trained.row_pairs,
+    )
+    return TrainingReads(counts=counts, optimizer_steps=outcome.steps)
+
+
+def _similar_rollouts(store: Store, recipe: Recipe) -> Artifact | None:
+    """Rollouts of the same student on the same prompts, under the longest window there is."""
+    similar = [
+        other
+        for other in _recipes(store, recipe)
+        if other.inputs == recipe.inputs
+        and not {"probe", "extends"} & other.settings.keys()
+        and all(other.settings.get(name) == recipe.settings.get(name) for name in SAMPLING)
+    ]
+    return _first_committed(store, sorted(similar, key=lambda r: -r.settings["window_tokens"]))
+
+
+def _similar_scores(store: Store, recipe: Recipe) -> Artifact | None:
+    """Scores by the same teacher in the same columns, whatever they score."""
+    similar = (
+        other
+        for other in _recipes(store, recipe)
+        if other.settings == recipe.settings
+        and other.inputs.get("teacher") == recipe.inputs["teacher"]
+        and "scores" not in other.inputs  # an extension counts only its new tokens
+    )
+    return _first_committed(store, similar)
+
+
+def _recipes(store: Store, recipe: Recipe) -> Iterable[Recipe]:
+    """Of the store; those of an object store would cost a request each."""
+    return [] if is_remote(store.root) else store.recipes(recipe.kind)
+
+
+def _first_committed(store: Store, recipes: Iterable[Recipe]) -> Artifact | None:
+    artifacts = (store.artifact(recipe) for recipe in recipes)
+    return next((artifact for artifact in artifacts if _commits(artifact)), None)
