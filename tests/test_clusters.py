@@ -1,6 +1,7 @@
 """Stages on machines of their own, which share nothing but the store."""
 
 import json
+import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -82,10 +83,22 @@ def test_two_machines_on_one_stage_share_its_units(tmp_path: Path) -> None:
         tmp_path, "evaluation=null", "prompts_per_unit=1", "rollouts.window.tokens=160"
     )
 
+    barrier = multiprocessing.get_context("fork").Barrier(2)
+
+    class Together(Silent):
+        """Waits after its first unit until the other machine has made one."""
+
+        def advance(self, stage: str, count: int, tokens: int = 0, **facts: float) -> None:
+            if count and not self.has_met:
+                self.has_met = True
+                barrier.wait()
+
+        has_met = False
+
     def generate(name: str) -> Callable[[], None]:
         def work() -> None:
             directory = RunFolder(tmp_path / name)
-            run_stage("generate", config, directory, round_index=0, progress=Silent())
+            run_stage("generate", config, directory, round_index=0, progress=Together())
 
         return work
 

@@ -39,17 +39,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture(params=[pytest.param("healthy", marks=pytest.mark.slow), "faulty"])
-def bucket(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str]:
-    """An address in a fresh bucket of a running server."""
+@pytest.fixture(scope="module", params=[pytest.param("healthy", marks=pytest.mark.slow), "faulty"])
+def server(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The port of a server, which fails now and then or never."""
     with served(53 if request.param == "faulty" else 0) as port:
-        use_server(port, tmp_path, monkeypatch)
-        name = f"bucket-{port}"
-        remote: Any = place(f"s3://{name}")
-        remote.fs.mkdir(name)
-        yield f"s3://{name}/some/store"
+        yield port
+
+
+@pytest.fixture
+def bucket(server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An address in a fresh bucket."""
+    use_server(server, tmp_path, monkeypatch)
+    name = f"bucket-{tmp_path.name.replace('_', '-')}"[:60].rstrip("-").lower()
+    remote: Any = place(f"s3://{name}")
+    remote.fs.mkdir(name)
+    return f"s3://{name}/some/store"
 
 
 @contextlib.contextmanager
