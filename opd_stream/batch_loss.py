@@ -169,7 +169,7 @@ def _inputs(
     top_ids, teacher_top = batch.teacher_top_ids_NK[rows], batch.teacher_top_logprobs_NK[rows]
     draws = 0 if batch.draws is None else batch.draws.ids_NM.shape[1]
     widths = [1, top_ids.shape[1], stops, draws]
-    student, student_top, student_stops, student_draws = logprobs_nJ.split(widths, dim=1)
+    student, student_top, student_stops, student_draws = torch.split(logprobs_nJ, widths, dim=1)
     sampled_ids = batch.completion_ids_N[rows]
     teacher = batch.teacher_logprobs_N[rows].clamp(min=SMALLEST_LOGPROB)
     is_there = teacher_top > -torch.inf  # where candidates are fewer than K, id 0 fills up

@@ -96,7 +96,7 @@ def collate(
             getattr(row, name)[: len(mask)][keep]
             for row, mask, keep in zip(rows, masks, kept, strict=True)
         ]
-        return torch.from_numpy(np.concatenate(parts).astype(dtype, copy=False))
+        return torch.as_tensor(np.concatenate(parts).astype(dtype, copy=False))
 
     def wide(name: str, dtype: Any, fill: float) -> torch.Tensor:
         """As `flat`, rows with fewer candidates filled up."""
@@ -106,16 +106,16 @@ def collate(
         ]
         widths = {part.shape[1] for part in parts}
         if len(widths) == 1:
-            return torch.from_numpy(np.concatenate(parts).astype(dtype, copy=False))
+            return torch.as_tensor(np.concatenate(parts).astype(dtype, copy=False))
         whole = np.full((sum(len(part) for part in parts), max(widths)), fill, dtype)
         start = 0
         for part in parts:
             whole[start : start + len(part), : part.shape[1]] = part
             start += len(part)
-        return torch.from_numpy(whole)
+        return torch.as_tensor(whole)
 
     prompts, completions = (torch.tensor(column) for column in zip(*lengths, strict=True))
-    everything = torch.from_numpy(np.concatenate(masks))
+    everything = torch.as_tensor(np.concatenate(masks))
     hidden_rows = completion_rows(prompts, completions, padded_length=padded)[everything]
     row_N = torch.repeat_interleave(torch.arange(len(rows)), completions)[everything]
     parts = [
@@ -135,12 +135,12 @@ def collate(
             teacher_logprobs_NM=flat("candidate_teacher_logprobs", np.float32),
         )
     return Batch(
-        input_ids_BL=torch.from_numpy(input_ids),
-        attention_mask_BL=torch.from_numpy(attention),
+        input_ids_BL=torch.as_tensor(input_ids),
+        attention_mask_BL=torch.as_tensor(attention),
         hidden_rows_N=hidden_rows,
         positions_N=hidden_rows - row_N * padded - prompts[row_N] + 1,
         row_N=row_N,
-        block_N=torch.from_numpy(block_N)[everything],
+        block_N=torch.as_tensor(block_N)[everything],
         staleness_N=ages[row_N],
         weights_N=torch.full((len(row_N),), 1 / max(tokens, 1)),
         completion_ids_N=flat("completion_ids", np.int64),
@@ -172,7 +172,7 @@ def _chunks(rows: Sequence[ScoredRow], masks: Sequence[NDArray[np.bool_]]) -> to
         parts.append(whole[mask].astype(np.int64) + start)
         start += len(mask)
     chunk_N = np.concatenate(parts)
-    return torch.from_numpy(chunk_N) if len(np.unique(chunk_N)) < len(chunk_N) else None
+    return torch.as_tensor(chunk_N) if len(np.unique(chunk_N)) < len(chunk_N) else None
 
 
 def _blocks(

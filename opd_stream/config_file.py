@@ -10,6 +10,7 @@ from pydantic_core import ErrorDetails
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
+from opd_stream.record import is_list, is_object
 from opd_stream.section import Section
 
 PATH_FIELDS = ("base", "path", "data_files", "run", "store", "taught_by")
@@ -93,7 +94,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
         there = merged.get(key)
-        if isinstance(value, dict) and isinstance(there, dict):
+        if is_object(value) and is_object(there):
             same_kind = value.get("kind", there.get("kind")) == there.get("kind")
             merged[key] = _merged(there, value) if same_kind else value
         else:
@@ -112,17 +113,18 @@ def _override(raw: dict[str, Any], override: str) -> None:
     *parents, last = field.split(".")
     here = raw
     for parent in parents:
-        here = here.setdefault(parent, {})
-        if not isinstance(here, dict):
+        section = here.setdefault(parent, {})
+        if not is_object(section):
             raise UserError(f"--set {override!r}: {parent} is a value, not a section with fields")
+        here = section
     here[last] = value
 
 
 def _anchor_paths(value: Any, folder: Path) -> Any:
     """Make the relative paths of a config file relative to the file's folder."""
-    if isinstance(value, list):
+    if is_list(value):
         return [_anchor_paths(item, folder) for item in value]
-    if not isinstance(value, dict):
+    if not is_object(value):
         return value
     anchored: dict[str, Any] = {}
     for key, item in value.items():
@@ -162,10 +164,10 @@ def _is_field(part: int | str, raw: dict[str, Any], loc: tuple[int | str, ...]) 
     here: Any = raw
     for step in loc:
         if step == part:
-            return not isinstance(here, dict) or part in here or step == loc[-1]
-        if isinstance(here, dict) and step in here:
+            return not is_object(here) or part in here or step == loc[-1]
+        if is_object(here) and step in here:
             here = here[step]
-        elif isinstance(here, list):
+        elif is_list(here):
             here = here[int(step)]
     return True
 

@@ -77,7 +77,8 @@ def drift_sums(student_logprobs_N: Tensor, behavior_logprobs_N: Tensor) -> Drift
     """The sums of N tokens, in float64."""
     everything = student_logprobs_N.new_ones(len(student_logprobs_N)).double()
     sums = drift_tensor(student_logprobs_N, behavior_logprobs_N, everything)
-    return DriftSums(*sums.tolist())
+    values: list[float] = sums.tolist()  # pyright: ignore[reportUnknownMemberType]
+    return DriftSums(*values)
 
 
 def drift_tensor(

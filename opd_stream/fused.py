@@ -274,8 +274,9 @@ class _Pass:
 
 def _entropy(softmax: torch.Tensor) -> torch.Tensor:
     """Of each row [n], nats; a few columns at a time, so that nothing as large is made."""
-    parts = softmax.split(ENTROPY_COLUMNS, dim=1)
-    return torch.stack([torch.special.entr(part).sum(1) for part in parts]).sum(0)
+    parts = torch.split(softmax, ENTROPY_COLUMNS, dim=1)
+    sums = [torch.special.entr(part).sum(1) for part in parts]  # pyright: ignore
+    return torch.stack(sums).sum(0)  # pyright: ignore[reportUnknownArgumentType]
 
 
 def _product(

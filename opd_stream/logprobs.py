@@ -30,11 +30,11 @@ def completion_rows(
     Rows of the batch are right-padded prompt + completion; the token at place t of a completion is
     predicted one position before it.
     """
+    prompts: list[int] = prompt_lengths_B.tolist()  # pyright: ignore[reportUnknownMemberType]
+    completions: list[int] = completion_lengths_B.tolist()  # pyright: ignore[reportUnknownMemberType]
     rows = [
         torch.arange(completion) + (row * padded_length + prompt - 1)
-        for row, (prompt, completion) in enumerate(
-            zip(prompt_lengths_B.tolist(), completion_lengths_B.tolist(), strict=True)
-        )
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
     ]
     return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
 
@@ -44,7 +44,7 @@ def sampled_logprobs(
     hidden_NH: torch.Tensor, head: Head, ids_N: torch.Tensor, *, chunk_rows: int
 ) -> torch.Tensor:
     """log p of one id a row [N], logits in chunks of rows; without gradient."""
-    chunks = zip(hidden_NH.split(chunk_rows), ids_N.split(chunk_rows), strict=True)
+    chunks = zip(torch.split(hidden_NH, chunk_rows), torch.split(ids_N, chunk_rows), strict=True)
     return torch.cat([logprobs_at(head(hidden), ids[:, None])[:, 0] for hidden, ids in chunks])
 
 
@@ -103,7 +103,7 @@ def _logits(head: Head, hidden_NH: torch.Tensor, buffer_RV: torch.Tensor | None)
         if buffer_RV is None:
             buffer_RV = hidden_NH.new_empty(len(hidden_NH), head.out_features)
         into_NV, weight_HV = buffer_RV[: len(hidden_NH)], head.weight.t()
-        if head.bias is None:
+        if head.bias is None:  # pyright: ignore[reportUnnecessaryComparison]
             torch.mm(hidden_NH, weight_HV, out=into_NV)
         else:
             torch.addmm(head.bias, hidden_NH, weight_HV, out=into_NV)
@@ -173,7 +173,7 @@ def _largest(
     if values_NC.is_cuda or not size:
         return values_NC.topk(count, dim=1, sorted=in_order)
     groups = places // size
-    whole_NGS = values_NC[:, : groups * size].unflatten(1, (groups, size))
+    whole_NGS: torch.Tensor = values_NC[:, : groups * size].unflatten(1, (groups, size))  # pyright: ignore[reportUnknownMemberType]
     best_NL = _largest(whole_NGS.amax(2), count, in_order=False)[1]
     starts_NL = (
         best_NL * size + torch.arange(0, rows * places, places, device=best_NL.device)[:, None]

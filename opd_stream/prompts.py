@@ -152,7 +152,7 @@ def _jsonl_rows(source: JsonlPrompts) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _dataset_rows(source: DatasetPrompts) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets
+    import datasets  # pyright: ignore[reportMissingTypeStubs]
 
     try:
         if source.data_files is None and Path(source.path).is_dir():

@@ -1,6 +1,6 @@
 """Records that are written as JSON and read back: one definition for writer and reader."""
 
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -17,6 +17,16 @@ class Record(BaseModel):
         return self.model_dump(mode="json", by_alias=True)
 
 
+def is_object(value: object) -> TypeGuard[dict[str, Any]]:
+    """Whether a JSON value is an object."""
+    return isinstance(value, dict)
+
+
+def is_list(value: object) -> TypeGuard[list[Any]]:
+    """Whether a JSON value is a list."""
+    return isinstance(value, list)
+
+
 R = TypeVar("R", bound=Record)
 
 
@@ -31,7 +41,7 @@ def read_record(kind: type[R], value: object, where: str) -> R:
     Raises:
         UserError: another format version wrote it, or it is no such record (says where).
     """
-    version = value.get("format_version", 1) if isinstance(value, dict) else 1
+    version = value.get("format_version", 1) if is_object(value) else 1
     if version != 1 and "format_version" in kind.model_fields:
         raise UserError(
             f"{where} has format version {version}; this opd-stream reads version 1; "

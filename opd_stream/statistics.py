@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from opd_stream.drift import LARGEST_DIFFERENCE, DriftSums, drift_tensor, group_means
 
@@ -127,7 +128,8 @@ def step_sums(
 
 def named(sums: torch.Tensor) -> dict[str, float]:
     """The vector with its names."""
-    return dict(zip(NAMES, sums.tolist(), strict=True))
+    values: list[float] = sums.tolist()  # pyright: ignore[reportUnknownMemberType]
+    return dict(zip(NAMES, values, strict=True))
 
 
 def means(sums: Mapping[str, float]) -> dict[str, float]:
@@ -153,7 +155,7 @@ def means(sums: Mapping[str, float]) -> dict[str, float]:
 
 def absolute_percentiles(sums: Mapping[str, float]) -> dict[str, float]:
     """Upper edges of the bins in which percentiles of |reverse_kl| lie, nats."""
-    counts = np.array([sums[name] for name in _ABSOLUTE]).cumsum()
+    counts: NDArray[np.float64] = np.array([sums[name] for name in _ABSOLUTE]).cumsum()
     edges = [*ABSOLUTE_EDGES, float("inf")]
     found: dict[str, float] = {}
     for percent in (50, 90, 99):

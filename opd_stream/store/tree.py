@@ -9,12 +9,14 @@ Tensors go to `tensors.safetensors`; everything else, with a reference where a t
 # pyright: reportUnknownMemberType=false
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from opd_stream.record import is_list, is_object
 from opd_stream.store.files import canonical_json, explained, publish, read_json
 
 
@@ -42,11 +44,12 @@ def _encode(value: Any, tensors: dict[str, torch.Tensor], path: str) -> object:
         name = f"{len(tensors)}{path}"
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
-    if isinstance(value, dict):
+    if is_object(value):
         items = [[key, _encode(item, tensors, f"{path}.{key}")] for key, item in value.items()]
         return {"ordered" if isinstance(value, OrderedDict) else "dict": items}
-    if isinstance(value, (list, tuple)):
-        items = [_encode(item, tensors, f"{path}.{index}") for index, item in enumerate(value)]
+    if is_list(value) or isinstance(value, tuple):
+        parts: Sequence[Any] = value
+        items = [_encode(item, tensors, f"{path}.{index}") for index, item in enumerate(parts)]
         return {"tuple": items} if isinstance(value, tuple) else items
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -54,10 +57,12 @@ def _encode(value: Any, tensors: dict[str, torch.Tensor], path: str) -> object:
 
 
 def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    if isinstance(value, list):
+    if is_list(value):
         return [_decode(item, tensors) for item in value]
-    if not isinstance(value, dict):
+    if not is_object(value):
         return value
+    tag: str
+    content: Any
     ((tag, content),) = value.items()
     if tag == "tensor":
         return tensors[content]
