@@ -76,7 +76,8 @@ def _type(annotation: Any) -> str:
         "Path": "path",
         "bool": "yes or no",
     }
-    return names.get(getattr(annotation, "__name__", ""), str(annotation))
+    name: str = getattr(annotation, "__name__", "")
+    return names.get(name, str(annotation))  # pyright: ignore[reportUnknownArgumentType]
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:

@@ -7,7 +7,7 @@ kept as sums, so micro-batches, epochs and units add up exactly.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +77,7 @@ def drift_sums(student_logprobs_N: Tensor, behavior_logprobs_N: Tensor) -> Drift
     """The sums of N tokens, in float64."""
     everything = student_logprobs_N.new_ones(len(student_logprobs_N)).double()
     sums = drift_tensor(student_logprobs_N, behavior_logprobs_N, everything)
-    values: list[float] = sums.tolist()  # pyright: ignore[reportUnknownMemberType]
+    values = cast("list[float]", sums.tolist())  # pyright: ignore[reportUnknownMemberType]
     return DriftSums(*values)
 
 

@@ -93,9 +93,10 @@ def fused_loss(
     settings = _Settings(token_loss, top_NK, chunk_rows, head.cap)
     scaled_NH = hidden_NH if head.scale == 1.0 else hidden_NH * head.scale
     bias_V = None if head.bias_V is None else head.bias_V * head.scale
-    loss, losses_N, logprobs_NJ, entropy_N, overlap_M = _FusedLoss.apply(  # pyright: ignore
+    found: Any = _FusedLoss.apply(  # pyright: ignore[reportUnknownMemberType]
         scaled_NH, head.weight_VH, bias_V, ids_NJ, weights_N, settings
     )
+    loss, losses_N, logprobs_NJ, entropy_N, overlap_M = found
     return FusedLoss(
         loss=loss,
         losses_N=losses_N,

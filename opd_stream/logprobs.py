@@ -9,6 +9,7 @@ J gathered ids, F forced ids.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -30,8 +31,8 @@ def completion_rows(
     Rows of the batch are right-padded prompt + completion; the token at place t of a completion is
     predicted one position before it.
     """
-    prompts: list[int] = prompt_lengths_B.tolist()  # pyright: ignore[reportUnknownMemberType]
-    completions: list[int] = completion_lengths_B.tolist()  # pyright: ignore[reportUnknownMemberType]
+    prompts = cast("list[int]", prompt_lengths_B.tolist())  # pyright: ignore
+    completions = cast("list[int]", completion_lengths_B.tolist())  # pyright: ignore
     rows = [
         torch.arange(completion) + (row * padded_length + prompt - 1)
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
@@ -173,7 +174,7 @@ def _largest(
     if values_NC.is_cuda or not size:
         return values_NC.topk(count, dim=1, sorted=in_order)
     groups = places // size
-    whole_NGS: torch.Tensor = values_NC[:, : groups * size].unflatten(1, (groups, size))  # pyright: ignore[reportUnknownMemberType]
+    whole_NGS = values_NC[:, : groups * size].reshape(rows, groups, size)
     best_NL = _largest(whole_NGS.amax(2), count, in_order=False)[1]
     starts_NL = (
         best_NL * size + torch.arange(0, rows * places, places, device=best_NL.device)[:, None]

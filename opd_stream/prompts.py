@@ -4,6 +4,7 @@ No later stage sees a template or a tokenizer's opinion of the prompt: ids trave
 """
 
 import hashlib
+import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ def _jsonl_rows(source: JsonlPrompts) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _dataset_rows(source: DatasetPrompts) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets  # pyright: ignore[reportMissingTypeStubs]
+    datasets: Any = importlib.import_module("datasets")  # not typed
 
     try:
         if source.data_files is None and Path(source.path).is_dir():

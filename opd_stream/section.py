@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 from opd_stream.errors import UserError
+from opd_stream.record import is_object
 
 IMPORT_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 
@@ -44,7 +45,7 @@ class Part(Section):
     @classmethod
     def _own_kind(cls, raw: Any) -> Any:
         """The kind of a class that declares none is its import path."""
-        if isinstance(raw, dict) and cls.model_fields["kind"].is_required():
+        if is_object(raw) and cls.model_fields["kind"].is_required():
             return {**raw, "kind": f"{cls.__module__}:{cls.__qualname__}"}
         return raw
 
@@ -86,7 +87,7 @@ class Kinds:
         )
 
     def _tag(self, raw: Any) -> str | None:
-        kind = raw.get("kind") if isinstance(raw, dict) else getattr(raw, "kind", None)
+        kind = raw.get("kind") if is_object(raw) else getattr(raw, "kind", None)
         if not isinstance(kind, str) or kind in self.names:
             return kind
         return "own" if own_path(kind, self.group) is not None else None

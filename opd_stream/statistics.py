@@ -4,7 +4,7 @@ One vector in float64, so a step costs one transfer from the device, and one red
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -128,7 +128,7 @@ def step_sums(
 
 def named(sums: torch.Tensor) -> dict[str, float]:
     """The vector with its names."""
-    values: list[float] = sums.tolist()  # pyright: ignore[reportUnknownMemberType]
+    values = cast("list[float]", sums.tolist())  # pyright: ignore[reportUnknownMemberType]
     return dict(zip(NAMES, values, strict=True))
 
 
@@ -159,7 +159,7 @@ def absolute_percentiles(sums: Mapping[str, float]) -> dict[str, float]:
     edges = [*ABSOLUTE_EDGES, float("inf")]
     found: dict[str, float] = {}
     for percent in (50, 90, 99):
-        place = int(np.searchsorted(counts, percent / 100 * counts[-1]))
+        place = int(np.searchsorted(counts, percent / 100 * float(counts[-1])))
         found[f"absolute_reverse_kl_p{percent}"] = edges[min(place, len(ABSOLUTE_EDGES) - 1)]
     return found
 

@@ -59,7 +59,7 @@ def style_bias(
     reference_N = np.concatenate(list(reference_logprobs)).astype(np.float64)
     difference_N = np.concatenate(list(teacher_logprobs)).astype(np.float64) - reference_N
     row_N = np.repeat(np.arange(len(lengths)), lengths)
-    place_N: NDArray[np.int64] = np.concatenate([np.arange(n) for n in lengths])
+    place_N: NDArray[np.int64] = np.concatenate([np.arange(int(n)) for n in lengths])
     weight_N = 1 / lengths[row_N]
     names, key_N = np.unique(id_N, return_inverse=True)
     position_N = place_N * settings.position_bins // lengths[row_N]

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from opd_stream.config.prompts import DatasetPrompts, EmbeddedPrompts, JsonlPrompts, Prompts
+from opd_stream.record import is_object
 from opd_stream.section import Section
 from opd_stream.tasks.judges import AnyJudge
 
@@ -41,8 +42,8 @@ class Benchmark(Section):
     @classmethod
     def _published(cls, raw: Any) -> Any:
         """What the format says stands below what the config says."""
-        known = _FORMATS.get(str(raw.get("format"))) if isinstance(raw, dict) else None
-        if known is None or not isinstance(raw.get("prompts"), dict):
+        known = _FORMATS.get(str(raw.get("format"))) if is_object(raw) else None
+        if known is None or not is_object(raw.get("prompts")):
             return raw
         prompt_field, answer_field, kind = known
         fields = {"prompt_field": prompt_field, "answer_field": answer_field}

@@ -66,7 +66,8 @@ def unserved_by_chunks(train: "Train") -> str | None:
 
 
 def _as_tuple(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else (value,)
+    many = isinstance(value, list | tuple)
+    return value if many else (value,)  # pyright: ignore[reportUnknownVariableType]
 
 
 class Train(Section):

@@ -144,7 +144,8 @@ class FakeEngine:
                 last = int(logprobs_V.argmax())
             else:
                 cumulative_V = np.exp(logprobs_V / temperature).cumsum()
-                last = int(np.searchsorted(cumulative_V, uniform * cumulative_V[-1], side="right"))
+                place: Any = np.searchsorted(cumulative_V, uniform * cumulative_V[-1], side="right")
+                last = int(place)
             tokens.append(last)
             if last in stop_ids:
                 break

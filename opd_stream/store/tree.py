@@ -11,10 +11,10 @@ Tensors go to `tensors.safetensors`; everything else, with a reference where a t
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
 from opd_stream.record import is_list, is_object
 from opd_stream.store.files import canonical_json, explained, publish, read_json
@@ -48,7 +48,7 @@ def _encode(value: Any, tensors: dict[str, torch.Tensor], path: str) -> object:
         items = [[key, _encode(item, tensors, f"{path}.{key}")] for key, item in value.items()]
         return {"ordered" if isinstance(value, OrderedDict) else "dict": items}
     if is_list(value) or isinstance(value, tuple):
-        parts: Sequence[Any] = value
+        parts = cast("Sequence[Any]", value)
         items = [_encode(item, tensors, f"{path}.{index}") for index, item in enumerate(parts)]
         return {"tuple": items} if isinstance(value, tuple) else items
     if value is None or isinstance(value, (bool, int, float, str)):

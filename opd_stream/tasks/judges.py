@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from opd_stream.errors import UserError
+from opd_stream.record import is_object
 from opd_stream.section import IMPORT_PATH, Section, import_path, own_path, source_sha256
 from opd_stream.tasks import ledger
 
@@ -44,7 +45,7 @@ class FunctionJudge(Section):
 
 def _function(raw: Any) -> Any:
     """A kind that is an import path, or an entry point's name, is a function."""
-    kind = raw.get("kind") if isinstance(raw, dict) else None
+    kind = raw.get("kind") if is_object(raw) else None
     path = own_path(kind, "opd_stream.judges") if isinstance(kind, str) else None
     return raw if path is None else {**raw, "kind": "function", "path": path}
 
@@ -175,7 +176,7 @@ def _checked(path: str, function: Callable[..., Any]) -> Judge:
                 f"judge function {path} raised {type(error).__name__}: {_one_line(error)} on "
                 f"completion {completion[:60]!r} and reference {answer[:60]!r}; mend the function"
             ) from error
-        if not isinstance(found, bool | int | float | np.bool_) or found not in (0, 1):
+        if not isinstance(found, bool | int | float | np.bool_) or float(found) not in (0.0, 1.0):
             raise UserError(
                 f"judge function {path} returned {found!r:.60}; expected True or False; mend it"
             )

@@ -133,7 +133,7 @@ def decode_scores(batch: pa.RecordBatch) -> ScoreBlock:
     Raises:
         UserError: the codec is not known here.
     """
-    metadata = batch.schema.metadata or {}
+    metadata: dict[bytes, bytes] = batch.schema.metadata or {}
     settings = json.loads(metadata.get(METADATA_KEY, b"{}")).get("codec", {})
     match settings.get("kind"):
         case "exact":
