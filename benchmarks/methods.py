@@ -18,9 +18,12 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from methods_rows import HELD_OUT, ROWS, TASKS, TUNING, Row, Task
+
+if TYPE_CHECKING:
+    from opd_stream.tasks import ledger
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results" / "methods.jsonl"
@@ -108,7 +111,7 @@ def measure(
         if row.group == "control":
             from methods_controls import fine_tune
 
-            rounds = fine_tune(task, seed, Path(folder))
+            rounds = fine_tune(cast("ledger.Task", task), seed, Path(folder))
         else:
             rounds = distil(task, row, seed, overrides, Path(folder))
         problems = TUNING if tuning else HELD_OUT + seed
@@ -181,7 +184,7 @@ def _curve(
         is_last = number == len(rounds)
         result = evaluate(
             folder,
-            name,
+            cast("ledger.Task", name),
             problems=task.final_problems if is_last else task.curve_problems,
             samples=task.final_samples if is_last else task.curve_samples,
             seed=problems_seed,

@@ -155,7 +155,9 @@ def stream(queue: Any, specs: list[WorkerSpec]) -> Iterator[pa.Table]:
                 max_restarts=RESTARTS,
                 max_task_retries=-1,  # tries while a worker is being restarted must not count
             )
-        blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        blocks: Any = dataset.iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        )
     try:
         yield from blocks
     except GetTimeoutError as error:
@@ -234,6 +236,7 @@ def _source(queue: Any) -> Any:
     from ray.data.datasource import Datasource, ReadTask
 
     def blocks() -> Iterator[pa.Table]:
+        block: Any
         while (block := ray.get(queue.get.remote())) is not None:
             yield block
 
