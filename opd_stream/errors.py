@@ -5,6 +5,8 @@ expected, what to do. The command line prints it and exits with code 2; any othe
 defect of ours and keeps its traceback.
 """
 
+from pathlib import Path
+
 
 class UserError(ValueError):
     """A mistake in a config, an input file or the environment, told in one line.
@@ -12,3 +14,21 @@ class UserError(ValueError):
     Example:
         >>> raise UserError("window_tokens is 0; expected at least 1; set window.tokens=1 or more")
     """
+
+
+def unreachable(place: Path | str, error: BaseException, waited: float | None = None) -> str:
+    """The line of an object store that does not answer, or refuses.
+
+    Args:
+        place: what was asked for.
+        error: of the client.
+        waited: seconds of silence; None: it answered, with a refusal.
+    """
+    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    silence = "" if waited is None else f": no answer for {waited:.0f} s"
+    setting = "" if waited is None else "; store_seconds is how long a run waits"
+    return (
+        f"cannot reach {place}{silence} ({reason}); nothing half-written was kept, what is "
+        "committed stays; check the address, the credentials and AWS_ENDPOINT_URL, and run the "
+        f"same command again{setting}"
+    )

@@ -17,6 +17,13 @@ HEAVY = {"torch", "ray", "vllm", "lightning", "transformers", "datasets"}
 SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 
 
+NAMES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in SOURCES
+}
+LONGEST_FUNCTION = 60  # lines, decorators and docstring included
+
+
 def imports_of(tree: ast.AST) -> set[str]:
     """Top-level packages that the given nodes import."""
     found: set[str] = set()
@@ -55,6 +62,43 @@ def test_only_the_launcher_names_a_module_of_a_floor_above() -> None:
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 is_above = re.fullmatch(rf"({above})\.[\w.:]+", node.value)
                 assert not is_above or path == ROOT / "opd_stream" / "launcher.py", (path, is_above)
+
+
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+def modules_imported_by(path: Path) -> set[str]:
+    """Modules of the floors that a file imports, anywhere but under TYPE_CHECKING."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    found: set[str] = set()
+    while waiting:
+        node = waiting.pop()
+        waiting += [each for each in ast.iter_child_nodes(node) if not is_for_types(each)]
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {full if full in NAMES else node.module for full in inner.values()}
+    return found & set(NAMES)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    left = {name: modules_imported_by(path) - {name} for name, path in NAMES.items()}
+    while free := {name for name, needs in left.items() if not needs & set(left)}:
+        left = {name: needs for name, needs in left.items() if name not in free}
+    assert not left, "in a circle, or above one"
+
+
+@pytest.mark.skip("until the last of them is shorter")
+def test_a_function_fits_on_a_screen() -> None:
+    long: dict[str, int] = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = min(part.lineno for part in (node, *node.decorator_list))
+                long[f"{path.relative_to(ROOT)}: {node.name}"] = (node.end_lineno or 0) - first + 1
+    assert not {name: lines for name, lines in long.items() if lines > LONGEST_FUNCTION}
 
 
 @pytest.mark.parametrize(

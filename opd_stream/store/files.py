@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, cast
 
 import zstandard
 
-from opd_stream.errors import UserError
+from opd_stream.errors import UserError, unreachable
 from opd_stream.record import R, Record, read_record
 
 RETRY_TIMEOUT = 5.0  # seconds, with a store that has not answered yet
@@ -308,24 +308,6 @@ def is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError:  # a file system that answers with an error
         return False
-
-
-def unreachable(place: Path | str, error: BaseException, waited: float | None = None) -> str:
-    """The line of an object store that does not answer, or refuses.
-
-    Args:
-        place: what was asked for.
-        error: of the client.
-        waited: seconds of silence; None: it answered, with a refusal.
-    """
-    reason = " ".join(str(error).split())[:160] or type(error).__name__
-    silence = "" if waited is None else f": no answer for {waited:.0f} s"
-    setting = "" if waited is None else "; store_seconds is how long a run waits"
-    return (
-        f"cannot reach {place}{silence} ({reason}); nothing half-written was kept, what is "
-        "committed stays; check the address, the credentials and AWS_ENDPOINT_URL, and run the "
-        f"same command again{setting}"
-    )
 
 
 @contextlib.contextmanager

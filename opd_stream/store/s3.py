@@ -20,8 +20,7 @@ from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
 from s3fs import S3FileSystem
 from upath.implementations.cloud import S3Path
 
-from opd_stream.errors import UserError
-from opd_stream.store.files import unreachable
+from opd_stream.errors import UserError, unreachable
 
 TOLD_AFTER = 5.0  # seconds of silence
 LONGEST_PAUSE = 5.0  # seconds between two attempts; the first is a tenth of one

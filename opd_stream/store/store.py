@@ -9,7 +9,7 @@ from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
 from typing import Literal
 
-from opd_stream.errors import UserError
+from opd_stream.errors import UserError, unreachable
 from opd_stream.record import Record
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import (
@@ -24,7 +24,6 @@ from opd_stream.store.files import (
     publish,
     record_bytes,
     sha256,
-    unreachable,
 )
 from opd_stream.store.policy import Identity, PolicyArtifact, identify
 from opd_stream.store.recipe import Kind, Recipe, RecipeRecord, differing_fields
