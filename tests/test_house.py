@@ -78,8 +78,8 @@ def modules_imported_by(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            inner = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {full if full in NAMES else node.module for full in inner.values()}
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in NAMES else node.module for name in inner}
     return found & set(NAMES)
 
 

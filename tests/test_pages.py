@@ -3,7 +3,6 @@
 import ast
 import re
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -66,24 +65,3 @@ def test_files_named_in_a_page_exist(page: Path) -> None:
         r"`((?:opd_stream|stages|pipeline|tests|benchmarks)/\S+\.\w+)`", page.read_text()
     ):
         assert (ROOT / name).exists(), name
-
-
-def test_the_glossary_has_each_word_once_in_order_on_one_line() -> None:
-    lines = (DOCS / "glossary.md").read_text().splitlines()[4:]
-    words = [re.fullmatch(r"- \*\*(.+?)\*\*: .+\.", line) for line in lines]
-    assert all(words)
-    found = [word[1].lower() for word in words if word]
-    assert len(found) > 40
-    assert all(first < second for first, second in pairwise(found))
-
-
-def test_the_drawing_reads_in_light_and_dark() -> None:
-    text = (DOCS / "figures" / "concepts.svg").read_text()
-    light, dark = (
-        set(re.findall(r"(--\w+):", part)) for part in text.split("prefers-color-scheme: dark")
-    )
-    assert light == dark
-    used = set(re.findall(r"var\((--\w+)\)", text))
-    assert used == light
-    assert "<title" in text
-    assert not re.search(r"(?:href|src)=", text)

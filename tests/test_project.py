@@ -60,14 +60,6 @@ def test_the_citation_names_the_papers_that_the_code_names_and_no_other() -> Non
     assert cited == named, "add to CITATION.cff what is missing there, or remove what is too much"
 
 
-def test_the_changelog_speaks_of_this_version() -> None:
-    text = (ROOT / "CHANGELOG.md").read_text()
-    assert re.findall(r"^## (.+)$", text, re.MULTILINE)[0] == "[Unreleased]"
-    assert PROJECT["project"]["version"] in text
-    kinds = set(re.findall(r"^### (.+)$", text, re.MULTILINE))
-    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
-
-
 @pytest.mark.parametrize("page", ["CHANGELOG.md", "CONTRIBUTING.md", "examples/README.md"])
 def test_what_a_page_names_exists(page: str) -> None:
     text = (ROOT / page).read_text()
