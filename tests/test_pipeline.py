@@ -14,6 +14,7 @@ from opd_stream.errors import UserError
 from opd_stream.store.store import Store
 from pipeline.inspect.command import inspect_worst
 from pipeline.run_folder import RunFolder
+from pipeline.setup import open_to_look
 from pipeline.single_stage import run_evaluation, run_stage
 from pipeline.status import status_lines
 from stages.progress import Silent
@@ -255,8 +256,8 @@ def test_a_stage_before_its_time_says_which_comes_first(
 
 
 def test_status_names_the_field_in_which_the_nearest_artifact_differs(copied_run: Path) -> None:
-    assert all("complete" in line for line in status_lines(small_config(copied_run)))
-    lines = status_lines(small_config(copied_run, "rollouts.temperature=0.9"))
+    assert all("complete" in line for line in status_lines(open_to_look(small_config(copied_run))))
+    lines = status_lines(open_to_look(small_config(copied_run, "rollouts.temperature=0.9")))
     assert any("settings.temperature: 1.0 there, 0.9 here" in line for line in lines)
 
 

@@ -119,7 +119,7 @@ def test_a_damaged_copy_is_fetched_again_and_the_policy_stays(
         assert is_trained(session, here)
         assert copy.read_bytes() == good
         spoil(copy)
-        assert list(damages(session.setup.store)) == []
+        assert list(damages(session.store)) == []
         assert copy.read_bytes() == good
     (here.policy.folder("name") / "model.safetensors").unlink()
     assert is_trained(session, here)
@@ -131,7 +131,7 @@ def test_a_policy_damaged_in_the_store_is_taken_out(trained: Config, tmp_path: P
     spoil(here.policy.artifact_folder / folder.name / "model.safetensors")
     assert is_trained(session, here)  # this machine's copy is whole
     spoil(folder / "model.safetensors")
-    (problem,) = damages(session.setup.store)
+    (problem,) = damages(session.store)
     assert "model.safetensors" in problem.reason
     with pytest.raises(UserError, match=r"is damaged in the store \(model.safetensors"):
         here.policy.folder()
