@@ -8,7 +8,7 @@ from typing import Any
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import EvaluationManifest
 from opd_stream.store.files import load_record
-from opd_stream.store.recipe import Recipe, differing_fields
+from opd_stream.store.recipe import Kind, Recipe, differing_fields
 from opd_stream.store.store import Store
 from opd_stream.tasks.pass_at_k import Bootstrap, Counts, Difference, default_ks, differences
 from pipeline.records import Answers, EvaluationFile
@@ -131,7 +131,8 @@ def _pair(name: str, left: Side, right: Side) -> tuple[Counts, Counts]:
 
 def _read(name: str, side: Side) -> tuple[Counts, dict[str, Any]]:
     """Counts of one side, and everything that the other side has to share."""
-    verdicts = side.store.by_fingerprint("evaluations", _fingerprint(name, side))
+    fingerprint = side.artifacts[name].removeprefix("evaluations/")
+    verdicts = side.store.by_fingerprint("evaluations", fingerprint)
     if not verdicts.is_complete():
         raise UserError(f"{verdicts.name} of {side.name} is not complete; evaluate again")
     result = load_record(EvaluationManifest, verdicts.folder / "manifest.json").result
@@ -146,9 +147,5 @@ def _read(name: str, side: Side) -> tuple[Counts, dict[str, Any]]:
     return Counts(correct=result["correct"], samples=result["samples"]), asked
 
 
-def _input(side: Side, recipe: Recipe, kind: Any) -> Recipe:
+def _input(side: Side, recipe: Recipe, kind: Kind) -> Recipe:
     return side.store.by_fingerprint(kind, recipe.inputs[kind]).recipe
-
-
-def _fingerprint(name: str, side: Side) -> str:
-    return side.artifacts[name].removeprefix("evaluations/")

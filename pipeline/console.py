@@ -278,10 +278,7 @@ class TerminalProgress(Live):
 
     def say(self, line: str) -> None:
         """A line above the bars."""
-        if line.startswith("warning: "):
-            self.warn(line.removeprefix("warning: "))
-        else:
-            LOG.info(line)
+        LOG.info(line)
 
     def warn(self, line: str) -> None:
         """The same, as a warning."""

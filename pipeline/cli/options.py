@@ -53,8 +53,8 @@ def open_folder(run_dir: Path, overrides: list[str] | None) -> "tuple[Config, Ru
     from opd_stream.config_file import override_config
     from pipeline.run_folder import RunFolder
 
-    directory = RunFolder(run_dir)
-    return override_config(directory.config(), overrides or []), directory
+    folder = RunFolder(run_dir)
+    return override_config(folder.config(), overrides or []), folder
 
 
 def console() -> "Console":

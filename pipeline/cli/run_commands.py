@@ -15,14 +15,14 @@ def run(config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None)
     from pipeline.run import run as run_rounds
     from pipeline.summary_table import print_run
 
-    settings, directory = open_run(config, overrides, run_dir)
+    settings, folder = open_run(config, overrides, run_dir)
     with TerminalProgress() as progress:
-        before = directory.summary()
-        summary = run_rounds(settings, directory, progress)
+        before = folder.summary()
+        summary = run_rounds(settings, folder, progress)
     page = console()
     if before is not None and before.finished and before.policies == summary.policies:
         page.print("everything is in the store already; nothing to do", highlight=False)
-    print_run(directory.reports(), summary, str(directory.path), console=page)
+    print_run(folder.reports(), summary, str(folder.path), console=page)
 
 
 def _add_stage(stage: Literal["generate", "score", "train"], description: str) -> None:
@@ -42,10 +42,10 @@ def _add_stage(stage: Literal["generate", "score", "train"], description: str) -
         from pipeline.console import TerminalProgress
         from pipeline.single_stage import run_stage
 
-        run, directory = open_run(config, overrides, run_dir)
+        run, folder = open_run(config, overrides, run_dir)
         with TerminalProgress() as progress:
             line = run_stage(
-                stage, run, directory, round_index=round_index, progress=progress, follow=follow
+                stage, run, folder, round_index=round_index, progress=progress, follow=follow
             )
         typer.echo(line)
 
@@ -80,11 +80,11 @@ def evaluate(
             f"evaluate was given --round {round_index}; expected --policy-version: 0 is the "
             f"initial student, {round_index + 1} the policy after round {round_index}"
         )
-    settings, directory = open_run(config, overrides, run_dir)
+    settings, folder = open_run(config, overrides, run_dir)
     with TerminalProgress() as progress:
         lines = run_evaluation(
             settings,
-            directory,
+            folder,
             policy_version=policy_version,
             policy=policy,
             progress=progress,

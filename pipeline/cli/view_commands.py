@@ -13,6 +13,7 @@ from pipeline.cli.options import (
     RunDir,
     app,
     console,
+    open_folder,
     open_run,
 )
 
@@ -70,14 +71,11 @@ def status(
     form: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Show how far a run is, from the store; --set: what another setting would find there."""
-    from opd_stream.config_file import override_config
-    from pipeline.run_folder import RunFolder
     from pipeline.setup import open_to_look
     from pipeline.status_table import print_status
 
-    directory = RunFolder(run_dir)
-    settings = override_config(directory.config(), overrides or [])
-    print_status(open_to_look(settings), directory, as_json=form, every=every if live else None)
+    config, folder = open_folder(run_dir, overrides)
+    print_status(open_to_look(config), folder, as_json=form, every=every if live else None)
 
 
 @app.command()
@@ -109,23 +107,18 @@ def inspect(
     overrides: Overrides = None,
 ) -> None:
     """Show a cached rollout with its teacher scores, or list the worst rollouts of a round."""
-    from opd_stream.config_file import override_config
     from pipeline.inspect import command, terminal
-    from pipeline.run_folder import RunFolder
 
     has_choice = sample is not None or cache_number is not None
     command.check_question(prompt, worst, html, has_choice)
-    directory = RunFolder(run_dir)
-    config = override_config(directory.config(), overrides or [])
-    round_index = directory.last_round() if round_number is None else round_number
+    config, folder = open_folder(run_dir, overrides)
+    round_index = folder.last_round() if round_number is None else round_number
     if prompt is None:
         assert worst is not None
-        found = command.inspect_worst(
-            directory, config, round_index=round_index, count=worst, by=by
-        )
+        found = command.inspect_worst(folder, config, round_index=round_index, count=worst, by=by)
         return terminal.print_worst(found, console=console())
     view = command.inspect_rollout(
-        directory,
+        folder,
         config,
         round_index=round_index,
         prompt_id=prompt,

@@ -27,7 +27,7 @@ class WorstRollout:
 
 
 def inspect_rollout(
-    directory: RunFolder,
+    folder: RunFolder,
     config: Config,
     *,
     round_index: int,
@@ -39,7 +39,7 @@ def inspect_rollout(
     """One rollout of a round.
 
     Args:
-        directory: of the run.
+        folder: of the run.
         config: of the run; its store is read.
         round_index: from 0.
         prompt_id: as in the prompts artifact.
@@ -50,12 +50,12 @@ def inspect_rollout(
     Raises:
         UserError: one of them does not exist, or the scores do not hold the figure.
     """
-    reader = open_reader(directory, config, round_index, by)
+    reader = open_reader(folder, config, round_index, by)
     return reader.view(find(reader.source, prompt_id, sample, cache), by)
 
 
 def inspect_worst(
-    directory: RunFolder, config: Config, *, round_index: int, count: int, by: str = "reverse_kl"
+    folder: RunFolder, config: Config, *, round_index: int, count: int, by: str = "reverse_kl"
 ) -> list[WorstRollout]:
     """The `count` rollouts with the largest mean over the tokens that train, the largest first.
 
@@ -67,7 +67,7 @@ def inspect_worst(
     """
     if count < 1:
         raise UserError(f"--worst is {count}; expected how many rollouts to list, at least 1")
-    reader = open_reader(directory, config, round_index, by)
+    reader = open_reader(folder, config, round_index, by)
     worst: list[tuple[float, int, RoundCache, ScoredRow]] = []  # a heap: mean, -place, ...
     place = 0
     with whole_shards():
@@ -88,11 +88,11 @@ def inspect_worst(
     ]
 
 
-def open_reader(directory: RunFolder, config: Config, round_index: int, by: str) -> RoundReader:
+def open_reader(folder: RunFolder, config: Config, round_index: int, by: str) -> RoundReader:
     """The round with its tokenizer."""
     if by not in FIGURES:
         raise UserError(f"--by is {by!r}; expected one of {', '.join(FIGURES)}")
-    source = open_round(directory, config, round_index)
+    source = open_round(folder, config, round_index)
     tokenizer = open_vocabulary(source.tokenizer_folder().resolve())
     return RoundReader(
         source=source, text=TokenText(tokenizer), masked_ids=masked_ids(config, tokenizer)

@@ -87,13 +87,13 @@ class RoundSource:
         )
 
 
-def open_round(directory: RunFolder, config: Config, round_index: int) -> RoundSource:
+def open_round(folder: RunFolder, config: Config, round_index: int) -> RoundSource:
     """The caches of a round, as its plan names them.
 
     Raises:
         UserError: the round is not planned, or its scores are not complete.
     """
-    plan, store = directory.plan(round_index), Store(config.store)
+    plan, store = folder.plan(round_index), Store(config.store)
     caches: list[RoundCache] = []
     for number, named in enumerate(plan.caches):
         pair: list[Artifact] = []
@@ -114,9 +114,7 @@ def open_round(directory: RunFolder, config: Config, round_index: int) -> RoundS
                 policy_version=named.policy_version,
             )
         )
-    return RoundSource(
-        run=directory.path, config=config, store=store, plan=plan, caches=tuple(caches)
-    )
+    return RoundSource(run=folder.path, config=config, store=store, plan=plan, caches=tuple(caches))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
