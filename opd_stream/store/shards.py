@@ -17,14 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from opd_stream.store.codecs.columns import (
-    flat,
-    lengths_of,
-    list_column,
-    matrix_column,
-    matrix_of,
-    offsets_of,
-)
+from opd_stream.store.codecs.columns import flat, list_rows, matrix_of, matrix_rows
 from opd_stream.store.files import sha256
 from opd_stream.types import PromptBatch, RolloutBatch
 
@@ -88,17 +81,6 @@ PROMPTS = pa.schema(
     ]
 )
 
-ROLLOUTS = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("sample_index", pa.int32()),
-        ("prompt_ids", pa.list_(pa.uint32())),
-        ("completion_ids", pa.list_(pa.uint32())),
-        ("behavior_logprobs", pa.list_(pa.float32())),
-        ("finish_reason", pa.string()),
-    ]
-)
-
 
 def rollouts_table(batch: RolloutBatch) -> pa.Table:
     """A rollout batch as one table."""
@@ -107,14 +89,14 @@ def rollouts_table(batch: RolloutBatch) -> pa.Table:
         "sample_index": pa.array(batch.sample_index, pa.int32()),
         "prompt_ids": id_lists(batch.prompt_ids),
         "completion_ids": id_lists(batch.completion_ids),
-        "behavior_logprobs": _lists(batch.behavior_logprobs, np.float32),
+        "behavior_logprobs": list_rows(batch.behavior_logprobs, np.float32),
         "finish_reason": pa.array(batch.finish_reason, pa.string()),
     }
     if batch.loss_mask is not None:
-        columns["loss_mask"] = _lists(batch.loss_mask, np.bool_)
+        columns["loss_mask"] = list_rows(batch.loss_mask, np.bool_)
     if batch.candidate_ids is not None and batch.candidate_behavior_logprobs is not None:
-        columns["candidate_ids"] = _matrices(batch.candidate_ids, np.uint32)
-        columns["candidate_behavior_logprobs"] = _matrices(
+        columns["candidate_ids"] = matrix_rows(batch.candidate_ids, np.uint32)
+        columns["candidate_behavior_logprobs"] = matrix_rows(
             batch.candidate_behavior_logprobs, np.float32
         )
     return pa.table(columns)
@@ -156,7 +138,7 @@ def id_lists(rows: Sequence[NDArray[Any]]) -> pa.Array:
     ids = flat(rows, np.int64)
     if len(ids) and (ids.min() < 0 or ids.max() >= 2**32):
         raise ValueError(f"a token id is outside 0 to 2^32 - 1: {ids.min()} to {ids.max()}")
-    return list_column(ids.astype(np.uint32), offsets_of(lengths_of(rows)))
+    return list_rows(rows, np.uint32)
 
 
 def rows_of(column: pa.ChunkedArray, dtype: Any) -> tuple[NDArray[Any], ...]:
@@ -171,11 +153,3 @@ def rows_of(column: pa.ChunkedArray, dtype: Any) -> tuple[NDArray[Any], ...]:
         values = values.to_numpy(zero_copy_only=False)
     values = values.astype(dtype, copy=False)
     return tuple(values[start:end] for start, end in pairwise(array.offsets.to_numpy()))
-
-
-def _lists(rows: Sequence[NDArray[Any]], dtype: Any) -> pa.Array:
-    return list_column(flat(rows, dtype), offsets_of(lengths_of(rows)))
-
-
-def _matrices(rows: Sequence[NDArray[Any]], dtype: Any) -> pa.Array:
-    return matrix_column(flat(rows, dtype), offsets_of(lengths_of(rows)))

@@ -20,13 +20,10 @@ from opd_stream.errors import UserError
 from opd_stream.section import Section
 from opd_stream.store.codecs.columns import (
     ScoreBlock,
-    flat,
     flat_values,
-    lengths_of,
-    list_column,
-    matrix_column,
-    matrix_of,
-    offsets_of,
+    list_rows,
+    matrix_rows,
+    matrix_values,
 )
 from opd_stream.store.codecs.compact import decode_compact, encode_compact
 from opd_stream.store.codecs.exact import decode_exact, encode_exact
@@ -115,13 +112,12 @@ def encode_scores(
         "refused": pa.array([scores.refused.get(row) for row in range(len(scores))], pa.string()),
     }
     if scores.candidate_teacher_logprobs is not None:
-        values = flat(scores.candidate_teacher_logprobs, np.float32)
-        offsets = offsets_of(lengths_of(scores.candidate_teacher_logprobs))
-        columns["candidate_teacher_logprobs"] = matrix_column(values, offsets)
+        candidates = matrix_rows(scores.candidate_teacher_logprobs, np.float32)
+        columns["candidate_teacher_logprobs"] = candidates
     for name in ALIGNED:
         if (rows := getattr(scores, name)) is not None:
             dtype = np.bool_ if name == "same_tokens" else np.int32
-            columns[name] = list_column(flat(rows, dtype), offsets_of(lengths_of(rows)))
+            columns[name] = list_rows(rows, dtype)
     table = pa.table({**keys, **columns})
     metadata = {METADATA_KEY: canonical_json({"codec": codec.model_dump()}), **extra}
     return table.replace_schema_metadata(metadata), fidelity
@@ -152,5 +148,5 @@ def decode_scores(batch: pa.RecordBatch) -> ScoreBlock:
         block = replace(block, **aligned)
     if "candidate_teacher_logprobs" not in batch.schema.names:
         return block
-    candidates = matrix_of(batch.column("candidate_teacher_logprobs").flatten())
+    candidates = matrix_values(batch, "candidate_teacher_logprobs")
     return replace(block, candidate_teacher_logprobs=candidates)

@@ -72,6 +72,21 @@ def matrix_column(values_NK: NDArray[Any], offsets: NDArray[np.int64]) -> pa.Arr
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), items)
 
 
+def list_rows(rows: Sequence[NDArray[Any]], dtype: Any) -> pa.Array:
+    """Rows of values as a list column."""
+    return list_column(flat(rows, dtype), offsets_of(lengths_of(rows)))
+
+
+def matrix_rows(rows: Sequence[NDArray[Any]], dtype: Any) -> pa.Array:
+    """Rows of matrices as a list<fixed_size_list> column."""
+    return matrix_column(flat(rows, dtype), offsets_of(lengths_of(rows)))
+
+
+def matrix_values(batch: pa.RecordBatch, name: str) -> NDArray[Any]:
+    """The values of a list<fixed_size_list> column [N, K]."""
+    return matrix_of(batch.column(name).flatten())
+
+
 def flat_values(column: pa.Array) -> NDArray[Any]:
     """The values of a list column [E]."""
     return column.flatten().to_numpy(zero_copy_only=False)

@@ -10,9 +10,10 @@ from opd_stream.store.codecs.columns import (
     flat,
     flat_values,
     lengths_of,
-    list_column,
+    list_rows,
     matrix_column,
-    matrix_of,
+    matrix_rows,
+    matrix_values,
     offsets_of,
     row_offsets,
 )
@@ -22,18 +23,17 @@ from opd_stream.types import ScoreBatch
 
 def encode_exact(scores: ScoreBatch, *, dtype: str) -> tuple[dict[str, Any], Fidelity]:
     """Columns and what rounding to `dtype` lost."""
-    offsets = offsets_of(lengths_of(scores.teacher_logprobs))
-    ids_NK = flat(scores.teacher_top_ids, np.uint32)
     true_NK = flat(scores.teacher_top_logprobs, np.float32)
-    tail_N = flat(scores.teacher_tail_logprobs, np.float32)
-    forced_NF = flat(scores.teacher_forced_logprobs, dtype)
     stored_NK = true_NK.astype(dtype)
+    tail_N = flat(scores.teacher_tail_logprobs, np.float32)
     columns = {
-        "teacher_logprobs": list_column(flat(scores.teacher_logprobs, np.float32), offsets),
-        "teacher_top_ids": matrix_column(ids_NK, offsets),
-        "teacher_top_logprobs": matrix_column(stored_NK, offsets),
-        "teacher_tail_logprobs": list_column(tail_N, offsets),
-        "teacher_forced_logprobs": matrix_column(forced_NF, offsets),
+        "teacher_logprobs": list_rows(scores.teacher_logprobs, np.float32),
+        "teacher_top_ids": matrix_rows(scores.teacher_top_ids, np.uint32),
+        "teacher_top_logprobs": matrix_column(
+            stored_NK, offsets_of(lengths_of(scores.teacher_logprobs))
+        ),
+        "teacher_tail_logprobs": list_rows(scores.teacher_tail_logprobs, np.float32),
+        "teacher_forced_logprobs": matrix_rows(scores.teacher_forced_logprobs, dtype),
     }
     lost_N = np.exp(tail_N.astype(np.float64))
     fidelity = measure(
@@ -48,19 +48,14 @@ def encode_exact(scores: ScoreBatch, *, dtype: str) -> tuple[dict[str, Any], Fid
 
 def decode_exact(batch: pa.RecordBatch) -> ScoreBlock:
     """The arrays of a record batch."""
-
-    def values(name: str) -> np.ndarray:
-        return flat_values(batch.column(name))
-
-    def float32matrix_column(name: str) -> np.ndarray:
-        return matrix_of(batch.column(name).flatten()).astype(np.float32, copy=False)
-
+    top = matrix_values(batch, "teacher_top_logprobs")
+    forced = matrix_values(batch, "teacher_forced_logprobs")
     return ScoreBlock(
         offsets=row_offsets(batch.column("teacher_logprobs")),
         refused=tuple(batch.column("refused").to_pylist()),
-        teacher_logprobs=values("teacher_logprobs"),
-        teacher_top_ids=matrix_of(batch.column("teacher_top_ids").flatten()),
-        teacher_top_logprobs=float32matrix_column("teacher_top_logprobs"),
-        teacher_tail_logprobs=values("teacher_tail_logprobs"),
-        teacher_forced_logprobs=float32matrix_column("teacher_forced_logprobs"),
+        teacher_logprobs=flat_values(batch.column("teacher_logprobs")),
+        teacher_top_ids=matrix_values(batch, "teacher_top_ids"),
+        teacher_top_logprobs=top.astype(np.float32, copy=False),
+        teacher_tail_logprobs=flat_values(batch.column("teacher_tail_logprobs")),
+        teacher_forced_logprobs=forced.astype(np.float32, copy=False),
     )

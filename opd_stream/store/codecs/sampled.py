@@ -16,8 +16,9 @@ from opd_stream.store.codecs.columns import (
     flat_values,
     lengths_of,
     list_column,
-    matrix_column,
-    matrix_of,
+    list_rows,
+    matrix_rows,
+    matrix_values,
     offsets_of,
     plane_columns,
     plane_values,
@@ -44,13 +45,11 @@ def encode_sampled(scores: ScoreBatch, *, draws: int) -> tuple[dict[str, Any], F
     unique_N = kept_NK.sum(1)
     entry_offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(unique_N)])[offsets]
     columns = {
-        "teacher_logprobs": list_column(flat(scores.teacher_logprobs, np.float32), offsets),
+        "teacher_logprobs": list_rows(scores.teacher_logprobs, np.float32),
         "draw_unique": list_column(unique_N.astype(np.uint16), offsets),
         **plane_columns("draw_ids", ids_NK[kept_NK], entry_offsets),
         **plane_columns("draw_counts", counts_NK[kept_NK], entry_offsets),
-        "teacher_forced_logprobs": matrix_column(
-            flat(scores.teacher_forced_logprobs, np.float16), offsets
-        ),
+        "teacher_forced_logprobs": matrix_rows(scores.teacher_forced_logprobs, np.float16),
     }
     ones_N = np.ones(tokens)
     nothing = np.zeros(int(entry_offsets[-1]), np.float32)
@@ -75,7 +74,5 @@ def decode_sampled(batch: pa.RecordBatch, *, draws: int) -> ScoreBlock:
         teacher_top_ids=ids_NK,
         teacher_top_logprobs=logprobs_NK,
         teacher_tail_logprobs=np.full(tokens, -np.inf, np.float32),
-        teacher_forced_logprobs=matrix_of(batch.column("teacher_forced_logprobs").flatten()).astype(
-            np.float32
-        ),
+        teacher_forced_logprobs=matrix_values(batch, "teacher_forced_logprobs").astype(np.float32),
     )
