@@ -424,6 +424,17 @@ def test_a_healthy_config_passes_every_check(healthy: tuple[Path, Report]) -> No
     assert any("scores/" in f.found for f in report.findings if f.check == "cached-scores")
 
 
+def test_a_replay_needs_no_teacher(healthy: tuple[Path, Report]) -> None:
+    replay = (f"replay.run={healthy[0] / 'run'}", "rounds=1", "evaluation=null")
+    report = examine(small_config(healthy[0], *replay, "teacher=null"), quick=False)
+    assert {finding.level for finding in report.findings} == {"ok"}
+    assert set(report.not_checked) == {"sampler", "teacher-as-student", "cached-scores"}
+    assert report.not_checked["cached-scores"] == "the config names no teacher"
+    with_teacher = examine(small_config(healthy[0], *replay), quick=False)
+    assert {finding.level for finding in with_teacher.findings} == {"ok"}
+    assert "cached-scores" not in with_teacher.not_checked
+
+
 def first(check: Check, config: Config) -> Finding:
     """What a check that loads models says first."""
     return next(check.look(Subject(config, quick=False)))

@@ -70,6 +70,8 @@ class Subject:
 
     def model(self, role: str) -> Checkpoint:
         """The checkpoint of a role."""
+        if role not in self.engines:
+            raise NotChecked(f"the config names no {role}")
         return self._once(f"the {role}", lambda: self._checkpoint(self.engines[role].path))
 
     def _checkpoint(self, path: Path) -> Checkpoint:

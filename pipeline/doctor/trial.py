@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from opd_stream.config import Config
@@ -155,7 +156,7 @@ def _read_again(folder: Path, batch: RolloutBatch, temperature: float) -> DrawnT
 def teacher_as_student(subject: Subject) -> Iterator[Finding]:
     """The loss of the teacher's weights on the teacher's cached scores of its own rollouts."""
     _check_one_tokenizer(subject)
-    config, teacher, few = subject.config, subject.model("teacher"), _first_prompts(subject)
+    config, few, teacher = subject.config, _first_prompts(subject), subject.model("teacher")
     with tempfile.TemporaryDirectory() as folder:
         try:
             scored = _own_scores(Path(folder), subject, teacher, few)
@@ -195,7 +196,7 @@ def teacher_as_student(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _own_scores(folder: Path, subject: Subject, teacher: Checkpoint, few: Any) -> ScoredRows:
+def _own_scores(folder: Path, subject: Subject, teacher: Checkpoint, few: pa.Table) -> ScoredRows:
     """The teacher's rollouts with its own scores, in float32 at temperature 1."""
     config, setup = subject.config, subject.setup
     assert config.teacher is not None
@@ -422,7 +423,7 @@ def drawn_rounding(codec: Codec) -> float:
     return codec.max_error if isinstance(codec, CompactCodec) else 0.0
 
 
-def _first_prompts(subject: Subject) -> Any:
+def _first_prompts(subject: Subject) -> pa.Table:
     """The prompts of a trial."""
     if subject.config.replay is not None:
         raise NotChecked("a replay samples and scores nothing")
@@ -434,7 +435,9 @@ def _check_one_tokenizer(subject: Subject) -> None:
         raise NotChecked("the teacher reads the texts in another tokenizer")
 
 
-def _sampled(folder: Path, setup: Setup, config: Config, few: Any, student: Checkpoint) -> Artifact:
+def _sampled(
+    folder: Path, setup: Setup, config: Config, few: pa.Table, student: Checkpoint
+) -> Artifact:
     """Rollouts of a few prompts in a store of their own."""
     store, rows = Store(folder), few.num_rows
     prompts = store.artifact(setup.prompts.recipe)
