@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
+from opd_stream.errors import UserError
 from opd_stream.logprobs import completion_rows
-from opd_stream.masks import trained_mask
 from opd_stream.store.reader import ScoredRow
-from opd_stream.weighting import fixed_blocks, newline_spans
+from opd_stream.weighting import fixed_blocks, newline_spans, trained_mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,60 +79,26 @@ def collate(
         blocks: tokens of a block of the drift gate, or spans between newlines.
         newline_ids: ids of tokens that hold a newline.
         staleness: policies between that of each cache and the current one; none: 0.
+
+    Raises:
+        UserError: the rows come from caches with other terminators.
     """
-    masks = [trained_mask(row, window_tokens, masked_ids) for row in rows]
-    lengths = [(len(row.prompt_ids), len(mask)) for row, mask in zip(rows, masks, strict=True)]
-    padded = max(prompt + completion for prompt, completion in lengths)
-    input_ids = np.zeros((len(rows), padded), np.int64)  # padding is masked, never read
-    attention = np.zeros((len(rows), padded), np.int64)
-    for place, (row, (prompt, completion)) in enumerate(zip(rows, lengths, strict=True)):
-        input_ids[place, :prompt] = row.prompt_ids
-        input_ids[place, prompt : prompt + completion] = row.completion_ids[:completion]
-        attention[place, : prompt + completion] = 1
-    kept = [slice(None) if mask.all() else mask for mask in masks]
-
-    def flat(name: str, dtype: Any) -> torch.Tensor:
-        parts = [
-            getattr(row, name)[: len(mask)][keep]
-            for row, mask, keep in zip(rows, masks, kept, strict=True)
-        ]
-        return torch.as_tensor(np.concatenate(parts).astype(dtype, copy=False))
-
-    def wide(name: str, dtype: Any, fill: float) -> torch.Tensor:
-        """As `flat`, rows with fewer candidates filled up."""
-        parts = [
-            getattr(row, name)[: len(mask)][keep]
-            for row, mask, keep in zip(rows, masks, kept, strict=True)
-        ]
-        widths = {part.shape[1] for part in parts}
-        if len(widths) == 1:
-            return torch.as_tensor(np.concatenate(parts).astype(dtype, copy=False))
-        whole = np.full((sum(len(part) for part in parts), max(widths)), fill, dtype)
-        start = 0
-        for part in parts:
-            whole[start : start + len(part), : part.shape[1]] = part
-            start += len(part)
-        return torch.as_tensor(whole)
-
-    prompts, completions = (torch.tensor(column) for column in zip(*lengths, strict=True))
-    everything = torch.as_tensor(np.concatenate(masks))
-    hidden_rows = completion_rows(prompts, completions, padded_length=padded)[everything]
-    row_N = torch.repeat_interleave(torch.arange(len(rows)), completions)[everything]
-    parts = [
-        _blocks(row, len(mask), blocks, newline_ids) for row, mask in zip(rows, masks, strict=True)
-    ]
-    starts = np.cumsum([0, *(int(part[-1]) + 1 if len(part) else 0 for part in parts)])
-    block_N = np.concatenate([part + start for part, start in zip(parts, starts, strict=False)])
+    part = _Part(rows, [trained_mask(row, window_tokens, masked_ids) for row in rows])
+    padded = max(map(sum, part.lengths))
+    input_ids, attention = _padded(rows, part.lengths, padded)
+    prompts, completions = (torch.tensor(column) for column in zip(*part.lengths, strict=True))
+    trains = torch.as_tensor(np.concatenate(part.masks))
+    hidden_rows = completion_rows(prompts, completions, padded_length=padded)[trains]
+    row_N = torch.repeat_interleave(torch.arange(len(rows)), completions)[trains]
     ages = torch.tensor([staleness[row.cache] if staleness else 0 for row in rows])
-    tokens = int(everything.sum()) if tokens_of_step is None else tokens_of_step
-    top_ids = wide("teacher_top_ids", np.int64, 0)
-    terminators, columns = rows[0].terminators
+    tokens = int(trains.sum()) if tokens_of_step is None else tokens_of_step
+    top_ids = part.wide("teacher_top_ids", np.int64, 0)
     draws = None
     if rows[0].candidate_ids is not None:
         draws = StudentDraws(
-            ids_NM=flat("candidate_ids", np.int64),
-            behavior_logprobs_NM=flat("candidate_behavior_logprobs", np.float32),
-            teacher_logprobs_NM=flat("candidate_teacher_logprobs", np.float32),
+            ids_NM=part.flat("candidate_ids", np.int64),
+            behavior_logprobs_NM=part.flat("candidate_behavior_logprobs", np.float32),
+            teacher_logprobs_NM=part.flat("candidate_teacher_logprobs", np.float32),
         )
     return Batch(
         input_ids_BL=torch.as_tensor(input_ids),
@@ -140,47 +106,124 @@ def collate(
         hidden_rows_N=hidden_rows,
         positions_N=hidden_rows - row_N * padded - prompts[row_N] + 1,
         row_N=row_N,
-        block_N=torch.as_tensor(block_N)[everything],
+        block_N=_blocks(part, blocks, newline_ids)[trains],
         staleness_N=ages[row_N],
         weights_N=torch.full((len(row_N),), 1 / max(tokens, 1)),
-        completion_ids_N=flat("completion_ids", np.int64),
-        behavior_logprobs_N=flat("behavior_logprobs", np.float32),
-        teacher_logprobs_N=flat("teacher_logprobs", np.float32),
+        completion_ids_N=part.flat("completion_ids", np.int64),
+        behavior_logprobs_N=part.flat("behavior_logprobs", np.float32),
+        teacher_logprobs_N=part.flat("teacher_logprobs", np.float32),
         teacher_top_ids_NK=top_ids,
-        teacher_top_logprobs_NK=wide("teacher_top_logprobs", np.float32, -np.inf),
-        teacher_tail_logprobs_N=flat("teacher_tail_logprobs", np.float32),
-        terminator_ids_T=torch.tensor(terminators, dtype=torch.long),
-        teacher_terminator_logprobs_NT=flat("teacher_forced_logprobs", np.float32)[
-            :, list(columns)
-        ],
+        teacher_top_logprobs_NK=part.wide("teacher_top_logprobs", np.float32, -np.inf),
+        teacher_tail_logprobs_N=part.flat("teacher_tail_logprobs", np.float32),
+        terminator_ids_T=torch.tensor(rows[0].terminators[0], dtype=torch.long),
+        teacher_terminator_logprobs_NT=_terminator_logprobs(part),
         draws=draws,
-        chunk_N=_chunks(rows, masks),
+        chunk_N=_chunks(part),
         window_tokens=window_tokens,
         largest_id=max(int(input_ids.max()), int(top_ids.max()) if top_ids.numel() else 0),
         names=tuple(f"{row.prompt_id}/{row.sample_index}" for row in rows),
     )
 
 
-def _chunks(rows: Sequence[ScoredRow], masks: Sequence[NDArray[np.bool_]]) -> torch.Tensor | None:
+class _Part:
+    """Rows with the mask of their completion tokens that train: columns of these tokens, flat."""
+
+    def __init__(self, rows: Sequence[ScoredRow], masks: list[NDArray[np.bool_]]) -> None:
+        self.rows, self.masks = rows, masks
+        self.lengths = [(len(r.prompt_ids), len(m)) for r, m in zip(rows, masks, strict=True)]
+
+    def pieces(self, columns: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """The tokens that train of a column of each row."""
+        pairs = zip(columns, self.masks, strict=True)
+        return [
+            each[: len(mask)] if mask.all() else each[: len(mask)][mask] for each, mask in pairs
+        ]
+
+    def flat(self, name: str, dtype: DTypeLike) -> torch.Tensor:
+        """A column of the rows [N, ...]."""
+        pieces = self.pieces([getattr(row, name) for row in self.rows])
+        return torch.as_tensor(np.concatenate(pieces).astype(dtype, copy=False))
+
+    def wide(self, name: str, dtype: DTypeLike, fill: float) -> torch.Tensor:
+        """As `flat`, rows with fewer candidates filled up [N, K]."""
+        pieces = self.pieces([getattr(row, name) for row in self.rows])
+        widest = max(piece.shape[1] for piece in pieces)
+        if all(piece.shape[1] == widest for piece in pieces):
+            return torch.as_tensor(np.concatenate(pieces).astype(dtype, copy=False))
+        whole = np.full((sum(map(len, pieces)), widest), fill, dtype)
+        start = 0
+        for piece in pieces:
+            whole[start : start + len(piece), : piece.shape[1]] = piece
+            start += len(piece)
+        return torch.as_tensor(whole)
+
+
+def _padded(
+    rows: Sequence[ScoredRow], lengths: Sequence[tuple[int, int]], padded: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ids and attention mask [B, L]; padding has id 0 and is never read."""
+    input_ids = np.zeros((len(rows), padded), np.int64)
+    attention = np.zeros((len(rows), padded), np.int64)
+    for place, (row, (prompt, completion)) in enumerate(zip(rows, lengths, strict=True)):
+        input_ids[place, :prompt] = row.prompt_ids
+        input_ids[place, prompt : prompt + completion] = row.completion_ids[:completion]
+        attention[place, : prompt + completion] = 1
+    return input_ids, attention
+
+
+def _terminator_logprobs(part: _Part) -> torch.Tensor:
+    """The teacher's log-probabilities of the first row's terminators [N, T].
+
+    Caches may hold the same terminators in another order.
+
+    Raises:
+        UserError: they hold other terminators.
+    """
+    expected = part.rows[0].terminators[0]
+    columns: list[NDArray[np.float32]] = []
+    for row in part.rows:
+        place_of = dict(zip(*row.terminators, strict=True))
+        if set(place_of) != set(expected):
+            first, name = part.rows[0].prompt_id, row.prompt_id
+            raise UserError(
+                f"rows {first} and {name} come from caches with other terminators, "
+                f"{sorted(expected)} and {sorted(place_of)}; expected the same ids in every cache "
+                "of a round; train on them apart, or score one of them again"
+            )
+        columns.append(row.teacher_forced_logprobs[:, [place_of[token] for token in expected]])
+    logprobs_NT = np.concatenate(part.pieces(columns)).astype(np.float32, copy=False)
+    return torch.as_tensor(logprobs_NT)
+
+
+def _chunks(part: _Part) -> torch.Tensor | None:
     """Chunk of each token; None where every token is a chunk of its own."""
-    if all(row.chunk_ids is None for row in rows):
+    if all(row.chunk_ids is None for row in part.rows):
         return None
-    parts: list[NDArray[np.int64]] = []
+    pieces: list[NDArray[np.int64]] = []
     start = 0
-    for row, mask in zip(rows, masks, strict=True):
+    for row, mask in zip(part.rows, part.masks, strict=True):
         whole = np.arange(len(mask)) if row.chunk_ids is None else row.chunk_ids[: len(mask)]
-        parts.append(whole[mask].astype(np.int64) + start)
+        pieces.append(whole[mask].astype(np.int64) + start)
         start += len(mask)
-    chunk_N = np.concatenate(parts)
+    chunk_N = np.concatenate(pieces)
     return torch.as_tensor(chunk_N) if len(np.unique(chunk_N)) < len(chunk_N) else None
 
 
 def _blocks(
-    row: ScoredRow, tokens: int, blocks: int | Literal["spans"], newline_ids: Collection[int]
-) -> NDArray[np.int64]:
-    if blocks != "spans":
-        return fixed_blocks(tokens, blocks)
-    return newline_spans(np.isin(row.completion_ids[:tokens], list(newline_ids)))
+    part: _Part, blocks: int | Literal["spans"], newline_ids: Collection[int]
+) -> torch.Tensor:
+    """Block of the drift gate of each completion token, numbered through the batch."""
+    pieces: list[NDArray[np.int64]] = []
+    start = 0
+    for row, mask in zip(part.rows, part.masks, strict=True):
+        if blocks == "spans":
+            is_newline_T = np.isin(row.completion_ids[: len(mask)], list(newline_ids))
+            piece = newline_spans(is_newline_T)
+        else:
+            piece = fixed_blocks(len(mask), blocks)
+        pieces.append(piece + start)
+        start += int(piece[-1]) + 1 if len(piece) else 0
+    return torch.as_tensor(np.concatenate(pieces))
 
 
 def _moved(value: Any, device: torch.device) -> Any:

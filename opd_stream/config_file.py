@@ -1,6 +1,7 @@
 """From a YAML file and `--set a.b=c` to a `Config`, with every problem told at once."""
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ from opd_stream.errors import UserError
 from opd_stream.record import is_list, is_object
 from opd_stream.section import Section
 
-PATH_FIELDS = ("base", "path", "data_files", "run", "store", "taught_by")
+_PATHS = {  # section -> its fields that hold a path; "" is the file itself
+    "": ("base", "store"),
+    "student": ("path", "taught_by"),
+    "teacher": ("path",),
+    "prompts": ("path", "data_files"),
+    "replay": ("run",),
+}
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
@@ -56,10 +63,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {reason}; mend the file") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds a {type(raw).__name__}; expected a mapping of fields")
-    anchored = _anchor_paths(raw, path.parent)
-    if "base" in anchored:
-        anchored = _merged(_read(Path(anchored.pop("base"))), anchored)
-    return anchored
+    base = raw.pop("base", None)
+    below = {} if base is None else _read(path.parent / str(base))
+    return _merged(below, _anchored(raw, below, path.parent))
 
 
 def override_config(config: Config, overrides: list[str]) -> Config:
@@ -120,24 +126,22 @@ def _override(raw: dict[str, Any], override: str) -> None:
     here[last] = value
 
 
-def _anchor_paths(value: Any, folder: Path) -> Any:
-    """Make the relative paths of a config file relative to the file's folder."""
-    if is_list(value):
-        return [_anchor_paths(item, folder) for item in value]
-    if not is_object(value):
-        return value
+def _anchored(section: dict[str, Any], below: Any, folder: Path, name: str = "") -> dict[str, Any]:
+    """A section whose relative paths are relative to its file's folder.
+
+    `below` is the same section of the base, which may say its kind.
+    """
+    known: dict[str, Any] = below if is_object(below) else {}
+    is_dataset = section.get("kind", known.get("kind")) == "datasets"
     anchored: dict[str, Any] = {}
-    for key, item in value.items():
-        is_hub_name = value.get("kind") == "datasets" and key == "path"
-        is_import = value.get("kind") == "function" and key == "path"
-        if isinstance(item, str) and ("://" in item or is_import):
-            anchored[key] = item
-        elif key in PATH_FIELDS and isinstance(item, str) and (folder / item).exists():
-            anchored[key] = str(folder / item)
-        elif key in PATH_FIELDS and isinstance(item, str) and not is_hub_name:
-            anchored[key] = str(Path(item) if Path(item).is_absolute() else folder / item)
+    for key, item in section.items():
+        if is_object(item):
+            anchored[key] = _anchored(item, known.get(key), folder, key)
+        elif key in _PATHS.get(name, ()) and isinstance(item, str) and "://" not in item:
+            is_name = is_dataset and key == "path" and not (folder / item).exists()
+            anchored[key] = item if is_name else str(folder / item)
         else:
-            anchored[key] = _anchor_paths(item, folder)
+            anchored[key] = item
     return anchored
 
 
@@ -174,9 +178,13 @@ def _is_field(part: int | str, raw: dict[str, Any], loc: tuple[int | str, ...]) 
 
 def _similar_field(name: str) -> str | None:
     """The field a misspelt one most likely stands for."""
-    known = sorted(
-        {field for section in Section.__subclasses__() for field in section.model_fields}
-    )
+    known = sorted({field for section in _sections(Section) for field in section.model_fields})
     longer = [field for field in known if field.startswith(name)]
     close = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return close[0] if close else None
+
+
+def _sections(base: type[Section]) -> Iterator[type[Section]]:
+    for section in base.__subclasses__():
+        yield section
+        yield from _sections(section)

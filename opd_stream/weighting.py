@@ -1,16 +1,18 @@
-"""Token weights from measured drift: the blockwise gate and row freshness.
+"""Which tokens train, and how much: masks, the blockwise drift gate, the freshness of rows.
 
-Both read d = student_logprobs - behavior_logprobs of the sampled tokens under the current student.
-Weights are returned before their normalisation: the step divides its gradient once by their mean
-over the whole global batch, so that a weighting is no hidden change of the learning rate.
+Gate and freshness read d = student_logprobs - behavior_logprobs of the sampled tokens under the
+current student. Weights are returned before their normalisation: the step divides its gradient once
+by their mean over the whole global batch, so that a weighting is no hidden change of the learning
+rate.
 
 Shapes: N tokens of a batch, T tokens of one completion.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,8 @@ from opd_stream.section import Section
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from opd_stream.store.reader import ScoredRow
 
 SHORTEST_SPAN, LONGEST_SPAN, FALLBACK_BLOCK = 16, 128, 64  # tokens, for newline spans
 
@@ -124,3 +128,35 @@ def newline_spans(is_newline_T: NDArray[np.bool_]) -> NDArray[np.int64]:
         if (is_newline and held >= SHORTEST_SPAN) or held == LONGEST_SPAN:
             span, held = span + 1, 0
     return span_T
+
+
+def trained_mask(
+    row: ScoredRow, window_tokens: int, masked_ids: Collection[int] = ()
+) -> NDArray[np.bool_]:
+    """Which completion tokens of a row train: window, loss mask, first-occurrence mask [T'].
+
+    A chunk of a teacher with another tokenizer trains whole or not at all.
+    """
+    length = min(len(row.completion_ids), window_tokens)
+    mask = np.ones(length, np.bool_) if row.loss_mask is None else row.loss_mask[:length].copy()
+    if masked_ids:
+        mask &= ~first_occurrences(row.completion_ids[:length], masked_ids)
+    if row.chunk_ids is not None:
+        inside, outside = row.chunk_ids[:length], row.chunk_ids[length:]
+        mask &= ~np.isin(inside, np.concatenate([inside[~mask], outside]))
+    return mask
+
+
+def first_occurrences(
+    completion_ids: NDArray[np.integer[Any]], special_ids: Collection[int]
+) -> NDArray[np.bool_]:
+    """True at the first place of each special id in a completion [T].
+
+    Markers of a thinking style sit at fixed places, differ between models and dominate the
+    log-ratio there; later occurrences train (2603.25562).
+    """
+    first = np.zeros(len(completion_ids), np.bool_)
+    for special in special_ids:
+        places = np.flatnonzero(completion_ids == special)
+        first[places[:1]] = True
+    return first

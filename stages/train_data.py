@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 
 from opd_stream.batches import Batch, collate
-from opd_stream.masks import trained_mask
 from opd_stream.store.reader import ScoredRow, ScoredRows, epoch_order
+from opd_stream.weighting import trained_mask
 from opd_stream.windows import Window
 
 

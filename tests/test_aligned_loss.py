@@ -10,10 +10,10 @@ import torch
 from opd_stream.batch_loss import batch_loss
 from opd_stream.batches import collate
 from opd_stream.fused import OutputHead
-from opd_stream.masks import trained_mask
 from opd_stream.objectives import Bucket, SampledPg
 from opd_stream.store.reader import ScoredRow
 from opd_stream.types import RolloutBatch, ScoreBatch
+from opd_stream.weighting import trained_mask
 from tests.test_aligned_scores import EOS, crossed
 
 

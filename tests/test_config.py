@@ -101,6 +101,51 @@ def test_a_base_gives_its_fields_and_another_kind_replaces_a_section(tmp_path: P
     assert config.train.learning_rate == 0.1
 
 
+def test_an_overlay_of_a_dataset_keeps_hub_names_and_anchors_files(tmp_path: Path) -> None:
+    source = {"kind": "datasets", "path": "json", "data_files": "rows.jsonl"}
+    write(tmp_path, {**SMALL, "prompts": source})
+    above = {"base": "run.yaml", "prompts": {"path": "openai/gsm8k"}}
+    (tmp_path / "above.yaml").write_text(yaml.safe_dump(above))
+    prompts = load_config(tmp_path / "above.yaml", []).prompts
+    assert prompts.kind == "datasets"
+    assert prompts.path == "openai/gsm8k"
+    assert prompts.data_files == tmp_path / "rows.jsonl"
+    (tmp_path / "openai" / "gsm8k").mkdir(parents=True)  # a folder of that name is meant
+    assert load_config(tmp_path / "above.yaml", []).prompts.path == str(tmp_path / "openai/gsm8k")
+
+
+def test_a_base_inside_a_section_is_no_file(tmp_path: Path) -> None:
+    jump = {"extrapolation": {"base": "previous"}}
+    found = load_config(write(tmp_path, {**SMALL, "train": {**SMALL["train"], **jump}}), [])
+    assert found.train.extrapolation is not None
+    assert found.train.extrapolation.base == "previous"
+
+
+def test_conflicts_between_fields_are_told_at_once(tmp_path: Path) -> None:
+    overrides = [
+        "rollouts.temperature=0",
+        "train.objective=[{kind: hybrid}, {kind: mc}]",
+        "staleness.gated_from=0.5",
+        "replay={}",
+    ]
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, SMALL), overrides)
+    first, *lines = str(caught.value).splitlines()
+    assert first.startswith("4 problems in ")
+    for found in (
+        "rollouts.temperature is 0 with objective hybrid",
+        "replay has run and scores, or neither",
+        "staleness.gated_from 0.5 is above staleness.policy_drift 0.1",
+        "staleness.gated_from is 0.5 but nothing weighs tokens",
+    ):
+        assert any(line.startswith(found) for line in lines), found
+
+
+def test_a_misspelt_key_of_the_student_gets_a_suggestion(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"key 'student\.taugt_by'; did you mean 'taught_by'"):
+        load_config(write(tmp_path, SMALL), ["student.taugt_by=there"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [

@@ -11,7 +11,6 @@ from opd_stream.batches import Batch, collate
 from opd_stream.errors import UserError
 from opd_stream.fused import OutputHead
 from opd_stream.guards import Terminators, merge_into_candidates, soft_clamp
-from opd_stream.masks import first_occurrences, trained_mask
 from opd_stream.objectives import (
     Bucket,
     EntropyAware,
@@ -23,6 +22,7 @@ from opd_stream.objectives import (
 )
 from opd_stream.statistics import NAMES, by_position, means, named
 from opd_stream.store.reader import ScoredRow
+from opd_stream.weighting import first_occurrences, trained_mask
 
 VOCABULARY, HIDDEN, TOP_K = 11, 6, 3
 STOPS = (9, 10)
@@ -174,6 +174,24 @@ def test_the_soft_clamp_caps_the_value_and_scales_the_gradient() -> None:
     assert clamped.tolist() == pytest.approx([0.1] * 9 + [1.2])
     assert losses.grad is not None
     assert losses.grad.tolist() == pytest.approx([1.0] * 9 + [1.2 / 3.1])
+
+
+def test_caches_with_terminators_in_another_order_are_read_by_id() -> None:
+    turned = [
+        replace(
+            row,
+            teacher_forced_logprobs=row.teacher_forced_logprobs[:, ::-1],
+            terminators=(STOPS[::-1], (0, 1)),
+        )
+        for row in ROWS[2:]
+    ]
+    whole = collate(ROWS, window_tokens=9)
+    mixed = collate([*ROWS[:2], *turned], window_tokens=9)
+    assert torch.equal(mixed.terminator_ids_T, whole.terminator_ids_T)
+    assert torch.equal(mixed.teacher_terminator_logprobs_NT, whole.teacher_terminator_logprobs_NT)
+    other = replace(turned[0], terminators=(STOPS[:1], (0,)))
+    with pytest.raises(UserError, match=r"other terminators, \[9, 10\] and \[9\]; expected"):
+        collate([ROWS[0], other], window_tokens=9)
 
 
 @pytest.mark.parametrize(

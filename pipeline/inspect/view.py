@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_stream.errors import UserError
-from opd_stream.masks import trained_mask
 from opd_stream.store.reader import ScoredRow
 from opd_stream.tasks.judges import open_judge
 from opd_stream.token_figures import (
@@ -20,6 +19,7 @@ from opd_stream.token_figures import (
     token_figures,
 )
 from opd_stream.token_text import TokenText, visible
+from opd_stream.weighting import trained_mask
 from opd_stream.windows import AdaptiveWindow
 from pipeline.inspect.source import LocatedRow, RoundCache, RoundSource
 
