@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from opd_stream.batch_loss import batch_loss
 from opd_stream.batches import collate
 from opd_stream.engines.head import output_head
+from opd_stream.loss import batch_loss
 from opd_stream.objectives import Bucket
 from opd_stream.store import open_scores
 

@@ -61,7 +61,7 @@ def _read(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not valid YAML: {reason}; mend the file") from error
-    if not isinstance(raw, dict):
+    if not is_object(raw):
         raise UserError(f"{path} holds a {type(raw).__name__}; expected a mapping of fields")
     base = raw.pop("base", None)
     below = {} if base is None else _read(path.parent / str(base))

@@ -1,13 +1,18 @@
-"""How far the student has moved from the weights that wrote the rollouts.
+"""What every training step measures, as sums: they add over micro-batches, ranks, steps and epochs.
 
-One sign everywhere: d = student_logprobs - behavior_logprobs on the sampled tokens. Everything is
-kept as sums, so micro-batches, epochs and units add up exactly.
+One sign everywhere: d = student_logprobs - behavior_logprobs on the sampled tokens, how far the
+student has moved from the weights that wrote the rollouts. One vector in float64, so a step costs
+one transfer from the device and one reduction over ranks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +78,47 @@ class DriftSums:
         return DriftSums(**{field.name: value.get(field.name, 0.0) for field in fields(DriftSums)})
 
 
+LARGEST_IMPORTANCE = 5.0  # p / b above it is counted as capped
+ABSOLUTE_EDGES = tuple(float(edge) for edge in np.geomspace(1e-4, 32, 27))  # nats, |reverse_kl|
+WEIGHT_BINS = 21  # of drift weights: bin b holds b / 20 up to the next
+POSITION_BINS = 14  # bin b holds places 2^b - 1 to 2^(b + 1) - 2 of a completion
+
+_MEANS = (
+    "loss",
+    "reverse_kl",
+    "student_top_mass",
+    "teacher_top_mass",
+    "student_entropy",
+    "teacher_entropy",
+    "capped_importance",
+    "block_drift",
+)
+_DRIFT = tuple(f"drift.{name}" for name in DriftSums.__dataclass_fields__)
+_ABSOLUTE = tuple(f"absolute.{bin_}" for bin_ in range(len(ABSOLUTE_EDGES) + 1))
+_POSITION_TOKENS = tuple(f"position_tokens.{bin_}" for bin_ in range(POSITION_BINS))
+_POSITION_SUMS = tuple(f"position_reverse_kl.{bin_}" for bin_ in range(POSITION_BINS))
+_POSITION_DRIFT = tuple(f"position_k3.{bin_}" for bin_ in range(POSITION_BINS))
+_POSITION_ENTROPY = tuple(f"position_entropy.{bin_}" for bin_ in range(POSITION_BINS))
+_WEIGHT_BINS = tuple(f"weight.{bin_}" for bin_ in range(WEIGHT_BINS))
+NAMES = (
+    "tokens",
+    "row_tokens",
+    "row_pairs",
+    "drift_weight",
+    "drift_weight_squared",
+    "overlap",
+    "overlap_tokens",
+    *_MEANS,
+    *_DRIFT,
+    *_ABSOLUTE,
+    *_POSITION_TOKENS,
+    *_POSITION_SUMS,
+    *_POSITION_DRIFT,
+    *_POSITION_ENTROPY,
+    *_WEIGHT_BINS,
+)
+
+
 def drift_sums(student_logprobs_N: Tensor, behavior_logprobs_N: Tensor) -> DriftSums:
     """The sums of N tokens, in float64."""
     everything = student_logprobs_N.new_ones(len(student_logprobs_N)).double()
@@ -104,3 +150,146 @@ def group_means(values_N: Tensor, group_N: Tensor) -> Tensor:
     sums = values_N.new_zeros(groups).index_add(0, group_N, values_N)
     counts = values_N.new_zeros(groups).index_add(0, group_N, values_N.new_ones(len(values_N)))
     return (sums / counts.clamp(min=1))[group_N]
+
+
+def step_sums(
+    *,
+    row_tokens_B: Tensor,
+    losses_N: Tensor,
+    counted_N: Tensor,
+    drift_weights_N: Tensor,
+    student_logprobs_N: Tensor,
+    behavior_logprobs_N: Tensor,
+    reverse_kl_N: Tensor,
+    student_top_mass_N: Tensor,
+    teacher_top_mass_N: Tensor,
+    student_entropy_N: Tensor,
+    teacher_entropy_N: Tensor,
+    overlap_M: Tensor,
+    positions_N: Tensor,
+    block_N: Tensor,
+) -> Tensor:
+    """The sums of N tokens in B rows, in the order of `NAMES`.
+
+    Row tokens are prompt and completion together. Only tokens of `counted_N` are counted. Drift
+    weights are those of gate and freshness, before normalisation. `overlap_M` is the share of the
+    student's own candidates among the teacher's, on a sample of M tokens; positions count from 0 in
+    each completion; blocks are those of the gate.
+    """
+    import torch
+
+    with torch.no_grad():
+        counted_N = counted_N.double()
+        drift_N = drift_weights_N.double() * counted_N
+        d_N = student_logprobs_N - behavior_logprobs_N
+        d_N = d_N.clamp(-LARGEST_DIFFERENCE, LARGEST_DIFFERENCE)
+        k3_N = (d_N.double().expm1() - d_N.double()) * counted_N
+        columns = torch.stack(
+            [
+                losses_N,
+                reverse_kl_N,
+                student_top_mass_N,
+                teacher_top_mass_N,
+                student_entropy_N,
+                teacher_entropy_N,
+                (d_N.exp() > LARGEST_IMPORTANCE).to(losses_N.dtype),
+                group_means(d_N, block_N).abs(),
+            ]
+        ).double()
+        edges = torch.tensor(ABSOLUTE_EDGES, device=losses_N.device, dtype=reverse_kl_N.dtype)
+        absolute_N = torch.bucketize(reverse_kl_N.abs(), edges)
+        weight_N = (drift_weights_N * (WEIGHT_BINS - 1)).long().clamp(0, WEIGHT_BINS - 1)
+        place_N = (positions_N + 1).log2().long().clamp(max=POSITION_BINS - 1)
+        zeros = counted_N.new_zeros
+        return torch.cat(
+            [
+                torch.stack(
+                    [
+                        counted_N.sum(),
+                        row_tokens_B.sum(),
+                        (row_tokens_B * (row_tokens_B + 1) / 2).sum(),
+                        drift_N.sum(),
+                        drift_N.square().sum(),
+                        overlap_M.double().sum(),
+                    ]
+                ),
+                counted_N.new_tensor([len(overlap_M)]),
+                torch.where(counted_N > 0, columns, 0.0).sum(1),
+                drift_tensor(student_logprobs_N, behavior_logprobs_N, counted_N),
+                zeros(len(_ABSOLUTE)).index_add(0, absolute_N, counted_N),
+                zeros(POSITION_BINS).index_add(0, place_N, counted_N),
+                zeros(POSITION_BINS).index_add(0, place_N, reverse_kl_N.double() * counted_N),
+                zeros(POSITION_BINS).index_add(0, place_N, k3_N),
+                zeros(POSITION_BINS).index_add(
+                    0, place_N, torch.where(counted_N > 0, teacher_entropy_N.double(), 0.0)
+                ),
+                zeros(WEIGHT_BINS).index_add(0, weight_N, counted_N),
+            ]
+        )
+
+
+def named(sums: Tensor) -> dict[str, float]:
+    """The vector with its names."""
+    values = cast("list[float]", sums.tolist())  # pyright: ignore[reportUnknownMemberType]
+    return dict(zip(NAMES, values, strict=True))
+
+
+def means(sums: Mapping[str, float]) -> dict[str, float]:
+    """Per token: what a line of metrics or an epoch's record shows."""
+    tokens = max(sums["tokens"], 1.0)
+    drift = drift_of(sums)
+    mean_weight = sums["drift_weight"] / tokens
+    return {
+        **{name: sums[name] / tokens for name in _MEANS},
+        **absolute_percentiles(sums),
+        "overlap": sums["overlap"] / max(sums["overlap_tokens"], 1.0),
+        "mean_drift_weight": mean_weight,
+        "drift_weight_spread": max(sums["drift_weight_squared"] / tokens - mean_weight**2, 0.0)
+        ** 0.5,
+        **_weight_range(sums),
+        "policy_drift": drift.policy_drift,
+        "mean_d": drift.signed_mean,
+        "mean_absolute_d": drift.absolute_mean,
+        "rms_d": drift.root_mean_square,
+        "effective_sample_fraction": drift.effective_sample_fraction,
+    }
+
+
+def absolute_percentiles(sums: Mapping[str, float]) -> dict[str, float]:
+    """Upper edges of the bins in which percentiles of |reverse_kl| lie, nats."""
+    counts: NDArray[np.float64] = np.array([sums[name] for name in _ABSOLUTE]).cumsum()
+    edges = [*ABSOLUTE_EDGES, float("inf")]
+    found: dict[str, float] = {}
+    for percent in (50, 90, 99):
+        place = int(np.searchsorted(counts, percent / 100 * float(counts[-1])))
+        found[f"absolute_reverse_kl_p{percent}"] = edges[min(place, len(ABSOLUTE_EDGES) - 1)]
+    return found
+
+
+def _weight_range(sums: Mapping[str, float]) -> dict[str, float]:
+    """Least and greatest drift weight before normalisation, to the bins' width."""
+    filled = [bin_ for bin_, name in enumerate(_WEIGHT_BINS) if sums[name]] or [WEIGHT_BINS - 1]
+    width = 1 / (WEIGHT_BINS - 1)
+    return {"least_drift_weight": filled[0] * width, "greatest_drift_weight": filled[-1] * width}
+
+
+def by_position(sums: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Means over the places of each bin that has any tokens."""
+    return [
+        {
+            "first": 2**bin_ - 1,
+            "tokens": int(sums[tokens]),
+            "reverse_kl": sums[total] / sums[tokens],
+            "policy_drift": sums[k3] / sums[tokens],
+            "teacher_entropy": sums[entropy] / sums[tokens],
+        }
+        for bin_, (tokens, total, k3, entropy) in enumerate(
+            zip(_POSITION_TOKENS, _POSITION_SUMS, _POSITION_DRIFT, _POSITION_ENTROPY, strict=True)
+        )
+        if sums[tokens]
+    ]
+
+
+def drift_of(sums: Mapping[str, float]) -> DriftSums:
+    """The drift among the sums."""
+    return DriftSums.from_dict({name.removeprefix("drift."): sums[name] for name in _DRIFT})

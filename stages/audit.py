@@ -11,9 +11,9 @@ from dataclasses import asdict, replace
 
 import torch
 
-from opd_stream.batch_loss import batch_loss
 from opd_stream.batches import Batch
 from opd_stream.engines.head import output_head
+from opd_stream.loss import batch_loss
 from opd_stream.objectives import Objective, SampledPg
 from opd_stream.outcome import WindowAudit
 from opd_stream.store.reader import ScoredRows

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from opd_stream.drift import DriftSums
+from opd_stream.drift import DriftSums, drift_of
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
 from opd_stream.extrapolation import Extrapolation, Outcome, Score, is_due, moved_parameters, search
 from opd_stream.outcome import ExtrapolationRecord, PointScore
-from opd_stream.statistics import drift_of
 from opd_stream.store.reader import ScoredRows, epoch_order
 from opd_stream.store.shards import prompts_batch
 from opd_stream.store.tree import load_tree, save_tree

@@ -13,10 +13,10 @@ from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning.fabric.strategies.strategy import Strategy
 
-from opd_stream.batch_loss import BatchLoss
 from opd_stream.batches import Batch, collate
+from opd_stream.drift import NAMES, named
+from opd_stream.loss import BatchLoss
 from opd_stream.objectives import Objective
-from opd_stream.statistics import NAMES, named
 from opd_stream.store.reader import ScoredRow, ScoredRows, epoch_order
 from opd_stream.weighting import Weighting
 from stages.student_model import StudentModel
@@ -84,7 +84,7 @@ class Learner:
 
     @torch.no_grad()
     def sums(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Sums (`opd_stream.statistics.NAMES`) of batches under the current weights."""
+        """Sums (`opd_stream.drift.NAMES`) of batches under the current weights."""
         device = self.fabric.device
         total = torch.zeros(len(NAMES), dtype=torch.float64, device=device)
         for batch in batches:

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from opd_stream.config.prompts import Prompts
-from opd_stream.prompts import prompts_table, shuffled_rows, source_settings
+from opd_stream.prompts import Prompts, prompts_table, shuffled_rows, source_settings
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_batch

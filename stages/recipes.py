@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from opd_stream.config import Config, Evaluation, counts_rounds
-from opd_stream.config.collection import Rollouts, Scores
-from opd_stream.config.training import Train
+from opd_stream.config.sections import Rollouts, Scores, Train
 from opd_stream.engines import engine_recipe
 from opd_stream.section import Section
 from opd_stream.staleness import Staleness

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from opd_stream.batch_loss import BatchLoss, batch_loss
 from opd_stream.batches import Batch
-from opd_stream.config.training import Lora
+from opd_stream.config.sections import Lora
 from opd_stream.engines.head import output_head
 from opd_stream.errors import UserError
+from opd_stream.loss import BatchLoss, batch_loss
 from opd_stream.objectives import Objective
 from opd_stream.weighting import Weighting
 

@@ -21,7 +21,7 @@ import torch
 from lightning.fabric import Fabric
 
 from opd_stream.batches import Batch
-from opd_stream.drift import DriftSums
+from opd_stream.drift import NAMES, DriftSums, by_position, drift_of, means, named
 from opd_stream.errors import UserError
 from opd_stream.objectives import tolerates_staleness
 from opd_stream.outcome import (
@@ -43,7 +43,6 @@ from opd_stream.staleness import (
     decide_stop,
     is_look_due,
 )
-from opd_stream.statistics import NAMES, by_position, drift_of, means, named
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.tree import save_tree
 from stages.audit import audit

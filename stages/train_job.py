@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from opd_stream.config import Config
-from opd_stream.config.training import unserved_by_chunks
+from opd_stream.config.sections import unserved_by_chunks
 from opd_stream.errors import UserError
 from opd_stream.objectives import Objective
 from opd_stream.outcome import WindowAudit

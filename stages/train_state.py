@@ -30,7 +30,7 @@ COUNTED = ("tokens", "row_tokens", "row_pairs")  # sums the cost of training fol
 class TrainState(BaseModel):
     """The loop's state; every process computes the same one from all-reduced sums.
 
-    Sums are those of `opd_stream.statistics.NAMES`.
+    Sums are those of `opd_stream.drift.NAMES`.
     """
 
     steps: int = 0  # optimizer steps of this round

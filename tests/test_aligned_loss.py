@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from opd_stream.batch_loss import batch_loss
 from opd_stream.batches import collate
 from opd_stream.fused import OutputHead
+from opd_stream.loss import batch_loss
 from opd_stream.objectives import Bucket, SampledPg
 from opd_stream.store.reader import ScoredRow
 from opd_stream.types import RolloutBatch, ScoreBatch

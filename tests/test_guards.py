@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from opd_stream.batch_loss import batch_loss
 from opd_stream.batches import Batch, collate
+from opd_stream.drift import NAMES, by_position, means, named
 from opd_stream.errors import UserError
 from opd_stream.fused import OutputHead
-from opd_stream.guards import Terminators, merge_into_candidates, soft_clamp
+from opd_stream.loss import Terminators, batch_loss, merge_into_candidates, soft_clamp
 from opd_stream.objectives import (
     Bucket,
     EntropyAware,
@@ -20,7 +20,6 @@ from opd_stream.objectives import (
     Objective,
     SampledPg,
 )
-from opd_stream.statistics import NAMES, by_position, means, named
 from opd_stream.store.reader import ScoredRow
 from opd_stream.weighting import first_occurrences, trained_mask
 

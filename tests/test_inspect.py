@@ -17,8 +17,7 @@ from opd_stream.config_file import override_config
 from opd_stream.errors import UserError
 from opd_stream.store.reader import ScoredRow, ScoredRows, open_scores
 from opd_stream.store.store import Store
-from opd_stream.token_figures import FIGURES
-from opd_stream.token_text import TokenText
+from opd_stream.tokens import FIGURES, TokenText
 from pipeline.inspect.command import inspect_rollout, inspect_worst
 from pipeline.inspect.terminal import print_rollout
 from pipeline.inspect.view import RolloutView

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from opd_stream.config import Config
-from opd_stream.token_text import TokenText, quoted, visible
+from opd_stream.tokens import TokenText, quoted, visible
 from pipeline.inspect.command import inspect_rollout, inspect_worst
 from pipeline.inspect.page import page
 from pipeline.inspect.view import RolloutView

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from opd_stream.config.training import Lora
+from opd_stream.config.sections import Lora
 from opd_stream.costs import TokenCounts
 from opd_stream.errors import UserError
 from opd_stream.prompts import prompts_table

@@ -11,14 +11,16 @@ import pytest
 import zstandard
 from transformers import AutoTokenizer
 
-from opd_stream.config.prompts import (
+from opd_stream.errors import UserError
+from opd_stream.prompts import (
     ChatTemplate,
     DatasetPrompts,
     EmbeddedPrompts,
     JsonlPrompts,
+    prompts_table,
+    read_prompts,
+    shuffled_rows,
 )
-from opd_stream.errors import UserError
-from opd_stream.prompts import prompts_table, read_prompts, shuffled_rows
 from opd_stream.store.store import Store
 from stages.checkpoints import open_checkpoint
 from stages.prompts import prompts_artifact

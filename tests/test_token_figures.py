@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opd_stream.token_figures import FIGURES, token_figures
-from opd_stream.token_text import TokenText, quoted, visible
+from opd_stream.tokens import FIGURES, TokenText, quoted, token_figures, visible
 from stages.checkpoints import open_tokenizer
 from tests.conftest import MODELS
 

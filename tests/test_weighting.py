@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from opd_stream.batch_loss import batch_loss
 from opd_stream.batches import collate
+from opd_stream.drift import named
 from opd_stream.fused import OutputHead
+from opd_stream.loss import batch_loss
 from opd_stream.objectives import Bucket
-from opd_stream.statistics import named
 from opd_stream.weighting import (
     DriftGate,
     Freshness,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from opd_stream.config.prompts import DatasetPrompts, EmbeddedPrompts, JsonlPrompts, Prompts
+from opd_stream.prompts import DatasetPrompts, EmbeddedPrompts, JsonlPrompts, Prompts
 from opd_stream.record import is_object
 from opd_stream.section import Section
 from opd_stream.tasks.judges import AnyJudge

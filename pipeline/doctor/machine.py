@@ -14,8 +14,8 @@ from packaging.specifiers import SpecifierSet
 from rich.filesize import decimal
 
 from opd_stream.config import Config
-from opd_stream.config.prompts import DatasetPrompts, JsonlPrompts
 from opd_stream.errors import UserError
+from opd_stream.prompts import DatasetPrompts, JsonlPrompts
 from pipeline.doctor.findings import Finding
 from pipeline.doctor.subject import NotChecked, Subject, check
 from pipeline.estimate.run import disks_of

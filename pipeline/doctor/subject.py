@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from opd_stream.config import Config, Evaluation, Pool
-from opd_stream.config.collection import Model
-from opd_stream.config.prompts import Prompts
-from opd_stream.prompts import prompts_table, source_settings
+from opd_stream.config.sections import Model
+from opd_stream.prompts import Prompts, prompts_table, source_settings
 from opd_stream.store.policy import identify
 from opd_stream.store.store import Store
 from pipeline.doctor.findings import Finding

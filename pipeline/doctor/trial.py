@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from opd_stream.config import Config
-from opd_stream.config.collection import Model, Student
+from opd_stream.config.sections import Model, Student
 from opd_stream.engines import open_engine
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.codecs import Codec, CompactCodec, ExactCodec, SampledCodec, codec_of
@@ -225,10 +225,10 @@ def _loss_at_teacher(
     """The config's loss at the teacher's weights; |log p - log q| of each drawn token [N], nats."""
     import torch
 
-    from opd_stream.batch_loss import batch_loss
     from opd_stream.batches import collate
     from opd_stream.engines.head import output_head
     from opd_stream.logprobs import sampled_logprobs
+    from opd_stream.loss import batch_loss
     from opd_stream.objectives import SampledPg
 
     model = _model_of_training(folder)

@@ -14,9 +14,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from opd_stream.config import Config, Evaluation
-from opd_stream.config.prompts import DatasetPrompts, EmbeddedPrompts, JsonlPrompts, Prompts
 from opd_stream.errors import UserError
-from opd_stream.prompts import prompts_table, read_prompts
+from opd_stream.prompts import (
+    DatasetPrompts,
+    EmbeddedPrompts,
+    JsonlPrompts,
+    Prompts,
+    prompts_table,
+    read_prompts,
+)
 from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.files import is_remote, lines_of, read_json
 from opd_stream.store.policy import UNREAD, known_identity

@@ -18,7 +18,7 @@ from math import prod
 from pathlib import Path
 
 from opd_stream.config import Config
-from opd_stream.config.training import Lora
+from opd_stream.config.sections import Lora
 from opd_stream.costs import TokenCounts
 from opd_stream.store.artifact import Commit, summed_counts
 from opd_stream.store.codecs import CompactCodec, ExactCodec, SampledCodec

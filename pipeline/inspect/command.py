@@ -9,8 +9,7 @@ from pathlib import Path
 from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.reader import ScoredRow
-from opd_stream.token_figures import FIGURES
-from opd_stream.token_text import TokenText
+from opd_stream.tokens import FIGURES, TokenText
 from pipeline.inspect.source import LocatedRow, RoundCache, find, open_round, whole_shards
 from pipeline.inspect.view import RolloutView, RoundReader, mean_of
 from pipeline.run_folder import RunFolder

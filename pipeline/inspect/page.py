@@ -8,8 +8,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from opd_stream.store.files import publish
-from opd_stream.token_figures import FIGURES
-from opd_stream.token_text import quoted, visible
+from opd_stream.tokens import FIGURES, quoted, visible
 from pipeline.inspect.terminal import CANDIDATES, PART, facts, levels, notes, probability, shown
 from pipeline.inspect.view import RolloutView
 

@@ -12,7 +12,7 @@ from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.policy import tokenizer_digest
 from opd_stream.store.reader import ScoredRow, ScoredRows
 from opd_stream.store.store import Store
-from opd_stream.token_text import quoted
+from opd_stream.tokens import quoted
 from pipeline.records import RoundPlanRecord
 from pipeline.run_folder import RunFolder
 

@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from opd_stream.token_figures import Figure
-from opd_stream.token_text import quoted, visible
+from opd_stream.tokens import Figure, quoted, visible
 from pipeline.inspect.command import WorstRollout
 from pipeline.inspect.view import RolloutView
 

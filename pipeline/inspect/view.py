@@ -10,15 +10,16 @@ from numpy.typing import NDArray
 from opd_stream.errors import UserError
 from opd_stream.store.reader import ScoredRow
 from opd_stream.tasks.judges import open_judge
-from opd_stream.token_figures import (
+from opd_stream.tokens import (
     FIGURES,
     Figure,
+    TokenText,
     Values,
     candidate_counts,
     drawn_places,
     token_figures,
+    visible,
 )
-from opd_stream.token_text import TokenText, visible
 from opd_stream.weighting import trained_mask
 from opd_stream.windows import AdaptiveWindow
 from pipeline.inspect.source import LocatedRow, RoundCache, RoundSource
