@@ -1,16 +1,13 @@
 """The style-bias residual of scores: another scores artifact, made from the cache alone."""
 
-from collections.abc import Iterable
 from dataclasses import asdict
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
-from opd_stream.store.codecs import codec_of, decode_scores, encode_scores
+from opd_stream.store.codecs import codec_of, encode_scores, scores_batch
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
@@ -50,7 +47,7 @@ def make_residual(
     layout = scores.layout()
     target.create(rows=layout.rows, rows_per_unit=layout.rows_per_unit)
     units = [
-        (unit, rollouts_batch(rollouts.read_unit(unit)), _scores_of(scores, unit))
+        (unit, rollouts_batch(rollouts.read_unit(unit)), scores_batch(scores.read_unit(unit)))
         for unit in scores.units()
     ]
     bias = _fit(units, settings)
@@ -128,29 +125,4 @@ def _corrected(
         teacher_forced_logprobs=tuple(forced),
         refused=scored.refused,
         candidate_teacher_logprobs=scored.candidate_teacher_logprobs,
-    )
-
-
-def _scores_of(scores: Artifact, unit: int) -> ScoreBatch:
-    """The decoded scores of a unit, row by row."""
-    blocks = [decode_scores(batch) for batch in scores.read_unit(unit).to_batches()]
-
-    def rows(columns: Iterable[NDArray[Any]]) -> tuple[NDArray[Any], ...]:
-        return tuple(
-            column[start:end]
-            for block, column in zip(blocks, columns, strict=True)
-            for start, end in pairwise(block.offsets.tolist())
-        )
-
-    refused = [reason for block in blocks for reason in block.refused]
-    candidates = [block.candidate_teacher_logprobs for block in blocks]
-    drawn = [column for column in candidates if column is not None]
-    return ScoreBatch(
-        teacher_logprobs=rows(block.teacher_logprobs for block in blocks),
-        teacher_top_ids=rows(block.teacher_top_ids for block in blocks),
-        teacher_top_logprobs=rows(block.teacher_top_logprobs for block in blocks),
-        teacher_tail_logprobs=rows(block.teacher_tail_logprobs for block in blocks),
-        teacher_forced_logprobs=rows(block.teacher_forced_logprobs for block in blocks),
-        refused={row: reason for row, reason in enumerate(refused) if reason is not None},
-        candidate_teacher_logprobs=rows(drawn) if drawn else None,
     )

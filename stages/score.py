@@ -6,7 +6,6 @@ what it continues, as they were stored.
 
 import time
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from opd_stream.cross_tokenizer.aligner import Aligner
 from opd_stream.engines.base import Engine, ScoringSettings
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
-from opd_stream.store.codecs import SampledCodec, codec_of, decode_scores, encode_scores
+from opd_stream.store.codecs import SampledCodec, codec_of, encode_scores, scores_batch
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.types import RolloutBatch, ScoreBatch
@@ -139,7 +138,8 @@ class ScoreWorker(Worker):
         before = base_rollouts(self.store, rollouts.recipe, unit)
         base = self.store.by_fingerprint("scores", scores.recipe.inputs["scores"])
         rows = grown_rows(before, batch)
-        old = stored_scores(base, rollouts.recipe.settings["extends"][unit])
+        old = scores_batch(base.read_unit(rollouts.recipe.settings["extends"][unit]))
+        old = replace(old, candidate_teacher_logprobs=None)  # an extension keeps no candidates
         counts = extension_counts(before, batch)
         if not rows:
             return _Scored(old, counts)
@@ -147,40 +147,23 @@ class ScoreWorker(Worker):
         return _Scored(append_scores(old, new, rows), counts)
 
 
-def stored_scores(scores: Artifact, unit: int) -> ScoreBatch:
-    """The scores of a unit, as they were stored."""
-    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-    refused: list[str | None] = []
-    for batch in scores.read_unit(unit).to_batches():
-        block = decode_scores(batch)
-        refused += block.refused
-        for name, values in columns.items():
-            whole = getattr(block, name)
-            values += [whole[first:last] for first, last in pairwise(block.offsets.tolist())]
-    return ScoreBatch(
-        **{name: tuple(values) for name, values in columns.items()},
-        refused={row: reason for row, reason in enumerate(refused) if reason is not None},
-    )
-
-
 def append_scores(old: ScoreBatch, new: ScoreBatch, rows: list[int]) -> ScoreBatch:
     """Old scores with new parts at the end of some rows; a refused row stays refused."""
     places = {row: place for place, row in enumerate(rows)}
-    refused = dict(old.refused)
-    for row, place in places.items():
-        if place in new.refused:
-            refused.setdefault(row, new.refused[place])
-    columns: dict[str, tuple[Any, ...]] = {}
-    for name in _COLUMNS:
-        parts: list[Any] = []
+    refused = {row: new.refused[place] for row, place in places.items() if place in new.refused}
+    refused |= old.refused
+
+    def column(name: str) -> tuple[NDArray[Any], ...]:
+        parts: list[NDArray[Any]] = []
         for row, part in enumerate(getattr(old, name)):
             if row in refused:
                 part = part[:0]
             elif row in places:
                 part = _appended(part, getattr(new, name)[places[row]], fill=_FILL.get(name, 0))
             parts.append(part)
-        columns[name] = tuple(parts)
-    return replace(old, **columns, refused=refused)
+        return tuple(parts)
+
+    return replace(old, **{name: column(name) for name in _COLUMNS}, refused=refused)
 
 
 def _appended(old: NDArray[Any], new: NDArray[Any], *, fill: float) -> NDArray[Any]:

@@ -20,6 +20,7 @@ from opd_stream.staleness import (
     decide_unit,
     is_look_due,
 )
+from opd_stream.store.codecs import scores_batch
 from opd_stream.store.reader import ScoredRow, open_scores
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
@@ -27,7 +28,7 @@ from opd_stream.types import ScoreBatch
 from pipeline.run_folder import RunFolder
 from stages import train
 from stages.progress import Silent
-from stages.score import append_scores, stored_scores
+from stages.score import append_scores
 from tests.conftest import reports_of, run, small_config
 
 BOUNDS = Staleness(
@@ -289,7 +290,7 @@ def assert_is_what_one_pass_scores(folder: Path, cache: dict[str, Any], codec: s
     batch = rollouts_batch(rollouts.read_unit(0))
     settings = scores.recipe.settings
     whole = engine.score(batch, top_k=3, forced_ids=tuple(settings["forced_ids"]))
-    stored = stored_scores(scores, 0)
+    stored = scores_batch(scores.read_unit(0))
     for row in range(len(batch)):
         np.testing.assert_allclose(
             stored.teacher_logprobs[row],

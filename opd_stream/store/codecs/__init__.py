@@ -9,7 +9,8 @@ schema metadata which codec wrote it, so a reader needs no config. Nothing here 
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -42,6 +43,7 @@ __all__ = [
     "codec_of",
     "decode_scores",
     "encode_scores",
+    "scores_batch",
 ]
 
 METADATA_KEY = b"opd_stream"
@@ -150,3 +152,24 @@ def decode_scores(batch: pa.RecordBatch) -> ScoreBlock:
         return block
     candidates = matrix_values(batch, "candidate_teacher_logprobs")
     return replace(block, candidate_teacher_logprobs=candidates)
+
+
+def scores_batch(table: pa.Table) -> ScoreBatch:
+    """The rows of a unit's scores, as they were stored."""
+    blocks = [decode_scores(batch) for batch in table.to_batches()]
+
+    def rows(name: str) -> Any:
+        if any(getattr(block, name) is None for block in blocks):
+            return None
+        return tuple(
+            getattr(block, name)[first:last]
+            for block in blocks
+            for first, last in pairwise(block.offsets.tolist())
+        )
+
+    refused = enumerate(reason for block in blocks for reason in block.refused)
+    names = [field.name for field in fields(ScoreBatch) if field.name != "refused"]
+    return ScoreBatch(
+        **{name: rows(name) for name in names},
+        refused={row: reason for row, reason in refused if reason is not None},
+    )
