@@ -142,9 +142,9 @@ def _read(name: str, side: Side) -> tuple[Counts, dict[str, Any]]:
     asked = {
         "prompts": prompts.settings,
         "judge": verdicts.recipe.settings["judge"],
-        "sampling": {**sampling, "samples_per_prompt": result["samples"]},
+        "sampling": {**sampling, "samples_per_prompt": result.samples},
     }
-    return Counts(correct=result["correct"], samples=result["samples"]), asked
+    return Counts(correct=result.correct, samples=result.samples), asked
 
 
 def _input(side: Side, recipe: Recipe, kind: Kind) -> Recipe:

@@ -65,18 +65,18 @@ def evaluation_record(
         if known is None:
             return None
         artifact, result = known
-        counts.append(Counts(correct=result["correct"], samples=result["samples"]))
+        counts.append(Counts(correct=result.correct, samples=result.samples))
         passes = _passes([counts[-1]], _ks(evaluation.pass_at, [counts[-1]]))
         benchmarks[name] = BenchmarkRecord(
             passes=passes.passes,
             intervals=passes.intervals,
-            standard_error=result["standard_error"],
-            problems=result["problems"],
-            samples=result["samples"],
-            mean_tokens=result["completion_tokens"] / (result["problems"] * result["samples"]),
+            standard_error=result.standard_error,
+            problems=result.problems,
+            samples=result.samples,
+            mean_tokens=result.completion_tokens / (result.problems * result.samples),
             artifact=artifact,
         )
-        errors.append(result["standard_error"])
+        errors.append(result.standard_error)
         seconds += sum(c.seconds for c in step.commits() if c.made_by in run_ids)
     passes = _passes(counts, _ks(evaluation.pass_at, counts))
     return EvaluationRecord(

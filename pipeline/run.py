@@ -23,6 +23,7 @@ from pipeline.setup import Setup, open_setup
 from stages.checkpoints import Checkpoint
 from stages.collect import (
     SubmittedWork,
+    make_again,
     start_probe,
     start_rollouts,
     start_scores,
@@ -120,6 +121,7 @@ def is_trained(session: Session, here: Round) -> bool:
 
 def train_round(session: Session, setup: Setup, here: Round) -> None:
     """Everything up to the policy of a round; a unit found damaged while reading is made again."""
+    made_again: set[tuple[str, int]] = set()
     while True:
         make_shards(session, here)
         try:
@@ -129,8 +131,7 @@ def train_round(session: Session, setup: Setup, here: Round) -> None:
                 raise UserError(
                     f"{damaged}; a replay only reads: resume the run that made it, then this one"
                 ) from damaged
-            session.progress.warn(f"{damaged}; it is made again")
-            damaged.artifact.invalidate(damaged.unit)
+            make_again(damaged, made_again, session.progress)
 
 
 def make_shards(

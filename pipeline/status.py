@@ -189,7 +189,7 @@ class StatusReader:
             evaluation_result(setup.store, evaluation.parts()[name], step.shards)
             for name, step in steps.items()
         ]
-        passed = [known[1]["pass@1"] for known in results if known is not None]
+        passed = [known[1].passes["pass@1"] for known in results if known is not None]
         is_complete = len(passed) == len(steps)
         facts = {"pass@1": sum(passed) / len(passed)} if is_complete else {}
         started = [step for step in steps.values() if step.shards.is_started()]

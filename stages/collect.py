@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass
 
 from opd_stream.errors import UserError
-from opd_stream.store.artifact import Artifact, summed_counts
+from opd_stream.store.artifact import Artifact, DamagedUnit, summed_counts
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
 from stages.checkpoints import Checkpoint
@@ -86,6 +86,23 @@ def missing_units(artifact: Artifact, progress: Progress, *, verify: bool = True
             artifact.invalidate(unit)
             missing.append(unit)
     return missing
+
+
+def make_again(damaged: DamagedUnit, earlier: set[tuple[str, int]], progress: Progress) -> None:
+    """Invalidate a unit that was found damaged; `earlier` are the units this was done to before.
+
+    Raises:
+        UserError: it is the same unit's second time: making it again does not help.
+    """
+    unit = (damaged.artifact.name, damaged.unit)
+    if unit in earlier:
+        raise UserError(
+            f"{damaged}, right after it was made again; the store does not return what is written "
+            "to it: check its disk, memory and network, then run again"
+        ) from damaged
+    earlier.add(unit)
+    progress.warn(f"{damaged}; it is made again")
+    damaged.artifact.invalidate(damaged.unit)
 
 
 def submit_missing(

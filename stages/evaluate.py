@@ -5,12 +5,10 @@ costs no sampling, and evaluation shares the student's workers.
 """
 
 import time
-from collections.abc import Callable
-from typing import Any
 
 from opd_stream.config import Config, Evaluation
 from opd_stream.errors import UserError
-from opd_stream.store.artifact import Artifact, EvaluationManifest
+from opd_stream.store.artifact import Artifact, EvaluationManifest, EvaluationResult
 from opd_stream.store.files import load_record, publish, publish_new, record_bytes
 from opd_stream.store.recipe import Recipe, RecipeRecord
 from opd_stream.store.shards import rollouts_batch
@@ -62,25 +60,20 @@ def evaluation_rollouts(
     return artifact if artifact.is_complete() else _with_more_samples(store, recipe) or artifact
 
 
-def evaluate(
-    store: Store, evaluation: Evaluation, rollouts: Artifact, student: Checkpoint
-) -> tuple[str, dict[str, Any]]:
-    """Judge complete rollouts; returns the evaluation's name and result, made once.
+def evaluate(store: Store, evaluation: Evaluation, rollouts: Artifact, student: Checkpoint) -> None:
+    """Judge complete rollouts, unless the store has the result.
 
     Raises:
         UserError: the judge cannot be opened, or cannot judge.
     """
-    if (known := evaluation_result(store, evaluation, rollouts)) is not None:
-        return known
+    if evaluation_result(store, evaluation, rollouts) is not None:
+        return
     recipe = evaluation_recipe(evaluation, rollouts.recipe)
     artifact = store.artifact(recipe)
-    start = time.time()
-    result = _result(store, evaluation, rollouts, student)
+    result = _judged(store, evaluation, rollouts, student)
     publish_new(artifact.folder / "recipe.json", record_bytes(RecipeRecord.of(recipe)))
-    result["judge_seconds"] = round(time.time() - start, 3)
     manifest = EvaluationManifest.of(recipe, result=result)
     publish(artifact.folder / "manifest.json", record_bytes(manifest))
-    return artifact.name, result
 
 
 def _with_more_samples(store: Store, recipe: Recipe) -> Artifact | None:
@@ -100,7 +93,7 @@ def _with_more_samples(store: Store, recipe: Recipe) -> Artifact | None:
 
 def evaluation_result(
     store: Store, evaluation: Evaluation, rollouts: Artifact
-) -> tuple[str, dict[str, Any]] | None:
+) -> tuple[str, EvaluationResult] | None:
     """The evaluation's name and result, if they are in the store."""
     artifact = store.artifact(evaluation_recipe(evaluation, rollouts.recipe))
     path = artifact.folder / "manifest.json"
@@ -109,34 +102,16 @@ def evaluation_result(
     return artifact.name, load_record(EvaluationManifest, path).result
 
 
-def _result(
+def _judged(
     store: Store, evaluation: Evaluation, rollouts: Artifact, student: Checkpoint
-) -> dict[str, Any]:
+) -> EvaluationResult:
+    """Verdicts on the first `samples_per_prompt` answers to each problem."""
     assert evaluation.judge is not None
+    start, samples = time.time(), evaluation.samples_per_prompt
     prompts = prompts_of(store, rollouts.recipe)
     ids: list[str] = prompts["prompt_id"].to_pylist()
     answers = dict(zip(ids, prompts["answer"].to_pylist(), strict=True))
-    is_right = open_judge(evaluation.judge)
-    samples = evaluation.samples_per_prompt
-    counted = _judged(rollouts, answers, samples, is_right, student.tokenizer())
-    counts = list(counted["correct"].values())
-    return {
-        **{f"pass@{k}": pass_at_k(counts, samples=samples, k=k) for k in default_ks(samples)},
-        "standard_error": standard_error(counts, samples=samples),
-        "problems": len(counts),
-        "samples": samples,
-        **counted,
-    }
-
-
-def _judged(
-    rollouts: Artifact,
-    answers: dict[str, str],
-    samples: int,
-    is_right: Callable[[str, str], bool],
-    tokenizer: Any,
-) -> dict[str, Any]:
-    """Right samples of each prompt, and the tokens of all, among the first `samples`."""
+    is_right, tokenizer = open_judge(evaluation.judge), student.tokenizer()
     correct = dict.fromkeys(answers, 0)
     tokens = length_rows = 0
     for unit in rollouts.units():
@@ -150,4 +125,14 @@ def _judged(
             correct[prompt_id] += is_right(text, answers[prompt_id])
             tokens += len(batch.completion_ids[row])
             length_rows += batch.finish_reason[row] == "length"
-    return {"completion_tokens": tokens, "length_rows": length_rows, "correct": correct}
+    counts = list(correct.values())
+    return EvaluationResult(
+        passes={f"pass@{k}": pass_at_k(counts, samples=samples, k=k) for k in default_ks(samples)},
+        standard_error=standard_error(counts, samples=samples),
+        problems=len(counts),
+        samples=samples,
+        completion_tokens=tokens,
+        length_rows=length_rows,
+        correct=correct,
+        judge_seconds=round(time.time() - start, 3),
+    )

@@ -217,9 +217,9 @@ def test_fewer_samples_are_the_first_ones(measured: Path, tmp_path: Path, no_eng
         load_record(EvaluationManifest, each.folder / "manifest.json").result for each in verdicts
     )
     assert verdicts[0].recipe.inputs == verdicts[1].recipe.inputs
-    assert (one["samples"], two["samples"]) == (1, 2)
-    assert all(two["correct"][name] - right in (0, 1) for name, right in one["correct"].items())
-    assert 0 < one["completion_tokens"] < two["completion_tokens"]
+    assert (one.samples, two.samples) == (1, 2)
+    assert all(two.correct[name] - right in (0, 1) for name, right in one.correct.items())
+    assert 0 < one.completion_tokens < two.completion_tokens
 
 
 def test_a_copied_policy_finds_its_answers_and_another_family_gets_its_own(

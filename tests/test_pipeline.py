@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
+from opd_stream.store.artifact import Artifact
 from opd_stream.store.store import Store
 from pipeline.inspect.command import inspect_worst
 from pipeline.run_folder import RunFolder
@@ -163,6 +165,28 @@ def test_a_flipped_bit_is_named_and_only_that_unit_is_made_again(copied_run: Pat
     assert weights(again) == weights(summary)
     assert again["reused"] == {"rollout_units": 4, "score_units": 3}
     assert again["tokens"]["generated"] == 0
+
+
+def test_a_unit_that_is_damaged_again_at_once_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that does not keep what is written."""
+    commit, commits = Artifact.commit, Counter[int]()
+
+    def forgetting(self: Artifact, unit: int, *rest: Any, **named: Any) -> Any:
+        done = commit(self, unit, *rest, **named)
+        if self.recipe.kind == "scores" and unit == 1:
+            record = self.commit_record(unit)
+            assert record is not None
+            (self.folder / record.file).write_bytes(b"")
+            commits[unit] += 1
+            assert commits[unit] < 5, "made again and again"
+        return done
+
+    monkeypatch.setattr(Artifact, "commit", forgetting)
+    with pytest.raises(UserError, match=r"unit 1 of scores/.* right after it was made again"):
+        run_small(tmp_path, "rounds=1", "evaluation=null")
+    assert commits == {1: 2}
 
 
 def test_a_torn_policy_is_trained_again(copied_run: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from pydantic import model_serializer, model_validator
 
 from opd_stream.errors import UserError
 from opd_stream.record import Record
@@ -78,10 +79,35 @@ class Manifest(RecipeRecord):
     counts: dict[str, int | float]  # of all units together
 
 
+class EvaluationResult(Record):
+    """What a judge found in the answers of a policy; in JSON each pass@k is a field of its own."""
+
+    passes: dict[str, float]  # "pass@1" -> mean over the problems
+    standard_error: float  # of pass@1
+    problems: int
+    samples: int  # of each problem
+    completion_tokens: int
+    length_rows: int  # answers that the window cut
+    correct: dict[str, int]  # prompt_id -> right samples
+    judge_seconds: float = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, value: Any) -> Any:
+        if "passes" in value:
+            return value
+        return {**value, "passes": {name: v for name, v in value.items() if "@" in name}}
+
+    @model_serializer(mode="wrap")
+    def _spread(self, dump: Any) -> dict[str, Any]:
+        value = dump(self)
+        return {**value.pop("passes"), **value}
+
+
 class EvaluationManifest(RecipeRecord):
     """`manifest.json` of an evaluation, which has no units."""
 
-    result: dict[str, Any]  # pass@k, standard_error, problems, samples, correct by prompt, ...
+    result: EvaluationResult
 
 
 class DamagedUnit(Exception):
