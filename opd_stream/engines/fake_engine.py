@@ -139,10 +139,10 @@ class FakeEngine:
         stop_ids: tuple[int, ...],
     ) -> NDArray[np.int32]:
         tokens: list[int] = []
-        for uniform in map(float, uniforms_T):
+        for uniform in uniforms_T:
             logprobs_V = self._logprobs_VV[last % self._vocab_size]
             if temperature == 0:
-                last = int(logprobs_V.argmax())
+                last = int(np.argmax(logprobs_V))
             else:
                 cumulative_V = np.exp(logprobs_V / temperature).cumsum()
                 place: Any = np.searchsorted(cumulative_V, uniform * cumulative_V[-1], side="right")

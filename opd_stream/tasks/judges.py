@@ -180,7 +180,7 @@ def _checked(path: str, function: Callable[..., Any]) -> Judge:
             raise UserError(
                 f"judge function {path} returned {found!r:.60}; expected True or False; mend it"
             )
-        return bool(found)
+        return bool(found == 1)
 
     return verdict
 
