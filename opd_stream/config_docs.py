@@ -76,7 +76,7 @@ def _type(annotation: Any) -> str:
         "Path": "path",
         "bool": "yes or no",
     }
-    name: str = getattr(annotation, "__name__", "")
+    name: str = getattr(annotation, "__name__", "")  # pyright: ignore[reportUnknownArgumentType]
     return names.get(name, str(annotation))  # pyright: ignore[reportUnknownArgumentType]
 
 

@@ -10,7 +10,7 @@ Shapes: N completion tokens, n rows of a chunk, H hidden, V vocabulary, J gather
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import embedding_bag
@@ -93,10 +93,10 @@ def fused_loss(
     settings = _Settings(token_loss, top_NK, chunk_rows, head.cap)
     scaled_NH = hidden_NH if head.scale == 1.0 else hidden_NH * head.scale
     bias_V = None if head.bias_V is None else head.bias_V * head.scale
-    found: Any = _FusedLoss.apply(  # pyright: ignore[reportUnknownMemberType]
+    apply = cast(Any, _FusedLoss.apply)  # pyright: ignore[reportUnknownMemberType]
+    loss, losses_N, logprobs_NJ, entropy_N, overlap_M = apply(
         scaled_NH, head.weight_VH, bias_V, ids_NJ, weights_N, settings
     )
-    loss, losses_N, logprobs_NJ, entropy_N, overlap_M = found
     return FusedLoss(
         loss=loss,
         losses_N=losses_N,

@@ -30,7 +30,7 @@ class _Reports:
 def main() -> int:
     """Train; exit code 2 after a mistake that the user can mend."""
     import torch.distributed as processes
-    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     from stages.learner import open_fabric
     from stages.train import train_here

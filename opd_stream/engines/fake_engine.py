@@ -145,8 +145,8 @@ class FakeEngine:
                 last = int(np.argmax(logprobs_V))
             else:
                 cumulative_V = np.exp(logprobs_V / temperature).cumsum()
-                place: Any = np.searchsorted(cumulative_V, uniform * cumulative_V[-1], side="right")
-                last = int(place)
+                reached: Any = uniform * cumulative_V[-1]
+                last = int(np.searchsorted(cumulative_V, reached, side="right"))
             tokens.append(last)
             if last in stop_ids:
                 break

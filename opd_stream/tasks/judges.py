@@ -19,6 +19,7 @@ from opd_stream.tasks import ledger
 Judge = Callable[[str, str], bool]  # (completion text, reference answer) -> verdict
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_VERDICTS: Any = (bool, int, float, np.bool_)
 _SECONDS = 5  # math-verify's limit for one expression and for one comparison
 
 
@@ -176,7 +177,7 @@ def _checked(path: str, function: Callable[..., Any]) -> Judge:
                 f"judge function {path} raised {type(error).__name__}: {_one_line(error)} on "
                 f"completion {completion[:60]!r} and reference {answer[:60]!r}; mend the function"
             ) from error
-        if not isinstance(found, bool | int | float | np.bool_) or float(found) not in (0.0, 1.0):
+        if not isinstance(found, _VERDICTS) or found not in (0, 1):
             raise UserError(
                 f"judge function {path} returned {found!r:.60}; expected True or False; mend it"
             )
