@@ -201,7 +201,7 @@ def _begin(
     shuffle: bool = False,
     generate: bool = True,
 ) -> SubmittedWork:
-    """Order what is missing of rollouts, and of scores of them."""
+    """Submit what is missing of rollouts, and of scores of them."""
     assert rollouts.model is not None
     return submit_missing(
         session.executor,
@@ -217,13 +217,13 @@ def _begin(
 
 
 def _begin_ahead(session: Session, here: Round) -> None:
-    """Order the next round's rollouts, unless that is done or they wait for this round's policy."""
+    """Submit the next round's rollouts, unless done or waiting for this round's policy."""
     if here.ahead is not None and session.ahead is None:
         session.ahead = _begin(session, here.ahead.rollouts, here.ahead.scores)
 
 
 def _finish(session: Session, work: SubmittedWork, name: str) -> None:
-    """Wait for a collection; this process gets ready for training while the workers start."""
+    """Wait for submitted work; this process gets ready for training while the workers start."""
     if work.tasks:
         _import_training()
     session.spans += wait_for(session.executor, work, session.progress, name=name)
