@@ -12,7 +12,7 @@ from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
 from opd_stream.staleness import Staleness, may_run_ahead
 from opd_stream.types import RolloutBatch
-from pipeline import rounds
+from pipeline import run as pipeline_run
 from pipeline.run_folder import RunFolder
 from pipeline.setup import open_to_look
 from pipeline.single_stage import run_stage
@@ -100,8 +100,8 @@ def test_the_sampler_never_waits_for_the_scores_of_a_round(
         told.append(("waited for", work.rollouts.name))
         return collect.wait_for(executor, work, *rest, **named)
 
-    monkeypatch.setattr(rounds, "submit_missing", submit_missing)
-    monkeypatch.setattr(rounds, "wait_for", wait_for)
+    monkeypatch.setattr(pipeline_run, "submit_missing", submit_missing)
+    monkeypatch.setattr(pipeline_run, "wait_for", wait_for)
     found = reports(tmp_path, "rounds=5")
     names = [report["caches"][0]["rollouts"][:16] for report in found]
     for before, after in pairwise(names[2:]):

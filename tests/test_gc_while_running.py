@@ -56,7 +56,7 @@ def test_a_run_that_goes_on_keeps_the_rounds_it_comes_to(
     small_runs: SmallRuns, tmp_path: Path
 ) -> None:
     small_runs.copy(tmp_path)
-    summary = RunFolder(tmp_path / "run").summary()
+    summary = summary_of(RunFolder(tmp_path / "run"))
     for path in (tmp_path / "store" / "policies").iterdir():
         if (path / Path(summary["final_policy"]).name).exists():
             shutil.rmtree(path)

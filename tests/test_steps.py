@@ -10,6 +10,7 @@ from opd_stream.store.inventory import garbage
 from opd_stream.store.policy import PolicyArtifact
 from opd_stream.store.recipe import Recipe
 from pipeline import rounds as rounds_module
+from pipeline.estimate import estimate
 from pipeline.rounds import Round, rounds
 from pipeline.run_folder import RunFolder
 from pipeline.setup import Setup, open_setup
@@ -71,6 +72,8 @@ def test_a_new_kind_of_step_is_made_reached_reported_and_shown(tmp_path: Path) -
     assert wide.artifact.name not in {item.name for item in garbage(open_setup(config).store)}
     (report,) = reports_of(folder)
     assert report["tokens"]["teacher_scored"] == 2 * report["tokens"]["generated"]
+    (cost,) = estimate(config, folder).rounds
+    assert [step.kind.name for step in cost.steps] == ["generate", "score", "wide score", "train"]
     (status,) = StatusReader(open_setup(config), folder).read().rounds
     assert (status.stages["score"].done, status.stages["score"].total) == (4, 4)
 
