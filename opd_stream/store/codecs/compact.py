@@ -93,7 +93,8 @@ def decode_compact(batch: pa.RecordBatch, *, max_error: float) -> ScoreBlock:
     counts_column = batch.column("top_counts")
     counts_N = flat_values(counts_column)
     tokens = len(counts_N)
-    dictionary = unpacked_dictionary((batch.schema.metadata or {})[DICTIONARY_KEY])
+    metadata: dict[bytes, bytes] = batch.schema.metadata or {}
+    dictionary = unpacked_dictionary(metadata[DICTIONARY_KEY])
     ids = dictionary[plane_values("top_codes", batch)]
     differences = plane_values("top_steps", batch).view(np.int32)
     most = int(counts_N.max()) if tokens else 0
