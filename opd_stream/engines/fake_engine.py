@@ -8,7 +8,7 @@ import hashlib
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,8 +145,8 @@ class FakeEngine:
                 last = int(np.argmax(logprobs_V))
             else:
                 cumulative_V = np.exp(logprobs_V / temperature).cumsum()
-                reached: Any = uniform * cumulative_V[-1]
-                last = int(np.searchsorted(cumulative_V, reached, side="right"))
+                reached = uniform * cumulative_V[-1]
+                last = int(cast(Any, np.searchsorted(cumulative_V, reached, side="right")))
             tokens.append(last)
             if last in stop_ids:
                 break
