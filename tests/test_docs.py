@@ -1,5 +1,6 @@
 """The pages keep their word: links lead somewhere, configs load, README's commands exist."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -43,8 +44,27 @@ def test_make_targets_in_the_pages_exist() -> None:
         assert set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", page.read_text(), re.M)) <= targets
 
 
-def test_every_file_in_the_readmes_tree_exists() -> None:
-    names = set(re.findall(r"^ {6}([a-z_]+(?:\.py|/)) ", README, re.MULTILINE))
-    assert len(names) > 10
-    for name in names:
-        assert any(ROOT.glob(f"[ops]*/{name}")), name
+def names_in(path: Path) -> set[str]:
+    """Functions, classes, methods and constants that a file defines."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return found
+
+
+def test_what_the_page_on_architecture_names_is_in_the_files_it_names() -> None:
+    """Of "`FILE`: `NAME`", and of further names in the same cell."""
+    page = (DOCS / "architecture.md").read_text()
+    cells = re.findall(r"`([\w/]+\.py)`: (`[^|\n]+)", page)
+    assert len(cells) > 20
+    for file, text in cells:
+        for name in re.findall(r"`(\w+)`", text):
+            assert name in names_in(ROOT / file), (file, name)
+
+
+def test_folders_named_on_the_page_on_architecture_exist() -> None:
+    for name in re.findall(r"`([\w/]+/)`", (DOCS / "architecture.md").read_text()):
+        assert (ROOT / name).is_dir(), name

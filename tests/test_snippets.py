@@ -45,7 +45,6 @@ MARKED = {
 DRAWINGS = {  # indented text that is neither a command nor a config, by its first line
     ("README.md", "store/prompts/…"),
     ("README.md", "runs/quickstart/summary.json"),
-    ("README.md", "pipeline/      what runs next"),
     ("alignment.md", "student   | On|"),
     ("cache-format.md", "STORE/KIND/FP16/recipe.json"),
     ("staleness.md", "all epochs done:"),
@@ -230,8 +229,25 @@ def whole(found: dict[str, Any]) -> dict[str, Any]:
     raise AssertionError(f"no section has {sorted(found)}")
 
 
+def write_modules(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that a page's Python is, in a folder on the path; gone after the test."""
+    names: list[str] = []
+    for block in of_kind("python"):
+        named = re.match(r"# (\w+)\.py\n", block.text)
+        if block.page == page and named:
+            (folder / f"{named[1]}.py").write_text(block.text)
+            monkeypatch.setitem(sys.modules, named[1], sys)  # so that the test's own goes with it
+            monkeypatch.delitem(sys.modules, named[1])
+            names.append(named[1])
+    monkeypatch.syspath_prepend(folder)
+    return names
+
+
 @pytest.mark.parametrize("block", of_kind("yaml"), ids=str)
-def test_yaml_is_a_config_or_a_piece_of_one(block: Block, tmp_path: Path) -> None:
+def test_yaml_is_a_config_or_a_piece_of_one(
+    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_modules(block.page, tmp_path, monkeypatch)
     found = yaml.safe_load(block.text)
     if "rounds" not in found:
         found = whole({name: value for name, value in found.items() if name != "base"})
@@ -253,17 +269,12 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert f'"{page}"' in source
         assert "exec(" in source
         return
-    monkeypatch.syspath_prepend(tmp_path)
+    names = write_modules(page, tmp_path, monkeypatch)
+    assert len(names) == len(blocks), "a block's first line names no file"
     ran = 0
-    for block in blocks:
-        named = re.match(r"# (\w+)\.py\n", block.text)
-        assert named, f"{block}: its first line names no file"
-        (tmp_path / f"{named[1]}.py").write_text(block.text)
-        module = importlib.import_module(named[1])
-        monkeypatch.delitem(sys.modules, named[1])
-        monkeypatch.setitem(sys.modules, named[1], module)  # and away after the test
-        for name in vars(module):
-            if name.startswith("test_"):
-                vars(module)[name]()
+    for name in names:
+        for test, function in vars(importlib.import_module(name)).items():
+            if test.startswith("test_"):
+                function()
                 ran += 1
     assert ran >= len(blocks) // 2
