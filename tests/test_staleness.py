@@ -1,7 +1,6 @@
 """Units that outlive their policy: kept, weighed, continued, made again, and counted exactly."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,7 @@ def test_a_unit_is_kept_weighed_continued_or_made_again(
 def test_a_unit_is_kept_only_with_room_to_drift() -> None:
     drift = shifted(0.4).policy_drift
     for share, is_kept in ((1.0, True), (0.9, True), (0.7, False)):
-        bounds = replace(BOUNDS, keep_share=share)
+        bounds = BOUNDS.model_copy(update={"keep_share": share})
         assert 0.8 < drift / BOUNDS.policy_drift < 0.9
         decision = decide_unit(unit(0.4), window_tokens=64, bounds=bounds)
         assert decision.is_kept == is_kept
