@@ -150,6 +150,13 @@ def scores_recipe(
     )
 
 
+_PLAIN = (
+    *("top_k", "precision", "learning_rate", "schedule", "warmup"),
+    *("weight_decay", "clip_norm", "rows_per_step"),
+)
+_SECTIONS = ("gate", "freshness", "extrapolation", "lora")
+
+
 def policy_recipe(
     config: Config,
     *,
@@ -189,22 +196,12 @@ def policy_recipe(
         kind="policies",
         settings={
             "objectives": [part.recipe() for part in train.objective],
-            "top_k": train.top_k,
-            "gate": _dumped(train.gate),
-            "freshness": _dumped(train.freshness),
-            "extrapolation": _dumped(train.extrapolation),
+            **{name: getattr(train, name) for name in _PLAIN},
+            **{name: _dumped(getattr(train, name)) for name in _SECTIONS},
             **reward,
             "guards": train.guards.model_dump(mode="json"),
-            "precision": train.precision,
-            "lora": _dumped(train.lora),
-            "learning_rate": train.learning_rate,
-            "schedule": train.schedule,
-            "warmup": train.warmup,
             "progress": [round_index, config.rounds if counts_rounds(config) else None],
             "betas": list(train.betas),
-            "weight_decay": train.weight_decay,
-            "clip_norm": train.clip_norm,
-            "rows_per_step": train.rows_per_step,
             "staleness": staleness.model_dump(mode="json"),
             "window": config.rollouts.window.recipe(),
             **({} if window_tokens is None else {"window_tokens": window_tokens}),
