@@ -38,7 +38,7 @@ from pipeline.rounds import Round, checkpoint_of, rounds
 from pipeline.run_folder import RunFolder, is_below
 from pipeline.setup import Setup
 from stages.checkpoints import Checkpoint
-from stages.step import PROBE_SCORE, Step, of_stage
+from stages.step import PROBE, PROBE_SCORE, Stage, Step, of_stage
 
 Span = tuple[float, float]
 
@@ -143,57 +143,32 @@ def round_report(
     """
     manifest = here.policy.manifest()
     outcome, last = manifest.outcome, manifest.outcome.epochs[-1]
-    is_trained_here = outcome.made_by in run_ids
-    generated, scored = of_stage(here.new_steps, "generate"), of_stage(here.new_steps, "score")
-    probed = [step for step in scored if step.kind == PROBE_SCORE]
-    audits = [step for step in here.new_steps if step.kind.name.startswith("probe")]
-    audit = outcome.window_decision
+    work = RoundWork(here, run_ids, outcome)
+    rollouts = summed_counts(c for cache in here.caches for c in cache.used(cache.rollouts))
     scores = summed_counts(c for cache in here.caches for c in cache.used(cache.scores))
-    new = [c for step in here.new_steps if step not in audits for c in step.commits()]
-    mine = partial(_made_by, run_ids=run_ids)
-    length_share, repeat_ratio = _endings(here)
+    length_share = rollouts.get("length_rows", 0) / max(rollouts.get("rows", 0), 1)
+    repeated = rollouts.get("repeated_tokens", 0) / max(rollouts.get("completion_tokens", 0), 1)
     return RoundReport(
         round=here.index,
         window_tokens=here.window_tokens,
         first_step=here.plan.first_step,
         steps=outcome.steps,
         rows=outcome.rows,
-        tokens=RoundTokens(
-            generated=_tokens(mine(generated)),
-            teacher_scored=_tokens(mine(scored)),
-            probed=_tokens(mine(probed)),
-            trained=int(outcome.trained.tokens) if is_trained_here else 0,
-        ),
+        tokens=work.tokens(),
         refused_rows=int(scores.get("refused_rows", 0)),
         length_share=length_share,
         terminator_rate=1 - length_share,
-        repeat_ratio=repeat_ratio,
+        repeat_ratio=repeated,
         alignment=_alignment(scores),
-        cache_bytes=sum(commit.bytes for commit in new),
-        flops=StageNumbers(
-            generate=sum(_flops(step, mine([step])) for step in generated),
-            score=sum(_flops(step, mine([step])) for step in scored),
-            train=_train_flops(here.student, outcome) if is_trained_here else 0.0,
-        ),
-        seconds=StageNumbers(
-            generate=_seconds(mine(generated)),
-            score=_seconds(mine(scored)),
-            train=outcome.seconds if is_trained_here else 0.0,
-        ),
-        cpu_seconds=StageNumbers(
-            generate=_cpu_seconds(mine(generated)),
-            score=_cpu_seconds(mine(scored)),
-            train=outcome.cpu_seconds if is_trained_here else 0.0,
-        ),
-        audit_cpu_seconds=_cpu_seconds(mine(audits)) + (audit.cpu_seconds if audit else 0.0),
-        reused=RoundReuse(
-            rollout_units=_reused(generated, audits, run_ids),
-            score_units=_reused(scored, audits, run_ids),
-            policy=not is_trained_here,
-        ),
+        cache_bytes=sum(c.bytes for step in work.cached for c in step.commits()),
+        flops=work.flops(),
+        seconds=work.by_stage(_seconds, outcome.seconds),
+        cpu_seconds=work.by_stage(_cpu_seconds, outcome.cpu_seconds),
+        audit_cpu_seconds=work.audit_cpu_seconds(),
+        reused=work.reused(),
         processes=outcome.processes,
         extrapolations=outcome.extrapolations,
-        window_decision=audit,
+        window_decision=outcome.window_decision,
         sampler_gap=outcome.start.sampler_gap,
         drift_floor=outcome.start.floor,
         start_drift=outcome.start.policy_drift,
@@ -211,6 +186,78 @@ def round_report(
         caches=tuple(cache.record() for cache in here.caches),
         evaluation=evaluation,
     )
+
+
+class RoundWork:
+    """What a run did for a round, summed over the units that it made itself."""
+
+    def __init__(self, here: Round, run_ids: Collection[str], outcome: TrainOutcome) -> None:
+        self.run_ids, self.student, self.outcome = run_ids, here.student, outcome
+        self.steps = here.new_steps
+        self.probes = [step for step in self.steps if step.kind in (PROBE, PROBE_SCORE)]
+        self.cached = [step for step in self.steps if step not in self.probes]
+        self.is_trained_here = outcome.made_by in run_ids
+
+    def commits(self, steps: Iterable[Step]) -> list[Commit]:
+        """The units of some steps that the run made."""
+        return [c for step in steps for c in step.commits() if c.made_by in self.run_ids]
+
+    def by_stage(self, number: Callable[[list[Commit]], float], train: float) -> StageNumbers:
+        """A number of the units of each stage, and that of training."""
+        return StageNumbers(
+            generate=number(self.commits(of_stage(self.steps, "generate"))),
+            score=number(self.commits(of_stage(self.steps, "score"))),
+            train=train if self.is_trained_here else 0.0,
+        )
+
+    def tokens(self) -> RoundTokens:
+        """Completion tokens."""
+        made = self.by_stage(_tokens, self.outcome.trained.tokens)
+        return RoundTokens(
+            generated=int(made.generate),
+            teacher_scored=int(made.score),
+            trained=int(made.train),
+            probed=int(_tokens(self.commits(of_stage(self.probes, "score")))),
+        )
+
+    def flops(self) -> StageNumbers:
+        """Operations, by the cost model of `opd_stream/costs.py`."""
+        trained = self.outcome.trained
+        read = TokenCounts(
+            tokens=trained.row_tokens, completion_tokens=trained.tokens, pairs=trained.row_pairs
+        )
+        shape, recomputed = _shape(self.student), self.outcome.gradient_checkpointing
+        train = train_flops(shape, read, recomputed=recomputed)
+        return StageNumbers(
+            generate=sum(self._flops(step) for step in of_stage(self.steps, "generate")),
+            score=sum(self._flops(step) for step in of_stage(self.steps, "score")),
+            train=train if self.is_trained_here else 0.0,
+        )
+
+    def _flops(self, step: Step) -> float:
+        counts = summed_counts(self.commits([step]))
+        if step.model is None or "pairs" not in counts:
+            return 0.0
+        names = ("tokens", "completion_tokens", "pairs")
+        return forward_flops(_shape(step.model), TokenCounts(**{n: counts[n] for n in names}))
+
+    def audit_cpu_seconds(self) -> float:
+        """CPU seconds of probes and of the decision they serve."""
+        audit = self.outcome.window_decision
+        return _cpu_seconds(self.commits(self.probes)) + (audit.cpu_seconds if audit else 0.0)
+
+    def reused(self) -> RoundReuse:
+        """What was made by others."""
+
+        def units(stage: Stage) -> int:
+            steps = of_stage(self.cached, stage)
+            return sum(len(step.commits()) for step in steps) - len(self.commits(steps))
+
+        return RoundReuse(
+            rollout_units=units("generate"),
+            score_units=units("score"),
+            policy=not self.is_trained_here,
+        )
 
 
 def run_summary(
@@ -233,20 +280,20 @@ def run_summary(
         calls: see `Accounts.write_summary`.
     """
     found = [initial_evaluation, *(report.evaluation for report in reports)]
-    evaluations = [
-        SummaryEvaluation.model_validate(
-            {"round": version, "policy_version": version, **evaluation.as_json()}
-        )
-        for version, evaluation in enumerate(found)
-        if evaluation is not None
-    ]
     is_evaluated = all(r.evaluation is not None for r in reports if r.round in due)
-    times = {name: round(value, 3) for name, value in calls.items()}
+    seconds = _by_stage([report.seconds for report in reports], digits=3)
+    evaluate = sum(each.seconds for each in found if each is not None)
     return RunSummary(
         finished=len(reports) == rounds_planned and is_evaluated,
         rounds=len(reports),
         rounds_planned=rounds_planned,
-        evaluations=tuple(evaluations),
+        evaluations=tuple(
+            SummaryEvaluation.model_validate(
+                {"round": version, "policy_version": version, **evaluation.as_json()}
+            )
+            for version, evaluation in enumerate(found)
+            if evaluation is not None
+        ),
         tokens=TokenNumbers(
             generated=sum(report.tokens.generated for report in reports),
             teacher_scored=sum(report.tokens.teacher_scored for report in reports),
@@ -254,19 +301,16 @@ def run_summary(
         ),
         flops=_by_stage([report.flops for report in reports]),
         seconds=RunSeconds(
-            **_by_stage([report.seconds for report in reports], digits=3).model_dump(),
-            evaluate=round(sum(each.seconds for each in found if each is not None), 3),
-            **times,
+            **seconds.model_dump(),
+            evaluate=round(evaluate, 3),
+            **{name: round(value, 3) for name, value in calls.items()},
         ),
         cpu_seconds=_by_stage([report.cpu_seconds for report in reports], digits=3),
         reused=ReusedUnits(
             rollout_units=sum(report.reused.rollout_units for report in reports),
             score_units=sum(report.reused.score_units for report in reports),
         ),
-        policies=(
-            initial,
-            *(PolicyRecord.model_validate(report.policy.model_dump()) for report in reports),
-        ),
+        policies=(initial, *(PolicyRecord(**report.policy.model_dump()) for report in reports)),
         final_policy=reports[-1].policy.folder if reports else None,
         caches=tuple(report.caches for report in reports),
         steps=sum(report.steps for report in reports),
@@ -301,44 +345,6 @@ def busy_seconds(spans: Iterable[Span]) -> float:
     return total
 
 
-def flops_of(
-    cost: Callable[[ModelShape, TokenCounts], float], model: Checkpoint, counts: dict[str, float]
-) -> float:
-    """Operations of a model over counted rows, by the cost model of `opd_stream/costs.py`."""
-    shape = shape_of(read_json(model.folder / "config.json"))
-    names = ("tokens", "completion_tokens", "pairs")
-    return cost(shape, TokenCounts(**{name: counts[name] for name in names}))
-
-
-def _flops(step: Step, commits: Iterable[Commit]) -> float:
-    counts = summed_counts(commits)
-    if step.model is None or "pairs" not in counts:
-        return 0.0
-    return flops_of(forward_flops, step.model, counts)
-
-
-def _train_flops(student: Checkpoint, outcome: TrainOutcome) -> float:
-    trained = outcome.trained
-    counts = {
-        "tokens": trained.row_tokens,
-        "completion_tokens": trained.tokens,
-        "pairs": trained.row_pairs,
-    }
-    cost = partial(train_flops, recomputed=outcome.gradient_checkpointing)
-    return flops_of(cost, student, counts)
-
-
-def _made_by(steps: Iterable[Step], run_ids: Collection[str]) -> list[Commit]:
-    """The units of some steps that a run made itself."""
-    return [c for step in steps for c in step.commits() if c.made_by in run_ids]
-
-
-def _reused(steps: list[Step], audits: list[Step], run_ids: Collection[str]) -> int:
-    """Units of some steps, but those of audits, that a run found made."""
-    cached = [step for step in steps if step not in audits]
-    return sum(len(step.commits()) for step in cached) - len(_made_by(cached, run_ids))
-
-
 def _by_stage(numbers: Sequence[StageNumbers], digits: int | None = None) -> StageNumbers:
     """Sums of numbers of stages."""
     total = {
@@ -348,13 +354,6 @@ def _by_stage(numbers: Sequence[StageNumbers], digits: int | None = None) -> Sta
     if digits is not None:
         total = {stage: round(value, digits) for stage, value in total.items()}
     return StageNumbers(**total)
-
-
-def _endings(here: Round) -> tuple[float, float]:
-    """Share of rollouts that the window cut, and of tokens that repeat a stretch before them."""
-    counts = summed_counts(c for cache in here.caches for c in cache.used(cache.rollouts))
-    rows, tokens = max(counts.get("rows", 0), 1), max(counts.get("completion_tokens", 0), 1)
-    return counts.get("length_rows", 0) / rows, counts.get("repeated_tokens", 0) / tokens
 
 
 def _alignment(counts: dict[str, float]) -> AlignmentShares | None:
@@ -367,8 +366,12 @@ def _alignment(counts: dict[str, float]) -> AlignmentShares | None:
     )
 
 
-def _tokens(commits: Iterable[Commit]) -> int:
-    return int(summed_counts(commits).get("completion_tokens", 0))
+def _shape(model: Checkpoint) -> ModelShape:
+    return shape_of(read_json(model.folder / "config.json"))
+
+
+def _tokens(commits: Iterable[Commit]) -> float:
+    return summed_counts(commits).get("completion_tokens", 0.0)
 
 
 def _seconds(commits: Iterable[Commit]) -> float:
