@@ -1,5 +1,6 @@
 """A student set up for training: Fabric, the objectives, the optimizer, and the loss of a batch."""
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,7 @@ def open_fabric(job: TrainJob, environment: ClusterEnvironment | None = None) ->
     fabric = Fabric(
         accelerator=accelerator,
         strategy=strategy,
-        devices=job.config.pools.trainer.devices,
+        devices=int(os.environ["LOCAL_WORLD_SIZE"]) if environment is not None else 1,
         plugins=plugins,
         loggers=_loggers(job),
     )

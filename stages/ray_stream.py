@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from opd_stream.config import Pool, Pools
+from opd_stream.config import Pool, Pools, TrainerPool
 from opd_stream.errors import UserError
 from opd_stream.launcher import RemoteWorker
 from stages.workers import WorkerSettings
@@ -51,6 +51,8 @@ def start_cluster(pools: Pools) -> bool:
         ray.init(address=address, **quiet)
         return True
     wanted = sum(pool.workers * pool.cpus for pool in (pools.student, pools.teacher))
+    if pools.trainer.is_on_ray:
+        wanted += pools.trainer.devices * pools.trainer.cpus
     with _without_native_stderr():
         ray.init(
             address="local",
@@ -98,7 +100,7 @@ def _this_node() -> Any:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def put(queue: Any, blocks: list[pa.Table]) -> None:
+def put(queue: Any, blocks: list[Any]) -> None:
     """Add blocks to the stream."""
     import ray
 
@@ -209,14 +211,14 @@ def _placement(pool: Pool) -> dict[str, Any]:
     return asked
 
 
-def lacking(pool: Pool, nodes: list[dict[str, Any]]) -> list[str]:
+def lacking(pool: Pool | TrainerPool, nodes: list[dict[str, Any]]) -> list[str]:
     """What a worker of the pool asks for that no node has, a phrase each.
 
     Args:
         pool: of a role.
         nodes: of the cluster, as `ray.nodes()` describes them.
     """
-    wanted = {"CPU": pool.cpus, "GPU": pool.gpus, **pool.resources}
+    wanted = {"CPU": pool.cpus, "GPU": pool.gpus or 0.0, **pool.resources}
     if pool.accelerator is not None:
         wanted[f"accelerator_type:{pool.accelerator}"] = 0.001
     found: list[str] = []

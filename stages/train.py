@@ -47,7 +47,6 @@ from opd_stream.store.reader import ScoredRows
 from opd_stream.store.tree import save_tree
 from stages.audit import audit
 from stages.extrapolate import Extrapolator, open_extrapolator, save_base
-from stages.launch import launch
 from stages.learner import Learner, measure_units, open_fabric, open_learner
 from stages.progress import Progress
 from stages.student_model import save_student
@@ -69,15 +68,17 @@ OPTIMIZER = "optimizer"  # folder of the optimizer's moments inside a policy
 
 
 def train(job: TrainJob, progress: Progress) -> None:
-    """Train and publish the policy, on as many devices as the config says.
+    """Train and publish the policy, here or where the config's `pools.trainer` says.
 
     Raises:
         UserError: no row can be trained on, the rows are too stale for the objective, the loss is
             not finite, or the memory does not suffice.
         DamagedUnit: a shard is not what was committed.
     """
-    if job.config.pools.trainer.devices > 1:
-        launch(job, progress)
+    if job.config.pools.trainer.is_on_ray:
+        from stages.train_ray import train_on_ray
+
+        train_on_ray(job, progress)
     else:
         train_here(job, progress, open_fabric(job))
 

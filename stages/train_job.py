@@ -1,7 +1,6 @@
 """One round of training as a value that can travel to other processes."""
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,7 @@ from stages.train_data import BatchPlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainJob:
-    """What a process needs to know; everything else lies in the store.
-
-    Example:
-        >>> TrainJob.from_json(job.as_json()) == job
-        True
-    """
+    """What a process of training is told; everything else lies in the store."""
 
     config: Config
     policy: Recipe  # of the policy to make
@@ -67,36 +61,6 @@ class TrainJob:
         """Folder of the adapter that is continued, if there is one."""
         is_ours = self.is_continued and self.config.train.lora is not None
         return Path(self.base) / ADAPTER if is_ours else None
-
-    def as_json(self) -> str:
-        """One line of JSON."""
-        earlier = self.earlier_decision
-        return json.dumps(
-            {
-                **asdict(replace(self)),
-                "config": self.config.model_dump(mode="json"),
-                "earlier_decision": None if earlier is None else earlier.as_json(),
-            }
-        )
-
-    @staticmethod
-    def from_json(text: str) -> "TrainJob":
-        """The job of a line."""
-        value = json.loads(text)
-        earlier = value["earlier_decision"]
-        return TrainJob(
-            **{
-                **value,
-                "config": Config.model_validate(value["config"]),
-                "policy": Recipe(**value["policy"]),
-                "earlier_decision": earlier and WindowAudit.model_validate(earlier),
-                "caches": tuple(map(CacheUnits.from_json, value["caches"])),
-                "probe": None if value["probe"] is None else tuple(value["probe"]),
-                "masked_ids": tuple(value["masked_ids"]),
-                "newline_ids": tuple(value["newline_ids"]),
-                "stop_ids": tuple(value["stop_ids"]),
-            }
-        )
 
     def store(self) -> Store:
         """Where the caches lie and the policy goes."""

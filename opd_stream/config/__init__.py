@@ -76,12 +76,35 @@ class Pool(Section):
 
 
 class TrainerPool(Section):
-    """Where training runs (placement only)."""
+    """Where training runs (placement only): in the run's process, or on workers of Ray Train."""
 
     devices: int = Field(default=1, ge=1, description="processes, each with one GPU or the CPU")
     strategy: Literal["ddp", "fsdp2"] = Field(
         default="ddp", description="of several devices: whole copies, or shards of the weights"
     )
+    cpus: float = Field(default=1, gt=0, description="logical CPUs of one process")
+    gpus: float | None = Field(
+        default=None, ge=0, description="GPUs of one process; null: one where there are any"
+    )
+    accelerator: str | None = Field(
+        default=None, description="kind of GPU as Ray names it, such as H100"
+    )
+    resources: dict[str, float] = Field(
+        default={}, description="custom Ray resources of one process"
+    )
+    labels: dict[str, str] = Field(
+        default={}, description="labels of the nodes that may run the processes"
+    )
+    env: dict[str, str] = Field(default={}, description="environment of the processes")
+    start_seconds: int = Field(
+        default=60, ge=1, description="training without all of its processes by then ends the run"
+    )
+
+    @property
+    def is_on_ray(self) -> bool:
+        """Whether Ray places it: several devices, or a place is asked for."""
+        placed = (self.gpus, self.accelerator, self.resources, self.labels, self.env)
+        return self.devices > 1 or any(placed)
 
 
 class Pools(Section):
@@ -154,6 +177,13 @@ def _conflicts(config: Config) -> Iterator[str]:
                 f"{role}.engine is vllm with executor local, which shares a process with "
                 "training; vLLM changes its process; set executor=ray"
             )
+    trainer = config.pools.trainer
+    if trainer.is_on_ray and config.executor == "local":
+        yield (
+            f"pools.trainer asks for {trainer.devices} devices or a place of its own with executor "
+            "local, which trains in the run's process; set executor=ray, or leave all but strategy "
+            "out of pools.trainer"
+        )
     yield from _objective_conflicts(config)
     yield from _extrapolation_conflicts(config)
     yield from _window_conflicts(config)
