@@ -32,7 +32,7 @@ class Message:
         >>> Message(verb="advance", values=("train", 1, 4096), facts={"loss": 0.31})
     """
 
-    verb: str  # start, advance, say, warn; error, damaged, done
+    verb: str  # start, advance, say, warn; error, damaged
     values: tuple[Any, ...] = ()
     facts: dict[str, float] | None = None
 
@@ -92,12 +92,12 @@ def _fit(job: TrainJob, progress: Progress) -> None:
             except BaseException as error:  # raised below
                 failures.append(error)
             finally:
-                put(queue, [Message(verb="done")])
+                put(queue, [None])
 
         thread = threading.Thread(target=fit, daemon=True)
         thread.start()
         problem: Exception | None = None
-        while (message := ray.get(queue.get.remote())).verb != "done":
+        for message in iter(lambda: _next(queue), None):
             problem = problem or _heed(message, job, progress)
         thread.join()
     ray.kill(queue)
@@ -107,6 +107,13 @@ def _fit(job: TrainJob, progress: Progress) -> None:
         raise _explained(failures[0], pool) from failures[0]
     if failures:
         raise failures[0]
+
+
+def _next(queue: Any) -> Message | None:
+    import ray
+
+    message: Any = ray.get(queue.get.remote())
+    return message
 
 
 def _heed(message: Message, job: TrainJob, progress: Progress) -> Exception | None:

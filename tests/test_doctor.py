@@ -271,7 +271,13 @@ def having(*gpus: Gpu, **fields: Any) -> Machine:
             "devices",
             "label",
         ),
-        (having(SMALL_GPU), ["pools.trainer.devices=2"], "error", "devices", "has 1 GPU"),
+        (
+            having(SMALL_GPU),
+            ["executor=ray", "pools.trainer.devices=2"],
+            "error",
+            "devices",
+            "has 1 GPU",
+        ),
         (having(SMALL_GPU), ["teacher.dtype=bfloat16"], "warning", "precision", "Tesla T4"),
         (having(SMALL_GPU), ["train.precision=bf16-mixed"], "warning", "precision", "train.pre"),
         (

@@ -20,7 +20,7 @@ from stages.progress import Silent
 from stages.train_data import bucketed
 from tests.conftest import MODELS, run, small_config
 
-TWO = ("executor=ray", "pools.trainer.devices=2")
+TWO = ("executor=ray", "pools.trainer.devices=2", "pools.trainer.start_seconds=300")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.filesize import decimal
 
-from opd_stream.config import Config
+from opd_stream.config import Config, Pool, TrainerPool
 from opd_stream.errors import UserError
 from opd_stream.prompts import DatasetPrompts, JsonlPrompts
 from pipeline.doctor.findings import Finding
@@ -246,7 +246,11 @@ def _pools(subject: Subject, nodes: list[dict[str, Any]], where: str) -> Iterato
     from stages.ray_stream import lacking
 
     pools = subject.pools
-    lacks = [(role, lack) for role, pool in pools.items() for lack in lacking(pool, nodes)]
+    trainer = subject.config.pools.trainer
+    placed: dict[str, Pool | TrainerPool] = {**pools}
+    if trainer.is_on_ray:
+        placed["trainer"] = trainer
+    lacks = [(role, lack) for role, pool in placed.items() for lack in lacking(pool, nodes)]
     for role, lack in lacks:
         yield devices.error(
             f"pools.{role}: {lack} ({where})",
@@ -267,14 +271,15 @@ def _pools(subject: Subject, nodes: list[dict[str, Any]], where: str) -> Iterato
 
 
 def _trainer(subject: Subject, machine: Machine) -> Iterator[Finding]:
-    """Devices and strategy of training, which runs on the machine that is asked."""
+    """Devices and strategy of training, where it runs on the machine that is asked."""
     pool, gpus, is_local = subject.config.pools.trainer, len(machine.gpus), not _on_cluster()
-    if gpus and pool.devices > gpus:
+    is_here = is_local or not pool.is_on_ray
+    if is_here and gpus and pool.devices > gpus:
         yield devices.error(
             f"pools.trainer.devices is {pool.devices}; this machine has {gpus} GPU",
             "lower pools.trainer.devices, or train on a larger machine",
         )
-    elif not gpus and pool.devices > machine.cpus:
+    elif is_here and not gpus and pool.devices > machine.cpus:
         yield devices.warning(
             f"pools.trainer.devices is {pool.devices} on {machine.cpus} CPU cores and no GPU",
             "lower pools.trainer.devices",
