@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pipeline.run_directory import RunDirectory
 
 from opd_stream.config import TrainerPool
 from opd_stream.errors import UserError
-from pipeline.rounds import run
-from pipeline.run_directory import RunDirectory
+from pipeline.run import run
 from stages.progress import Silent
 from stages.ray_stream import lacking
 from tests.conftest import small_config
