@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pipeline.run_directory import RunDirectory
 
 from opd_stream.config import TrainerPool
 from opd_stream.errors import UserError
-from pipeline.run import run
+from pipeline.run_folder import RunFolder
 from stages.progress import Silent
 from stages.ray_stream import lacking
-from tests.conftest import small_config
+from tests.conftest import run, small_config
 from tests.test_faults import workers
 from tests.test_training import collected, column, train  # noqa: F401
 
@@ -50,7 +49,7 @@ def test_two_nodes_take_the_steps_of_one_process(
     placed = ("pools.trainer.labels={pool: training}", f"pools.trainer.strategy={strategy}")
     again = f"train.betas=[0.9,{0.9400001 if strategy == 'ddp' else 0.9410001}]"
     train(collected, f"there-{strategy}", again, *TWO, *placed)
-    (report,) = RunDirectory(collected / f"there-{strategy}").reports()
+    (report,) = RunFolder(collected / f"there-{strategy}").reports()
     assert report["processes"] == 2
     np.testing.assert_allclose(
         column(collected, f"there-{strategy}"),
@@ -77,7 +76,7 @@ class Killer(Silent):
 @pytest.mark.slow
 def test_a_training_worker_that_dies_is_one_line_and_the_next_call_resumes(tmp_path: Path) -> None:
     config = small_config(tmp_path, "rounds=1", "evaluation=null", "staleness.max_epochs=20", *TWO)
-    killer, directory = Killer(), RunDirectory(tmp_path / "run")
+    killer, directory = Killer(), RunFolder(tmp_path / "run")
     with pytest.raises(UserError, match=r"a training worker died.*before is intact") as error:
         run(config, directory, killer)
     assert "\n" not in str(error.value)
@@ -98,7 +97,7 @@ def test_a_place_that_no_node_has_is_one_line(tmp_path: Path) -> None:
         "pools.trainer={labels: {pool: none}, start_seconds: 3}",
     )
     with pytest.raises(UserError, match=r"no node has the label pool=none.*start_seconds"):
-        run(config, RunDirectory(tmp_path / "run"), Silent())
+        run(config, RunFolder(tmp_path / "run"), Silent())
 
 
 def test_one_process_trains_where_the_run_is_and_others_need_ray(tmp_path: Path) -> None:
