@@ -100,8 +100,8 @@ def test_a_run_in_s3_ends_where_one_on_a_disk_does(
         assert disk[key] == remote[key]
     again = RunFolder(tmp_path / "again")
     run(small_config(tmp_path, f"store={bucket}"), again, Silent())
-    assert summary_of(again)["tokens"]["teacher_scored"] == 0
-    assert summary_of(again)["policies"] == disk["policies"]
+    assert summary_of(again.path)["tokens"]["teacher_scored"] == 0
+    assert summary_of(again.path)["policies"] == disk["policies"]
     caches = disk["caches"][0][0]
     near = open_scores(finished_run / "store" / "scores" / caches["scores"][:16])
     far = open_scores(f"{bucket}/scores/{caches['scores'][:16]}")
