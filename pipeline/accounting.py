@@ -16,7 +16,7 @@ from opd_stream.outcome import TrainOutcome
 from opd_stream.store.artifact import Commit, summed_counts
 from opd_stream.store.files import canonical_json, read_json, sha256
 from opd_stream.store.recipe import differing_fields
-from pipeline.caches import ReplaySource
+from pipeline.caches import replayed_caches
 from pipeline.evaluation import evaluation_record
 from pipeline.plan import is_due
 from pipeline.records import (
@@ -326,14 +326,11 @@ def inputs_of(setup: Setup) -> set[str]:
     Raises:
         UserError: some of a replay is not in the store, or not of one teacher.
     """
-    config, names = setup.config, {setup.prompts.name}
+    names = {setup.prompts.name}
     if setup.alignment is not None:
         names.add(f"prompts/{setup.alignment.inputs['prompts'][:16]}")
-    if config.replay is not None:
-        source = ReplaySource(setup, config.replay)
-        caches = [cache for index in range(config.rounds) for cache in source.caches(index)]
-        names |= {step.artifact.name for c in caches for step in (c.rollouts, c.scores)}
-    return names
+    caches = [cache for caches in replayed_caches(setup) or () for cache in caches]
+    return names | {step.artifact.name for c in caches for step in (c.rollouts, c.scores)}
 
 
 def busy_seconds(spans: Iterable[Span]) -> float:

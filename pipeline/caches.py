@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from opd_stream.config import Replay
 from opd_stream.errors import UserError
 from opd_stream.outcome import TrainOutcome, UnitRecord
 from opd_stream.record import read_record
@@ -310,72 +309,47 @@ def _by_artifact(units: list[UnitRecord]) -> list[list[UnitRecord]]:
     return [groups[key] for key in sorted(groups)]
 
 
-class ReplaySource:
-    """Scores that are in the store already: an earlier run's, or named ones."""
+def replayed_caches(setup: Setup) -> list[tuple[Cache, ...]] | None:
+    """What each round of a replay trains on: an earlier run's scores, or named ones.
 
-    def __init__(self, setup: Setup, replay: Replay) -> None:
-        self._store, rounds = setup.store, setup.config.rounds
-        if replay.run is None:
-            named = [
-                [(name.removeprefix("scores/"), None, number)]
-                for number, name in enumerate(replay.scores)
-            ]
-            self._where, self._rounds = "replay.scores", named
-        else:
-            self._where, self._rounds = str(replay.run), _caches_of(replay.run)
-        self._teacher = setup.replayed_teacher
-        if len(self._rounds) < rounds:
-            raise UserError(
-                f"{self._where} has {len(self._rounds)} finished rounds; the config asks for "
-                f"{rounds}; lower rounds"
-            )
-
-    def caches(self, round_index: int) -> tuple[Cache, ...]:
-        """What a round trained on.
-
-        Raises:
-            UserError: some of it is not in the store, not complete, or not of one teacher.
-        """
-        return tuple(self._cache(round_index, *found) for found in self._rounds[round_index])
-
-    def _cache(
-        self, round_index: int, fingerprint: str, units: tuple[int, ...] | None, version: int
-    ) -> Cache:
-        scores = self._store.by_fingerprint("scores", fingerprint)
-        rollouts = self._store.by_fingerprint("rollouts", scores.recipe.inputs["rollouts"])
-        for artifact in (rollouts, scores):
-            if not artifact.is_complete():
-                raise UserError(
-                    f"{artifact.name} of {self._where} is not complete; finish that run first"
-                )
-        found = scores.recipe.inputs.get("teacher")  # imported rows have none
-        self._teacher = self._teacher or found
-        if found is not None and found != self._teacher:
-            raise UserError(
-                f"{scores.name} of {self._where} was scored by teacher {found[:12]}; expected "
-                f"{str(self._teacher)[:12]}, as the config or an earlier round says; leave "
-                "`teacher` out, or replay scores of one teacher"
-            )
-        read = {"round_index": round_index, "model": None, "is_new": False}
-        sampled = Step(kind=GENERATE, artifact=rollouts, **read)
-        return Cache(
-            rollouts=sampled,
-            scores=Step(kind=SCORE, artifact=scores, needs=(sampled,), **read),
-            origin="replayed",
-            policy_version=version,
-            slots=tuple(
-                Slot(unit=unit, first=place, last=place + 1)
-                for place, unit in enumerate(units or ())
-            ),
-        )
-
-
-def _caches_of(run: Path) -> list[list[tuple[str, tuple[int, ...] | None, int]]]:
-    """What each round of an earlier run trained on: scores, units, policy version.
+    None where the config is no replay.
 
     Raises:
-        UserError: the folder is no run.
+        UserError: some of it is not in the store, not complete, or not of one teacher.
     """
+    replay, rounds = setup.config.replay, setup.config.rounds
+    if replay is None:
+        return None
+    where, found = (
+        "replay.scores",
+        [[_replayed(setup, name, index)] for index, name in enumerate(replay.scores)],
+    )
+    if replay.run is not None:
+        where, found = str(replay.run), _caches_of_run(setup, replay.run)
+    if len(found) < rounds:
+        raise UserError(
+            f"{where} has {len(found)} finished rounds; the config asks for {rounds}; lower rounds"
+        )
+    expected = setup.replayed_teacher
+    for cache in (cache for caches in found[:rounds] for cache in caches):
+        for step in (cache.rollouts, cache.scores):
+            if not step.is_complete():
+                raise UserError(
+                    f"{step.artifact.name} of {where} is not complete; finish that run first"
+                )
+        teacher = cache.scores.artifact.recipe.inputs.get("teacher")  # imported rows have none
+        expected = expected or teacher
+        if teacher is not None and teacher != expected:
+            raise UserError(
+                f"{cache.scores.artifact.name} of {where} was scored by teacher {teacher[:12]}; "
+                f"expected {str(expected)[:12]}, as the config or an earlier round says; leave "
+                "`teacher` out, or replay scores of one teacher"
+            )
+    return [tuple(caches) for caches in found[:rounds]]
+
+
+def _caches_of_run(setup: Setup, run: Path) -> list[list[Cache]]:
+    """What each round of an earlier run trained on."""
     path = run / "summary.json"
     if not path.is_file():
         raise UserError(
@@ -384,6 +358,40 @@ def _caches_of(run: Path) -> list[list[tuple[str, tuple[int, ...] | None, int]]]
         )
     summary = read_record(RunSummary, read_json(path), str(path))
     return [
-        [(cache.scores, cache.units, cache.policy_version) for cache in caches]
-        for caches in summary.caches
+        [
+            _replayed(
+                setup,
+                cache.scores,
+                index,
+                policy_version=cache.policy_version,
+                units=cache.units or (),
+            )
+            for cache in caches
+        ]
+        for index, caches in enumerate(summary.caches)
     ]
+
+
+def _replayed(
+    setup: Setup,
+    name: str,
+    round_index: int,
+    *,
+    policy_version: int | None = None,
+    units: Sequence[int] = (),
+) -> Cache:
+    """Stored scores and their rollouts, only to be read; all units where none is named."""
+    scores = setup.store.by_fingerprint("scores", name.removeprefix("scores/"))
+    rollouts = setup.store.by_fingerprint("rollouts", scores.recipe.inputs["rollouts"])
+    sampled = Step(
+        kind=GENERATE, round_index=round_index, artifact=rollouts, model=None, is_new=False
+    )
+    return Cache(
+        rollouts=sampled,
+        scores=replace(sampled, kind=SCORE, artifact=scores, needs=(sampled,)),
+        origin="replayed",
+        policy_version=round_index if policy_version is None else policy_version,
+        slots=tuple(
+            Slot(unit=unit, first=place, last=place + 1) for place, unit in enumerate(units)
+        ),
+    )

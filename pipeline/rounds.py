@@ -14,7 +14,14 @@ from opd_stream.outcome import TrainOutcome, WindowAudit
 from opd_stream.staleness import may_run_ahead
 from opd_stream.store.policy import Part, PolicyArtifact
 from opd_stream.windows import AdaptiveWindow
-from pipeline.caches import Cache, Kept, ReplaySource, fresh_cache, kept_caches, scores_step
+from pipeline.caches import (
+    Cache,
+    Kept,
+    fresh_cache,
+    kept_caches,
+    replayed_caches,
+    scores_step,
+)
 from pipeline.plan import RoundPlan, plan_ahead, plan_round
 from pipeline.records import UnitDecisionRecord
 from pipeline.setup import Setup
@@ -97,37 +104,33 @@ def rounds(
         expected: go on with rounds whose artifacts cannot be named yet, as if every round before
             took all of its planned steps.
     """
-    config = setup.config
     students, previous, first_step = [setup.student], None, 0
     outcome: TrainOutcome | None = None
     audit: WindowAudit | None = None
-    source = None if config.replay is None else ReplaySource(setup, config.replay)
     ahead: Cache | None = None
-    is_expected = False
-    for round_index in range(config.rounds):
+    replayed, is_expected = replayed_caches(setup), False
+    for round_index in range(setup.config.rounds):
         plan = plan_round(
-            config,
+            setup.config,
             round_index=round_index,
             first_step=first_step,
             decided_window=None if audit is None else audit.window_tokens,
         )
-        kept = Kept()
-        if source is not None:
-            caches = source.caches(round_index)
+        if replayed is not None:
+            kept = Kept(caches=replayed[round_index])
         elif outcome is not None and outcome.units:
             kept = kept_caches(setup, plan, students, outcome)
-            caches = kept.caches
         else:
-            caches = (fresh_cache(setup, plan, students[-1]) if ahead is None else ahead,)
+            kept = Kept(caches=(ahead or fresh_cache(setup, plan, students[-1]),))
         ahead = _ahead(setup, plan, students[-1], outcome)
         here = Round(
             plan=plan,
             student=students[-1],
             previous=previous,
-            caches=caches,
+            caches=kept.caches,
             unit_decisions=kept.decisions,
             audit=audit,
-            steps=round_steps(setup, plan, students[-1], previous, caches),
+            steps=round_steps(setup, plan, students[-1], previous, kept.caches),
             ahead=ahead,
             is_expected=is_expected,
         )

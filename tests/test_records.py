@@ -158,3 +158,41 @@ def test_garbage_collection_leaves_what_stages_made(apart: Path) -> None:
     records = [json.loads(path.read_text()) for path in (apart / "store" / "runs").iterdir()]
     names = {name.partition("/")[0] for record in records for name in record["artifacts"]}
     assert names == {"prompts", "rollouts", "scores", "policies"}
+
+
+def test_a_stage_writes_the_report_of_its_own_round_and_keeps_the_others(
+    apart: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(apart, folder)
+    first = folder / "c" / "rounds" / "0000" / "report.json"
+    marked = first.read_bytes() + b"\n"
+    first.write_bytes(marked)
+    (folder / "c" / "rounds" / "0001" / "report.json").unlink()
+    stage(folder, "train", 1)
+    assert first.read_bytes() == marked
+    assert len(reports_of(RunFolder(folder / "c"))) == 2
+
+
+def test_training_that_is_done_reads_few_records(
+    apart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each round's policy and report, and the names of its artifacts; no unit's record."""
+    folder = tmp_path / "copy"
+    shutil.copytree(apart, folder)
+    read: list[Path] = []
+    read_text, read_bytes = Path.read_text, Path.read_bytes
+
+    def text(self: Path, *rest: Any, **named: Any) -> str:
+        read.append(self)
+        return read_text(self, *rest, **named)
+
+    def data(self: Path) -> bytes:
+        read.append(self)
+        return read_bytes(self)
+
+    monkeypatch.setattr(Path, "read_text", text)
+    monkeypatch.setattr(Path, "read_bytes", data)
+    stage(folder, "train", 1)
+    records = [path for path in read if path.parent.name == "units" and path.suffix == ".json"]
+    assert {path.parts[-4] for path in records} == {"prompts"}
