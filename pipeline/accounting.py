@@ -9,10 +9,12 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from opd_stream.config import PLACEMENT, counts_rounds
 from opd_stream.costs import ModelShape, TokenCounts, forward_flops, shape_of, train_flops
 from opd_stream.outcome import TrainOutcome
+from opd_stream.record import Record
 from opd_stream.store.artifact import Commit, summed_counts
 from opd_stream.store.files import canonical_json, read_json, sha256
 from opd_stream.store.recipe import differing_fields
@@ -193,7 +195,8 @@ class RoundWork:
 
     def __init__(self, here: Round, run_ids: Collection[str], outcome: TrainOutcome) -> None:
         self.run_ids, self.student, self.outcome = run_ids, here.student, outcome
-        self.steps = here.new_steps
+        # Of a replay too, whose units count as reused; units kept from earlier rounds do not.
+        self.steps = [s for s in here.steps[:-1] if s.is_new or s.model is None]
         self.probes = [step for step in self.steps if step.kind in (PROBE, PROBE_SCORE)]
         self.cached = [step for step in self.steps if step not in self.probes]
         self.is_trained_here = outcome.made_by in run_ids
@@ -281,7 +284,7 @@ def run_summary(
     """
     found = [initial_evaluation, *(report.evaluation for report in reports)]
     is_evaluated = all(r.evaluation is not None for r in reports if r.round in due)
-    seconds = _by_stage([report.seconds for report in reports], digits=3)
+    seconds = _total(StageNumbers, [report.seconds for report in reports], digits=3)
     evaluate = sum(each.seconds for each in found if each is not None)
     return RunSummary(
         finished=len(reports) == rounds_planned and is_evaluated,
@@ -294,22 +297,15 @@ def run_summary(
             for version, evaluation in enumerate(found)
             if evaluation is not None
         ),
-        tokens=TokenNumbers(
-            generated=sum(report.tokens.generated for report in reports),
-            teacher_scored=sum(report.tokens.teacher_scored for report in reports),
-            trained=sum(report.tokens.trained for report in reports),
-        ),
-        flops=_by_stage([report.flops for report in reports]),
+        tokens=_total(TokenNumbers, [report.tokens for report in reports]),
+        flops=_total(StageNumbers, [report.flops for report in reports]),
         seconds=RunSeconds(
             **seconds.model_dump(),
             evaluate=round(evaluate, 3),
             **{name: round(value, 3) for name, value in calls.items()},
         ),
-        cpu_seconds=_by_stage([report.cpu_seconds for report in reports], digits=3),
-        reused=ReusedUnits(
-            rollout_units=sum(report.reused.rollout_units for report in reports),
-            score_units=sum(report.reused.score_units for report in reports),
-        ),
+        cpu_seconds=_total(StageNumbers, [report.cpu_seconds for report in reports], digits=3),
+        reused=_total(ReusedUnits, [report.reused for report in reports]),
         policies=(initial, *(PolicyRecord(**report.policy.model_dump()) for report in reports)),
         final_policy=reports[-1].policy.folder if reports else None,
         caches=tuple(report.caches for report in reports),
@@ -342,15 +338,15 @@ def busy_seconds(spans: Iterable[Span]) -> float:
     return total
 
 
-def _by_stage(numbers: Sequence[StageNumbers], digits: int | None = None) -> StageNumbers:
-    """Sums of numbers of stages."""
-    total = {
-        stage: sum(getattr(each, stage) for each in numbers)
-        for stage in ("generate", "score", "train")
-    }
+N = TypeVar("N", bound=Record)
+
+
+def _total(kind: type[N], numbers: Sequence[Record], digits: int | None = None) -> N:
+    """Records of numbers added up, field by field."""
+    sums = {name: sum(getattr(each, name) for each in numbers) for name in kind.model_fields}
     if digits is not None:
-        total = {stage: round(value, digits) for stage, value in total.items()}
-    return StageNumbers(**total)
+        sums = {name: round(value, digits) for name, value in sums.items()}
+    return kind(**sums)
 
 
 def _alignment(counts: dict[str, float]) -> AlignmentShares | None:

@@ -218,6 +218,7 @@ def test_a_replay_trains_another_objective_without_generation_or_teacher(
     summary = run_small(copied_run, *overrides, name="replay")
     assert summary["tokens"]["generated"] == summary["tokens"]["teacher_scored"] == 0
     assert summary["tokens"]["trained"] > 0
+    assert summary["reused"] == {"rollout_units": 4, "score_units": 4}
     assert len(set(weights(summary))) == 3
 
 
