@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from opd_stream.fused import OutputHead, fused_loss
-from opd_stream.objectives.base import kl, log_tail
+from opd_stream.objectives import kl, log_tail
 
 REPEATS = 5
 CPU_SHAPES = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from opd_stream.config_file import load_config
 from pipeline.run import run
 from pipeline.run_folder import RunFolder
-from stages.progress import Silent
+from stages.step import Silent
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 SETTINGS = (

@@ -135,7 +135,7 @@ def distil(
     from opd_stream.config_file import load_config
     from pipeline.run import run
     from pipeline.run_folder import RunFolder
-    from stages.progress import Silent
+    from stages.step import Silent
 
     settings = [
         *row.overrides,

@@ -8,8 +8,8 @@ import torch
 from methods_rows import TASKS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opd_stream.config import Train
 from opd_stream.costs import TokenCounts, counts_of, shape_of, train_flops
-from opd_stream.schedule import learning_rate
 from opd_stream.tasks import ledger
 
 ROWS_PER_STEP, STEPS_PER_ROUND = 16, 4
@@ -29,6 +29,8 @@ def fine_tune(task: ledger.Task, seed: int, folder: Path) -> list[dict[str, Any]
     problems = ledger.make_problems(
         count=steps * ROWS_PER_STEP, seed=TRAINING_SEED + seed, task=task
     )
+    rising = {"learning_rate": PEAK, "schedule": "linear", "warmup": 0.1}
+    schedule = Train.model_validate({"objective": {"kind": "lsm"}, **rising})
     shape = shape_of(model.config.to_dict())
     records: list[dict[str, Any]] = []
     for number in range(rounds):
@@ -37,9 +39,7 @@ def fine_tune(task: ledger.Task, seed: int, folder: Path) -> list[dict[str, Any]
             chosen = problems[step * ROWS_PER_STEP : (step + 1) * ROWS_PER_STEP]
             ids, labels, counts = _batch(tokenizer, chosen)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(
-                    "linear", peak=PEAK, warmup=0.1, progress=(step + 0.5) / steps
-                )
+                group["lr"] = schedule.learning_rate_at((step + 0.5) / steps)
             model(input_ids=ids, labels=labels).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

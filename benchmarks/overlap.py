@@ -16,7 +16,7 @@ from pathlib import Path
 from opd_stream.config_file import load_config
 from pipeline.run import run
 from pipeline.run_folder import RunFolder
-from stages.progress import Silent
+from stages.step import Silent
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 ROUNDS = 7

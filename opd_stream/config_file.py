@@ -11,8 +11,7 @@ from pydantic_core import ErrorDetails
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
-from opd_stream.record import is_list, is_object
-from opd_stream.section import Section
+from opd_stream.section import Section, is_list, is_object
 
 _PATHS = {  # section -> its fields that hold a path; "" is the file itself
     "": ("base", "store"),

@@ -13,38 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
-from opd_stream.section import Section
-
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
 
+    from opd_stream.config.sections import Extrapolation
+
 MATRICES = re.compile(r"\.(self_attn|attn|attention|mlp|feed_forward)\..*weight$")
-
-
-class Extrapolation(Section):
-    """After steps 1, 2, 4, 8, ... jump further along the way the weights came (EffOPD)."""
-
-    signal: Literal["kl", "reward", "both"] = Field(
-        default="kl",
-        description="kl: cached objective on `rows` rows; reward: judged answers to `prompts` "
-        "training prompts (published); both: neither may fall",
-    )
-    base: Literal["accepted", "previous"] = Field(
-        default="accepted",
-        description="start of the direction: last accepted point, or ordinary point (paper)",
-    )
-    acceptance: Literal["strict", "equal"] = Field(
-        default="strict", description="equal: an equal score is accepted too (paper)"
-    )
-    candidates: int = Field(default=5, ge=1, description="points W + 2 k (W - base), k = 1, 2, ...")
-    rows: int = Field(default=64, ge=1, description="cached rows that score a point")
-    prompts: int = Field(default=50, ge=1, description="training prompts that score a point")
-    reset_moments: bool = Field(
-        default=False, description="forget the optimizer's moments of what jumped"
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,9 +20,9 @@ from opd_stream.objectives import (
     Draws,
     Objective,
     ObjectiveInputs,
+    teacher_entropy,
     token_losses,
 )
-from opd_stream.objectives.base import teacher_entropy
 from opd_stream.weighting import Weighting
 
 SMALLEST_TAIL = 1e-7  # of a difference of stored probabilities

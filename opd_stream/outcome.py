@@ -7,7 +7,7 @@ Everything that a later round, a report or an estimate asks about a finished rou
 from typing import Literal
 
 from opd_stream.drift import DriftSums
-from opd_stream.record import Record
+from opd_stream.section import Record
 
 EpochAction = Literal["train", "gated", "stop", "regenerate"]
 

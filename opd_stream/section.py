@@ -1,8 +1,8 @@
-"""What every setting that a config can hold has in common, and parts of the user's own.
+"""What settings, and records that are written as JSON and read back, have in common.
 
-An objective, a window, an engine or a judge is named in a config: by the name of a built-in one, by
-an import path `package.module:Name`, or by the name of an entry point that stands for such a path.
-Recipes hold the import path.
+Each is declared once, for writer and reader. A part of the config (an objective, a window, an
+engine, a judge) is named by the name of a built-in one, by an import path `package.module:Name` of
+the user's own, or by the name of an entry point that stands for such a path; recipes hold the path.
 """
 
 import importlib
@@ -10,19 +10,71 @@ from collections.abc import Callable
 from hashlib import sha256
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeGuard, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     GetCoreSchemaHandler,
     SerializationInfo,
+    ValidationError,
     model_validator,
 )
 from pydantic_core import CoreSchema, core_schema
 
 from opd_stream.errors import UserError
-from opd_stream.record import is_object
+
+
+class Record(BaseModel):
+    """A JSON object, or a part of one: immutable; fields of a later version are left out."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True)
+
+    def as_json(self) -> dict[str, Any]:
+        """The JSON value."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def is_object(value: object) -> TypeGuard[dict[str, Any]]:
+    """Whether a JSON value is an object."""
+    return isinstance(value, dict)
+
+
+def is_list(value: object) -> TypeGuard[list[Any]]:
+    """Whether a JSON value is a list."""
+    return isinstance(value, list)
+
+
+R = TypeVar("R", bound=Record)
+
+
+def read_record(kind: type[R], value: object, where: str) -> R:
+    """A record from its JSON value.
+
+    Args:
+        kind: the record's type.
+        value: as it was read.
+        where: file or place that the value is from, for the error.
+
+    Raises:
+        UserError: another format version wrote it, or it is no such record (says where).
+    """
+    version = value.get("format_version", 1) if is_object(value) else 1
+    if version != 1 and "format_version" in kind.model_fields:
+        raise UserError(
+            f"{where} has format version {version}; this opd-stream reads version 1; "
+            "update opd-stream, or use another store or run folder"
+        )
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the whole"
+        raise UserError(
+            f"{where} cannot be read ({field}: {first['msg']}); expected what this version of "
+            "opd-stream writes; restore the file, or use the version that wrote it"
+        ) from error
+
 
 IMPORT_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 
@@ -30,7 +82,7 @@ IMPORT_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 class Section(BaseModel):
     """A part of the config, and the value that the library computes with: immutable and checked.
 
-    A section is declared once, beside the functions that read it.
+    It is declared once, beside the functions that read it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

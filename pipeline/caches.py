@@ -12,17 +12,16 @@ from pathlib import Path
 
 from opd_stream.errors import UserError
 from opd_stream.outcome import TrainOutcome, UnitRecord
-from opd_stream.record import read_record
+from opd_stream.section import read_record
 from opd_stream.staleness import UnitDecision, UnitState, decide_unit
 from opd_stream.store.artifact import Commit
 from opd_stream.store.files import read_json
 from pipeline.plan import RoundPlan
 from pipeline.records import CacheRecord, Origin, RunSummary, UnitDecisionRecord
 from pipeline.setup import Setup
-from stages.cache_units import CacheUnits, Slot
 from stages.checkpoints import Checkpoint
 from stages.recipes import extension_recipe, rollouts_recipe, scores_recipe
-from stages.step import EXTEND, GENERATE, SCORE, Step, StepKind
+from stages.step import EXTEND, GENERATE, SCORE, CacheUnits, Slot, Step, StepKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

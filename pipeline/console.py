@@ -228,7 +228,7 @@ class _StageState:
 
 
 class TerminalProgress(Live):
-    """`stages.progress.Progress` for a person: one bar a stage; starting a stage again resets it.
+    """`stages.step.Progress` for a person: one bar a stage; starting a stage again resets it.
 
     Without bars a stage has a line now and then, and one at its end.
     """

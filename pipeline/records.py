@@ -10,7 +10,7 @@ from pydantic import Field, model_serializer, model_validator
 
 from opd_stream.drift import DriftSums
 from opd_stream.outcome import EpochRecord, ExtrapolationRecord, WindowAudit
-from opd_stream.record import Record
+from opd_stream.section import Record
 
 Origin = Literal["fresh", "ahead", "extended", "kept", "replayed"]
 

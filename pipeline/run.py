@@ -32,8 +32,7 @@ from stages.collect import (
 )
 from stages.evaluate import evaluate, evaluation_prompts
 from stages.executors import Executor, open_executor
-from stages.progress import Progress
-from stages.step import PROBE, Step, of_stage, with_needs
+from stages.step import PROBE, Progress, Step, of_stage, with_needs
 
 
 @dataclass(slots=True, kw_only=True)

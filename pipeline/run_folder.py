@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from opd_stream.config import PLACEMENT, Config, counts_rounds
 from opd_stream.config_file import problems_of
 from opd_stream.errors import UserError
-from opd_stream.record import read_record
+from opd_stream.section import read_record
 from opd_stream.store.files import explained, publish, publish_new, read_json
 from opd_stream.store.recipe import differing_fields
 from pipeline.records import RoundPlanRecord, RoundReport, RunSummary

@@ -13,8 +13,8 @@ from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
 from stages.checkpoints import Checkpoint
 from stages.executors import Executor
-from stages.progress import Progress
 from stages.prompts import probe_size, prompts_of
+from stages.step import Progress
 from stages.workers import Task
 
 Span = tuple[float, float]  # start and end of work, seconds since the epoch

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from opd_stream.config.sections import Extrapolation
 from opd_stream.drift import DriftSums, drift_of
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
-from opd_stream.extrapolation import Extrapolation, Outcome, Score, is_due, moved_parameters, search
+from opd_stream.extrapolation import Outcome, Score, is_due, moved_parameters, search
 from opd_stream.outcome import ExtrapolationRecord, PointScore
 from opd_stream.store.reader import ScoredRows, epoch_order
 from opd_stream.store.shards import prompts_batch

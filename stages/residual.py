@@ -14,7 +14,7 @@ from opd_stream.store.store import Store
 from opd_stream.style_bias import StyleBias, StyleSettings, style_bias
 from opd_stream.types import RolloutBatch, ScoreBatch
 from stages.cross_tokenizer import refuse_aligned
-from stages.progress import Progress, Silent
+from stages.step import Progress, Silent
 
 
 def make_residual(

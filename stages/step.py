@@ -9,7 +9,7 @@ records. A new kind of step is a `StepKind` and a line where the steps of a roun
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from opd_stream.store.artifact import Artifact, Commit, summed_counts
 from opd_stream.store.policy import PolicyArtifact
@@ -103,3 +103,65 @@ def of_stage(steps: Iterable[Step], *stages: Stage) -> list[Step]:
 def counts_of(steps: Iterable[Step]) -> dict[str, float]:
     """The counts of all units of some steps together."""
     return summed_counts(commit for step in steps for commit in step.commits())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """A unit of a cache, and the prompts of the round whose place it takes."""
+
+    unit: int
+    first: int
+    last: int  # exclusive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheUnits:
+    """Units of one scores artifact that a round trains on."""
+
+    rollouts: str  # fingerprint
+    scores: str  # fingerprint
+    policy_version: int  # of the oldest tokens in it
+    made_in: int  # the round that made the artifact
+    slots: tuple[Slot, ...]
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "CacheUnits":
+        """A cache read back."""
+        slots = tuple(Slot(**slot) for slot in value["slots"])
+        return CacheUnits(**{**value, "slots": slots})
+
+
+class Progress(Protocol):
+    """Bars, lines or nothing."""
+
+    def start(self, stage: str, total: int, done: int = 0) -> None:
+        """A stage begins, with `total` things to do, some of which may be done already."""
+        ...
+
+    def advance(self, stage: str, count: int, tokens: int = 0, **facts: float) -> None:
+        """`count` more things are done, with that many tokens; facts are its newest numbers."""
+        ...
+
+    def say(self, line: str) -> None:
+        """Something worth a line of its own."""
+        ...
+
+    def warn(self, line: str) -> None:
+        """Something that may be wrong."""
+        ...
+
+
+class Silent:
+    """No output (library use and tests)."""
+
+    def start(self, stage: str, total: int, done: int = 0) -> None:
+        pass
+
+    def advance(self, stage: str, count: int, tokens: int = 0, **facts: float) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+    def warn(self, line: str) -> None:
+        pass

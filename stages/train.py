@@ -33,7 +33,6 @@ from opd_stream.outcome import (
     UnitRecord,
     WindowAudit,
 )
-from opd_stream.schedule import learning_rate
 from opd_stream.staleness import (
     Decision,
     Staleness,
@@ -48,7 +47,7 @@ from opd_stream.store.tree import save_tree
 from stages.audit import audit
 from stages.extrapolate import Extrapolator, open_extrapolator, save_base
 from stages.learner import Learner, measure_units, open_fabric, open_learner
-from stages.progress import Progress
+from stages.step import Progress
 from stages.student_model import save_student
 from stages.train_data import BatchPlan, Step, read_epoch
 from stages.train_job import TrainJob
@@ -226,12 +225,8 @@ def rate_of_step(training: Training) -> float:
     """The learning rate of the coming step."""
     config = training.job.config
     in_round = (training.state.steps + 0.5) / training.planned_steps
-    return learning_rate(
-        config.train.schedule,
-        peak=config.train.learning_rate,
-        warmup=config.train.warmup,
-        progress=(training.job.round_index + in_round) / config.rounds,
-    )
+    progress = (training.job.round_index + in_round) / config.rounds
+    return config.train.learning_rate_at(progress)
 
 
 def report_step(

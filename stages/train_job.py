@@ -18,7 +18,7 @@ from opd_stream.store.store import Store
 from opd_stream.store.tree import load_tree
 from opd_stream.weighting import Weighting
 from opd_stream.windows import AdaptiveWindow, FixedWindow, Window
-from stages.cache_units import CacheUnits
+from stages.step import CacheUnits
 from stages.student_model import ADAPTER, StudentModel, load_student
 from stages.train_data import BatchPlan
 

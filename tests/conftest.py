@@ -22,7 +22,7 @@ from opd_stream.config_file import load_config
 from pipeline.cli import main
 from pipeline.run import run as run_pipeline
 from pipeline.run_folder import RunFolder
-from stages.progress import Progress, Silent
+from stages.step import Progress, Silent
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
 

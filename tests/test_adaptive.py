@@ -13,7 +13,7 @@ from opd_stream.store import open_scores
 from opd_stream.windows import FixedWindow, choose_window, sketch
 from pipeline.run_folder import RunFolder
 from stages.audit import audited_parameters, segment_sketches
-from stages.progress import Silent
+from stages.step import Silent
 from stages.student_model import load_student
 from stages.train_data import BatchPlan, step_batches
 from tests.conftest import MODELS, reports_of, run, small_config

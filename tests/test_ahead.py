@@ -19,7 +19,7 @@ from pipeline.single_stage import run_stage
 from pipeline.status import status_lines
 from stages import collect
 from stages.executors import RayExecutor
-from stages.progress import Silent
+from stages.step import Silent
 from stages.workers import Task, TaskResult
 from tests.conftest import reports_of, run, small_config
 

@@ -15,7 +15,7 @@ from pipeline.cli import app
 from pipeline.rounds import rounds
 from pipeline.run_folder import RunFolder
 from pipeline.setup import open_setup
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import MODELS, reports_of, run, small_config
 from tests.tiny_tokenizers import byte_level, metaspace, permuted, random_teacher
 

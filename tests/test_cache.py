@@ -31,7 +31,7 @@ from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_table
 from pipeline.cli import app
 from pipeline.run_folder import RunFolder
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import MODELS, SmallRuns, run, small_config
 from tests.test_store import batch_of
 

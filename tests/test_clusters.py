@@ -14,8 +14,8 @@ from opd_stream.config import Pool
 from opd_stream.store.store import Store
 from pipeline.run_folder import RunFolder
 from pipeline.single_stage import run_stage
-from stages.progress import Silent
 from stages.ray_stream import lacking
+from stages.step import Silent
 from tests.conftest import reports_of, run, small_config
 
 SETTINGS = (

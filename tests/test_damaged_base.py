@@ -12,7 +12,7 @@ from opd_stream.store.artifact import Artifact
 from opd_stream.store.store import Store
 from pipeline.run_folder import RunFolder
 from pipeline.single_stage import run_stage
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import run, small_config
 
 ROUNDS = 3

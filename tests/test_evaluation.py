@@ -23,7 +23,7 @@ from pipeline.comparison import compare
 from pipeline.run_folder import RunFolder
 from pipeline.single_stage import run_evaluation
 from pipeline.summary_table import print_run
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import MODELS, Command, run, small_config
 from tests.test_judges import function_judge
 

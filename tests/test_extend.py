@@ -14,7 +14,7 @@ from opd_stream.config_file import load_config
 from opd_stream.errors import UserError
 from opd_stream.store.store import Store
 from pipeline.run_folder import RunFolder
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import SMALL_RUN, run
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extend.md").read_text()

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from opd_stream.config.sections import Extrapolation
 from opd_stream.drift import DriftSums, drift_sums
 from opd_stream.extrapolation import (
-    Extrapolation,
     Score,
     is_better,
     is_due,
@@ -21,7 +21,7 @@ from opd_stream.staleness import Staleness, decide_jump
 from pipeline.run_folder import RunFolder
 from stages import extrapolate
 from stages.extrapolate import Extrapolator
-from stages.progress import Silent
+from stages.step import Silent
 from stages.train_state import TrainState
 from tests.conftest import reports_of, run, small_config
 

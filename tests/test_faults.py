@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.run_folder import RunFolder
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import run, small_config
 from tests.test_ray import ray_command, summary_of, wait_for_unit
 

@@ -13,7 +13,7 @@ from pipeline.setup import open_setup
 from pipeline.single_stage import run_stage
 from stages.collect import start_rollouts
 from stages.generate import GenerateWorker
-from stages.progress import Silent
+from stages.step import Silent
 from stages.workers import Task, TaskResult, WorkerSettings
 from tests.conftest import small_config
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from opd_stream.store.inventory import collect_garbage, garbage
 from opd_stream.store.store import Store
 from pipeline.run_folder import RunFolder
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import SmallRuns, run, small_config, summary_of
 
 

@@ -23,7 +23,7 @@ from pipeline.inspect.terminal import print_rollout
 from pipeline.inspect.view import RolloutView
 from pipeline.run_folder import RunFolder
 from stages.checkpoints import open_tokenizer
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import MODELS, Command, SmallRuns, loaded_by, run, small_config
 
 

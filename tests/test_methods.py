@@ -23,7 +23,7 @@ from opd_stream.config import Config
 from opd_stream.config_file import load_config
 from opd_stream.store.store import Store
 from pipeline.run_folder import RunFolder
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import run
 
 ROOT = Path(__file__).parent.parent

@@ -27,7 +27,7 @@ from opd_stream.store.s3 import RetryingS3
 from pipeline.run_folder import RunFolder
 from pipeline.setup import open_setup
 from pipeline.status import StatusReader
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import run, small_config
 
 ROOT = Path(__file__).parent.parent

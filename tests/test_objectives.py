@@ -21,10 +21,10 @@ from opd_stream.objectives import (
     ObjectiveInputs,
     SampledPg,
     Skew,
+    log_tail,
     token_losses,
     tolerates_staleness,
 )
-from opd_stream.objectives.base import log_tail
 
 P = torch.tensor([0.40, 0.30, 0.15, 0.10, 0.05], dtype=torch.float64)  # student
 Q = torch.tensor([0.50, 0.05, 0.25, 0.12, 0.08], dtype=torch.float64)  # teacher

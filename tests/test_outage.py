@@ -12,7 +12,7 @@ pytest.importorskip("moto", reason="pip install 'opd-stream[dev]' brings the S3 
 from opd_stream.errors import UserError
 from opd_stream.store.files import place
 from pipeline.run_folder import RunFolder
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import run, small_config
 from tests.s3_outage import Door
 from tests.test_object_store import served, use_server

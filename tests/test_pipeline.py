@@ -19,7 +19,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.setup import open_to_look
 from pipeline.single_stage import run_evaluation, run_stage
 from pipeline.status import status_lines
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import MODELS, run, small_config
 
 

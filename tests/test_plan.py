@@ -33,7 +33,7 @@ from pipeline.estimate.sizes import (
 )
 from pipeline.estimate.values import BreakEven, Estimate
 from pipeline.run_folder import RunFolder
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import MODELS, SmallRuns, loaded_by, run, small_config
 from tests.test_codecs import random_scores, rollouts_of
 

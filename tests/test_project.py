@@ -21,7 +21,7 @@ import yaml
 from opd_stream.errors import UserError
 from opd_stream.store import open_scores
 from pipeline.run_folder import RunFolder
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import MODELS, run, small_config
 
 ROOT = Path(__file__).parent.parent

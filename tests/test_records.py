@@ -17,7 +17,7 @@ from pipeline.report.read import read_run
 from pipeline.report.text import state
 from pipeline.run_folder import RunFolder
 from pipeline.single_stage import run_evaluation, run_stage
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import reports_of, run, small_config, summary_of
 
 MACHINES = {"generate": "a", "score": "b", "train": "c"}

@@ -19,7 +19,7 @@ from pipeline.setup import open_setup
 from pipeline.single_stage import run_stage
 from stages.executors import LocalExecutor
 from stages.generate import GenerateWorker
-from stages.progress import Silent
+from stages.step import Silent
 from stages.workers import Task, TaskResult, WorkerSettings, results_of
 from tests.conftest import reports_of, small_config
 

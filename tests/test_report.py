@@ -11,7 +11,7 @@ import pytest
 
 from opd_stream.errors import UserError
 from pipeline.run_folder import RunFolder
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import run, small_config
 from tests.html_page import CHROMIUM, PROBE, Page, browse
 

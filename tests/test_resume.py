@@ -13,7 +13,7 @@ import pytest
 
 from opd_stream.errors import UserError
 from pipeline.run_folder import RunFolder
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import SmallRuns, run, small_config
 
 KILLS, KILLS_WITH_METHODS = 10, 6  # at least

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_stream.schedule import learning_rate
+from opd_stream.config import Train
 from opd_stream.windows import (
     FixedWindow,
     LinearWindow,
@@ -66,5 +66,6 @@ def test_a_plan_counts_steps_over_all_planned_epochs(tmp_path: Path) -> None:
 def test_the_learning_rate_rises_and_then_holds_or_falls(
     schedule: str, progress: float, rate: float
 ) -> None:
-    found = learning_rate(schedule, peak=1.0, warmup=0.2, progress=progress)  # type: ignore[arg-type]
-    assert found == pytest.approx(rate)
+    settings = {"learning_rate": 1.0, "warmup": 0.2, "schedule": schedule}
+    train = Train.model_validate({"objective": {"kind": "lsm"}, **settings})
+    assert train.learning_rate_at(progress) == pytest.approx(rate)

@@ -26,8 +26,8 @@ from opd_stream.store.store import Store
 from opd_stream.types import ScoreBatch
 from pipeline.run_folder import RunFolder
 from stages import train
-from stages.progress import Silent
 from stages.score import append_scores
+from stages.step import Silent
 from tests.conftest import reports_of, run, small_config
 
 BOUNDS = Staleness(

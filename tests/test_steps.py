@@ -16,7 +16,6 @@ from pipeline.run_folder import RunFolder
 from pipeline.setup import Setup, open_setup
 from pipeline.single_stage import run_stage
 from pipeline.status import StatusReader
-from stages.progress import Silent
 from stages.step import (
     EXTEND,
     GENERATE,
@@ -24,6 +23,7 @@ from stages.step import (
     PROBE_SCORE,
     SCORE,
     TRAIN,
+    Silent,
     Step,
     StepKind,
     of_stage,

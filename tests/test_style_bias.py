@@ -12,8 +12,8 @@ from opd_stream.store.store import Store
 from opd_stream.style_bias import StyleSettings, style_bias
 from pipeline.cli import app
 from pipeline.run_folder import RunFolder
-from stages.progress import Silent
 from stages.residual import make_residual
+from stages.step import Silent
 from tests.conftest import run, small_config
 
 

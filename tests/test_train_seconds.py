@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.run_folder import RunFolder
 from stages import train
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import run, small_config
 
 

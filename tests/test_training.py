@@ -16,7 +16,7 @@ from opd_stream.errors import UserError
 from pipeline.run_folder import RunFolder
 from stages import train as train_stage
 from stages.learner import Learner
-from stages.progress import Silent
+from stages.step import Silent
 from stages.train_data import bucketed
 from tests.conftest import MODELS, run, small_config
 

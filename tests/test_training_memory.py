@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.run_folder import RunFolder
 from stages import train as train_stage
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import run, small_config
 
 JUMPS = "train.extrapolation={rows: 4, candidates: 1}"

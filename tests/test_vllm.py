@@ -21,7 +21,7 @@ from opd_stream.errors import UserError
 from opd_stream.tasks.ledger import make_problems, prompt_text
 from opd_stream.types import PromptBatch, RolloutBatch
 from pipeline.run_folder import RunFolder
-from stages.progress import Silent
+from stages.step import Silent
 from tests.conftest import MODELS, reports_of, run, small_config
 
 needs_vllm = pytest.mark.skipif(

@@ -12,8 +12,15 @@ from typing import Literal
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from opd_stream.config.evaluation import Evaluation
-from opd_stream.config.sections import Model, Rollouts, Scores, Student, Train, unserved_by_chunks
+from opd_stream.config.sections import (
+    Evaluation,
+    Model,
+    Rollouts,
+    Scores,
+    Student,
+    Train,
+    unserved_by_chunks,
+)
 from opd_stream.prompts import Prompts
 from opd_stream.section import Section
 from opd_stream.staleness import Staleness

@@ -19,7 +19,7 @@ import pyarrow as pa
 from pydantic import model_serializer, model_validator
 
 from opd_stream.errors import UserError
-from opd_stream.record import Record
+from opd_stream.section import Record
 from opd_stream.store.codecs.fidelity import Fidelity
 from opd_stream.store.files import (
     check_there,

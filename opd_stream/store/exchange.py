@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from opd_stream.errors import UserError
-from opd_stream.record import Record
+from opd_stream.section import Record
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.codecs import Codec, decode_scores, encode_scores
 from opd_stream.store.files import lines_of, sha256_file

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, cast
 import zstandard
 
 from opd_stream.errors import UserError, unreachable
-from opd_stream.record import R, Record, read_record
+from opd_stream.section import R, Record, read_record
 
 RETRY_TIMEOUT = 5.0  # seconds, with a store that has not answered yet
 READS = 3  # of an object that arrives torn, before it is called damaged

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from opd_stream.errors import UserError
-from opd_stream.record import Record
+from opd_stream.section import Record
 from opd_stream.store.artifact import Artifact, summed_counts
 from opd_stream.store.codecs.fidelity import Fidelity
 from opd_stream.store.files import (

@@ -7,7 +7,7 @@ change between two calls of the same command without making another artifact.
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast, get_args
 
-from opd_stream.record import Record
+from opd_stream.section import Record
 from opd_stream.store.files import canonical_json, sha256
 
 FORMAT_VERSION: Literal[1] = 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from opd_stream.errors import UserError, unreachable
-from opd_stream.record import Record
+from opd_stream.section import Record
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import (
     RETRY_TIMEOUT,

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
-from opd_stream.record import is_list, is_object
+from opd_stream.section import is_list, is_object
 from opd_stream.store.files import canonical_json, explained, publish, read_json
 
 

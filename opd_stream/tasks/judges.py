@@ -12,8 +12,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from opd_stream.errors import UserError
-from opd_stream.record import is_object
-from opd_stream.section import IMPORT_PATH, Section, import_path, own_path, source_sha256
+from opd_stream.section import IMPORT_PATH, Section, import_path, is_object, own_path, source_sha256
 from opd_stream.tasks import ledger
 
 Judge = Callable[[str, str], bool]  # (completion text, reference answer) -> verdict

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
-from opd_stream.record import Record, read_record
+from opd_stream.section import Record, read_record
 from opd_stream.store.files import read_json
 from pipeline.records import CacheRecord, RoundPlanRecord, RoundReport, RunSummary
 from pipeline.run_folder import RunFolder
