@@ -17,8 +17,8 @@ from typing import Any
 from opd_stream.config import TrainerPool
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit
-from stages.progress import Progress
 from stages.ray_stream import lacking, open_queue, put, start_cluster, stop_cluster
+from stages.step import Progress
 from stages.train_job import TrainJob
 
 POLL_SECONDS = "0.5"  # between two looks of Ray Train at its workers

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stages.progress import Silent
 
 from opd_stream.config import TrainerPool
 from opd_stream.errors import UserError
 from pipeline.run_folder import RunFolder
 from stages.ray_stream import lacking
+from stages.step import Silent
 from tests.conftest import run, small_config
 from tests.test_faults import workers
 from tests.test_training import collected, column, train  # noqa: F401
