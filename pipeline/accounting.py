@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from opd_stream.record import Record
-
 from opd_stream.config import PLACEMENT, counts_rounds
 from opd_stream.costs import ModelShape, TokenCounts, forward_flops, shape_of, train_flops
 from opd_stream.outcome import TrainOutcome
+from opd_stream.section import Record
 from opd_stream.store.artifact import Commit, summed_counts
 from opd_stream.store.files import canonical_json, read_json, sha256
 from opd_stream.store.recipe import differing_fields
