@@ -1,7 +1,7 @@
 """All methods on the same work: `make bench-methods` runs what is missing and writes the tables.
 
     python benchmarks/methods.py run --jobs 2        # missing runs, one process a core
-    python benchmarks/methods.py tables              # docs/methods-results.md and its figures
+    python benchmarks/methods.py tables              # the tables of docs/results.md and its figures
 
 A run is the program itself on a config and its overrides, in a store of its own, so that nothing is
 shared and everything is counted. Its policies are then evaluated on held-out problems, and one line
