@@ -72,7 +72,7 @@ class JsonlPrompts(Section):
     template: Template = RawTemplate()
     max_prompt_tokens: int = Field(default=1024, ge=1, description="tokens a prompt may have")
     long_prompts: Literal["refuse", "skip"] = Field(
-        default="refuse", description="what to do with more"
+        default="refuse", description="what to do with a longer prompt"
     )
 
 
@@ -95,7 +95,7 @@ class DatasetPrompts(Section):
     template: Template = RawTemplate()
     max_prompt_tokens: int = Field(default=1024, ge=1, description="tokens a prompt may have")
     long_prompts: Literal["refuse", "skip"] = Field(
-        default="refuse", description="what to do with more"
+        default="refuse", description="what to do with a longer prompt"
     )
 
 

@@ -32,8 +32,8 @@ class Staleness(Section):
     max_policies: int = Field(
         default=0,
         ge=0,
-        description="policies that a unit of rollouts may outlive its own; 0: every round samples "
-        "all of its rollouts",
+        description="how many policies later a unit of rollouts may still train; 0: every round "
+        "samples all of its rollouts",
     )
     keep_share: float = Field(
         default=0.5,

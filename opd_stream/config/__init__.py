@@ -72,7 +72,7 @@ class Pool(Section):
     )
     env: dict[str, str] = Field(default={}, description="environment of the workers")
     start_seconds: int = Field(
-        default=60, ge=1, description="a pool without a worker by then ends the run"
+        default=60, ge=1, description="the run ends if the pool has no worker by then"
     )
     unit_seconds: int | None = Field(
         default=None,
@@ -104,7 +104,7 @@ class TrainerPool(Section):
     )
     env: dict[str, str] = Field(default={}, description="environment of the processes")
     start_seconds: int = Field(
-        default=60, ge=1, description="training without all of its processes by then ends the run"
+        default=60, ge=1, description="the run ends if not all processes have started by then"
     )
 
     @property
@@ -138,7 +138,7 @@ class Config(Section):
     train: Train
     staleness: Staleness = Staleness()
     evaluation: Evaluation | None = Field(default=None, description="left out: no evaluation")
-    replay: Replay | None = Field(default=None, description="scores that are there already")
+    replay: Replay | None = Field(default=None, description="train on the scores of an earlier run")
     executor: Literal["ray", "local"] = Field(
         default="ray", description="Ray Data pools or a plain loop"
     )
@@ -152,7 +152,7 @@ class Config(Section):
     store_seconds: float = Field(
         default=120,
         ge=0,
-        description="a store in S3 that stops answering is asked for so long, then the run stops",
+        description="retry timeout of a store in S3; without an answer by then the run stops",
     )
 
     @model_validator(mode="after")

@@ -42,7 +42,7 @@ class Student(Model):
     taught_by: Path | None = Field(
         default=None,
         description="checkpoint that wrote the student's fine-tuning data; offline distillation "
-        "from another teacher is biased, so a run of one round asks",
+        "from another teacher is biased, and a run of one round warns of it",
     )
 
 
@@ -82,7 +82,7 @@ class Alignment(Section):
 
 
 class Scores(Section):
-    """What of the teacher is cached, per completion token."""
+    """What is cached of the teacher, per completion token."""
 
     top_k: int = Field(
         default=32, ge=1, le=1024, description="teacher candidates, most probable first"
@@ -182,7 +182,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 class Train(Section):
-    """How the scores are read into weights."""
+    """How the student trains on the scores."""
 
     objective: Annotated[
         tuple[AnyObjective, ...],
