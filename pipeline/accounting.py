@@ -57,26 +57,26 @@ class Accounts:
     run_id: str
     _reports: dict[int, RoundReport] = field(default_factory=dict)
 
-    def write_round(self, here: Round, *, is_changed: bool) -> None:
+    def write_round(self, round_: Round, *, is_changed: bool) -> None:
         """Metrics, plan and report of a finished round.
 
         Args:
-            here: the round.
+            round_: the round.
             is_changed: whether something was made or evaluated since its report was written.
         """
         config = self.setup.config
-        known = None if is_changed else self.folder.report(here.index)
+        known = None if is_changed else self.folder.report(round_.index)
         if (
             known is None
-            or known.policy.fingerprint != here.policy.fingerprint
-            or (known.evaluation is None and is_due(config, here.index))
+            or known.policy.fingerprint != round_.policy.fingerprint
+            or (known.evaluation is None and is_due(config, round_.index))
             or not self.folder.metrics.exists()
         ):
-            self.folder.write_plan(here)
-            self.folder.add_metrics(here)
-            known = self._report(here)
+            self.folder.write_plan(round_)
+            self.folder.add_metrics(round_)
+            known = self._report(round_)
             self.folder.write_report(known)
-        self._reports[here.index] = known
+        self._reports[round_.index] = known
 
     def write_summary(self, calls: dict[str, float]) -> RunSummary:
         """The run so far.
@@ -103,20 +103,20 @@ class Accounts:
 
     def write(self, changed: int | None) -> None:
         """All finished rounds and the summary, whoever made them; `changed` is a round's number."""
-        for here in rounds(self.setup, opened=described_checkpoint):
-            if here.policy.is_complete():
-                self.write_round(here, is_changed=here.index == changed)
+        for round_ in rounds(self.setup, opened=described_checkpoint):
+            if round_.policy.is_complete():
+                self.write_round(round_, is_changed=round_.index == changed)
         self.write_summary(self.folder.calls())
 
-    def share(self, here: Round) -> None:
-        """Tell the store which round is worked on here, and for which run of several machines.
+    def share(self, round_: Round) -> None:
+        """Tell the store which round is worked on, and for which run of several machines.
 
         What a run has cost is then known on each of its machines, and `gc` leaves it.
         """
         self.setup.store.add_to_run(
             self.run_id,
             self.folder.path,
-            inputs_of(self.setup) | here.names(),
+            inputs_of(self.setup) | round_.names(),
             shared=_name_of_run(self.setup),
         )
 
@@ -128,32 +128,32 @@ class Accounts:
         run_ids = setup.store.ids_of_run(self.run_id)
         return evaluation_record(setup.config, setup.store, policy, setup.stop_ids, run_ids)
 
-    def _report(self, here: Round) -> RoundReport:
-        evaluation = self._evaluation(described_checkpoint(here.policy))
-        return round_report(here, self.setup.store.ids_of_run(self.run_id), evaluation)
+    def _report(self, round_: Round) -> RoundReport:
+        evaluation = self._evaluation(described_checkpoint(round_.policy))
+        return round_report(round_, self.setup.store.ids_of_run(self.run_id), evaluation)
 
 
 def round_report(
-    here: Round, run_ids: Collection[str], evaluation: EvaluationRecord | None
+    round_: Round, run_ids: Collection[str], evaluation: EvaluationRecord | None
 ) -> RoundReport:
     """The report of a finished round.
 
     Args:
-        here: the round.
+        round_: the round.
         run_ids: of the run, one for each machine's folder; what others made counts as reused.
         evaluation: of its policy, if there is one.
     """
-    manifest = here.policy.manifest()
+    manifest = round_.policy.manifest()
     outcome, last = manifest.outcome, manifest.outcome.epochs[-1]
-    work = RoundWork(here, run_ids, outcome)
-    rollouts = summed_counts(c for cache in here.caches for c in cache.used(cache.rollouts))
-    scores = summed_counts(c for cache in here.caches for c in cache.used(cache.scores))
+    work = RoundWork(round_, run_ids, outcome)
+    rollouts = summed_counts(c for cache in round_.caches for c in cache.used(cache.rollouts))
+    scores = summed_counts(c for cache in round_.caches for c in cache.used(cache.scores))
     length_share = rollouts.get("length_rows", 0) / max(rollouts.get("rows", 0), 1)
     repeated = rollouts.get("repeated_tokens", 0) / max(rollouts.get("completion_tokens", 0), 1)
     return RoundReport(
-        round=here.index,
-        window_tokens=here.window_tokens,
-        first_step=here.plan.first_step,
+        round=round_.index,
+        window_tokens=round_.window_tokens,
+        first_step=round_.plan.first_step,
         steps=outcome.steps,
         rows=outcome.rows,
         tokens=work.tokens(),
@@ -174,18 +174,18 @@ def round_report(
         sampler_gap=outcome.start.sampler_gap,
         drift_floor=outcome.start.floor,
         start_drift=outcome.start.policy_drift,
-        unit_decisions=here.unit_decisions,
+        unit_decisions=round_.unit_decisions,
         policy_drift=last.policy_drift,
         effective_sample_fraction=last.effective_sample_fraction,
         epochs=outcome.epochs,
         decision=last.reason,
         policy=RoundPolicy(
-            version=here.index + 1,
-            fingerprint=here.policy.fingerprint,
+            version=round_.index + 1,
+            fingerprint=round_.policy.fingerprint,
             weights_sha256=manifest.weights_sha256,
-            folder=str(here.policy.folder("name")),
+            folder=str(round_.policy.folder("name")),
         ),
-        caches=tuple(cache.record() for cache in here.caches),
+        caches=tuple(cache.record() for cache in round_.caches),
         evaluation=evaluation,
     )
 
@@ -193,10 +193,10 @@ def round_report(
 class RoundWork:
     """What a run did for a round, summed over the units that it made itself."""
 
-    def __init__(self, here: Round, run_ids: Collection[str], outcome: TrainOutcome) -> None:
-        self.run_ids, self.student, self.outcome = run_ids, here.student, outcome
+    def __init__(self, round_: Round, run_ids: Collection[str], outcome: TrainOutcome) -> None:
+        self.run_ids, self.student, self.outcome = run_ids, round_.student, outcome
         # Of a replay too, whose units count as reused; units kept from earlier rounds do not.
-        self.steps = [s for s in here.steps[:-1] if s.is_new or s.model is None]
+        self.steps = [s for s in round_.steps[:-1] if s.is_new or s.model is None]
         self.probes = [step for step in self.steps if step.kind in (PROBE, PROBE_SCORE)]
         self.cached = [step for step in self.steps if step not in self.probes]
         self.is_trained_here = outcome.made_by in run_ids

@@ -123,7 +123,7 @@ def rounds(
         else:
             kept = Kept(caches=(ahead or fresh_cache(setup, plan, students[-1]),))
         ahead = _ahead(setup, plan, students[-1], outcome)
-        here = Round(
+        round_ = Round(
             plan=plan,
             student=students[-1],
             previous=previous,
@@ -134,11 +134,11 @@ def rounds(
             ahead=ahead,
             is_expected=is_expected,
         )
-        yield here
-        previous = here.policy
-        if here.policy.is_complete() or (wait is not None and wait(here)):
-            students.append(opened(here.policy))
-            outcome = here.policy.manifest().outcome
+        yield round_
+        previous = round_.policy
+        if round_.policy.is_complete() or (wait is not None and wait(round_)):
+            students.append(opened(round_.policy))
+            outcome = round_.policy.manifest().outcome
             first_step += outcome.steps
             audit = outcome.window_decision or audit
         elif expected:

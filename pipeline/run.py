@@ -92,39 +92,39 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> RunSummary:
         evaluate_policy(session, setup.student, setup.stop_ids, version=0)
         if folder.summary() is None:
             accounts.write_summary(session.call_seconds(earlier))
-        for here in rounds(setup):
-            session.reach(here.names())
+        for round_ in rounds(setup):
+            session.reach(round_.names())
             worked = len(session.spans)
-            if not is_trained(session, here):
-                folder.write_plan(here)
-                train_round(session, setup, here)
-            if is_due(config, here.index):
-                policy = checkpoint_of(here.policy)
-                evaluate_policy(session, policy, setup.stop_ids, version=here.index + 1)
-            accounts.write_round(here, is_changed=len(session.spans) > worked)
+            if not is_trained(session, round_):
+                folder.write_plan(round_)
+                train_round(session, setup, round_)
+            if is_due(config, round_.index):
+                policy = checkpoint_of(round_.policy)
+                evaluate_policy(session, policy, setup.stop_ids, version=round_.index + 1)
+            accounts.write_round(round_, is_changed=len(session.spans) > worked)
             accounts.write_summary(session.call_seconds(earlier))
         setup.store.record_run(run_id, folder.path, session.reached)  # and no more
     return accounts.write_summary(session.call_seconds(earlier))
 
 
-def is_trained(session: Session, here: Round) -> bool:
+def is_trained(session: Session, round_: Round) -> bool:
     """Whether the round's policy is there and whole; a damaged one is named and taken out."""
-    if not here.policy.is_complete():
+    if not round_.policy.is_complete():
         return False
-    reason = here.policy.damage(cache=session.store.digests)
+    reason = round_.policy.damage(cache=session.store.digests)
     if reason is not None:
-        session.progress.warn(f"{here.policy.name} is damaged ({reason}); it is trained again")
-        here.policy.invalidate()
+        session.progress.warn(f"{round_.policy.name} is damaged ({reason}); it is trained again")
+        round_.policy.invalidate()
     return reason is None
 
 
-def train_round(session: Session, setup: Setup, here: Round) -> None:
+def train_round(session: Session, setup: Setup, round_: Round) -> None:
     """Everything up to the policy of a round; a unit found damaged while reading is made again."""
     made_again: set[tuple[str, int]] = set()
     while True:
-        make_shards(session, here)
+        make_shards(session, round_)
         try:
-            return train_policy(session, setup, here)
+            return train_policy(session, setup, round_)
         except DamagedUnit as damaged:
             if session.config.replay is not None:
                 raise UserError(
@@ -134,39 +134,39 @@ def train_round(session: Session, setup: Setup, here: Round) -> None:
 
 
 def make_shards(
-    session: Session, here: Round, *, score: bool = True, shuffle: bool = False
+    session: Session, round_: Round, *, score: bool = True, shuffle: bool = False
 ) -> None:
     """The generate and score stages of a round, and the begin of the next one's where it may be.
 
     Args:
         session: of the call.
-        here: the round; a replay has nothing to make.
+        round_: the round; a replay has nothing to make.
         score: False: only what the student makes.
         shuffle: in an order of this process's own, to share the work with others.
     """
     if session.config.replay is not None:
         return
     begun = session.ahead
-    if begun is not None and begun.rollouts.name == here.caches[-1].rollouts.artifact.name:
+    if begun is not None and begun.rollouts.name == round_.caches[-1].rollouts.artifact.name:
         session.ahead = None
-        _begin_ahead(session, here)  # the sampler goes on while our last units are scored
-        _finish(session, begun, "generate")
+        _submit_ahead(session, round_)  # the sampler goes on while our last units are scored
+        _wait_for(session, begun, "generate")
     session.progress.say(
-        f"round {here.index}: window {here.window_tokens} tokens, "
-        f"policy {here.student.identity.fingerprint[:12]}"
+        f"round {round_.index}: window {round_.window_tokens} tokens, "
+        f"policy {round_.student.identity.fingerprint[:12]}"
     )
-    due = [step for step in here.steps[:-1] if step.is_new or not step.is_complete()]
+    due = [step for step in round_.steps[:-1] if step.is_new or not step.is_complete()]
     for rollouts, scores in streams(due):
         if rollouts.is_void():
             continue
         scored = scores if score else []
-        work = _begin(session, rollouts, scored[0] if scored else None, shuffle=shuffle)
+        work = _submit(session, rollouts, scored[0] if scored else None, shuffle=shuffle)
         if work.tasks or rollouts.is_new:
-            _finish(session, work, rollouts.kind.name)
+            _wait_for(session, work, rollouts.kind.name)
         for other in scored[1:]:
-            work = _begin(session, rollouts, other, shuffle=shuffle, generate=False)
-            _finish(session, work, rollouts.kind.name)
-    _begin_ahead(session, here)
+            work = _submit(session, rollouts, other, shuffle=shuffle, generate=False)
+            _wait_for(session, work, rollouts.kind.name)
+    _submit_ahead(session, round_)
 
 
 def streams(steps: list[Step]) -> Iterator[tuple[Step, list[Step]]]:
@@ -192,7 +192,7 @@ def start_shards(session: Session, step: Step) -> Artifact:
     return start_rollouts(store, recipe, prompts_per_unit=size)
 
 
-def _begin(
+def _submit(
     session: Session,
     rollouts: Step,
     scores: Step | None,
@@ -215,13 +215,13 @@ def _begin(
     )
 
 
-def _begin_ahead(session: Session, here: Round) -> None:
+def _submit_ahead(session: Session, round_: Round) -> None:
     """Submit the next round's rollouts, unless done or waiting for this round's policy."""
-    if here.ahead is not None and session.ahead is None:
-        session.ahead = _begin(session, here.ahead.rollouts, here.ahead.scores)
+    if round_.ahead is not None and session.ahead is None:
+        session.ahead = _submit(session, round_.ahead.rollouts, round_.ahead.scores)
 
 
-def _finish(session: Session, work: SubmittedWork, name: str) -> None:
+def _wait_for(session: Session, work: SubmittedWork, name: str) -> None:
     """Wait for submitted work; this process gets ready for training while the workers start."""
     if work.tasks:
         _import_training()
@@ -233,7 +233,7 @@ def _import_training() -> None:
     importlib.import_module("stages.train")
 
 
-def train_policy(session: Session, setup: Setup, here: Round) -> None:
+def train_policy(session: Session, setup: Setup, round_: Round) -> None:
     """The train stage of a round.
 
     Raises:
@@ -244,39 +244,39 @@ def train_policy(session: Session, setup: Setup, here: Round) -> None:
     from stages.train_job import TrainJob
 
     start = time.time()
-    optimizer = None if here.previous is None else here.previous.folder("training") / OPTIMIZER
-    author = here.caches[-1].rollouts.artifact.recipe.inputs.get("student")
-    probe = here.probe
+    optimizer = None if round_.previous is None else round_.previous.folder("training") / OPTIMIZER
+    author = round_.caches[-1].rollouts.artifact.recipe.inputs.get("student")
+    probe = round_.probe
     audited = None
     if probe is not None and probe.artifact.is_complete():
         audited = (probe.rollouts.artifact.fingerprint, probe.artifact.fingerprint)
     train(
         TrainJob(
             config=session.config,
-            policy=here.policy.recipe,
-            base=str(here.student.folder),
+            policy=round_.policy.recipe,
+            base=str(round_.student.folder),
             initial=str(setup.student.folder),
             optimizer_state=None if optimizer is None else str(optimizer),
-            caches=tuple(cache.cache_units() for cache in here.caches),
-            is_fresh=author == here.student.identity.fingerprint,
-            is_gated=any(decision.action == "gated" for decision in here.unit_decisions),
+            caches=tuple(cache.cache_units() for cache in round_.caches),
+            is_fresh=author == round_.student.identity.fingerprint,
+            is_gated=any(decision.action == "gated" for decision in round_.unit_decisions),
             probe=audited,
-            earlier_decision=here.audit,
-            window_tokens=here.window_tokens,
+            earlier_decision=round_.audit,
+            window_tokens=round_.window_tokens,
             masked_ids=setup.masked_ids,
             newline_ids=setup.newline_ids,
             stop_ids=setup.stop_ids,
             prompts=setup.prompts.fingerprint,
-            first_step=here.plan.first_step,
-            round_index=here.index,
-            scratch=str(session.folder.scratch(here)),
+            first_step=round_.plan.first_step,
+            round_index=round_.index,
+            scratch=str(session.folder.scratch(round_)),
             metrics=str(session.folder.metrics),
             made_by=session.run_id,
         ),
         session.progress,
     )
     session.spans.append((start, time.time()))
-    audit = here.policy.manifest().outcome.window_decision
+    audit = round_.policy.manifest().outcome.window_decision
     if audit is not None:
         session.progress.say(f"next round: {audit.reason}")
 
@@ -302,5 +302,5 @@ def evaluate_policy(
         part = evaluation.parts()[name]
         prompts = evaluation_prompts(session.store, part, policy)
         session.reach({prompts.name, step.artifact.name})
-        _finish(session, _begin(session, step, None), "evaluate")
+        _wait_for(session, _submit(session, step, None), "evaluate")
         evaluate(session.store, part, step.shards, policy)

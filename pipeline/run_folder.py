@@ -161,15 +161,15 @@ class RunFolder:
         """The id of an existing run."""
         return read_json(self.path / "run.json")["id"]
 
-    def write_plan(self, here: Round) -> None:
+    def write_plan(self, round_: Round) -> None:
         """What the round will do, and the artifacts it names."""
         record = RoundPlanRecord(
-            **asdict(here.plan),
-            caches=tuple(cache.record() for cache in here.caches),
-            unit_decisions=here.unit_decisions,
-            policy=here.policy.fingerprint,
+            **asdict(round_.plan),
+            caches=tuple(cache.record() for cache in round_.caches),
+            unit_decisions=round_.unit_decisions,
+            policy=round_.policy.fingerprint,
         )
-        publish(self._round(here.index) / "plan.json", _pretty(record.as_json()))
+        publish(self._round(round_.index) / "plan.json", _pretty(record.as_json()))
 
     def write_report(self, report: RoundReport) -> None:
         """What a round did."""
@@ -212,42 +212,42 @@ class RunFolder:
             return {}
         return {"wall": summary.seconds.wall, "other": summary.seconds.other}
 
-    def scratch(self, here: Round) -> Path:
+    def scratch(self, round_: Round) -> Path:
         """Checkpoints of a round in training."""
-        return self.path / "training" / here.policy.fingerprint[:16]
+        return self.path / "training" / round_.policy.fingerprint[:16]
 
-    def add_metrics(self, here: Round) -> None:
+    def add_metrics(self, round_: Round) -> None:
         """Take the metrics of a round over from its policy, unless they are here already."""
-        published = (here.policy.folder("texts") / "metrics.jsonl").read_text()
+        published = (round_.policy.folder("texts") / "metrics.jsonl").read_text()
         found = self.metrics.read_text() if self.metrics.exists() else ""
         lines = [line for line in found.splitlines(keepends=True) if line.endswith("\n")]
-        before = [line for line in lines if json.loads(line)["round"] < here.index]
-        after = [line for line in lines if json.loads(line)["round"] > here.index]
+        before = [line for line in lines if json.loads(line)["round"] < round_.index]
+        after = [line for line in lines if json.loads(line)["round"] > round_.index]
         wanted = "".join([*before, published, *after])
         if wanted != found:
             publish(self.metrics, wanted.encode())
 
-    def training_lines(self, here: Round) -> list[dict[str, Any]]:
+    def training_lines(self, round_: Round) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl of a round, as far as it has been trained on this machine.
 
         Empty where this folder's round has other settings.
         """
-        plan = self._round(here.index) / "plan.json"
-        if not plan.exists() or read_json(plan)["policy"] != here.policy.fingerprint:
+        plan = self._round(round_.index) / "plan.json"
+        if not plan.exists() or read_json(plan)["policy"] != round_.policy.fingerprint:
             return []
         lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
         own: list[dict[str, Any]] = []
         for line in reversed(lines):
-            value = json.loads(line) if line.endswith("\n") else {"round": here.index + 1}
-            if value["round"] < here.index:
+            value = json.loads(line) if line.endswith("\n") else {"round": round_.index + 1}
+            if value["round"] < round_.index:
                 break
-            if value["round"] == here.index:
+            if value["round"] == round_.index:
                 own.insert(0, value)
         return own
 
-    def checkpoint_steps(self, here: Round) -> int | None:
+    def checkpoint_steps(self, round_: Round) -> int | None:
         """Steps of the round in its latest checkpoint on this machine, while it is in training."""
-        found = sorted(path.name for path in self.scratch(here).glob("[0-9]*"))
+        found = sorted(path.name for path in self.scratch(round_).glob("[0-9]*"))
         return int(found[-1]) if found else None
 
     def _round(self, index: int) -> Path:

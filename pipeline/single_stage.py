@@ -74,20 +74,20 @@ def run_stage(
             executor=executor,
             progress=progress,
         )
-        here = _find_round(
+        round_ = _find_round(
             setup, round_index, needs_policy=stage == "train", session=session if follow else None
         )
         accounts = Accounts(setup=setup, folder=folder, run_id=run_id)
-        accounts.share(here)
-        if stage == "train" or all(cache.origin != "ahead" for cache in here.caches):
-            folder.write_plan(here)  # what is made ahead belongs to no policy yet
+        accounts.share(round_)
+        if stage == "train" or all(cache.origin != "ahead" for cache in round_.caches):
+            folder.write_plan(round_)  # what is made ahead belongs to no policy yet
         if stage == "generate":
-            make_shards(session, replace(here, ahead=None), score=False, shuffle=True)
-            return _completed(here, stage)
+            make_shards(session, replace(round_, ahead=None), score=False, shuffle=True)
+            return _completed(round_, stage)
         if stage == "score":
-            _score(session, here, follow=follow)
-            return _completed(here, stage)
-        line = _train(session, setup, here, follow=follow)
+            _score(session, round_, follow=follow)
+            return _completed(round_, stage)
+        line = _train(session, setup, round_, follow=follow)
     accounts.write(changed=round_index)
     return line
 
@@ -189,30 +189,30 @@ def _policy_of(setup: Setup, version: int) -> Checkpoint:
             f"--policy-version is {version}; the config has policies 0 (the initial student) to "
             f"{setup.config.rounds}; choose one of them"
         )
-    here = _find_round(setup, version - 1)
-    _need(here.policy.is_complete(), here, "train", "policy")
-    return checkpoint_of(here.policy)
+    round_ = _find_round(setup, version - 1)
+    _need(round_.policy.is_complete(), round_, "train", "policy")
+    return checkpoint_of(round_.policy)
 
 
-def _score(session: Session, here: Round, *, follow: bool) -> None:
+def _score(session: Session, round_: Round, *, follow: bool) -> None:
     """Score what the student's machines have published, until the round is scored."""
-    due = [step for step in of_stage(here.steps, "score") if not step.is_complete()]
+    due = [step for step in of_stage(round_.steps, "score") if not step.is_complete()]
     for step in of_stage(with_needs(due), "score"):
         rollouts = step.rollouts
         if not step.is_new:  # what an extension continues
-            _mend_base(session, here, step, follow=follow)
+            _mend_base(session, round_, step, follow=follow)
         if not follow:
-            _need(rollouts.is_complete(), here, "generate", "rollouts")
+            _need(rollouts.is_complete(), round_, "generate", "rollouts")
         _wait(
             session,
             lambda rollouts=rollouts: rollouts.shards.is_started() or rollouts.is_void(),
             f"{rollouts.artifact.name} to be started",
         )
         if not step.is_void():
-            _score_step(session, here, step, follow=follow)
+            _score_step(session, round_, step, follow=follow)
 
 
-def _score_step(session: Session, here: Round, step: Step, *, follow: bool) -> None:
+def _score_step(session: Session, round_: Round, step: Step, *, follow: bool) -> None:
     """Score units as they are published, until all are."""
     rollouts, scores = step.rollouts.shards, start_shards(session, step)
     is_verified = False
@@ -221,7 +221,7 @@ def _score_step(session: Session, here: Round, step: Step, *, follow: bool) -> N
             session.executor,
             rollouts,
             scores,
-            student=here.student,
+            student=round_.student,
             teacher=step.model,
             made_by=session.run_id,
             progress=session.progress,
@@ -234,41 +234,41 @@ def _score_step(session: Session, here: Round, step: Step, *, follow: bool) -> N
         if not scores.is_complete():
             missing = [u for u in rollouts.units() if rollouts.commit_record(u) is None]
             what = f"rollouts (units {missing[:8]} are missing)"
-            _need(follow or not missing, here, "generate", what)
+            _need(follow or not missing, round_, "generate", what)
             time.sleep(POLL_SECONDS)
 
 
-def _mend_base(session: Session, here: Round, step: Step, *, follow: bool) -> None:
+def _mend_base(session: Session, round_: Round, step: Step, *, follow: bool) -> None:
     """Take damaged units out of what an extension continues, and wait until they are sampled."""
     rollouts = step.rollouts.shards
     lost = missing_units(rollouts, session.progress)
     if lost and follow:
         _wait(session, rollouts.is_complete, f"units {lost[:8]} of {rollouts.name}")
     what = f"rollouts (units {lost[:8]} of {rollouts.name} are missing)"
-    _need(follow or not lost, here, "generate", what)
+    _need(follow or not lost, round_, "generate", what)
     missing_units(step.shards, session.progress)
 
 
-def _train(session: Session, setup: Setup, here: Round, *, follow: bool) -> str:
-    shards = here.steps[:-1]
+def _train(session: Session, setup: Setup, round_: Round, *, follow: bool) -> str:
+    shards = round_.steps[:-1]
     for step in shards:
         if follow:
             _wait(session, step.is_complete, f"{step.artifact.name} to be complete")
         what = "scores" if step.kind.stage == "score" else "rollouts"
-        _need(step.is_complete(), here, step.kind.stage, what)
-    if not is_trained(session, here):
+        _need(step.is_complete(), round_, step.kind.stage, what)
+    if not is_trained(session, round_):
         damaged = [
             f"unit {unit} of {step.artifact.name}"
             for step in shards
             if not step.is_void()
             for unit in missing_units(step.shards, session.progress)
         ]
-        _need(not damaged, here, "generate and score", ", ".join(damaged))
+        _need(not damaged, round_, "generate and score", ", ".join(damaged))
         try:
-            train_policy(session, setup, here)
+            train_policy(session, setup, round_)
         except DamagedUnit as error:
             raise UserError(f"{error}; run generate and score again: only it is made") from error
-    return f"{here.policy.name} is complete: {here.policy.folder()}"
+    return f"{round_.policy.name} is complete: {round_.policy.folder()}"
 
 
 def _wait(session: Session, is_there: Callable[[], bool], what: str) -> None:
@@ -279,8 +279,8 @@ def _wait(session: Session, is_there: Callable[[], bool], what: str) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _completed(here: Round, stage: Stage) -> str:
-    names = [s.artifact.name for s in of_stage(here.steps, stage) if not s.is_void()]
+def _completed(round_: Round, stage: Stage) -> str:
+    names = [s.artifact.name for s in of_stage(round_.steps, stage) if not s.is_void()]
     return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} complete"
 
 
@@ -304,18 +304,18 @@ def _find_round(
             f"{setup.config.rounds - 1}; choose one of them"
         )
 
-    def wait(here: Round) -> bool:
-        is_ahead = here.ahead is not None and here.index == round_index - 1
+    def wait(round_: Round) -> bool:
+        is_ahead = round_.ahead is not None and round_.index == round_index - 1
         if session is None or (is_ahead and not needs_policy):
             return False
-        _wait(session, here.policy.is_complete, f"the policy of round {here.index}")
+        _wait(session, round_.policy.is_complete, f"the policy of round {round_.index}")
         return True
 
     last = None
-    for here in rounds(setup, opened=named_checkpoint, wait=wait):
-        last = here
-        if here.index == round_index:
-            return here
+    for round_ in rounds(setup, opened=named_checkpoint, wait=wait):
+        last = round_
+        if round_.index == round_index:
+            return round_
     assert last is not None
     if last.ahead is not None and last.index == round_index - 1 and not needs_policy:
         return _round_ahead(setup, last)
@@ -325,21 +325,22 @@ def _find_round(
     )
 
 
-def _round_ahead(setup: Setup, here: Round) -> Round:
+def _round_ahead(setup: Setup, round_: Round) -> Round:
     """The next round, to make its shards only: its policy cannot be named yet."""
-    assert here.ahead is not None
+    assert round_.ahead is not None
     return replace(
-        here,
-        plan=plan_ahead(setup.config, here.plan),
-        caches=(here.ahead,),
-        steps=(here.ahead.rollouts, here.ahead.scores, here.steps[-1]),
+        round_,
+        plan=plan_ahead(setup.config, round_.plan),
+        caches=(round_.ahead,),
+        steps=(round_.ahead.rollouts, round_.ahead.scores, round_.steps[-1]),
         unit_decisions=(),
         ahead=None,
     )
 
 
-def _need(there: bool, here: Round, stage: str, what: str) -> None:
+def _need(there: bool, round_: Round, stage: str, what: str) -> None:
     if not there:
         raise UserError(
-            f"round {here.index} has no complete {what} yet; run {stage} --round {here.index} first"
+            f"round {round_.index} has no complete {what} yet; run {stage} --round "
+            f"{round_.index} first"
         )

@@ -64,7 +64,7 @@ class StatusReader:
         """The status now."""
         now, setup = time.time(), self._setup
         named = list(rounds(setup, opened=named_checkpoint))
-        statuses = [self._round(here, now) for here in named]
+        statuses = [self._round(round_, now) for round_ in named]
         start: list[RoundStatus] = []
         if setup.config.evaluation is not None:
             first = self._evaluate(setup.student, 0, now)
@@ -77,7 +77,7 @@ class StatusReader:
                     stages={"evaluate": first},
                 )
             ]
-        complete = sum(here.policy.is_complete() for here in named)
+        complete = sum(round_.policy.is_complete() for round_ in named)
         return RunStatus(
             run=str(self._folder.path),
             time=now,
@@ -88,33 +88,35 @@ class StatusReader:
             rounds=(*start, *statuses),
         )
 
-    def _round(self, here: Round, now: float) -> RoundStatus:
-        known = self._rounds.get(here.policy.fingerprint) or self._read_round(here, now)
+    def _round(self, round_: Round, now: float) -> RoundStatus:
+        known = self._rounds.get(round_.policy.fingerprint) or self._read_round(round_, now)
         if known.is_complete:
-            self._rounds[here.policy.fingerprint] = known
+            self._rounds[round_.policy.fingerprint] = known
         return known
 
-    def _read_round(self, here: Round, now: float) -> RoundStatus:
-        made = [s for s in here.steps[:-1] if (s.is_new or not s.is_complete()) and not s.is_void()]
+    def _read_round(self, round_: Round, now: float) -> RoundStatus:
+        made = [
+            s for s in round_.steps[:-1] if (s.is_new or not s.is_complete()) and not s.is_void()
+        ]
         stages: dict[str, Pace] = {}
         for stage in ("generate", "score"):
             steps = of_stage(made, stage)
             pace = self._units(steps, now)
             stages[stage] = after(pace, stages["generate"]) if stages else pace
-        stages["train"] = self._train(here, now)
-        if is_due(self._setup.config, here.index):
+        stages["train"] = self._train(round_, now)
+        if is_due(self._setup.config, round_.index):
             stages["evaluate"] = (
-                self._evaluate(named_checkpoint(here.policy), here.index + 1, now)
-                if here.policy.is_complete()
+                self._evaluate(named_checkpoint(round_.policy), round_.index + 1, now)
+                if round_.policy.is_complete()
                 else Pace(done=0, total=None, is_complete=False)
             )
         spans: list[Span] = []
         if self._setup.config.replay is None:  # else another run's time
             spans = [span for step in made for span in spans_of(self._commits(step))]
         return RoundStatus(
-            round=here.index,
-            policy_version=here.index + 1,
-            window_tokens=here.window_tokens,
+            round=round_.index,
+            policy_version=round_.index + 1,
+            window_tokens=round_.window_tokens,
             busy_seconds=busy_seconds(spans) + (stages["train"].busy_seconds or 0.0),
             stages=stages,
         )
@@ -151,21 +153,21 @@ class StatusReader:
             self._complete[step.artifact.fingerprint] = commits
         return commits
 
-    def _train(self, here: Round, now: float) -> Pace:
-        lines = self._folder.training_lines(here)
-        pace = Pace(done=0, total=here.plan.planned_steps, is_complete=False)
+    def _train(self, round_: Round, now: float) -> Pace:
+        lines = self._folder.training_lines(round_)
+        pace = Pace(done=0, total=round_.plan.planned_steps, is_complete=False)
         if lines:
             pace = pace_of_steps(
                 lines,
-                total=here.plan.planned_steps,
-                is_complete=here.policy.is_complete(),
+                total=round_.plan.planned_steps,
+                is_complete=round_.policy.is_complete(),
                 now=now,
                 latest=self._folder.metrics.stat().st_mtime,
             )
-        if not here.policy.is_complete():
-            kept = self._folder.checkpoint_steps(here)
+        if not round_.policy.is_complete():
+            kept = self._folder.checkpoint_steps(round_)
             return replace(pace, facts=pace.facts | ({} if kept is None else {"checkpoint": kept}))
-        outcome = here.policy.manifest().outcome
+        outcome = round_.policy.manifest().outcome
         last = outcome.epochs[-1]
         facts = {"loss": last.loss, "policy_drift": last.policy_drift}
         if lines:
@@ -206,11 +208,11 @@ def _eta(setup: Setup, named: Sequence[RoundStatus]) -> float | None:
     if not windows or not busy:
         return None
     left, per_token = 0.0, busy / windows
-    for number, here in enumerate(rounds(setup, opened=named_checkpoint, expected=True)):
-        if not here.is_expected and here.policy.is_complete():
+    for number, round_ in enumerate(rounds(setup, opened=named_checkpoint, expected=True)):
+        if not round_.is_expected and round_.policy.is_complete():
             continue
         spent = named[number].busy_seconds if number < len(named) else 0.0
-        left += max(0.0, per_token * here.window_tokens - spent)
+        left += max(0.0, per_token * round_.window_tokens - spent)
     return left
 
 
@@ -218,15 +220,15 @@ def status_lines(setup: Setup) -> list[str]:
     """One line a round, and for the first missing artifact how it differs from the nearest one."""
     lines: list[str] = []
     named = 0
-    for here in rounds(setup, opened=named_checkpoint):
+    for round_ in rounds(setup, opened=named_checkpoint):
         named += 1
         lines.append(
-            f"round {here.index}: window {here.plan.window_tokens}; "
-            f"generate {_progress_text([cache.rollouts for cache in here.caches])}; "
-            f"score {_progress_text([cache.scores for cache in here.caches])}; "
-            f"train {'complete' if here.policy.is_complete() else 'not complete'}"
+            f"round {round_.index}: window {round_.plan.window_tokens}; "
+            f"generate {_progress_text([cache.rollouts for cache in round_.caches])}; "
+            f"score {_progress_text([cache.scores for cache in round_.caches])}; "
+            f"train {'complete' if round_.policy.is_complete() else 'not complete'}"
         )
-        missing = next((s for s in here.steps if not s.is_complete() and not _waits(s)), None)
+        missing = next((s for s in round_.steps if not s.is_complete() and not _waits(s)), None)
         if missing is not None:
             lines += _nearest(setup, missing.artifact)
     waiting = setup.config.rounds - named
