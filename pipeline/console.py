@@ -10,12 +10,13 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Self, TextIO
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,6 +27,8 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
+from rich.text import Text
 
 LOG = logging.getLogger("opd_stream")
 RATE_SECONDS = 60.0  # rates are of the latest minute, or of two events if they are further apart
@@ -140,6 +143,21 @@ def rate_text(per_second: float) -> str:
     if per_second >= 100:
         return f"{per_second:,.0f}"
     return f"{per_second:.2f}" if per_second >= 0.1 else f"{per_second:.2g}"
+
+
+def result_table(columns: Iterable[str], *, left: Collection[str] = ()) -> Table:
+    """An empty table of numbers; columns named in `left` hold words."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in columns:
+        justify = "left" if name in left else "right"
+        table.add_column(name, justify=justify, no_wrap=True, vertical="bottom")
+    return table
+
+
+def print_lines(console: Console, lines: Iterable[str | Text]) -> None:
+    """Lines as they are: nothing in them is marked up or wrapped."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class Live:

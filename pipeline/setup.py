@@ -1,6 +1,6 @@
 """Everything that is the same in all rounds, checked before any work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -11,9 +11,11 @@ from opd_stream.config import Config
 from opd_stream.engines import engine_recipe
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
+from opd_stream.store.files import read_json
 from opd_stream.store.store import Store
 from opd_stream.tasks.judges import open_judge
-from pipeline.contexts import check_context
+from opd_stream.windows import AdaptiveWindow
+from pipeline.plan import plan_round
 from stages.checkpoints import Checkpoint, check_pair, open_checkpoint, open_vocabulary
 from stages.cross_tokenizer import AlignmentRecipe, open_alignment
 from stages.evaluate import evaluation_prompts
@@ -236,3 +238,83 @@ def _warnings(opened: Opener, config: Config, teacher: Checkpoint | None) -> tup
         f"one round trains offline, and another model ({taught_by}) taught the student: the "
         "gradient is biased; use that teacher, or `opd-stream cache residual` on the scores",
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextUse:
+    """The longest text that a model reads at once, and the most that it can.
+
+    Example:
+        >>> ContextUse(role="student", prompt_tokens=70, window_tokens=208, limit=2048).fits
+        True
+    """
+
+    role: str
+    prompt_tokens: int  # of the longest prompt
+    window_tokens: int
+    limit: int | None  # tokens; None: the checkpoint names none
+    kept: int = 0  # tokens of the limit that the engine keeps for itself
+
+    @property
+    def fits(self) -> bool:
+        """Whether the text can be read whole."""
+        longest = self.prompt_tokens + self.window_tokens + self.kept
+        return self.limit is None or longest <= self.limit
+
+    def __str__(self) -> str:
+        together = self.prompt_tokens + self.window_tokens
+        limit = "names no limit" if self.limit is None else f"reads {self.limit}"
+        return (
+            f"a prompt has {self.prompt_tokens} tokens and a window {self.window_tokens}, together "
+            f"{together}; the {self.role} {limit}{', of which vLLM keeps one' if self.kept else ''}"
+        )
+
+
+def training_contexts(
+    config: Config, student: Checkpoint, teacher: Checkpoint | None, longest: int
+) -> Iterator[ContextUse]:
+    """What each model of a run reads at once; a teacher with another tokenizer is left out."""
+    if config.replay is not None:
+        return
+    window = largest_window(config)
+    for role, model in (("student", student), ("teacher", teacher)):
+        if model is None or (role == "teacher" and config.scores.alignment is not None):
+            continue
+        scores_by_vllm = config.teacher is not None and config.teacher.engine == "vllm"
+        yield ContextUse(
+            role=role,
+            prompt_tokens=longest,
+            window_tokens=window,
+            limit=context_of(config, role, model),
+            kept=int(role == "teacher" and scores_by_vllm),
+        )
+
+
+def check_context(
+    config: Config, student: Checkpoint, teacher: Checkpoint | None, longest: int
+) -> None:
+    """Refuse a window that some rollout could not fill or be scored with, before any work."""
+    for use in training_contexts(config, student, teacher, longest):
+        if not use.fits:
+            raise UserError(f"{use}; lower the window or max_prompt_tokens")
+
+
+def largest_window(config: Config) -> int:
+    """New tokens that a rollout of any round may have, if no drift ends a round early."""
+    window = config.rollouts.window
+    if isinstance(window, AdaptiveWindow):
+        return window.max_window_tokens
+    planned = plan_round(config, round_index=0, first_step=0).planned_steps
+    last = config.rounds - 1
+    return plan_round(config, round_index=last, first_step=last * planned).window_tokens
+
+
+def context_of(config: Config, role: str, model: Checkpoint) -> int | None:
+    """Tokens that the student or the teacher reads at once; None: the checkpoint names no limit."""
+    value = read_json(model.folder / "config.json")
+    found = value.get("max_position_embeddings")
+    found = found or value.get("text_config", {}).get("max_position_embeddings")
+    settings = config.student if role == "student" else config.teacher
+    if settings is not None and settings.engine == "vllm" and settings.vllm.max_context:
+        return min(settings.vllm.max_context, found or settings.vllm.max_context)
+    return found

@@ -27,9 +27,10 @@ from pipeline import console
 from pipeline.cli import app
 from pipeline.doctor import findings, inputs, machine, trial
 from pipeline.doctor.examination import CHECKS, examine
-from pipeline.doctor.findings import Finding, Report, Screen
+from pipeline.doctor.findings import Check, Finding, Report, Screen
 from pipeline.doctor.machine import Gpu, Machine
-from pipeline.doctor.subject import Check, Subject
+from pipeline.doctor.subject import Subject
+from pipeline.run_folder import RunFolder
 from tests.conftest import MODELS, SmallRuns, small_config
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -289,7 +290,7 @@ def having(*gpus: Gpu, **fields: Any) -> Machine:
         ),
         (having(bytes=2_000_000), ["executor=local"], "error", "memory", "training"),
         (
-            having(replace(SMALL_GPU, bytes=ONE_ROLE)),
+            having(SMALL_GPU._replace(bytes=ONE_ROLE)),
             ["executor=local"],
             "error",
             "memory",
@@ -358,11 +359,11 @@ def test_findings_are_written_as_they_are_known(
 ) -> None:
     before: list[str] = []
 
-    def looked_at_late(config: Config, folder: Path) -> tuple[Any, ...]:
+    def looked_at_late(config: Config, folder: RunFolder) -> SimpleNamespace:
         before.append(capsys.readouterr().out)
-        return ()
+        return SimpleNamespace(disk=())
 
-    monkeypatch.setattr(machine, "disks_of", looked_at_late)
+    monkeypatch.setattr(machine, "estimate", looked_at_late)
     small_config(tmp_path)
     command = ["doctor", str(tmp_path / "small.yaml"), "--quick"]
     app(command, standalone_mode=False)

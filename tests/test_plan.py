@@ -24,6 +24,7 @@ from opd_stream.store.store import Store
 from pipeline.cli import app
 from pipeline.estimate import estimate
 from pipeline.estimate.reading import FastTokenizer
+from pipeline.estimate.result import BreakEven, Estimate
 from pipeline.estimate.sizes import (
     PromptLengths,
     completions_of,
@@ -31,7 +32,6 @@ from pipeline.estimate.sizes import (
     policy_sizes,
     scores_sizes,
 )
-from pipeline.estimate.values import BreakEven, Estimate
 from pipeline.run_folder import RunFolder
 from stages.step import Silent
 from tests.conftest import MODELS, SmallRuns, loaded_by, run, small_config
@@ -211,7 +211,7 @@ def test_what_break_even_means() -> None:
     assert (two_epochs.runs, two_epochs.replays) == (0.5, 0)
     stopped_early = BreakEven(cache_flops=10, live_flops=4, train_flops=6)
     assert (stopped_early.runs, stopped_early.replays) == (2.5, 2)  # three runs in all
-    assert stopped_early.cache_share(2) == pytest.approx(10 / 28)
+    assert stopped_early.cache_share_after_replays["3"] == pytest.approx(10 / 34)
     assert BreakEven(cache_flops=10, live_flops=0, train_flops=6).replays is None
 
 
@@ -344,8 +344,8 @@ def test_large_weights_are_not_read_and_nothing_is_claimed_for_them(
 ) -> None:
     monkeypatch.setattr("pipeline.estimate.reading.MOST_BYTES", 1_000)
     known = plan(finished, "evaluation=null")
-    assert known.total(left=True).flops == 0  # the run remembered their digests
+    assert known.sum(left=True).flops == 0  # the run remembered their digests
     monkeypatch.setattr("opd_stream.store.policy._remembered", lambda path, cache: cache / "none")
     unknown = plan(finished, "evaluation=null")
-    assert unknown.total(left=True) == unknown.total()
+    assert unknown.sum(left=True) == unknown.sum()
     assert sum("too large to read" in note for note in unknown.notes) == 2

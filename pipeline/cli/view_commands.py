@@ -27,7 +27,7 @@ def plan(
 ) -> None:
     """Estimate a run's work and cost, and what the store has of it; exit code 1: disk too small."""
     from pipeline.estimate import estimate
-    from pipeline.estimate.table import print_plan
+    from pipeline.estimate.result import print_plan
 
     found = estimate(*open_run(config, overrides, run_dir))
     if as_json:

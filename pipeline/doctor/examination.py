@@ -4,8 +4,8 @@ from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit
 from pipeline.doctor import inputs, machine, trial
-from pipeline.doctor.findings import Finding, Report, Screen
-from pipeline.doctor.subject import NotChecked, Subject
+from pipeline.doctor.findings import Finding, NotChecked, Report, Screen
+from pipeline.doctor.subject import Subject
 
 CHECKS = (
     machine.packages,
@@ -30,13 +30,7 @@ FIRST = ("packages", "store", "weights", "memory", "setup")  # without errors, o
 
 
 def examine(config: Config, *, quick: bool, screen: Screen | None = None) -> Report:
-    """Look at everything a run of this config would need here.
-
-    Args:
-        config: the run.
-        quick: load no model, connect to no cluster.
-        screen: is told of each check when it begins and of each finding when it is known.
-    """
+    """Look at everything a run of this config would need; `quick` loads no model."""
     subject, report = Subject(config, quick), Report()
 
     def add(finding: Finding) -> None:

@@ -2,20 +2,29 @@
 
 import json
 import threading
-from dataclasses import asdict, dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field, computed_field
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from opd_stream.record import Record
 from pipeline.console import LOG, Live
+
+if TYPE_CHECKING:
+    from pipeline.doctor.subject import Subject
 
 Level = Literal["ok", "warning", "error"]
 WIDTH = 18  # of the longest name of a check: lines are written before all names are known
 QUIET_SECONDS = 2.0  # without a terminal, a check that takes longer is named
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class NotChecked(Exception):
+    """Something could not be looked at, and why."""
+
+
+class Finding(Record):
     """One thing that was looked at.
 
     Example:
@@ -36,17 +45,74 @@ class Finding:
         return lines + [f"{'':{WIDTH + 11}}{f'{k}:':4} {v}" for k, v in more.items() if v]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A function that looks at a subject, and why what it finds matters.
+
+    Example:
+        >>> list(disk.look(Subject(config, quick=True)))
+        [disk.ok("12 GB free")]
+    """
+
+    name: str
+    why: str
+    look: "Callable[[Subject], Iterator[Finding]]"
+    loads_models: bool
+
+    def ok(self, found: str) -> Finding:
+        """All is well."""
+        return self._say("ok", found)
+
+    def warning(self, found: str, todo: str = "") -> Finding:
+        """The run may start, and may not do what is meant."""
+        return self._say("warning", found, todo)
+
+    def error(self, found: str, todo: str = "") -> Finding:
+        """The run should not start."""
+        return self._say("error", found, todo)
+
+    def _say(self, level: Level, found: str, todo: str = "") -> Finding:
+        return Finding(check=self.name, level=level, found=found, why=self.why, todo=todo)
+
+    def refused(self, error: Exception) -> Finding:
+        """What a run would refuse, in the run's own line, which says what to do."""
+        return self.error(" ".join(str(error).split()))
+
+    def or_ok(self, problems: Iterable[Finding], found: str) -> Iterator[Finding]:
+        """The problems; where there are none, what is well."""
+        yield from list(problems) or [self.ok(found)]
+
+
+def check(
+    why: str, *, loads_models: bool = False
+) -> "Callable[[Callable[[Subject], Iterator[Finding]]], Check]":
+    """Make a function a check that is called like it."""
+    return lambda look: Check(look.__name__.replace("_", "-"), why, look, loads_models)
+
+
+class Report(Record):
     """All findings, and what could not be looked at."""
 
-    findings: list[Finding] = field(default_factory=list)
-    not_checked: dict[str, str] = field(default_factory=dict)  # check -> reason
+    findings: list[Finding] = Field(default=[])
+    not_checked: dict[str, str] = Field(default={})  # check -> reason
 
+    @computed_field
     @property
     def may_start(self) -> bool:
         """Whether nothing was found that should keep the run from starting."""
-        return not self.count("error")
+        return not self.errors
+
+    @computed_field
+    @property
+    def errors(self) -> int:
+        """Number of errors."""
+        return self.count("error")
+
+    @computed_field
+    @property
+    def warnings(self) -> int:
+        """Number of warnings."""
+        return self.count("warning")
 
     def count(self, level: Level, check: str | None = None) -> int:
         """Findings of a level, of one check or of all."""
@@ -54,24 +120,10 @@ class Report:
 
     def last_lines(self) -> list[str]:
         """What was not looked at, then the verdict."""
-        lines = [
-            f"{'-':8} {check:{WIDTH}}  not checked: {reason}"
-            for check, reason in self.not_checked.items()
-        ]
+        skipped = self.not_checked.items()
+        lines = [f"{'-':8} {name:{WIDTH}}  not checked: {reason}" for name, reason in skipped]
         verdict = "the run may start" if self.may_start else "do not start this run"
-        errors, warnings = self.count("error"), self.count("warning")
-        return [*lines, f"{verdict}: errors {errors}, warnings {warnings}"]
-
-    def as_json(self) -> str:
-        """For programs."""
-        value = {
-            "may_start": self.may_start,
-            "errors": self.count("error"),
-            "warnings": self.count("warning"),
-            "findings": [asdict(finding) for finding in self.findings],
-            "not_checked": self.not_checked,
-        }
-        return json.dumps(value, indent=2)
+        return [*lines, f"{verdict}: errors {self.errors}, warnings {self.warnings}"]
 
 
 class Screen(Live):
@@ -105,7 +157,8 @@ class Screen(Live):
     def end(self, report: Report) -> None:
         """Write what no finding says."""
         self._stop_timer()
-        self.write([report.as_json()] if self._as_json else report.last_lines())
+        text = json.dumps(report.as_json(), indent=2)
+        self.write([text] if self._as_json else report.last_lines())
 
     def __exit__(self, *raised: object) -> None:
         self._stop_timer()

@@ -9,10 +9,10 @@ from opd_stream.config import Evaluation
 from opd_stream.errors import UserError
 from opd_stream.prompts import shuffled_rows
 from opd_stream.tasks.judges import Judge, open_judge
-from pipeline.contexts import ContextUse, context_of, training_contexts
-from pipeline.doctor.findings import Finding
-from pipeline.doctor.subject import Subject, check
+from pipeline.doctor.findings import Finding, check
+from pipeline.doctor.subject import Subject
 from pipeline.rounds import named_checkpoint, rounds
+from pipeline.setup import ContextUse, context_of, training_contexts
 from stages.checkpoints import Checkpoint, check_pair
 
 SHOWN = 3  # prompts named in a finding
@@ -39,7 +39,7 @@ def tokenizers(subject: Subject) -> Iterator[Finding]:
         return
     student, teacher = subject.model("student"), subject.model("teacher")
     if not student.terminators():
-        return  # told by the check of terminators
+        return  # the check of terminators says it
     aligns = subject.config.scores.alignment is not None
     check_pair(student, teacher, aligns=aligns)
     digest = student.identity.tokenizer_sha256[:12]
@@ -56,12 +56,12 @@ def tokenizers(subject: Subject) -> Iterator[Finding]:
             f"resize the {role}'s embeddings, or use the tokenizer it was trained with",
         )
     if logits["student"] != logits["teacher"] and not too_small:
-        smaller = min(logits, key=lambda role: logits[role])
         yield tokenizers.warning(
             f"the student has logits for {logits['student']} ids, the teacher for "
             f"{logits['teacher']}; the tokenizer has {size}",
-            f"an id beyond the {smaller}'s last one, if it is ever drawn or among the top K, ends "
-            "the run: keep scores.top_k small, or cut the larger head",
+            f"an id beyond the {min(logits, key=lambda role: logits[role])}'s last one, if it is "
+            "ever drawn or among the top K, ends the run: keep scores.top_k small, or cut the "
+            "larger head",
         )
 
 
@@ -129,15 +129,13 @@ def _own_ends(role: str, model: Checkpoint, stop_ids: set[int]) -> Iterator[Find
 @check("prompts are written once, with the student's template, and the teacher reads the same ids")
 def templates(subject: Subject) -> Iterator[Finding]:
     """Chat templates where prompts use them."""
-    student, models = subject.model("student"), subject.models
+    models = subject.models
     chats = [s.template for s in subject.sources.values() if s.template.kind == "chat"]
-    has_one = {role: model.tokenizer().chat_template is not None for role, model in models.items()}
+    has_one = [role for role, model in models.items() if model.tokenizer().chat_template]
     if not chats:
-        unused = " and ".join(role for role in has_one if has_one[role])
-        yield templates.ok(
-            f"prompts are raw text{unused and f'; chat template of {unused} not used'}"
-        )
-    elif not has_one["student"]:
+        unused = f"; chat template of {' and '.join(has_one)} not used" if has_one else ""
+        yield templates.ok(f"prompts are raw text{unused}")
+    elif "student" not in has_one:
         yield templates.error(
             "prompts.template.kind is chat, and the student's tokenizer has no chat template",
             "use a tokenizer with one, or set template.kind=raw",
@@ -145,40 +143,35 @@ def templates(subject: Subject) -> Iterator[Finding]:
     else:
         system = next((chat.system for chat in chats if chat.system), None)
         yield from templates.or_ok(
-            [*_turn_end(student, models), *_two_templates(models, has_one, system)],
+            _template_problems(subject.model("student"), models, has_one, system),
             "one chat template writes the same turns for all models",
         )
 
 
-def _turn_end(student: Checkpoint, models: dict[str, Checkpoint]) -> Iterator[Finding]:
-    """Whether the template ends an answer with something on which generation stops."""
+def _template_problems(
+    student: Checkpoint, models: dict[str, Checkpoint], has_one: list[str], system: str | None
+) -> Iterator[Finding]:
+    """An answer that ends with nothing generation stops on; a teacher that writes other turns."""
     stop_ids = set().union(*(model.terminators() for model in models.values()))
-    tokenizer, answer = student.tokenizer(), "ANSWER"
-    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]
-    text: str = tokenizer.apply_chat_template(turns, tokenize=False)
-    after = text.rpartition(answer)[2]
+    question = {"role": "user", "content": "How much is 2 + 3?"}
+    tokenizer, answer = student.tokenizer(), {"role": "assistant", "content": "ANSWER"}
+    text: str = tokenizer.apply_chat_template([question, answer], tokenize=False)
+    after = text.rpartition("ANSWER")[2]
     if not stop_ids & set(tokenizer.encode(after, add_special_tokens=False)):
         yield templates.warning(
             f"the template ends an answer with {after!r}, which holds none of the ids the run "
             f"stops on ({_named(student, stop_ids)})",
             "add the id that ends a turn to eos_token_id in generation_config.json",
         )
-
-
-def _two_templates(
-    models: dict[str, Checkpoint], has_one: dict[str, bool], system: str | None
-) -> Iterator[Finding]:
-    """Whether the teacher's template writes what the student's does."""
     if "teacher" not in models:
         return
-    if not has_one["teacher"]:
+    if "teacher" not in has_one:
         yield templates.warning(
             "the student's tokenizer has a chat template, the teacher's has none",
             "make sure that the teacher was trained on this format; a base model was not",
         )
         return
-    turns = [{"role": "user", "content": "How much is 2 + 3?"}]
-    turns = turns if system is None else [{"role": "system", "content": system}, *turns]
+    turns = [question] if system is None else [{"role": "system", "content": system}, question]
     left, right = (
         model.tokenizer().apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         for model in models.values()
@@ -237,11 +230,11 @@ def answers(subject: Subject) -> Iterator[Finding]:
 
 def _judged_answers(name: str, part: Evaluation, table: pa.Table) -> Iterator[Finding]:
     assert part.judge is not None  # validated
-    is_right = open_judge(part.judge)
+    is_right, kind, rows = open_judge(part.judge), part.judge.kind, table.num_rows
     missing = table.filter(table["answer"].is_null())["prompt_id"].to_pylist()
     if missing:
         yield answers.error(
-            f"{name}: {len(missing)} of {table.num_rows} prompts have no reference answer "
+            f"{name}: {len(missing)} of {rows} prompts have no reference answer "
             f"({', '.join(missing[:SHOWN])})",
             f"set {name}.answer_field, or leave out what judges them",
         )
@@ -250,13 +243,12 @@ def _judged_answers(name: str, part: Evaluation, table: pa.Table) -> Iterator[Fi
     lost = [place for place, answer in pairs if not _accepts(is_right, answer)]
     if lost:
         yield answers.error(
-            f"{name}: {len(lost)} of {table.num_rows} reference answers are wrong answers to judge "
-            f"{part.judge.kind} ({', '.join(lost[:SHOWN])})",
+            f"{name}: {len(lost)} of {rows} reference answers are wrong answers to judge {kind} "
+            f"({', '.join(lost[:SHOWN])})",
             f"correct those answers, {name}.answer_field, or the judge's kind",
         )
     else:
-        said = f"{table.num_rows:,} answers, each accepted by judge {part.judge.kind}"
-        yield answers.ok(f"{name}: {said}")
+        yield answers.ok(f"{name}: {rows:,} answers, each accepted by judge {kind}")
 
 
 def _accepts(is_right: Judge, answer: str) -> bool:
@@ -270,30 +262,23 @@ def _accepts(is_right: Judge, answer: str) -> bool:
 @check("a prompt and a full window that do not fit stop the worker that meets them, in any round")
 def context(subject: Subject) -> Iterator[Finding]:
     """The longest prompt with the largest window against what each model reads."""
-    config, tables = subject.config, subject.tables
-    student, teacher = subject.model("student"), subject.models.get("teacher")
+    config, tables, student = subject.config, subject.tables, subject.model("student")
     uses: list[tuple[str, ContextUse]] = []
     if "prompts" in tables:
-        longest = max(_lengths(tables["prompts"]))
+        longest, teacher = max(_lengths(tables["prompts"])), subject.models.get("teacher")
         uses += [("rollouts", u) for u in training_contexts(config, student, teacher, longest)]
-    for name, part in subject.problems.items():
-        if name in tables:
-            use = ContextUse(
-                role="student",
-                prompt_tokens=max(_lengths(tables[name])),
-                window_tokens=part.max_new_tokens,
-                limit=context_of(config, "student", student),
-            )
-            uses.append((name, use))
+    for name in (name for name in subject.problems if name in tables):
+        use = ContextUse(
+            role="student",
+            prompt_tokens=max(_lengths(tables[name])),
+            window_tokens=subject.problems[name].max_new_tokens,
+            limit=context_of(config, "student", student),
+        )
+        uses.append((name, use))
+    todo = "lower the window or max_prompt_tokens (long_prompts=skip leaves longer prompts out)"
     for name, use in uses:
-        if use.fits:
-            yield context.ok(f"{name}: {use}")
-        else:
-            yield context.error(
-                f"{name}: {use}",
-                "lower the window or max_prompt_tokens (long_prompts=skip leaves longer prompts "
-                "out)",
-            )
+        said = f"{name}: {use}"
+        yield context.ok(said) if use.fits else context.error(said, todo)
 
 
 @check("a run refuses what cannot work before it begins, and says the rest as a warning")

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.filesize import decimal
 
 from opd_stream.config import Config, Pool, TrainerPool
+from opd_stream.config.sections import Model
 from opd_stream.errors import UserError
 from opd_stream.prompts import DatasetPrompts, JsonlPrompts
-from pipeline.doctor.findings import Finding
-from pipeline.doctor.subject import NotChecked, Subject, check
-from pipeline.estimate.run import disks_of
+from pipeline.doctor.findings import Finding, NotChecked, check
+from pipeline.doctor.subject import Subject
+from pipeline.estimate import estimate
+from pipeline.run_folder import RunFolder
 
 PROJECT = "opd-stream"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -115,7 +117,7 @@ def disk(subject: Subject) -> Iterator[Finding]:
     """Free space where artifacts go, and where checkpoints of a round in training go."""
     _ = subject.setup
     try:
-        found = disks_of(subject.config, RUNS)
+        found = estimate(subject.config, RunFolder(RUNS)).disk
     except UserError as error:  # the check of what is refused told it
         raise NotChecked(str(error)) from error
     for each in found:
@@ -131,8 +133,7 @@ def disk(subject: Subject) -> Iterator[Finding]:
             yield disk.error(said, todo) if each.free < least else disk.warning(said, todo)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
+class Gpu(NamedTuple):
     """A device of this machine."""
 
     name: str
@@ -183,10 +184,7 @@ def this_machine() -> Machine:
     limit = CGROUP.read_text().strip() if CGROUP.exists() else "max"
     names = ("avx512_bf16", "amx_bf16", "bf16")
     return Machine(
-        gpus=tuple(
-            Gpu(name=gpu.name, bytes=gpu.total_memory, capability=(gpu.major, gpu.minor))
-            for gpu in gpus
-        ),
+        gpus=tuple(Gpu(gpu.name, gpu.total_memory, (gpu.major, gpu.minor)) for gpu in gpus),
         cpus=os.cpu_count() or 1,
         bytes=memory if limit == "max" else min(memory, int(limit)),
         cpu_bfloat16=None if has is None else any(has.get(name) for name in names),
@@ -210,19 +208,16 @@ def devices(subject: Subject) -> Iterator[Finding]:
         raise NotChecked(f"--quick does not ask the cluster at {address}")
     else:
         nodes, where = cluster_nodes(config, address), f"the cluster at {address}"
-    said = ", ".join(
+    sizes = [
         f"{role} {pool.workers} x ({pool.cpus:g} CPU, {pool.gpus:g} GPU)"
         for role, pool in subject.pools.items()
-    )
-    yield from devices.or_ok(_pools(subject, nodes, where), f"{where} can run the pools: {said}")
+    ]
+    said = f"{where} can run the pools: {', '.join(sizes)}"
+    yield from devices.or_ok(_pools(subject, nodes, where), said)
 
 
 def cluster_nodes(config: Config, address: str) -> list[dict[str, Any]]:
-    """The nodes of the cluster at RAY_ADDRESS, as Ray describes them.
-
-    Raises:
-        UserError: nothing answers there.
-    """
+    """The nodes of the cluster at RAY_ADDRESS, as Ray describes them."""
     import ray
 
     from stages.ray_stream import start_cluster, stop_cluster
@@ -309,25 +304,21 @@ def _trainer(subject: Subject, machine: Machine) -> Iterator[Finding]:
 @check("arithmetic that a device has to emulate is slow, and some engines refuse it")
 def precision(subject: Subject) -> Iterator[Finding]:
     """16-bit arithmetic against what the devices of this machine have."""
-    machine = this_machine()
-    wanted = {f"{role}.dtype": model.dtype for role, model in subject.engines.items()}
-    engines = {f"{role}.dtype": model.engine for role, model in subject.engines.items()}
+    machine, found = this_machine(), list[Finding]()
+    wanted = {f"{role}.dtype": (m.dtype, m.engine) for role, m in subject.engines.items()}
     if subject.config.train.precision == "bf16-mixed":
-        wanted["train.precision"] = "bfloat16"
+        wanted["train.precision"] = ("bfloat16", "")
     old = [gpu.name for gpu in machine.gpus if gpu.capability < BFLOAT16_FROM]
-    found: list[Finding] = []
-    for name, dtype in wanted.items():
+    slow = {"float16"} if machine.cpu_bfloat16 is not False else {"float16", "bfloat16"}
+    for name, (dtype, engine) in wanted.items():
         todo = f"set {name} to float32, or run on a device that has {dtype}"
         if dtype == "bfloat16" and old:
-            say = precision.error if engines.get(name) == "vllm" else precision.warning
+            say = precision.error if engine == "vllm" else precision.warning
             found.append(say(f"{name} is bfloat16, which {old[0]} only emulates", todo))
-        is_native = dtype == "float32" or (
-            dtype == "bfloat16" and machine.cpu_bfloat16 is not False
-        )
-        if not machine.gpus and not is_native:
+        if not machine.gpus and dtype in slow:
             said = f"{name} is {dtype}, which this CPU only emulates"
             found.append(precision.warning(said, todo))
-    said = ", ".join(f"{name} {dtype}" for name, dtype in wanted.items())
+    said = ", ".join(f"{name} {dtype}" for name, (dtype, _) in wanted.items())
     yield from precision.or_ok(found, f"{said}: the device has it")
 
 
@@ -338,28 +329,27 @@ def memory(subject: Subject) -> Iterator[Finding]:
     if "student" not in sizes:
         raise NotChecked("the student's weights cannot be read")
     device, pool = machine.device_bytes, config.pools.trainer
+
+    def on_vllm(model: Model) -> int | None:
+        is_vllm = model.engine == "vllm" and machine.gpus
+        return int(device * model.vllm.memory_share) if is_vllm else None
+
     for role, count in sizes.items():
-        model, has = subject.engines[role], device
-        need = count * BYTES[model.dtype]
-        if model.engine == "vllm" and machine.gpus:
-            has = int(device * model.vllm.memory_share)
-            need //= model.vllm.tensor_parallel
-        yield _fits(f"{role} in {model.dtype}, weights alone", need, has)
+        model = subject.engines[role]
+        need, share = count * BYTES[model.dtype], on_vllm(model)
+        need //= 1 if share is None else model.vllm.tensor_parallel
+        yield _fits(f"{role} in {model.dtype}, weights alone", need, share or device)
     state = sizes["student"] * (TRAINING_BYTES if config.train.lora is None else BYTES["float32"])
-    if pool.strategy == "fsdp2":
-        state //= pool.devices
+    state //= pool.devices if pool.strategy == "fsdp2" else 1
     yield _fits("training, without activations", state, device)
     # Engines stay loaded while a round trains; a pool that reserves no GPU runs on the first one.
-    is_one = config.executor == "local" or len(machine.gpus) < 2
+    is_one, need = config.executor == "local" or len(machine.gpus) < 2, state
     beside = [role for role in sizes if is_one or subject.pools[role].gpus == 0]
+    for role in beside:
+        model = subject.engines[role]
+        taken = on_vllm(model) or sizes[role] * BYTES[model.dtype]
+        need += taken * (1 if config.executor == "local" else subject.pools[role].workers)
     if beside and not _on_cluster():
-        need = state
-        for role in beside:
-            model = subject.engines[role]
-            taken = sizes[role] * BYTES[model.dtype]
-            if model.engine == "vllm" and machine.gpus:
-                taken = int(device * model.vllm.memory_share)
-            need += taken * (1 if config.executor == "local" else subject.pools[role].workers)
         yield _fits(f"{', '.join(beside)} and training at once", need, device)
 
 

@@ -11,10 +11,10 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,11 +29,10 @@ from opd_stream.store.reader import ScoredRow, ScoredRows
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
-from pipeline.contexts import largest_window
-from pipeline.doctor.findings import Finding
-from pipeline.doctor.subject import NotChecked, Subject, check
+from pipeline.doctor.findings import Finding, NotChecked, check
+from pipeline.doctor.subject import Subject
 from pipeline.rounds import rounds
-from pipeline.setup import Setup
+from pipeline.setup import Setup, largest_window
 from stages.checkpoints import Checkpoint
 from stages.generate import GenerateWorker
 from stages.recipes import rollouts_recipe, scores_recipe
@@ -53,6 +52,16 @@ Result = TypeVar("Result")
 Floats = NDArray[np.floating[Any]]
 
 
+class RowScores(NamedTuple):
+    """Log-probabilities of one row, nats."""
+
+    drawn_T: Floats
+    candidates_TK: Floats
+
+
+LiveScores = tuple[list[RowScores], list[RowScores]]  # each row alone, and all together
+
+
 @check(
     "drift and importance weights compare training with the log-probabilities that the engine "
     "recorded; an error there looks like a student that has moved",
@@ -62,12 +71,10 @@ def sampler(subject: Subject) -> Iterator[Finding]:
     """The student's engine: recorded log-probabilities, and the temperature it draws at."""
     config, setup = subject.config, subject.setup
     with tempfile.TemporaryDirectory() as folder:
-        store, few = Path(folder), _first_prompts(subject)
-        rollouts = _sampled(store, setup, config, few, setup.student)
+        rollouts = _sampled(Path(folder), setup, config, _first_prompts(subject), setup.student)
         batch = rollouts_batch(rollouts.read_unit(0))
-    temperature = config.rollouts.temperature
-    drawn = _read_again(setup.student.folder, batch, temperature)
-    gap_N, limit = drawn.gap_N, RECORDED[config.student.dtype]
+    temperature, limit = config.rollouts.temperature, RECORDED[config.student.dtype]
+    gap_N, deviations, power = _read_again(setup.student.folder, batch, temperature)
     said = (
         f"recorded log-probabilities differ from a forward pass at temperature 1 by "
         f"{gap_N.mean():.1e} nats in the mean, {gap_N.max():.1e} at most, over {len(gap_N)} tokens "
@@ -75,50 +82,45 @@ def sampler(subject: Subject) -> Iterator[Finding]:
     )
     found: list[Finding] = []
     if not gap_N.mean() <= limit:
-        found.append(
-            sampler.error(
-                said,
-                "the engine records another distribution (after temperature, top-p or a penalty), "
-                "or runs other weights: try student.engine=transformers, student.dtype=float32",
-            )
+        todo = (
+            "the engine records another distribution (after temperature, top-p or a penalty), "
+            "or runs other weights: try student.engine=transformers, student.dtype=float32"
         )
-    tells = abs(drawn.power) > DEVIATIONS
-    if tells and abs(drawn.deviations) > DEVIATIONS:
-        found.append(
-            sampler.error(
-                f"drawn tokens are {'more' if drawn.deviations > 0 else 'less'} surprising than at "
-                f"temperature {temperature:g}, by {abs(drawn.deviations):.1f} standard deviations "
-                f"over {len(gap_N)} tokens (allowed {DEVIATIONS:g})",
-                "the engine draws from another distribution than rollouts.temperature says; look "
-                "for top-k, top-p, penalties or a generation_config.json that it applies",
-            )
+        found.append(sampler.error(said, todo))
+    tells = abs(power) > DEVIATIONS
+    if tells and abs(deviations) > DEVIATIONS:
+        one = sampler.error(
+            f"drawn tokens are {'more' if deviations > 0 else 'less'} surprising than at "
+            f"temperature {temperature:g}, by {abs(deviations):.1f} standard deviations over "
+            f"{len(gap_N)} tokens (allowed {DEVIATIONS:g})",
+            "the engine draws from another distribution than rollouts.temperature says; look "
+            "for top-k, top-p, penalties or a generation_config.json that it applies",
         )
+        found.append(one)
     if temperature not in (0.0, 1.0):
-        found.append(
-            sampler.warning(
-                f"rollouts.temperature is {temperature:g}: tokens are drawn from another "
-                "distribution than the one whose log-probabilities are recorded",
-                "set rollouts.temperature=1, which keeps the objectives' gradients exact",
-            )
+        one = sampler.warning(
+            f"rollouts.temperature is {temperature:g}: tokens are drawn from another "
+            "distribution than the one whose log-probabilities are recorded",
+            "set rollouts.temperature=1, which keeps the objectives' gradients exact",
         )
+        found.append(one)
     yield from sampler.or_ok(
         found,
-        f"{said}; surprise of the drawn tokens {drawn.deviations:+.1f} standard deviations (half "
-        f"the temperature: {drawn.power:+.1f}{'' if tells else ', too little to tell'})",
+        f"{said}; surprise of the drawn tokens {deviations:+.1f} standard deviations (half the "
+        f"temperature: {power:+.1f}{'' if tells else ', too little to tell'})",
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DrawnTokens:
-    """Tokens that an engine drew, read by a forward pass."""
+def _read_again(
+    folder: Path, batch: RolloutBatch, temperature: float
+) -> tuple[Floats, float, float]:
+    """Each rollout is read once more, whole.
 
-    gap_N: Floats  # |recorded - computed| log-probability, nats
-    deviations: float  # of their surprise from its expectation, in standard deviations
-    power: float  # where that would stand, were the tokens drawn at half the temperature
-
-
-def _read_again(folder: Path, batch: RolloutBatch, temperature: float) -> DrawnTokens:
-    """Each rollout is read once more, whole."""
+    Returns:
+        |recorded - computed| log-probability of each drawn token, nats [N]; how far their surprise
+        is from its expectation, in standard deviations; and where that would stand, were the tokens
+        drawn at half the temperature.
+    """
     import torch
 
     model = _model_of_training(folder)
@@ -141,11 +143,8 @@ def _read_again(folder: Path, batch: RolloutBatch, temperature: float) -> DrawnT
             colder_TV = (logits_TV / (temperature / 2)).softmax(1)
             shift += float((-(colder_TV * logprobs_TV).sum(1) - mean_T).sum())
             variance += float(spread_T.clamp(min=0).sum())
-    return DrawnTokens(
-        gap_N=np.concatenate(gaps),
-        deviations=excess / math.sqrt(variance) if variance else 0.0,
-        power=shift / math.sqrt(variance) if variance else 0.0,
-    )
+    scale = math.sqrt(variance) or math.inf
+    return np.concatenate(gaps), excess / scale, shift / scale
 
 
 @check(
@@ -186,14 +185,12 @@ def teacher_as_student(subject: Subject) -> Iterator[Finding]:
         f"{len(gap_N)} tokens in float32 (allowed {loss_limit:.1e} and {token_limit:.1e}, of which "
         f"rounding in the store {in_loss:.1e} and {in_token:.1e})"
     )
-    if abs(loss) <= loss_limit and gap_N.max() <= token_limit:
-        yield teacher_as_student.ok(said)
-    else:
-        yield teacher_as_student.error(
-            said,
-            "do not train on these scores: try teacher.engine=transformers and scores.codec={kind: "
-            "exact, dtype: float32} to see which of the two is wrong",
-        )
+    todo = (
+        "do not train on these scores: try teacher.engine=transformers and scores.codec={kind: "
+        "exact, dtype: float32} to see which of the two is wrong"
+    )
+    is_well = abs(loss) <= loss_limit and gap_N.max() <= token_limit
+    yield teacher_as_student.ok(said) if is_well else teacher_as_student.error(said, todo)
 
 
 def _own_scores(folder: Path, subject: Subject, teacher: Checkpoint, few: pa.Table) -> ScoredRows:
@@ -201,18 +198,14 @@ def _own_scores(folder: Path, subject: Subject, teacher: Checkpoint, few: pa.Tab
     config, setup = subject.config, subject.setup
     assert config.teacher is not None
     fields = {**config.teacher.model_dump(), "dtype": "float32"}
-    both = config.model_copy(
-        update={
-            "student": Student(**fields),
-            "teacher": Model(**fields),
-            "rollouts": config.rollouts.model_copy(update={"temperature": 1.0}),
-        }
-    )
+    plain = config.rollouts.model_copy(update={"temperature": 1.0})
+    models = {"student": Student(**fields), "teacher": Model(**fields)}
+    both = config.model_copy(update={**models, "rollouts": plain})
     rollouts, store = _sampled(folder, setup, both, few, teacher), Store(folder)
-    recipe = scores_recipe(
-        both, rollouts=rollouts.fingerprint, teacher=teacher, forced_ids=setup.forced_ids
+    key, forced_ids = rollouts.fingerprint, setup.forced_ids
+    scores = store.artifact(
+        scores_recipe(both, rollouts=key, teacher=teacher, forced_ids=forced_ids)
     )
-    scores = store.artifact(recipe)
     scores.create(rows=few.num_rows, rows_per_unit=few.num_rows)
     task = replace(_task(rollouts, teacher), scores=scores.fingerprint, teacher=str(teacher.folder))
     _work(ScoreWorker, folder, config.teacher, task)
@@ -240,19 +233,10 @@ def _loss_at_teacher(
             input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL, use_cache=False
         ).last_hidden_state
         head = output_head(model)
-        own_N = sampled_logprobs(
-            hidden.flatten(0, 1)[batch.hidden_rows_N],
-            head,
-            batch.completion_ids_N,
-            chunk_rows=head.chunk_rows,
-        )
-        found = batch_loss(
-            hidden,
-            head,
-            batch,
-            kept or [SampledPg()],
-            merge_terminators=config.train.guards.merge_terminators,
-        )
+        rows_NH, ids_N = hidden.flatten(0, 1)[batch.hidden_rows_N], batch.completion_ids_N
+        own_N = sampled_logprobs(rows_NH, head, ids_N, chunk_rows=head.chunk_rows)
+        merges = config.train.guards.merge_terminators
+        found = batch_loss(hidden, head, batch, kept or [SampledPg()], merge_terminators=merges)
     return float(found.loss), (own_N - batch.teacher_logprobs_N).abs().cpu().numpy()
 
 
@@ -271,48 +255,47 @@ def cached_scores(subject: Subject) -> Iterator[Finding]:
     rollouts, scores = cache.rollouts.shards, cache.scores.shards
     name, settings = scores.name, scores.recipe.settings
     units = sorted(set(rollouts.commits()) & set(scores.commits()))
+    rows = ScoredRows([(rollouts, scores)], units=[units]) if units else []
     if not units:
         yield _none_cached(opened, scores)
-        return
-    if "engine" not in settings:
+    elif "engine" not in settings:
         yield cached_scores.warning(
             f"{name} was imported; which teacher scored it is not known",
             "compare it with that teacher before it is trained on",
         )
-        return
-    rows = ScoredRows([(rollouts, scores)], units=[units])
-    if not len(rows):
+    elif not len(rows):
         yield cached_scores.error(
             f"no row of {name} can be trained on",
             "look at the teacher's checkpoint, and score again",
         )
-        return
-    folder, chosen = subject.model("teacher").folder, [rows[0], rows[len(rows) - 1]]
-    live = in_own_process(settings["engine"], _scored_live, folder, teacher, settings, chosen)
+    else:
+        folder, chosen = subject.model("teacher").folder, [rows[0], rows[len(rows) - 1]]
+        live = in_own_process(settings["engine"], _scored_live, folder, teacher, settings, chosen)
+        yield _compared(scores, chosen, live)
+
+
+def _compared(scores: Artifact, rows: Sequence[ScoredRow], live: LiveScores | None) -> Finding:
+    """Cached scores against today's, in units of what two ways of batching differ by."""
     if live is None:
-        yield cached_scores.error(
-            f"the teacher's log-probabilities for {name} are not finite today",
+        return cached_scores.error(
+            f"the teacher's log-probabilities for {scores.name} are not finite today",
             "look at the teacher's checkpoint",
         )
-        return
     alone, together = live
     control_N = np.concatenate([_gaps(*pair) for pair in zip(alone, together, strict=True)])
-    codec = codec_of(settings["codec"])
-    pairs = zip(chosen, alone, strict=True)
+    codec = codec_of(scores.recipe.settings["codec"])
+    pairs = zip(rows, alone, strict=True)
     stored_N = np.concatenate([_gaps_beyond_rounding(codec, row, now) for row, now in pairs])
     mean, largest = (CONTROLS * g + FLOOR for g in (control_N.mean(), control_N.max()))
     said = (
-        f"{name}, 2 rows: beyond the codec's rounding, cached and live differ by "
+        f"{scores.name}, 2 rows: beyond the codec's rounding, cached and live differ by "
         f"{stored_N.mean():.1e} nats in the mean, {stored_N.max():.1e} at most; live in batches of "
         f"1 and 2 differ by {control_N.mean():.1e} and {control_N.max():.1e} (allowed {mean:.1e} "
         f"and {largest:.1e})"
     )
-    if stored_N.mean() <= mean and stored_N.max() <= largest:
-        yield cached_scores.ok(said)
-    else:
-        yield cached_scores.error(
-            said, f"restore the teacher that scored them, or remove {scores.folder} to score again"
-        )
+    todo = f"restore the teacher that scored them, or remove {scores.folder} to score again"
+    is_well = stored_N.mean() <= mean and stored_N.max() <= largest
+    return cached_scores.ok(said) if is_well else cached_scores.error(said, todo)
 
 
 def _none_cached(setup: Setup, scores: Artifact) -> Finding:
@@ -329,17 +312,9 @@ def _none_cached(setup: Setup, scores: Artifact) -> Finding:
     return cached_scores.ok("no scores of this config are in the store yet")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowScores:
-    """Log-probabilities of one row, nats."""
-
-    drawn_T: Floats
-    candidates_TK: Floats
-
-
 def _scored_live(
     folder: Path, model: Model, settings: dict[str, Any], rows: Sequence[ScoredRow]
-) -> tuple[list[RowScores], list[RowScores]] | None:
+) -> LiveScores | None:
     """Today's scores of each row alone, and of all together; None: not finite."""
     engine = open_engine(
         engine=settings["engine"],
@@ -354,7 +329,7 @@ def _scored_live(
         found = engine.score(batch, top_k=settings["top_k"], forced_ids=forced_ids)
         assert found.candidate_teacher_logprobs is not None
         pairs = zip(found.teacher_logprobs, found.candidate_teacher_logprobs, strict=True)
-        return [] if found.refused else [RowScores(drawn_T=t, candidates_TK=c) for t, c in pairs]
+        return [] if found.refused else [RowScores(*pair) for pair in pairs]
 
     alone = [each for row in rows for each in scored(_batch([row]))]
     together = scored(_batch(rows))
@@ -393,17 +368,16 @@ def _gaps_beyond_rounding(codec: Codec, row: ScoredRow, live: RowScores) -> NDAr
     top_TK = row.teacher_top_logprobs
     if isinstance(codec, SampledCodec):  # counts of draws, which no second pass repeats
         top_TK = np.full_like(top_TK, -np.inf)
-    stored = RowScores(drawn_T=row.teacher_logprobs, candidates_TK=top_TK)
     now_TK = live.candidates_TK[:, : top_TK.shape[1]]
 
     def nearest(stored: Floats, now: Floats, error: Any) -> Floats:
         return np.where(np.isfinite(stored), now + np.clip(stored - now, -error, error), now)
 
     explained = RowScores(
-        drawn_T=nearest(row.teacher_logprobs, live.drawn_T, drawn_rounding(codec)),
-        candidates_TK=nearest(top_TK, now_TK, rounding(codec, now_TK)),
+        nearest(row.teacher_logprobs, live.drawn_T, drawn_rounding(codec)),
+        nearest(top_TK, now_TK, rounding(codec, now_TK)),
     )
-    return _gaps(stored, explained)
+    return _gaps(RowScores(row.teacher_logprobs, top_TK), explained)
 
 
 def rounding(codec: Codec, logprobs: Floats) -> NDArray[np.float64]:
@@ -443,11 +417,9 @@ def _sampled(
     prompts = store.artifact(setup.prompts.recipe)
     prompts.create(rows=rows, rows_per_unit=rows)
     prompts.commit(0, few, counts={"rows": rows})
-    sampling = config.rollouts.model_copy(
-        update={"prompts_per_round": rows, "samples_per_prompt": 1}
-    )
+    few_rows = {"prompts_per_round": rows, "samples_per_prompt": 1}
     recipe = rollouts_recipe(
-        config.model_copy(update={"rollouts": sampling}),
+        config.model_copy(update={"rollouts": config.rollouts.model_copy(update=few_rows)}),
         prompts=prompts.fingerprint,
         student=student,
         stop_ids=setup.stop_ids,

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,9 +27,8 @@ from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.files import is_remote, lines_of, read_json
 from opd_stream.store.policy import UNREAD, known_identity
 from opd_stream.store.store import Store
-from pipeline.contexts import check_context
 from pipeline.estimate.sizes import PromptLengths
-from pipeline.setup import Setup, check_extras, setup_of
+from pipeline.setup import Setup, check_context, check_extras, setup_of
 from stages.checkpoints import Checkpoint
 from stages.prompts import prompts_artifact, selected_rows
 
@@ -54,14 +53,10 @@ class SourceLengths:
         tokens = self.tokens
         if self.is_whole:
             tokens = tokens[selected_rows(selection, len(tokens))]
-        return PromptLengths(
-            mean=float(tokens.mean()),
-            mean_square=float(np.square(tokens).mean()),
-        )
+        return PromptLengths(mean=float(tokens.mean()), mean_square=float((tokens**2.0).mean()))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problems:
+class Problems(NamedTuple):
     """A set of problems that policies are evaluated on."""
 
     settings: Evaluation
@@ -100,7 +95,7 @@ def read_inputs(config: Config) -> RunInputs:
         assert part.prompts is not None  # validated
         held_out = prompts_artifact(store, part.prompts, setup.student)
         lengths = measure_prompts(held_out, part.prompts, tokenizer, notes)
-        problems.append(Problems(settings=part, artifact=held_out, lengths=lengths))
+        problems.append(Problems(part, held_out, lengths))
     prompts = measure_prompts(setup.prompts, config.prompts, tokenizer, notes)
     check_context(config, setup.student, setup.teacher, int(prompts.tokens.max()))
     return RunInputs(setup=setup, prompts=prompts, problems=tuple(problems), notes=notes)
@@ -120,8 +115,7 @@ def _check_store(store: Store) -> None:
     """Refuse what the run would refuse, by looking alone."""
     if is_remote(store.root):
         return
-    folder = existing_folder(store.root)
-    if not folder.is_dir():
+    if not (folder := existing_folder(store.root)).is_dir():
         raise UserError(f"store {store.root} is a file; expected a folder; set store=DIR")
     if not os.access(folder, os.W_OK):
         raise UserError(
@@ -179,11 +173,7 @@ class FastTokenizer:
 def measure_prompts(
     artifact: Artifact, source: Prompts, tokenizer: FastTokenizer | None, notes: list[str]
 ) -> SourceLengths:
-    """The lengths of a source's prompts; what is assumed is added to `notes`.
-
-    Raises:
-        UserError: as the run would: the source cannot be read, or a prompt does not fit.
-    """
+    """The lengths of a source's prompts; refuses as a run would, and adds what it assumes to notes."""
     if artifact.is_complete():
         try:
             return _all_lengths(artifact.read_unit(0))
@@ -207,16 +197,9 @@ def measure_prompts(
 
 
 def _all_lengths(prompts: pa.Table) -> SourceLengths:
-    chunks = prompts["prompt_ids"].chunks
-    lengths = np.concatenate([np.diff(_offsets(chunk)) for chunk in chunks])
-    return SourceLengths(tokens=lengths, is_whole=True, rows=len(lengths))
-
-
-def _offsets(lists: Any) -> NDArray[np.int32]:
-    """Of a column of lists; `to_numpy` would load pandas, which takes longer than all the rest."""
-    offsets = lists.offsets
-    whole = np.frombuffer(offsets.buffers()[1], np.int32)
-    return whole[offsets.offset : offsets.offset + len(offsets)]
+    """Of a whole source; `to_numpy` would load pandas, which takes longer than all the rest."""
+    lengths = prompts["prompt_ids"].combine_chunks().value_lengths().to_pylist()
+    return SourceLengths(tokens=np.array(lengths), is_whole=True, rows=len(lengths))
 
 
 def _rows(source: Prompts) -> int | None:

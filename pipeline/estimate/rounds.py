@@ -18,6 +18,7 @@ from opd_stream.store.store import Store
 from opd_stream.windows import AdaptiveWindow, FixedWindow
 from pipeline.caches import Cache
 from pipeline.estimate.reading import Problems, RunInputs
+from pipeline.estimate.result import Amount, Basis, RoundCost, StepCost
 from pipeline.estimate.sizes import (
     Completions,
     PromptLengths,
@@ -28,7 +29,6 @@ from pipeline.estimate.sizes import (
     rollouts_sizes,
     scores_sizes,
 )
-from pipeline.estimate.values import Amount, Basis, RoundCost, StepCost
 from pipeline.plan import is_due
 from pipeline.rounds import Round, named_checkpoint, rounds
 from stages.checkpoints import Checkpoint
@@ -97,8 +97,6 @@ class RunCosts:
             yield RoundCost(
                 index=-1,
                 window_tokens=self.config.evaluation.max_new_tokens,
-                first_step=0,
-                optimizer_steps=0,
                 steps=tuple(self._evaluations(self.setup.student)),
             )
         for each in rounds(self.setup, opened=named_checkpoint, expected=True):
@@ -137,7 +135,6 @@ class RunCosts:
                 self._scores_sizes = measured_sizes(commits.values()) or self._scores_sizes
             shape, sizes = self.teacher, self._scores_sizes
         settings = source.shards.recipe.settings
-        samples = 1 if source.kind == PROBE else settings["samples_per_prompt"]
         return _step_cost(
             step.kind,
             units,
@@ -145,7 +142,7 @@ class RunCosts:
             shape,
             sizes,
             window=settings["window_tokens"],
-            samples=samples,
+            samples=1 if source.kind == PROBE else settings["samples_per_prompt"],
             is_estimated=source.kind != PROBE and self._completions is not None,
         )
 
@@ -165,15 +162,14 @@ class RunCosts:
         self._rollouts_sizes = measured_sizes(commits.values()) or self._rollouts_sizes
         selection = settings["selection"]
         ranges = selection.get("ranges", [(0, self.config.rollouts.prompts_per_round)])
-        per_unit = self.config.prompts_per_unit
-        if "ranges" in selection:  # a unit has the place of the one it stands for
-            per_unit = max(last - first for first, last in ranges)
+        # With ranges, a unit has the place of the one it stands for.
+        longest = max(last - first for first, last in ranges)
         return _sampled_units(
             rollouts,
             commits,
             window=window,
             prompts=sum(last - first for first, last in ranges),
-            prompts_per_unit=per_unit,
+            prompts_per_unit=longest if "ranges" in selection else self.config.prompts_per_unit,
             samples=settings["samples_per_prompt"],
             lengths=self.inputs.prompts.selected(selection),
             completions=self._completions,
@@ -222,23 +218,22 @@ class RunCosts:
 
     def _trained_rows(self, each: Round, cache: Cache) -> TrainedRows:
         """What a round trains on from one of its caches."""
-        recipe, per_round = cache.rollouts.shards.recipe, self.config.rollouts.prompts_per_round
+        settings = cache.rollouts.shards.recipe.settings
         window = cache.window_tokens or each.plan.window_tokens
-        selection = recipe.settings.get("selection") or every_prompt()
-        prompts = sum(slot.last - slot.first for slot in cache.slots) or per_round
+        prompts = sum(slot.last - slot.first for slot in cache.slots)
         if cache.rollouts.is_new:
             rows = sum(unit.rows for unit in self._units_of(cache.rollouts).values())
             completions = self._completions
         else:
             counts = summed_counts(cache.used(cache.rollouts))
-            is_whole = "extends" not in recipe.settings  # else only new tokens are counted
+            is_whole = "extends" not in settings  # else only new tokens are counted
             rows = counts["rows"]
             completions = completions_of(window, counts) if is_whole else self._completions
         return TrainedRows(
             rows=rows,
-            prompts=prompts,
+            prompts=prompts or self.config.rollouts.prompts_per_round,
             window_tokens=window,
-            lengths=self.inputs.prompts.selected(selection),
+            lengths=self.inputs.prompts.selected(settings.get("selection") or every_prompt()),
             completions=completions,
         )
 
@@ -263,8 +258,8 @@ class RunCosts:
 
     def train_flops(self, counts: TokenCounts) -> float:
         """Operations of training that reads these rows."""
-        is_recomputed = self.config.train.gradient_checkpointing
-        return train_flops(self.student, counts, recomputed=is_recomputed)
+        recomputed = self.config.train.gradient_checkpointing
+        return train_flops(self.student, counts, recomputed=recomputed)
 
     def _training(
         self, parts: Collection[TrainedRows], reads: TrainingReads, *, is_trained: bool
@@ -281,9 +276,8 @@ class RunCosts:
             prompts=sum(part.prompts for part in parts),
             done=amount if is_trained else Amount(),
             left=Amount() if is_trained else amount,
-            units=1,
             units_left=int(not is_trained),
-            basis=_basis(is_done=is_trained, is_estimated=is_estimated),
+            basis=_basis(is_trained, is_estimated),
         )
 
     def _evaluations(self, policy: Checkpoint | None) -> Iterator[StepCost]:
@@ -293,17 +287,17 @@ class RunCosts:
                 yield self._evaluation(problems, problems.lengths.rows, policy)
 
     def _evaluation(self, problems: Problems, prompts: int, policy: Checkpoint | None) -> StepCost:
-        artifact, settings = None, problems.settings
+        setup, asked, artifact = self.setup, problems.settings, None
         if policy is not None:
             artifact = evaluation_rollouts(
-                self.setup.store,
+                setup.store,
                 self.config,
-                settings,
+                asked,
                 prompts=problems.artifact,
                 student=policy,
-                stop_ids=self.setup.stop_ids,
+                stop_ids=setup.stop_ids,
             )
-        commits, window = _commits(artifact), settings.max_new_tokens
+        commits, window = _commits(artifact), asked.max_new_tokens
         measured = completions_of(window, summed_counts(commits.values()))
         self._answers = measured or self._answers
         self._answers_sizes = measured_sizes(commits.values()) or self._answers_sizes
@@ -313,7 +307,7 @@ class RunCosts:
             window=window,
             prompts=prompts,
             prompts_per_unit=self.config.prompts_per_unit,
-            samples=settings.samples_per_prompt,
+            samples=asked.samples_per_prompt,
             lengths=problems.lengths.selected(every_prompt()),
             completions=self._answers,
         )
@@ -324,7 +318,7 @@ class RunCosts:
             self.student,
             self._answers_sizes,
             window=window,
-            samples=settings.samples_per_prompt,
+            samples=asked.samples_per_prompt,
             is_estimated=self._answers is not None,
         )
 
@@ -415,49 +409,48 @@ def _step_cost(
         left=left,
         units=len(units),
         units_left=units_left,
-        basis=_basis(is_done=not units_left, is_estimated=is_estimated),
+        basis=_basis(not units_left, is_estimated),
     )
 
 
-def _basis(*, is_done: bool, is_estimated: bool) -> Basis:
+def _basis(is_done: bool, is_estimated: bool) -> Basis:
     return "measured" if is_done else "estimated" if is_estimated else "full window"
 
 
 def _was_read(policy: PolicyArtifact) -> TrainingReads:
     outcome = policy.manifest().outcome
+    read = outcome.trained
     counts = TokenCounts(
-        tokens=outcome.trained.row_tokens,
-        completion_tokens=outcome.trained.tokens,
-        pairs=outcome.trained.row_pairs,
+        tokens=read.row_tokens, completion_tokens=read.tokens, pairs=read.row_pairs
     )
     return TrainingReads(counts=counts, optimizer_steps=outcome.steps)
 
 
 def _similar_rollouts(store: Store, recipe: Recipe) -> Artifact | None:
     """Rollouts of the same student on the same prompts, under the longest window there is."""
-    similar = [
+    recipes = [
         other
-        for other in _recipes(store, recipe)
+        for other in _local_recipes(store, recipe)
         if other.inputs == recipe.inputs
         and not {"probe", "extends"} & other.settings.keys()
         and all(other.settings.get(name) == recipe.settings.get(name) for name in SAMPLING)
     ]
-    return _first_committed(store, sorted(similar, key=lambda r: -r.settings["window_tokens"]))
+    return _first_committed(store, sorted(recipes, key=lambda r: -r.settings["window_tokens"]))
 
 
 def _similar_scores(store: Store, recipe: Recipe) -> Artifact | None:
     """Scores by the same teacher in the same columns, whatever they score."""
-    similar = (
+    recipes = (
         other
-        for other in _recipes(store, recipe)
+        for other in _local_recipes(store, recipe)
         if other.settings == recipe.settings
         and other.inputs.get("teacher") == recipe.inputs["teacher"]
         and "scores" not in other.inputs  # an extension counts only its new tokens
     )
-    return _first_committed(store, similar)
+    return _first_committed(store, recipes)
 
 
-def _recipes(store: Store, recipe: Recipe) -> Iterable[Recipe]:
+def _local_recipes(store: Store, recipe: Recipe) -> Iterable[Recipe]:
     """Of the store; those of an object store would cost a request each."""
     return [] if is_remote(store.root) else store.recipes(recipe.kind)
 
