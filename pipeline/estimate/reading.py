@@ -173,7 +173,7 @@ class FastTokenizer:
 def measure_prompts(
     artifact: Artifact, source: Prompts, tokenizer: FastTokenizer | None, notes: list[str]
 ) -> SourceLengths:
-    """The lengths of a source's prompts; refuses as a run would, and adds what it assumes to notes."""
+    """The lengths of a source's prompts; refuses as a run would, and notes what it assumes."""
     if artifact.is_complete():
         try:
             return _all_lengths(artifact.read_unit(0))

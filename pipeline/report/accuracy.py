@@ -5,9 +5,19 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from pipeline.records import RoundReport, StageNumbers, SummaryEvaluation
-from pipeline.report.drawing import Exhibit, Series, exhibit, look, panels, prefixed
+from pipeline.report.drawing import (
+    Exhibit,
+    Series,
+    Table,
+    count,
+    exhibit,
+    look,
+    number,
+    panels,
+    prefixed,
+    table_of,
+)
 from pipeline.report.read import Run
-from pipeline.report.tables import Table, count, number
 
 
 class Cost(NamedTuple):
@@ -24,24 +34,20 @@ def stage_sum(values: StageNumbers) -> float:
     return values.generate + values.score + values.train
 
 
+def _all_tokens(report: RoundReport) -> float:
+    tokens = report.tokens
+    return tokens.generated + tokens.teacher_scored + tokens.trained
+
+
 COSTS = (
+    Cost("tokens", "tokens", "tokens generated, scored and trained on", _all_tokens),
     Cost(
-        "tokens",
-        "tokens",
-        "tokens generated, scored and trained on",
-        lambda r: r.tokens.generated + r.tokens.teacher_scored + r.tokens.trained,
-    ),
-    Cost(
-        "teacher",
-        "teacher-scored tokens",
-        "tokens that the teacher scored",
+        *("teacher", "teacher-scored tokens", "tokens that the teacher scored"),
         lambda r: r.tokens.teacher_scored,
     ),
     Cost("flops", "FLOPs", "FLOPs of generate, score and train", lambda r: stage_sum(r.flops)),
     Cost(
-        "seconds",
-        "seconds",
-        "seconds of generate, score and train",
+        *("seconds", "seconds", "seconds of generate, score and train"),
         lambda r: stage_sum(r.seconds),
     ),
 )
@@ -62,33 +68,29 @@ def evaluated(run: Run) -> list[SummaryEvaluation]:
 
 def accuracy_exhibits(runs: Sequence[Run]) -> list[tuple[Cost, Exhibit]]:
     """One figure for each cost that any run has."""
-    if not any(evaluated(run) for run in runs):
+    if not any(map(evaluated, runs)):
         return []
-    views: list[tuple[Cost, Exhibit]] = []
-    for cost in COSTS:
-        costs = [spent(run, cost) for run in runs]
-        if any(values and values[-1] for values in costs):
-            views.append((cost, _exhibit(runs, cost, costs)))
-    return views
+    views = [(cost, [spent(run, cost) for run in runs]) for cost in COSTS]
+    return [
+        (cost, _exhibit(runs, cost, costs))
+        for cost, costs in views
+        if any(values and values[-1] for values in costs)
+    ]
 
 
 def evaluation_table(runs: Sequence[Run]) -> Table:
     """Every evaluation in numbers."""
-    found = [(run, evaluation) for run in runs for evaluation in evaluated(run)]
+    found = [(run.name, evaluation) for run in runs for evaluation in evaluated(run)]
     names = sorted({name for _, e in found for name in e.passes}, key=lambda n: (len(n), n))
-    rows = [
-        [
-            run.name,
-            str(each.round),
-            *(number(each.passes.get(name), 3) for name in names),
-            number(each.standard_error, 3),
-            count(each.problems),
-            count(each.samples),
-        ]
-        for run, each in found
-    ]
-    head = ["run", "policy version", *names, "standard error of pass@1", "problems", "samples"]
-    return Table(caption="Evaluations", head=head, rows=rows)
+    columns: dict[str, Callable[[tuple[str, SummaryEvaluation]], str]] = {
+        "run": lambda each: each[0],
+        "policy version": lambda each: str(each[1].round),
+        **{n: lambda each, n=n: number(each[1].passes.get(n), 3) for n in names},
+        "standard error of pass@1": lambda each: number(each[1].standard_error, 3),
+        "problems": lambda each: count(each[1].problems),
+        "samples": lambda each: count(each[1].samples),
+    }
+    return table_of("Evaluations", found, columns)
 
 
 def _exhibit(runs: Sequence[Run], cost: Cost, costs: Sequence[list[float] | None]) -> Exhibit:
@@ -102,16 +104,9 @@ def _exhibit(runs: Sequence[Run], cost: Cost, costs: Sequence[list[float] | None
             missing.append(run.name)
             continue
         drawn = look(place)
-        axis.errorbar(
-            [values[point.round] for point in points],
-            [point.pass_at_1 for point in points],
-            yerr=[point.standard_error or 0.0 for point in points],
-            color=drawn.color,
-            marker=drawn.mark,
-            linestyle=drawn.line,
-            elinewidth=1,
-            capsize=2.5,
-        )
+        xs, ys = [values[point.round] for point in points], [p.pass_at_1 for p in points]
+        errors = [point.standard_error or 0.0 for point in points]
+        axis.errorbar(xs, ys, yerr=errors, elinewidth=1, capsize=2.5, **drawn.style)
         legend.append(Series(label=run.name, look=drawn))
     if not legend:
         caption = f"No run has evaluations and {cost.label}."
@@ -119,7 +114,7 @@ def _exhibit(runs: Sequence[Run], cost: Cost, costs: Sequence[list[float] | None
     axis.set_xlabel(cost.label)
     axis.set_ylabel("pass@1")
     axis.set_ylim(-0.02, 1.02)
-    prefixed(axis)
+    prefixed(axis.xaxis)
     caption = (
         "Each mark is an evaluated policy; bars are one standard error of pass@1 over problems. "
         "Cost is what the run itself did up to that policy, without evaluation: what it found in "

@@ -1,4 +1,4 @@
-"""Figures of a page: matplotlib draws them, the page has them as inline SVG.
+"""Figures and tables of a page: matplotlib draws, the page has the figures as inline SVG.
 
 Text stays text, and a colour becomes a CSS variable, whose values for light and dark are in
 page.css. matplotlib knows colours by number only, so each variable has a number of its own. Ids of
@@ -8,19 +8,20 @@ elements get the figure's name in front, since a page holds many figures.
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from xml.etree import ElementTree
 
 import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
-from pipeline.report.tables import Table
-
+T = TypeVar("T")
+STAGES = ("generate", "score", "train")
 INK, FAINT, GRID = "#000101", "#000102", "#000103"  # text and axes, labels, lines of the grid
 SERIES = tuple(f"#0002{place:02x}" for place in range(8))
 STAGE_COLORS = {"generate": "#000301", "score": "#000302", "train": "#000303"}
@@ -87,6 +88,12 @@ class Look:
         """matplotlib's line style."""
         return (0, self.dashes or None)
 
+    @property
+    def style(self) -> dict[str, Any]:
+        """matplotlib's options of a curve."""
+        line = self.line
+        return {"color": self.color, "marker": self.mark, "alpha": self.alpha, "linestyle": line}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
@@ -95,6 +102,22 @@ class Series:
     label: str
     look: Look
     is_mark: bool = False  # drawn as marks without a line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Names of columns and rows of text; the first cell of a row names it."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    is_text: bool = False  # cells are words, not numbers
+
+
+def table_of(caption: str, items: Iterable[T], columns: Mapping[str, Callable[[T], str]]) -> Table:
+    """A row an item, whose cells are what each column makes of it."""
+    rows = [[cell(item) for cell in columns.values()] for item in items]
+    return Table(caption=caption, head=list(columns), rows=rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +146,31 @@ def graded(place: int, count: int) -> Look:
     return Look(color=SERIES[0], mark=mark, glyph=glyph, alpha=alpha)
 
 
+def number(value: float | None, digits: int = 4) -> str:
+    """A number for a table; a dash where there is none."""
+    if value is None:
+        return "–"
+    return f"{value:.1e}" if value and abs(value) < 10.0**-digits else f"{value:.{digits}f}"
+
+
+def count(value: float | None) -> str:
+    """A count with separators."""
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def scaled(value: float, unit: str) -> str:
+    """A size with a prefix of the SI.
+
+    Example:
+        >>> scaled(767344, "B")
+        '767 kB'
+    """
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
 def panels(count: int, *, height: float = 1.7) -> tuple[Figure, list[Axes]]:
     """A figure with panels above each other that share x; `height` is of each, inches."""
     with mpl.rc_context(_OPTIONS):
@@ -137,10 +185,9 @@ def count_axis(axis: Axes, label: str) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
 
 
-def prefixed(axis: Axes, *, on: str = "x") -> None:
-    """Numbers with k, M, G along an axis."""
-    ticks = axis.xaxis if on == "x" else axis.yaxis
-    ticks.set_major_formatter(EngFormatter(sep=""))
+def prefixed(axis: Axis) -> None:
+    """Numbers with k, M, G."""
+    axis.set_major_formatter(EngFormatter(sep=""))
 
 
 def decades(axis: Axes, values: Sequence[float]) -> None:
@@ -166,12 +213,10 @@ def exhibit(
 ) -> Exhibit:
     """A drawn figure for the page; title, run and caption are also read to those who hear it."""
     root = _svg(figure, name)
-    for place, (tag, text) in enumerate(
-        [("title", f"{title}: {run}" if run else title), ("desc", caption)]
-    ):
+    for tag, text in (("desc", caption), ("title", f"{title}: {run}" if run else title)):
         element = ElementTree.Element(tag, {"id": f"{name}-{tag}"})
         element.text = text
-        root.insert(place, element)
+        root.insert(0, element)
     svg = Markup(ElementTree.tostring(root, encoding="unicode"))
     return Exhibit(name=name, title=title, caption=caption, svg=svg, legend=legend, tables=tables)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 
 from matplotlib.axes import Axes
 
@@ -14,10 +15,11 @@ from pipeline.report.drawing import (
     count_axis,
     exhibit,
     look,
+    number,
     panels,
+    table_of,
 )
 from pipeline.report.read import Run, Step
-from pipeline.report.tables import Table, number
 
 MOST_POINTS = 800
 MOST_LINES = 60  # of rounds
@@ -36,7 +38,21 @@ MEASURES = (
 
 def drift_exhibit(run: Run, name: str) -> Exhibit:
     """Drift and its consequences, step by step."""
-    tables = _tables(run)
+    epochs = [(report.round, epoch) for report in run.rounds for epoch in report.epochs]
+    table = table_of(
+        "Epochs",
+        epochs,
+        {
+            "round": lambda each: str(each[0]),
+            "epoch": lambda each: str(each[1].epoch),
+            "then": lambda each: each[1].action,
+            "policy_drift": lambda each: number(each[1].policy_drift),
+            "effective sample fraction": lambda e: number(e[1].effective_sample_fraction, 3),
+            "reverse KL, nats": lambda each: number(each[1].reverse_kl),
+            "teacher entropy, nats": lambda each: number(each[1].teacher_entropy),
+        },
+    )
+    tables = [table] if epochs else []
     steps, together = thinned([step for step in run.steps if step.policy_drift is not None])
     if not steps:
         caption = "No optimizer step has recorded its drift."
@@ -72,15 +88,9 @@ def drift_exhibit(run: Run, name: str) -> Exhibit:
 def thinned(steps: Sequence[Step]) -> tuple[list[Step], int]:
     """At most about a thousand points, each the mean of steps of one epoch; and of how many."""
     together = -(-len(steps) // MOST_POINTS)
-    groups: list[list[Step]] = []
-    for step in steps:
-        last = groups[-1] if groups else []
-        is_same = bool(last) and (last[0].round, last[0].epoch) == (step.round, step.epoch)
-        if is_same and len(last) < together:
-            last.append(step)
-        else:
-            groups.append([step])
-    return [_mean(group) for group in groups], together
+    epochs = [list(epoch) for _, epoch in groupby(steps, _epoch)]
+    starts = [(epoch, start) for epoch in epochs for start in range(0, len(epoch), together)]
+    return [_mean(epoch[start : start + together]) for epoch, start in starts], together
 
 
 def _mean(group: Sequence[Step]) -> Step:
@@ -89,6 +99,10 @@ def _mean(group: Sequence[Step]) -> Step:
         values = [v for step in group if (v := getattr(step, name)) is not None]
         means[name] = sum(values) / len(values) if values else None
     return group[0].model_copy(update=means)
+
+
+def _epoch(step: Step) -> tuple[int, int]:
+    return step.round, step.epoch
 
 
 def _is_gated(step: Step) -> bool:
@@ -123,10 +137,8 @@ def _draw_rounds(
         return False
     caches = run.caches()
     fresh = {r for r in caches if any(c.origin in ("fresh", "ahead") for c in caches[r])}
-    for label, drawn, is_fresh in (
-        ("new rollouts", REGENERATION, True),
-        ("round without any", KEPT, False),
-    ):
+    looks = (("new rollouts", REGENERATION, True), ("round without any", KEPT, False))
+    for label, drawn, is_fresh in looks:
         starts = [start for round_index, start in begun if (round_index in fresh) == is_fresh]
         for axis in axes:
             for start in starts:
@@ -138,10 +150,8 @@ def _draw_rounds(
 
 def _draw_gates(axes: Sequence[Axes], steps: Sequence[Step], legend: list[Series]) -> None:
     """Draw the epochs in which weights by drift were in use."""
-    epochs: dict[tuple[int, int], list[Step]] = {}
-    for step in steps:
-        epochs.setdefault((step.round, step.epoch), []).append(step)
-    gated = [inside for inside in epochs.values() if any(map(_is_gated, inside))]
+    epochs = [list(inside) for _, inside in groupby(steps, _epoch)]
+    gated = [inside for inside in epochs if any(map(_is_gated, inside))]
     for axis in axes:
         for inside in gated:
             span = (inside[0].step - 0.5, inside[-1].step + 0.5)
@@ -157,24 +167,4 @@ def _draw_extrapolations(run: Run, axis: Axes, legend: list[Series]) -> None:
     if points:
         xs, ys = zip(*points, strict=True)
         axis.plot(xs, ys, JUMP.mark, color=JUMP.color, markersize=5, zorder=3)
-        label = "step before a kept extrapolation"
-        legend.append(Series(label=label, look=JUMP, is_mark=True))
-
-
-def _tables(run: Run) -> list[Table]:
-    rows = [
-        [
-            str(report.round),
-            str(epoch.epoch),
-            epoch.action,
-            number(epoch.policy_drift),
-            number(epoch.effective_sample_fraction, 3),
-            number(epoch.reverse_kl),
-            number(epoch.teacher_entropy),
-        ]
-        for report in run.rounds
-        for epoch in report.epochs
-    ]
-    head = ["round", "epoch", "then", "policy_drift", "effective sample fraction"]
-    head += ["reverse KL, nats", "teacher entropy, nats"]
-    return [Table(caption="Epochs", head=head, rows=rows)] if rows else []
+        legend.append(Series(label="step before a kept extrapolation", look=JUMP, is_mark=True))

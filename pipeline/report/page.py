@@ -10,19 +10,28 @@ from opd_stream.errors import UserError
 from opd_stream.store.files import publish
 from pipeline.report import text
 from pipeline.report.accuracy import accuracy_exhibits, evaluation_table
-from pipeline.report.drawing import Exhibit
 from pipeline.report.drift import drift_exhibit
-from pipeline.report.lineage import lineage_exhibit
 from pipeline.report.read import Run, read_runs
-from pipeline.report.rounds import cache_exhibit, position_exhibit, stage_exhibit, window_exhibit
+from pipeline.report.rounds import (
+    cache_exhibit,
+    lineage_exhibit,
+    position_exhibit,
+    stage_exhibit,
+    window_exhibit,
+)
+
+EXHIBITS = {
+    "window": window_exhibit,
+    "drift": drift_exhibit,
+    "position": position_exhibit,
+    "cache": cache_exhibit,
+    "stages": stage_exhibit,
+    "lineage": lineage_exhibit,
+}
 
 
 def write_report(folders: list[Path], out: Path) -> str:
-    """Write the page of some runs; returns the line to print.
-
-    Raises:
-        UserError: a folder is no run, or the file cannot be written.
-    """
+    """Write the page of some runs; returns the line to print."""
     if not out.parent.is_dir() or out.is_dir():
         raise UserError(
             f"--out is {out}, which cannot be written; expected a file name in a folder that "
@@ -49,17 +58,9 @@ def page(runs: Sequence[Run]) -> str:
         runs=runs,
         accuracy=accuracy_exhibits(runs),
         evaluations=evaluation_table(runs),
-        exhibits=[_exhibits(run, f"run-{place}") for place, run in enumerate(runs)],
+        exhibits=[
+            [make(run, f"run-{place}-{name}") for name, make in EXHIBITS.items()]
+            for place, run in enumerate(runs)
+        ],
         text=text,
     )
-
-
-def _exhibits(run: Run, anchor: str) -> list[Exhibit]:
-    return [
-        window_exhibit(run, f"{anchor}-window"),
-        drift_exhibit(run, f"{anchor}-drift"),
-        position_exhibit(run, f"{anchor}-position"),
-        cache_exhibit(run, f"{anchor}-cache"),
-        stage_exhibit(run, f"{anchor}-stages"),
-        lineage_exhibit(run, f"{anchor}-lineage"),
-    ]

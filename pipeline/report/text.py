@@ -1,14 +1,14 @@
 """Sentences and facts of a run: what it was, what it reused, why it decided as it did."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.records import RoundReport
+from pipeline.records import RoundReport, SummaryEvaluation
 from pipeline.report.accuracy import evaluated, stage_sum
+from pipeline.report.drawing import STAGES, Table, count, number, scaled, table_of
 from pipeline.report.read import Run
-from pipeline.report.tables import STAGES, Table, count, number, scaled
 
 _FACTS = (
     *("student.path", "teacher.path", "prompts.kind", "rollouts.prompts_per_round"),
@@ -72,45 +72,55 @@ def facts(run: Run) -> list[tuple[str, str]]:
 
 def overview(runs: Sequence[Run]) -> Table:
     """A row a run."""
-    rows = [
-        [
-            run.name,
-            state(run),
-            *_accuracies(run),
-            count(sum(report.tokens.generated for report in run.rounds)),
-            count(sum(report.tokens.teacher_scored for report in run.rounds)),
-            count(sum(report.tokens.trained for report in run.rounds)),
-            scaled(sum(stage_sum(report.flops) for report in run.rounds), "FLOP"),
-            number(sum(stage_sum(report.seconds) for report in run.rounds), 1),
-        ]
-        for run in runs
-    ]
-    head = ["run", "state", "pass@1 before", "pass@1 last", "tokens generated", "teacher-scored"]
-    head += ["trained", "operations", "seconds"]
-    return Table(caption="Runs", head=head, rows=rows)
+
+    def all_of(name: str) -> Callable[[Run], str]:
+        return lambda run: count(sum(getattr(report.tokens, name) for report in run.rounds))
+
+    return table_of(
+        "Runs",
+        runs,
+        {
+            "run": lambda run: run.name,
+            "state": state,
+            "pass@1 before": lambda run: _accuracy(e for e in evaluated(run) if e.round == 0),
+            "pass@1 last": lambda r: _accuracy(e for e in reversed(evaluated(r)) if e.round > 0),
+            "tokens generated": all_of("generated"),
+            "teacher-scored": all_of("teacher_scored"),
+            "trained": all_of("trained"),
+            "operations": lambda run: scaled(sum(stage_sum(r.flops) for r in run.rounds), "FLOP"),
+            "seconds": lambda run: number(sum(stage_sum(r.seconds) for r in run.rounds), 1),
+        },
+    )
+
+
+def _accuracy(found: Iterator[SummaryEvaluation]) -> str:
+    point = next(found, None)
+    return f"{point.pass_at_1:.3f} ± {point.standard_error or 0:.3f}" if point else "–"
 
 
 def totals(run: Run) -> Table:
     """Tokens, seconds, CPU seconds and operations of each stage."""
+
+    def all_of(kind: str, name: str) -> float:
+        return sum(getattr(getattr(report, kind), name) for report in run.rounds)
+
     tokens = {"generate": "generated", "score": "teacher_scored", "train": "trained"}
     rows = [
         [
             stage,
-            count(sum(getattr(report.tokens, tokens[stage]) for report in run.rounds)),
-            number(sum(getattr(report.seconds, stage) for report in run.rounds), 1),
-            number(sum(getattr(report.cpu_seconds, stage) for report in run.rounds), 1),
-            scaled(sum(getattr(report.flops, stage) for report in run.rounds), "FLOP"),
+            count(all_of("tokens", tokens[stage])),
+            number(all_of("seconds", stage), 1),
+            number(all_of("cpu_seconds", stage), 1),
+            scaled(all_of("flops", stage), "FLOP"),
         ]
         for stage in STAGES
     ]
     if run.summary is not None:
         seconds = run.summary.seconds
-        named = {
-            "evaluate": seconds.evaluate,
-            "none of these": seconds.other,
-            "wall clock": seconds.wall,
-        }
-        rows += [[name, "–", number(v, 1), "–", "–"] for name, v in named.items() if v is not None]
+        named = {"evaluate": seconds.evaluate, "none of these": seconds.other}
+        for name, value in {**named, "wall clock": seconds.wall}.items():
+            if value is not None:
+                rows.append([name, "–", number(value, 1), "–", "–"])
     head = ["stage", "tokens", "seconds", "CPU seconds", "operations"]
     return Table(caption="Stages", head=head, rows=rows)
 
@@ -144,19 +154,6 @@ def _sentences(report: RoundReport) -> Iterator[str]:
         yield f"Extrapolation after step {jump.step}: {kept}."
     if report.window_decision is not None:
         yield f"Next round: {report.window_decision.reason}."
-
-
-def _accuracies(run: Run) -> list[str]:
-    """pass@1 of the initial student and of the last evaluated policy."""
-    points = evaluated(run)
-    ends = [
-        next((point for point in points if point.round == 0), None),
-        next((point for point in reversed(points) if point.round > 0), None),
-    ]
-    return [
-        "–" if point is None else f"{point.pass_at_1:.3f} ± {point.standard_error or 0:.3f}"
-        for point in ends
-    ]
 
 
 def _setting(settings: dict[str, Any], field: str) -> Any:
