@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, computed_field
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from opd_stream.record import Record
+from opd_stream.section import Record
 from pipeline.console import LOG, Live
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from pydantic import Field, PlainSerializer, computed_field, model_serializer
 from rich.console import Console
 from rich.filesize import decimal
 
-from opd_stream.record import Record
+from opd_stream.section import Record
 from pipeline.console import print_lines, result_table
 from stages.step import PROBE, PROBE_SCORE, StepKind
 

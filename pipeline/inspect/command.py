@@ -1,24 +1,29 @@
 """`opd-stream inspect`: checks what was asked and reads it; `terminal` and `page` show it."""
 
+import difflib
 import heapq
 import math
 import shlex
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
+from opd_stream.store.artifact import Artifact, DamagedUnit
+from opd_stream.store.policy import tokenizer_digest
 from opd_stream.store.reader import ScoredRow
-from opd_stream.tokens import FIGURES, TokenText
-from pipeline.inspect.source import LocatedRow, RoundCache, find, open_round, whole_shards
-from pipeline.inspect.view import RolloutView, RoundReader, mean_of
+from opd_stream.store.store import Store
+from opd_stream.tokens import FIGURES, TokenText, quoted
+from pipeline.inspect.view import LocatedRow, RolloutView, RoundCache, RoundReader, mean_of
+from pipeline.records import RoundPlanRecord
 from pipeline.run_folder import RunFolder
 from pipeline.setup import masked_ids
 from stages.checkpoints import open_vocabulary
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorstRollout:
+class WorstRollout(NamedTuple):
     """A rollout of the list."""
 
     view: RolloutView
@@ -35,22 +40,13 @@ def inspect_rollout(
     cache: int | None = None,
     by: str = "reverse_kl",
 ) -> RolloutView:
-    """One rollout of a round.
-
-    Args:
-        folder: of the run.
-        config: of the run; its store is read.
-        round_index: from 0.
-        prompt_id: as in the prompts artifact.
-        sample: which of the prompt's rollouts, from 0.
-        cache: which of the round's caches; None: the newest that has the rollout.
-        by: a name of `FIGURES`.
+    """One rollout of a round; `cache` None: of the newest cache that has it.
 
     Raises:
-        UserError: one of them does not exist, or the scores do not hold the figure.
+        UserError: it does not exist, or the scores do not hold the figure `by` of `FIGURES`.
     """
     reader = open_reader(folder, config, round_index, by)
-    return reader.view(find(reader.source, prompt_id, sample, cache), by)
+    return reader.view(_find(reader, prompt_id, sample, cache), by)
 
 
 def inspect_worst(
@@ -69,8 +65,8 @@ def inspect_worst(
     reader = open_reader(folder, config, round_index, by)
     worst: list[tuple[float, int, RoundCache, ScoredRow]] = []  # a heap: mean, -place, ...
     place = 0
-    with whole_shards():
-        for cache in reader.source.caches:
+    with _whole_shards():
+        for cache in reader.caches:
             rows = cache.rows()
             for row in (rows[position] for position in range(len(rows))):
                 mean = mean_of(reader.figures(cache, row, by)[by], reader.trains(row))
@@ -80,32 +76,140 @@ def inspect_worst(
                     push(worst, (mean, place, cache, row))
     return [
         WorstRollout(
-            view=reader.view(LocatedRow(cache=cache, row=row), by),
-            command=_command(reader, cache, row, by),
+            reader.view(LocatedRow(cache=cache, row=row), by), _command(reader, cache, row, by)
         )
         for _, _, cache, row in sorted(worst, key=lambda entry: entry[:2], reverse=True)
     ]
 
 
 def open_reader(folder: RunFolder, config: Config, round_index: int, by: str) -> RoundReader:
-    """The round with its tokenizer."""
+    """The caches of a round, as its plan names them, with the tokenizer."""
     if by not in FIGURES:
         raise UserError(f"--by is {by!r}; expected one of {', '.join(FIGURES)}")
-    source = open_round(folder, config, round_index)
-    tokenizer = open_vocabulary(source.tokenizer_folder().resolve())
+    plan, store = folder.plan(round_index), Store(config.store)
+    caches = _caches(plan, store)
+    tokenizer = open_vocabulary(_tokenizer_folder(config, store, caches[0]).resolve())
     return RoundReader(
-        source=source, text=TokenText(tokenizer), masked_ids=masked_ids(config, tokenizer)
+        run=folder.path,
+        config=config,
+        store=store,
+        plan=plan,
+        caches=caches,
+        text=TokenText(tokenizer),
+        masked_ids=masked_ids(config, tokenizer),
+    )
+
+
+def _caches(plan: RoundPlanRecord, store: Store) -> tuple[RoundCache, ...]:
+    def complete(artifact: Artifact) -> Artifact:
+        if not artifact.is_complete():
+            raise UserError(
+                f"{artifact.name} of round {plan.round_index} is not complete; continue the run, "
+                "then look again"
+            )
+        return artifact
+
+    found: list[RoundCache] = []
+    for number, cache in enumerate(plan.caches):
+        rollouts = complete(store.by_fingerprint("rollouts", cache.rollouts))
+        scores = complete(store.by_fingerprint("scores", cache.scores))
+        units = tuple(scores.units()) if cache.units is None else cache.units
+        found.append(
+            RoundCache(
+                number=number,
+                rollouts=rollouts,
+                scores=scores,
+                units=units,
+                policy_version=cache.policy_version,
+            )
+        )
+    return tuple(found)
+
+
+def _tokenizer_folder(config: Config, store: Store, cache: RoundCache) -> Path:
+    """A folder with the tokenizer of the rollouts: the student's, or that of a policy."""
+    prompts, expected = cache.rollouts.recipe.inputs.get("prompts"), None
+    if prompts is not None:
+        expected = store.by_fingerprint("prompts", prompts).recipe.inputs["tokenizer"]
+    student = config.student.path
+    if student.is_dir() and expected in (None, tokenizer_digest(student)):
+        return student
+    for policy in map(store.policy, store.recipes("policies")):
+        if policy.is_complete() and policy.manifest().tokenizer_sha256 == expected:
+            return policy.folder("texts")
+    found = "has another one" if student.is_dir() else "does not exist"
+    raise UserError(
+        f"the tokenizer of the rollouts (digest {str(expected)[:12]}) is missing: {student} "
+        f"{found}, and no policy of the store has it; give it with --set student.path=FOLDER"
+    )
+
+
+def _find(reader: RoundReader, prompt_id: str, sample: int, cache: int | None) -> LocatedRow:
+    """The rollout of a prompt: of the newest cache that has it, or of the one that is named."""
+    if cache is not None and cache not in range(len(reader.caches)):
+        raise UserError(
+            f"--cache is {cache}; round {reader.plan.round_index} trains on caches 0 to "
+            f"{len(reader.caches) - 1}; choose one of them or leave it out"
+        )
+    names: dict[str, set[int]] = {}
+    places: list[tuple[RoundCache, int, int]] = []
+    with _whole_shards():
+        chosen = [part for part in reversed(reader.caches) if cache in (None, part.number)]
+        for part, unit in [(each, unit) for each in chosen for unit in each.units]:
+            table = part.rollouts.read_unit(unit)
+            ids, samples = (table[name].to_pylist() for name in ("prompt_id", "sample_index"))
+            for row, name in enumerate(zip(ids, samples, strict=True)):
+                names.setdefault(name[0], set()).add(name[1])
+                if name == (prompt_id, sample):
+                    places.append((part, unit, row))
+        if not places:
+            raise UserError(_missing(reader, prompt_id, sample, names))
+        others = tuple(other.number for other, _, _ in places[1:])
+        return LocatedRow(cache=places[0][0], row=_scored(*places[0]), others=others)
+
+
+@contextmanager
+def _whole_shards() -> Iterator[None]:
+    """Tell a damaged shard in one line."""
+    try:
+        yield
+    except DamagedUnit as damaged:
+        raise UserError(f"{damaged}; continue the run, which makes that unit again") from damaged
+
+
+def _scored(cache: RoundCache, unit: int, row: int) -> ScoredRow:
+    record = cache.scores.commit_record(unit)
+    if record is None:
+        raise DamagedUnit(cache.scores, unit, "its commit record is missing")
+    if row in record.skipped_rows:
+        reason = cache.scores.read_unit(unit)["refused"][row].as_py()
+        why = "no token of it may train"
+        if reason is not None:
+            why = f"the teacher refused it: {quoted(reason)}"
+        raise UserError(
+            f"row {row} of unit {unit} of {cache.scores.name} is left out of training ({why}); "
+            "choose another rollout"
+        )
+    before = sum(skipped < row for skipped in record.skipped_rows)
+    return cache.rows([unit])[row - before]
+
+
+def _missing(reader: RoundReader, prompt_id: str, sample: int, names: dict[str, set[int]]) -> str:
+    where = f"round {reader.plan.round_index} of {reader.run}"
+    if prompt_id in names:
+        samples = ", ".join(map(str, sorted(names[prompt_id])))
+        return f"{where} has no sample {sample} of prompt {prompt_id!r}; it has samples {samples}"
+    near = difflib.get_close_matches(prompt_id, names, n=1) or sorted(names) or ["none"]
+    return (
+        f"{where} has no rollout of prompt {prompt_id!r}; it has {len(names)} prompts, such as "
+        f"{near[0]!r}; `--worst 10` lists some of them"
     )
 
 
 def check_question(
     prompt_id: str | None, worst: int | None, html: Path | None, has_choice: bool
 ) -> None:
-    """Refuse a command line that asks for nothing, or for two things at once.
-
-    Raises:
-        UserError: says which options go together.
-    """
+    """Refuse a command line that asks for nothing, or for two things at once."""
     if (prompt_id is None) == (worst is None):
         found = "neither" if prompt_id is None else "both"
         raise UserError(
@@ -117,9 +221,8 @@ def check_question(
             "--worst lists rollouts; --html, --sample and --cache belong to --prompt ID; "
             "leave them out"
         )
-    if html is None:
-        return
-    if html.is_dir() or html.suffix not in (".html", ".htm") or not html.parent.is_dir():
+    is_page = html is None or (html.suffix in (".html", ".htm") and html.parent.is_dir())
+    if not is_page or (html is not None and html.is_dir()):
         raise UserError(
             f"--html is {html}; expected a file to write in a folder that exists, such as "
             "rollout.html"
@@ -127,10 +230,9 @@ def check_question(
 
 
 def _command(reader: RoundReader, cache: RoundCache, row: ScoredRow, by: str) -> str:
-    source = reader.source
-    words = ["opd-stream", "inspect", str(source.run), "--round", str(source.round_index)]
+    words = ["opd-stream", "inspect", str(reader.run), "--round", str(reader.plan.round_index)]
     words += ["--prompt", row.prompt_id, "--sample", str(row.sample_index)]
-    if len(source.caches) > 1:
+    if len(reader.caches) > 1:
         words += ["--cache", str(cache.number)]
     if by != next(iter(FIGURES)):
         words += ["--by", by]

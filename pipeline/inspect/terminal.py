@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opd_stream.tokens import Figure, quoted, visible
+from pipeline.console import print_lines
 from pipeline.inspect.command import WorstRollout
 from pipeline.inspect.view import RolloutView
 
@@ -24,18 +25,15 @@ _COLD = ("#e3f0fc", "#c5dff8", "#a0caf2", "#78b0ea", "#5596e0")
 
 def print_rollout(view: RolloutView, *, console: Console) -> None:
     """The prompt, the coloured completion, the scale and the worst tokens."""
-    for name, value in facts(view):
-        _line(console, Text.assemble((f"{name:9}", "dim"), value))
-    _line(console, "")
-    _line(console, Text("prompt", "bold"))
-    _line(console, view.prompt)
-    _line(console, "")
-    _line(console, Text.assemble(("completion", "bold"), f", by {_title(view.figure)}"))
-    _line(console, _completion(view))
-    _line(console, "")
-    _line(console, _legend(view.figure))
-    for note in notes(view):
-        _line(console, Text(note, "dim"))
+    name, unit = view.figure.name, view.figure.unit
+    lines: list[Text | str] = [
+        *(Text.assemble((f"{name:9}", "dim"), value) for name, value in facts(view)),
+        *("", Text("prompt", "bold"), view.prompt, ""),
+        Text.assemble(("completion", "bold"), f", by {f'{name} ({unit})' if unit else name}"),
+        *(_completion(view), "", _legend(view.figure)),
+        *(Text(note, "dim") for note in notes(view)),
+    ]
+    print_lines(console, lines)
     console.print(_worst_tokens(view, is_wide=console.width >= WIDE))
 
 
@@ -62,30 +60,31 @@ def print_worst(found: list[WorstRollout], *, console: Console) -> None:
             "" if view.verdict is None else str(view.verdict),
         )
     console.print(table)
-    for number, entry in enumerate(found, start=1):
-        _line(console, f"{number}: {visible(entry.command)}")
+    commands = (visible(entry.command) for entry in found)
+    print_lines(console, (f"{number}: {command}" for number, command in enumerate(commands, 1)))
 
 
 def facts(view: RolloutView) -> Iterator[tuple[str, str]]:
     """What is known of the whole rollout: (name, text)."""
-    row, cache, source = view.row, view.located.cache, view.reader.source
+    row, cache, index = view.row, view.located.cache, view.reader.plan.round_index
     yield "rollout", f"{visible(row.prompt_id)}, sample {row.sample_index}"
-    yield "from", f"round {source.round_index}, policy {cache.policy_version}, {cache.scores.name}"
+    yield (
+        "from",
+        f"round {index}, policy {cache.policy_version}, {cache.scores.name}",
+    )
     yield "finish", view.finish
     verdict = view.verdict
     if verdict is not None:
         answer = quoted(verdict.answer if len(verdict.answer) < 80 else f"…{verdict.answer[-79:]}")
         yield "verdict", f"{verdict} (judge {verdict.judge}, answer {answer})"
-    trained = int(view.trains.sum())
-    if not trained:
-        yield "mean", "no token trains in this round"
-        return
-    place = view.worst(1)[0]
-    yield (
-        "mean",
-        f"{view.figure.name} {view.mean:.4f} over {trained} tokens that train; "
-        f"largest {view.values[place]:.3f} at {place}",
-    )
+    said = "no token trains in this round"
+    if trained := int(view.trains.sum()):
+        place = view.worst(1)[0]
+        said = (
+            f"{view.figure.name} {view.mean:.4f} over {trained} tokens that train; "
+            f"largest {view.values[place]:.3f} at {place}"
+        )
+    yield "mean", said
 
 
 def notes(view: RolloutView) -> Iterator[str]:
@@ -99,7 +98,7 @@ def notes(view: RolloutView) -> Iterator[str]:
         yield "⟦ ⟧ tokens that do not train in this round (loss mask, first occurrence, window)"
     if "" in view.pieces:
         yield f"{PART} token that is part of a character, which a later token ends"
-    if not view.located.cache.has_ranks:
+    if view.located.cache.scores.recipe.settings["codec"]["kind"] == "sampled":
         yield "candidates are ids drawn from the teacher, with their share of the draws"
     for other in view.located.others:
         yield f"the round has another rollout of this name: --cache {other}"
@@ -195,15 +194,7 @@ def _candidates(view: RolloutView, place: int) -> Text:
     return text
 
 
-def _title(figure: Figure) -> str:
-    return f"{figure.name} ({figure.unit})" if figure.unit else figure.name
-
-
 def _style(level: int) -> str:
     if not level:
         return ""
     return f"black on {(_WARM if level > 0 else _COLD)[abs(level) - 1]}"
-
-
-def _line(console: Console, text: Text | str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

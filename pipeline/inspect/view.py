@@ -1,14 +1,20 @@
-"""One rollout as it is shown: texts, figures, marks, verdict."""
+"""A round's cached rollouts, and one of them as it is shown: texts, figures, marks, verdict."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from opd_stream.config import Config
 from opd_stream.errors import UserError
-from opd_stream.store.reader import ScoredRow
+from opd_stream.store.artifact import Artifact
+from opd_stream.store.reader import ScoredRow, ScoredRows
+from opd_stream.store.store import Store
 from opd_stream.tasks.judges import open_judge
 from opd_stream.tokens import (
     FIGURES,
@@ -22,13 +28,12 @@ from opd_stream.tokens import (
 )
 from opd_stream.weighting import trained_mask
 from opd_stream.windows import AdaptiveWindow
-from pipeline.inspect.source import LocatedRow, RoundCache, RoundSource
+from pipeline.records import RoundPlanRecord
 
 WORST_TOKENS = 10
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class Candidate(NamedTuple):
     """What the teacher would have written."""
 
     token_id: int
@@ -37,16 +42,14 @@ class Candidate:
     is_drawn: bool  # the student wrote it
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
+class Mark(NamedTuple):
     """A boundary in front of a token."""
 
     place: int  # of the token, from 0
     text: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What the judge of the run's evaluation says."""
 
     judge: str
@@ -57,11 +60,40 @@ class Verdict:
         return "right" if self.is_right else "wrong"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundCache:
+    """Units of one scores artifact that a round trains on."""
+
+    number: int  # among the round's caches
+    rollouts: Artifact
+    scores: Artifact
+    units: tuple[int, ...]
+    policy_version: int  # of the oldest tokens in it
+
+    def rows(self, units: Sequence[int] | None = None) -> ScoredRows:
+        """Its rows, or those of some units."""
+        chosen = self.units if units is None else units
+        return ScoredRows([(self.rollouts, self.scores)], units=[chosen])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocatedRow:
+    """A rollout of a round, and where it was found."""
+
+    cache: RoundCache
+    row: ScoredRow
+    others: tuple[int, ...] = ()  # further caches of the round with a rollout of this name
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoundReader:
     """Reads the rollouts of a round."""
 
-    source: RoundSource
+    run: Path
+    config: Config
+    store: Store
+    plan: RoundPlanRecord
+    caches: tuple[RoundCache, ...]
     text: TokenText
     masked_ids: tuple[int, ...]  # first occurrences do not train
     _answers: dict[int, dict[str, str | None]] = field(default_factory=dict)
@@ -69,13 +101,11 @@ class RoundReader:
     @cached_property
     def windows(self) -> dict[int, int]:
         """Window -> the first planned step of the round that trains up to it."""
-        plan, config = self.source.plan, self.source.config
-        if isinstance(config.rollouts.window, AdaptiveWindow):
+        plan, window = self.plan, self.config.rollouts.window
+        if isinstance(window, AdaptiveWindow):
             return {plan.window_tokens: plan.first_step}
-        window, found = config.rollouts.window, dict[int, int]()
-        for step in range(plan.first_step, plan.first_step + max(1, plan.planned_steps)):
-            found.setdefault(window.tokens_at(step), step)
-        return found
+        steps = range(plan.first_step, plan.first_step + max(1, plan.planned_steps))
+        return {window.tokens_at(step): step for step in reversed(steps)}
 
     def trains(self, row: ScoredRow) -> NDArray[np.bool_]:
         """Which completion tokens train in some step of the round [T]."""
@@ -83,13 +113,9 @@ class RoundReader:
         return np.pad(mask, (0, len(row.completion_ids) - len(mask)))
 
     def figures(self, cache: RoundCache, row: ScoredRow, by: str) -> dict[str, Values]:
-        """Every figure of a row that the cache holds.
-
-        Raises:
-            UserError: the figure `by` is not among them.
-        """
-        has_ranks = cache.has_ranks and row.teacher_top_ids.shape[1] > 0
-        found = token_figures(row, has_ranks=has_ranks)
+        """Every figure of a row that the cache holds; refuses where `by` is not among them."""
+        is_drawn = cache.scores.recipe.settings["codec"]["kind"] == "sampled"
+        found = token_figures(row, has_ranks=not is_drawn and row.teacher_top_ids.shape[1] > 0)
         if by not in found:
             raise UserError(
                 f"{cache.scores.name} holds no ranked candidates, and so no {by}; "
@@ -112,18 +138,27 @@ class RoundReader:
 
     def verdict(self, cache: RoundCache, row: ScoredRow) -> Verdict | None:
         """None where the run has no judge or the prompt no answer."""
-        evaluation = self.source.config.evaluation
+        evaluation = self.config.evaluation
         if evaluation is None:
             return None
         if cache.number not in self._answers:
-            self._answers[cache.number] = self.source.answers(cache)
+            self._answers[cache.number] = self._read_answers(cache)
         answer = self._answers[cache.number].get(row.prompt_id)
         if answer is None:
             return None
         judge = next(iter(evaluation.parts().values())).judge
         assert judge is not None  # validated
         text = self.text.whole(row.completion_ids.tolist(), special=False)
-        return Verdict(judge=judge.kind, is_right=open_judge(judge)(text, answer), answer=answer)
+        return Verdict(judge.kind, open_judge(judge)(text, answer), answer)
+
+    def _read_answers(self, cache: RoundCache) -> dict[str, str | None]:
+        """Reference answers by prompt id; empty for imported rows."""
+        fingerprint = cache.rollouts.recipe.inputs.get("prompts")
+        if fingerprint is None:
+            return {}
+        table = self.store.by_fingerprint("prompts", fingerprint).read_unit(0)
+        pairs = zip(table["prompt_id"].to_pylist(), table["answer"].to_pylist(), strict=True)
+        return dict(pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,19 +214,14 @@ class RolloutView:
     @cached_property
     def marks(self) -> tuple[Mark, ...]:
         """Where windows of the round end, and where a later policy continued, in order of place."""
-        tokens, source = len(self.row.completion_ids), self.reader.source
-        found = [
-            Mark(place=window, text=f"window {window} from step {step}")
-            for window, step in self.reader.windows.items()
-            if window < tokens
-        ]
+        windows, store = self.reader.windows.items(), self.reader.store
+        found = [Mark(window, f"window {window} from step {step}") for window, step in windows]
         recipe = self.located.cache.rollouts.recipe
         while "extends" in recipe.settings:
-            recipe = source.store.by_fingerprint("rollouts", recipe.inputs["rollouts"]).recipe
-            place = recipe.settings["window_tokens"]
-            if place < tokens:
-                found.append(Mark(place=place, text="a later policy continues"))
-        return tuple(sorted(found, key=lambda mark: mark.place))
+            recipe = store.by_fingerprint("rollouts", recipe.inputs["rollouts"]).recipe
+            found.append(Mark(recipe.settings["window_tokens"], "a later policy continues"))
+        inside = [mark for mark in found if mark.place < len(self.pieces)]
+        return tuple(sorted(inside, key=lambda mark: mark.place))
 
     def worst(self, count: int) -> list[int]:
         """Places of the tokens that train with the largest figure, the largest first."""
@@ -213,9 +243,9 @@ class RolloutView:
         before = (row.prompt_ids if place == 0 else row.completion_ids)[place - 1]
         return [
             Candidate(
-                token_id=int(ids[k]),
-                text=self.reader.text.after(int(before), int(ids[k])),
-                probability=math.exp(logprobs[k]),
+                int(ids[k]),
+                self.reader.text.after(int(before), int(ids[k])),
+                math.exp(logprobs[k]),
                 is_drawn=int(ids[k]) == int(row.completion_ids[place]),
             )
             for k in order
