@@ -4,16 +4,13 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from pydantic import Field, computed_field
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from opd_stream.section import Record
 from pipeline.console import LOG, Live
-
-if TYPE_CHECKING:
-    from pipeline.doctor.subject import Subject
 
 Level = Literal["ok", "warning", "error"]
 WIDTH = 18  # of the longest name of a check: lines are written before all names are known
@@ -56,7 +53,7 @@ class Check:
 
     name: str
     why: str
-    look: "Callable[[Subject], Iterator[Finding]]"
+    look: "Look"
     loads_models: bool
 
     def ok(self, found: str) -> Finding:
@@ -83,9 +80,10 @@ class Check:
         yield from list(problems) or [self.ok(found)]
 
 
-def check(
-    why: str, *, loads_models: bool = False
-) -> "Callable[[Callable[[Subject], Iterator[Finding]]], Check]":
+Look = Callable[[Any], Iterator[Finding]]  # of a `Subject`
+
+
+def check(why: str, *, loads_models: bool = False) -> Callable[[Look], Check]:
     """Make a function a check that is called like it."""
     return lambda look: Check(look.__name__.replace("_", "-"), why, look, loads_models)
 
