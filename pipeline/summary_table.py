@@ -20,7 +20,7 @@ def print_run(
     reports: Sequence[RoundReport], summary: RunSummary, folder: str, *, console: Console
 ) -> None:
     """Print rounds, totals and where the run lies."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for name in COLUMNS:
         table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
     first = next((each for each in summary.evaluations if each.round == 0), None)
