@@ -81,6 +81,7 @@ class UnitRecord(Record):
     last: int  # exclusive
     drift: DriftSums  # of a sample of its rows, under the trained weights
     student_top_mass: float
+    unfinished: int | None = None  # rows that the window cut; None: its commit record says it
 
 
 class PointScore(Record):

@@ -194,13 +194,16 @@ Decided = list[tuple[UnitRecord, UnitDecision]]
 
 def _state(setup: Setup, unit: UnitRecord, plan: RoundPlan) -> UnitState:
     rollouts = setup.store.by_fingerprint("rollouts", unit.rollouts)
-    commit = rollouts.commit_record(unit.unit)
+    unfinished = unit.unfinished
+    if unfinished is None:  # trained by a version that did not record it
+        commit = rollouts.commit_record(unit.unit)
+        unfinished = 0 if commit is None else int(commit.counts["length_rows"])
     return UnitState(
         drift=unit.drift,
         student_top_mass=unit.student_top_mass,
         policies=plan.round_index - unit.policy_version,
         window_tokens=rollouts.recipe.settings["window_tokens"],
-        unfinished=0 if commit is None else int(commit.counts["length_rows"]),
+        unfinished=unfinished,
     )
 
 

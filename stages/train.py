@@ -355,6 +355,7 @@ def measure_end(training: Training) -> tuple[UnitRecord, ...]:
                     last=slot.last,
                     drift=drift_of(sums),
                     student_top_mass=means(sums)["student_top_mass"],
+                    unfinished=int(training.rows.sampled(number, slot.unit).counts["length_rows"]),
                 )
             )
     return tuple(units)

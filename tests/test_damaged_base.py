@@ -10,7 +10,9 @@ import pytest
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.store import Store
+from pipeline.rounds import rounds
 from pipeline.run_folder import RunFolder
+from pipeline.setup import open_setup
 from pipeline.single_stage import run_stage
 from stages.step import Silent
 from tests.conftest import run, small_config
@@ -89,6 +91,13 @@ def assert_mended(finished: Path, folder: Path, policy: str) -> None:
             assert [new.damage(unit) for unit in new.units()] == [None, None]
             shas = [[commit.sha256 for commit in a.commits().values()] for a in (old, new)]
             assert shas[0] == shas[1]
+
+
+def test_a_unit_that_is_gone_leaves_the_round_what_it_was(finished: Path, damaged: Path) -> None:
+    setup = open_setup(small_config(damaged, *GROWING))
+    before = [here.policy.name for here in rounds(setup)]
+    artifact(damaged, "rollouts", reports_of(finished)[1]).invalidate(0)
+    assert [here.policy.name for here in rounds(setup)] == before
 
 
 def test_a_run_mends_what_it_continues(finished: Path, damaged: Path) -> None:

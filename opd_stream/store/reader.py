@@ -173,6 +173,10 @@ class ScoredRows:
             same_tokens=_row_of(scores.same_tokens, tokens),
         )
 
+    def sampled(self, cache: int, unit: int) -> Commit:
+        """The commit record of the rollouts of a unit, as it was when the caches were opened."""
+        return self._commits[cache][0][unit]
+
     def positions_by_unit(self) -> dict[tuple[int, int], list[int]]:
         """Positions of the rows of each (cache, unit)."""
         found: dict[tuple[int, int], list[int]] = {}
