@@ -161,7 +161,7 @@ def make_shards(
             continue
         scored = scores if score else []
         work = _submit(session, rollouts, scored[0] if scored else None, shuffle=shuffle)
-        if work.tasks or rollouts.is_new:
+        if work.tasks or rollouts.is_new or not all(s.is_complete() for s in (rollouts, *scored)):
             _wait_for(session, work, rollouts.kind.name)
         for other in scored[1:]:
             work = _submit(session, rollouts, other, shuffle=shuffle, generate=False)

@@ -123,3 +123,7 @@ def test_stages_mend_what_they_continue(finished: Path, damaged: Path) -> None:
     for name in ("generate", "score"):
         stage(name)
     assert_mended(finished, damaged, report["policy"]["weights_sha256"])
+    again = artifact(damaged, "rollouts", reports_of(finished)[1])
+    (again.folder / "manifest.json").unlink()  # as a kill after its last unit leaves it
+    stage("generate")
+    assert again.is_complete()
