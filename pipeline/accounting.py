@@ -68,7 +68,7 @@ class Accounts:
         known = None if is_changed else self.folder.report(round_.index)
         if (
             known is None
-            or known.policy.fingerprint != round_.policy.fingerprint
+            or known.policy.folder != str(round_.policy.folder("name"))
             or (known.evaluation is None and is_due(config, round_.index))
             or not self.folder.metrics.exists()
         ):

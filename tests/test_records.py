@@ -165,6 +165,7 @@ def test_a_stage_writes_the_report_of_its_own_round_and_keeps_the_others(
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(apart, folder)
+    stage(folder, "train", 1)  # reports name the folders of policies where they are now
     first = folder / "c" / "rounds" / "0000" / "report.json"
     marked = first.read_bytes() + b"\n"
     first.write_bytes(marked)
@@ -180,6 +181,7 @@ def test_training_that_is_done_reads_few_records(
     """Each round's policy and report, and the names of its artifacts; no unit's record."""
     folder = tmp_path / "copy"
     shutil.copytree(apart, folder)
+    stage(folder, "train", 1)  # reports name the folders of policies where they are now
     read: list[Path] = []
     read_text, read_bytes = Path.read_text, Path.read_bytes
 
