@@ -324,10 +324,10 @@ def replayed_caches(setup: Setup) -> list[tuple[Cache, ...]] | None:
         return None
     where, found = (
         "replay.scores",
-        [[_replayed(setup, name, index)] for index, name in enumerate(replay.scores)],
+        [[_replayed(setup, name, index)] for index, name in enumerate(replay.scores[:rounds])],
     )
     if replay.run is not None:
-        where, found = str(replay.run), _caches_of_run(setup, replay.run)
+        where, found = str(replay.run), _caches_of_run(setup, replay.run, rounds)
     if len(found) < rounds:
         raise UserError(
             f"{where} has {len(found)} finished rounds; the config asks for {rounds}; lower rounds"
@@ -350,8 +350,8 @@ def replayed_caches(setup: Setup) -> list[tuple[Cache, ...]] | None:
     return [tuple(caches) for caches in found[:rounds]]
 
 
-def _caches_of_run(setup: Setup, run: Path) -> list[list[Cache]]:
-    """What each round of an earlier run trained on."""
+def _caches_of_run(setup: Setup, run: Path, rounds: int) -> list[list[Cache]]:
+    """What each of the first rounds of an earlier run trained on."""
     path = run / "summary.json"
     if not path.is_file():
         raise UserError(
@@ -370,7 +370,7 @@ def _caches_of_run(setup: Setup, run: Path) -> list[list[Cache]]:
             )
             for cache in caches
         ]
-        for index, caches in enumerate(summary.caches)
+        for index, caches in enumerate(summary.caches[:rounds])
     ]
 
 

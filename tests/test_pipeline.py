@@ -20,7 +20,7 @@ from pipeline.setup import open_to_look
 from pipeline.single_stage import run_evaluation, run_stage
 from pipeline.status import status_lines
 from stages.step import Silent
-from tests.conftest import MODELS, run, small_config
+from tests.conftest import MODELS, run, small_config, summary_of
 
 
 class Lines(Silent):
@@ -200,6 +200,16 @@ def test_a_torn_policy_is_trained_again(copied_run: Path) -> None:
     assert weights(again) == weights(summary)
 
 
+def test_a_policy_that_was_trained_again_elsewhere_is_reported_here(copied_run: Path) -> None:
+    config, here = small_config(copied_run), RunFolder(copied_run / "run")
+    folder = Path(run(config, here, Silent())["final_policy"])
+    assert copied_run in folder.parents
+    (folder / "model.safetensors").write_bytes(b"torn")
+    again = run(config, RunFolder(copied_run / "elsewhere"), Silent())
+    assert again["final_policy"] != str(folder)
+    assert run(config, here, Silent())["final_policy"] == again["final_policy"]
+
+
 def test_two_objectives_share_the_first_round(copied_run: Path) -> None:
     other = run_small(copied_run, "train.objective={kind: lsm}", "rounds=1", name="other")
     assert other["tokens"]["generated"] == 0
@@ -220,6 +230,15 @@ def test_a_replay_trains_another_objective_without_generation_or_teacher(
     assert summary["tokens"]["trained"] > 0
     assert summary["reused"] == {"rollout_units": 4, "score_units": 4}
     assert len(set(weights(summary))) == 3
+
+
+def test_a_replay_reads_no_more_rounds_than_it_trains(copied_run: Path) -> None:
+    scores = [caches[0]["scores"] for caches in summary_of(RunFolder(copied_run / "run"))["caches"]]
+    shutil.rmtree(copied_run / "store" / "scores" / scores[1][:16])
+    named = f"replay.scores=[{', '.join(scores)}]"
+    for number, source in enumerate((f"replay.run={copied_run / 'run'}", named)):
+        overrides = (source, "train.objective={kind: lsm}", "rounds=1", "evaluation=null")
+        assert run_small(copied_run, *overrides, name=f"replay{number}")["rounds"] == 1
 
 
 def test_a_drift_bound_stops_the_epochs_and_says_so(tmp_path: Path) -> None:
