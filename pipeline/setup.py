@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opd_stream.config import Config
 from opd_stream.engines import engine_recipe
@@ -17,9 +17,11 @@ from opd_stream.tasks.judges import open_judge
 from opd_stream.windows import AdaptiveWindow
 from pipeline.plan import plan_round
 from stages.checkpoints import Checkpoint, check_pair, open_checkpoint, open_vocabulary
-from stages.cross_tokenizer import AlignmentRecipe, open_alignment
 from stages.evaluate import evaluation_prompts
 from stages.prompts import make_prompts, prompts_artifact
+
+if TYPE_CHECKING:
+    from stages.cross_tokenizer import AlignmentRecipe
 
 Opener = Callable[[Path], Checkpoint]  # identifies a checkpoint folder
 
@@ -32,7 +34,7 @@ class Setup:
     store: Store
     student: Checkpoint  # policy 0
     teacher: Checkpoint | None  # None in a replay
-    alignment: AlignmentRecipe | None  # of a teacher with another tokenizer
+    alignment: "AlignmentRecipe | None"  # of a teacher with another tokenizer
     replayed_teacher: str | None  # identity of the teacher that a replay's config names
     warnings: tuple[str, ...]  # what may be wrong, a line each
     stop_ids: tuple[int, ...]  # terminators in the student's ids: generation stops on any of them
@@ -121,7 +123,10 @@ def setup_of(
         teacher = opened(config.teacher.path)
         check_pair(student, teacher, aligns=config.scores.alignment is not None)
         _check_top_k(config, teacher)
-        alignment = open_alignment(store, config, student, teacher, make=make)
+        if config.scores.alignment is not None:
+            from stages.cross_tokenizer import open_alignment
+
+            alignment = open_alignment(store, config, student, teacher, make=make)
     reads_alike = [student] if teacher is None or alignment is not None else [student, teacher]
     stop_ids = {token for model in reads_alike for token in model.terminators()}
     forced = _forced(config, student, token_id)

@@ -34,8 +34,8 @@ from pipeline.setup import Setup, check_evaluation, open_setup, open_store
 from stages.checkpoints import Checkpoint
 from stages.collect import missing_units, submit_missing, wait_for
 from stages.executors import open_executor
-from stages.ray_stream import Role
 from stages.step import Progress, Stage, Step, of_stage, with_needs
+from stages.workers import Role
 
 POLL_SECONDS = 2.0
 _ROLES: dict[str, tuple[Role, ...]] = {"score": ("teacher",)}

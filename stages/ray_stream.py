@@ -1,5 +1,10 @@
 """A Ray Data dataset that stays open: blocks are put into a queue and stream through actor pools.
 
+Starting an actor pool costs seconds (a new process and its imports for every worker), so one
+dataset lives for the whole run: its source is a queue, and each round only adds its tasks to it.
+Workers keep their engines from round to round, and scoring of a unit starts while the next one is
+being sampled, because both pools are stages of that one dataset.
+
 Ray Data buffers rows until a block is large (128 MiB by default). Here a block is one task, so
 `target_max_block_size` is 1 byte, and a task moves on as soon as its worker is done. Workers
 publish their own shards and pass on a few hundred bytes. Ray itself is imported inside functions.
@@ -9,29 +14,76 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from queue import SimpleQueue
+from typing import Any, Self
 
 import pyarrow as pa
 
-from opd_stream.config import Pool, Pools, TrainerPool
+from opd_stream.config import Config, Pool, Pools, TrainerPool
 from opd_stream.errors import UserError
 from opd_stream.launcher import RemoteWorker
-from stages.workers import WorkerSettings
+from stages.workers import Role, Task, TaskResult, WorkerSpec, checked, results_of, worker_specs
 
 RESTARTS = 3  # of a worker; a unit that kills it four times ends the run
-Role = Literal["student", "teacher"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSpec:
-    """The workers of a pool."""
+class RayExecutor:
+    """One dataset for the whole run: queue -> student pool -> teacher pool -> results.
 
-    role: Role
-    settings: WorkerSettings
-    pool: Pool  # how many, and where they may run
+    Ray starts with the first task, so a run that has nothing to do does not wait for it. A thread
+    takes the results, so workers go on while this process trains.
+    """
+
+    def __init__(self, config: Config, roles: tuple[Role, ...]) -> None:
+        self._config, self._roles = config, roles
+        self._tasks: Any = None  # Ray's queue
+        self._results: SimpleQueue[pa.Table | BaseException] = SimpleQueue()
+        self._early: dict[Task, TaskResult] = {}  # done before they were asked for
+        self._receiver: threading.Thread | None = None
+        self._owns_cluster = False
+
+    def submit(self, tasks: Iterable[Task]) -> None:
+        if self._tasks is None:
+            self._owns_cluster = start_cluster(self._config.pools)
+            self._tasks = open_queue()
+            self._receiver = threading.Thread(target=self._receive, daemon=True)
+            self._receiver.start()
+        put(self._tasks, [TaskResult(task=task).as_table() for task in tasks])
+
+    def results(self, tasks: Sequence[Task]) -> Iterator[TaskResult]:
+        wanted = set(tasks)
+        while wanted:
+            for task in wanted & self._early.keys():
+                yield self._early.pop(task)
+                wanted.remove(task)
+            if wanted:
+                received = self._results.get()
+                if isinstance(received, BaseException):
+                    raise received
+                self._early |= {result.task: checked(result) for result in results_of(received)}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._tasks is None or self._receiver is None:
+            return
+        if exception[0] is None:
+            put(self._tasks, [None])
+            self._receiver.join()
+        if self._owns_cluster:
+            stop_cluster()
+
+    def _receive(self) -> None:
+        try:
+            for table in stream(self._tasks, worker_specs(self._config, self._roles)):
+                self._results.put(table)
+        except BaseException as error:  # raised in the thread that waits for results
+            self._results.put(error)
 
 
 def start_cluster(pools: Pools) -> bool:
@@ -107,13 +159,6 @@ def put(queue: Any, blocks: list[Any]) -> None:
     ray.get(queue.put.remote(blocks))
 
 
-def close_queue(queue: Any) -> None:
-    """End the stream after what is in it."""
-    import ray
-
-    ray.get(queue.put.remote([None]))
-
-
 def stream(queue: Any, specs: list[WorkerSpec]) -> Iterator[pa.Table]:
     """Send the queue's blocks through one actor pool after another.
 
@@ -122,8 +167,31 @@ def stream(queue: Any, specs: list[WorkerSpec]) -> Iterator[pa.Table]:
             a worker died too often.
     """
     import ray
-    import ray.data
     from ray.exceptions import GetTimeoutError, RayError
+
+    start_seconds = _start_seconds([spec.pool for spec in specs])
+    try:
+        yield from _blocks(queue, specs, start_seconds)
+    except GetTimeoutError as error:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        lacks = [
+            f"pools.{spec.role}: {lack}" for spec in specs for lack in lacking(spec.pool, nodes)
+        ] or [f"every node could, but has no room left; the cluster has {ray.cluster_resources()}"]
+        raise UserError(
+            f"a pool has no worker after {start_seconds} s; {'; '.join(lacks)}; lower what it asks "
+            "for, add such a node, or raise start_seconds of the pool"
+        ) from error
+    except RayError as error:
+        raise UserError(
+            f"a worker died {RESTARTS + 1} times, or its node is gone: {_cause(error)}; committed "
+            "units stay: look at the worker's memory and, if it was only slow, at unit_seconds of "
+            "its pool, then run again"
+        ) from error
+
+
+def _blocks(queue: Any, specs: list[WorkerSpec], start_seconds: int) -> Any:
+    """An iterator over what comes out of the last pool."""
+    import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     for name in ("exceptions", "_internal.execution.streaming_executor_state"):
@@ -135,7 +203,6 @@ def stream(queue: Any, specs: list[WorkerSpec]) -> Iterator[pa.Table]:
     context.print_on_execution_start = False
     context.target_max_block_size = 1
     context.execution_no_progress_timeout_s = -1  # the stream rests while the student trains
-    start_seconds = _start_seconds([spec.pool for spec in specs])
     context.wait_for_min_actors_s = start_seconds
     with ray.data.DataContext.current(context):
         dataset = ray.data.read_datasource(
@@ -157,26 +224,7 @@ def stream(queue: Any, specs: list[WorkerSpec]) -> Iterator[pa.Table]:
                 max_restarts=RESTARTS,
                 max_task_retries=-1,  # tries while a worker is being restarted must not count
             )
-        blocks: Any = dataset.iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=0
-        )
-    try:
-        yield from blocks
-    except GetTimeoutError as error:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        lacks = [
-            f"pools.{spec.role}: {lack}" for spec in specs for lack in lacking(spec.pool, nodes)
-        ] or [f"every node could, but has no room left; the cluster has {ray.cluster_resources()}"]
-        raise UserError(
-            f"a pool has no worker after {start_seconds} s; {'; '.join(lacks)}; lower what it asks "
-            "for, add such a node, or raise start_seconds of the pool"
-        ) from error
-    except RayError as error:
-        raise UserError(
-            f"a worker died {RESTARTS + 1} times, or its node is gone: {_cause(error)}; committed "
-            "units stay: look at the worker's memory and, if it was only slow, at unit_seconds of "
-            "its pool, then run again"
-        ) from error
+        return dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
 def _cause(error: BaseException) -> str:

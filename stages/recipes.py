@@ -5,7 +5,7 @@ batch sizes of engines, unit sizes and paths are missing on purpose.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opd_stream.config import Config, Evaluation, counts_rounds
 from opd_stream.config.sections import Rollouts, Scores, Train
@@ -16,8 +16,10 @@ from opd_stream.store.recipe import Recipe
 from opd_stream.tasks.judges import judge_recipe
 from opd_stream.windows import AdaptiveWindow
 from stages.checkpoints import Checkpoint
-from stages.cross_tokenizer import AlignmentRecipe
 from stages.prompts import every_prompt, round_prompts
+
+if TYPE_CHECKING:
+    from stages.cross_tokenizer import AlignmentRecipe
 
 
 def rollouts_recipe(
@@ -119,7 +121,7 @@ def scores_recipe(
     teacher: Checkpoint,
     forced_ids: tuple[int, ...],
     extends: str | None = None,
-    alignment: AlignmentRecipe | None = None,
+    alignment: "AlignmentRecipe | None" = None,
 ) -> Recipe:
     """Teacher scores of a rollouts artifact; `rollouts` is its fingerprint.
 

@@ -7,12 +7,11 @@ what it continues, as they were stored.
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_stream.cross_tokenizer.aligner import Aligner
 from opd_stream.engines.base import Engine, ScoringSettings
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
@@ -20,9 +19,11 @@ from opd_stream.store.codecs import SampledCodec, codec_of, encode_scores, score
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.types import RolloutBatch, ScoreBatch
-from stages.cross_tokenizer import aligned_counts, open_aligner, score_aligned
 from stages.generate import base_rollouts, extension_counts, grown_rows, new_parts, token_counts
 from stages.workers import Task, TaskResult, Worker
+
+if TYPE_CHECKING:
+    from opd_stream.cross_tokenizer.aligner import Aligner
 
 _COLUMNS = (
     "teacher_logprobs",
@@ -45,7 +46,7 @@ class _Scored:
 class ScoreWorker(Worker):
     """The teacher's worker: scores the rollouts of a unit unless they are scored."""
 
-    _aligner: tuple[str, Aligner] | None = None  # with the fingerprint of the scores it is for
+    _aligner: "tuple[str, Aligner] | None" = None  # with the fingerprint of the scores it is for
 
     def work(self, result: TaskResult) -> TaskResult:
         task = result.task
@@ -105,25 +106,30 @@ class ScoreWorker(Worker):
         engine = self.engine(lambda: teacher, recipe.inputs["teacher"], recipe)
         asked = _scoring_settings(recipe)
         if "alignment" in recipe.settings:
-            aligner = self._aligner_of(task, teacher, scores, rollouts)
-            scored, read = score_aligned(engine, aligner, batch, asked)
-            return _Scored(scored, {**token_counts(read), **aligned_counts(batch, scored)})
+            return self._scored_aligned(engine, asked, rollouts, scores, task, batch)
         if "extends" in rollouts.recipe.settings:
             return self._scored_extension(engine, asked, rollouts, scores, task.unit, batch)
         scored = engine.score(batch, **asdict(asked))
         return _Scored(scored, token_counts(batch, without=scored.refused))
 
-    def _aligner_of(
-        self, task: Task, teacher: Path, scores: Artifact, rollouts: Artifact
-    ) -> Aligner:
-        """The aligner of a teacher with another tokenizer, kept between units of an artifact."""
+    def _scored_aligned(
+        self,
+        engine: Engine,
+        asked: ScoringSettings,
+        rollouts: Artifact,
+        scores: Artifact,
+        task: Task,
+        batch: RolloutBatch,
+    ) -> _Scored:
+        """The scores of a teacher with another tokenizer; the aligner serves all of an artifact."""
+        from stages.cross_tokenizer import aligned_counts, open_aligner, score_aligned
+
         if self._aligner is None or self._aligner[0] != scores.fingerprint:
-            student = self.student_folder(task)
-            aligner = open_aligner(
-                self.store, scores.recipe, rollouts.recipe, student=student, teacher=teacher
-            )
+            folders = {"student": self.student_folder(task), "teacher": Path(task.teacher or "")}
+            aligner = open_aligner(self.store, scores.recipe, rollouts.recipe, **folders)
             self._aligner = (scores.fingerprint, aligner)
-        return self._aligner[1]
+        scored, read = score_aligned(engine, self._aligner[1], batch, asked)
+        return _Scored(scored, {**token_counts(read), **aligned_counts(batch, scored)})
 
     def _scored_extension(
         self,

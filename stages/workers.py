@@ -6,16 +6,19 @@ but the store and a checkpoint folder.
 """
 
 import contextlib
+import logging
 import os
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 from pydantic import TypeAdapter
 
+from opd_stream.config import Config, Pool
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import Engine
 from opd_stream.engines.vllm_engine import VllmOptions
@@ -26,6 +29,7 @@ from opd_stream.store.policy import identify
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
 
+Role = Literal["student", "teacher"]
 HUNG = 75  # exit status of a worker that gave up its unit
 
 
@@ -72,6 +76,19 @@ def results_of(table: pa.Table) -> list[TaskResult]:
     return [_RESULT.validate_json(text) for text in table["result"].to_pylist()]
 
 
+def checked(result: TaskResult) -> TaskResult:
+    """A result without a problem.
+
+    Raises:
+        UserError: with the problem; a traceback goes to the log.
+    """
+    if result.traceback is not None:
+        logging.getLogger("opd_stream").error("%s", result.traceback.rstrip())
+    if result.problem is not None:
+        raise UserError(result.problem)
+    return result
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
     """How a worker uses its device and its store; nothing here changes what it makes."""
@@ -82,6 +99,33 @@ class WorkerSettings:
     vllm: VllmOptions = field(default_factory=VllmOptions)
     unit_seconds: int | None = None  # a unit that takes longer ends the process
     store_seconds: float = RETRY_TIMEOUT  # how long a remote store is asked again
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """The workers of a pool."""
+
+    role: Role
+    settings: WorkerSettings
+    pool: Pool  # how many, and where they may run
+
+
+def worker_specs(config: Config, roles: tuple[Role, ...]) -> list[WorkerSpec]:
+    """The workers of some roles, as far as the config has a model for them."""
+    specs: list[WorkerSpec] = []
+    students = ("student", config.student, config.pools.student)
+    for role, model, pool in (students, ("teacher", config.teacher, config.pools.teacher)):
+        if role in roles and model is not None:
+            settings = WorkerSettings(
+                store=Store(config.store).address,
+                batch_rows=model.batch_rows,
+                threads=pool.threads,
+                vllm=model.vllm,
+                unit_seconds=pool.unit_seconds if config.executor == "ray" else None,
+                store_seconds=config.store_seconds,
+            )
+            specs.append(WorkerSpec(role=role, settings=settings, pool=pool))
+    return specs
 
 
 class Worker:

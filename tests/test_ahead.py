@@ -18,7 +18,7 @@ from pipeline.setup import open_to_look
 from pipeline.single_stage import run_stage
 from pipeline.status import status_lines
 from stages import collect
-from stages.executors import RayExecutor
+from stages.ray_stream import RayExecutor
 from stages.step import Silent
 from stages.workers import Task, TaskResult
 from tests.conftest import reports_of, run, small_config
@@ -171,7 +171,7 @@ def test_what_needs_the_policy_first_is_refused(setting: str, tmp_path: Path) ->
 
 def test_results_wait_for_whoever_submitted_the_tasks(tmp_path: Path) -> None:
     """Results of two submissions come back mixed; each gets its own."""
-    executor = RayExecutor(small_config(tmp_path))
+    executor = RayExecutor(small_config(tmp_path), ("student", "teacher"))
     done: queue.SimpleQueue[Any] = queue.SimpleQueue()
     executor._results = done
     first, second = (
