@@ -68,10 +68,10 @@ def collate(
     newline_ids: Collection[int] = (),
     staleness: Sequence[int] = (),
 ) -> Batch:
-    """One micro-batch of rows, each used up to the window.
+    """One micro-batch of rows from `open_scores`, each used up to the window.
 
     Args:
-        rows: from `open_scores`.
+        rows: of caches with the same terminators.
         window_tokens: completion tokens used of each row.
         tokens_of_step: completion tokens of the whole optimizer step, so that the token mean is one
             mean whatever the number of micro-batches; None: the batch is the step.
@@ -93,13 +93,6 @@ def collate(
     ages = torch.tensor([staleness[row.cache] if staleness else 0 for row in rows])
     tokens = int(trains.sum()) if tokens_of_step is None else tokens_of_step
     top_ids = part.wide("teacher_top_ids", np.int64, 0)
-    draws = None
-    if rows[0].candidate_ids is not None:
-        draws = StudentDraws(
-            ids_NM=part.flat("candidate_ids", np.int64),
-            behavior_logprobs_NM=part.flat("candidate_behavior_logprobs", np.float32),
-            teacher_logprobs_NM=part.flat("candidate_teacher_logprobs", np.float32),
-        )
     return Batch(
         input_ids_BL=torch.as_tensor(input_ids),
         attention_mask_BL=torch.as_tensor(attention),
@@ -117,7 +110,7 @@ def collate(
         teacher_tail_logprobs_N=part.flat("teacher_tail_logprobs", np.float32),
         terminator_ids_T=torch.tensor(rows[0].terminators[0], dtype=torch.long),
         teacher_terminator_logprobs_NT=_terminator_logprobs(part),
-        draws=draws,
+        draws=part.draws(),
         chunk_N=_chunks(part),
         window_tokens=window_tokens,
         largest_id=max(int(input_ids.max()), int(top_ids.max()) if top_ids.numel() else 0),
@@ -156,6 +149,16 @@ class _Part:
             whole[start : start + len(piece), : piece.shape[1]] = piece
             start += len(piece)
         return torch.as_tensor(whole)
+
+    def draws(self) -> StudentDraws | None:
+        """The further draws of the rows, if they have any."""
+        if self.rows[0].candidate_ids is None:
+            return None
+        return StudentDraws(
+            ids_NM=self.flat("candidate_ids", np.int64),
+            behavior_logprobs_NM=self.flat("candidate_behavior_logprobs", np.float32),
+            teacher_logprobs_NM=self.flat("candidate_teacher_logprobs", np.float32),
+        )
 
 
 def _padded(

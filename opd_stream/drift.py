@@ -95,11 +95,11 @@ _MEANS = (
 )
 _DRIFT = tuple(f"drift.{name}" for name in DriftSums.__dataclass_fields__)
 _ABSOLUTE = tuple(f"absolute.{bin_}" for bin_ in range(len(ABSOLUTE_EDGES) + 1))
-_POSITION_TOKENS = tuple(f"position_tokens.{bin_}" for bin_ in range(POSITION_BINS))
-_POSITION_SUMS = tuple(f"position_reverse_kl.{bin_}" for bin_ in range(POSITION_BINS))
-_POSITION_DRIFT = tuple(f"position_k3.{bin_}" for bin_ in range(POSITION_BINS))
-_POSITION_ENTROPY = tuple(f"position_entropy.{bin_}" for bin_ in range(POSITION_BINS))
-_WEIGHT_BINS = tuple(f"weight.{bin_}" for bin_ in range(WEIGHT_BINS))
+_POSITIONS = {  # of what a place of a completion holds
+    name: tuple(f"position_{name}.{bin_}" for bin_ in range(POSITION_BINS))
+    for name in ("tokens", "reverse_kl", "k3", "entropy")
+}
+_WEIGHTS = tuple(f"weight.{bin_}" for bin_ in range(WEIGHT_BINS))
 NAMES = (
     "tokens",
     "row_tokens",
@@ -111,11 +111,8 @@ NAMES = (
     *_MEANS,
     *_DRIFT,
     *_ABSOLUTE,
-    *_POSITION_TOKENS,
-    *_POSITION_SUMS,
-    *_POSITION_DRIFT,
-    *_POSITION_ENTROPY,
-    *_WEIGHT_BINS,
+    *(name for names in _POSITIONS.values() for name in names),
+    *_WEIGHTS,
 )
 
 
@@ -128,9 +125,7 @@ def drift_sums(student_logprobs_N: Tensor, behavior_logprobs_N: Tensor) -> Drift
 
 
 def drift_tensor(
-    student_logprobs_N: Tensor,
-    behavior_logprobs_N: Tensor,
-    counted_N: Tensor,
+    student_logprobs_N: Tensor, behavior_logprobs_N: Tensor, counted_N: Tensor
 ) -> Tensor:
     """The same as one vector in the order of the fields; `counted_N` is 1.0 or 0.0 for a token."""
     import torch
@@ -152,80 +147,85 @@ def group_means(values_N: Tensor, group_N: Tensor) -> Tensor:
     return (sums / counts.clamp(min=1))[group_N]
 
 
-def step_sums(
-    *,
-    row_tokens_B: Tensor,
-    losses_N: Tensor,
-    counted_N: Tensor,
-    drift_weights_N: Tensor,
-    student_logprobs_N: Tensor,
-    behavior_logprobs_N: Tensor,
-    reverse_kl_N: Tensor,
-    student_top_mass_N: Tensor,
-    teacher_top_mass_N: Tensor,
-    student_entropy_N: Tensor,
-    teacher_entropy_N: Tensor,
-    overlap_M: Tensor,
-    positions_N: Tensor,
-    block_N: Tensor,
-) -> Tensor:
-    """The sums of N tokens in B rows, in the order of `NAMES`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredTokens:
+    """N tokens of B rows, as a step measures them; log-probabilities and entropies in nats."""
 
-    Row tokens are prompt and completion together. Only tokens of `counted_N` are counted. Drift
-    weights are those of gate and freshness, before normalisation. `overlap_M` is the share of the
-    student's own candidates among the teacher's, on a sample of M tokens; positions count from 0 in
-    each completion; blocks are those of the gate.
-    """
+    row_tokens_B: Tensor  # prompt and completion together
+    losses_N: Tensor
+    counted_N: Tensor  # bool: nothing else of the N is counted
+    drift_weights_N: Tensor  # of gate and freshness, before normalisation
+    student_logprobs_N: Tensor
+    behavior_logprobs_N: Tensor
+    reverse_kl_N: Tensor
+    student_top_mass_N: Tensor
+    teacher_top_mass_N: Tensor
+    student_entropy_N: Tensor
+    teacher_entropy_N: Tensor
+    overlap_M: Tensor  # share of the student's own candidates among the teacher's, of a sample
+    positions_N: Tensor  # from 0 in each completion
+    block_N: Tensor  # of the gate
+
+
+def step_sums(of: MeasuredTokens) -> Tensor:
+    """The sums, in the order of `NAMES`."""
     import torch
 
     with torch.no_grad():
-        counted_N = counted_N.double()
-        drift_N = drift_weights_N.double() * counted_N
-        d_N = student_logprobs_N - behavior_logprobs_N
+        counted_N = of.counted_N.double()
+        drift_N = of.drift_weights_N.double() * counted_N
+        d_N = of.student_logprobs_N - of.behavior_logprobs_N
         d_N = d_N.clamp(-LARGEST_DIFFERENCE, LARGEST_DIFFERENCE)
-        k3_N = (d_N.double().expm1() - d_N.double()) * counted_N
-        columns = torch.stack(
-            [
-                losses_N,
-                reverse_kl_N,
-                student_top_mass_N,
-                teacher_top_mass_N,
-                student_entropy_N,
-                teacher_entropy_N,
-                (d_N.exp() > LARGEST_IMPORTANCE).to(losses_N.dtype),
-                group_means(d_N, block_N).abs(),
-            ]
-        ).double()
-        edges = torch.tensor(ABSOLUTE_EDGES, device=losses_N.device, dtype=reverse_kl_N.dtype)
-        absolute_N = torch.bucketize(reverse_kl_N.abs(), edges)
-        weight_N = (drift_weights_N * (WEIGHT_BINS - 1)).long().clamp(0, WEIGHT_BINS - 1)
-        place_N = (positions_N + 1).log2().long().clamp(max=POSITION_BINS - 1)
-        zeros = counted_N.new_zeros
+        columns = [
+            of.losses_N,
+            of.reverse_kl_N,
+            of.student_top_mass_N,
+            of.teacher_top_mass_N,
+            of.student_entropy_N,
+            of.teacher_entropy_N,
+            (d_N.exp() > LARGEST_IMPORTANCE).to(of.losses_N.dtype),
+            group_means(d_N, of.block_N).abs(),
+        ]
+        totals = [
+            counted_N.sum(),
+            of.row_tokens_B.sum(),
+            (of.row_tokens_B * (of.row_tokens_B + 1) / 2).sum(),
+            drift_N.sum(),
+            drift_N.square().sum(),
+            of.overlap_M.double().sum(),
+            counted_N.new_tensor(len(of.overlap_M)),
+        ]
         return torch.cat(
             [
-                torch.stack(
-                    [
-                        counted_N.sum(),
-                        row_tokens_B.sum(),
-                        (row_tokens_B * (row_tokens_B + 1) / 2).sum(),
-                        drift_N.sum(),
-                        drift_N.square().sum(),
-                        overlap_M.double().sum(),
-                    ]
-                ),
-                counted_N.new_tensor([len(overlap_M)]),
-                torch.where(counted_N > 0, columns, 0.0).sum(1),
-                drift_tensor(student_logprobs_N, behavior_logprobs_N, counted_N),
-                zeros(len(_ABSOLUTE)).index_add(0, absolute_N, counted_N),
-                zeros(POSITION_BINS).index_add(0, place_N, counted_N),
-                zeros(POSITION_BINS).index_add(0, place_N, reverse_kl_N.double() * counted_N),
-                zeros(POSITION_BINS).index_add(0, place_N, k3_N),
-                zeros(POSITION_BINS).index_add(
-                    0, place_N, torch.where(counted_N > 0, teacher_entropy_N.double(), 0.0)
-                ),
-                zeros(WEIGHT_BINS).index_add(0, weight_N, counted_N),
+                torch.stack(totals),
+                torch.where(counted_N > 0, torch.stack(columns).double(), 0.0).sum(1),
+                drift_tensor(of.student_logprobs_N, of.behavior_logprobs_N, counted_N),
+                *_histograms(of, counted_N, d_N.double()),
             ]
         )
+
+
+def _histograms(of: MeasuredTokens, counted_N: Tensor, d_N: Tensor) -> list[Tensor]:
+    """Sums over bins: of |reverse_kl|, of places, of drift weights."""
+    import torch
+
+    def sums(values_N: Tensor, bin_N: Tensor, bins: int) -> Tensor:
+        return values_N.new_zeros(bins).index_add(0, bin_N, values_N)
+
+    edges = torch.tensor(ABSOLUTE_EDGES, device=counted_N.device, dtype=of.reverse_kl_N.dtype)
+    place_N = (of.positions_N + 1).log2().long().clamp(max=POSITION_BINS - 1)
+    weight_N = (of.drift_weights_N * (WEIGHT_BINS - 1)).long().clamp(0, WEIGHT_BINS - 1)
+    at_places = [
+        counted_N,
+        of.reverse_kl_N.double() * counted_N,
+        (d_N.expm1() - d_N) * counted_N,
+        torch.where(counted_N > 0, of.teacher_entropy_N.double(), 0.0),
+    ]
+    return [
+        sums(counted_N, torch.bucketize(of.reverse_kl_N.abs(), edges), len(_ABSOLUTE)),
+        *(sums(values_N, place_N, POSITION_BINS) for values_N in at_places),
+        sums(counted_N, weight_N, WEIGHT_BINS),
+    ]
 
 
 def named(sums: Tensor) -> dict[str, float]:
@@ -268,7 +268,7 @@ def absolute_percentiles(sums: Mapping[str, float]) -> dict[str, float]:
 
 def _weight_range(sums: Mapping[str, float]) -> dict[str, float]:
     """Least and greatest drift weight before normalisation, to the bins' width."""
-    filled = [bin_ for bin_, name in enumerate(_WEIGHT_BINS) if sums[name]] or [WEIGHT_BINS - 1]
+    filled = [bin_ for bin_, name in enumerate(_WEIGHTS) if sums[name]] or [WEIGHT_BINS - 1]
     width = 1 / (WEIGHT_BINS - 1)
     return {"least_drift_weight": filled[0] * width, "greatest_drift_weight": filled[-1] * width}
 
@@ -283,9 +283,7 @@ def by_position(sums: Mapping[str, float]) -> list[dict[str, Any]]:
             "policy_drift": sums[k3] / sums[tokens],
             "teacher_entropy": sums[entropy] / sums[tokens],
         }
-        for bin_, (tokens, total, k3, entropy) in enumerate(
-            zip(_POSITION_TOKENS, _POSITION_SUMS, _POSITION_DRIFT, _POSITION_ENTROPY, strict=True)
-        )
+        for bin_, (tokens, total, k3, entropy) in enumerate(zip(*_POSITIONS.values(), strict=True))
         if sums[tokens]
     ]
 

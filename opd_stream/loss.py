@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-from opd_stream.batches import Batch
-from opd_stream.drift import group_means, step_sums
+from opd_stream.batches import Batch, StudentDraws
+from opd_stream.drift import MeasuredTokens, group_means, step_sums
 from opd_stream.errors import UserError
-from opd_stream.fused import OutputHead, fused_loss
+from opd_stream.fused import FusedLoss, OutputHead, fused_loss
 from opd_stream.logprobs import sampled_logprobs
 from opd_stream.objectives import (
     SMALLEST_LOGPROB,
@@ -61,43 +61,23 @@ def batch_loss(
     Raises:
         UserError: an objective needs a column the cache lacks, or an id is none of the student's.
     """
-    check_columns(batch, objectives)
+    _check(batch, objectives, vocabulary=len(head.weight_VH))
     hidden_NH = hidden_BLH.flatten(0, 1)[batch.hidden_rows_N]
-    ids_NJ = _asked_ids(batch)
-    vocabulary = len(head.weight_VH)
-    if batch.largest_id >= vocabulary:
-        raise UserError(
-            f"the cache holds token id {batch.largest_id}; the student has {vocabulary} tokens; "
-            "train a student with the vocabulary of the rollouts"
-        )
-    sampled_N = None
-    if weighting is not None or batch.chunk_N is not None:
-        sampled_N = sampled_logprobs(
-            hidden_NH, head, batch.completion_ids_N, chunk_rows=head.chunk_rows
-        )
+    drift_weights_N, shares_N = _before_loss(hidden_NH, head, batch, weighting)
     options = _Options(
         merge=merge_terminators,
         is_drawn=any(part.reads == "drawn" for part in objectives),
-        shares_N=_shares(sampled_N, batch),
+        shares_N=shares_N,
     )
 
     def token_loss(logprobs_nJ: torch.Tensor, rows: slice) -> torch.Tensor:
-        inputs = _inputs(logprobs_nJ, batch, rows, options)
-        losses = token_losses(objectives, inputs)
+        losses = token_losses(objectives, _inputs(logprobs_nJ, batch, rows, options))
         return losses if limit is None else soft_clamp(losses, limit)
 
-    drift_weights_N = torch.ones_like(batch.weights_N)
-    if weighting is not None and sampled_N is not None:
-        drift_weights_N = weighting.token_weights(
-            sampled_N - batch.behavior_logprobs_N,
-            block_N=batch.block_N,
-            row_N=batch.row_N,
-            staleness_N=batch.staleness_N,
-        )
     fused = fused_loss(
         hidden_NH,
         head,
-        ids_NJ=ids_NJ,
+        ids_NJ=_asked_ids(batch),
         weights_N=batch.weights_N * drift_weights_N,
         token_loss=token_loss,
         top_NK=None if options.is_drawn else batch.teacher_top_logprobs_NK,
@@ -105,35 +85,69 @@ def batch_loss(
     with torch.no_grad():
         inputs = _inputs(fused.logprobs_NJ, batch, slice(None), options)
         losses_N = fused.losses_N if limit is None else token_losses(objectives, inputs)
-        sums = step_sums(
-            row_tokens_B=batch.attention_mask_BL.sum(1).double(),
-            losses_N=losses_N,
-            counted_N=batch.weights_N > 0,
-            drift_weights_N=drift_weights_N,
-            student_logprobs_N=inputs.student_logprobs_N,
-            behavior_logprobs_N=batch.behavior_logprobs_N,
-            reverse_kl_N=inputs.reverse_kl_N,
-            student_top_mass_N=inputs.student_top_logprobs_NK.exp().sum(1),
-            teacher_top_mass_N=inputs.teacher_top_logprobs_NK.exp().sum(1),
-            student_entropy_N=fused.entropy_N,
-            teacher_entropy_N=teacher_entropy(inputs),
-            overlap_M=fused.overlap_M,
-            positions_N=batch.positions_N,
-            block_N=batch.block_N,
-        )
-    return BatchLoss(loss=fused.loss, losses_N=losses_N, sums=sums)
+        measured = _measured(batch, inputs, fused, losses_N, drift_weights_N)
+    return BatchLoss(loss=fused.loss, losses_N=losses_N, sums=step_sums(measured))
 
 
-def check_columns(batch: Batch, objectives: Sequence[Objective]) -> None:
-    """Refuse objectives that read what the cache does not hold.
+def _before_loss(
+    hidden_NH: torch.Tensor, head: OutputHead, batch: Batch, weighting: Weighting | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Drift weights, and the student's share of each token in its chunk if there are chunks [N].
 
-    Raises:
-        UserError: says which column, and which stage makes it.
+    A share is log p of the chunk, given out equally to its tokens, as the teacher's in the cache.
     """
+    drift_weights_N = torch.ones_like(batch.weights_N)
+    if weighting is None and batch.chunk_N is None:
+        return drift_weights_N, None
+    sampled_N = sampled_logprobs(
+        hidden_NH, head, batch.completion_ids_N, chunk_rows=head.chunk_rows
+    )
+    if weighting is not None:
+        drift_weights_N = weighting.token_weights(
+            sampled_N - batch.behavior_logprobs_N,
+            block_N=batch.block_N,
+            row_N=batch.row_N,
+            staleness_N=batch.staleness_N,
+        )
+    shares_N = None if batch.chunk_N is None else group_means(sampled_N, batch.chunk_N)
+    return drift_weights_N, shares_N
+
+
+def _measured(
+    batch: Batch,
+    inputs: ObjectiveInputs,
+    fused: FusedLoss,
+    losses_N: torch.Tensor,
+    drift_weights_N: torch.Tensor,
+) -> MeasuredTokens:
+    return MeasuredTokens(
+        row_tokens_B=batch.attention_mask_BL.sum(1).double(),
+        losses_N=losses_N,
+        counted_N=batch.weights_N > 0,
+        drift_weights_N=drift_weights_N,
+        student_logprobs_N=inputs.student_logprobs_N,
+        behavior_logprobs_N=batch.behavior_logprobs_N,
+        reverse_kl_N=inputs.reverse_kl_N,
+        student_top_mass_N=inputs.student_top_logprobs_NK.exp().sum(1),
+        teacher_top_mass_N=inputs.teacher_top_logprobs_NK.exp().sum(1),
+        student_entropy_N=fused.entropy_N,
+        teacher_entropy_N=teacher_entropy(inputs),
+        overlap_M=fused.overlap_M,
+        positions_N=batch.positions_N,
+        block_N=batch.block_N,
+    )
+
+
+def _check(batch: Batch, objectives: Sequence[Objective], *, vocabulary: int) -> None:
     if batch.draws is None and any(part.reads == "draws" for part in objectives):
         raise UserError(
             "objective mc reads the column candidate_ids, which these rollouts do not have; set "
             "rollouts.extra_draws, and run generate and score again"
+        )
+    if batch.largest_id >= vocabulary:
+        raise UserError(
+            f"the cache holds token id {batch.largest_id}; the student has {vocabulary} tokens; "
+            "train a student with the vocabulary of the rollouts"
         )
 
 
@@ -154,52 +168,34 @@ class _Options:
     shares_N: torch.Tensor | None  # the student's share of each token in its chunk, if in chunks
 
 
-def _shares(sampled_N: torch.Tensor | None, batch: Batch) -> torch.Tensor | None:
-    """log p of a chunk, shared out equally to its tokens, as the teacher's is in the cache [N]."""
-    if sampled_N is None or batch.chunk_N is None:
-        return None
-    return group_means(sampled_N, batch.chunk_N)
-
-
 def _inputs(
     logprobs_nJ: torch.Tensor, batch: Batch, rows: slice, options: _Options
 ) -> ObjectiveInputs:
     """What the objectives read, for some of the batch's tokens."""
-    stops = len(batch.terminator_ids_T)
-    top_ids, teacher_top = batch.teacher_top_ids_NK[rows], batch.teacher_top_logprobs_NK[rows]
+    top_ids, sampled_ids = batch.teacher_top_ids_NK[rows], batch.completion_ids_N[rows]
     draws = 0 if batch.draws is None else batch.draws.ids_NM.shape[1]
-    widths = [1, top_ids.shape[1], stops, draws]
+    widths = [1, top_ids.shape[1], len(batch.terminator_ids_T), draws]
     student, student_top, student_stops, student_draws = torch.split(logprobs_nJ, widths, dim=1)
-    sampled_ids = batch.completion_ids_N[rows]
-    teacher = batch.teacher_logprobs_N[rows].clamp(min=SMALLEST_LOGPROB)
-    is_there = teacher_top > -torch.inf  # where candidates are fewer than K, id 0 fills up
-    student_top = student_top.masked_fill(~is_there, SMALLEST_LOGPROB)
-    teacher_top = teacher_top.clamp(min=SMALLEST_LOGPROB)
-    tail = batch.teacher_tail_logprobs_N[rows]
-    in_top = ((top_ids == sampled_ids[:, None]) & is_there).any(1)
-    student_outcome = student[:, 0].detach()
-    if options.shares_N is not None:
-        student_outcome = options.shares_N[rows].to(student_outcome.dtype)
-    student_draw_outcomes = student_draws.detach()
-    teacher_draws = None
-    if batch.draws is not None:
-        teacher_draws = batch.draws.teacher_logprobs_NM[rows].clamp(min=SMALLEST_LOGPROB)
-    if options.merge and stops:
+    stop = None
+    if options.merge and len(batch.terminator_ids_T):
         stop = Terminators(
             ids_T=batch.terminator_ids_T,
             student_logprobs_NT=student_stops,
             teacher_logprobs_NT=batch.teacher_terminator_logprobs_NT[rows],
         )
-        ended = torch.isin(sampled_ids, stop.ids_T)
-        student_outcome = torch.where(ended, stop.student_N.detach(), student_outcome)
-        teacher = torch.where(ended, stop.teacher_N, teacher)
-        in_top = in_top | ended
-        if batch.draws is not None and teacher_draws is not None:
-            drawn_end = torch.isin(batch.draws.ids_NM[rows], stop.ids_T)
-            student_draw_outcomes = torch.where(
-                drawn_end, stop.student_N.detach()[:, None], student_draw_outcomes
-            )
-            teacher_draws = torch.where(drawn_end, stop.teacher_N[:, None], teacher_draws)
+    teacher_top = batch.teacher_top_logprobs_NK[rows]
+    is_there = teacher_top > -torch.inf  # where candidates are fewer than K, id 0 fills up
+    student_top = student_top.masked_fill(~is_there, SMALLEST_LOGPROB)
+    teacher_top = teacher_top.clamp(min=SMALLEST_LOGPROB)
+    tail = batch.teacher_tail_logprobs_N[rows]
+    in_top = ((top_ids == sampled_ids[:, None]) & is_there).any(1)
+    outcome = student[:, 0].detach()
+    if options.shares_N is not None:
+        outcome = options.shares_N[rows].to(outcome.dtype)
+    teacher = batch.teacher_logprobs_N[rows].clamp(min=SMALLEST_LOGPROB)
+    reverse_kl = _reverse_kl(outcome, teacher, sampled_ids, stop)
+    if stop is not None:
+        in_top = in_top | torch.isin(sampled_ids, stop.ids_T)
         if options.is_drawn:
             is_stop = torch.isin(top_ids, stop.ids_T) & (teacher_top > SMALLEST_LOGPROB)
             student_top = torch.where(is_stop, stop.student_N[:, None], student_top)
@@ -211,29 +207,51 @@ def _inputs(
                 teacher_top_NK=teacher_top,
                 teacher_tail_N=tail,
             )
-    reverse_kl = student_outcome - teacher
-    drawn = None
-    if batch.draws is not None and teacher_draws is not None:
-        behavior = batch.behavior_logprobs_N[rows][:, None]
-        drawn = Draws(
-            student_logprobs_NM=torch.cat([student, student_draws], dim=1),
-            behavior_logprobs_NM=torch.cat(
-                [behavior, batch.draws.behavior_logprobs_NM[rows]], dim=1
-            ),
-            reverse_kl_NM=torch.cat(
-                [reverse_kl[:, None], student_draw_outcomes - teacher_draws], dim=1
-            ),
-        )
+    behavior = batch.behavior_logprobs_N[rows]
     return ObjectiveInputs(
         student_logprobs_N=student[:, 0],
         student_top_logprobs_NK=student_top,
         teacher_top_logprobs_NK=teacher_top,
         teacher_tail_logprobs_N=tail,
-        behavior_logprobs_N=batch.behavior_logprobs_N[rows],
+        behavior_logprobs_N=behavior,
         reverse_kl_N=reverse_kl,
         sampled_in_top_N=in_top,
-        draws=drawn,
+        draws=_draws(batch.draws, rows, student, student_draws, behavior, reverse_kl, stop),
     )
+
+
+def _draws(
+    cached: StudentDraws | None,
+    rows: slice,
+    student_N1: torch.Tensor,
+    student_draws_NM: torch.Tensor,
+    behavior_N: torch.Tensor,
+    reverse_kl_N: torch.Tensor,
+    stop: "Terminators | None",
+) -> Draws | None:
+    """The sampled token and the further draws, if the cache has any."""
+    if cached is None:
+        return None
+    teacher_NM = cached.teacher_logprobs_NM[rows].clamp(min=SMALLEST_LOGPROB)
+    further_NM = _reverse_kl(student_draws_NM.detach(), teacher_NM, cached.ids_NM[rows], stop)
+    behavior_NM = cached.behavior_logprobs_NM[rows]
+    return Draws(
+        student_logprobs_NM=torch.cat([student_N1, student_draws_NM], dim=1),
+        behavior_logprobs_NM=torch.cat([behavior_N[:, None], behavior_NM], dim=1),
+        reverse_kl_NM=torch.cat([reverse_kl_N[:, None], further_NM], dim=1),
+    )
+
+
+def _reverse_kl(
+    student: torch.Tensor, teacher: torch.Tensor, ids: torch.Tensor, stop: "Terminators | None"
+) -> torch.Tensor:
+    """log p - log q of the outcomes that ids [N] or [N, M] stand for; terminators are one."""
+    if stop is not None:
+        shape = (-1, *[1] * (ids.ndim - 1))
+        ended = torch.isin(ids, stop.ids_T)
+        student = torch.where(ended, stop.student_N.detach().view(shape), student)
+        teacher = torch.where(ended, stop.teacher_N.view(shape), teacher)
+    return student - teacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

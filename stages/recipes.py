@@ -8,10 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from opd_stream.config import Config, Evaluation, counts_rounds
-from opd_stream.config.sections import Rollouts, Scores, Train
 from opd_stream.engines import engine_recipe
-from opd_stream.section import Section
-from opd_stream.staleness import Staleness
 from opd_stream.store.recipe import Recipe
 from opd_stream.tasks.judges import judge_recipe
 from opd_stream.windows import AdaptiveWindow
@@ -36,7 +33,7 @@ def rollouts_recipe(
 
     `prompts` is the fingerprint of the prompts artifact.
     """
-    rollouts: Rollouts = config.rollouts
+    rollouts = config.rollouts
     selection = round_prompts(
         seed=config.seed,
         round_index=round_index,
@@ -129,7 +126,7 @@ def scores_recipe(
     with another tokenizer adds, and its scores continue none: they are all made anew.
     """
     extended = {} if extends is None or alignment is not None else {"scores": extends}
-    scores: Scores = config.scores
+    scores = config.scores
     assert config.teacher is not None  # the config asks for one wherever scores are made
     return Recipe(
         kind="scores",
@@ -152,11 +149,10 @@ def scores_recipe(
     )
 
 
-_PLAIN = (
-    *("top_k", "precision", "learning_rate", "schedule", "warmup"),
-    *("weight_decay", "clip_norm", "rows_per_step"),
-)
-_SECTIONS = ("gate", "freshness", "extrapolation", "lora")
+_TRAIN_FIELDS = {
+    *("top_k", "precision", "learning_rate", "schedule", "warmup", "weight_decay", "clip_norm"),
+    *("rows_per_step", "gate", "freshness", "extrapolation", "lora", "guards", "betas"),
+}
 
 
 def policy_recipe(
@@ -184,10 +180,8 @@ def policy_recipe(
         first_step: optimizer steps done before the round.
         window_tokens: that an audit decided, where it is not that of the newest rollouts.
     """
-    train: Train = config.train
-    staleness: Staleness = config.staleness
+    train, reward = config.train, _reward(config, stop_ids)
     inputs = {"base": base.identity.fingerprint}
-    reward = _reward(config, stop_ids)
     if reward:
         inputs["prompts"] = prompts
     if previous is not None:
@@ -198,13 +192,10 @@ def policy_recipe(
         kind="policies",
         settings={
             "objectives": [part.recipe() for part in train.objective],
-            **{name: getattr(train, name) for name in _PLAIN},
-            **{name: _dumped(getattr(train, name)) for name in _SECTIONS},
+            **train.model_dump(mode="json", include=_TRAIN_FIELDS),
             **reward,
-            "guards": train.guards.model_dump(mode="json"),
             "progress": [round_index, config.rounds if counts_rounds(config) else None],
-            "betas": list(train.betas),
-            "staleness": staleness.model_dump(mode="json"),
+            "staleness": config.staleness.model_dump(mode="json"),
             "window": config.rollouts.window.recipe(),
             **({} if window_tokens is None else {"window_tokens": window_tokens}),
             "units": [None if units is None else list(units) for _, _, units in caches],
@@ -258,10 +249,6 @@ def _sampling(
         settings={**settings, **engine},
         inputs={"prompts": prompts, "student": student.identity.fingerprint},
     )
-
-
-def _dumped(section: Section | None) -> dict[str, Any] | None:
-    return None if section is None else section.model_dump(mode="json")
 
 
 def _sampling_seed(seed: int, round_index: int) -> int:
