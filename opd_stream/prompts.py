@@ -56,40 +56,15 @@ class EmbeddedPrompts(Section):
     max_prompt_tokens: int = Field(default=512, ge=1, description="a longer prompt is refused")
 
 
-class JsonlPrompts(Section):
-    """One JSON object a line, plain or .zst."""
+class RowPrompts(Section):
+    """Prompts from rows with named fields."""
 
-    kind: Literal["jsonl"]
-    path: Path = Field(description="file to read")
     prompt_field: str = Field(default="prompt", description="field that holds the prompt text")
     answer_field: str | None = Field(
         default=None, description="field that holds the reference answer"
     )
     id_field: str | None = Field(
-        default=None, description="field that identifies a prompt; default: line"
-    )
-    limit: int | None = Field(default=None, ge=1, description="read only the first lines")
-    template: Template = RawTemplate()
-    max_prompt_tokens: int = Field(default=1024, ge=1, description="tokens a prompt may have")
-    long_prompts: Literal["refuse", "skip"] = Field(
-        default="refuse", description="what to do with a longer prompt"
-    )
-
-
-class DatasetPrompts(Section):
-    """A Hugging Face dataset: a hub name, a saved folder, or a builder with local files."""
-
-    kind: Literal["datasets"]
-    path: str = Field(description="hub name, save_to_disk folder, or builder (json, parquet, ...)")
-    name: str | None = Field(default=None, description="configuration of the dataset")
-    data_files: Path | None = Field(default=None, description="local file for a builder")
-    split: str = Field(default="train", description="split to read")
-    prompt_field: str = Field(default="prompt", description="column that holds the prompt text")
-    answer_field: str | None = Field(
-        default=None, description="column that holds the reference answer"
-    )
-    id_field: str | None = Field(
-        default=None, description="column that identifies a prompt; default: row"
+        default=None, description="field that identifies a prompt; default: the row's number"
     )
     limit: int | None = Field(default=None, ge=1, description="read only the first rows")
     template: Template = RawTemplate()
@@ -97,6 +72,23 @@ class DatasetPrompts(Section):
     long_prompts: Literal["refuse", "skip"] = Field(
         default="refuse", description="what to do with a longer prompt"
     )
+
+
+class JsonlPrompts(RowPrompts):
+    """One JSON object a line, plain or .zst."""
+
+    kind: Literal["jsonl"]
+    path: Path = Field(description="file to read")
+
+
+class DatasetPrompts(RowPrompts):
+    """A Hugging Face dataset: a hub name, a saved folder, or a builder with local files."""
+
+    kind: Literal["datasets"]
+    path: str = Field(description="hub name, save_to_disk folder, or builder (json, parquet, ...)")
+    name: str | None = Field(default=None, description="configuration of the dataset")
+    data_files: Path | None = Field(default=None, description="local file for a builder")
+    split: str = Field(default="train", description="split to read")
 
 
 Prompts = Annotated[EmbeddedPrompts | JsonlPrompts | DatasetPrompts, Field(discriminator="kind")]

@@ -4,6 +4,9 @@ The number of epochs on a cache is an outcome, and so is the number of rounds th
 lives. Every training step measures the drift of the rows it trains on; after an epoch, and inside
 one, the sums decide whether training goes on. Between rounds a small sample of the rows of each
 unit decides whether the unit is kept, continued to a longer window, or made again.
+
+Every decision is held against `bounds`, on the drift above `floor`, the policy_drift of fresh rows
+before training: that is what engine and trainer disagree about, and no drift.
 """
 
 from dataclasses import dataclass
@@ -12,11 +15,11 @@ from typing import Literal
 from pydantic import Field
 
 from opd_stream.drift import DriftSums
+from opd_stream.outcome import EpochAction
 from opd_stream.section import Section
 
 LOOKS_PER_EPOCH = 4
 
-EpochAction = Literal["train", "gated", "stop", "regenerate"]
 UnitAction = Literal["train", "gated", "extend", "regenerate", "retire"]
 
 
@@ -94,10 +97,9 @@ class UnitDecision:
 
 
 def beyond(drift: DriftSums, *, floor: float) -> float:
-    """policy_drift above that of fresh rows, which only engine and trainer disagree about.
+    """policy_drift above that of fresh rows (`drift_floor` of a report).
 
-    Below that floor (`drift_floor` of a report) nothing can be read off drift. The `sampler_gap`
-    of a report is the mean |d| of the same rows, and no drift is held against it.
+    The `sampler_gap` of a report is the mean |d| of the same rows; no drift is held against it.
     """
     return max(0.0, drift.policy_drift - floor)
 
@@ -107,15 +109,10 @@ def decide_epoch(
 ) -> Decision:
     """After an epoch over a cache: another one, with or without gate, or fresh rollouts.
 
-    Args:
-        drift: sums over the tokens of the epoch that has just ended.
-        epochs_done: epochs over this cache, with that one.
-        bounds: the limits.
-        floor: policy_drift of fresh rows before training.
+    `drift` are sums over the tokens of the epoch that has just ended, `epochs_done` counts it.
     """
-    measured = f"{_measured(drift, bounds, floor)}, epoch {epochs_done} of at most " + str(
-        bounds.max_epochs
-    )
+    bound = f"epoch {epochs_done} of at most {bounds.max_epochs}"
+    measured = f"{_measured(drift, bounds, floor)}, {bound}"
     too_far = _too_far(drift, bounds, floor)
     if too_far is not None:
         return Decision(action="regenerate", reason=f"{too_far}: {measured}")
@@ -131,19 +128,12 @@ def is_look_due(step: int, steps_per_epoch: int) -> bool:
 
     The end of the epoch is the fourth.
     """
-    return (
-        step * LOOKS_PER_EPOCH // steps_per_epoch > (step - 1) * LOOKS_PER_EPOCH // steps_per_epoch
-    )
+    now, before = (n * LOOKS_PER_EPOCH // steps_per_epoch for n in (step, step - 1))
+    return now > before
 
 
 def decide_stop(drift: DriftSums, *, bounds: Staleness, floor: float = 0.0) -> Decision | None:
-    """Inside an epoch: stop at once if the latest rows are too far, or None.
-
-    Args:
-        drift: sums over the tokens of the latest steps.
-        bounds: the limits.
-        floor: policy_drift of fresh rows before training.
-    """
+    """Inside an epoch: stop at once if the rows of the latest steps are too far, or None."""
     too_far = _too_far(drift, bounds, floor)
     if too_far is None:
         return None
@@ -153,13 +143,7 @@ def decide_stop(drift: DriftSums, *, bounds: Staleness, floor: float = 0.0) -> D
 
 
 def decide_jump(drift: DriftSums, *, bounds: Staleness, floor: float = 0.0) -> Decision | None:
-    """After an extrapolation: end the round if it drifted too far, or None.
-
-    Args:
-        drift: sums over the rows that score a point, where the weights jumped to.
-        bounds: the limits.
-        floor: policy_drift of fresh rows before training.
-    """
+    """After an extrapolation: end the round if the rows that score a point drifted too far."""
     if beyond(drift, floor=floor) <= bounds.policy_drift:
         return None
     measured = _measured(drift, bounds, floor)
@@ -172,13 +156,8 @@ def decide_unit(
     """Between rounds: train on a unit again, continue it, or make it again.
 
     The round that keeps a unit moves the student on, so a unit is kept only with room to drift: up
-    to `keep_share` of the bound that stops training.
-
-    Args:
-        state: the unit, measured.
-        window_tokens: of the coming round; a unit with a shorter one is continued.
-        bounds: the limits.
-        floor: policy_drift of fresh rows before training.
+    to `keep_share` of the bound that stops training. One with a shorter window than the coming
+    round's `window_tokens` is continued.
     """
     kept_below = bounds.policy_drift * bounds.keep_share
     bounds = bounds.model_copy(update={"policy_drift": kept_below})
@@ -212,10 +191,7 @@ def decide_unit(
 def may_run_ahead(policy_drift: float, *, bounds: Staleness, floor: float = 0.0) -> bool:
     """Whether the next rollouts may be written by the policy before the one they will train.
 
-    Args:
-        policy_drift: of the last finished round's last epoch; the next is expected to drift alike.
-        bounds: the limits.
-        floor: policy_drift of fresh rows before training.
+    `policy_drift` is of the last finished round's last epoch; the next is expected to drift alike.
     """
     return policy_drift - floor <= bounds.policy_drift
 

@@ -54,45 +54,10 @@ class Replay(Section):
     )
 
 
-class Pool(Section):
-    """Where the workers of a role run (placement only)."""
+class Placement(Section):
+    """What a process asks of the node that runs it."""
 
-    workers: int = Field(default=1, ge=1, description="processes")
-    cpus: float = Field(default=1, gt=0, description="logical CPUs of one worker")
-    gpus: float = Field(default=0, ge=0, description="GPUs of one worker")
-    threads: int = Field(default=1, ge=1, description="CPU threads of one worker")
-    accelerator: str | None = Field(
-        default=None, description="kind of GPU as Ray names it, such as H100"
-    )
-    resources: dict[str, float] = Field(
-        default={}, description="custom Ray resources of one worker"
-    )
-    labels: dict[str, str] = Field(
-        default={}, description="labels of the nodes that may run the workers"
-    )
-    env: dict[str, str] = Field(default={}, description="environment of the workers")
-    start_seconds: int = Field(
-        default=60, ge=1, description="the run ends if the pool has no worker by then"
-    )
-    unit_seconds: int | None = Field(
-        default=None,
-        ge=1,
-        description="a worker that takes longer over a unit, with loading its engine, counts as "
-        "hung and is started again; null: never",
-    )
-
-
-class TrainerPool(Section):
-    """Where training runs (placement only): in the run's process, or on workers of Ray Train."""
-
-    devices: int = Field(default=1, ge=1, description="processes, each with one GPU or the CPU")
-    strategy: Literal["ddp", "fsdp2"] = Field(
-        default="ddp", description="of several devices: whole copies, or shards of the weights"
-    )
     cpus: float = Field(default=1, gt=0, description="logical CPUs of one process")
-    gpus: float | None = Field(
-        default=None, ge=0, description="GPUs of one process; null: one where there are any"
-    )
     accelerator: str | None = Field(
         default=None, description="kind of GPU as Ray names it, such as H100"
     )
@@ -104,7 +69,36 @@ class TrainerPool(Section):
     )
     env: dict[str, str] = Field(default={}, description="environment of the processes")
     start_seconds: int = Field(
-        default=60, ge=1, description="the run ends if not all processes have started by then"
+        default=60,
+        ge=1,
+        description="the run ends if the pool has no worker, or training not all of its "
+        "processes, by then",
+    )
+
+
+class Pool(Placement):
+    """Where the workers of a role run (placement only)."""
+
+    workers: int = Field(default=1, ge=1, description="processes")
+    gpus: float = Field(default=0, ge=0, description="GPUs of one process")
+    threads: int = Field(default=1, ge=1, description="CPU threads of one process")
+    unit_seconds: int | None = Field(
+        default=None,
+        ge=1,
+        description="a worker that takes longer over a unit, with loading its engine, counts as "
+        "hung and is started again; null: never",
+    )
+
+
+class TrainerPool(Placement):
+    """Where training runs (placement only): in the run's process, or on workers of Ray Train."""
+
+    devices: int = Field(default=1, ge=1, description="processes, each with one GPU or the CPU")
+    strategy: Literal["ddp", "fsdp2"] = Field(
+        default="ddp", description="of several devices: whole copies, or shards of the weights"
+    )
+    gpus: float | None = Field(
+        default=None, ge=0, description="GPUs of one process; null: one where there are any"
     )
 
     @property
