@@ -8,6 +8,7 @@ from typing import Literal
 
 from opd_stream.drift import DriftSums
 from opd_stream.section import Record
+from opd_stream.windows import WindowDecision
 
 EpochAction = Literal["train", "gated", "stop", "regenerate"]
 
@@ -100,13 +101,9 @@ class ExtrapolationRecord(Record):
     policy_drift: float | None = None
 
 
-class WindowAudit(Record):
-    """The window of the next round, decided on probes, with what the audit cost."""
+class WindowAudit(WindowDecision):
+    """The same, decided on probes, with what the audit cost."""
 
-    window_tokens: int
-    cosines: tuple[float, ...]  # of each candidate's gradient with that of full rollouts
-    fell_back: bool  # no candidate was admissible
-    reason: str
     probe_rows: int
     seconds: float
     cpu_seconds: float

@@ -16,15 +16,15 @@ from opd_stream.store.reader import ScoredRow
 Values = NDArray[np.float64]  # [T]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Figure:
     """One number a token, and the scale it is coloured by."""
 
     name: str
     unit: str
-    meaning: str
     edges: tuple[float, ...]  # between levels 0, 1, ..., of the absolute value
     needs_ranks: bool  # ids drawn from the teacher do not tell it
+    meaning: str
 
     def level(self, value: float) -> int:
         """Level of a value: 0 to `len(edges)`, negative for negative values."""
@@ -33,55 +33,30 @@ class Figure:
 
 
 _NATS = (0.1, 0.5, 2.0, 5.0, 10.0)
+_ENTROPIES = (0.05, 0.2, 0.5, 1.0, 2.0)
+_PLACES = (2, 3, 5, 9, 17)
+_SHARES = (0.001, 0.01, 0.05, 0.1, 0.5)
+_MEANINGS = {
+    "reverse_kl": "log-probability of the drawn token, student's minus teacher's: its mean over "
+    "draws is KL(student || teacher)",
+    "teacher_nll": "minus the teacher's log-probability of the drawn token",
+    "entropy": "the teacher's over its candidates and the rest as one outcome: at most its entropy "
+    "over the vocabulary",
+    "logprob_gap": "the teacher's log-probability of its first candidate minus that of the drawn "
+    "token",
+    "rank": "place of the drawn token among the teacher's candidates, from 1; outside them it "
+    "counts as one more than there are",
+    "tail_mass": "the teacher's probability outside its candidates: 1 minus the retained mass",
+}
 FIGURES = {
-    figure.name: figure
-    for figure in (
-        Figure(
-            name="reverse_kl",
-            unit="nats",
-            meaning="log-probability of the drawn token, student's minus teacher's: its mean over "
-            "draws is KL(student || teacher)",
-            edges=_NATS,
-            needs_ranks=False,
-        ),
-        Figure(
-            name="teacher_nll",
-            unit="nats",
-            meaning="minus the teacher's log-probability of the drawn token",
-            edges=_NATS,
-            needs_ranks=False,
-        ),
-        Figure(
-            name="entropy",
-            unit="nats",
-            meaning="the teacher's over its candidates and the rest as one outcome: at most its "
-            "entropy over the vocabulary",
-            edges=(0.05, 0.2, 0.5, 1.0, 2.0),
-            needs_ranks=True,
-        ),
-        Figure(
-            name="logprob_gap",
-            unit="nats",
-            meaning="the teacher's log-probability of its first candidate minus that of the drawn "
-            "token",
-            edges=_NATS,
-            needs_ranks=True,
-        ),
-        Figure(
-            name="rank",
-            unit="",
-            meaning="place of the drawn token among the teacher's candidates, from 1; outside "
-            "them it counts as one more than there are",
-            edges=(2, 3, 5, 9, 17),
-            needs_ranks=True,
-        ),
-        Figure(
-            name="tail_mass",
-            unit="",
-            meaning="the teacher's probability outside its candidates: 1 minus the retained mass",
-            edges=(0.001, 0.01, 0.05, 0.1, 0.5),
-            needs_ranks=True,
-        ),
+    name: Figure(name, unit, edges, needs_ranks, _MEANINGS[name])
+    for name, unit, edges, needs_ranks in (
+        ("reverse_kl", "nats", _NATS, False),
+        ("teacher_nll", "nats", _NATS, False),
+        ("entropy", "nats", _ENTROPIES, True),
+        ("logprob_gap", "nats", _NATS, True),
+        ("rank", "", _PLACES, True),
+        ("tail_mass", "", _SHARES, True),
     )
 }
 
@@ -89,10 +64,8 @@ FIGURES = {
 def token_figures(row: ScoredRow, *, has_ranks: bool) -> dict[str, Values]:
     """Every figure of a row by name.
 
-    Args:
-        row: from `open_scores`.
-        has_ranks: whether its candidates stand in rank order; without (codec `sampled`, or none at
-            all), figures that need ranks are left out.
+    Without ranks of its candidates (codec `sampled`, or none at all) those that need them are left
+    out.
     """
     teacher = row.teacher_logprobs.astype(np.float64)
     found = {
@@ -159,9 +132,7 @@ class TokenText:
     def pieces(self, ids: Sequence[int], *, before: int | None = None) -> list[str]:
         """What each id adds to the text; empty where a later id ends the character.
 
-        Args:
-            ids: in order.
-            before: the id in front of the first, if any.
+        `before` is the id in front of the first, if any.
         """
         known = [] if before is None else [before]
         all_ids = [*known, *ids]

@@ -9,12 +9,11 @@ segments, and one backward pass a segment gives them all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from opd_stream.section import Kinds, Part
+from opd_stream.section import Kinds, Part, Record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,8 +113,7 @@ AnyWindow = Annotated[
 ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WindowDecision:
+class WindowDecision(Record):
     """The window of the next round, with the numbers that chose it."""
 
     window_tokens: int

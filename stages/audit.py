@@ -7,7 +7,7 @@ the decision is the window of the next round.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
@@ -67,7 +67,7 @@ def audit(job: TrainJob) -> WindowAudit | None:
         smoothing=settings.smoothing,
     )
     return WindowAudit(
-        **asdict(decision),
+        **dict(decision),
         probe_rows=len(rows),
         seconds=clock.seconds,
         cpu_seconds=clock.cpu_seconds,

@@ -118,12 +118,12 @@ def submit_missing(
     shuffle: bool = False,
     verify: bool = True,
 ) -> SubmittedWork:
-    """Submit a task for every missing unit of rollouts and scores.
+    """Submit a task for every missing unit of started rollouts and scores (None: sample only).
 
     Args:
         executor: runs the tasks; Ray's workers start at once.
-        rollouts: started artifact.
-        scores: started artifact, or None to sample only.
+        rollouts: made by the student.
+        scores: made by the teacher.
         student: checkpoint of the rollouts' recipe.
         teacher: checkpoint of the scores' recipe.
         made_by: id of the run.
@@ -170,11 +170,7 @@ def wait_for(
 ) -> list[Span]:
     """Wait until submitted work is done; returns when the workers were busy.
 
-    Args:
-        executor: has the tasks.
-        work: what was submitted.
-        progress: advanced with every unit.
-        name: the stage that sampling is shown as.
+    Sampling is shown as the stage `name`.
 
     Raises:
         UserError: a worker met a user's mistake.

@@ -34,25 +34,22 @@ def rollouts_recipe(
     `prompts` is the fingerprint of the prompts artifact.
     """
     rollouts = config.rollouts
-    selection = round_prompts(
-        seed=config.seed,
-        round_index=round_index,
-        per_round=rollouts.prompts_per_round,
-        ranges=ranges,
-    )
     return _sampling(
         config,
         prompts=prompts,
         student=student,
-        settings={
-            "selection": selection,
-            "window_tokens": window_tokens,
-            "samples_per_prompt": rollouts.samples_per_prompt,
-            "extra_draws": rollouts.extra_draws,
-            "temperature": rollouts.temperature,
-            "seed": _sampling_seed(config.seed, round_index),
-            "stop_ids": list(stop_ids),
-        },
+        stop_ids=stop_ids,
+        selection=round_prompts(
+            seed=config.seed,
+            round_index=round_index,
+            per_round=rollouts.prompts_per_round,
+            ranges=ranges,
+        ),
+        window_tokens=window_tokens,
+        samples_per_prompt=rollouts.samples_per_prompt,
+        extra_draws=rollouts.extra_draws,
+        temperature=rollouts.temperature,
+        seed=config.seed * 1_000_003 + round_index,  # another pass over the prompts draws others
     )
 
 
@@ -73,14 +70,13 @@ def extension_recipe(
 
 def probe_recipe(window: AdaptiveWindow, rollouts: Recipe) -> Recipe:
     """Probes of a rollouts artifact: some of its unfinished rows, continued to full length."""
-    share = {"rows": window.probe_rows, "share": window.probe_share}
     return Recipe(
         kind="rollouts",
         settings={
             **rollouts.settings,
             "window_tokens": window.max_window_tokens,
             "extra_draws": 0,
-            "probe": share,
+            "probe": {"rows": window.probe_rows, "share": window.probe_share},
         },
         inputs={**rollouts.inputs, "rollouts": rollouts.fingerprint},
     )
@@ -99,15 +95,13 @@ def evaluation_rollouts_recipe(
         config,
         prompts=prompts,
         student=student,
-        settings={
-            "selection": every_prompt(),
-            "window_tokens": evaluation.max_new_tokens,
-            "samples_per_prompt": evaluation.samples_per_prompt,
-            "extra_draws": 0,
-            "temperature": evaluation.temperature,
-            "seed": evaluation.seed,
-            "stop_ids": list(stop_ids),
-        },
+        stop_ids=stop_ids,
+        selection=every_prompt(),
+        window_tokens=evaluation.max_new_tokens,
+        samples_per_prompt=evaluation.samples_per_prompt,
+        extra_draws=0,
+        temperature=evaluation.temperature,
+        seed=evaluation.seed,
     )
 
 
@@ -125,8 +119,7 @@ def scores_recipe(
     `extends` is that of the scores of what an extension continues; `alignment` is what a teacher
     with another tokenizer adds, and its scores continue none: they are all made anew.
     """
-    extended = {} if extends is None or alignment is not None else {"scores": extends}
-    scores = config.scores
+    scores, continued = config.scores, {} if extends is None else {"scores": extends}
     assert config.teacher is not None  # the config asks for one wherever scores are made
     return Recipe(
         kind="scores",
@@ -143,8 +136,7 @@ def scores_recipe(
         inputs={
             "rollouts": rollouts,
             "teacher": teacher.identity.fingerprint,
-            **extended,
-            **({} if alignment is None else alignment.inputs),
+            **(continued if alignment is None else alignment.inputs),
         },
     )
 
@@ -207,7 +199,7 @@ def policy_recipe(
 
 
 def _reward(config: Config, stop_ids: tuple[int, ...]) -> dict[str, Any]:
-    """What decides the reward of an extrapolation (`stages/reward.py`), if it reads one."""
+    """What decides the reward of an extrapolation , if it reads one."""
     extrapolation = config.train.extrapolation
     if extrapolation is None or extrapolation.signal == "kl":
         return {}
@@ -241,16 +233,11 @@ def evaluation_recipe(evaluation: Evaluation, rollouts: Recipe) -> Recipe:
 
 
 def _sampling(
-    config: Config, *, prompts: str, student: Checkpoint, settings: dict[str, Any]
+    config: Config, *, prompts: str, student: Checkpoint, stop_ids: Sequence[int], **settings: Any
 ) -> Recipe:
     engine = {**engine_recipe(config.student.engine), "dtype": config.student.dtype}
     return Recipe(
         kind="rollouts",
-        settings={**settings, **engine},
+        settings={**settings, "stop_ids": list(stop_ids), **engine},
         inputs={"prompts": prompts, "student": student.identity.fingerprint},
     )
-
-
-def _sampling_seed(seed: int, round_index: int) -> int:
-    """Another pass over the prompts draws other rollouts."""
-    return seed * 1_000_003 + round_index
