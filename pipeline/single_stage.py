@@ -267,6 +267,7 @@ def _train(session: Session, setup: Setup, round_: Round, *, follow: bool) -> st
         try:
             train_policy(session, setup, round_)
         except DamagedUnit as error:
+            error.artifact.invalidate(error.unit)
             raise UserError(f"{error}; run generate and score again: only it is made") from error
     return f"{round_.policy.name} is complete: {round_.policy.folder()}"
 

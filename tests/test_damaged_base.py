@@ -127,3 +127,24 @@ def test_stages_mend_what_they_continue(finished: Path, damaged: Path) -> None:
     (again.folder / "manifest.json").unlink()  # as a kill after its last unit leaves it
     stage("generate")
     assert again.is_complete()
+
+
+def test_scores_of_other_bytes_are_made_again_by_their_stage(tmp_path: Path) -> None:
+    config, folder = small_config(tmp_path, "evaluation=null"), RunFolder(tmp_path / "run")
+
+    def stage(name: str) -> None:
+        run_stage(name, config, folder, round_index=0, progress=Silent())
+
+    for name in ("generate", "score"):
+        stage(name)
+    rollouts = next(rounds(open_setup(config))).caches[0].rollouts.shards
+    commit, table = rollouts.commit_record(1), rollouts.read_unit(1)
+    assert commit is not None
+    rollouts.invalidate(1)
+    again = table.replace_schema_metadata({"made": "again"})  # as another device samples it
+    rollouts.commit(1, again, counts=commit.counts)
+    rollouts.finish()
+    with pytest.raises(UserError, match="scores other bytes"):
+        stage("train")
+    stage("score")
+    stage("train")
