@@ -15,8 +15,7 @@ import torch
 
 from benchmarks.engines import make_engine
 from opd_stream.engines import open_engine
-from opd_stream.engines.base import Engine
-from opd_stream.engines.vllm_engine import VllmOptions
+from opd_stream.engines.base import Engine, VllmOptions
 from opd_stream.types import PromptBatch
 
 PROMPT = PromptBatch(prompt_id=("p",), prompt_ids=(np.arange(2, 34, dtype=np.int32),))

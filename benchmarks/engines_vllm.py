@@ -15,8 +15,7 @@ import torch
 
 from benchmarks.engines import interleaved, make_engine, random_rollouts
 from opd_stream.engines import open_engine
-from opd_stream.engines.base import Engine
-from opd_stream.engines.vllm_engine import VllmOptions
+from opd_stream.engines.base import Engine, VllmOptions
 from opd_stream.types import PromptBatch, RolloutBatch
 
 SHAPES = ("tiny, V 4,096", "70 M, V 4,096")

@@ -51,7 +51,7 @@ class OutputHead:
         return logits_NV if self.cap is None else torch.tanh(logits_NV / self.cap) * self.cap
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class FusedLoss:
     """What one pass over the head gives; only `loss` carries a gradient."""
 
@@ -94,16 +94,7 @@ def fused_loss(
     scaled_NH = hidden_NH if head.scale == 1.0 else hidden_NH * head.scale
     bias_V = None if head.bias_V is None else head.bias_V * head.scale
     apply = cast(Any, _FusedLoss.apply)  # pyright: ignore[reportUnknownMemberType]
-    loss, losses_N, logprobs_NJ, entropy_N, overlap_M = apply(
-        scaled_NH, head.weight_VH, bias_V, ids_NJ, weights_N, settings
-    )
-    return FusedLoss(
-        loss=loss,
-        losses_N=losses_N,
-        logprobs_NJ=logprobs_NJ,
-        entropy_N=entropy_N,
-        overlap_M=overlap_M,
-    )
+    return FusedLoss(*apply(scaled_NH, head.weight_VH, bias_V, ids_NJ, weights_N, settings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +181,7 @@ class _Pass:
         self._parts.append((losses.detach(), logprobs, entropy, overlap))
 
     def outputs(self, weights_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """loss, losses, log-probabilities, entropy, overlap."""
+        """The fields of `FusedLoss`."""
         columns = zip(*self._parts, strict=True)
         losses, logprobs, entropy, overlap = (torch.cat(column) for column in columns)
         return (losses * weights_N).sum(), losses, logprobs, entropy, overlap

@@ -54,7 +54,9 @@ def style_bias(
     Every row counts equally: its tokens weigh 1 / T.
     """
     lengths = np.array([len(ids) for ids in completion_ids])
-    fold = np.array([_fold(prompt_id, settings.folds) for prompt_id in prompt_ids], np.int64)
+    digests = [hashlib.sha256(prompt_id.encode()).digest() for prompt_id in prompt_ids]
+    folds = [int.from_bytes(digest[:8], "big") % settings.folds for digest in digests]
+    fold = np.array(folds, np.int64)
     id_N = np.concatenate([np.asarray(ids, np.int64) for ids in completion_ids])
     reference_N = np.concatenate(list(reference_logprobs)).astype(np.float64)
     difference_N = np.concatenate(list(teacher_logprobs)).astype(np.float64) - reference_N
@@ -99,7 +101,3 @@ def _shrunk_means(
     mass = np.bincount(key_N, weight_N, groups)
     mean = np.bincount(key_N, value_N * weight_N, groups) / np.where(mass > 0, mass, 1.0)
     return (count * mean + prior * total) / (count + prior), total
-
-
-def _fold(prompt_id: str, folds: int) -> int:
-    return int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8], "big") % folds

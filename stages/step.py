@@ -9,7 +9,7 @@ records. A new kind of step is a `StepKind` and a line where the steps of a roun
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from opd_stream.store.artifact import Artifact, Commit, summed_counts
 from opd_stream.store.policy import PolicyArtifact
@@ -123,12 +123,6 @@ class CacheUnits:
     policy_version: int  # of the oldest tokens in it
     made_in: int  # the round that made the artifact
     slots: tuple[Slot, ...]
-
-    @staticmethod
-    def from_json(value: dict[str, Any]) -> "CacheUnits":
-        """A cache read back."""
-        slots = tuple(Slot(**slot) for slot in value["slots"])
-        return CacheUnits(**{**value, "slots": slots})
 
 
 class Progress(Protocol):

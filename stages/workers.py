@@ -20,8 +20,7 @@ from pydantic import TypeAdapter
 
 from opd_stream.config import Config, Pool
 from opd_stream.engines import open_engine
-from opd_stream.engines.base import Engine
-from opd_stream.engines.vllm_engine import VllmOptions
+from opd_stream.engines.base import Engine, VllmOptions
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit
 from opd_stream.store.files import RETRY_TIMEOUT

@@ -11,8 +11,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opd_stream.engines import open_engine
-from opd_stream.engines.base import Engine
-from opd_stream.engines.vllm_engine import VllmOptions
+from opd_stream.engines.base import Engine, VllmOptions
 from opd_stream.errors import UserError
 from opd_stream.types import PromptBatch, RolloutBatch
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from opd_stream.engines import open_engine
-from opd_stream.engines.base import Engine
-from opd_stream.engines.vllm_engine import VllmOptions
+from opd_stream.engines.base import Engine, VllmOptions
 from opd_stream.engines.vllm_scores import (
     asked_ids,
     scores_of_asked,

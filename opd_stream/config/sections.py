@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from opd_stream.engines import EngineName
-from opd_stream.engines.vllm_engine import VllmOptions
+from opd_stream.engines.base import VllmOptions
 from opd_stream.objectives import AnyObjective, SampledPg
 from opd_stream.prompts import DatasetPrompts, EmbeddedPrompts, JsonlPrompts, Prompts
 from opd_stream.section import Section, is_object

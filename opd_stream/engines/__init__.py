@@ -11,8 +11,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
-from opd_stream.engines.base import Engine
-from opd_stream.engines.vllm_engine import VllmEngine, VllmOptions
+from opd_stream.engines.base import Engine, VllmOptions
 from opd_stream.section import import_path, own_path, source_sha256
 
 __all__ = ["Engine", "EngineName", "engine_recipe", "open_engine"]
@@ -77,6 +76,8 @@ def open_engine(
         UserError: the folder is no checkpoint, or the engine's library or class is not found.
     """
     if engine == "vllm":
+        from opd_stream.engines.vllm_engine import VllmEngine
+
         return VllmEngine(folder, dtype=dtype, options=vllm)
     if engine == "fake":
         from opd_stream.engines.fake_engine import FakeEngine

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from opd_stream.errors import UserError
+from opd_stream.section import Section
 from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
 
 Ids = NDArray[np.integer[Any]]
@@ -45,6 +47,25 @@ class ScoringSettings:
     forced_ids: tuple[int, ...]
     draws: int = 0
     seed: int = 0
+
+
+class VllmOptions(Section):
+    """How engine vllm uses its device (placement only)."""
+
+    memory_share: float = Field(
+        default=0.8, gt=0, le=1, description="of the device; logits need some of the rest"
+    )
+    kv_cache_bytes: int | None = Field(
+        default=None, ge=1, description="for keys and values, instead of what the share leaves"
+    )
+    max_context: int | None = Field(
+        default=None, ge=2, description="tokens of prompt and completion; null: the model's"
+    )
+    tensor_parallel: int = Field(default=1, ge=1, description="devices of one worker")
+    batched_tokens: int = Field(
+        default=8192, ge=64, description="of a forward pass; bounds the logits in scoring"
+    )
+    compiled: bool = Field(default=True, description="graphs and compilation; no: starts faster")
 
 
 class Engine(Protocol):

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from opd_stream.engines.base import (
     Drawn,
     Ids,
     RowScores,
+    VllmOptions,
     check_context,
     check_top_k,
     empty_rollouts,
@@ -37,29 +37,9 @@ from opd_stream.engines.vllm_scores import (
     whole_distribution,
 )
 from opd_stream.errors import UserError
-from opd_stream.section import Section
 from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
 
 MAX_WHOLE_VOCABULARY = 8192  # that is read whole where single ids cannot be asked for
-
-
-class VllmOptions(Section):
-    """How engine vllm uses its device (placement only)."""
-
-    memory_share: float = Field(
-        default=0.8, gt=0, le=1, description="of the device; logits need some of the rest"
-    )
-    kv_cache_bytes: int | None = Field(
-        default=None, ge=1, description="for keys and values, instead of what the share leaves"
-    )
-    max_context: int | None = Field(
-        default=None, ge=2, description="tokens of prompt and completion; null: the model's"
-    )
-    tensor_parallel: int = Field(default=1, ge=1, description="devices of one worker")
-    batched_tokens: int = Field(
-        default=8192, ge=64, description="of a forward pass; bounds the logits in scoring"
-    )
-    compiled: bool = Field(default=True, description="graphs and compilation; no: starts faster")
 
 
 class VllmEngine:
