@@ -6,14 +6,13 @@ time they were made, and rounds are named as the run itself names them.
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from opd_stream.store.artifact import Artifact, Commit
+from opd_stream.store.artifact import Artifact, Commit, summed_counts
 from opd_stream.store.policy import PolicyArtifact
 from pipeline.accounting import Span, busy_seconds
 from pipeline.evaluation import evaluation_steps
-from pipeline.pace import Pace, after, pace_of_steps, pace_of_units, spans_of
 from pipeline.plan import is_due
 from pipeline.rounds import Round, named_checkpoint, rounds
 from pipeline.run_folder import RunFolder
@@ -22,6 +21,105 @@ from stages.checkpoints import Checkpoint
 from stages.evaluate import evaluation_result
 from stages.step import Step, of_stage
 
+QUIET_SECONDS = 60.0  # a stage is quiet when nothing came for this long
+QUIET_UNITS = 3.0  # and as long again as this many of its longest units took
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """A stage of a round; None stands for what is not known.
+
+    Example:
+        >>> Pace(done=3, total=8, is_complete=False, tokens=9_216, busy_seconds=12.0,
+        ...      units_per_second=0.25, tokens_per_second=768.0, eta_seconds=20.0,
+        ...      idle_seconds=1.2, is_quiet=False, facts={})
+    """
+
+    done: int  # units; optimizer steps in training
+    total: int | None
+    is_complete: bool
+    tokens: int = 0  # of completions
+    busy_seconds: float | None = None  # in which at least one worker was at it
+    units_per_second: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None  # None also where it is complete or quiet
+    idle_seconds: float | None = None  # since the latest unit
+    is_quiet: bool = False  # not complete, and nothing came for long
+    facts: dict[str, float] = field(default_factory=dict)  # loss, policy_drift, pass@1, …
+
+
+def pace_of_units(
+    commits: Sequence[Commit], *, total: int | None, is_complete: bool, now: float
+) -> Pace:
+    """The pace of the units of one stage, over all machines that make them.
+
+    Rates are per second in which at least one worker was busy, so pauses do not count; `now` is in
+    seconds since the epoch.
+    """
+    timed = [commit for commit in commits if commit.made_at]
+    tokens = int(summed_counts(commits).get("completion_tokens", 0))
+    pace = Pace(done=len(commits), total=total, is_complete=is_complete, tokens=tokens)
+    busy = busy_seconds(spans_of(timed))
+    if not busy:
+        return pace
+    return _with_rates(
+        replace(pace, busy_seconds=busy),
+        units=len(timed) / busy,
+        tokens=summed_counts(timed).get("completion_tokens", 0) / busy,
+        idle=max(0.0, now - max(commit.made_at for commit in timed)),
+        longest=max(commit.seconds for commit in timed),
+    )
+
+
+def pace_of_steps(
+    lines: Sequence[dict[str, Any]], *, total: int, is_complete: bool, now: float, latest: float
+) -> Pace:
+    """The pace of training, from its lines of metrics.jsonl; `latest` is when the last was written.
+
+    The steps that are planned are at most done: drift may stop the round earlier.
+    """
+    seconds = [line["seconds"] for line in lines]
+    tokens, done, busy = sum(line["trained_tokens"] for line in lines), len(lines), sum(seconds)
+    total = done if is_complete else total
+    pace = Pace(done=done, total=total, is_complete=is_complete, tokens=tokens)
+    if not busy:
+        return pace
+    facts = {name: lines[-1][name] for name in ("loss", "policy_drift")}
+    return _with_rates(
+        replace(pace, busy_seconds=busy, facts=facts),
+        units=done / busy,
+        tokens=tokens / busy,
+        idle=max(0.0, now - latest),
+        longest=max(seconds),
+    )
+
+
+def spans_of(commits: Iterable[Commit]) -> list[Span]:
+    """When each unit was being made, seconds since the epoch, where that is known."""
+    return [(each.made_at - each.seconds, each.made_at) for each in commits if each.made_at]
+
+
+def after(pace: Pace, earlier: Pace) -> Pace:
+    """A stage that works on what an earlier one makes cannot end before it."""
+    if pace.eta_seconds is None or earlier.is_complete:
+        return pace
+    if earlier.eta_seconds is None:
+        return replace(pace, eta_seconds=None)
+    return replace(pace, eta_seconds=max(pace.eta_seconds, earlier.eta_seconds))
+
+
+def _with_rates(pace: Pace, *, units: float, tokens: float, idle: float, longest: float) -> Pace:
+    is_quiet = not pace.is_complete and idle > QUIET_SECONDS + QUIET_UNITS * longest
+    is_known = pace.total is not None and not pace.is_complete and not is_quiet
+    return replace(
+        pace,
+        units_per_second=units,
+        tokens_per_second=tokens,
+        idle_seconds=idle,
+        is_quiet=is_quiet,
+        eta_seconds=((pace.total or 0) - pace.done) / units if is_known else None,
+    )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundStatus:
@@ -29,8 +127,8 @@ class RoundStatus:
 
     round: int | None  # from 0; None: the initial student, which is only evaluated
     policy_version: int  # of the policy that is evaluated: 0, or the round's number + 1
-    window_tokens: int | None
-    busy_seconds: float  # in generate, score and train
+    window_tokens: int | None = None
+    busy_seconds: float = 0.0  # in generate, score and train
     stages: dict[str, Pace]
 
     @property
@@ -67,16 +165,8 @@ class StatusReader:
         statuses = [self._round(round_, now) for round_ in named]
         start: list[RoundStatus] = []
         if setup.config.evaluation is not None:
-            first = self._evaluate(setup.student, 0, now)
-            start = [
-                RoundStatus(
-                    round=None,
-                    policy_version=0,
-                    window_tokens=None,
-                    busy_seconds=0.0,
-                    stages={"evaluate": first},
-                )
-            ]
+            stages = {"evaluate": self._evaluate(setup.student, 0, now)}
+            start = [RoundStatus(round=None, policy_version=0, stages=stages)]
         complete = sum(round_.policy.is_complete() for round_ in named)
         return RunStatus(
             run=str(self._folder.path),
@@ -105,11 +195,10 @@ class StatusReader:
             stages[stage] = after(pace, stages["generate"]) if stages else pace
         stages["train"] = self._train(round_, now)
         if is_due(self._setup.config, round_.index):
-            stages["evaluate"] = (
-                self._evaluate(named_checkpoint(round_.policy), round_.index + 1, now)
-                if round_.policy.is_complete()
-                else Pace(done=0, total=None, is_complete=False)
-            )
+            stages["evaluate"] = Pace(done=0, total=None, is_complete=False)
+            if round_.policy.is_complete():
+                policy = named_checkpoint(round_.policy)
+                stages["evaluate"] = self._evaluate(policy, round_.index + 1, now)
         spans: list[Span] = []
         if self._setup.config.replay is None:  # else another run's time
             spans = [span for step in made for span in spans_of(self._commits(step))]
@@ -228,7 +317,9 @@ def status_lines(setup: Setup) -> list[str]:
             f"score {_progress_text([cache.scores for cache in round_.caches])}; "
             f"train {'complete' if round_.policy.is_complete() else 'not complete'}"
         )
-        missing = next((s for s in round_.steps if not s.is_complete() and not _waits(s)), None)
+        # A probe may turn out not to be needed.
+        needed = (step for step in round_.steps if "probe" not in step.kind.name)
+        missing = next((step for step in needed if not step.is_complete()), None)
         if missing is not None:
             lines += _nearest(setup, missing.artifact)
     waiting = setup.config.rounds - named
@@ -236,11 +327,6 @@ def status_lines(setup: Setup) -> list[str]:
         later = "1 more round waits" if waiting == 1 else f"{waiting} more rounds wait"
         lines.append(f"{later} for the policy of the round before")
     return lines
-
-
-def _waits(step: Step) -> bool:
-    """Whether a probe may turn out not to be needed."""
-    return "probe" in step.kind.name
 
 
 def _progress_text(steps: Iterable[Step]) -> str:

@@ -6,39 +6,23 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
-from pipeline.console import clock_text, rate_text
-from pipeline.pace import Pace
+from pipeline.console import clock_text, print_lines, rate_text, result_table
 from pipeline.run_folder import RunFolder
 from pipeline.setup import Setup
-from pipeline.status import RoundStatus, RunStatus, StatusReader, status_lines
+from pipeline.status import Pace, RoundStatus, RunStatus, StatusReader, status_lines
 
-COLUMNS = (
-    "round",
-    "window",
-    "stage",
-    "done",
-    "per second\nunits",
-    "\ntokens",
-    "\nbusy",
-    "\nETA",
-)
+COLUMNS = ("round", "window", "stage", "done", "per second\nunits", "\ntokens", "\nbusy", "\nETA")
 LINES_AROUND = 6  # header, rules and the line below, in a window that shows the table
 
 
 def table_of(status: RunStatus, *, height: int | None = None) -> RenderableType:
     """The table with a line about the whole run; `height` leaves out the oldest complete rounds."""
     shown = _fitting(status.rounds, height)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for name in COLUMNS:
-        justify = "left" if name == "stage" else "right"
-        table.add_column(name, justify=justify, no_wrap=True, vertical="bottom")
-    table.add_column("", no_wrap=True)
+    table = result_table((*COLUMNS, ""), left=("stage", ""))
     for each in shown:
         name = "start" if each.round is None else str(each.round)
         window = "" if each.window_tokens is None else str(each.window_tokens)
@@ -78,8 +62,7 @@ def print_status(setup: Setup, folder: RunFolder, *, as_json: bool, every: float
         watch(reader.read, console, seconds=every)
         return
     console.print(table_of(reader.read()))
-    for line in status_lines(setup):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    print_lines(console, status_lines(setup))
 
 
 def _fitting(rounds: tuple[RoundStatus, ...], height: int | None) -> tuple[RoundStatus, ...]:
@@ -97,17 +80,14 @@ def _cells(pace: Pace) -> list[str]:
     done = "complete" if pace.is_complete and not pace.done else f"{pace.done} of {pace.total}"
     if pace.total is None:
         done = str(pace.done or "")
+    rates = (pace.units_per_second, pace.tokens_per_second)
+    times = (pace.busy_seconds, pace.eta_seconds)
     return [
         done,
-        *("" if rate is None else rate_text(rate) for rate in _rates(pace)),
-        "" if pace.busy_seconds is None else clock_text(pace.busy_seconds),
-        "" if pace.eta_seconds is None else clock_text(pace.eta_seconds),
+        *("" if rate is None else rate_text(rate) for rate in rates),
+        *("" if seconds is None else clock_text(seconds) for seconds in times),
         _note(pace),
     ]
-
-
-def _rates(pace: Pace) -> tuple[float | None, float | None]:
-    return pace.units_per_second, pace.tokens_per_second
 
 
 def _note(pace: Pace) -> str:

@@ -19,10 +19,10 @@ from opd_stream.store.files import load_record
 from opd_stream.store.inventory import garbage
 from opd_stream.store.store import Store
 from opd_stream.tasks.pass_at_k import Bootstrap, Counts, differences, estimates
+from pipeline.cli.run_commands import print_run
 from pipeline.comparison import compare
 from pipeline.run_folder import RunFolder
 from pipeline.single_stage import run_evaluation
-from pipeline.summary_table import print_run
 from stages.step import Silent
 from tests.conftest import MODELS, Command, run, small_config
 from tests.test_judges import function_judge

@@ -20,10 +20,16 @@ from opd_stream.store import Store
 from opd_stream.store.artifact import Commit
 from pipeline.cli import app
 from pipeline.console import LOG, Level, TerminalProgress, set_up
-from pipeline.pace import Pace, after, pace_of_steps, pace_of_units
 from pipeline.run_folder import RunFolder
 from pipeline.setup import open_setup
-from pipeline.status import RunStatus, StatusReader
+from pipeline.status import (
+    Pace,
+    RunStatus,
+    StatusReader,
+    after,
+    pace_of_steps,
+    pace_of_units,
+)
 from pipeline.status_table import table_of, watch
 from stages.checkpoints import open_tokenizer, open_vocabulary
 from tests.conftest import MODELS, SmallRuns, loaded_by, reports_of, small_config

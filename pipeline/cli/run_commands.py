@@ -1,19 +1,31 @@
 """Commands that do work: the whole run, one stage of a round, one evaluation."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from pipeline.cli.options import ConfigFile, Overrides, RunDir, app, console, open_run
+from pipeline.console import TerminalProgress, print_lines, result_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from rich.console import Console
+
+    from pipeline.records import Passes, RoundReport, RunSummary, StageNumbers, TokenNumbers
+
+COLUMNS = (
+    *("round", "window", "policy\nversion", "pass@1", "pass@8"),
+    *("tokens\ngenerated", "teacher\nscored", "\ntrained"),
+    *("seconds\ngenerate", "\nscore", "\ntrain", "\nevaluate", "\npolicy_drift"),
+)
 
 
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Run the whole loop; run it again to continue."""
-    from pipeline.console import TerminalProgress
     from pipeline.run import run as run_rounds
-    from pipeline.summary_table import print_run
 
     settings, folder = open_run(config, overrides, run_dir)
     with TerminalProgress() as progress:
@@ -39,7 +51,6 @@ def _add_stage(stage: Literal["generate", "score", "train"], description: str) -
             typer.Option("--follow", help="Wait for what other machines have not published yet."),
         ] = False,
     ) -> None:
-        from pipeline.console import TerminalProgress
         from pipeline.single_stage import run_stage
 
         run, folder = open_run(config, overrides, run_dir)
@@ -72,7 +83,6 @@ def evaluate(
 ) -> None:
     """Evaluate a policy; with another judge or k nothing is sampled again."""
     from opd_stream.errors import UserError
-    from pipeline.console import TerminalProgress
     from pipeline.single_stage import run_evaluation
 
     if round_index is not None:
@@ -91,3 +101,62 @@ def evaluate(
             out=out,
         )
     typer.echo(lines)
+
+
+def print_run(
+    reports: "Sequence[RoundReport]", summary: "RunSummary", folder: str, *, console: "Console"
+) -> None:
+    """Print a table of the rounds, totals, and where the run lies."""
+    table = result_table(COLUMNS)
+    table.collapse_padding = True  # the widest of the tables
+    first = next((each for each in summary.evaluations if each.round == 0), None)
+    if first is not None:
+        later = sum(report.evaluation.seconds for report in reports if report.evaluation)
+        seconds = f"{summary.seconds.evaluate - later:.1f}"
+        table.add_row("start", "", "0", *_passes(first), *[""] * 6, seconds)
+    for report in reports:
+        evaluation = report.evaluation
+        table.add_row(
+            str(report.round),
+            str(report.window_tokens),
+            str(report.round + 1),
+            *_passes(evaluation),
+            *_work(report.tokens, report.seconds),
+            "" if evaluation is None else f"{evaluation.seconds:.1f}",
+            f"{report.policy_drift:.4f}",
+        )
+    table.add_section()
+    work = _work(summary.tokens, summary.seconds)
+    table.add_row("all", *[""] * 4, *work, f"{summary.seconds.evaluate:.1f}", "")
+    console.print(table)
+    print_lines(console, (*_lines(summary), f"run: {folder}"))
+
+
+def _lines(summary: "RunSummary") -> "Iterator[str]":
+    reused, seconds = summary.reused, summary.seconds
+    yield f"teacher-scored tokens: {summary.tokens.teacher_scored:,}"
+    yield f"reused: {reused.rollout_units} rollout units, {reused.score_units} score units"
+    yield (
+        f"wall clock: {seconds.wall:.0f} s, of which {seconds.other:.0f} s neither sampling, "
+        "scoring, training nor evaluation"
+    )
+    if summary.evaluations and len(summary.evaluations[-1].benchmarks) > 1:
+        from pipeline.evaluation import figure_lines
+
+        yield from figure_lines(summary.evaluations[-1])
+    if summary.refused_rows:
+        yield f"rows refused by the teacher (not finite): {summary.refused_rows}"
+    yield f"final policy: {summary.final_policy}"
+
+
+def _work(tokens: "TokenNumbers", seconds: "StageNumbers") -> list[str]:
+    counts = (tokens.generated, tokens.teacher_scored, tokens.trained)
+    times = (seconds.generate, seconds.score, seconds.train)
+    return [*(f"{each:,}" for each in counts), *(f"{each:.1f}" for each in times)]
+
+
+def _passes(evaluation: "Passes | None") -> tuple[str, str]:
+    if evaluation is None:
+        return "", ""
+    first = f"{evaluation.pass_at_1:.3f}±{evaluation.standard_error:.3f}"
+    return first, f"{evaluation.passes['pass@8']:.3f}" if "pass@8" in evaluation.passes else ""
