@@ -108,11 +108,7 @@ def _artifacts(evaluation: Answers) -> dict[str, str]:
 
 
 def _pair(name: str, left: Side, right: Side) -> tuple[Counts, Counts]:
-    """Both policies' counts on a benchmark.
-
-    Raises:
-        UserError: they are not verdicts of one judge on the same problems and seeds.
-    """
+    """Both policies' counts on a benchmark."""
     (a, asked_a), (b, asked_b) = _read(name, left), _read(name, right)
     other = differing_fields(asked_a, asked_b)
     if other:

@@ -53,12 +53,9 @@ class JsonLines(logging.Formatter):
             fields["logger"] = record.name
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
-        line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-            "fields": fields,
-        }
+        time_ = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        level, message = record.levelname.lower(), record.getMessage()
+        line = {"time": time_, "level": level, "message": message, "fields": fields}
         return json.dumps(line, default=str)
 
 
@@ -99,9 +96,7 @@ class _JsonStderr(io.TextIOBase):
 def set_up(level: Level, *, as_json: bool) -> None:
     """Print lines of this level and above; of libraries, from their warnings on."""
     root = logging.getLogger()
-    root.handlers = [
-        handler for handler in root.handlers if not isinstance(handler, _StderrHandler)
-    ]
+    root.handlers = [each for each in root.handlers if not isinstance(each, _StderrHandler)]
     handler = _StderrHandler()
     handler.setFormatter(JsonLines() if as_json else PlainLines())
     root.addHandler(handler)
@@ -133,9 +128,7 @@ def shows_bars() -> bool:
 
 def clock_text(seconds: float) -> str:
     """A duration as H:MM:SS, with days where there are any; a short one as seconds."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    return str(timedelta(seconds=round(seconds)))
+    return f"{seconds:.1f} s" if seconds < 10 else str(timedelta(seconds=round(seconds)))
 
 
 def rate_text(per_second: float) -> str:
@@ -158,6 +151,11 @@ def print_lines(console: Console, lines: Iterable[str | Text]) -> None:
     """Lines as they are: nothing in them is marked up or wrapped."""
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def facts_text(facts: dict[str, float], between: str) -> str:
+    """Counts whole, measures with four digits."""
+    return between.join(f"{k} {v if isinstance(v, int) else f'{v:.4f}'}" for k, v in facts.items())
 
 
 class Live:
@@ -230,16 +228,11 @@ class _StageState:
 
     def note(self, numbers: dict[str, float]) -> str:
         """Rates, time left and facts in words."""
-        words: list[str] = []
-        for name, unit in (("units_per_second", self.unit), ("tokens_per_second", "tokens")):
-            if name in numbers:
-                words.append(f"{rate_text(numbers[name])} {unit}/s")
+        units = {"units_per_second": self.unit, "tokens_per_second": "tokens"}
+        words = [f"{rate_text(numbers[n])} {unit}/s" for n, unit in units.items() if n in numbers]
         if "eta_seconds" in numbers:
             words.append(f"ETA {clock_text(numbers['eta_seconds'])}")
-        facts = ", ".join(
-            f"{name} {value if isinstance(value, int) else f'{value:.4f}'}"
-            for name, value in self.facts.items()
-        )
+        facts = facts_text(self.facts, ", ")
         if facts and self.name in COUNTED:  # a round's own numbers are means over it
             facts = f"latest {self.unit.removesuffix('s')}: {facts}"
         return ", ".join([*words, facts] if facts else words)

@@ -73,22 +73,14 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
 def open_to_look(config: Config) -> Setup:
     """As `open_setup`, for commands that work on nothing: prompts are named and not made.
 
-    What only training reads is left out, and so is torch.
-
-    Raises:
-        UserError: as `open_setup`, but for judges and problems of evaluation.
-    """
+    What only training reads is left out, and so is torch."""
     store = Store(config.store)
     store.check_writable()
     return setup_of(config, store, partial(open_checkpoint, store), token_id_of, make=False)
 
 
 def open_store(config: Config) -> Store:
-    """The store of a run, patient from its first answer on.
-
-    Raises:
-        UserError: it cannot be reached or written.
-    """
+    """The store of a run, patient from its first answer on."""
     Store(config.store).check_writable()
     return Store(config.store, retry_timeout=config.store_seconds)
 
@@ -108,11 +100,7 @@ def setup_of(
         store: of the run.
         opened: identifies a checkpoint folder.
         token_id: the id of a token in a checkpoint's vocabulary; None: it has none.
-        make: the prompts artifacts; False: only name them.
-
-    Raises:
-        UserError: as `open_setup`.
-    """
+        make: the prompts artifacts; False: only name them."""
     for model in (config.student, config.teacher):
         if model is not None:
             engine_recipe(model.engine)  # one of the user's own can be imported
@@ -160,11 +148,7 @@ def check_extras(config: Config) -> None:
 
 
 def check_evaluation(config: Config, store: Store, student: Checkpoint) -> None:
-    """Refuse what cannot be judged, before any work.
-
-    Raises:
-        UserError: a judge cannot be opened, or problems cannot be read or have no answers.
-    """
+    """Refuse what cannot be judged, before any work."""
     for part in () if config.evaluation is None else config.evaluation.parts().values():
         assert part.judge is not None
         open_judge(part.judge)

@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from pipeline.console import clock_text, print_lines, rate_text, result_table
+from pipeline.console import clock_text, facts_text, print_lines, rate_text, result_table
 from pipeline.run_folder import RunFolder
 from pipeline.setup import Setup
 from pipeline.status import Pace, RoundStatus, RunStatus, StatusReader, status_lines
@@ -91,13 +91,10 @@ def _cells(pace: Pace) -> list[str]:
 
 
 def _note(pace: Pace) -> str:
-    notes = [
-        f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4f}"
-        for name, value in pace.facts.items()
-    ]
-    if pace.is_quiet and pace.idle_seconds is not None:
-        notes.append(f"nothing new for {clock_text(pace.idle_seconds)}")
-    return "  ".join(notes)
+    facts = facts_text(pace.facts, "  ")
+    if not pace.is_quiet or pace.idle_seconds is None:
+        return facts
+    return f"{facts}{'  ' if facts else ''}nothing new for {clock_text(pace.idle_seconds)}"
 
 
 def _about(status: RunStatus, *, hidden: int) -> str:

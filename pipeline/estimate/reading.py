@@ -45,11 +45,7 @@ class SourceLengths:
     rows: int | None  # prompts in the source, as far as that is known
 
     def selected(self, selection: dict[str, Any]) -> PromptLengths:
-        """Of the prompts of a recipe; where not all are measured, of those that are.
-
-        Raises:
-            UserError: a round wants more prompts than there are.
-        """
+        """Of the prompts of a recipe; where not all are measured, of those that are."""
         tokens = self.tokens
         if self.is_whole:
             tokens = tokens[selected_rows(selection, len(tokens))]
@@ -75,11 +71,7 @@ class RunInputs:
 
 
 def read_inputs(config: Config) -> RunInputs:
-    """Open what a run needs, without changing anything.
-
-    Raises:
-        UserError: as `open_setup`, and where the run would be refused.
-    """
+    """Open what a run needs, without changing anything."""
     check_extras(config)
     store = Store(config.store)
     _check_store(store)
@@ -146,11 +138,7 @@ class FastTokenizer:
 
     @staticmethod
     def of(folder: Path) -> "FastTokenizer | None":
-        """That of a checkpoint; None where it has none in this form.
-
-        Raises:
-            UserError: the file cannot be read.
-        """
+        """That of a checkpoint; None where it has none in this form."""
         if not (folder / "tokenizer.json").is_file():
             return None
         try:

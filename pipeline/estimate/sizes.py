@@ -179,11 +179,7 @@ class PolicySizes:
 
 
 def policy_sizes(folder: Path, lora: Lora | None) -> PolicySizes:
-    """From the shapes of the student's weights; training keeps float32 and two moments of AdamW.
-
-    Raises:
-        UserError: the weights are no safetensors.
-    """
+    """From the shapes of the student's weights; training keeps float32 and two moments of AdamW."""
     shapes = weight_shapes(folder)
     weights = sum(prod(shape) for shape in shapes.values())
     trained = weights if lora is None else _adapter_weights(shapes, lora)
