@@ -40,6 +40,11 @@ def call(function: str, *arguments: Any, **named: Any) -> Any:
     return pkgutil.resolve_name(function)(*arguments, **named)
 
 
+def call_with(config: dict[str, Any]) -> None:
+    """Call the function that `config` names with all of it, in a process that Ray starts."""
+    call(config["function"], config)
+
+
 class RemoteWorker:
     """A worker that one of our functions opens, in a process that Ray starts."""
 

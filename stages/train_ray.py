@@ -10,12 +10,13 @@ import logging
 import os
 import tempfile
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from opd_stream.config import TrainerPool
 from opd_stream.errors import UserError
+from opd_stream.launcher import call_with
 from opd_stream.store.artifact import DamagedUnit
 from stages.ray_stream import lacking, open_queue, put, start_cluster, stop_cluster
 from stages.step import Progress
@@ -24,17 +25,9 @@ from stages.train_job import TrainJob
 POLL_SECONDS = "0.5"  # between two looks of Ray Train at its workers
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """What a worker has to say: a call of `Progress`, or an error, by the names of its fields.
-
-    Example:
-        >>> Message(verb="advance", values=("train", 1, 4096), facts={"loss": 0.31})
-    """
-
-    verb: str  # start, advance, say, warn; error, damaged
-    values: tuple[Any, ...] = ()
-    facts: dict[str, float] | None = None
+# A call of `Progress`, or an error: its name, arguments and named arguments. Plain values, so that
+# the queue's process imports nothing of ours.
+Message = tuple[str, tuple[Any, ...], dict[str, float]]
 
 
 def train_on_ray(job: TrainJob, progress: Progress) -> None:
@@ -68,8 +61,13 @@ def _fit(job: TrainJob, progress: Progress) -> None:
         resources["GPU"] = pool.gpus
     with tempfile.TemporaryDirectory() as folder:
         trainer = TorchTrainer(
-            _work,
-            train_loop_config={"job": job, "queue": queue},
+            call_with,
+            # References in it are followed by the worker, once it has found our packages.
+            train_loop_config={
+                "function": "stages.train_ray:train_in_worker",
+                "job": ray.put(job),
+                "queue": queue,
+            },
             scaling_config=ScalingConfig(
                 num_workers=pool.devices,
                 use_gpu=bool(pool.gpus),
@@ -118,14 +116,15 @@ def _next(queue: Any) -> Message | None:
 
 def _heed(message: Message, job: TrainJob, progress: Progress) -> Exception | None:
     """Show progress; an error is returned, to be raised when the workers have ended."""
-    match message.verb:
+    verb, values, facts = message
+    match verb:
         case "error":
-            return UserError(*message.values)
+            return UserError(*values)
         case "damaged":
-            kind, fingerprint, unit, reason = message.values
+            kind, fingerprint, unit, reason = values
             return DamagedUnit(job.store().by_fingerprint(kind, fingerprint), unit, reason)
-        case verb:
-            getattr(progress, verb)(*message.values, **message.facts or {})
+        case _:
+            getattr(progress, verb)(*values, **facts)
             return None
 
 
@@ -154,7 +153,7 @@ def _explained(error: Exception, pool: TrainerPool) -> UserError:
     )
 
 
-def _work(config: dict[str, Any]) -> None:
+def train_in_worker(config: dict[str, Any]) -> None:
     """One worker: the loop of `stages/train.py`, with the process group that Ray Train made."""
     import ray
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -162,7 +161,8 @@ def _work(config: dict[str, Any]) -> None:
     from stages.learner import open_fabric
     from stages.train import train_here
 
-    job, queue = config["job"], config["queue"]
+    job: Any = ray.get(config["job"])
+    queue = config["queue"]
     environment = TorchElasticEnvironment()  # reads RANK, LOCAL_RANK and WORLD_SIZE
     problem: Message | None = None
     try:
@@ -174,11 +174,11 @@ def _work(config: dict[str, Any]) -> None:
             )
         train_here(job, _Sender(queue, environment.global_rank()), open_fabric(job, environment))
     except UserError as error:
-        problem = Message(verb="error", values=(str(error),))
+        problem = ("error", (str(error),), {})
     except DamagedUnit as damaged:
         artifact = damaged.artifact
         found = (artifact.recipe.kind, artifact.fingerprint, damaged.unit, damaged.reason)
-        problem = Message(verb="damaged", values=found)
+        problem = ("damaged", found, {})
     if problem is not None:
         put(queue, [problem])
         raise RuntimeError("a mistake of the user, told through the queue")  # ends all workers
@@ -204,7 +204,7 @@ class _Sender:
 
     def _send(self, verb: str, *values: Any, **facts: float) -> None:
         if self._is_first:
-            put(self._queue, [Message(verb=verb, values=values, facts=facts)])
+            put(self._queue, [(verb, values, facts)])
 
 
 def _absolute(job: TrainJob) -> TrainJob:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from opd_stream.errors import UserError
 from pipeline.run_folder import RunFolder
 from stages.ray_stream import lacking
 from stages.step import Silent
-from tests.conftest import run, small_config
+from tests.conftest import clash, reports_of, run, small_config
 from tests.test_faults import workers
+from tests.test_ray import ray_command
 from tests.test_training import collected, column, train  # noqa: F401
 
 TWO = ("executor=ray", "pools.trainer.devices=2", "pools.trainer.start_seconds=300")
@@ -85,6 +87,16 @@ def test_a_training_worker_that_dies_is_one_line_and_the_next_call_resumes(tmp_p
     assert run(config, directory, Silent())["finished"]
     steps = [int(value) for value in column(tmp_path, "run", "step")]
     assert steps == list(range(40))
+
+
+@pytest.mark.slow
+def test_workers_find_our_packages_in_a_folder_with_modules_named_as_ours(tmp_path: Path) -> None:
+    command = ray_command(tmp_path, "rounds=1", "evaluation=null", *TWO)
+    found = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, env=clash(tmp_path)
+    )
+    assert found.returncode == 0, found.stderr
+    assert len(reports_of(RunFolder(tmp_path / "run"))) == 1
 
 
 @pytest.mark.slow
