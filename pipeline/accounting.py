@@ -162,7 +162,7 @@ def round_report(
         terminator_rate=1 - length_share,
         repeat_ratio=repeated,
         alignment=_alignment(scores),
-        cache_bytes=sum(c.bytes for step in work.cached for c in step.commits()),
+        cache_bytes=sum(commit.bytes for commit in work.used(work.cached)),
         flops=work.flops(),
         seconds=work.by_stage(_seconds, outcome.seconds),
         cpu_seconds=work.by_stage(_cpu_seconds, outcome.cpu_seconds),
@@ -200,10 +200,20 @@ class RoundWork:
         self.probes = [step for step in self.steps if step.kind in (PROBE, PROBE_SCORE)]
         self.cached = [step for step in self.steps if step not in self.probes]
         self.is_trained_here = outcome.made_by in run_ids
+        self._units = {
+            step.artifact.name: cache.units
+            for cache in round_.caches
+            for step in (cache.rollouts, cache.scores)
+        }
+
+    def used(self, steps: Iterable[Step]) -> list[Commit]:
+        """The units of some steps that the round uses: of an artifact in a replay perhaps some."""
+        found = [(self._units.get(s.artifact.name), c) for s in steps for c in s.commits()]
+        return [commit for units, commit in found if units is None or commit.unit in units]
 
     def commits(self, steps: Iterable[Step]) -> list[Commit]:
-        """The units of some steps that the run made."""
-        return [c for step in steps for c in step.commits() if c.made_by in self.run_ids]
+        """Those that the run made."""
+        return [commit for commit in self.used(steps) if commit.made_by in self.run_ids]
 
     def by_stage(self, number: Callable[[list[Commit]], float], train: float) -> StageNumbers:
         """A number of the units of each stage, and that of training."""
@@ -254,7 +264,7 @@ class RoundWork:
 
         def units(stage: Stage) -> int:
             steps = of_stage(self.cached, stage)
-            return sum(len(step.commits()) for step in steps) - len(self.commits(steps))
+            return len(self.used(steps)) - len(self.commits(steps))
 
         return RoundReuse(
             rollout_units=units("generate"),

@@ -241,6 +241,17 @@ def test_a_replay_reads_no_more_rounds_than_it_trains(copied_run: Path) -> None:
         assert run_small(copied_run, *overrides, name=f"replay{number}")["rounds"] == 1
 
 
+def test_a_replay_counts_the_units_that_it_reads(copied_run: Path) -> None:
+    path = copied_run / "run" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["caches"][1][0]["units"] = [0]  # as where a round kept a part of an artifact
+    path.write_text(json.dumps(summary))
+    overrides = (f"replay.run={copied_run / 'run'}", "evaluation=null")
+    replayed = run_small(copied_run, *overrides, name="replay")
+    assert replayed["reused"] == {"rollout_units": 3, "score_units": 3}
+    assert replayed["cache_bytes"] < summary["cache_bytes"]
+
+
 def test_a_drift_bound_stops_the_epochs_and_says_so(tmp_path: Path) -> None:
     overrides = ["staleness.max_epochs=6", "staleness.policy_drift=1e-4", "evaluation=null"]
     summary = run_small(tmp_path, *overrides)
