@@ -24,7 +24,7 @@ from stages.student_model import StudentModel
 from stages.train_data import BatchPlan, bucketed
 from stages.train_job import TrainJob
 from stages.train_state import (
-    Checkpoint,
+    TrainCheckpoint,
     TrainState,
     load_moments,
     load_weights,
@@ -124,7 +124,7 @@ def open_fabric(job: TrainJob, environment: ClusterEnvironment | None = None) ->
     return fabric
 
 
-def open_learner(job: TrainJob, fabric: Fabric, checkpoint: Checkpoint | None) -> Learner:
+def open_learner(job: TrainJob, fabric: Fabric, checkpoint: TrainCheckpoint | None) -> Learner:
     """The student, from a checkpoint of the round or from the policy that the round starts from."""
     settings = job.config.train
     student = job.load_student(gradient_checkpointing=settings.gradient_checkpointing)

@@ -49,11 +49,11 @@ from stages.extrapolate import Extrapolator, open_extrapolator, save_base
 from stages.learner import Learner, measure_units, open_fabric, open_learner
 from stages.step import Progress
 from stages.student_model import save_student
-from stages.train_data import BatchPlan, Step, read_epoch
+from stages.train_data import BatchPlan, StepBatches, read_epoch
 from stages.train_job import TrainJob
 from stages.train_state import (
-    Checkpoint,
     Clock,
+    TrainCheckpoint,
     TrainState,
     add_sums,
     forget_metrics_from,
@@ -179,7 +179,7 @@ def train_epoch(training: Training) -> None:
             return
 
 
-def take_step(training: Training, step: Step, rate: float) -> tuple[dict[str, float], float]:
+def take_step(training: Training, step: StepBatches, rate: float) -> tuple[dict[str, float], float]:
     """One optimizer step: the sums over all its tokens, and the norm of its gradient.
 
     Gradients are those of one mean over the tokens of the whole step, whatever the number of
@@ -231,7 +231,7 @@ def rate_of_step(training: Training) -> float:
 
 def report_step(
     training: Training,
-    step: Step,
+    step: StepBatches,
     sums: dict[str, float],
     *,
     rate: float,
@@ -370,7 +370,7 @@ def checkpoint(training: Training) -> None:
     """Write all that the rest of the round follows from; every process helps to gather it."""
     learner, state = training.learner, training.state
     state.seconds, state.cpu_seconds = training.clock.seconds, training.clock.cpu_seconds
-    whole = Checkpoint(
+    whole = TrainCheckpoint(
         state=state,
         weights=learner.weights(),
         optimizer=learner.moments(),
@@ -421,7 +421,7 @@ def publish(training: Training, units: tuple[UnitRecord, ...], audited: WindowAu
     shutil.rmtree(job.scratch, ignore_errors=True)
 
 
-def _not_finite(step: Step, losses: list[tuple[Batch, torch.Tensor]]) -> str:
+def _not_finite(step: StepBatches, losses: list[tuple[Batch, torch.Tensor]]) -> str:
     rows = sorted(
         {
             batch.names[row]

@@ -55,7 +55,7 @@ class BatchPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class StepBatches:
     """What one process does in one optimizer step."""
 
     number: int  # from the start of the run
@@ -121,14 +121,14 @@ def read_epoch(
     skipped: int = 0,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[Step]:
+) -> Iterator[StepBatches]:
     """The steps of an epoch, without the first ones, as one of `world_size` processes does them."""
     steps = plan.epoch_steps(len(rows), epoch)
     first = plan.first_step + epoch * len(steps) + skipped
     ahead = rows.ahead([position for step in steps[skipped:] for position in step])
     for number, step in enumerate(steps[skipped:], start=first):
         chosen = [plan.used(row) for row in islice(ahead, len(step))]
-        yield Step(
+        yield StepBatches(
             number=number,
             window_tokens=plan.window.tokens_at(number),
             batches=step_batches(chosen, plan, number, rank=rank, world_size=world_size),

@@ -94,7 +94,7 @@ class Clock:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
+class TrainCheckpoint:
     """Everything that the rest of a round follows from."""
 
     state: TrainState
@@ -103,7 +103,7 @@ class Checkpoint:
     base: dict[str, torch.Tensor] | None  # of the next extrapolation
 
 
-def save_checkpoint(scratch: Path, checkpoint: Checkpoint) -> None:
+def save_checkpoint(scratch: Path, checkpoint: TrainCheckpoint) -> None:
     """Write a checkpoint, named by the steps of the round; it appears whole, earlier ones go."""
     scratch.mkdir(parents=True, exist_ok=True)
     target = scratch / f"{checkpoint.state.steps:08d}"
@@ -121,19 +121,19 @@ def save_checkpoint(scratch: Path, checkpoint: Checkpoint) -> None:
         shutil.rmtree(older, ignore_errors=True)
 
 
-def latest_checkpoint(scratch: Path) -> Checkpoint | None:
+def latest_checkpoint(scratch: Path) -> TrainCheckpoint | None:
     """The checkpoint to resume from, if there is one."""
     found = _checkpoints(scratch)
     if not found:
         return None
     tree = load_tree(found[-1])
     state, base = tree.get("state"), tree.get("base")
-    if state is None:  # written before version 0.2
+    if state is None:  # of the layout before TrainState
         jumps = tree["extrapolation"] or {"base": None, "done": []}
         base, old = jumps["base"], tree["keeper"]
         state = {**old, **old.get("spent", {}), "epochs": old["decisions"]}
         state |= {"mean_loss": tree["mean_loss"], "extrapolations": jumps["done"]}
-    return Checkpoint(
+    return TrainCheckpoint(
         state=TrainState.model_validate(state),
         weights=tree["weights"],
         optimizer=tree["optimizer"],
