@@ -19,7 +19,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.setup import Setup
 from stages.checkpoints import Checkpoint
 from stages.evaluate import evaluation_result
-from stages.step import Step, of_stage
+from stages.step import PROBE, PROBE_SCORE, Step, of_stage
 
 QUIET_SECONDS = 60.0  # a stage is quiet when nothing came for this long
 QUIET_UNITS = 3.0  # and as long again as this many of its longest units took
@@ -318,7 +318,7 @@ def status_lines(setup: Setup) -> list[str]:
             f"train {'complete' if round_.policy.is_complete() else 'not complete'}"
         )
         # A probe may turn out not to be needed.
-        needed = (step for step in round_.steps if "probe" not in step.kind.name)
+        needed = (step for step in round_.steps if step.kind not in (PROBE, PROBE_SCORE))
         missing = next((step for step in needed if not step.is_complete()), None)
         if missing is not None:
             lines += _nearest(setup, missing.artifact)
