@@ -19,7 +19,6 @@ from opd_stream.store.artifact import Commit, summed_counts
 from opd_stream.store.files import canonical_json, read_json, sha256
 from opd_stream.store.recipe import differing_fields
 from pipeline.caches import replayed_caches
-from pipeline.evaluation import evaluation_record
 from pipeline.plan import is_due
 from pipeline.records import (
     AlignmentShares,
@@ -125,6 +124,10 @@ class Accounts:
 
     def _evaluation(self, policy: Checkpoint) -> EvaluationRecord | None:
         setup = self.setup
+        if setup.config.evaluation is None:
+            return None
+        from pipeline.evaluation import evaluation_record
+
         run_ids = setup.store.ids_of_run(self.run_id)
         return evaluation_record(setup.config, setup.store, policy, setup.stop_ids, run_ids)
 

@@ -14,7 +14,6 @@ from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.store import Store
 from pipeline.accounting import Accounts, Span, busy_seconds, inputs_of
-from pipeline.evaluation import evaluation_steps
 from pipeline.plan import is_due
 from pipeline.records import RunSummary
 from pipeline.rounds import Round, checkpoint_of, rounds
@@ -30,7 +29,6 @@ from stages.collect import (
     submit_missing,
     wait_for,
 )
-from stages.evaluate import evaluate, evaluation_prompts
 from stages.executors import Executor, open_executor
 from stages.step import PROBE, Progress, Step, of_stage, with_needs
 
@@ -298,6 +296,9 @@ def evaluate_policy(
     config, evaluation = session.config, session.config.evaluation
     if evaluation is None:
         return
+    from pipeline.evaluation import evaluation_steps
+    from stages.evaluate import evaluate, evaluation_prompts
+
     for name, step in evaluation_steps(config, session.store, policy, stop_ids, version).items():
         part = evaluation.parts()[name]
         prompts = evaluation_prompts(session.store, part, policy)

@@ -13,11 +13,9 @@ from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import read_json
 from opd_stream.store.store import Store
-from opd_stream.tasks.judges import open_judge
 from opd_stream.windows import AdaptiveWindow
 from pipeline.plan import plan_round
 from stages.checkpoints import Checkpoint, check_pair, open_checkpoint, open_vocabulary
-from stages.evaluate import evaluation_prompts
 from stages.prompts import make_prompts, prompts_artifact
 
 if TYPE_CHECKING:
@@ -149,7 +147,12 @@ def check_extras(config: Config) -> None:
 
 def check_evaluation(config: Config, store: Store, student: Checkpoint) -> None:
     """Refuse what cannot be judged, before any work."""
-    for part in () if config.evaluation is None else config.evaluation.parts().values():
+    if config.evaluation is None:
+        return
+    from opd_stream.tasks.judges import open_judge
+    from stages.evaluate import evaluation_prompts
+
+    for part in config.evaluation.parts().values():
         assert part.judge is not None
         open_judge(part.judge)
         evaluation_prompts(store, part, student)
