@@ -4,10 +4,16 @@ Everything that a later round, a report or an estimate asks about a finished rou
 `TrainOutcome`; it needs no torch.
 """
 
-from typing import Literal
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict
 
 from opd_stream.drift import DriftSums
-from opd_stream.section import Record
+from opd_stream.errors import UserError
+from opd_stream.section import Record, read_record
 from opd_stream.windows import WindowDecision
 
 EpochAction = Literal["train", "gated", "stop", "regenerate"]
@@ -130,3 +136,37 @@ class TrainOutcome(Record):
     def floor(self) -> float:
         """Drift below this is the difference between engine and trainer."""
         return self.start.floor or 0.0
+
+
+class StepMetrics(Record):
+    """An optimizer step as a line of metrics.jsonl has it; all its other numbers are kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+    round: int
+    epoch: int = 0
+    step: int
+    policy_drift: float | None = None
+    effective_sample_fraction: float | None = None
+    mean_drift_weight: float | None = None
+
+
+def read_metrics(path: Path, *, backwards: bool = False) -> Iterator[tuple[str, StepMetrics]]:
+    """The whole lines of a metrics.jsonl, and what they say; one still being written is left out.
+
+    Raises:
+        UserError: a line is damaged (says which).
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    numbered = list(enumerate(lines, start=1))
+    for number, line in reversed(numbered) if backwards else numbered:
+        if line.endswith(b"\n"):
+            where = f"line {number} of {path}"
+            try:
+                value: Any = json.loads(line)
+            except ValueError as error:
+                raise UserError(
+                    f"{where} is not valid JSON ({error}); expected what opd-stream writes; delete "
+                    "the file: the run writes the lines of its finished rounds again"
+                ) from error
+            yield line.decode(), read_record(StepMetrics, value, where)

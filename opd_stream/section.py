@@ -85,7 +85,7 @@ class Section(BaseModel):
     It is declared once, beside the functions that read it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Part(Section):

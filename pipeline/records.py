@@ -1,6 +1,6 @@
 """What a run's folder says: plan and report of each round, the summary; for writers and readers.
 
-`run.json`, `config.json` and `metrics.jsonl` stand beside them; `pipeline/run_folder.py` knows
+`config.json` and `metrics.jsonl` stand beside them; `pipeline/run_folder.py` knows
 where everything lies.
 """
 
@@ -24,6 +24,14 @@ class CacheRecord(Record):
     policy_version: int  # of the oldest tokens in it
     window_tokens: int | None  # of its rollouts; None of imported rows
     units: tuple[int, ...] | None  # None: all
+
+
+class MadeBy(Record):
+    """Who made a run, and with what: `run.json`."""
+
+    id: str
+    python: str | None = None
+    versions: dict[str, str] = Field(default={})
 
 
 class UnitDecisionRecord(Record):

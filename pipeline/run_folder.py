@@ -24,10 +24,11 @@ from pydantic import ValidationError
 from opd_stream.config import PLACEMENT, Config, counts_rounds
 from opd_stream.config_file import problems_of
 from opd_stream.errors import UserError
+from opd_stream.outcome import read_metrics
 from opd_stream.section import read_record
-from opd_stream.store.files import explained, publish, publish_new, read_json
+from opd_stream.store.files import explained, load_record, publish, publish_new, read_json
 from opd_stream.store.recipe import differing_fields
-from pipeline.records import RoundPlanRecord, RoundReport, RunSummary
+from pipeline.records import MadeBy, RoundPlanRecord, RoundReport, RunSummary
 from pipeline.rounds import Round
 
 LIBRARIES = ("opd-stream", "torch", "transformers", "lightning", "ray", "pyarrow")
@@ -66,13 +67,13 @@ class RunFolder:
 
     def _record(self) -> str:
         """Write who made the run, once; returns its id."""
-        record = {
-            "id": uuid.uuid4().hex,
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in LIBRARIES},
-        }
-        publish_new(self.path / "run.json", _pretty(record))
-        return read_json(self.path / "run.json")["id"]
+        record = MadeBy(
+            id=uuid.uuid4().hex,
+            python=platform.python_version(),
+            versions={name: version(name) for name in LIBRARIES},
+        )
+        publish_new(self.path / "run.json", _pretty(record.as_json()))
+        return self.made_by().id
 
     def check(self, config: Config, *without: str) -> None:
         """Refuse a folder that belongs to another run; writes nothing.
@@ -157,9 +158,13 @@ class RunFolder:
             )
         return finished[-1]
 
-    def run_id(self) -> str:
-        """The id of an existing run."""
-        return read_json(self.path / "run.json")["id"]
+    def made_by(self) -> MadeBy:
+        """Who made an existing run.
+
+        Raises:
+            UserError: the record is damaged.
+        """
+        return load_record(MadeBy, self.path / "run.json")
 
     def write_plan(self, round_: Round) -> None:
         """What the round will do, and the artifacts it names."""
@@ -218,14 +223,13 @@ class RunFolder:
 
     def add_metrics(self, round_: Round) -> None:
         """Take the metrics of a round over from its policy, unless they are here already."""
-        published = (round_.policy.folder("texts") / "metrics.jsonl").read_text()
-        found = self.metrics.read_text() if self.metrics.exists() else ""
-        lines = [line for line in found.splitlines(keepends=True) if line.endswith("\n")]
-        before = [line for line in lines if json.loads(line)["round"] < round_.index]
-        after = [line for line in lines if json.loads(line)["round"] > round_.index]
-        wanted = "".join([*before, published, *after])
-        if wanted != found:
-            publish(self.metrics, wanted.encode())
+        published = read_metrics(round_.policy.folder("texts") / "metrics.jsonl")
+        lines = list(read_metrics(self.metrics))
+        before = [line for line, step in lines if step.round < round_.index]
+        after = [line for line, step in lines if step.round > round_.index]
+        wanted = "".join([*before, *(line for line, _ in published), *after]).encode()
+        if not self.metrics.exists() or wanted != self.metrics.read_bytes():
+            publish(self.metrics, wanted)
 
     def training_lines(self, round_: Round) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl of a round, as far as it has been trained on this machine.
@@ -233,16 +237,14 @@ class RunFolder:
         Empty where this folder's round has other settings.
         """
         plan = self._round(round_.index) / "plan.json"
-        if not plan.exists() or read_json(plan)["policy"] != round_.policy.fingerprint:
+        if not plan.exists() or self.plan(round_.index).policy != round_.policy.fingerprint:
             return []
-        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
         own: list[dict[str, Any]] = []
-        for line in reversed(lines):
-            value = json.loads(line) if line.endswith("\n") else {"round": round_.index + 1}
-            if value["round"] < round_.index:
+        for _, step in read_metrics(self.metrics, backwards=True):
+            if step.round < round_.index:
                 break
-            if value["round"] == round_.index:
-                own.insert(0, value)
+            if step.round == round_.index:
+                own.insert(0, step.as_json())
         return own
 
     def checkpoint_steps(self, round_: Round) -> int | None:

@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from opd_stream.outcome import EpochRecord, ExtrapolationRecord, StartDrift
+from opd_stream.outcome import EpochRecord, ExtrapolationRecord, StartDrift, read_metrics
 from opd_stream.store.files import publish, sync_tree
 from opd_stream.store.tree import load_tree, save_tree
 
@@ -214,21 +214,16 @@ def load_moments(
 
 def forget_metrics_from(metrics: Path, step: int) -> None:
     """Remove the lines of steps that will be done again."""
-    if not metrics.exists():
-        return
-    kept = [
-        line
-        for line in metrics.read_text().splitlines(keepends=True)
-        if line.endswith("\n") and json.loads(line)["step"] < step
-    ]
-    publish(metrics, "".join(kept).encode())
+    if metrics.exists():
+        kept = [line for line, found in read_metrics(metrics) if found.step < step]
+        publish(metrics, "".join(kept).encode())
 
 
 def write_round_metrics(metrics: Path, round_index: int, folder: Path) -> None:
     """The lines of a round beside its policy, and those of the run as a table beside them."""
-    lines = metrics.read_text().splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines]
-    own = [line for line, row in zip(lines, rows, strict=True) if row["round"] == round_index]
+    lines = list(read_metrics(metrics))
+    own = [line for line, found in lines if found.round == round_index]
+    rows = [json.loads(line) for line, _ in lines]
     publish(folder / "metrics.jsonl", "".join(own).encode())
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))

@@ -66,6 +66,9 @@ def test_all_problems_are_told_at_once_with_suggestions(tmp_path: Path) -> None:
         ("rounds.deep=1", "rounds is a value, not a section"),
         ("teacher=null", "'teacher' is missing"),
         ("scores.top_k=5000", "'scores.top_k' is 5000"),
+        ("train.learning_rate=.inf", "'train.learning_rate' is inf; input should be a finite"),
+        ("seed=-1", "'seed' is -1"),
+        ("seed=99999999999999999999", "'seed' is 99999999999999999999"),
     ],
 )
 def test_a_wrong_override_is_one_line(tmp_path: Path, override: str, line: str) -> None:

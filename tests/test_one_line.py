@@ -71,3 +71,34 @@ def test_a_config_that_is_not_utf_8(tmp_path: Path, opd_stream: Command) -> None
     above = tmp_path / "above.yaml"
     above.write_text("base: latin.yaml\n")
     assert f"{path} is not UTF-8 text" in only_line(opd_stream("plan", str(above)))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "command"),
+    [
+        ("run.json", b"{}", "run"),
+        ("metrics.jsonl", b'{"round": 0, "step": \xff}\n', "status"),
+        ("metrics.jsonl", b'{"round": 0, "step": \xff}\n', "report"),
+        ("metrics.jsonl", b'{"rounx": 0}\n', "status"),
+        ("rounds/0000/plan.json", b"{}", "status"),
+        ("../store/digests/*.json", b"{}", "status"),
+    ],
+)
+def test_a_damaged_file_of_a_run(
+    file: str,
+    content: bytes,
+    command: str,
+    small_runs: SmallRuns,
+    tmp_path: Path,
+    opd_stream: Command,
+) -> None:
+    folder = small_runs.copy(tmp_path, "rounds=1", "evaluation=null")
+    damaged = next((folder / "run").glob(file))
+    damaged.write_bytes(content)
+    sets = ["--set", "rounds=1", "--set", "evaluation=null", "--run-dir", str(folder / "run")]
+    words = {
+        "run": [str(folder / "small.yaml"), *sets],
+        "status": [str(folder / "run")],
+        "report": [str(folder / "run"), "--out", str(tmp_path / "report.html")],
+    }
+    assert damaged.name in only_line(opd_stream(command, *words[command]))

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from opd_stream.config.sections import (
+    SEEDS,
     Evaluation,
     Model,
     Rollouts,
@@ -119,7 +120,7 @@ class Pools(Section):
 class Config(Section):
     """A run."""
 
-    seed: int = Field(default=0, description="of prompts, sampling and batch order")
+    seed: int = Field(default=0, ge=0, lt=SEEDS, description="of prompts, sampling and batch order")
     rounds: int = Field(
         ge=1,
         description="rounds of generate, score, train; docs/store.md: adding some later",

@@ -18,6 +18,8 @@ from opd_stream.tasks.judges import AnyJudge
 from opd_stream.weighting import DriftGate, Freshness
 from opd_stream.windows import AnyWindow
 
+SEEDS = 2**32  # fits 64 bits with a step beside it
+
 
 class Model(Section):
     """A checkpoint in a role, and the engine that runs it."""
@@ -263,7 +265,7 @@ class Benchmark(Section):
     samples_per_prompt: int | None = Field(default=None, ge=1, description="answers a problem")
     max_new_tokens: int | None = Field(default=None, ge=1, description="of an answer")
     temperature: float | None = Field(default=None, ge=0, description="0 is greedy")
-    seed: int | None = Field(default=None, description="of the sampling")
+    seed: int | None = Field(default=None, ge=0, lt=SEEDS, description="of the sampling")
 
     @model_validator(mode="before")
     @classmethod
@@ -291,7 +293,7 @@ class Evaluation(Section):
     )
     max_new_tokens: int = Field(ge=1, description="never shortened by the training window")
     temperature: float = Field(default=1.0, ge=0, description="0 is greedy")
-    seed: int = Field(default=0, description="of the sampling")
+    seed: int = Field(default=0, ge=0, lt=SEEDS, description="of the sampling")
     every_rounds: int | None = Field(
         default=None,
         ge=1,

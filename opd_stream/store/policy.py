@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from opd_stream.errors import UserError
 from opd_stream.outcome import TrainOutcome
+from opd_stream.section import Record
 from opd_stream.store.files import (
     canonical_json,
     check_there,
@@ -88,7 +89,7 @@ def known_identity(folder: Path, *, cache: Path, most_bytes: int) -> Identity:
         if path in new and too_much:
             return UNREAD
         remembered = _remembered(path, cache)
-        return read_json(remembered)["sha256"] if remembered.exists() else sha256_file(path)
+        return _read_digest(remembered) if remembered.exists() else sha256_file(path)
 
     identity = _identity(folder, digest)
     return replace(identity, weights_sha256=UNREAD) if too_much else identity
@@ -153,6 +154,13 @@ class DamagedPolicy(UserError):
             "whole run: it is trained again"
         )
         self.reason = reason
+
+
+class FileDigest(Record):
+    """Of a file that is digested once."""
+
+    file: str
+    sha256: str
 
 
 class PolicyManifest(RecipeRecord):
@@ -308,8 +316,12 @@ def _digest_file(path: Path, cache: Path | None) -> str:
         return sha256_file(path)
     remembered = _remembered(path, cache)
     if not remembered.exists():
-        publish(remembered, canonical_json({"file": path.name, "sha256": sha256_file(path)}))
-    return read_json(remembered)["sha256"]
+        publish(remembered, record_bytes(FileDigest(file=path.name, sha256=sha256_file(path))))
+    return _read_digest(remembered)
+
+
+def _read_digest(remembered: Path) -> str:
+    return load_record(FileDigest, remembered).sha256
 
 
 def _remembered(path: Path, cache: Path) -> Path:

@@ -6,6 +6,7 @@ from itertools import groupby
 
 from matplotlib.axes import Axes
 
+from opd_stream.outcome import StepMetrics
 from pipeline.report.drawing import (
     FAINT,
     SERIES,
@@ -19,7 +20,7 @@ from pipeline.report.drawing import (
     panels,
     table_of,
 )
-from pipeline.report.read import Run, Step
+from pipeline.report.read import Run
 
 MOST_POINTS = 800
 MOST_LINES = 60  # of rounds
@@ -85,7 +86,7 @@ def drift_exhibit(run: Run, name: str) -> Exhibit:
     return exhibit(figure, name, TITLE, caption, run=run.name, legend=legend, tables=tables)
 
 
-def thinned(steps: Sequence[Step]) -> tuple[list[Step], int]:
+def thinned(steps: Sequence[StepMetrics]) -> tuple[list[StepMetrics], int]:
     """At most about a thousand points, each the mean of steps of one epoch; and of how many."""
     together = -(-len(steps) // MOST_POINTS)
     epochs = [list(epoch) for _, epoch in groupby(steps, _epoch)]
@@ -93,7 +94,7 @@ def thinned(steps: Sequence[Step]) -> tuple[list[Step], int]:
     return [_mean(epoch[start : start + together]) for epoch, start in starts], together
 
 
-def _mean(group: Sequence[Step]) -> Step:
+def _mean(group: Sequence[StepMetrics]) -> StepMetrics:
     means: dict[str, float | None] = {}
     for name, _, _ in MEASURES:
         values = [v for step in group if (v := getattr(step, name)) is not None]
@@ -101,16 +102,16 @@ def _mean(group: Sequence[Step]) -> Step:
     return group[0].model_copy(update=means)
 
 
-def _epoch(step: Step) -> tuple[int, int]:
+def _epoch(step: StepMetrics) -> tuple[int, int]:
     return step.round, step.epoch
 
 
-def _is_gated(step: Step) -> bool:
+def _is_gated(step: StepMetrics) -> bool:
     return step.mean_drift_weight is not None and step.mean_drift_weight < 1.0
 
 
 def _draw_bounds(
-    run: Run, axes: Sequence[Axes], steps: Sequence[Step], legend: list[Series]
+    run: Run, axes: Sequence[Axes], steps: Sequence[StepMetrics], legend: list[Series]
 ) -> float | None:
     """Draw the limits; returns the one of drift if it is too far above to be drawn."""
     drift = run.config.staleness.policy_drift
@@ -126,7 +127,7 @@ def _draw_bounds(
 
 
 def _draw_rounds(
-    run: Run, axes: Sequence[Axes], steps: Sequence[Step], legend: list[Series]
+    run: Run, axes: Sequence[Axes], steps: Sequence[StepMetrics], legend: list[Series]
 ) -> bool:
     """Draw where rounds begin, with and without new rollouts; returns whether lines were drawn."""
     first: dict[int, int] = {}
@@ -148,7 +149,7 @@ def _draw_rounds(
     return True
 
 
-def _draw_gates(axes: Sequence[Axes], steps: Sequence[Step], legend: list[Series]) -> None:
+def _draw_gates(axes: Sequence[Axes], steps: Sequence[StepMetrics], legend: list[Series]) -> None:
     """Draw the epochs in which weights by drift were in use."""
     epochs = [list(inside) for _, inside in groupby(steps, _epoch)]
     gated = [inside for inside in epochs if any(map(_is_gated, inside))]

@@ -1,36 +1,12 @@
 """Everything that a report shows of a run, read from the run's folder alone."""
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field
-
 from opd_stream.config import Config
-from opd_stream.errors import UserError
-from opd_stream.section import Record, read_record
-from opd_stream.store.files import read_json
+from opd_stream.outcome import StepMetrics, read_metrics
 from pipeline.records import CacheRecord, RoundPlanRecord, RoundReport, RunSummary
 from pipeline.run_folder import RunFolder
-
-
-class Versions(Record):
-    """Of `run.json`: what the run was made with."""
-
-    python: str | None = None
-    versions: dict[str, str] = Field(default={})
-
-
-class Step(Record):
-    """A line of metrics.jsonl."""
-
-    round: int
-    epoch: int = 0
-    step: int
-    policy_drift: float | None = None
-    effective_sample_fraction: float | None = None
-    mean_drift_weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +24,7 @@ class Run:
     summary: RunSummary | None
     plans: list[RoundPlanRecord]
     rounds: list[RoundReport]
-    steps: list[Step]
+    steps: list[StepMetrics]
 
     def caches(self) -> dict[int, tuple[CacheRecord, ...]]:
         """What each round trains on, finished or not."""
@@ -69,11 +45,11 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 def read_run(folder: Path, name: str | None = None) -> Run:
     """One run; raises as `read_runs`."""
-    run, made_with = RunFolder(folder), folder / "run.json"
+    run = RunFolder(folder)
     config, versions = run.config(), dict[str, str]()
-    if made_with.is_file():
-        found = read_record(Versions, read_json(made_with), str(made_with))
-        versions = {**({"python": found.python} if found.python else {}), **found.versions}
+    if (folder / "run.json").is_file():
+        made = run.made_by()
+        versions = {**({"python": made.python} if made.python else {}), **made.versions}
     return Run(
         name=name or folder.resolve().name,
         config=config,
@@ -81,21 +57,5 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         summary=run.summary(),
         plans=run.plans(),
         rounds=run.reports(),
-        steps=list(_steps(run.metrics)),
+        steps=[step for _, step in read_metrics(run.metrics)],
     )
-
-
-def _steps(path: Path) -> Iterator[Step]:
-    """Whole lines; one that is still being written is left out."""
-    text = path.read_text() if path.is_file() else ""
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
-        if line.endswith("\n"):
-            where = f"line {number} of {path}"
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise UserError(
-                    f"{where} is not valid JSON ({error}); expected what opd-stream writes; "
-                    "continue the run, or leave it out of the report"
-                ) from error
-            yield read_record(Step, value, where)
