@@ -186,7 +186,10 @@ def import_path(path: str, what: str, is_expected: Callable[[Any], bool], expect
     module_name, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), name, None)
-    except Exception as error:  # whatever the user's module raises while it is imported
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # whatever the user's module raises while it is imported
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{what} {path} cannot be imported ({type(error).__name__}: {reason}); expected a "

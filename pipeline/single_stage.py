@@ -157,6 +157,8 @@ def _check_question(
         )
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
+    if out is not None and out.is_dir():
+        raise UserError(f"--out {out} is a folder; expected the name of a file; name another one")
 
 
 def _write_out(out: Path, evaluation: Answers, student: Checkpoint, store: Store) -> None:

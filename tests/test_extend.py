@@ -35,6 +35,7 @@ def own_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in FILES.items():
         (folder / name).write_text(text)
         monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
+    (folder / "my_script.py").write_text("raise SystemExit(3)\n")
     monkeypatch.syspath_prepend(folder)
     return folder
 
@@ -111,6 +112,7 @@ def test_an_entry_point_stands_for_an_import_path(own_parts: Path, tmp_path: Pat
         ({"objective": {"kind": "my_objective:Jefreys"}}, "has nothing under the name Jefreys"),
         ({"objective": {"kind": "my_window:DoublingWindow"}}, "a subclass of opd_stream.objec"),
         ({"objective": {"kind": "no_such:It"}}, "cannot be imported .*ModuleNotFoundError"),
+        ({"objective": {"kind": "my_script:It"}}, r"cannot be imported \(SystemExit: 3\)"),
         ({"objective": {**LINES["objective"], "shar": 1}}, "unknown key 'train.objective.shar'"),
         ({"objective": {**LINES["objective"], "share": 2}}, "'train.objective.share' is 2; input"),
         ({"objective": {"kind": "jeffrey"}}, "expected a kind: bucket, .*import path"),

@@ -102,3 +102,26 @@ def test_a_damaged_file_of_a_run(
         "report": [str(folder / "run"), "--out", str(tmp_path / "report.html")],
     }
     assert damaged.name in only_line(opd_stream(command, *words[command]))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "CONFIG", "--run-dir", "FILE"),
+        ("schema", "--out", "FOLDER"),
+        ("evaluate", "CONFIG", "--policy-version", "0", "--out", "FOLDER", "--run-dir", "FOLDER"),
+        ("cache", "ls", "FILE"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_file_for_a_folder_and_a_folder_for_a_file(
+    words: tuple[str, ...], tmp_path: Path, opd_stream: Command
+) -> None:
+    small_config(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    places = {"CONFIG": "small.yaml", "FILE": "file", "FOLDER": "folder"}
+    said = opd_stream(*(str(tmp_path / places[w]) if w in places else w for w in words))
+    only_line(said)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not list((tmp_path / "folder").iterdir())

@@ -266,7 +266,12 @@ def explained(path: Path) -> Generator[None]:
                 f"no space left while writing {path}; nothing half-written was kept; "
                 "free space and run the same command again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno == errno.EISDIR:
+            raise UserError(
+                f"{path} is a folder; expected the name of a file; name another one"
+            ) from error
+        refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+        if error.errno in refusals and not (is_remote(path) and isinstance(error, FileExistsError)):
             raise UserError(
                 f"cannot write {path} ({error.strerror}); expected a writable folder; "
                 "choose another one (--set store=DIR, --run-dir DIR)"

@@ -197,10 +197,13 @@ def import_artifact(
 def _existing(location: str) -> "Store":
     from opd_stream.errors import UserError
     from opd_stream.store import Store
+    from opd_stream.store.files import is_folder, is_remote
 
     store = Store(location)
     if not store.root.exists():
         raise UserError(f"store {location} does not exist; expected a store of an earlier run")
+    if not is_remote(store.root) and not is_folder(store.root):
+        raise UserError(f"store {location} is a file; expected the folder of a store")
     return store
 
 
