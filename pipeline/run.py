@@ -238,9 +238,12 @@ def train_policy(session: Session, setup: Setup, round_: Round) -> None:
         UserError: nothing can be trained on, or the loss is not finite.
         DamagedUnit: a shard is not what was committed.
     """
-    from stages.train import OPTIMIZER, train
-    from stages.train_job import TrainJob
+    from stages.train_job import OPTIMIZER, TrainJob
 
+    if session.config.pools.trainer.is_on_ray:
+        from stages.train_ray import train_on_ray as train
+    else:
+        from stages.train import train
     start = time.time()
     optimizer = None if round_.previous is None else round_.previous.folder("training") / OPTIMIZER
     author = round_.caches[-1].rollouts.artifact.recipe.inputs.get("student")

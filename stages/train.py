@@ -50,7 +50,7 @@ from stages.learner import Learner, measure_units, open_fabric, open_learner
 from stages.step import Progress
 from stages.student_model import save_student
 from stages.train_data import BatchPlan, StepBatches, read_epoch
-from stages.train_job import TrainJob
+from stages.train_job import OPTIMIZER, TrainJob
 from stages.train_state import (
     Clock,
     TrainCheckpoint,
@@ -63,23 +63,16 @@ from stages.train_state import (
     write_round_metrics,
 )
 
-OPTIMIZER = "optimizer"  # folder of the optimizer's moments inside a policy
-
 
 def train(job: TrainJob, progress: Progress) -> None:
-    """Train and publish the policy, here or where the config's `pools.trainer` says.
+    """Train and publish the policy in this process; `stages/train_ray.py` does it on others.
 
     Raises:
         UserError: no row can be trained on, the rows are too stale for the objective, the loss is
             not finite, or the memory does not suffice.
         DamagedUnit: a shard is not what was committed.
     """
-    if job.config.pools.trainer.is_on_ray:
-        from stages.train_ray import train_on_ray
-
-        train_on_ray(job, progress)
-    else:
-        train_here(job, progress, open_fabric(job))
+    train_here(job, progress, open_fabric(job))
 
 
 def train_here(job: TrainJob, progress: Progress, fabric: Fabric) -> None:

@@ -22,6 +22,8 @@ from stages.step import CacheUnits
 from stages.student_model import ADAPTER, StudentModel, load_student
 from stages.train_data import BatchPlan
 
+OPTIMIZER = "optimizer"  # folder of the optimizer's moments inside a policy
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainJob:
