@@ -40,7 +40,7 @@ from opd_stream.store.shards import batch_of, rollouts_table, schema_of, shard_b
 from opd_stream.types import RolloutBatch, ScoreBatch
 from opd_stream.windows import FixedWindow
 from stages.student_model import load_student
-from stages.train_data import BatchPlan, Step, read_epoch
+from stages.train_data import BatchPlan, StepBatches, read_epoch
 
 REPEATS = 5
 WIDEST = 256  # candidates scored; smaller K are cut from it
@@ -266,7 +266,7 @@ def _loader_share(family: Family) -> None:
             window=FixedWindow(tokens=208),
         )
         seconds: list[float] = []
-        steps: list[Step] = []
+        steps: list[StepBatches] = []
         for _ in range(REPEATS):
             start = time.process_time()
             steps = list(read_epoch(ScoredRows(stored), plan, 0))
