@@ -37,7 +37,7 @@ DENSE = [
     Skew(direction="forward", alpha=0.1),
     Skew(direction="reverse", alpha=0.1),
 ]
-UNCAPPED = Hybrid(importance_cap=math.inf)
+UNCAPPED = Hybrid(importance_cap=1e30)  # no ratio is larger
 SAMPLED = [SampledPg(), SampledPg(baseline="bucket"), UNCAPPED]
 
 

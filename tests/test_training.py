@@ -86,7 +86,7 @@ def test_microbatches_change_no_step(collected: Path) -> None:
     np.testing.assert_allclose(column(collected, "small"), column(collected, "large"), rtol=1e-3)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_processes_take_the_steps_of_one(collected: Path, strategy: str) -> None:
     own = f"train.betas=[0.9,{0.95 if strategy == 'ddp' else 0.951}]"
     train(collected, f"one-{strategy}", own, "staleness.max_epochs=1")
@@ -336,7 +336,8 @@ def test_an_extrapolation_is_searched_recorded_and_continued(tmp_path: Path, sig
         assert any(entry["kept"] for entry in searches)  # the first steps of a descent
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_stopped_extrapolating_round_goes_on_the_same_in_two_processes(
     collected: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
