@@ -30,7 +30,7 @@ quickstart: $(READY) ## distil the embedded teacher into the embedded student, o
 test: $(READY) ## the test suite, about five minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(READY) ## workers, nodes and stores that fail, whole runs on Ray; about 8 minutes
+test-slow: $(READY) ## workers, nodes and stores that fail, whole runs and training on Ray
 	$(BIN)/python -m pytest -m slow
 
 test-vllm: $(VLLM_READY) ## the engine contract and a run with vLLM, on a CPU, with g++; set-up 7 minutes, tests 2
