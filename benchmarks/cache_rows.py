@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from opd_stream.engines import open_engine
+from opd_stream.engines.base import SamplingSettings, ScoringSettings
 from opd_stream.tasks.ledger import make_problems, prompt_text
 from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
 
@@ -104,16 +105,9 @@ def _real(
         prompt_ids=tuple(np.array(ids, np.int32) for ids in prompts),
     )
     engine = open_engine(engine="transformers", folder=student, dtype="float32", batch_rows=64)
-    rollouts = engine.sample(
-        batch,
-        window_tokens=window,
-        samples_per_prompt=1,
-        temperature=1.0,
-        seed=0,
-        stop_ids=stop_ids,
-    )
+    rollouts = engine.sample(batch, SamplingSettings(window_tokens=window, stop_ids=stop_ids))
     engine.load(teacher)
-    scores = engine.score(rollouts, top_k=top_k, forced_ids=stop_ids)
+    scores = engine.score(rollouts, ScoringSettings(top_k=top_k, forced_ids=stop_ids))
     from transformers import AutoConfig
 
     return rollouts, scores, AutoConfig.from_pretrained(teacher).vocab_size

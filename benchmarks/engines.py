@@ -23,7 +23,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opd_stream.engines import head
-from opd_stream.engines.base import rows_per_chunk
+from opd_stream.engines.base import ScoringSettings, rows_per_chunk
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.types import RolloutBatch
 
@@ -111,7 +111,7 @@ def _compare_with_bare(name: str, engine: TransformersEngine, arguments: Any) ->
     rollouts = random_rollouts(arguments.rows, prompt=64, completion=192, shared=False)
     mine, bare, passes = interleaved(
         arguments.repeats,
-        lambda: engine.score(rollouts, top_k=arguments.top_k, forced_ids=(1, 2)),
+        lambda: engine.score(rollouts, ScoringSettings(top_k=arguments.top_k, forced_ids=(1, 2))),
         lambda: _bare(engine, rollouts, passes=False),
         lambda: _bare(engine, rollouts, passes=True),
     )
@@ -147,7 +147,7 @@ def _compare_shared(name: str, engine: TransformersEngine, arguments: Any) -> No
     rollouts = random_rollouts(8, prompt=512, completion=64, shared=True)
 
     def score() -> None:
-        engine.score(rollouts, top_k=arguments.top_k, forced_ids=(1, 2))
+        engine.score(rollouts, ScoringSettings(top_k=arguments.top_k, forced_ids=(1, 2)))
 
     def separately() -> None:
         kept, head.MIN_SAVING = head.MIN_SAVING, 0.0

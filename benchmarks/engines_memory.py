@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.engines import SHAPES, make_engine, random_rollouts
+from opd_stream.engines.base import ScoringSettings
 from opd_stream.engines.transformers_engine import TransformersEngine
 
 CASES = ((4, 128), (4, 512), (4, 1536), (16, 512), (64, 512))  # rows, completion tokens
@@ -51,11 +52,11 @@ def _measure(checkpoint: Path, rows: int, tokens: int) -> float:
     """MB."""
     engine = TransformersEngine(checkpoint, dtype="float32", batch_rows=8)
     warm = random_rollouts(1, prompt=8, completion=8, shared=False)
-    engine.score(warm, top_k=64, forced_ids=(1,))
+    engine.score(warm, ScoringSettings(top_k=64, forced_ids=(1,)))
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     rollouts = random_rollouts(rows, prompt=64, completion=tokens, shared=False)
-    engine.score(rollouts, top_k=64, forced_ids=(1,))
+    engine.score(rollouts, ScoringSettings(top_k=64, forced_ids=(1,)))
     return _resident("VmHWM") - before
 
 

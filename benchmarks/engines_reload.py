@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.engines import make_engine
 from opd_stream.engines import open_engine
-from opd_stream.engines.base import Engine, VllmOptions
+from opd_stream.engines.base import Engine, SamplingSettings, VllmOptions
 from opd_stream.types import PromptBatch
 
 PROMPT = PromptBatch(prompt_id=("p",), prompt_ids=(np.arange(2, 34, dtype=np.int32),))
@@ -58,9 +58,7 @@ def _open(engine: str, folder: Path) -> Engine:
 
 
 def _first_token(engine: Engine) -> None:
-    engine.sample(
-        PROMPT, window_tokens=1, samples_per_prompt=1, temperature=1.0, seed=0, stop_ids=()
-    )
+    engine.sample(PROMPT, SamplingSettings(window_tokens=1, stop_ids=()))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.engines import interleaved, make_engine, random_rollouts
 from opd_stream.engines import open_engine
-from opd_stream.engines.base import Engine, VllmOptions
+from opd_stream.engines.base import Engine, SamplingSettings, ScoringSettings, VllmOptions
 from opd_stream.types import PromptBatch, RolloutBatch
 
 SHAPES = ("tiny, V 4,096", "70 M, V 4,096")
@@ -53,16 +53,14 @@ def main() -> None:
 
 
 def _score(engine: Engine, rollouts: RolloutBatch) -> None:
-    engine.score(rollouts, top_k=20, forced_ids=(1,))
+    engine.score(rollouts, ScoringSettings(top_k=20, forced_ids=(1,)))
 
 
 def _sample(engine: Engine, rollouts: RolloutBatch) -> None:
     """As many tokens as the rollouts have."""
     prompts = PromptBatch(prompt_id=rollouts.prompt_id, prompt_ids=rollouts.prompt_ids)
     window = len(rollouts.completion_ids[0])
-    engine.sample(
-        prompts, window_tokens=window, samples_per_prompt=1, temperature=1.0, seed=0, stop_ids=()
-    )
+    engine.sample(prompts, SamplingSettings(window_tokens=window, stop_ids=()))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opd_stream.engines.base import SamplingSettings
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.tasks.ledger import make_problems, prompt_text
 from opd_stream.types import PromptBatch
@@ -48,11 +49,7 @@ def main() -> None:
             "ours": lambda seed, stops=stops: (
                 engine.sample(
                     prompts,
-                    window_tokens=arguments.tokens,
-                    samples_per_prompt=1,
-                    temperature=1.0,
-                    seed=seed,
-                    stop_ids=stops,
+                    SamplingSettings(window_tokens=arguments.tokens, stop_ids=stops, seed=seed),
                 ).completion_tokens
             ),
             "stock": lambda seed, stops=stops: _stock(model, prompts, arguments.tokens, stops, {}),

@@ -8,6 +8,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from opd_stream.engines import open_engine
+from opd_stream.engines.base import SamplingSettings
 from opd_stream.tasks import ledger
 from opd_stream.tasks.pass_at_k import pass_at_k, standard_error
 from opd_stream.types import PromptBatch
@@ -28,11 +29,10 @@ def evaluate(
                 for problem in chosen
             ),
         ),
-        window_tokens=window_tokens,
+        SamplingSettings(
+            window_tokens=window_tokens, stop_ids=(tokenizer.eos_token_id,), seed=seed
+        ),
         samples_per_prompt=samples,
-        temperature=1.0,
-        seed=seed,
-        stop_ids=(tokenizer.eos_token_id,),
     )
     texts = tokenizer.batch_decode(
         [ids.tolist() for ids in rollouts.completion_ids], skip_special_tokens=True

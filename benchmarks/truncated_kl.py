@@ -18,6 +18,7 @@ from methods_evaluation import evaluate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd_stream.engines import open_engine
+from opd_stream.engines.base import SamplingSettings, ScoringSettings
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.logprobs import completion_rows
 from opd_stream.tasks import ledger
@@ -50,7 +51,7 @@ def _train(loss: str, arguments: argparse.Namespace) -> list[dict[str, float]]:
     found: list[dict[str, float]] = []
     for number in range(ROUNDS):
         rollouts = _sample(model, tokenizer, seed=arguments.seed * ROUNDS + number)
-        scores = teacher.score(rollouts, top_k=arguments.top_k, forced_ids=())
+        scores = teacher.score(rollouts, ScoringSettings(top_k=arguments.top_k, forced_ids=()))
         masses = [_step(model, optimizer, rollouts, scores, rows, loss) for rows in _halves()]
         ended = sum(reason == "stop" for reason in rollouts.finish_reason) / len(rollouts)
         found.append(
@@ -83,11 +84,7 @@ def _sample(model: Any, tokenizer: Any, *, seed: int) -> RolloutBatch:
     engine = TransformersEngine.over(model.eval())
     return engine.sample(
         prompts,
-        window_tokens=WINDOW,
-        samples_per_prompt=1,
-        temperature=1.0,
-        seed=seed,
-        stop_ids=(tokenizer.eos_token_id,),
+        SamplingSettings(window_tokens=WINDOW, stop_ids=(tokenizer.eos_token_id,), seed=seed),
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from opd_stream.engines import Engine, open_engine
+from opd_stream.engines.base import ScoringSettings
 from opd_stream.errors import UserError
 from opd_stream.store import Artifact, Recipe, Store, rollouts_table
 from opd_stream.store.codecs import ExactCodec, encode_scores
@@ -108,7 +109,7 @@ def rollouts_of(
         behavior_logprobs=(),
         finish_reason=("stop",) * len(texts),
     )
-    by_student = writer.score(batch, top_k=1, forced_ids=())
+    by_student = writer.score(batch, ScoringSettings(top_k=1, forced_ids=()))
     return replace(batch, behavior_logprobs=by_student.teacher_logprobs)
 
 
@@ -125,7 +126,7 @@ def score_unit(
     """Commit the texts of a unit, then what the teacher says of them."""
     counts = {"rows": len(batch), "completion_tokens": batch.completion_tokens}
     source = rollouts.commit(unit, rollouts_table(batch), counts=counts)
-    scored = teacher.score(batch, top_k=top_k, forced_ids=tuple(stop_ids))
+    scored = teacher.score(batch, ScoringSettings(top_k=top_k, forced_ids=tuple(stop_ids)))
     table, fidelity = encode_scores(CODEC, scored, batch)
     scores.commit(
         unit,

@@ -70,11 +70,13 @@ def head_scores(
     top_k: int,
     chunk_rows: int,
     draws_ND: torch.Tensor | None = None,
+    vocabulary: int | None = None,
 ) -> HeadScores:
     """Top-k (or drawn ids), tail, asked and forced ids, logits in chunks of rows.
 
     With `draws_ND`, D uniform numbers a token, the K entries are the distinct ids drawn with them
-    from the teacher, with log(count / D); -inf after the last, and an empty tail.
+    from the teacher, with log(count / D); -inf after the last, and an empty tail. Ids from
+    `vocabulary` on are neither candidates nor drawn; their mass is in the tail.
     """
     # What stays is allocated once: small columns kept between large logits would hold the memory of
     # every chunk open.
@@ -87,9 +89,9 @@ def head_scores(
         asked_NJ = logits_NV.gather(1, asked_ids_NJ[rows])
         forced_NF = logits_NV[:, forced_ids_F]
         if draws_ND is None:
-            chunk = _top_scores(logits_NV, asked_NJ, forced_NF, top_k)
+            chunk = _top_scores(logits_NV, asked_NJ, forced_NF, top_k, vocabulary)
         else:
-            chunk = _drawn_scores(logits_NV, asked_NJ, forced_NF, draws_ND[rows])
+            chunk = _drawn_scores(logits_NV, asked_NJ, forced_NF, draws_ND[rows], vocabulary)
         for name in HeadScores.__slots__:
             part = getattr(chunk, name)
             if name not in columns:
@@ -122,9 +124,17 @@ def _is_plain(head: torch.nn.Linear) -> bool:
 
 
 def _top_scores(
-    logits_NV: torch.Tensor, asked_NJ: torch.Tensor, forced_NF: torch.Tensor, top_k: int
+    logits_NV: torch.Tensor,
+    asked_NJ: torch.Tensor,
+    forced_NF: torch.Tensor,
+    top_k: int,
+    vocabulary: int | None,
 ) -> HeadScores:
     """The top K and the mass of the rest, summed by itself; the logits are used up."""
+    beyond_N1 = None
+    if vocabulary is not None and vocabulary < logits_NV.shape[1]:
+        beyond_N1 = logits_NV[:, vocabulary:].logsumexp(1, keepdim=True)
+        logits_NV = logits_NV[:, :vocabulary].contiguous()
     found_NL, ids_NL = _largest(logits_NV, min(top_k + 1, logits_NV.shape[1]))
     top_NK, top_ids_NK = found_NL[:, :top_k], ids_NL[:, :top_k]
     next_N1, next_ids_N1 = found_NL[:, top_k:], ids_NL[:, top_k:]  # none if K is the vocabulary
@@ -134,6 +144,8 @@ def _top_scores(
     torch.softmax(logits_NV, 1, out=logits_NV)
     shares_N1 = logits_NV.gather(1, next_ids_N1) / logits_NV.sum(1, keepdim=True)
     rest_N1 = (next_N1 - shares_N1.log()).masked_fill_(next_N1 == -torch.inf, -torch.inf)
+    if beyond_N1 is not None:
+        rest_N1 = torch.cat([rest_N1, beyond_N1], dim=1).logsumexp(1, keepdim=True)
     norm_N1 = torch.cat([top_NK, rest_N1], dim=1).logsumexp(1, keepdim=True)
     return HeadScores(
         asked_NJ=asked_NJ - norm_N1,
@@ -149,9 +161,10 @@ def _drawn_scores(
     asked_NJ: torch.Tensor,
     forced_NF: torch.Tensor,
     draws_ND: torch.Tensor,
+    vocabulary: int | None,
 ) -> HeadScores:
     norm_N1 = logits_NV.logsumexp(1, keepdim=True)
-    ids_ND, logprobs_ND = _drawn(logits_NV, draws_ND)
+    ids_ND, logprobs_ND = _drawn(logits_NV[:, :vocabulary], draws_ND)
     return HeadScores(
         asked_NJ=asked_NJ - norm_N1,
         top_ids_NK=ids_ND,

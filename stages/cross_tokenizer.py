@@ -1,6 +1,6 @@
 """Scoring by a teacher with another tokenizer: its part of a recipe, and the scores of a unit."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def score_aligned(
     reading = aligner.read(batch)
     if reading.rows:
         teachers = replace(asked, forced_ids=aligner.asked_ids(asked.forced_ids))
-        scored = engine.score(reading.batch, **asdict(teachers))
+        scored = engine.score(reading.batch, teachers)
     else:
         scored = score_batch((), has_candidates=False)
     return aligner.scores(batch, reading, scored, asked.forced_ids), reading.batch

@@ -13,6 +13,7 @@ import torch
 
 from opd_stream.config.sections import Extrapolation
 from opd_stream.drift import DriftSums, drift_of
+from opd_stream.engines.base import SamplingSettings
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
 from opd_stream.extrapolation import Outcome, Score, is_due, moved_parameters, search
@@ -157,21 +158,11 @@ class Reward:
     answers: tuple[str, ...]
     is_right: Callable[[str, str], bool]
     tokenizer: Any
-    stop_ids: tuple[int, ...]
-    max_new_tokens: int
-    temperature: float
-    seed: int
+    sampling: SamplingSettings
 
     def accuracy(self, model: Any) -> float:
         """Share of right answers of a model in memory."""
-        rollouts = TransformersEngine.over(model).sample(
-            self.prompts,
-            window_tokens=self.max_new_tokens,
-            samples_per_prompt=1,
-            temperature=self.temperature,
-            seed=self.seed,
-            stop_ids=self.stop_ids,
-        )
+        rollouts = TransformersEngine.over(model).sample(self.prompts, self.sampling)
         texts = self.tokenizer.batch_decode(
             [ids.tolist() for ids in rollouts.completion_ids], skip_special_tokens=True
         )
@@ -205,10 +196,12 @@ def open_reward(job: TrainJob) -> Reward:
         answers=tuple(answers),
         is_right=open_judge(evaluation.judge),
         tokenizer=AutoTokenizer.from_pretrained(job.base, trust_remote_code=False),
-        stop_ids=job.stop_ids,
-        max_new_tokens=evaluation.max_new_tokens,
-        temperature=evaluation.temperature,
-        seed=evaluation.seed,
+        sampling=SamplingSettings(
+            window_tokens=evaluation.max_new_tokens,
+            temperature=evaluation.temperature,
+            seed=evaluation.seed,
+            stop_ids=job.stop_ids,
+        ),
     )
 
 

@@ -59,18 +59,18 @@ class GenerateWorker(Worker):
         """The unit's rollouts, and the rows that they continue where these are not new."""
         task, recipe = result.task, rollouts.recipe
         engine = self.engine(lambda: self.student_folder(task), recipe.inputs["student"], recipe)
-        sampling = asdict(_sampling_settings(recipe))
+        sampling = _sampling_settings(recipe)
         if "extends" in recipe.settings:
             before = base_rollouts(self.store, recipe, task.unit)
-            return engine.extend(before, **sampling), before
+            return engine.extend(before, sampling), before
         if "probe" in recipe.settings:
-            return engine.extend(probe_rows(self.store, recipe), **sampling), None
+            return engine.extend(probe_rows(self.store, recipe), sampling), None
         rows = rollouts.unit_rows(task.unit)
         batch = engine.sample(
             prompts_batch(prompts_of(self.store, recipe).slice(rows.start, len(rows))),
+            sampling,
             samples_per_prompt=recipe.settings["samples_per_prompt"],
             extra_draws=recipe.settings["extra_draws"],
-            **sampling,
         )
         return batch, None
 
@@ -83,6 +83,10 @@ def _sampling_settings(rollouts: Recipe) -> SamplingSettings:
         temperature=settings["temperature"],
         seed=settings["seed"],
         stop_ids=tuple(settings["stop_ids"]),
+        vocabulary=settings.get("vocabulary"),
+        top_p=settings.get("top_p", 1.0),
+        top_k=settings.get("top_k", 0),
+        min_p=settings.get("min_p", 0.0),
     )
 
 

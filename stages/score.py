@@ -5,7 +5,7 @@ what it continues, as they were stored.
 """
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +109,7 @@ class ScoreWorker(Worker):
             return self._scored_aligned(engine, asked, rollouts, scores, task, batch)
         if "extends" in rollouts.recipe.settings:
             return self._scored_extension(engine, asked, rollouts, scores, task.unit, batch)
-        scored = engine.score(batch, **asdict(asked))
+        scored = engine.score(batch, asked)
         return _Scored(scored, token_counts(batch, without=scored.refused))
 
     def _scored_aligned(
@@ -149,7 +149,7 @@ class ScoreWorker(Worker):
         counts = extension_counts(before, batch)
         if not rows:
             return _Scored(old, counts)
-        new = engine.score(new_parts(before, batch, rows), **asdict(asked))
+        new = engine.score(new_parts(before, batch, rows), asked)
         return _Scored(append_scores(old, new, rows), counts)
 
 
@@ -191,6 +191,7 @@ def _scoring_settings(scores: Recipe) -> ScoringSettings:
         forced_ids=tuple(settings["forced_ids"]),
         draws=codec.draws if isinstance(codec, SampledCodec) else 0,
         seed=settings["seed"],
+        vocabulary=settings.get("vocabulary"),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from opd_stream.cross_tokenizer.aligner import Aligner
 from opd_stream.cross_tokenizer.byte_tokenizer import ByteTokenizer
 from opd_stream.engines import open_engine
+from opd_stream.engines.base import ScoringSettings
 from opd_stream.store.codecs import CompactCodec, ExactCodec, decode_scores, encode_scores
 from opd_stream.types import RolloutBatch, ScoreBatch
 from stages.checkpoints import open_tokenizer
@@ -92,10 +93,10 @@ def test_the_same_tokenizer_gives_the_ordinary_scores(top_k: int) -> None:
     batch = rollouts(ByteTokenizer(tokenizer, "both"), (*TEXTS[:2], " On Monday"))
     made = aligner(tokenizer, tokenizer, batch)
     engine = open_engine(engine="transformers", folder=TEACHER, dtype="float32", batch_rows=8)
-    ordinary = engine.score(batch, top_k=top_k, forced_ids=(0, EOS))
+    ordinary = engine.score(batch, ScoringSettings(top_k=top_k, forced_ids=(0, EOS)))
     reading = made.read(batch)
     assert made.asked_ids((0, EOS)) == (0, EOS)
-    read = engine.score(reading.batch, top_k=top_k, forced_ids=(0, EOS))
+    read = engine.score(reading.batch, ScoringSettings(top_k=top_k, forced_ids=(0, EOS)))
     found = made.scores(batch, reading, read, (0, EOS))
     for name in (
         "teacher_logprobs",
@@ -118,8 +119,12 @@ def test_a_teacher_under_other_ids_gives_the_same_scores(tmp_path: Path) -> None
     reading, asked = made.read(batch), made.asked_ids((0, EOS))
     assert asked != (0, EOS)
     settings = {"engine": "transformers", "dtype": "float32", "batch_rows": 8, "vllm": {}}
-    ordinary = open_engine(folder=TEACHER, **settings).score(batch, top_k=8, forced_ids=(0, EOS))
-    read = open_engine(folder=folder, **settings).score(reading.batch, top_k=8, forced_ids=asked)
+    ordinary = open_engine(folder=TEACHER, **settings).score(
+        batch, ScoringSettings(top_k=8, forced_ids=(0, EOS))
+    )
+    read = open_engine(folder=folder, **settings).score(
+        reading.batch, ScoringSettings(top_k=8, forced_ids=asked)
+    )
     found = made.scores(batch, reading, read, (0, EOS))
     for row in range(len(batch)):
         np.testing.assert_array_equal(found.teacher_top_ids[row], ordinary.teacher_top_ids[row])

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from opd_stream.config import Config
 from opd_stream.engines import decoding, transformers_engine
+from opd_stream.engines.base import SamplingSettings
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.store import Store
@@ -517,8 +518,10 @@ def test_a_sampler_that_is_right(tmp_path: Path, temperature: float) -> None:
 def test_a_sampler_that_records_after_its_temperature(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def tempered(logits: torch.Tensor, numbers: torch.Tensor, temperature: float) -> Any:
-        return decoding.draw(logits / temperature, numbers, 1.0)
+    def tempered(logits: torch.Tensor, numbers: torch.Tensor, settings: SamplingSettings) -> Any:
+        return decoding.draw(
+            logits / settings.temperature, numbers, replace(settings, temperature=1.0)
+        )
 
     monkeypatch.setattr(transformers_engine, "draw", tempered)
     found = first(trial.sampler, small_config(tmp_path, "rollouts.temperature=0.7"))
@@ -527,8 +530,8 @@ def test_a_sampler_that_records_after_its_temperature(
 
 
 def test_a_sampler_at_another_temperature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cold(logits: torch.Tensor, numbers: torch.Tensor, temperature: float) -> Any:
-        return decoding.draw(logits, numbers, 0.7)
+    def cold(logits: torch.Tensor, numbers: torch.Tensor, settings: SamplingSettings) -> Any:
+        return decoding.draw(logits, numbers, replace(settings, temperature=0.7))
 
     assert "too little to tell" in first(trial.sampler, small_config(tmp_path)).found
     student = changed_model(tmp_path, "ledger-student", undecided)

@@ -11,7 +11,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opd_stream.engines import open_engine
-from opd_stream.engines.base import Engine, VllmOptions
+from opd_stream.engines.base import Engine, SamplingSettings, ScoringSettings, VllmOptions
 from opd_stream.errors import UserError
 from opd_stream.types import PromptBatch, RolloutBatch
 
@@ -87,9 +87,12 @@ def prompts_of(count: int = 5) -> PromptBatch:
     )
 
 
-def sample(engine: Engine, prompts: PromptBatch, **changes: object) -> RolloutBatch:
-    settings = {"window_tokens": 12, "samples_per_prompt": 3, "temperature": 1.0, "seed": 7}
-    return engine.sample(prompts, **{**settings, "stop_ids": STOPS, **changes})  # type: ignore[arg-type]
+def sample(engine: Engine, prompts: PromptBatch, **changes: Any) -> RolloutBatch:
+    rows = {
+        name: changes.pop(name) for name in ("samples_per_prompt", "extra_draws") if name in changes
+    }
+    settings: dict[str, Any] = {"window_tokens": 12, "seed": 7, "stop_ids": STOPS, **changes}
+    return engine.sample(prompts, SamplingSettings(**settings), **{"samples_per_prompt": 3, **rows})
 
 
 def tokens_of(batch: RolloutBatch) -> list[list[int]]:
@@ -148,12 +151,12 @@ def test_extending_is_what_a_longer_window_would_have_given(
     short = sample(engine, prompts, window_tokens=5, **settings)
     long = sample(engine, prompts, window_tokens=20, **settings)
     assert {"stop", "length"} <= {*short.finish_reason, *long.finish_reason}
-    found = engine.extend(short, window_tokens=20, seed=7, **settings)
+    found = engine.extend(short, SamplingSettings(window_tokens=20, seed=7, **settings))
     assert tokens_of(found) == tokens_of(long)
     assert found.finish_reason == long.finish_reason
     for mine, other in zip(found.behavior_logprobs, long.behavior_logprobs, strict=True):
         np.testing.assert_allclose(mine, other, atol=1e-4)
-    same = engine.extend(short, window_tokens=5, seed=7, **settings)
+    same = engine.extend(short, SamplingSettings(window_tokens=5, seed=7, **settings))
     assert tokens_of(same) == tokens_of(short)
 
 
@@ -163,7 +166,7 @@ def test_further_draws_change_nothing_that_is_sampled(exact: Open) -> None:
     assert tokens_of(plain) == tokens_of(several)
     assert several.candidate_ids is not None
     assert several.candidate_behavior_logprobs is not None
-    scores = engine.score(several, top_k=2, forced_ids=())
+    scores = engine.score(several, ScoringSettings(top_k=2, forced_ids=()))
     assert scores.candidate_teacher_logprobs is not None
     for row, ids in enumerate(several.candidate_ids):
         assert ids.shape == (len(several.completion_ids[row]), 3)
@@ -177,7 +180,7 @@ def test_further_draws_change_nothing_that_is_sampled(exact: Open) -> None:
 def test_greedy_takes_the_teachers_first_candidate(opened: Open) -> None:
     engine = opened()
     batch = sample(engine, prompts_of(), temperature=0.0, samples_per_prompt=1)
-    scores = engine.score(batch, top_k=1, forced_ids=())
+    scores = engine.score(batch, ScoringSettings(top_k=1, forced_ids=()))
     for ids, top in zip(batch.completion_ids, scores.teacher_top_ids, strict=True):
         assert ids.tolist() == top[:, 0].tolist()
 
@@ -186,14 +189,14 @@ def test_scoring_its_own_rollouts_gives_the_behavior_logprobs(opened: Open) -> N
     engine = opened()
     for temperature in (1.0, 0.7):
         batch = sample(engine, prompts_of(), temperature=temperature)
-        scores = engine.score(batch, top_k=4, forced_ids=())
+        scores = engine.score(batch, ScoringSettings(top_k=4, forced_ids=()))
         for mine, other in zip(scores.teacher_logprobs, batch.behavior_logprobs, strict=True):
             np.testing.assert_allclose(mine, other, atol=1e-4)
 
 
 def test_the_candidates_stand_in_rank_order_and_with_the_tail_sum_to_one(opened: Open) -> None:
     engine = opened()
-    scores = engine.score(sample(engine, prompts_of()), top_k=6, forced_ids=())
+    scores = engine.score(sample(engine, prompts_of()), ScoringSettings(top_k=6, forced_ids=()))
     for top, tail in zip(scores.teacher_top_logprobs, scores.teacher_tail_logprobs, strict=True):
         assert (np.diff(top, axis=1) <= 0).all()
         np.testing.assert_allclose(np.exp(top).sum(1) + np.exp(tail), 1, atol=1e-5)
@@ -202,7 +205,9 @@ def test_the_candidates_stand_in_rank_order_and_with_the_tail_sum_to_one(opened:
 def test_all_candidates_leave_an_empty_tail_and_forced_ids_are_among_them(opened: Open) -> None:
     engine = opened()
     forced = (5, 90)
-    scores = engine.score(sample(engine, prompts_of()), top_k=VOCAB, forced_ids=forced)
+    scores = engine.score(
+        sample(engine, prompts_of()), ScoringSettings(top_k=VOCAB, forced_ids=forced)
+    )
     for row in range(len(scores)):
         assert (scores.teacher_tail_logprobs[row] < -20).all()
         dense = np.zeros_like(scores.teacher_top_logprobs[row])
@@ -222,7 +227,7 @@ def test_an_empty_completion_has_empty_scores(opened: Open) -> None:
         behavior_logprobs=(batch.behavior_logprobs[0], np.zeros(0, np.float32)),
         finish_reason=("length", "length"),
     )
-    scores = engine.score(empty, top_k=3, forced_ids=(1,))
+    scores = engine.score(empty, ScoringSettings(top_k=3, forced_ids=(1,)))
     assert scores.teacher_top_ids[1].shape == (0, 3)
     assert len(scores.teacher_logprobs[0]) == len(batch.completion_ids[0])
     assert scores.refused == {}
@@ -232,7 +237,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(opened: Open) -> None:
     engine, prompts = opened(), prompts_of(2)
     batch = sample(engine, prompts)
     with pytest.raises(UserError, match=f"top_k is {VOCAB + 1} but the vocabulary has {VOCAB}"):
-        engine.score(batch, top_k=VOCAB + 1, forced_ids=())
+        engine.score(batch, ScoringSettings(top_k=VOCAB + 1, forced_ids=()))
     with pytest.raises(UserError, match=r"prompt 'p0' has 4 tokens and the window 4093"):
         sample(engine, prompts, window_tokens=4093)
 
@@ -250,7 +255,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(opened: Open) -> No
         behavior_logprobs=(np.zeros(1, np.float32),),
         finish_reason=("length",),
     )
-    scores = engine.score(one, top_k=VOCAB, forced_ids=())
+    scores = engine.score(one, ScoringSettings(top_k=VOCAB, forced_ids=()))
     expected = np.zeros(VOCAB)
     expected[scores.teacher_top_ids[0][0]] = np.exp(scores.teacher_top_logprobs[0][0]) * 4000
     common = expected > 5

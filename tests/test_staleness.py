@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from opd_stream.drift import DriftSums, drift_sums
+from opd_stream.engines.base import ScoringSettings
 from opd_stream.errors import UserError
 from opd_stream.staleness import (
     Decision,
@@ -288,7 +289,7 @@ def assert_is_what_one_pass_scores(folder: Path, cache: dict[str, Any], codec: s
     )
     batch = rollouts_batch(rollouts.read_unit(0))
     settings = scores.recipe.settings
-    whole = engine.score(batch, top_k=3, forced_ids=tuple(settings["forced_ids"]))
+    whole = engine.score(batch, ScoringSettings(top_k=3, forced_ids=tuple(settings["forced_ids"])))
     stored = scores_batch(scores.read_unit(0))
     for row in range(len(batch)):
         np.testing.assert_allclose(

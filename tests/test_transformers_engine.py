@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from opd_stream.engines.base import SamplingSettings, ScoringSettings
 from opd_stream.engines.decoding import is_plain_llama
 from opd_stream.engines.head import _cache_argument
 from opd_stream.engines.transformers_engine import TransformersEngine
@@ -84,11 +85,10 @@ def prompts() -> PromptBatch:
 def sampled(engine: TransformersEngine, *, temperature: float = 1.0) -> RolloutBatch:
     return engine.sample(
         prompts(),
-        window_tokens=24,
+        SamplingSettings(
+            window_tokens=24, temperature=temperature, seed=4, stop_ids=(11, 12, 13, 14)
+        ),
         samples_per_prompt=2,
-        temperature=temperature,
-        seed=4,
-        stop_ids=(11, 12, 13, 14),
     )
 
 
@@ -108,7 +108,7 @@ def test_a_rollout_longer_than_the_teachers_context_is_not_scored(tmp_path: Path
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
     rollouts = sampled(engine_of(tmp_path / "student"))
     with pytest.raises(UserError, match="tokens with its completion; the model reads 20"):
-        engine_of(tmp_path / "teacher").score(rollouts, top_k=4, forced_ids=())
+        engine_of(tmp_path / "teacher").score(rollouts, ScoringSettings(top_k=4, forced_ids=()))
 
 
 def test_sampling_agrees_with_a_full_forward_pass_at_every_token(checkpoint: Path) -> None:
@@ -131,7 +131,9 @@ def test_greedy_decoding_is_the_argmax_of_a_full_forward_pass(checkpoint: Path) 
 
 def test_scores_are_those_of_a_full_forward_pass(checkpoint: Path) -> None:
     batch = sampled(engine_of(checkpoint))
-    scores = engine_of(checkpoint, batch_rows=5).score(batch, top_k=7, forced_ids=(1, 40))
+    scores = engine_of(checkpoint, batch_rows=5).score(
+        batch, ScoringSettings(top_k=7, forced_ids=(1, 40))
+    )
     for row in range(len(batch)):
         prompt, completion = batch.prompt_ids[row].tolist(), batch.completion_ids[row].tolist()
         dense = slow_logprobs(checkpoint, prompt + completion)[len(prompt) - 1 : -1]
@@ -200,7 +202,7 @@ def test_a_cache_argument_named_cache_is_used(
     """As a coming transformers means to name it."""
     engine = engine_of(checkpoint)
     rollouts = sampled(engine)
-    expected = engine.score(rollouts, top_k=3, forced_ids=())
+    expected = engine.score(rollouts, ScoringSettings(top_k=3, forced_ids=()))
     decoder = type(engine._model.get_decoder())
     forward, caches = decoder.forward, []
 
@@ -213,7 +215,7 @@ def test_a_cache_argument_named_cache_is_used(
     _cache_argument.cache_clear()
     monkeypatch.setattr(decoder, "forward", renamed)
     again = sampled(engine)
-    scores = engine.score(rollouts, top_k=3, forced_ids=())
+    scores = engine.score(rollouts, ScoringSettings(top_k=3, forced_ids=()))
     _cache_argument.cache_clear()
     assert any(cache is not None for cache in caches)
     for mine, others in zip(again.completion_ids, rollouts.completion_ids, strict=True):
@@ -236,7 +238,7 @@ def test_rows_with_logits_that_are_not_finite_are_refused_alone(tmp_path: Path) 
     with torch.no_grad():
         model.get_input_embeddings().weight[sorted(poisoned)] = torch.nan
     model.save_pretrained(tmp_path / "poisoned")
-    scores = engine_of(tmp_path / "poisoned").score(batch, top_k=3, forced_ids=())
+    scores = engine_of(tmp_path / "poisoned").score(batch, ScoringSettings(top_k=3, forced_ids=()))
     assert 0 in scores.refused
     assert 4 not in scores.refused
     assert len(scores.teacher_logprobs[0]) == 0
@@ -255,7 +257,7 @@ def test_a_checkpoint_in_half_precision_decodes_through_the_library(tmp_path: Pa
     AutoModelForCausalLM.from_config(CONFIGS["qwen3"]).save_pretrained(tmp_path)
     engine = TransformersEngine(tmp_path, dtype="bfloat16", batch_rows=8)
     batch = sampled(engine)
-    scores = engine.score(batch, top_k=4, forced_ids=())
+    scores = engine.score(batch, ScoringSettings(top_k=4, forced_ids=()))
     for mine, other in zip(scores.teacher_logprobs, batch.behavior_logprobs, strict=True):
         np.testing.assert_allclose(mine, other, atol=0.2)
 
@@ -270,19 +272,19 @@ def test_shared_prompts_are_read_once_and_change_no_score(
         prompt_id=("a", "b", "c"),
         prompt_ids=tuple(random.integers(15, VOCAB, n).astype(np.int32) for n in (40, 25, 33)),
     )
-    settings: dict[str, Any] = {"temperature": 1.0, "seed": 1, "stop_ids": (11, 12, 13, 14)}
-    rollouts = engine.sample(prompts, window_tokens=9, samples_per_prompt=4, **settings)
+    settings = SamplingSettings(window_tokens=9, seed=1, stop_ids=(11, 12, 13, 14))
+    rollouts = engine.sample(prompts, settings, samples_per_prompt=4)
     assert len({len(ids) for ids in rollouts.completion_ids}) > 1
     read: list[int] = []
     decoder = engine._model.get_decoder()
     hook = decoder.register_forward_pre_hook(
         lambda module, args, named: read.append(named["input_ids"].numel()), with_kwargs=True
     )
-    once = engine.score(rollouts, top_k=5, forced_ids=(5,))
+    once = engine.score(rollouts, ScoringSettings(top_k=5, forced_ids=(5,)))
     shared = sum(read)
     monkeypatch.setattr("opd_stream.engines.head.MIN_SAVING", 0.0)
     read.clear()
-    apart = engine.score(rollouts, top_k=5, forced_ids=(5,))
+    apart = engine.score(rollouts, ScoringSettings(top_k=5, forced_ids=(5,)))
     hook.remove()
     assert shared < 0.5 * sum(read)
     tolerance = 1e-4 if dtype == "float32" else 0.15

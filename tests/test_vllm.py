@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from opd_stream.engines import open_engine
-from opd_stream.engines.base import Engine, VllmOptions
+from opd_stream.engines.base import Engine, SamplingSettings, ScoringSettings, VllmOptions
 from opd_stream.engines.vllm_scores import (
     asked_ids,
     scores_of_asked,
@@ -120,14 +120,11 @@ def student() -> Engine:
 
 
 def sample(engine: Engine, prompts: PromptBatch, **changes: Any) -> RolloutBatch:
-    settings: dict[str, Any] = {
-        "window_tokens": 200,
-        "samples_per_prompt": 2,
-        "temperature": 1.0,
-        "seed": 3,
-        "stop_ids": STOPS,
+    rows = {
+        name: changes.pop(name) for name in ("samples_per_prompt", "extra_draws") if name in changes
     }
-    return engine.sample(prompts, **{**settings, **changes})
+    settings: dict[str, Any] = {"window_tokens": 200, "seed": 3, "stop_ids": STOPS, **changes}
+    return engine.sample(prompts, SamplingSettings(**settings), **{"samples_per_prompt": 2, **rows})
 
 
 @needs_vllm
@@ -135,7 +132,8 @@ def test_vllm_and_transformers_agree_on_the_same_ids(student: Engine) -> None:
     rollouts = sample(student, prompts_of(6))
     reference = open_engine(engine="transformers", folder=STUDENT, dtype="float32", batch_rows=8)
     mine, other = (
-        engine.score(rollouts, top_k=8, forced_ids=STOPS) for engine in (student, reference)
+        engine.score(rollouts, ScoringSettings(top_k=8, forced_ids=STOPS))
+        for engine in (student, reference)
     )
     for row in range(len(rollouts)):
         np.testing.assert_allclose(
@@ -169,8 +167,8 @@ def test_greedy_rollouts_are_those_of_transformers(student: Engine) -> None:
 @needs_vllm
 def test_extending_keeps_what_was_there(student: Engine) -> None:
     short = sample(student, prompts_of(4), window_tokens=20)
-    long = student.extend(short, window_tokens=60, temperature=1.0, seed=3, stop_ids=STOPS)
-    scores = student.score(long, top_k=1, forced_ids=())
+    long = student.extend(short, SamplingSettings(window_tokens=60, seed=3, stop_ids=STOPS))
+    scores = student.score(long, ScoringSettings(top_k=1, forced_ids=()))
     for row, ids in enumerate(long.completion_ids):
         assert ids[:20].tolist() == short.completion_ids[row].tolist()
         assert len(ids) > 20 or short.finish_reason[row] == "stop"
@@ -192,7 +190,7 @@ def test_new_weights_meet_no_old_cache(student: Engine, monkeypatch: pytest.Monk
         """Of the first token's log-probability, when its weights come after the student's."""
         student.load(TEACHER)
         found = sample(student, long_prompt, window_tokens=1)
-        expected = reference.score(found, top_k=1, forced_ids=()).teacher_logprobs
+        expected = reference.score(found, ScoringSettings(top_k=1, forced_ids=())).teacher_logprobs
         return max(
             float(np.abs(a - b).max())
             for a, b in zip(found.behavior_logprobs, expected, strict=True)
@@ -225,12 +223,17 @@ def test_what_vllm_cannot_serve_is_refused(
     with pytest.raises(UserError, match="which engine vllm cannot draw"):
         sample(student, prompts, extra_draws=1)
     with pytest.raises(UserError, match="needs draws from the teacher"):
-        student.score(sample(student, prompts, window_tokens=4), top_k=1, forced_ids=(), draws=4)
+        student.score(
+            sample(student, prompts, window_tokens=4),
+            ScoringSettings(top_k=1, draws=4),
+        )
     with pytest.raises(UserError, match="the model reads 512; lower the window"):
         sample(student, prompts, window_tokens=500)
     monkeypatch.setattr("opd_stream.engines.vllm_engine.MAX_WHOLE_VOCABULARY", 100)
     with pytest.raises(UserError, match=r"use teacher\.engine=transformers"):
-        student.score(sample(student, prompts, window_tokens=4), top_k=1, forced_ids=STOPS)
+        student.score(
+            sample(student, prompts, window_tokens=4), ScoringSettings(top_k=1, forced_ids=STOPS)
+        )
 
 
 @needs_vllm

@@ -31,22 +31,35 @@ MAX_LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**28}  # what a chunk of the fewe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSettings:
-    """Arguments that `sample` and `extend` share."""
+    """How rollouts are drawn. The defaults of `top_p`, `top_k` and `min_p` leave no token out.
 
-    window_tokens: int
-    temperature: float
-    seed: int
-    stop_ids: tuple[int, ...]
+    Example:
+        >>> SamplingSettings(window_tokens=64, temperature=1.0, seed=7, stop_ids=(1,))
+    """
+
+    window_tokens: int  # that a completion may have
+    stop_ids: tuple[int, ...]  # any of them ends a rollout, and is kept
+    temperature: float = 1.0  # 0 is greedy
+    seed: int = 0
+    vocabulary: int | None = None  # ids from here on are never drawn; None: the head's size
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringSettings:
-    """The arguments of `score`."""
+    """What is asked of a teacher.
 
-    top_k: int
-    forced_ids: tuple[int, ...]
-    draws: int = 0
-    seed: int = 0
+    Example:
+        >>> ScoringSettings(top_k=32, forced_ids=(1,))
+    """
+
+    top_k: int  # candidates of a token
+    forced_ids: tuple[int, ...] = ()  # always scored
+    draws: int = 0  # above 0: so many ids drawn with replacement, in place of the top K
+    seed: int = 0  # of the draws
+    vocabulary: int | None = None  # ids from here on are no candidates; None: the head's size
 
 
 class VllmOptions(Section):
@@ -82,36 +95,25 @@ class Engine(Protocol):
     def sample(
         self,
         prompts: PromptBatch,
+        settings: SamplingSettings,
         *,
-        window_tokens: int,
-        samples_per_prompt: int,
-        temperature: float,
-        seed: int,
-        stop_ids: tuple[int, ...],
+        samples_per_prompt: int = 1,
         extra_draws: int = 0,
     ) -> RolloutBatch:
         """Sample up to `window_tokens` new tokens for each prompt, `samples_per_prompt` times.
 
         A rollout ends with the first id of `stop_ids` it draws (kept, finish_reason "stop") or at
         the window (finish_reason "length"). Temperature 0 is greedy. `behavior_logprobs` are raw:
-        log-softmax of the logits before temperature. With `extra_draws` M, M further ids are drawn
-        at every position from the same distribution, with replacement, and kept as candidates; they
-        do not change what is sampled.
+        log-softmax of all logits before temperature, whatever the draw left out. With `extra_draws`
+        M, M further ids are drawn at every position from the same distribution, with replacement,
+        and kept as candidates; they do not change what is sampled.
 
         Raises:
             UserError: a prompt plus the window does not fit the model's context.
         """
         ...
 
-    def extend(
-        self,
-        rollouts: RolloutBatch,
-        *,
-        window_tokens: int,
-        temperature: float,
-        seed: int,
-        stop_ids: tuple[int, ...],
-    ) -> RolloutBatch:
+    def extend(self, rollouts: RolloutBatch, settings: SamplingSettings) -> RolloutBatch:
         """Continue the rollouts that a window ended, up to `window_tokens` tokens each.
 
         Finished ones stay. New tokens have the log-probabilities of the current weights. Under the
@@ -123,20 +125,12 @@ class Engine(Protocol):
         """
         ...
 
-    def score(
-        self,
-        rollouts: RolloutBatch,
-        *,
-        top_k: int,
-        forced_ids: tuple[int, ...],
-        draws: int = 0,
-        seed: int = 0,
-    ) -> ScoreBatch:
+    def score(self, rollouts: RolloutBatch, settings: ScoringSettings) -> ScoreBatch:
         """Score every completion token at temperature 1 over the full vocabulary.
 
         Candidate ids of the rollouts are scored too. With `draws` above 0, the top K are replaced
         by that many ids drawn from the teacher with replacement, a function of `seed` and the
-        rollout.
+        rollout. The mass of ids that are no candidates is in the tail.
 
         Raises:
             UserError: `top_k` is larger than the vocabulary.

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import linear, pad, rms_norm, silu
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from opd_stream.engines.base import SamplingSettings
 from opd_stream.engines.head import cached_hidden, left_positions
 
 MAX_UNIFORM = 1 - 2**-50
@@ -242,19 +243,39 @@ def draw_uniforms(
 
 
 def draw(
-    logits_BV: torch.Tensor, uniforms_BM: torch.Tensor, temperature: float
+    logits_BV: torch.Tensor, uniforms_BM: torch.Tensor, settings: SamplingSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """M ids a row by inverting the cumulative distribution, and their raw log-probabilities."""
     logprobs_BV = torch.log_softmax(logits_BV.float(), dim=1)
-    if temperature == 0:
-        drawn_BM = logprobs_BV.argmax(1, keepdim=True).expand(uniforms_BM.shape)
+    if settings.temperature == 0:
+        known_BV = logprobs_BV[:, : settings.vocabulary]
+        drawn_BM = known_BV.argmax(1, keepdim=True).expand(uniforms_BM.shape)
     else:
         probabilities_BV = logprobs_BV.exp()
-        if temperature != 1:
-            probabilities_BV = torch.softmax(logits_BV.float() / temperature, dim=1)
+        if settings.temperature != 1:
+            probabilities_BV = torch.softmax(logits_BV.float() / settings.temperature, dim=1)
+        probabilities_BV = _kept(probabilities_BV[:, : settings.vocabulary], settings)
         columns = [_inverted(probabilities_BV, uniforms_B) for uniforms_B in uniforms_BM.unbind(1)]
         drawn_BM = torch.stack(columns, dim=1)
     return drawn_BM, logprobs_BV.gather(1, drawn_BM)
+
+
+def _kept(probabilities_BV: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
+    """Probabilities with 0 for what top-k, then top-p, then min-p leave out (not normalised)."""
+    if 0 < settings.top_k < probabilities_BV.shape[1]:
+        least_B1 = probabilities_BV.topk(settings.top_k, dim=1).values[:, -1:]
+        probabilities_BV = probabilities_BV.where(probabilities_BV >= least_B1, 0)
+    if settings.top_p < 1:
+        ordered_BV, order_BV = probabilities_BV.sort(dim=1, descending=True, stable=True)
+        before_BV = ordered_BV.cumsum(1) - ordered_BV
+        is_in_BV = before_BV < settings.top_p * ordered_BV.sum(1, keepdim=True)
+        is_in_BV[:, 0] = True
+        is_kept_BV = torch.zeros_like(is_in_BV).scatter(1, order_BV, is_in_BV)
+        probabilities_BV = probabilities_BV.where(is_kept_BV, 0)
+    if settings.min_p > 0:
+        least_B1 = settings.min_p * probabilities_BV.amax(1, keepdim=True)
+        probabilities_BV = probabilities_BV.where(probabilities_BV >= least_B1, 0)
+    return probabilities_BV
 
 
 def _inverted(probabilities_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,8 @@ from opd_stream.engines.base import (
     Drawn,
     Ids,
     RowScores,
+    SamplingSettings,
+    ScoringSettings,
     check_context,
     check_top_k,
     empty_rollouts,
@@ -50,29 +52,21 @@ class FakeEngine:
     def sample(
         self,
         prompts: PromptBatch,
+        settings: SamplingSettings,
         *,
-        window_tokens: int,
-        samples_per_prompt: int,
-        temperature: float,
-        seed: int,
-        stop_ids: tuple[int, ...],
+        samples_per_prompt: int = 1,
         extra_draws: int = 0,
     ) -> RolloutBatch:
         """See `Engine.sample`."""
-        check_context(prompts.prompt_id, prompts.prompt_ids, window_tokens, CONTEXT_TOKENS)
-        rollouts = self.extend(
-            empty_rollouts(prompts, samples_per_prompt),
-            window_tokens=window_tokens,
-            temperature=temperature,
-            seed=seed,
-            stop_ids=stop_ids,
-        )
+        window = settings.window_tokens
+        check_context(prompts.prompt_id, prompts.prompt_ids, window, CONTEXT_TOKENS)
+        rollouts = self.extend(empty_rollouts(prompts, samples_per_prompt), settings)
         if not extra_draws:
             return rollouts
         drawn: list[Drawn] = []
         for row, tokens in enumerate(rollouts.completion_ids):
             dense_TV = self._dense(int(rollouts.prompt_ids[row][-1]), tokens)
-            random = np.random.default_rng([*_key(rollouts, row, seed), 1])
+            random = np.random.default_rng([*_key(rollouts, row, settings.seed), 1])
             uniforms = random.random((len(tokens), extra_draws, 1))
             cumulative_TV = np.exp(dense_TV).cumsum(1)
             ids = (uniforms > cumulative_TV[:, None]).sum(2).clip(max=self._vocab_size - 1)
@@ -83,50 +77,35 @@ class FakeEngine:
             candidate_behavior_logprobs=tuple(logprobs for _, logprobs in drawn),
         )
 
-    def extend(
-        self,
-        rollouts: RolloutBatch,
-        *,
-        window_tokens: int,
-        temperature: float,
-        seed: int,
-        stop_ids: tuple[int, ...],
-    ) -> RolloutBatch:
+    def extend(self, rollouts: RolloutBatch, settings: SamplingSettings) -> RolloutBatch:
         """See `Engine.extend`."""
         new: dict[int, Drawn] = {}
-        for row in unfinished_rows(rollouts, window_tokens):
+        for row in unfinished_rows(rollouts, settings.window_tokens):
             before = rollouts.completion_ids[row]
             last = int(before[-1] if len(before) else rollouts.prompt_ids[row][-1])
-            random = np.random.default_rng(_key(rollouts, row, seed))
-            uniforms = random.random(window_tokens)[len(before) :]
-            tokens = self._continue(last, uniforms, temperature, stop_ids)
+            random = np.random.default_rng(_key(rollouts, row, settings.seed))
+            uniforms = random.random(settings.window_tokens)[len(before) :]
+            tokens = self._continue(last, uniforms, settings)
             new[row] = (tokens, _at(self._dense(last, tokens), tokens[:, None])[:, 0])
         time.sleep(self._seconds_per_token * sum(len(ids) for ids, _ in new.values()))
-        return extended_rollouts(rollouts, new, stop_ids)
+        return extended_rollouts(rollouts, new, settings.stop_ids)
 
-    def score(
-        self,
-        rollouts: RolloutBatch,
-        *,
-        top_k: int,
-        forced_ids: tuple[int, ...],
-        draws: int = 0,
-        seed: int = 0,
-    ) -> ScoreBatch:
+    def score(self, rollouts: RolloutBatch, settings: ScoringSettings) -> ScoreBatch:
         """See `Engine.score`."""
-        check_top_k(top_k, self._vocab_size)
+        check_top_k(settings.top_k, self._vocab_size)
         candidates = rollouts.candidate_ids
         rows: list[RowScores] = []
         for row, tokens in enumerate(rollouts.completion_ids):
             dense_TV = self._dense(int(rollouts.prompt_ids[row][-1]), tokens)
-            if draws:
-                ids, top, tail = _drawn(dense_TV, draws, _key(rollouts, row, seed, "/draws"))
+            if settings.draws:
+                key = _key(rollouts, row, settings.seed, "/draws")
+                ids, top, tail = _drawn(dense_TV, settings.draws, key)
             else:
-                ids, top, tail = _ranked(dense_TV, top_k)
+                ids, top, tail = _ranked(dense_TV, settings.top_k)
             asked = tokens[:, None]
             if candidates is not None:
                 asked = np.concatenate([asked, candidates[row]], axis=1)
-            forced = dense_TV[:, list(forced_ids)].astype(np.float32)
+            forced = dense_TV[:, list(settings.forced_ids)].astype(np.float32)
             rows.append(RowScores(_at(dense_TV, asked), ids, top, tail, forced))
         time.sleep(self._seconds_per_token * rollouts.completion_tokens)
         return score_batch(rows, has_candidates=candidates is not None)
@@ -135,20 +114,19 @@ class FakeEngine:
         self,
         last: int,
         uniforms_T: NDArray[np.float64],
-        temperature: float,
-        stop_ids: tuple[int, ...],
+        settings: SamplingSettings,
     ) -> NDArray[np.int32]:
         tokens: list[int] = []
         for uniform in uniforms_T:
             logprobs_V = self._logprobs_VV[last % self._vocab_size]
-            if temperature == 0:
+            if settings.temperature == 0:
                 last = int(np.argmax(logprobs_V))
             else:
-                cumulative_V = np.exp(logprobs_V / temperature).cumsum()
+                cumulative_V = np.exp(logprobs_V / settings.temperature).cumsum()
                 reached = uniform * cumulative_V[-1]
                 last = int(cast(Any, np.searchsorted(cumulative_V, reached, side="right")))
             tokens.append(last)
-            if last in stop_ids:
+            if last in settings.stop_ids:
                 break
         return np.array(tokens, np.int32)
 

@@ -18,6 +18,8 @@ from opd_stream.engines.base import (
     Drawn,
     Ids,
     RowScores,
+    SamplingSettings,
+    ScoringSettings,
     check_context,
     check_top_k,
     empty_rollouts,
@@ -62,15 +64,13 @@ class TransformersEngine:
     def sample(
         self,
         prompts: PromptBatch,
+        settings: SamplingSettings,
         *,
-        window_tokens: int,
-        samples_per_prompt: int,
-        temperature: float,
-        seed: int,
-        stop_ids: tuple[int, ...],
+        samples_per_prompt: int = 1,
         extra_draws: int = 0,
     ) -> RolloutBatch:
         """See `Engine.sample`."""
+        window_tokens, seed = settings.window_tokens, settings.seed
         check_context(prompts.prompt_id, prompts.prompt_ids, window_tokens, self._context)
         order = sorted(range(len(prompts.prompt_id)), key=lambda row: len(prompts.prompt_ids[row]))
         per_batch = max(1, self._batch_rows // samples_per_prompt)
@@ -83,11 +83,12 @@ class TransformersEngine:
                 for row, sample in rows
             ]
             ids = [prompts.prompt_ids[row] for row in chosen]
-            new = self._decode(ids, np.stack(numbers), temperature, stop_ids)
+            new = self._decode(ids, np.stack(numbers), settings)
             drawn.update(zip(rows, new, strict=True))
         in_order = [drawn[row] for row in sorted(drawn)]
         new = {row: (ids[:, 0], logprobs[:, 0]) for row, (ids, logprobs) in enumerate(in_order)}
-        rollouts = extended_rollouts(empty_rollouts(prompts, samples_per_prompt), new, stop_ids)
+        empty = empty_rollouts(prompts, samples_per_prompt)
+        rollouts = extended_rollouts(empty, new, settings.stop_ids)
         if not extra_draws:
             return rollouts
         return replace(
@@ -97,16 +98,9 @@ class TransformersEngine:
         )
 
     @torch.inference_mode()
-    def extend(
-        self,
-        rollouts: RolloutBatch,
-        *,
-        window_tokens: int,
-        temperature: float,
-        seed: int,
-        stop_ids: tuple[int, ...],
-    ) -> RolloutBatch:
+    def extend(self, rollouts: RolloutBatch, settings: SamplingSettings) -> RolloutBatch:
         """See `Engine.extend`."""
+        window_tokens, seed = settings.window_tokens, settings.seed
         check_context(rollouts.prompt_id, rollouts.prompt_ids, window_tokens, self._context)
         unfinished = unfinished_rows(rollouts, window_tokens)
         texts = {
@@ -123,24 +117,16 @@ class TransformersEngine:
                 sample = int(rollouts.sample_index[row])
                 stream = uniforms(seed, rollouts.prompt_id[row], sample, window_tokens)
                 numbers[place, : window_tokens - tokens, 0] = stream[tokens:]
-            drawn = self._decode([texts[row] for row in chosen], numbers, temperature, stop_ids)
+            drawn = self._decode([texts[row] for row in chosen], numbers, settings)
             for row, tokens, (ids, logprobs) in zip(chosen, before, drawn, strict=True):
                 room = window_tokens - tokens
                 new[row] = (ids[:room, 0], logprobs[:room, 0])
-        return extended_rollouts(rollouts, new, stop_ids)
+        return extended_rollouts(rollouts, new, settings.stop_ids)
 
     @torch.inference_mode()
-    def score(
-        self,
-        rollouts: RolloutBatch,
-        *,
-        top_k: int,
-        forced_ids: tuple[int, ...],
-        draws: int = 0,
-        seed: int = 0,
-    ) -> ScoreBatch:
+    def score(self, rollouts: RolloutBatch, settings: ScoringSettings) -> ScoreBatch:
         """See `Engine.score`."""
-        check_top_k(top_k, self._vocabulary)
+        check_top_k(settings.top_k, settings.vocabulary or self._vocabulary)
         texts = [
             np.concatenate(pair)
             for pair in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)
@@ -155,7 +141,7 @@ class TransformersEngine:
         scored: dict[int, RowScores] = {}
         for start in range(0, len(order), self._batch_rows):
             chosen = order[start : start + self._batch_rows]
-            rows = self._score_rows(rollouts, chosen, top_k, forced_ids, draws, seed)
+            rows = self._score_rows(rollouts, chosen, settings)
             scored.update(zip(chosen, rows, strict=True))
         return score_batch(
             (scored[row] for row in range(len(rollouts))),
@@ -166,8 +152,7 @@ class TransformersEngine:
         self,
         prompt_ids: Sequence[Ids],
         uniforms_RTM: NDArray[np.float64],
-        temperature: float,
-        stop_ids: tuple[int, ...],
+        settings: SamplingSettings,
     ) -> Iterator[Drawn]:
         """Drawn ids and behavior log-probabilities of R rows [T, M], R a multiple of the prompts.
 
@@ -176,7 +161,7 @@ class TransformersEngine:
         head = logits_head(self._model)
         rows, window, columns = uniforms_RTM.shape
         numbers = from_numpy(uniforms_RTM, self._device)
-        stops = torch.tensor(stop_ids, dtype=torch.long, device=self._device)
+        stops = torch.tensor(settings.stop_ids, dtype=torch.long, device=self._device)
         decoder = self._open_decoder(self._model)
         hidden = decoder.prefill(*padded(prompt_ids, self._device, side="left"))
         samples = rows // len(prompt_ids)
@@ -190,7 +175,7 @@ class TransformersEngine:
         held = torch.arange(rows, device=self._device)  # rows that the decoder still holds
         running = torch.ones(rows, dtype=torch.bool, device=self._device)  # of them, not ended
         for place in range(window):
-            all_drawn, drawn_logprobs = draw(head(hidden), numbers[held, place], temperature)
+            all_drawn, drawn_logprobs = draw(head(hidden), numbers[held, place], settings)
             tokens[held, place], logprobs[held, place] = all_drawn, drawn_logprobs
             drawn = all_drawn[:, 0]
             ended = running & torch.isin(drawn, stops)
@@ -212,11 +197,9 @@ class TransformersEngine:
         self,
         rollouts: RolloutBatch,
         chosen: list[int],
-        top_k: int,
-        forced_ids: tuple[int, ...],
-        draws: int,
-        seed: int,
+        settings: ScoringSettings,
     ) -> Iterator[RowScores]:
+        draws = settings.draws
         prompts = [rollouts.prompt_ids[row] for row in chosen]
         completions = [rollouts.completion_ids[row] for row in chosen]
         hidden = completion_hidden(self._model.get_decoder(), prompts, completions, self._device)
@@ -228,7 +211,7 @@ class TransformersEngine:
         if draws:
             numbers = [
                 uniforms(
-                    seed,
+                    settings.seed,
                     f"{rollouts.prompt_id[row]}/draws",
                     int(rollouts.sample_index[row]),
                     draws * len(rollouts.completion_ids[row]),
@@ -240,8 +223,9 @@ class TransformersEngine:
             hidden,
             logits_head(self._model),
             asked_ids_NJ=from_numpy(asked, self._device),
-            forced_ids_F=torch.tensor(forced_ids, dtype=torch.long, device=self._device),
-            top_k=top_k,
+            forced_ids_F=torch.tensor(settings.forced_ids, dtype=torch.long, device=self._device),
+            top_k=settings.top_k,
+            vocabulary=settings.vocabulary,
             chunk_rows=rows_per_chunk(self._vocabulary, self._device.type),
             draws_ND=drawn,
         )

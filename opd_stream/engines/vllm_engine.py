@@ -22,6 +22,8 @@ from opd_stream.engines.base import (
     Drawn,
     Ids,
     RowScores,
+    SamplingSettings,
+    ScoringSettings,
     VllmOptions,
     check_context,
     check_top_k,
@@ -32,6 +34,7 @@ from opd_stream.engines.base import (
 )
 from opd_stream.engines.vllm_scores import (
     asked_ids,
+    asked_top_k,
     scores_of_asked,
     scores_of_whole,
     whole_distribution,
@@ -79,12 +82,9 @@ class VllmEngine:
     def sample(
         self,
         prompts: PromptBatch,
+        settings: SamplingSettings,
         *,
-        window_tokens: int,
-        samples_per_prompt: int,
-        temperature: float,
-        seed: int,
-        stop_ids: tuple[int, ...],
+        samples_per_prompt: int = 1,
         extra_draws: int = 0,
     ) -> RolloutBatch:
         """See `Engine.sample`.
@@ -97,28 +97,15 @@ class VllmEngine:
                 f"rollouts.extra_draws is {extra_draws}, which engine vllm cannot draw; use "
                 "student.engine=transformers, or an objective that needs no further draws"
             )
-        return self.extend(
-            empty_rollouts(prompts, samples_per_prompt),
-            window_tokens=window_tokens,
-            temperature=temperature,
-            seed=seed,
-            stop_ids=stop_ids,
-        )
+        return self.extend(empty_rollouts(prompts, samples_per_prompt), settings)
 
-    def extend(
-        self,
-        rollouts: RolloutBatch,
-        *,
-        window_tokens: int,
-        temperature: float,
-        seed: int,
-        stop_ids: tuple[int, ...],
-    ) -> RolloutBatch:
+    def extend(self, rollouts: RolloutBatch, settings: SamplingSettings) -> RolloutBatch:
         """See `Engine.extend`.
 
         The new part has a random stream of its own, so it is a draw from the same distribution but
         not what `sample` with the longer window would have drawn.
         """
+        window_tokens, seed = settings.window_tokens, settings.seed
         check_context(rollouts.prompt_id, rollouts.prompt_ids, window_tokens, self._context)
         unfinished = unfinished_rows(rollouts, window_tokens)
         starts = [len(rollouts.completion_ids[row]) for row in unfinished]
@@ -132,28 +119,21 @@ class VllmEngine:
                 _seed(seed, rollouts.prompt_id[row], int(rollouts.sample_index[row]), start)
                 for row, start in zip(unfinished, starts, strict=True)
             ],
-            temperature,
-            stop_ids,
+            settings,
         )
-        return extended_rollouts(rollouts, dict(zip(unfinished, drawn, strict=True)), stop_ids)
+        new = dict(zip(unfinished, drawn, strict=True))
+        return extended_rollouts(rollouts, new, settings.stop_ids)
 
-    def score(
-        self,
-        rollouts: RolloutBatch,
-        *,
-        top_k: int,
-        forced_ids: tuple[int, ...],
-        draws: int = 0,
-        seed: int = 0,
-    ) -> ScoreBatch:
+    def score(self, rollouts: RolloutBatch, settings: ScoringSettings) -> ScoreBatch:
         """See `Engine.score`.
 
         Raises:
             UserError: more candidates than the engine was opened for, draws from the teacher, or
                 ids that this runner of vLLM cannot be asked for.
         """
-        check_top_k(top_k, self._vocab)
-        if draws:
+        top_k, forced_ids = settings.top_k, settings.forced_ids
+        check_top_k(top_k, settings.vocabulary or self._vocab)
+        if settings.draws:
             raise UserError(
                 "scores.codec is sampled, which needs draws from the teacher's whole distribution; "
                 "engine vllm returns its top candidates only; use teacher.engine=transformers"
@@ -170,32 +150,46 @@ class VllmEngine:
         ]
         check_context(rollouts.prompt_id, texts, 1, self._context)  # it always generates a token
         outputs = self._run(
-            texts, [self._asking(rollouts, row, top_k, forced_ids) for row in range(len(texts))]
+            texts, [self._asking(rollouts, row, settings) for row in range(len(texts))]
         )
         rows: list[RowScores] = []
         for row, output in enumerate(outputs):
             tokens, forced = len(rollouts.completion_ids[row]), len(forced_ids)
             if self._asks_for_ids:
-                rows.append(scores_of_asked(output, tokens, top_k=top_k, forced=forced))
+                found = scores_of_asked(
+                    output,
+                    tokens,
+                    top_k=top_k,
+                    forced=forced,
+                    limit=self._limit(settings),
+                    vocabulary=self._vocab,
+                )
+                rows.append(found)
                 continue
             dense_TV = whole_distribution(output.prompt_logprobs, tokens, self._vocab)
             asked_TJ = asked_ids(rollouts, row, forced_ids)
-            rows.append(scores_of_whole(dense_TV, asked_TJ, top_k=top_k, forced=forced))
+            found = scores_of_whole(
+                dense_TV, asked_TJ, top_k=top_k, forced=forced, limit=settings.vocabulary
+            )
+            rows.append(found)
         return score_batch(rows, has_candidates=rollouts.candidate_ids is not None)
 
-    def _asking(
-        self, rollouts: RolloutBatch, row: int, top_k: int, forced_ids: tuple[int, ...]
-    ) -> Any:
+    def _limit(self, settings: SamplingSettings | ScoringSettings) -> int | None:
+        """The first id that does not count, where the head has one."""
+        limit = settings.vocabulary
+        return limit if limit is not None and limit < self._vocab else None
+
+    def _asking(self, rollouts: RolloutBatch, row: int, settings: ScoringSettings) -> Any:
         """How the prompt scores of a row are asked for: given ids where vLLM can, else all ids."""
-        settings: dict[str, Any] = {"max_tokens": 1, "flat_logprobs": True, "detokenize": False}
+        plain: dict[str, Any] = {"max_tokens": 1, "flat_logprobs": True, "detokenize": False}
         if not self._asks_for_ids:
-            return self._vllm.SamplingParams(**settings, prompt_logprobs=-1)
-        asked_TJ = asked_ids(rollouts, row, forced_ids)
+            return self._vllm.SamplingParams(**plain, prompt_logprobs=-1)
+        asked_TJ = asked_ids(rollouts, row, settings.forced_ids)
         if not len(asked_TJ):
-            return self._vllm.SamplingParams(**settings)
+            return self._vllm.SamplingParams(**plain)
         return self._vllm.SamplingParams(
-            **settings,
-            prompt_logprobs=top_k,
+            **plain,
+            prompt_logprobs=asked_top_k(settings.top_k, self._limit(settings), self._vocab),
             prompt_logprob_token_ids=asked_TJ,
             prompt_logprob_start=len(rollouts.prompt_ids[row]) - 1,
         )
@@ -205,17 +199,21 @@ class VllmEngine:
         texts: Sequence[Ids],
         windows: Sequence[int],
         seeds: Sequence[int],
-        temperature: float,
-        stop_ids: tuple[int, ...],
+        settings: SamplingSettings,
     ) -> list[Drawn]:
         """Ids and log-probabilities of what follows each text."""
+        limit = self._limit(settings)
         shared: Any = self._vllm.SamplingParams(
-            temperature=temperature,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            min_p=settings.min_p,
+            allowed_token_ids=None if limit is None else list(range(limit)),
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
             ignore_eos=True,  # stop ids say it all
-            stop_token_ids=list(stop_ids),
+            stop_token_ids=list(settings.stop_ids),
         )
         params: list[Any] = []
         for window, seed in zip(windows, seeds, strict=True):

@@ -6,8 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_stream.engines.base import RowScores
+from opd_stream.errors import UserError
 from opd_stream.types import RolloutBatch
 
+SPARE = 16  # candidates asked for beyond the top K where some ids of the head do not count
 MIN_TAIL = 1e-7  # of float32 sums; a smaller tail cannot be told from none
 
 
@@ -18,6 +20,11 @@ def asked_ids(rollouts: RolloutBatch, row: int, forced_ids: tuple[int, ...]) -> 
     if rollouts.candidate_ids is not None:
         parts.append(rollouts.candidate_ids[row])
     return np.concatenate([part.astype(np.int32) for part in parts], axis=1)
+
+
+def asked_top_k(top_k: int, limit: int | None, vocabulary: int) -> int:
+    """Candidates that vLLM is asked for, so that `top_k` below the id `limit` are among them."""
+    return top_k if limit is None else min(top_k + SPARE, vocabulary)
 
 
 def whole_distribution(flat: Any, tokens: int, vocab: int) -> NDArray[np.float32]:
@@ -38,10 +45,15 @@ def whole_distribution(flat: Any, tokens: int, vocab: int) -> NDArray[np.float32
 
 
 def scores_of_whole(
-    dense_TV: NDArray[np.float32], asked_TJ: NDArray[np.int32], *, top_k: int, forced: int
+    dense_TV: NDArray[np.float32],
+    asked_TJ: NDArray[np.int32],
+    *,
+    top_k: int,
+    forced: int,
+    limit: int | None = None,
 ) -> RowScores:
-    """The scores of one row from the whole distribution."""
-    order_TK = np.argsort(-dense_TV, axis=1, kind="stable")[:, :top_k]
+    """The scores of one row from the whole distribution; ids from `limit` on are no candidates."""
+    order_TK = np.argsort(-dense_TV[:, :limit], axis=1, kind="stable")[:, :top_k]
     rest_TV = np.exp(dense_TV, dtype=np.float64)
     np.put_along_axis(rest_TV, order_TK, 0.0, axis=1)
     with np.errstate(divide="ignore"):
@@ -51,18 +63,33 @@ def scores_of_whole(
     return _row_scores(order_TK.astype(np.int32), top_TK, tail_T, asked, forced)
 
 
-def scores_of_asked(output: Any, tokens: int, *, top_k: int, forced: int) -> RowScores:
+def scores_of_asked(
+    output: Any, tokens: int, *, top_k: int, forced: int, limit: int | None, vocabulary: int
+) -> RowScores:
     """The scores of one row where vLLM was asked for some ids (model runner V2).
 
-    Each of the last T positions of the flat list has the token itself, then the top K.
+    Each of the last T positions of the flat list has the token itself, then as many candidates as
+    `asked_top_k` says; the first `top_k` below `limit` stay.
+
+    Raises:
+        UserError: too few of them are below `limit`.
     """
     if not tokens:
         empty = np.zeros((0, top_k), np.float32)
         asked = np.zeros((0, 1 + forced), np.float32)
         return _row_scores(empty.astype(np.int32), empty, empty[:, :0].sum(1), asked, forced)
-    shape, last = (-1, top_k + 1), slice(-tokens, None)
+    shape, last = (-1, asked_top_k(top_k, limit, vocabulary) + 1), slice(-tokens, None)
     ids_TK = np.asarray(output.prompt_logprobs.token_ids, np.int32).reshape(shape)[last, 1:]
     top_TK = np.asarray(output.prompt_logprobs.logprobs, np.float32).reshape(shape)[last, 1:]
+    if limit is not None:
+        order_TK = np.argsort(ids_TK >= limit, axis=1, kind="stable")[:, :top_k]
+        ids_TK = np.take_along_axis(ids_TK, order_TK, axis=1)
+        top_TK = np.take_along_axis(top_TK, order_TK, axis=1)
+        if (ids_TK >= limit).any():
+            raise UserError(
+                f"the teacher prefers more than {SPARE} ids that the tokenizer does not have; "
+                "engine vllm cannot leave so many out; use teacher.engine=transformers"
+            )
     rest_T = 1 - np.exp(top_TK, dtype=np.float64).sum(1)
     asked = np.asarray(output.prompt_token_id_logprobs, np.float32)[last]
     return _row_scores(ids_TK, top_TK, np.log(rest_T.clip(MIN_TAIL)), asked, forced)

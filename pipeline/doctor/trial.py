@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from opd_stream.config import Config
 from opd_stream.config.sections import Model, Student
 from opd_stream.engines import open_engine
+from opd_stream.engines.base import ScoringSettings
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.codecs import Codec, CompactCodec, ExactCodec, SampledCodec, codec_of
 from opd_stream.store.reader import ScoredRow, ScoredRows
@@ -323,10 +324,14 @@ def _scored_live(
         batch_rows=model.batch_rows,
         vllm=model.vllm,
     )
-    forced_ids = tuple(settings["forced_ids"])
+    asked = ScoringSettings(
+        top_k=settings["top_k"],
+        forced_ids=tuple(settings["forced_ids"]),
+        vocabulary=settings.get("vocabulary"),
+    )
 
     def scored(batch: RolloutBatch) -> list[RowScores]:
-        found = engine.score(batch, top_k=settings["top_k"], forced_ids=forced_ids)
+        found = engine.score(batch, asked)
         assert found.candidate_teacher_logprobs is not None
         pairs = zip(found.teacher_logprobs, found.candidate_teacher_logprobs, strict=True)
         return [] if found.refused else [RowScores(*pair) for pair in pairs]
