@@ -23,11 +23,20 @@ from opd_stream.tasks.ledger import make_problems
 
 
 class RawTemplate(Section):
-    """The prompt text as it is, with a beginning-of-text token where the tokenizer has one."""
+    """The prompt text as it is, with the ids of `tokenizer(text)`; BOS never twice, no EOS behind.
+
+    There are never two beginning-of-text tokens, where the text itself begins with one; an
+    end-of-text token that the tokenizer appends is left off, since the text is to be continued.
+    """
 
     kind: Literal["raw"] = "raw"
     text: str = Field(
         default="{prompt}", description="text around the prompt; {prompt} is replaced"
+    )
+    bos: Literal["tokenizer", "always"] = Field(
+        default="tokenizer",
+        description="who puts a beginning-of-text token in front: tokenizer: the tokenizer, where "
+        "it does so itself; always: we do, where it has one (default of the embedded tasks)",
     )
 
 
@@ -52,7 +61,7 @@ class EmbeddedPrompts(Section):
     )
     count: int = Field(ge=1, description="number of problems")
     seed: int = Field(description="seed of the problems; keep training and evaluation apart")
-    template: Template = RawTemplate(text="{prompt}\n")
+    template: Template = RawTemplate(text="{prompt}\n", bos="always")
     max_prompt_tokens: int = Field(default=512, ge=1, description="a longer prompt is refused")
 
 
@@ -263,17 +272,30 @@ def _prompt(
     identity = f"row-{number}" if source.id_field is None else field(source.id_field)
     if identity is None:
         raise UserError(f"{place}: field {source.id_field!r} is null; expected an id; add it")
-    return Prompt(
+    prompt = Prompt(
         prompt_id=str(identity), text=text, answer=None if answer is None else str(answer)
     )
+    for said in (prompt.prompt_id, prompt.text, prompt.answer or ""):
+        _check_unicode(place, said)
+    return prompt
+
+
+def _check_unicode(place: str, text: str) -> None:
+    """Refuse what JSON can escape and UTF-8 cannot write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise UserError(
+            f"{place} holds {half} alone, half a surrogate pair; expected text that UTF-8 can "
+            "write; mend or remove the line"
+        ) from error
 
 
 def _tokenise(source: Prompts, tokenizer: Any, prompt: Prompt) -> np.ndarray:
     text = source.template.text.replace("{prompt}", prompt.text)
     if source.template.kind == "raw":
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        if tokenizer.bos_token_id is not None:
-            ids = [tokenizer.bos_token_id, *ids]
+        ids = raw_ids(tokenizer, text, bos=source.template.bos)
     else:
         if tokenizer.chat_template is None:
             raise UserError(
@@ -287,3 +309,23 @@ def _tokenise(source: Prompts, tokenizer: Any, prompt: Prompt) -> np.ndarray:
             turns, add_generation_prompt=True, tokenize=True, return_dict=False
         )
     return np.asarray(ids, np.int32)
+
+
+def raw_ids(tokenizer: Any, text: str, *, bos: Literal["tokenizer", "always"]) -> list[int]:
+    """The ids of a text that a model is to continue: see `RawTemplate`.
+
+    Example:
+        >>> raw_ids(llama, "<s>Anna", bos="tokenizer")  # tokenizer("<s>Anna") begins with two
+        [1, 7740]
+    """
+    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids: list[int] = tokenizer(text)["input_ids"]
+    if last is not None and ids[-1:] == [last] and len(ids) > 1:
+        written: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids[len(ids) - 1 - len(written) : -1] == written:  # the text does not end here itself
+            ids = ids[:-1]
+    if bos == "always" and first is not None and ids[:1] != [first]:
+        ids = [first, *ids]
+    while first is not None and ids[:2] == [first, first]:
+        ids = ids[1:]
+    return ids

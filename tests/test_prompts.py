@@ -4,12 +4,14 @@ import json
 import shutil
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
 import pytest
 import zstandard
-from transformers import AutoTokenizer
+from tokenizers import processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from opd_stream.errors import UserError
 from opd_stream.prompts import (
@@ -18,10 +20,12 @@ from opd_stream.prompts import (
     EmbeddedPrompts,
     JsonlPrompts,
     prompts_table,
+    raw_ids,
     read_prompts,
     shuffled_rows,
 )
 from opd_stream.store.store import Store
+from pipeline.estimate.reading import FastTokenizer
 from stages.checkpoints import open_checkpoint
 from stages.prompts import prompts_artifact
 
@@ -62,13 +66,58 @@ def test_plain_compressed_and_dataset_sources_give_the_same_prompts(
     assert tables[0]["answer"].to_pylist() == ["4", "9"]
 
 
-def test_the_raw_template_starts_with_bos_and_decodes_to_the_text(
-    tmp_path: Path, tokenizer: object
+def with_edges(single: list[str]) -> Any:
+    """The student's tokenizer with a post-processor of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+    special = [("<eos>", 1), ("<bos>", 2)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[each for each in special if each[0] in single]
+    )
+    return tokenizer
+
+
+def test_raw_text_has_the_ids_of_the_tokenizer(tmp_path: Path, tokenizer: Any) -> None:
+    source, texts = jsonl(tmp_path, lines_of(ROWS)), [row["prompt"] for row in ROWS]
+    for own in (tokenizer, with_edges(["<bos>", "$A"])):
+        ids = prompts_table(source, own)["prompt_ids"].to_pylist()
+        assert ids == [own(text)["input_ids"] for text in texts]
+    assert tokenizer.decode(tokenizer(texts[1])["input_ids"]) == texts[1]
+
+
+def test_the_embedded_tasks_begin_with_bos_and_decode_to_the_text(tokenizer: Any) -> None:
+    table = prompts_table(EmbeddedPrompts(kind="ledger", count=1, seed=0), tokenizer)
+    first, *ids = table["prompt_ids"][0].as_py()
+    assert first == tokenizer.bos_token_id
+    assert tokenizer.decode(ids) == table["text"][0].as_py() + "\n"
+
+
+@pytest.mark.parametrize(
+    ("single", "bos", "text", "ids"),
+    [
+        (["$A"], "tokenizer", "a", [67]),
+        (["$A"], "always", "a", [2, 67]),
+        (["$A"], "always", "<bos>a", [2, 67]),
+        (["<bos>", "$A"], "tokenizer", "<bos>a", [2, 67]),  # rendered before
+        (["<bos>", "$A"], "always", "a", [2, 67]),
+        (["<bos>", "$A", "<eos>"], "tokenizer", "a", [2, 67]),  # is to be continued
+        (["$A", "<eos>"], "tokenizer", "a", [67]),
+        (["$A", "<eos>"], "tokenizer", "a<eos>", [67, 1]),  # the text's own end stays
+        (["<bos>", "$A"], "tokenizer", "a<eos>", [2, 67, 1]),
+        (["<bos>", "$A"], "tokenizer", "", [2]),
+    ],
+)
+def test_a_raw_prompt_begins_once_and_is_never_ended(
+    single: list[str], bos: Any, text: str, ids: list[int], tmp_path: Path
 ) -> None:
-    table = prompts_table(jsonl(tmp_path, lines_of(ROWS)), tokenizer)
-    ids = table["prompt_ids"][1].as_py()
-    assert ids[0] == tokenizer.bos_token_id  # type: ignore[attr-defined]
-    assert tokenizer.decode(ids[1:]) == ROWS[1]["prompt"]  # type: ignore[attr-defined]
+    tokenizer = with_edges(single)
+    assert raw_ids(tokenizer, text, bos=bos) == ids
+    tokenizer.save_pretrained(tmp_path)
+    assert raw_ids(FastTokenizer(tmp_path), text, bos=bos) == ids
+
+
+def test_a_tokenizer_without_special_tokens_adds_none(tokenizer: Any) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    assert raw_ids(bare, "a", bos="always") == [67]
 
 
 def test_the_chat_template_is_the_tokenizers_own(tmp_path: Path) -> None:
@@ -90,6 +139,11 @@ def test_the_chat_template_is_the_tokenizers_own(tmp_path: Path) -> None:
         ('{"question": "a"}\n', r"has no field 'prompt'; it has question"),
         ('{"prompt": 3, "answer": 1}\n', "field 'prompt' holds a int"),
         ('{"prompt": "a"}\n', "has no field 'answer'"),
+        (
+            '{"prompt": "a\\ud83d", "answer": 1}\n',
+            r"jsonl:1 holds \\ud83d alone, half a surrogate",
+        ),
+        ('{"prompt": "a", "answer": "\\ude00"}\n', r"jsonl:1 holds \\ude00 alone"),
     ],
 )
 def test_a_bad_line_is_named_with_file_and_number(tmp_path: Path, text: str, line: str) -> None:

@@ -131,10 +131,12 @@ class FastTokenizer:
         from tokenizers import Tokenizer
 
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         settings = folder / "tokenizer_config.json"
-        token = read_json(settings).get("bos_token") if settings.exists() else None
-        text = token["content"] if isinstance(token, dict) else token
-        self.bos_token_id = None if text is None else self.token_id(text)
+        named: dict[str, Any] = read_json(settings) if settings.exists() else {}
+        self.bos_token_id = self._special(named.get("bos_token"))
+        self.eos_token_id = self._special(named.get("eos_token"))
 
     @staticmethod
     def of(folder: Path) -> "FastTokenizer | None":
@@ -153,9 +155,14 @@ class FastTokenizer:
         """The id of a token as it stands in the vocabulary."""
         return self._tokenizer.token_to_id(token)
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """The ids of a text."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    def _special(self, token: Any) -> int | None:
+        text = token["content"] if isinstance(token, dict) else token
+        return None if text is None else self.token_id(text)
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """The ids of a text, as a tokenizer of transformers gives them."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return {"input_ids": encoding.ids}
 
 
 def measure_prompts(
