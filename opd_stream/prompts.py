@@ -5,21 +5,34 @@ No later stage sees a template or a tokenizer's opinion of the prompt: ids trave
 
 import hashlib
 import importlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from opd_stream.errors import UserError
-from opd_stream.section import Section
-from opd_stream.store.files import canonical_json, lines_of, sha256, sha256_file
+from opd_stream.rows import (
+    Format,
+    PlacedRow,
+    count_rows,
+    format_of,
+    rows_of_file,
+    source_files,
+    value_of,
+)
+from opd_stream.section import Section, is_list, is_object, later
+from opd_stream.store.files import canonical_json, sha256, sha256_file
+from opd_stream.store.lines import opened
 from opd_stream.store.shards import PROMPTS, id_lists
 from opd_stream.tasks.ledger import make_problems
+from opd_stream.tasks.references import Match, reference_text
 
 
 class RawTemplate(Section):
@@ -66,11 +79,15 @@ class EmbeddedPrompts(Section):
 
 
 class RowPrompts(Section):
-    """Prompts from rows with named fields."""
+    """Prompts from rows with named fields; `a.b` is field b of the object in field a."""
 
     prompt_field: str = Field(default="prompt", description="field that holds the prompt text")
     answer_field: str | None = Field(
-        default=None, description="field that holds the reference answer"
+        default=None, description="field that holds the reference answer, or a list of answers"
+    )
+    answers: Match = later(
+        default="any",
+        description="of a reference that is a list: any of its answers is right, or all have to be",
     )
     id_field: str | None = Field(
         default=None, description="field that identifies a prompt; default: the row's number"
@@ -79,15 +96,20 @@ class RowPrompts(Section):
     template: Template = RawTemplate()
     max_prompt_tokens: int = Field(default=1024, ge=1, description="tokens a prompt may have")
     long_prompts: Literal["refuse", "skip"] = Field(
-        default="refuse", description="what to do with a longer prompt"
+        default="refuse",
+        description="what to do with a longer prompt; how many were skipped is a warning",
     )
 
 
-class JsonlPrompts(RowPrompts):
-    """One JSON object a line, plain or .zst."""
+class FilePrompts(RowPrompts):
+    """Files of rows: JSON lines, JSON arrays, CSV, Parquet (docs/prompts.md)."""
 
-    kind: Literal["jsonl"]
-    path: Path = Field(description="file to read")
+    kind: Literal["files", "jsonl"] = Field(
+        description="files: formats by the files' names; jsonl: one file of JSON, whatever its name"
+    )
+    path: Path = Field(
+        description="file; with kind files also a folder, or a pattern such as data/*.parquet"
+    )
 
 
 class DatasetPrompts(RowPrompts):
@@ -96,11 +118,26 @@ class DatasetPrompts(RowPrompts):
     kind: Literal["datasets"]
     path: str = Field(description="hub name, save_to_disk folder, or builder (json, parquet, ...)")
     name: str | None = Field(default=None, description="configuration of the dataset")
+    revision: str | None = later(
+        default=None, description="of a hub name: branch, tag or commit; name a commit to fix it"
+    )
     data_files: Path | None = Field(default=None, description="local file for a builder")
     split: str = Field(default="train", description="split to read")
+    streaming: bool = later(
+        default=False, description="read rows as they arrive, up to `limit`, and keep no copy"
+    )
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if self.streaming and self.limit is None:
+            raise ValueError(
+                f"streaming is set for dataset {self.path!r} without limit; expected the number of "
+                "rows to read; set limit"
+            )
+        return self
 
 
-Prompts = Annotated[EmbeddedPrompts | JsonlPrompts | DatasetPrompts, Field(discriminator="kind")]
+Prompts = Annotated[EmbeddedPrompts | FilePrompts | DatasetPrompts, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,23 +150,24 @@ class Prompt:
 
 
 def source_settings(source: Prompts) -> dict[str, Any]:
-    """What of a source goes into the recipe: content digests instead of paths."""
+    """What of a source goes into the recipe: content digests instead of paths.
+
+    Raises:
+        UserError: a file does not exist, or is of no known format.
+    """
     settings = source.model_dump(mode="json")
-    if isinstance(source, JsonlPrompts):
-        if not source.path.is_file():
-            raise UserError(
-                f"prompt file {source.path} does not exist; expected JSON lines, plain or .zst; "
-                "give it with --set prompts.path=FILE"
-            )
-        settings["path"] = sha256_file(source.path)
+    if isinstance(source, FilePrompts):
+        digests = [[kind, _digest(path)] for path, kind in _files(source)]
+        one_file = digests[0][1] if source.kind == "jsonl" else None
+        settings["path"] = one_file or sha256(canonical_json(digests))
     elif isinstance(source, DatasetPrompts):
         if source.data_files is not None and not source.data_files.is_file():
             raise UserError(f"data file {source.data_files} does not exist; check data_files")
         if source.data_files is not None:
-            settings["data_files"] = sha256_file(source.data_files)
+            settings["data_files"] = _digest(source.data_files)
         elif Path(source.path).is_dir():
             files = sorted(path for path in Path(source.path).rglob("*") if path.is_file())
-            settings["path"] = sha256(canonical_json([[p.name, sha256_file(p)] for p in files]))
+            settings["path"] = sha256(canonical_json([[p.name, _digest(p)] for p in files]))
     return settings
 
 
@@ -142,12 +180,9 @@ def read_prompts(source: Prompts) -> list[Prompt]:
     if isinstance(source, EmbeddedPrompts):
         problems = make_problems(count=source.count, seed=source.seed, task=source.kind)
         return [Prompt(prompt_id=p.problem_id, text=p.question, answer=p.answer) for p in problems]
-    rows = _jsonl_rows(source) if isinstance(source, JsonlPrompts) else _dataset_rows(source)
     prompts: list[Prompt] = []
     place_of: dict[str, str] = {}
-    for number, (place, row) in enumerate(rows):
-        if source.limit is not None and number >= source.limit:
-            break
+    for number, (place, row) in enumerate(islice(_rows(source), source.limit)):
         prompt = _prompt(source, number, place, row)
         if prompt.prompt_id in place_of:
             raise UserError(
@@ -162,7 +197,38 @@ def read_prompts(source: Prompts) -> list[Prompt]:
     return prompts
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenisedPrompts:
+    """A source in the prompts schema, and how many of its rows are not in it."""
+
+    table: pa.Table
+    lost: dict[str, int]  # why -> rows, a key of `LOSSES`; only what lost some
+
+
+# Why rows of a source are left out, as counts of an artifact name it, and in words.
+LOSSES = {"skipped_long": "longer than max_prompt_tokens (long_prompts=skip)"}
+
+
+def lost_rows(field: str, kept: int, counts: Mapping[str, float]) -> Iterator[str]:
+    """A line for every reason why rows of a source are left out.
+
+    Args:
+        field: of the config that names the source.
+        kept: rows that are not left out.
+        counts: of the artifact, or `TokenisedPrompts.lost`.
+    """
+    found = {name: int(counts[name]) for name in LOSSES if counts.get(name)}
+    of = kept + sum(found.values())
+    for name, rows in found.items():
+        yield f"{field}: {rows:,} of {of:,} rows are left out: {LOSSES[name]}"
+
+
 def prompts_table(source: Prompts, tokenizer: Any) -> pa.Table:
+    """`tokenised_prompts`, without what was lost."""
+    return tokenised_prompts(source, tokenizer).table
+
+
+def tokenised_prompts(source: Prompts, tokenizer: Any) -> TokenisedPrompts:
     """Read, template and tokenise a source into the prompts schema.
 
     Raises:
@@ -193,7 +259,11 @@ def prompts_table(source: Prompts, tokenizer: Any) -> pa.Table:
         pa.array([prompts[row].text for row in kept], pa.string()),
         pa.array([prompts[row].answer for row in kept], pa.string()),
     ]
-    return pa.Table.from_arrays(columns, schema=PROMPTS)
+    lost = {"skipped_long": len(prompts) - len(kept)}
+    return TokenisedPrompts(
+        table=pa.Table.from_arrays(columns, schema=PROMPTS),
+        lost={name: rows for name, rows in lost.items() if rows},
+    )
 
 
 def shuffled_rows(*, rows: int, seed: int, round_index: int, per_round: int) -> list[int]:
@@ -216,64 +286,93 @@ def shuffled_rows(*, rows: int, seed: int, round_index: int, per_round: int) -> 
     return order[place * per_round : (place + 1) * per_round].tolist()
 
 
-def _jsonl_rows(source: JsonlPrompts) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(lines_of(source.path), start=1):
-        if not line.strip():
-            continue
-        place = f"{source.path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
+def row_count(source: FilePrompts) -> int:
+    """Rows of a source, its limit aside."""
+    return sum(count_rows(path, kind) for path, kind in _files(source))
+
+
+def _files(source: FilePrompts) -> list[tuple[Path, Format]]:
+    """The files of a source with their formats, in order."""
+    if source.kind == "jsonl":
+        if source.path.is_dir():
             raise UserError(
-                f"{place} is not valid JSON ({error}); mend or remove the line"
-            ) from error
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{place} holds a {type(row).__name__}; expected one JSON object a line"
+                f"prompts.path {source.path} is a folder; expected a file of JSON lines; set "
+                "kind=files to read all files of a folder"
             )
-        yield place, row
+        if not source.path.is_file():
+            raise UserError(
+                f"prompt file {source.path} does not exist; expected JSON lines, plain, .gz or "
+                ".zst; give it with --set prompts.path=FILE"
+            )
+        return [(source.path, "json")]
+    return [(path, kind) for path in source_files(source.path) if (kind := format_of(path))]
 
 
-def _dataset_rows(source: DatasetPrompts) -> Iterator[tuple[str, dict[str, Any]]]:
+def _digest(path: Path) -> str:
+    opened(path).close()  # it can be read
+    return sha256_file(path)
+
+
+def _rows(source: FilePrompts | DatasetPrompts) -> Iterator[PlacedRow]:
+    if isinstance(source, FilePrompts):
+        for path, kind in _files(source):
+            yield from rows_of_file(path, kind)
+        return
+    try:
+        for number, row in enumerate(_dataset(source)):
+            yield f"{source.path} row {number}", dict(row)
+    except Exception as error:  # the library and its file systems raise kinds of their own
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"dataset {source.path!r} cannot be read: {reason}; expected a hub name, a saved "
+            "folder or a builder; check path, name and split; without a network, fetch a hub name "
+            f"before: hf download {source.path} --repo-type dataset"
+        ) from error
+
+
+def _dataset(source: DatasetPrompts) -> Iterable[Any]:
     datasets: Any = importlib.import_module("datasets")  # not typed
 
-    try:
-        if source.data_files is None and Path(source.path).is_dir():
-            loaded = datasets.load_from_disk(source.path)
-            data = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            files = str(source.data_files) if source.data_files is not None else None
-            data = datasets.load_dataset(
-                source.path, name=source.name, data_files=files, split=source.split
-            )
-    except (OSError, ValueError, KeyError, ConnectionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"dataset {source.path!r} cannot be read: {reason}; check it") from error
-    for number, row in enumerate(data):
-        yield f"{source.path} row {number}", dict(row)
+    saved = ("dataset_info.json", "dataset_dict.json")
+    if source.data_files is None and any((Path(source.path) / name).is_file() for name in saved):
+        loaded = datasets.load_from_disk(source.path)
+        if not isinstance(loaded, datasets.DatasetDict):
+            return loaded
+        if source.split not in loaded:
+            raise ValueError(f"it has no split {source.split!r}, it has {', '.join(loaded)}")
+        return loaded[source.split]
+    return datasets.load_dataset(
+        source.path,
+        name=source.name,
+        revision=source.revision,
+        data_files=None if source.data_files is None else str(source.data_files),
+        split=source.split,
+        streaming=source.streaming,
+    )
 
 
 def _prompt(
-    source: JsonlPrompts | DatasetPrompts, number: int, place: str, row: dict[str, Any]
+    source: FilePrompts | DatasetPrompts, number: int, place: str, row: dict[str, Any]
 ) -> Prompt:
-    def field(name: str) -> Any:
-        if name not in row:
-            raise UserError(
-                f"{place} has no field {name!r}; it has {', '.join(row)}; set the field"
-            )
-        return row[name]
-
-    text = field(source.prompt_field)
+    text = value_of(row, source.prompt_field, place, "prompt_field")
     if not isinstance(text, str):
         raise UserError(
-            f"{place}: field {source.prompt_field!r} holds a {type(text).__name__}; expected text"
+            f"{place}: field {source.prompt_field!r} {_found(text)}; expected text; mend the row, "
+            "or set prompt_field"
         )
-    answer = None if source.answer_field is None else field(source.answer_field)
-    identity = f"row-{number}" if source.id_field is None else field(source.id_field)
-    if identity is None:
-        raise UserError(f"{place}: field {source.id_field!r} is null; expected an id; add it")
+    identity = f"row-{number}"
+    if source.id_field is not None:
+        found = _scalar(value_of(row, source.id_field, place, "id_field"))
+        if found is None:
+            raise UserError(
+                f"{place}: field {source.id_field!r} {_found(row.get(source.id_field))}; expected "
+                "an id; add it"
+            )
+        identity = found
     prompt = Prompt(
-        prompt_id=str(identity), text=text, answer=None if answer is None else str(answer)
+        prompt_id=identity,
+        text=text,
+        answer=_answer(source, place, row),
     )
     for said in (prompt.prompt_id, prompt.text, prompt.answer or ""):
         _check_unicode(place, said)
@@ -290,6 +389,37 @@ def _check_unicode(place: str, text: str) -> None:
             f"{place} holds {half} alone, half a surrogate pair; expected text that UTF-8 can "
             "write; mend or remove the line"
         ) from error
+
+
+def _answer(source: FilePrompts | DatasetPrompts, place: str, row: dict[str, Any]) -> str | None:
+    """The reference answer of a row, of a list of them as `reference_text` writes it."""
+    if source.answer_field is None:
+        return None
+    value = value_of(row, source.answer_field, place, "answer_field")
+    if value is None:
+        return None
+    texts = list(map(_scalar, value)) if is_list(value) else [_scalar(value)]
+    answers = [text for text in texts if text is not None]
+    if len(answers) < len(texts):
+        raise UserError(
+            f"{place}: field {source.answer_field!r} {_found(value)}; expected text, a number or a "
+            f"list of them; set answer_field, such as {source.answer_field}.FIELD for a field of "
+            "an object"
+        )
+    return reference_text(answers, source.answers)
+
+
+def _scalar(value: Any) -> str | None:
+    """Text, a number or a truth value as text; None: it is none of these."""
+    is_one = isinstance(value, str | int | float | Decimal | date)  # a date may be an id
+    return str(value) if is_one else None
+
+
+def _found(value: Any) -> str:
+    if value is None:
+        return "is null"
+    fields = f" with {', '.join(map(str, value))}" if is_object(value) else ""
+    return f"holds a {type(value).__name__}{fields}"
 
 
 def _tokenise(source: Prompts, tokenizer: Any, prompt: Prompt) -> np.ndarray:

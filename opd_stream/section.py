@@ -15,6 +15,7 @@ from typing import Any, TypeGuard, TypeVar, get_args
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     GetCoreSchemaHandler,
     SerializationInfo,
     ValidationError,
@@ -86,6 +87,14 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def later(*, default: Any, **options: Any) -> Any:
+    """A field that is written only where it differs from its default: other recipes stay the same.
+
+    Takes what `pydantic.Field` takes.
+    """
+    return Field(default=default, exclude_if=lambda value: value == default, **options)
 
 
 class Part(Section):

@@ -16,7 +16,7 @@ from opd_stream.store.store import Store
 from opd_stream.windows import AdaptiveWindow
 from pipeline.plan import plan_round
 from stages.checkpoints import Checkpoint, check_pair, open_checkpoint, open_vocabulary
-from stages.prompts import make_prompts, prompts_artifact
+from stages.prompts import make_prompts, prompts_artifact, rows_left_out
 
 if TYPE_CHECKING:
     from stages.cross_tokenizer import AlignmentRecipe
@@ -59,7 +59,9 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
     if make:
         lengths = setup.prompts.read_unit(0)["prompt_ids"].combine_chunks().value_lengths()
         check_context(config, setup.student, setup.teacher, max(lengths.to_pylist()))
-        check_evaluation(config, store, setup.student)
+        lost = [*rows_left_out(setup.prompts, "prompts")]
+        lost += check_evaluation(config, store, setup.student)
+        setup = replace(setup, warnings=(*setup.warnings, *lost))
     tokenizer = setup.student.tokenizer()
     return replace(
         setup,
@@ -145,17 +147,19 @@ def check_extras(config: Config) -> None:
             )
 
 
-def check_evaluation(config: Config, store: Store, student: Checkpoint) -> None:
-    """Refuse what cannot be judged, before any work."""
+def check_evaluation(config: Config, store: Store, student: Checkpoint) -> list[str]:
+    """Refuse what cannot be judged, before any work; returns what is left out, a line each."""
     if config.evaluation is None:
-        return
+        return []
     from opd_stream.tasks.judges import open_judge
     from stages.evaluate import evaluation_prompts
 
-    for part in config.evaluation.parts().values():
+    lost: list[str] = []
+    for name, part in config.evaluation.parts().items():
         assert part.judge is not None
         open_judge(part.judge)
-        evaluation_prompts(store, part, student)
+        lost += rows_left_out(evaluation_prompts(store, part, student), f"evaluation ({name})")
+    return lost
 
 
 def _check_top_k(config: Config, teacher: Checkpoint) -> None:

@@ -4,13 +4,19 @@ The selection stands in the recipe as parameters, not as a list, so that two run
 the same prompts name the same artifact.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from opd_stream.prompts import Prompts, prompts_table, shuffled_rows, source_settings
+from opd_stream.prompts import (
+    Prompts,
+    lost_rows,
+    shuffled_rows,
+    source_settings,
+    tokenised_prompts,
+)
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_batch
@@ -42,13 +48,21 @@ def make_prompts(store: Store, source: Prompts, student: Checkpoint) -> Artifact
     artifact = prompts_artifact(store, source, student)
     if artifact.is_complete() and artifact.damage(0) is None:
         return artifact
-    table = prompts_table(source, student.tokenizer())
+    prompts = tokenised_prompts(source, student.tokenizer())
+    table = prompts.table
     artifact.create(rows=table.num_rows, rows_per_unit=table.num_rows)
     if artifact.commit_record(0) is not None and artifact.damage(0) is not None:
         artifact.invalidate(0)
-    artifact.commit(0, table, counts={"rows": table.num_rows})
+    artifact.commit(0, table, counts={"rows": table.num_rows, **prompts.lost})
     artifact.finish()
     return artifact
+
+
+def rows_left_out(prompts: Artifact, field: str) -> Iterator[str]:
+    """A line for every reason why rows of the source are not in a complete artifact."""
+    record = prompts.commit_record(0)
+    if record is not None:
+        yield from lost_rows(field, int(record.counts["rows"]), record.counts)
 
 
 def every_prompt() -> dict[str, Any]:

@@ -42,7 +42,8 @@ def test_a_marked_number_counts_before_later_ones() -> None:
 
 
 def test_a_judge_has_a_name() -> None:
-    assert open_judge(BuiltInJudge(kind="final_number")) is is_final_number
+    judge = open_judge(BuiltInJudge(kind="final_number"))
+    assert (judge("so 1,004", "1004"), judge("so 5", "4")) == (True, False)
     assert open_judge(BuiltInJudge(kind="ledger"))("...\nAnswer: 07", "07")
 
 

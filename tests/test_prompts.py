@@ -18,7 +18,7 @@ from opd_stream.prompts import (
     ChatTemplate,
     DatasetPrompts,
     EmbeddedPrompts,
-    JsonlPrompts,
+    FilePrompts,
     prompts_table,
     raw_ids,
     read_prompts,
@@ -38,10 +38,10 @@ def tokenizer() -> object:
     return AutoTokenizer.from_pretrained(STUDENT)
 
 
-def jsonl(folder: Path, text: str, **fields: object) -> JsonlPrompts:
+def jsonl(folder: Path, text: str, **fields: object) -> FilePrompts:
     path = folder / "prompts.jsonl"
     path.write_text(text)
-    return JsonlPrompts(kind="jsonl", path=path, answer_field="answer", **fields)  # type: ignore[arg-type]
+    return FilePrompts(kind="jsonl", path=path, answer_field="answer", **fields)  # type: ignore[arg-type]
 
 
 def lines_of(rows: list[dict[str, str]]) -> str:
@@ -57,7 +57,7 @@ def test_plain_compressed_and_dataset_sources_give_the_same_prompts(
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     sources = [
         plain,
-        JsonlPrompts(kind="jsonl", path=packed, answer_field="answer"),
+        FilePrompts(kind="jsonl", path=packed, answer_field="answer"),
         DatasetPrompts(kind="datasets", path=str(tmp_path / "saved"), answer_field="answer"),
         DatasetPrompts(kind="datasets", path="json", data_files=plain.path, answer_field="answer"),
     ]
@@ -134,7 +134,7 @@ def test_the_chat_template_is_the_tokenizers_own(tmp_path: Path) -> None:
     ("text", "line"),
     [
         ('{"prompt": "a", "answer": 1}\n{"prompt": \n', r"prompts\.jsonl:2 is not valid JSON"),
-        ("[1]\n", r"prompts\.jsonl:1 holds a list; expected one JSON object"),
+        ("[1]\n", r"prompts\.jsonl row 0 holds a int; expected one JSON object"),
         ("\n\n", "holds no prompts"),
         ('{"question": "a"}\n', r"has no field 'prompt'; it has question"),
         ('{"prompt": 3, "answer": 1}\n', "field 'prompt' holds a int"),
@@ -161,7 +161,7 @@ def test_a_torn_zst_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "torn.jsonl.zst"
     path.write_bytes(b"not zstd at all")
     with pytest.raises(UserError, match="not a whole zstd file"):
-        read_prompts(JsonlPrompts(kind="jsonl", path=path))
+        read_prompts(FilePrompts(kind="jsonl", path=path))
 
 
 def test_a_zst_file_cut_short_is_refused_wherever_it_ends(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_zst_file_cut_short_is_refused_wherever_it_ends(tmp_path: Path) -> Non
     rows = [{"prompt": f"What is {n}*{n}?", "answer": str(n * n)} for n in range(9000)]
     whole = zstandard.compress(lines_of(rows[:4000]).encode())
     path.write_bytes(whole + zstandard.compress(lines_of(rows[4000:]).encode()))
-    source = JsonlPrompts(kind="jsonl", path=path)
+    source = FilePrompts(kind="jsonl", path=path)
     assert len(read_prompts(source)) == 9000  # two frames
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(UserError, match="not a whole zstd file"):

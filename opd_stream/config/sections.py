@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from opd_stream.engines import EngineName
 from opd_stream.engines.base import VllmOptions
 from opd_stream.objectives import AnyObjective, SampledPg
-from opd_stream.prompts import DatasetPrompts, EmbeddedPrompts, JsonlPrompts, Prompts
+from opd_stream.prompts import DatasetPrompts, EmbeddedPrompts, FilePrompts, Prompts
 from opd_stream.section import Section, is_object
 from opd_stream.store.codecs import Codec, ExactCodec
 from opd_stream.tasks.judges import AnyJudge
@@ -351,7 +351,7 @@ class Evaluation(Section):
         }
 
 
-def _source_name(source: EmbeddedPrompts | JsonlPrompts | DatasetPrompts) -> str:
+def _source_name(source: EmbeddedPrompts | FilePrompts | DatasetPrompts) -> str:
     """The name of a set of problems that was given none."""
     if isinstance(source, EmbeddedPrompts):
         return source.kind

@@ -24,7 +24,8 @@ from opd_stream.errors import UserError
 from opd_stream.section import Record
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.codecs import Codec, decode_scores, encode_scores
-from opd_stream.store.files import lines_of, sha256_file
+from opd_stream.store.files import sha256_file
+from opd_stream.store.lines import lines_of
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_table
 from opd_stream.store.store import Store

@@ -9,7 +9,6 @@ A place is a `Path`, or for `s3://...` and other fsspec addresses a `UPath`, whi
 methods.
 """
 
-import codecs
 import contextlib
 import errno
 import hashlib
@@ -17,12 +16,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Generator, Iterator
-from functools import partial
+from collections.abc import Generator
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
-
-import zstandard
+from typing import Any, cast
 
 from opd_stream.errors import UserError, unreachable
 from opd_stream.section import R, Record, read_record
@@ -328,42 +324,3 @@ def _temporary(path: Path, data: bytes) -> Generator[Path]:
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
-
-
-CHUNK_BYTES = 1 << 16
-
-
-def lines_of(path: Path) -> Iterator[str]:
-    """The lines of a text file, plain or .zst, without their ends.
-
-    Raises:
-        UserError: a .zst file is torn, or the text is not UTF-8.
-    """
-    with path.open("rb") as file:
-        is_packed = path.suffix == ".zst"
-        chunks = _unpacked(path, file) if is_packed else iter(partial(file.read, CHUNK_BYTES), b"")
-        rest = ""
-        try:
-            for text in codecs.iterdecode(chunks, "utf-8"):
-                *lines, rest = (rest + text).split("\n")
-                yield from lines
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text ({error}); convert it") from error
-        if rest:
-            yield rest
-
-
-def _unpacked(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """The content of a file of zstd frames; the last has to end where the file does."""
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    try:
-        while chunk := file.read(CHUNK_BYTES):
-            while chunk:
-                if frame.eof:
-                    frame = zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(chunk)
-                chunk = frame.unused_data
-        if not frame.eof:
-            raise zstandard.ZstdError("it ends in the middle")
-    except zstandard.ZstdError as error:
-        raise UserError(f"{path} is not a whole zstd file ({error}); copy it again") from error

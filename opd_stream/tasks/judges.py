@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field
 from opd_stream.errors import UserError
 from opd_stream.section import IMPORT_PATH, Section, import_path, is_object, own_path, source_sha256
 from opd_stream.tasks import ledger
+from opd_stream.tasks.references import judge_of_lists
 
 Judge = Callable[[str, str], bool]  # (completion text, reference answer) -> verdict
 
@@ -56,11 +57,16 @@ AnyJudge = Annotated[
 
 
 def open_judge(settings: BuiltInJudge | FunctionJudge) -> Judge:
-    """The judge that a config asks for.
+    """The judge that a config asks for; of a reference that is a list, it is asked for each.
 
     Raises:
         UserError: its library is not installed, or the function cannot be imported.
     """
+    return judge_of_lists(_judge(settings))
+
+
+def _judge(settings: BuiltInJudge | FunctionJudge) -> Judge:
+    """The judge of one right answer."""
     if isinstance(settings, FunctionJudge):
         return _checked(settings.path, _imported(settings.path))
     if settings.kind == "math":

@@ -7,8 +7,9 @@ import pyarrow as pa
 
 from opd_stream.config import Evaluation
 from opd_stream.errors import UserError
-from opd_stream.prompts import shuffled_rows
+from opd_stream.prompts import lost_rows, shuffled_rows
 from opd_stream.tasks.judges import Judge, open_judge
+from opd_stream.tasks.references import right_answer
 from pipeline.doctor.findings import Finding, check
 from pipeline.doctor.subject import Subject
 from pipeline.rounds import named_checkpoint, rounds
@@ -195,6 +196,8 @@ def prompts(subject: Subject) -> Iterator[Finding]:
             lengths = _lengths(subject.table(name))
             said = f"{len(lengths):,} prompts of {min(lengths)} to {max(lengths)} tokens"
             yield prompts.ok(f"{name}: {said}")
+            for line in lost_rows(name, len(lengths), subject.prompts(name).lost):
+                yield prompts.warning(line)
             if name == "prompts" and config.replay is None:
                 per_round = config.rollouts.prompts_per_round
                 shuffled_rows(rows=len(lengths), seed=0, round_index=0, per_round=per_round)
@@ -254,7 +257,7 @@ def _judged_answers(name: str, part: Evaluation, table: pa.Table) -> Iterator[Fi
 def _accepts(is_right: Judge, answer: str) -> bool:
     """A right solution ends with its answer, in either task's form."""
     try:
-        return is_right(f"Answer: {answer}", answer)
+        return is_right(f"Answer: {right_answer(answer)}", answer)
     except UserError:  # nothing can be read from the reference
         return False
 

@@ -16,7 +16,7 @@ from rich.filesize import decimal
 from opd_stream.config import Config, Pool, TrainerPool
 from opd_stream.config.sections import Model
 from opd_stream.errors import UserError
-from opd_stream.prompts import DatasetPrompts, JsonlPrompts
+from opd_stream.prompts import DatasetPrompts, FilePrompts
 from pipeline.doctor.findings import Finding, NotChecked, check
 from pipeline.doctor.subject import Subject
 from pipeline.estimate import estimate
@@ -80,7 +80,7 @@ def needed_packages(config: Config) -> dict[str, tuple[str, ...]]:
     for source in (config.prompts, *(part.prompts for part in parts.values())):
         if isinstance(source, DatasetPrompts):
             found["datasets"] = ("prompts.kind", "datasets")
-        if isinstance(source, JsonlPrompts) and source.path.suffix == ".zst":
+        if isinstance(source, FilePrompts) and source.path.suffix == ".zst":
             found["zstandard"] = ("prompts.path", "zstandard")
     return found
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from opd_stream.config import Config, Evaluation, Pool
 from opd_stream.config.sections import Model
-from opd_stream.prompts import Prompts, prompts_table, source_settings
+from opd_stream.prompts import Prompts, TokenisedPrompts, source_settings, tokenised_prompts
 from opd_stream.store.policy import identify
 from opd_stream.store.store import Store
 from pipeline.doctor.findings import NotChecked
@@ -108,15 +108,19 @@ class Subject:
         held_out = {name: part.prompts for name, part in self.problems.items() if part.prompts}
         return {"prompts": self.config.prompts, **held_out}
 
-    def table(self, name: str) -> pa.Table:
+    def prompts(self, name: str) -> TokenisedPrompts:
         """The prompts of a source as the run will have them."""
         tokenizer = self.model("student").tokenizer()
 
-        def read() -> pa.Table:
+        def read() -> TokenisedPrompts:
             source_settings(self.sources[name])  # its files exist
-            return prompts_table(self.sources[name], tokenizer)
+            return tokenised_prompts(self.sources[name], tokenizer)
 
         return self._once(name, read)
+
+    def table(self, name: str) -> pa.Table:
+        """The table of `prompts`."""
+        return self.prompts(name).table
 
     @property
     def tables(self) -> dict[str, pa.Table]:

@@ -18,19 +18,21 @@ from opd_stream.errors import UserError
 from opd_stream.prompts import (
     DatasetPrompts,
     EmbeddedPrompts,
-    JsonlPrompts,
+    FilePrompts,
     Prompts,
-    prompts_table,
+    lost_rows,
     read_prompts,
+    row_count,
+    tokenised_prompts,
 )
 from opd_stream.store.artifact import Artifact, DamagedUnit
-from opd_stream.store.files import is_remote, lines_of, read_json
+from opd_stream.store.files import is_remote, read_json
 from opd_stream.store.policy import UNREAD, known_identity
 from opd_stream.store.store import Store
 from pipeline.estimate.sizes import PromptLengths
 from pipeline.setup import Setup, check_context, check_extras, setup_of
 from stages.checkpoints import Checkpoint
-from stages.prompts import prompts_artifact, selected_rows
+from stages.prompts import prompts_artifact, rows_left_out, selected_rows
 
 MOST_BYTES = 2**30  # of weights, read for their digest
 MOST_PROMPTS = 2_000  # tokenised to measure them
@@ -83,12 +85,13 @@ def read_inputs(config: Config) -> RunInputs:
 
     setup = setup_of(config, store, partial(_checkpoint, store, notes), token_id, make=False)
     problems: list[Problems] = []
-    for part in () if config.evaluation is None else config.evaluation.parts().values():
+    parts = {} if config.evaluation is None else config.evaluation.parts()
+    for name, part in parts.items():
         assert part.prompts is not None  # validated
         held_out = prompts_artifact(store, part.prompts, setup.student)
-        lengths = measure_prompts(held_out, part.prompts, tokenizer, notes)
+        lengths = measure_prompts(f"evaluation ({name})", held_out, part.prompts, tokenizer, notes)
         problems.append(Problems(part, held_out, lengths))
-    prompts = measure_prompts(setup.prompts, config.prompts, tokenizer, notes)
+    prompts = measure_prompts("prompts", setup.prompts, config.prompts, tokenizer, notes)
     check_context(config, setup.student, setup.teacher, int(prompts.tokens.max()))
     return RunInputs(setup=setup, prompts=prompts, problems=tuple(problems), notes=notes)
 
@@ -166,12 +169,18 @@ class FastTokenizer:
 
 
 def measure_prompts(
-    artifact: Artifact, source: Prompts, tokenizer: FastTokenizer | None, notes: list[str]
+    field: str,
+    artifact: Artifact,
+    source: Prompts,
+    tokenizer: FastTokenizer | None,
+    notes: list[str],
 ) -> SourceLengths:
     """The lengths of a source's prompts; refuses as a run would, and notes what it assumes."""
     if artifact.is_complete():
         try:
-            return _all_lengths(artifact.read_unit(0))
+            found = _all_lengths(artifact.read_unit(0))
+            notes += rows_left_out(artifact, field)
+            return found
         except DamagedUnit:
             notes.append(f"{artifact.name} is damaged; the run makes it again")
     if tokenizer is None or source.template.kind == "chat" or isinstance(source, DatasetPrompts):
@@ -184,7 +193,9 @@ def measure_prompts(
     field = "count" if isinstance(source, EmbeddedPrompts) else "limit"
     most = min(getattr(source, field) or MOST_PROMPTS + 1, MOST_PROMPTS + 1)
     first = source.model_copy(update={field: most})
-    found = _all_lengths(prompts_table(first, tokenizer))
+    tokenised = tokenised_prompts(first, tokenizer)
+    found = _all_lengths(tokenised.table)
+    notes += lost_rows(field, len(found.tokens), tokenised.lost)
     if len(read_prompts(first)) <= MOST_PROMPTS:
         return found
     notes.append(f"prompts ({source.kind}) are measured on the first {MOST_PROMPTS:,} of them")
@@ -201,6 +212,6 @@ def _rows(source: Prompts) -> int | None:
     """How many prompts a source holds, without reading them."""
     if isinstance(source, EmbeddedPrompts):
         return source.count
-    if isinstance(source, JsonlPrompts) and source.limit is None:
-        return sum(1 for line in lines_of(source.path) if line.strip())
+    if isinstance(source, FilePrompts) and source.limit is None:
+        return row_count(source)
     return source.limit
