@@ -129,7 +129,7 @@ class Accounts:
         from pipeline.evaluation import evaluation_record
 
         run_ids = setup.store.ids_of_run(self.run_id)
-        return evaluation_record(setup.config, setup.store, policy, setup.stop_ids, run_ids)
+        return evaluation_record(setup.config, setup.store, policy, setup.vocabulary, run_ids)
 
     def _report(self, round_: Round) -> RoundReport:
         evaluation = self._evaluation(described_checkpoint(round_.policy))

@@ -97,7 +97,7 @@ def fresh_cache(
         setup.config,
         prompts=setup.prompts.fingerprint,
         student=student,
-        stop_ids=setup.stop_ids,
+        vocabulary=setup.vocabulary,
         round_index=plan.round_index,
         window_tokens=plan.window_tokens,
         ranges=ranges,
@@ -130,6 +130,7 @@ def scores_step(
         rollouts=rollouts.artifact.fingerprint,
         teacher=setup.teacher,
         forced_ids=setup.forced_ids,
+        vocabulary=setup.candidates,
         extends=None if extends is None else extends.artifact.fingerprint,
         alignment=setup.alignment,
     )

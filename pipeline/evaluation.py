@@ -8,14 +8,15 @@ from opd_stream.errors import UserError
 from opd_stream.store.store import Store
 from opd_stream.tasks.pass_at_k import Counts, default_ks, estimates
 from pipeline.records import Answers, BenchmarkRecord, EvaluationRecord, Passes
-from stages.checkpoints import Checkpoint, open_checkpoint
+from pipeline.setup import stop_token_ids
+from stages.checkpoints import Checkpoint, Vocabulary, open_checkpoint, shared_vocabulary
 from stages.evaluate import evaluation_result, evaluation_rollouts
 from stages.prompts import prompts_artifact
 from stages.step import EVALUATE, Step
 
 
 def evaluation_steps(
-    config: Config, store: Store, policy: Checkpoint, stop_ids: tuple[int, ...], version: int
+    config: Config, store: Store, policy: Checkpoint, vocabulary: Vocabulary, version: int
 ) -> dict[str, Step]:
     """Answers of a policy to the problems of each benchmark, by its name.
 
@@ -23,7 +24,7 @@ def evaluation_steps(
         config: its evaluation section says what is asked; none where it has none.
         store: of the run.
         policy: answers.
-        stop_ids: terminators of its answers.
+        vocabulary: of its answers.
         version: of the policy; 0 is the initial student.
     """
     evaluation = config.evaluation
@@ -32,7 +33,7 @@ def evaluation_steps(
         assert part.prompts is not None  # validated
         prompts = prompts_artifact(store, part.prompts, policy)
         artifact = evaluation_rollouts(
-            store, config, part, prompts=prompts, student=policy, stop_ids=stop_ids
+            store, config, part, prompts=prompts, student=policy, vocabulary=vocabulary
         )
         steps[name] = Step(kind=EVALUATE, round_index=version - 1, artifact=artifact, model=policy)
     return steps
@@ -42,7 +43,7 @@ def evaluation_record(
     config: Config,
     store: Store,
     policy: Checkpoint,
-    stop_ids: tuple[int, ...],
+    vocabulary: Vocabulary,
     run_ids: Collection[str],
 ) -> EvaluationRecord | None:
     """What reports keep of a policy's evaluation, from the store; None: it is not all there.
@@ -51,7 +52,7 @@ def evaluation_record(
         config: its evaluation section says what is asked.
         store: of the run.
         policy: answers.
-        stop_ids: terminators of its answers.
+        vocabulary: of its answers.
         run_ids: of the run; seconds are of what these made.
     """
     evaluation = config.evaluation
@@ -60,7 +61,7 @@ def evaluation_record(
     counts: list[Counts] = []
     benchmarks: dict[str, BenchmarkRecord] = {}
     seconds, errors = 0.0, list[float]()
-    for name, step in evaluation_steps(config, store, policy, stop_ids, 0).items():
+    for name, step in evaluation_steps(config, store, policy, vocabulary, 0).items():
         known = evaluation_result(store, evaluation.parts()[name], step.shards)
         if known is None:
             return None
@@ -90,7 +91,7 @@ def evaluation_record(
     )
 
 
-def open_policy(config: Config, store: Store, folder: Path) -> tuple[Checkpoint, tuple[int, ...]]:
+def open_policy(config: Config, store: Store, folder: Path) -> tuple[Checkpoint, Vocabulary]:
     """Any Hugging Face folder as a policy to evaluate, and the ids that end its answers.
 
     They are those of the run's own models too where these read the same tokens, so that a policy of
@@ -107,13 +108,13 @@ def open_policy(config: Config, store: Store, folder: Path) -> tuple[Checkpoint,
         for other in known
         if other.identity.tokenizer_sha256 == policy.identity.tokenizer_sha256
     ]
-    stop_ids = {token for each in (policy, *same) for token in each.terminators()}
-    if not stop_ids:
+    vocabulary = shared_vocabulary((policy, *same), stops=stop_token_ids(config, policy))
+    if not vocabulary.stop_ids:
         raise UserError(
             f"policy {folder} names no eos_token_id; expected one in generation_config.json or "
             "config.json; add it"
         )
-    return policy, tuple(sorted(stop_ids))
+    return policy, vocabulary
 
 
 def figure_lines(evaluation: Answers) -> Iterator[str]:

@@ -169,7 +169,7 @@ def round_steps(
             policy_recipe(
                 setup.config,
                 prompts=setup.prompts.fingerprint,
-                stop_ids=setup.stop_ids,
+                vocabulary=setup.vocabulary,
                 base=student,
                 previous=None if previous is None else previous.fingerprint,
                 caches=[

@@ -19,7 +19,7 @@ from pipeline.records import RunSummary
 from pipeline.rounds import Round, checkpoint_of, rounds
 from pipeline.run_folder import RunFolder
 from pipeline.setup import Setup, open_setup
-from stages.checkpoints import Checkpoint
+from stages.checkpoints import Checkpoint, Vocabulary
 from stages.collect import (
     SubmittedWork,
     make_again,
@@ -87,7 +87,7 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> RunSummary:
             started=started,
         )
         session.reach(inputs_of(setup))
-        evaluate_policy(session, setup.student, setup.stop_ids, version=0)
+        evaluate_policy(session, setup.student, setup.vocabulary, version=0)
         if folder.summary() is None:
             accounts.write_summary(session.call_seconds(earlier))
         for round_ in rounds(setup):
@@ -98,7 +98,7 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> RunSummary:
                 train_round(session, setup, round_)
             if is_due(config, round_.index):
                 policy = checkpoint_of(round_.policy)
-                evaluate_policy(session, policy, setup.stop_ids, version=round_.index + 1)
+                evaluate_policy(session, policy, setup.vocabulary, version=round_.index + 1)
             accounts.write_round(round_, is_changed=len(session.spans) > worked)
             accounts.write_summary(session.call_seconds(earlier))
         setup.store.record_run(run_id, folder.path, session.reached)  # and no more
@@ -266,7 +266,7 @@ def train_policy(session: Session, setup: Setup, round_: Round) -> None:
             window_tokens=round_.window_tokens,
             masked_ids=setup.masked_ids,
             newline_ids=setup.newline_ids,
-            stop_ids=setup.stop_ids,
+            vocabulary=setup.vocabulary,
             prompts=setup.prompts.fingerprint,
             first_step=round_.plan.first_step,
             round_index=round_.index,
@@ -283,14 +283,14 @@ def train_policy(session: Session, setup: Setup, round_: Round) -> None:
 
 
 def evaluate_policy(
-    session: Session, policy: Checkpoint, stop_ids: tuple[int, ...], *, version: int
+    session: Session, policy: Checkpoint, vocabulary: Vocabulary, *, version: int
 ) -> None:
     """The evaluate stage for one policy, as far as the store does not have it.
 
     Args:
         session: of the call; without an evaluation section nothing is done.
         policy: answers.
-        stop_ids: terminators of its answers.
+        vocabulary: of its answers.
         version: of the policy; 0 is the initial student.
 
     Raises:
@@ -302,7 +302,7 @@ def evaluate_policy(
     from pipeline.evaluation import evaluation_steps
     from stages.evaluate import evaluate, evaluation_prompts
 
-    for name, step in evaluation_steps(config, session.store, policy, stop_ids, version).items():
+    for name, step in evaluation_steps(config, session.store, policy, vocabulary, version).items():
         part = evaluation.parts()[name]
         prompts = evaluation_prompts(session.store, part, policy)
         session.reach({prompts.name, step.artifact.name})

@@ -1,27 +1,37 @@
 """Everything that is the same in all rounds, checked before any work."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+
 from opd_stream.config import Config
 from opd_stream.engines import engine_recipe
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
-from opd_stream.store.files import read_json
 from opd_stream.store.store import Store
 from opd_stream.windows import AdaptiveWindow
 from pipeline.plan import plan_round
-from stages.checkpoints import Checkpoint, check_pair, open_checkpoint, open_vocabulary
+from stages.checkpoints import (
+    Checkpoint,
+    Vocabulary,
+    check_pair,
+    open_checkpoint,
+    open_vocabulary,
+    shared_vocabulary,
+)
 from stages.prompts import make_prompts, prompts_artifact, rows_left_out
 
 if TYPE_CHECKING:
     from stages.cross_tokenizer import AlignmentRecipe
 
 Opener = Callable[[Path], Checkpoint]  # identifies a checkpoint folder
+TokenId = Callable[[Checkpoint, str], int | None]  # of a token; None: the checkpoint has none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +45,18 @@ class Setup:
     alignment: "AlignmentRecipe | None"  # of a teacher with another tokenizer
     replayed_teacher: str | None  # identity of the teacher that a replay's config names
     warnings: tuple[str, ...]  # what may be wrong, a line each
-    stop_ids: tuple[int, ...]  # terminators in the student's ids: generation stops on any of them
+    vocabulary: Vocabulary  # ids that may be drawn, and those that end a completion
     forced_ids: tuple[int, ...]  # always scored
     newline_ids: tuple[int, ...]  # tokens that hold a newline, if the drift gate asks for them
     masked_ids: tuple[int, ...]  # the first occurrence in a rollout does not train
     prompts: Artifact
+
+    @property
+    def candidates(self) -> int | None:
+        """The first id that is no candidate of the teacher; None: its head has none."""
+        assert self.teacher is not None
+        known = self.teacher.known_ids if self.alignment is not None else self.vocabulary.size
+        return known if known < self.teacher.config.vocabulary else None
 
 
 def open_setup(config: Config, *, make: bool = True) -> Setup:
@@ -57,7 +74,9 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
     store = open_store(config)
     setup = setup_of(config, store, partial(open_checkpoint, store), token_id_of, make=make)
     if make:
-        lengths = setup.prompts.read_unit(0)["prompt_ids"].combine_chunks().value_lengths()
+        prompts = setup.prompts.read_unit(0)
+        check_prompt_ids(prompts, setup.vocabulary)
+        lengths = prompts["prompt_ids"].combine_chunks().value_lengths()
         check_context(config, setup.student, setup.teacher, max(lengths.to_pylist()))
         lost = [*rows_left_out(setup.prompts, "prompts")]
         lost += check_evaluation(config, store, setup.student)
@@ -89,7 +108,7 @@ def setup_of(
     config: Config,
     store: Store,
     opened: Opener,
-    token_id: Callable[[Checkpoint, str], int | None],
+    token_id: TokenId,
     *,
     make: bool,
 ) -> Setup:
@@ -116,8 +135,8 @@ def setup_of(
 
             alignment = open_alignment(store, config, student, teacher, make=make)
     reads_alike = [student] if teacher is None or alignment is not None else [student, teacher]
-    stop_ids = {token for model in reads_alike for token in model.terminators()}
-    forced = _forced(config, student, token_id)
+    vocabulary = shared_vocabulary(reads_alike, stops=stop_token_ids(config, student, token_id))
+    forced = _named_ids("scores.forced_tokens", config.scores.forced_tokens, student, token_id)
     return Setup(
         config=config,
         store=store,
@@ -126,8 +145,8 @@ def setup_of(
         alignment=alignment,
         replayed_teacher=_replayed_teacher(opened, config),
         warnings=_warnings(opened, config, teacher),
-        stop_ids=tuple(sorted(stop_ids)),
-        forced_ids=tuple(sorted({*stop_ids, *forced})),
+        vocabulary=vocabulary,
+        forced_ids=tuple(sorted({*vocabulary.stop_ids, *forced})),
         masked_ids=(),
         newline_ids=(),
         prompts=(make_prompts if make else prompts_artifact)(store, config.prompts, student),
@@ -164,10 +183,27 @@ def check_evaluation(config: Config, store: Store, student: Checkpoint) -> list[
 
 def _check_top_k(config: Config, teacher: Checkpoint) -> None:
     """Refuse more candidates than there are tokens."""
-    if config.scores.top_k > teacher.vocab_size():
+    if config.scores.top_k > teacher.known_ids:
         raise UserError(
-            f"scores.top_k is {config.scores.top_k} but the teacher has {teacher.vocab_size()} "
+            f"scores.top_k is {config.scores.top_k} but the teacher has {teacher.known_ids} "
             "tokens; lower scores.top_k"
+        )
+
+
+def check_prompt_ids(prompts: pa.Table, vocabulary: Vocabulary) -> None:
+    """Refuse prompts with ids that a model lacks, before any work."""
+    for batch in prompts.to_batches():
+        column = batch.column("prompt_ids")
+        beyond = np.flatnonzero(column.flatten().to_numpy() >= vocabulary.size)
+        if not len(beyond):
+            continue
+        starts = column.offsets.to_numpy() - column.offsets[0].as_py()
+        row = int(np.searchsorted(starts, beyond[0], side="right")) - 1
+        found = column.flatten()[int(beyond[0])].as_py()
+        raise UserError(
+            f"prompt {batch.column('prompt_id')[row].as_py()!r} holds id {found}, and the models "
+            f"share ids below {vocabulary.size}; leave out what the larger vocabulary writes "
+            "(special tokens of a template), or use models with the same vocabulary"
         )
 
 
@@ -178,15 +214,26 @@ def token_id_of(model: Checkpoint, token: str) -> int | None:
     return None if found == vocabulary.unk_token_id else found
 
 
-def _forced(
-    config: Config, student: Checkpoint, token_id: Callable[[Checkpoint, str], int | None]
+def stop_token_ids(
+    config: Config, student: Checkpoint, token_id: TokenId = token_id_of
+) -> list[int]:
+    """Ids of `rollouts.stop_tokens`.
+
+    Raises:
+        UserError: the student has no such token.
+    """
+    return _named_ids("rollouts.stop_tokens", config.rollouts.stop_tokens, student, token_id)
+
+
+def _named_ids(
+    field: str, tokens: Sequence[str], student: Checkpoint, token_id: TokenId
 ) -> list[int]:
     found: list[int] = []
-    for token in config.scores.forced_tokens:
+    for token in tokens:
         number = token_id(student, token)
-        if number is None:
+        if number is None or number >= student.known_ids:
             raise UserError(
-                f"scores.forced_tokens names {token!r}, which is no token of {student.folder}; "
+                f"{field} names {token!r}, which is no token of {student.folder}; "
                 "use a token of the vocabulary as it stands in tokenizer.json"
             )
         found.append(number)
@@ -307,9 +354,7 @@ def largest_window(config: Config) -> int:
 
 def context_of(config: Config, role: str, model: Checkpoint) -> int | None:
     """Tokens that the student or the teacher reads at once; None: the checkpoint names no limit."""
-    value = read_json(model.folder / "config.json")
-    found = value.get("max_position_embeddings")
-    found = found or value.get("text_config", {}).get("max_position_embeddings")
+    found = model.config.context
     settings = config.student if role == "student" else config.teacher
     if settings is not None and settings.engine == "vllm" and settings.vllm.max_context:
         return min(settings.vllm.max_context, found or settings.vllm.max_context)

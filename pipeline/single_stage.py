@@ -118,11 +118,11 @@ def run_evaluation(
     setup, version = None, policy_version or 0
     if policy is None:
         setup = open_setup(config)
-        store, stop_ids, student = setup.store, setup.stop_ids, _policy_of(setup, version)
+        store, vocabulary, student = setup.store, setup.vocabulary, _policy_of(setup, version)
         run_id = _join(setup, folder, version)
     else:
         store = open_store(config)
-        student, stop_ids = open_policy(config, store, policy)
+        student, vocabulary = open_policy(config, store, policy)
         check_evaluation(config, store, student)
         run_id = folder.join(config)
     with store.watched(), open_executor(config, ("student",)) as executor:
@@ -135,8 +135,8 @@ def run_evaluation(
             progress=progress,
             record=f"{run_id}-evaluate",  # that of the run says what its rounds reach
         )
-        evaluate_policy(session, student, stop_ids, version=version)
-    found = evaluation_record(config, store, student, stop_ids, store.ids_of_run(run_id))
+        evaluate_policy(session, student, vocabulary, version=version)
+    found = evaluation_record(config, store, student, vocabulary, store.ids_of_run(run_id))
     assert found is not None  # measured above
     if setup is not None and folder.is_of(config):
         Accounts(setup=setup, folder=folder, run_id=run_id).write(changed=version - 1)

@@ -275,7 +275,7 @@ class StatusReader:
     def _evaluate(self, policy: Checkpoint, version: int, now: float) -> Pace:
         setup, evaluation = self._setup, self._setup.config.evaluation
         assert evaluation is not None
-        steps = evaluation_steps(setup.config, setup.store, policy, setup.stop_ids, version)
+        steps = evaluation_steps(setup.config, setup.store, policy, setup.vocabulary, version)
         results = [
             evaluation_result(setup.store, evaluation.parts()[name], step.shards)
             for name, step in steps.items()

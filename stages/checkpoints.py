@@ -1,11 +1,13 @@
 """A checkpoint in a role: where it lies, what it is, and how it ends a text."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from opd_stream.errors import UserError
+from opd_stream.model_config import ModelConfig, read_model_config
 from opd_stream.store.files import read_json
 from opd_stream.store.policy import Identity
 from opd_stream.store.store import Store
@@ -27,23 +29,51 @@ class Checkpoint:
         """The tokenizer of the folder."""
         return open_tokenizer(self.folder)
 
+    @property
+    def config(self) -> ModelConfig:
+        """What the folder's config files say."""
+        return read_model_config(self.folder)
+
+    @property
+    def known_ids(self) -> int:
+        """Ids from 0 on that both the tokenizer and the head have."""
+        return min(self.config.vocabulary, tokenizer_size(self.folder))
+
     def terminators(self) -> tuple[int, ...]:
         """The ids that end a text, from the generation config and the model config."""
-        return tuple(sorted(set().union(*self.declared_terminators().values())))
+        return tuple(sorted(set().union(*self.config.terminators.values())))
 
-    def declared_terminators(self) -> dict[str, frozenset[int]]:
-        """File -> the ids that it names as ends of a text, of files that name any."""
-        found: dict[str, frozenset[int]] = {}
-        for name in ("generation_config.json", "config.json"):
-            path = self.folder / name
-            value = read_json(path).get("eos_token_id") if path.exists() else None
-            if value is not None and value != []:
-                found[name] = frozenset(value if isinstance(value, list) else [value])
-        return found
 
-    def vocab_size(self) -> int:
-        """Number of logits."""
-        return int(read_json(self.folder / "config.json")["vocab_size"])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """The ids of a student's completions.
+
+    Example:
+        >>> Vocabulary(size=151_669, head=151_936, stop_ids=(151_643, 151_645))
+    """
+
+    size: int  # ids from 0 on that may be drawn: every model that reads them has them
+    head: int  # ids that the student has logits for
+    stop_ids: tuple[int, ...]  # any of them ends a completion
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What a recipe of rollouts says of it."""
+        limit = {"vocabulary": self.size} if self.size < self.head else {}
+        return {"stop_ids": list(self.stop_ids), **limit}
+
+
+def shared_vocabulary(models: Sequence[Checkpoint], *, stops: Iterable[int] = ()) -> Vocabulary:
+    """The ids that all of some checkpoints of one tokenizer know, and all that end a text.
+
+    Args:
+        models: the student, and others that read what it writes.
+        stops: further ids that end a completion.
+    """
+    size = min(model.known_ids for model in models)
+    ends = {token for model in models for token in model.terminators()} | set(stops)
+    stop_ids = tuple(sorted(token for token in ends if token < size))
+    return Vocabulary(size=size, head=models[0].config.vocabulary, stop_ids=stop_ids)
 
 
 def open_checkpoint(store: Store, folder: Path) -> Checkpoint:
@@ -100,6 +130,20 @@ def weight_shapes(folder: Path) -> dict[str, list[int]]:
                 f"{path} is no whole safetensors file ({reason}); copy the checkpoint again"
             ) from error
     return shapes
+
+
+def tokenizer_size(folder: Path) -> int:
+    """One more than the largest id of a folder's tokenizer."""
+    return _tokenizer_size(folder.resolve())
+
+
+@lru_cache(maxsize=8)
+def _tokenizer_size(folder: Path) -> int:
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    found = Tokenizer.from_file(str(path)) if path.is_file() else open_vocabulary(folder)
+    return max(found.get_vocab().values(), default=-1) + 1
 
 
 @lru_cache(maxsize=8)

@@ -15,7 +15,7 @@ from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.tasks.judges import open_judge
 from opd_stream.tasks.pass_at_k import default_ks, pass_at_k, standard_error
-from stages.checkpoints import Checkpoint
+from stages.checkpoints import Checkpoint, Vocabulary
 from stages.prompts import make_prompts, prompts_of
 from stages.recipes import evaluation_recipe, evaluation_rollouts_recipe
 
@@ -47,14 +47,14 @@ def evaluation_rollouts(
     *,
     prompts: Artifact,
     student: Checkpoint,
-    stop_ids: tuple[int, ...],
+    vocabulary: Vocabulary,
 ) -> Artifact:
     """The held-out rollouts of a policy; those with more samples where only these exist.
 
     Every rollout has random numbers of its own, so the first samples of many are those of few.
     """
     recipe = evaluation_rollouts_recipe(
-        config, evaluation, prompts=prompts.fingerprint, student=student, stop_ids=stop_ids
+        config, evaluation, prompts=prompts.fingerprint, student=student, vocabulary=vocabulary
     )
     artifact = store.artifact(recipe)
     return artifact if artifact.is_complete() else _with_more_samples(store, recipe) or artifact

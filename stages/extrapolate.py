@@ -200,7 +200,8 @@ def open_reward(job: TrainJob) -> Reward:
             window_tokens=evaluation.max_new_tokens,
             temperature=evaluation.temperature,
             seed=evaluation.seed,
-            stop_ids=job.stop_ids,
+            stop_ids=job.vocabulary.stop_ids,
+            vocabulary=job.vocabulary.size,
         ),
     )
 

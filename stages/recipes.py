@@ -12,7 +12,7 @@ from opd_stream.engines import engine_recipe
 from opd_stream.store.recipe import Recipe
 from opd_stream.tasks.judges import judge_recipe
 from opd_stream.windows import AdaptiveWindow
-from stages.checkpoints import Checkpoint
+from stages.checkpoints import Checkpoint, Vocabulary
 from stages.prompts import every_prompt, round_prompts
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def rollouts_recipe(
     *,
     prompts: str,
     student: Checkpoint,
-    stop_ids: tuple[int, ...],
+    vocabulary: Vocabulary,
     round_index: int,
     window_tokens: int,
     ranges: Sequence[tuple[int, int]] | None = None,
@@ -38,7 +38,7 @@ def rollouts_recipe(
         config,
         prompts=prompts,
         student=student,
-        stop_ids=stop_ids,
+        vocabulary=vocabulary,
         selection=round_prompts(
             seed=config.seed,
             round_index=round_index,
@@ -88,14 +88,14 @@ def evaluation_rollouts_recipe(
     *,
     prompts: str,
     student: Checkpoint,
-    stop_ids: tuple[int, ...],
+    vocabulary: Vocabulary,
 ) -> Recipe:
     """Rollouts on every held-out prompt, never shortened by a training window."""
     return _sampling(
         config,
         prompts=prompts,
         student=student,
-        stop_ids=stop_ids,
+        vocabulary=vocabulary,
         selection=every_prompt(),
         window_tokens=evaluation.max_new_tokens,
         samples_per_prompt=evaluation.samples_per_prompt,
@@ -111,11 +111,13 @@ def scores_recipe(
     rollouts: str,
     teacher: Checkpoint,
     forced_ids: tuple[int, ...],
+    vocabulary: int | None,
     extends: str | None = None,
     alignment: "AlignmentRecipe | None" = None,
 ) -> Recipe:
     """Teacher scores of a rollouts artifact; `rollouts` is its fingerprint.
 
+    `vocabulary` is the first id that is no candidate, None where the teacher's head has none;
     `extends` is that of the scores of what an extension continues; `alignment` is what a teacher
     with another tokenizer adds, and its scores continue none: they are all made anew.
     """
@@ -131,6 +133,7 @@ def scores_recipe(
             "temperature": 1.0,
             **engine_recipe(config.teacher.engine),
             "dtype": config.teacher.dtype,
+            **({} if vocabulary is None else {"vocabulary": vocabulary}),
             **({} if alignment is None else {"alignment": alignment.settings}),
         },
         inputs={
@@ -151,7 +154,7 @@ def policy_recipe(
     config: Config,
     *,
     prompts: str,
-    stop_ids: tuple[int, ...],
+    vocabulary: Vocabulary,
     base: Checkpoint,
     previous: str | None,
     caches: Sequence[tuple[str, int, Sequence[int] | None]],
@@ -164,7 +167,7 @@ def policy_recipe(
     Args:
         config: the run.
         prompts: fingerprint of the training prompts; a reward samples answers to the first ones.
-        stop_ids: terminators of these answers.
+        vocabulary: of these answers.
         base: the student at the start of the round.
         previous: fingerprint of the policy artifact whose optimizer state continues, if any.
         caches: scores that are trained on: fingerprint, policy_version, and units (None: all).
@@ -172,7 +175,7 @@ def policy_recipe(
         first_step: optimizer steps done before the round.
         window_tokens: that an audit decided, where it is not that of the newest rollouts.
     """
-    train, reward = config.train, _reward(config, stop_ids)
+    train, reward = config.train, _reward(config, vocabulary)
     inputs = {"base": base.identity.fingerprint}
     if reward:
         inputs["prompts"] = prompts
@@ -198,7 +201,7 @@ def policy_recipe(
     )
 
 
-def _reward(config: Config, stop_ids: tuple[int, ...]) -> dict[str, Any]:
+def _reward(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
     """What decides the reward of an extrapolation , if it reads one."""
     extrapolation = config.train.extrapolation
     if extrapolation is None or extrapolation.signal == "kl":
@@ -212,7 +215,7 @@ def _reward(config: Config, stop_ids: tuple[int, ...]) -> dict[str, Any]:
             "max_new_tokens": evaluation.max_new_tokens,
             "temperature": evaluation.temperature,
             "seed": evaluation.seed,
-            "stop_ids": list(stop_ids),
+            **vocabulary.recipe,
         }
     }
 
@@ -233,11 +236,11 @@ def evaluation_recipe(evaluation: Evaluation, rollouts: Recipe) -> Recipe:
 
 
 def _sampling(
-    config: Config, *, prompts: str, student: Checkpoint, stop_ids: Sequence[int], **settings: Any
+    config: Config, *, prompts: str, student: Checkpoint, vocabulary: Vocabulary, **settings: Any
 ) -> Recipe:
     engine = {**engine_recipe(config.student.engine), "dtype": config.student.dtype}
     return Recipe(
         kind="rollouts",
-        settings={**settings, "stop_ids": list(stop_ids), **engine},
+        settings={**settings, **vocabulary.recipe, **engine},
         inputs={"prompts": prompts, "student": student.identity.fingerprint},
     )

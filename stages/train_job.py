@@ -18,6 +18,7 @@ from opd_stream.store.store import Store
 from opd_stream.store.tree import load_tree
 from opd_stream.weighting import Weighting
 from opd_stream.windows import AdaptiveWindow, FixedWindow, Window
+from stages.checkpoints import Vocabulary
 from stages.step import CacheUnits
 from stages.student_model import ADAPTER, StudentModel, load_student
 from stages.train_data import BatchPlan
@@ -39,7 +40,7 @@ class TrainJob:
     is_gated: bool  # a unit was kept on condition that drift weighs its tokens
     masked_ids: tuple[int, ...]  # ids whose first occurrence in a rollout does not train
     newline_ids: tuple[int, ...]  # tokens that hold a newline
-    stop_ids: tuple[int, ...]  # terminators
+    vocabulary: Vocabulary  # of sampled answers
     prompts: str  # fingerprint of the training prompts
     probe: tuple[str, str] | None  # fingerprints of the audit's rollouts and scores
     earlier_decision: WindowAudit | None  # of the audit before

@@ -39,7 +39,7 @@ def test_a_reward_is_of_the_training_prompts_and_ends_at_the_stop_ids(tmp_path: 
     setup = open_setup(small_config(tmp_path, "train.extrapolation={signal: reward}"))
     recipe = next(rounds(setup)).policy.recipe
     assert recipe.inputs["prompts"] == setup.prompts.fingerprint
-    assert recipe.settings["reward"]["stop_ids"] == list(setup.stop_ids)
+    assert recipe.settings["reward"]["stop_ids"] == list(setup.vocabulary.stop_ids)
 
 
 def test_without_a_reward_nothing_of_the_evaluation_names_the_policy(tmp_path: Path) -> None:

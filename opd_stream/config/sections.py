@@ -66,6 +66,10 @@ class Rollouts(Section):
         le=63,
         description="further ids drawn at each position, for objective mc",
     )
+    stop_tokens: tuple[str, ...] = Field(
+        default=(),
+        description="tokens that end a rollout beside the checkpoints' own terminators",
+    )
     window: AnyWindow
     ahead: bool = Field(
         default=False,

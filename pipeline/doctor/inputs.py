@@ -14,7 +14,7 @@ from pipeline.doctor.findings import Finding, check
 from pipeline.doctor.subject import Subject
 from pipeline.rounds import named_checkpoint, rounds
 from pipeline.setup import ContextUse, context_of, training_contexts
-from stages.checkpoints import Checkpoint, check_pair
+from stages.checkpoints import Checkpoint, check_pair, tokenizer_size
 
 SHOWN = 3  # prompts named in a finding
 
@@ -47,23 +47,16 @@ def tokenizers(subject: Subject) -> Iterator[Finding]:
     if aligns and teacher.identity.tokenizer_sha256[:12] != digest:
         yield tokenizers.ok("two tokenizers, whose texts scores.alignment brings together")
         return
-    size = len(student.tokenizer())
-    yield tokenizers.ok(f"the same files (digest {digest}), {size} ids")
-    logits = {"student": student.vocab_size(), "teacher": teacher.vocab_size()}
-    too_small = [role for role, most in logits.items() if size > most]
-    for role in too_small:
-        yield tokenizers.error(
-            f"the tokenizer has {size} ids, the {role} has logits for {logits[role]}",
-            f"resize the {role}'s embeddings, or use the tokenizer it was trained with",
-        )
-    if logits["student"] != logits["teacher"] and not too_small:
-        yield tokenizers.warning(
-            f"the student has logits for {logits['student']} ids, the teacher for "
-            f"{logits['teacher']}; the tokenizer has {size}",
-            f"an id beyond the {min(logits, key=lambda role: logits[role])}'s last one, if it is "
-            "ever drawn or among the top K, ends the run: keep scores.top_k small, or cut the "
-            "larger head",
-        )
+    size = tokenizer_size(student.folder)
+    yield tokenizers.ok(f"the same tokens (digest {digest}), {size} ids")
+    logits = {"student": student.config.vocabulary, "teacher": teacher.config.vocabulary}
+    for role, most in logits.items():
+        if size > most:
+            yield tokenizers.warning(
+                f"the tokenizer has {size} ids, the {role} has logits for {most}",
+                f"no id from {most} on is drawn, and a prompt that holds one is refused; resize "
+                f"the {role}'s embeddings if it should know them",
+            )
 
 
 @check(
@@ -100,7 +93,7 @@ def terminators(subject: Subject) -> Iterator[Finding]:
 
 def _own_ends(role: str, model: Checkpoint, stop_ids: set[int]) -> Iterator[Finding]:
     """Whether files of one checkpoint name the same ends, and ids that exist."""
-    declared = model.declared_terminators()
+    declared = model.config.terminators
     if not declared:
         yield terminators.error(
             f"{role} {model.folder} names no eos_token_id", "add it to generation_config.json"
@@ -111,12 +104,6 @@ def _own_ends(role: str, model: Checkpoint, stop_ids: set[int]) -> Iterator[Find
         yield terminators.warning(
             f"the {role}'s files disagree: {said}; the run stops on all of them",
             "make eos_token_id of the files agree, unless every one of them ends a text",
-        )
-    beyond = sorted(token for token in stop_ids if token >= model.vocab_size())
-    if beyond:
-        yield terminators.error(
-            f"terminator {beyond[0]} is beyond the {model.vocab_size()} ids of the {role}",
-            "correct eos_token_id in generation_config.json and config.json",
         )
     eos = model.tokenizer().eos_token_id
     if eos is not None and eos not in stop_ids:

@@ -205,7 +205,13 @@ def _own_scores(folder: Path, subject: Subject, teacher: Checkpoint, few: pa.Tab
     rollouts, store = _sampled(folder, setup, both, few, teacher), Store(folder)
     key, forced_ids = rollouts.fingerprint, setup.forced_ids
     scores = store.artifact(
-        scores_recipe(both, rollouts=key, teacher=teacher, forced_ids=forced_ids)
+        scores_recipe(
+            both,
+            rollouts=key,
+            teacher=teacher,
+            forced_ids=forced_ids,
+            vocabulary=setup.candidates,
+        )
     )
     scores.create(rows=few.num_rows, rows_per_unit=few.num_rows)
     task = replace(_task(rollouts, teacher), scores=scores.fingerprint, teacher=str(teacher.folder))
@@ -427,7 +433,7 @@ def _sampled(
         config.model_copy(update={"rollouts": config.rollouts.model_copy(update=few_rows)}),
         prompts=prompts.fingerprint,
         student=student,
-        stop_ids=setup.stop_ids,
+        vocabulary=setup.vocabulary,
         round_index=0,
         window_tokens=min(TOKENS, largest_window(config)),
     )

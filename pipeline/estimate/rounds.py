@@ -295,7 +295,7 @@ class RunCosts:
                 asked,
                 prompts=problems.artifact,
                 student=policy,
-                stop_ids=setup.stop_ids,
+                vocabulary=setup.vocabulary,
             )
         commits, window = _commits(artifact), asked.max_new_tokens
         measured = completions_of(window, summed_counts(commits.values()))
