@@ -80,6 +80,11 @@ def _cache_argument(decoder: type[torch.nn.Module]) -> str:
     return "cache" if "cache" in signature(decoder.forward).parameters else "past_key_values"
 
 
+def rows_hidden(decoder: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Hidden states [R, L, H] of whole rows, padded on the right (mask: 1 = a token)."""
+    return decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
 def left_positions(mask: torch.Tensor) -> torch.Tensor:
     """Positions of rows that are padded on the left, from 0 at their first token."""
     return (mask.cumsum(1) - 1).clamp(min=0)
@@ -115,7 +120,7 @@ def _hidden_of_whole_rows(
     """Each row whole, padded on the right."""
     rows = [np.concatenate(pair) for pair in zip(prompts, completions, strict=True)]
     ids, mask = padded(rows, device, side="right")
-    hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    hidden = rows_hidden(decoder, ids, mask)
     places = completion_rows(
         torch.tensor([len(prompt) for prompt in prompts]),
         torch.tensor([len(completion) for completion in completions]),
