@@ -9,7 +9,8 @@ import torch
 
 from opd_stream.batches import Batch
 from opd_stream.config.sections import Lora
-from opd_stream.engines.head import output_head, rows_hidden
+from opd_stream.engines.head import output_head
+from opd_stream.engines.reading import decoder_of, rows_hidden
 from opd_stream.errors import UserError
 from opd_stream.loss import BatchLoss, batch_loss
 from opd_stream.objectives import Objective
@@ -38,7 +39,7 @@ class StudentModel(torch.nn.Module):
         weighting: Weighting | None = None,
     ) -> BatchLoss:
         """See `batch_loss`."""
-        decoder = self.model.get_decoder()
+        decoder = decoder_of(self.model)
         hidden_BLH = rows_hidden(decoder, batch.input_ids_BL, batch.attention_mask_BL)
         return batch_loss(
             hidden_BLH,

@@ -13,16 +13,19 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import transformers
+from transformers import AutoModelForCausalLM
 
-from opd_stream.engines.head import output_head, padded, rows_hidden
+from opd_stream.engines.base import SamplingSettings, ScoringSettings
+from opd_stream.engines.head import output_head, padded
+from opd_stream.engines.reading import decoder_of, reading_of, rows_hidden
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
 from opd_stream.logprobs import completion_rows
@@ -59,6 +62,7 @@ class Verdict:
 def verdict_of(model_type: str) -> Verdict:
     """Build, compare, and say how it ended; no error leaves it."""
     gaps: dict[str, float] = {}
+    how: list[str] = []
 
     def verdict(state: State, reason: str = "") -> Verdict:
         line = " ".join(reason.split())
@@ -70,37 +74,41 @@ def verdict_of(model_type: str) -> Verdict:
             model = build(model_type)
             model(torch.arange(3, 12)[None])
             model.save_pretrained(folder)
+            reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         except Exception as error:  # whatever the library says of a type it cannot build
             return verdict("not built", f"{type(error).__name__}: {error}")
         try:
-            compare(folder, gaps)
+            how.append(compare(folder, reference, gaps))
         except UserError as error:
             return verdict("refused", str(error).replace(str(folder), "MODEL"))
-        except Exception as error:  # noqa: BLE001 (a row of the table)
+        except Exception as error:  # a row of the table
             at = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(at.filename).name}:{at.lineno}"
             return verdict("traceback", f"{type(error).__name__} at {place}: {error}")
     wrong = [part for part, gap in gaps.items() if not gap <= MOST_NATS]
-    return verdict("wrong" if wrong else "works", ", ".join(wrong))
+    return verdict("wrong" if wrong else "works", ", ".join(wrong or how))
 
 
-def compare(folder: Path, gaps: dict[str, float]) -> None:
-    """Fill in the largest differences of a checkpoint from plain transformers, part by part.
+def compare(folder: Path, reference: Any, gaps: dict[str, float]) -> str:
+    """Fill in the largest differences of a checkpoint from what the library reads, part by part.
+
+    Returns:
+        How it reads on.
 
     Raises:
         UserError: it is refused.
     """
-    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     engine = TransformersEngine(folder, dtype="float32", batch_rows=len(LENGTHS) * SAMPLES)
     prompts = _prompts()
-    settings = {"window_tokens": WINDOW, "seed": 5, "stop_ids": STOPS}
-    drawn = engine.sample(prompts, samples_per_prompt=SAMPLES, temperature=1.0, **settings)
-    greedy = engine.sample(prompts, samples_per_prompt=1, temperature=0.0, **settings)
+    settings = SamplingSettings(window_tokens=WINDOW, seed=5, stop_ids=STOPS)
+    drawn = engine.sample(prompts, settings, samples_per_prompt=SAMPLES)
+    greedy = engine.sample(prompts, replace(settings, temperature=0.0))
     gaps["sampling"] = max(_sampling_gap(reference, rows) for rows in (drawn, greedy))
     gaps["scoring"] = max(_scoring_gap(engine, reference, rows) for rows in (drawn, greedy))
     student = load_student(folder, lora=None, initial=folder, gradient_checkpointing=False)
     student.eval()
     gaps["training"] = _training_gap(student, reference, drawn)
+    return str(reading_of(decoder_of(reference)))
 
 
 def _prompts() -> PromptBatch:
@@ -129,7 +137,7 @@ def _sampling_gap(reference: Any, rows: RolloutBatch) -> float:
 
 @torch.no_grad()
 def _scoring_gap(engine: TransformersEngine, reference: Any, rows: RolloutBatch) -> float:
-    scores, found = engine.score(rows, top_k=8, forced_ids=(1, 2)), 0.0
+    scores, found = engine.score(rows, ScoringSettings(top_k=8, forced_ids=(1, 2))), 0.0
     for row, (prompt, ids) in enumerate(zip(rows.prompt_ids, rows.completion_ids, strict=True)):
         plain = _plain(reference, prompt, ids)
         places = torch.arange(len(ids))
@@ -145,9 +153,11 @@ def _scoring_gap(engine: TransformersEngine, reference: Any, rows: RolloutBatch)
 
 def _training_gap(student: StudentModel, reference: Any, rows: RolloutBatch) -> float:
     """Of log-probabilities, and infinite where the gradients are others."""
-    texts = [np.concatenate(pair) for pair in zip(rows.prompt_ids, rows.completion_ids, strict=True)]
+    texts = [
+        np.concatenate(pair) for pair in zip(rows.prompt_ids, rows.completion_ids, strict=True)
+    ]
     ids, mask = padded(texts, torch.device("cpu"), side="right")
-    hidden = rows_hidden(student.model.get_decoder(), ids, mask)
+    hidden = rows_hidden(decoder_of(student.model), ids, mask)
     places = completion_rows(
         torch.tensor([len(prompt) for prompt in rows.prompt_ids]),
         torch.tensor([len(completion) for completion in rows.completion_ids]),
@@ -199,8 +209,8 @@ def verdicts(model_types: Sequence[str]) -> Iterator[Verdict]:
 
 def _work(name: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
-    pipe.send(verdict_of(name))
+    with Path(os.devnull).open("w") as silence, redirect_stdout(silence), redirect_stderr(silence):
+        pipe.send(verdict_of(name))
 
 
 def _received(name: str, process: Any, pipe: Any) -> Verdict:

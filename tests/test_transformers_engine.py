@@ -20,7 +20,7 @@ from transformers import (
 
 from opd_stream.engines.base import SamplingSettings, ScoringSettings
 from opd_stream.engines.decoding import is_plain_llama
-from opd_stream.engines.head import _cache_argument
+from opd_stream.engines.reading import _parameters
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
 from opd_stream.types import PromptBatch, RolloutBatch
@@ -206,17 +206,17 @@ def test_a_cache_argument_named_cache_is_used(
     decoder = type(engine._model.get_decoder())
     forward, caches = decoder.forward, []
 
-    def renamed(self: Any, *, cache: Any = None, **inputs: Any) -> Any:
+    def renamed(self: Any, *, position_ids: Any = None, cache: Any = None, **inputs: Any) -> Any:
         assert "past_key_values" not in inputs
         caches.append(cache)
-        found = forward(self, past_key_values=cache, **inputs)
+        found = forward(self, past_key_values=cache, position_ids=position_ids, **inputs)
         return SimpleNamespace(last_hidden_state=found.last_hidden_state)
 
-    _cache_argument.cache_clear()
+    _parameters.cache_clear()
     monkeypatch.setattr(decoder, "forward", renamed)
     again = sampled(engine)
     scores = engine.score(rollouts, ScoringSettings(top_k=3, forced_ids=()))
-    _cache_argument.cache_clear()
+    _parameters.cache_clear()
     assert any(cache is not None for cache in caches)
     for mine, others in zip(again.completion_ids, rollouts.completion_ids, strict=True):
         assert mine.tolist() == others.tolist()

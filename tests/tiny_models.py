@@ -27,7 +27,6 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "is_decoder": True,
     "tie_word_embeddings": False,
-    "initializer_range": 0.3,
     # attention that sees a part of the text
     "sliding_window": 8,
     "attention_window_size": 8,
@@ -36,7 +35,7 @@ SIZES: dict[str, Any] = {
     "local_attention": 8,
     "index_topk": 8,
     "index_head_dim": 8,
-    "index_n_heads": 2,
+    "index_n_heads": 16,  # fewer, and many keys have the same score: none
     "index_block_size": 4,
     "index_topk_blocks": 2,
     # other names of the same sizes
@@ -115,6 +114,14 @@ SIZES: dict[str, Any] = {
     "linear_value_head_dim": 8,
     "adapter_rank": 4,
     "lru_width": 32,
+    # between head and logits
+    "logit_scale": 0.5,
+    "logits_scaling": 2.0,
+    "lm_head_multiplier": 2.0,
+    "logits_mup_width_multiplier": 0.5,
+    "final_logit_softcapping": 3.0,
+    "logits_soft_cap": 3.0,
+    "output_logit_soft_cap": 3.0,
 }
 WRAPPED = {  # sizes of the parts of wrappers that do not read text
     "hidden_size": 16,
@@ -163,7 +170,7 @@ SINGLE: dict[str, dict[str, Any]] = {  # what a type needs besides
     "dots1": {"n_shared_experts": 1},
     "emu3": {"vq_config": {"base_channels": 32, "num_res_blocks": 1, "codebook_size": 16}},
     "falcon_h1": {"mamba_d_ssm": 64},
-    "gemma3": IMAGES,
+    "gemma3": IMAGES | {"text_config": {"final_logit_softcapping": None}},  # it is not applied
     "gemma3n_text": GEMMA_3N,
     "gemma4_unified": {"vision_config": {"mm_embed_dim": 16, "mm_posemb_size": 16}},
     "git": IMAGES,

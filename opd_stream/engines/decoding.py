@@ -1,10 +1,10 @@
 """One token at a time for a batch of rows: prefill, draw, step, select.
 
-Two decoders with the same three verbs. `LibraryDecoder` drives any causal language model through
-the library's own forward pass and cache. `LlamaDecoder` is a step of its own for the plain Llama
-family, where a small model spends most of its time between the matrix products: keys and values are
-written in place, the projections that read the same input are one product, and the query heads that
-share a key head are laid side by side so that keys are never repeated.
+`library_decoder` drives any causal language model through the library's own forward pass, in the
+way that `reading.py` found for it. `LlamaDecoder` has the same three verbs. It is a step of its own
+for the plain Llama family, where a small model spends most of its time between the matrix products:
+keys and values are written in place, the projections that read the same input are one product, and
+the query heads that share a key head are laid side by side so that keys are never repeated.
 
 Every rollout has its own random numbers, and a number decides one token. Prompts are padded on the
 left, so all rows write the same column. Shapes: B rows, C filled columns, H hidden, D head size, N
@@ -12,42 +12,38 @@ query heads, M key heads or draws of a position, G = N / M, V vocabulary, T toke
 """
 
 import hashlib
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn.functional import linear, pad, rms_norm, silu
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from opd_stream.engines.base import SamplingSettings
-from opd_stream.engines.head import cached_hidden, left_positions
+from opd_stream.engines.reading import (
+    FASTEST,
+    LLAMA_FAMILY,
+    CachedRows,
+    Decoder,
+    decoder_of,
+    reading_of,
+)
 
 MAX_UNIFORM = 1 - 2**-50
 COLUMNS_PER_GROWTH = 256
-LLAMA_FAMILY = ("llama", "qwen2", "qwen3", "mistral")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others depend on the length read
-
-
-class Decoder(Protocol):
-    """A batch of rows in decoding."""
-
-    def prefill(self, ids_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
-        """Read the left-padded prompts (mask: 1 = a token); returns the last hidden state."""
-        ...
-
-    def step(self, ids_B: torch.Tensor) -> torch.Tensor:
-        """Append one token to every row; returns its hidden state [B, H]."""
-        ...
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows, in this order; a row may be named several times."""
-        ...
 
 
 def open_decoder(model: Any) -> Decoder:
     """The fast decoder where the architecture is the plain one it knows, else the library's."""
-    return LlamaDecoder(model) if is_plain_llama(model) else LibraryDecoder(model)
+    return LlamaDecoder(model) if is_plain_llama(model) else library_decoder(model)
+
+
+def library_decoder(model: Any) -> Decoder:
+    """Any causal language model, through the library's own forward pass, as `reading` found it."""
+    decoder = decoder_of(model)
+    return reading_of(decoder).open(decoder)
 
 
 def is_plain_llama(model: Any) -> bool:
@@ -66,38 +62,11 @@ def is_plain_llama(model: Any) -> bool:
     )
 
 
-class LibraryDecoder:
-    """Any causal language model."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._cache = DynamicCache(config=model.config)
-
-    def prefill(self, ids_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
-        self._mask = mask_BC
-        self._positions = mask_BC.sum(1, keepdim=True)
-        return self._forward(ids_BC, left_positions(mask_BC))
-
-    def step(self, ids_B: torch.Tensor) -> torch.Tensor:
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(ids_B), 1)], dim=1)
-        hidden_BH = self._forward(ids_B[:, None], self._positions)
-        self._positions = self._positions + 1
-        return hidden_BH
-
-    def select(self, rows: torch.Tensor) -> None:
-        self._mask, self._positions = self._mask[rows], self._positions[rows]
-        self._cache.batch_select_indices(rows)
-
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        decoder = self._model.get_decoder()
-        return cached_hidden(decoder, ids, self._mask, positions, self._cache)[:, -1]
-
-
 class LlamaDecoder:
     """Llama, Qwen2, Qwen3 and Mistral with full attention, in float32."""
 
     def __init__(self, model: Any) -> None:
-        self._model, self._decoder, config = model, model.get_decoder(), model.config
+        self._decoder, config = model.get_decoder(), model.config
         self._layers = [_Layer(layer) for layer in self._decoder.layers]
         self._queries, self._key_heads = config.num_attention_heads, config.num_key_value_heads
         self._size = self._decoder.layers[0].self_attn.head_dim
@@ -105,18 +74,18 @@ class LlamaDecoder:
 
     def prefill(self, ids_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
         """One pass of the library's forward; its keys and values start ours."""
-        cache = DynamicCache(config=self._model.config)
-        hidden = cached_hidden(self._decoder, ids_BC, mask_BC, left_positions(mask_BC), cache)
+        rows = CachedRows(self._decoder, FASTEST)
+        hidden_BH = rows.prefill(ids_BC, mask_BC)
         self._filled = ids_BC.shape[1]
         self._positions = mask_BC.sum(1)
         blocked_BC = torch.zeros(mask_BC.shape, device=mask_BC.device)
         blocked_BC = blocked_BC.masked_fill(mask_BC == 0, -torch.inf)
         self._blocked = blocked_BC.repeat_interleave(self._key_heads, 0)[:, None]  # [B*M, 1, C]
-        layers = cast(list[DynamicLayer], cache.layers)
+        layers = cast(list[DynamicLayer], rows.cache.layers)
         self._keys = [_tensor(layer.keys).flatten(0, 1) for layer in layers]  # [B*M, C, D]
         self._values = [_tensor(layer.values).flatten(0, 1) for layer in layers]
         self._reserve(COLUMNS_PER_GROWTH)
-        return hidden[:, -1]
+        return hidden_BH
 
     def step(self, ids_B: torch.Tensor) -> torch.Tensor:
         if self._filled == self._keys[0].shape[1]:

@@ -5,21 +5,24 @@ file says which hidden states those are, and what a model does between its head 
 """
 
 from collections.abc import Sequence
-from functools import cache
-from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers.cache_utils import Cache, DynamicCache
 
 from opd_stream.engines.base import Ids
+from opd_stream.engines.reading import CachedRows, reading_of, rows_hidden
 from opd_stream.errors import UserError
 from opd_stream.fused import OutputHead
 from opd_stream.logprobs import Head, completion_rows
 
 MIN_SAVING = 0.9  # share of the tokens from which reading shared prompts once is worth a cache
+
+FACTORS = ("logit_scale", "lm_head_multiplier")  # of the logits: Cohere; Falcon H1
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite, MiniCPM; Inkling
+MULTIPLYING = ("hyperclovax",)  # where logits_scaling is a factor
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def logits_head(model: Any) -> Head:
@@ -58,36 +61,15 @@ def output_head(model: Any) -> OutputHead:
 
 
 def _scale_and_cap(config: Any) -> tuple[float, float | None]:
-    """What stands between head and logits: Cohere's and Granite's scales, Gemma's soft cap."""
-    factor = getattr(config, "logit_scale", None) or 1.0
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    return factor / divisor, getattr(config, "final_logit_softcapping", None)
-
-
-def cached_hidden(
-    decoder: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, past: Cache
-) -> torch.Tensor:
-    """The last hidden states of new ids [R, L, H]; their keys and values join those of `past`."""
-    more = {_cache_argument(decoder.__class__): past}
-    return decoder(
-        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **more
-    ).last_hidden_state
-
-
-@cache
-def _cache_argument(decoder: type[torch.nn.Module]) -> str:
-    """transformers 5 takes the cache as `past_key_values` and means to call it `cache` one day."""
-    return "cache" if "cache" in signature(decoder.forward).parameters else "past_key_values"
-
-
-def rows_hidden(decoder: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Hidden states [R, L, H] of whole rows, padded on the right (mask: 1 = a token)."""
-    return decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-
-
-def left_positions(mask: torch.Tensor) -> torch.Tensor:
-    """Positions of rows that are padded on the left, from 0 at their first token."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
+    """What stands between head and logits, by the names that the library's models have for it."""
+    text = config.get_text_config()
+    scale, caps = 1.0, [getattr(text, name, None) for name in CAPS]
+    for name in FACTORS:
+        scale *= getattr(text, name, None) or 1.0
+    for name in DIVISORS:
+        divisor = getattr(text, name, None) or 1.0
+        scale = scale * divisor if text.model_type in MULTIPLYING else scale / divisor
+    return scale, next((cap for cap in caps if cap is not None), None)
 
 
 def completion_hidden(
@@ -109,7 +91,8 @@ def completion_hidden(
     completion_tokens = sum(map(len, completions))
     separately = sum(map(len, prompts)) + completion_tokens
     together = sum(map(len, unique)) + completion_tokens
-    if together > MIN_SAVING * separately or max(map(len, completions)) < 2:
+    saves = together <= MIN_SAVING * separately and max(map(len, completions)) > 1
+    if not saves or not reading_of(decoder).continues:
         return _hidden_of_whole_rows(decoder, prompts, completions, device)
     return _hidden_after_shared_prompts(decoder, unique, shared_R, completions, device)
 
@@ -137,19 +120,13 @@ def _hidden_after_shared_prompts(
     device: torch.device,
 ) -> torch.Tensor:
     """Prompts once, padded on the left; then completions on their keys and values."""
-    past = DynamicCache(config=decoder.config)
-    ids, mask = padded(prompts, device, side="left")
-    of_prompts = cached_hidden(decoder, ids, mask, left_positions(mask), past)
+    read = CachedRows(decoder, reading_of(decoder))
+    of_prompts = read.prefill(*padded(prompts, device, side="left"))
     rows = torch.tensor(shared_R, device=device)
-    past.batch_select_indices(rows)
-    new_ids, new_mask = padded(
-        [completion[:-1] for completion in completions], device, side="right"
-    )
-    lengths_R = mask.sum(1)[rows]
-    positions = lengths_R[:, None] + torch.arange(new_ids.shape[1], device=device)
-    both = torch.cat([mask[rows], new_mask], dim=1)
-    hidden = cached_hidden(decoder, new_ids, both, positions, past)
-    hidden = torch.cat([of_prompts[rows, -1:], hidden], dim=1)
+    read.select(rows)
+    new = [completion[:-1] for completion in completions]
+    hidden = read.read(*padded(new, device, side="right"))
+    hidden = torch.cat([of_prompts[rows][:, None], hidden], dim=1)
     counts = torch.tensor([len(completion) for completion in completions], device=device)
     return hidden[torch.arange(hidden.shape[1], device=device) < counts[:, None]]
 

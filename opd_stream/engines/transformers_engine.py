@@ -28,8 +28,15 @@ from opd_stream.engines.base import (
     score_batch,
     unfinished_rows,
 )
-from opd_stream.engines.decoding import LibraryDecoder, draw, draw_uniforms, open_decoder, uniforms
+from opd_stream.engines.decoding import (
+    draw,
+    draw_uniforms,
+    library_decoder,
+    open_decoder,
+    uniforms,
+)
 from opd_stream.engines.head import completion_hidden, from_numpy, logits_head, padded
+from opd_stream.engines.reading import decoder_of
 from opd_stream.errors import UserError
 from opd_stream.logprobs import HeadScores, head_scores
 from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
@@ -52,7 +59,7 @@ class TransformersEngine:
         engine = cls.__new__(cls)
         engine._dtype, engine._device = model.dtype, model.device
         engine._batch_rows, engine._model = batch_rows, model
-        engine._open_decoder = LibraryDecoder  # the fast one lays weights out anew
+        engine._open_decoder = library_decoder  # the fast one lays weights out anew
         return engine
 
     def load(self, folder: Path) -> None:
@@ -202,7 +209,7 @@ class TransformersEngine:
         draws = settings.draws
         prompts = [rollouts.prompt_ids[row] for row in chosen]
         completions = [rollouts.completion_ids[row] for row in chosen]
-        hidden = completion_hidden(self._model.get_decoder(), prompts, completions, self._device)
+        hidden = completion_hidden(decoder_of(self._model), prompts, completions, self._device)
         asked = np.concatenate(completions).astype(np.int64)[:, None]
         if rollouts.candidate_ids is not None:
             candidates = [rollouts.candidate_ids[row] for row in chosen]

@@ -1,0 +1,336 @@
+"""How a model's decoder may read texts, found by trying it: once for each decoder.
+
+Every causal decoder reads whole rows, padded on the right. To go on from a cache is not as general:
+states of recurrent layers may read the padding on the left, positions may be those of the columns,
+a cache may know only its own model, or there may be none. So two short texts are read in each way,
+the fastest first, and the first way whose hidden states are those of each text alone is taken.
+
+Shapes: B rows, C columns, L new columns, H hidden.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from inspect import signature
+from typing import Any, Literal, Protocol, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.nn.functional import pad
+from transformers.cache_utils import DynamicCache
+
+from opd_stream.errors import UserError
+
+CACHE_NAMES = ("past_key_values", "cache_params", "cache", "state", "mems")
+LLAMA_FAMILY = ("llama", "qwen2", "qwen3", "mistral")  # known: not tried
+BLOCKS = ("chunk", "compressed", "sparse", "indexed")  # in a layer's type: columns are counted
+LONG, SHORT, NEW = 9, 5, 3  # tokens of the two texts, and after them
+CHOSEN = (1, 0, 1)  # rows that read on
+
+Read = tuple[int, int, torch.Tensor]  # a text, the place of the first, hidden states [L, H]
+log = logging.getLogger(__name__)
+
+
+class Decoder(Protocol):
+    """A batch of rows in decoding."""
+
+    def prefill(self, ids_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
+        """Read the left-padded prompts (mask: 1 = a token); returns the last hidden state."""
+        ...
+
+    def step(self, ids_B: torch.Tensor) -> torch.Tensor:
+        """Append one token to every row; returns its hidden state [B, H]."""
+        ...
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep these rows, in this order; a row may be named several times."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A way to read on.
+
+    Example:
+        >>> Reading(cache="library", pads=False)  # a hybrid: rows of equal length together
+    """
+
+    cache: Literal["library", "own", "none"]  # "own": what the model itself returns
+    pads: bool = True  # on the left, rows of several lengths in one batch
+    masks_steps: bool = True  # a step is told which columns are padding, too
+    continues: bool = False  # several tokens at once may follow what the cache holds
+
+    def open(self, decoder: Any) -> Decoder:
+        """A batch of rows in decoding."""
+        if self.cache == "none":
+            return WholeRows(decoder)
+        return CachedRows(decoder, self) if self.pads else GroupedRows(decoder, self)
+
+    def __str__(self) -> str:
+        if self.cache == "none":
+            return "no cache: slow"
+        return "cached" if self.pads else "cached, rows of equal length together"
+
+
+FASTEST = Reading(cache="library")
+
+
+def decoder_of(model: Any) -> Any:
+    """The module whose last hidden state enters the head."""
+    found, whole = model.get_decoder(), getattr(model, "get_base_model", lambda: model)()
+    is_decoder = found is not whole and found is not model.get_output_embeddings()
+    return found if is_decoder else whole.model
+
+
+def rows_hidden(decoder: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Hidden states [B, L, H] of whole rows, padded on the right (mask: 1 = a token)."""
+    return decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def left_positions(mask: torch.Tensor) -> torch.Tensor:
+    """Positions of rows that are padded on the left, from 0 at their first token."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+class CachedRows:
+    """Rows on one cache; padded on the left, or of equal length."""
+
+    def __init__(self, decoder: Any, reading: Reading) -> None:
+        self._decoder, self._reading = decoder, reading
+        self._parameters = _parameters(cast(type[torch.nn.Module], type(decoder)))
+        self._name = next((name for name in CACHE_NAMES if name in self._parameters), "")
+        self.cache: Any = None
+        if reading.cache == "library":
+            self.cache = DynamicCache(config=decoder.config)
+
+    def prefill(self, ids_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
+        return self.read(ids_BC, mask_BC)[:, -1]
+
+    def step(self, ids_B: torch.Tensor) -> torch.Tensor:
+        return self.read(ids_B[:, None], torch.ones_like(ids_B[:, None]))[:, -1]
+
+    def read(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, L, H] of new columns; padding among them is on the right."""
+        is_first = not hasattr(self, "_mask")
+        self._mask = mask_BL if is_first else torch.cat([self._mask, mask_BL], dim=1)
+        given: dict[str, Any] = {}
+        if self._reading.pads:
+            if is_first or self._reading.masks_steps:
+                given["attention_mask"] = self._mask
+            if "position_ids" in self._parameters:
+                given["position_ids"] = left_positions(self._mask)[:, -ids_BL.shape[1] :]
+        if self.cache is not None:
+            given[self._name] = self.cache
+        output = self._decoder(input_ids=ids_BL, use_cache=True, **given)
+        if self._reading.cache == "own":
+            self.cache = getattr(output, self._name)
+        return output.last_hidden_state
+
+    def select(self, rows: torch.Tensor) -> None:
+        self._mask, self.cache = self._mask[rows], _selected(self.cache, rows)
+
+
+class GroupedRows:
+    """Rows of equal length on a cache of their own, without any padding."""
+
+    def __init__(self, decoder: Any, reading: Reading) -> None:
+        self._decoder, self._reading = decoder, reading
+
+    def prefill(self, ids_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
+        lengths_B = mask_BC.sum(1)
+        self._groups: list[tuple[torch.Tensor, CachedRows]] = []  # places of its rows
+        read: list[torch.Tensor] = []
+        for length in cast("list[int]", lengths_B.unique().tolist()):  # pyright: ignore
+            places = (lengths_B == length).nonzero()[:, 0]
+            rows = CachedRows(self._decoder, self._reading)
+            read.append(rows.prefill(ids_BC[places, -length:], mask_BC[places, -length:]))
+            self._groups.append((places, rows))
+        return self._in_place(read)
+
+    def step(self, ids_B: torch.Tensor) -> torch.Tensor:
+        return self._in_place([rows.step(ids_B[places]) for places, rows in self._groups])
+
+    def select(self, rows: torch.Tensor) -> None:
+        kept: list[tuple[torch.Tensor, CachedRows]] = []
+        for places, group in self._groups:
+            wanted, within = (rows[:, None] == places).nonzero(as_tuple=True)
+            if len(wanted):
+                group.select(within)
+                kept.append((wanted, group))
+        self._groups = kept
+
+    def _in_place(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        order = torch.cat([places for places, _ in self._groups])
+        return torch.cat(parts)[order.argsort()]
+
+
+class WholeRows:
+    """Rows read anew at every step: exact for every causal decoder, and slow."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._decoder = decoder
+
+    def prefill(self, ids_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
+        width = mask_BC.shape[1]
+        self._lengths = mask_BC.sum(1)
+        columns = torch.arange(width, device=ids_BC.device)
+        from_left = (columns + width - self._lengths[:, None]) % width
+        self._ids = ids_BC.gather(1, from_left)
+        return self._read()
+
+    def step(self, ids_B: torch.Tensor) -> torch.Tensor:
+        self._ids = pad(self._ids, (0, 1))
+        self._ids[torch.arange(len(ids_B)), self._lengths] = ids_B
+        self._lengths = self._lengths + 1
+        return self._read()
+
+    def select(self, rows: torch.Tensor) -> None:
+        self._ids, self._lengths = self._ids[rows], self._lengths[rows]
+
+    def _read(self) -> torch.Tensor:
+        ids = self._ids[:, : int(self._lengths.max())]
+        mask = torch.arange(ids.shape[1], device=ids.device) < self._lengths[:, None]
+        hidden = rows_hidden(self._decoder, ids, mask.long())
+        return hidden[torch.arange(len(ids)), self._lengths - 1]
+
+
+def _selected(state: Any, rows: torch.Tensor) -> Any:
+    """The rows of a cache, or of tensors whose first dimension is the batch."""
+    if hasattr(state, "reorder_cache"):
+        state.reorder_cache(rows)
+        return state
+    if isinstance(state, torch.Tensor):
+        return state[rows]
+    if isinstance(state, (list, tuple)):
+        return [_selected(part, rows) for part in cast("list[Any]", state)]
+    raise TypeError(f"a {type(state).__name__} cannot be selected by rows")
+
+
+@cache
+def _parameters(decoder: type[torch.nn.Module]) -> frozenset[str]:
+    """Names of what a decoder's forward pass takes."""
+    return frozenset(signature(decoder.forward).parameters)
+
+
+def reading_of(decoder: Any) -> Reading:
+    """The fastest way in which a decoder reads on exactly, found at the first call.
+
+    Raises:
+        UserError: the decoder is not causal, or rows of a batch change each other.
+    """
+    if decoder not in _found:
+        is_plain = getattr(decoder.config, "model_type", None) in LLAMA_FAMILY
+        _found[decoder] = (
+            replace(FASTEST, continues=True) if is_plain else _Trial(decoder).reading()
+        )
+        log.debug("%s: %s", type(decoder).__name__, _found[decoder])
+    return _found[decoder]
+
+
+_found: WeakKeyDictionary[torch.nn.Module, Reading] = WeakKeyDictionary()
+
+
+class _Trial:
+    """Two short texts, read in every way and compared with each of them alone."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._decoder, self._problem = decoder, ""
+        weight = cast(torch.Tensor, decoder.get_input_embeddings().weight)
+        self._most = float(torch.finfo(weight.dtype).eps) ** 0.5
+        first = min(8, len(weight) // 2)  # behind special ids, as a rule
+        ids = first + 7 * torch.arange(LONG + SHORT + 2 * NEW) % (len(weight) - first)
+        ids = ids.to(weight.device)
+        self._texts = (ids[: LONG + NEW], ids[LONG + NEW :])
+        self._prompts = _padded([text[:-NEW] for text in self._texts], left=True)
+        self._chosen = torch.tensor(CHOSEN, device=ids.device)
+
+    @torch.no_grad()
+    def reading(self) -> Reading:
+        """The first way that gives the hidden states of each text alone."""
+        try:
+            whole = [_padded([text], left=False) for text in self._texts]
+            self._alone = [rows_hidden(self._decoder, *text)[0] for text in whole]
+        except Exception as error:  # whatever a library says
+            raise UserError(f"{self._name} reads no rows of text ({_line(error)})") from error
+        if not self._is_exact(self._rows_of_a_batch):
+            raise UserError(
+                f"{self._name} reads a row of a batch otherwise than alone ({self._problem}); "
+                "expected a causal language model, in which padding changes nothing"
+            )
+        for way in _ways(self._decoder):
+            if self._is_exact(self._by_steps, way):
+                continues = way == FASTEST and self._is_exact(self._at_once, way)
+                return replace(way, continues=continues)
+        raise UserError(
+            f"{self._name} does not read a text from left to right ({self._problem}); expected a "
+            "causal language model (of an encoder, one with is_decoder: true)"
+        )
+
+    @property
+    def _name(self) -> str:
+        return type(self._decoder).__name__
+
+    def _is_exact(self, read: Callable[..., Iterator[Read]], *way: Reading) -> bool:
+        try:
+            gaps = [self._gap(row, start, hidden) for row, start, hidden in read(*way)]
+        except Exception as error:  # where this is not the model's way
+            self._problem = _line(error)
+            return False
+        self._problem = f"hidden states differ by {max(gaps):.1%}, rounding by {self._most:.1%}"
+        return all(gap <= self._most for gap in gaps)  # which NaN is not
+
+    def _gap(self, row: int, start: int, hidden: torch.Tensor) -> float:
+        """Mean difference as a share of the mean size."""
+        right = self._alone[row][start : start + len(hidden)].float()
+        return float((hidden.float() - right).abs().mean() / right.abs().mean())
+
+    def _rows_of_a_batch(self) -> Iterator[Read]:
+        together = rows_hidden(self._decoder, *_padded(self._texts, left=False))
+        for row, text in enumerate(self._texts):
+            yield row, 0, together[row, : len(text)]
+
+    def _by_steps(self, way: Reading) -> Iterator[Read]:
+        rows = way.open(self._decoder)
+        read = [rows.prefill(*self._prompts)[self._chosen]]
+        rows.select(self._chosen)
+        for place in range(-NEW, 0):
+            read.append(rows.step(torch.stack([self._texts[row][place] for row in CHOSEN])))
+        for place, row in enumerate(CHOSEN):
+            start = len(self._texts[row]) - NEW - 1
+            yield row, start, torch.stack([hidden[place] for hidden in read])
+
+    def _at_once(self, way: Reading) -> Iterator[Read]:
+        rows = CachedRows(self._decoder, way)
+        rows.prefill(*self._prompts)
+        rows.select(self._chosen)
+        counts = (NEW - 1, NEW, NEW)  # padding on the right, too
+        new = [self._texts[row][-NEW:][:count] for row, count in zip(CHOSEN, counts, strict=True)]
+        read = rows.read(*_padded(new, left=False))
+        for place, (row, count) in enumerate(zip(CHOSEN, counts, strict=True)):
+            yield row, len(self._texts[row]) - NEW, read[place, :count]
+
+
+def _ways(decoder: Any) -> Iterator[Reading]:
+    """The fastest first."""
+    kinds: list[str] = getattr(decoder.config, "layer_types", None) or []
+    if not any(word in kind for kind in kinds for word in BLOCKS):
+        yield FASTEST
+        yield replace(FASTEST, masks_steps=False)
+        yield Reading(cache="own")
+    yield Reading(cache="library", pads=False)
+    yield Reading(cache="own", pads=False)
+    yield Reading(cache="none", pads=False)
+
+
+def _padded(rows: Sequence[torch.Tensor], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [B, C]."""
+    width = max(map(len, rows))
+    gaps = [((width - len(row), 0) if left else (0, width - len(row))) for row in rows]
+    ids = torch.stack([pad(row, gap) for row, gap in zip(rows, gaps, strict=True)])
+    mask = [pad(torch.ones_like(row), gap) for row, gap in zip(rows, gaps, strict=True)]
+    return ids, torch.stack(mask)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
