@@ -75,6 +75,8 @@ def _type(annotation: Any) -> str:
         "float": "number",
         "Path": "path",
         "bool": "yes or no",
+        "date": "date",
+        "JsonValue": "any value",
     }
     name: str = getattr(annotation, "__name__", "")  # pyright: ignore[reportUnknownArgumentType]
     return names.get(name, str(annotation))  # pyright: ignore[reportUnknownArgumentType]

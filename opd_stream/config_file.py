@@ -17,6 +17,7 @@ _PATHS = {  # section -> its fields that hold a path; "" is the file itself
     "": ("base", "store"),
     "student": ("path", "taught_by"),
     "teacher": ("path",),
+    "template": ("file",),
     "prompts": ("path", "data_files"),
     "replay": ("run",),
 }

@@ -10,13 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from opd_stream.prompts import (
-    Prompts,
-    lost_rows,
-    shuffled_rows,
-    source_settings,
-    tokenised_prompts,
-)
+from opd_stream.prompts import lost_rows, shuffled_rows, tokenised_prompts
+from opd_stream.sources import Prompts, source_settings
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_batch

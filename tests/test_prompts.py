@@ -14,16 +14,9 @@ from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from opd_stream.errors import UserError
-from opd_stream.prompts import (
-    ChatTemplate,
-    DatasetPrompts,
-    EmbeddedPrompts,
-    FilePrompts,
-    prompts_table,
-    raw_ids,
-    read_prompts,
-    shuffled_rows,
-)
+from opd_stream.prompts import prompts_table, shuffled_rows
+from opd_stream.rendering import ChatTemplate, raw_ids
+from opd_stream.sources import DatasetPrompts, EmbeddedPrompts, FilePrompts, read_prompts
 from opd_stream.store.store import Store
 from pipeline.estimate.reading import FastTokenizer
 from stages.checkpoints import open_checkpoint

@@ -17,16 +17,15 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from opd_stream.errors import UserError
-from opd_stream.prompts import (
+from opd_stream.prompts import lost_rows, tokenised_prompts
+from opd_stream.rendering import Prompt
+from opd_stream.sources import (
     DatasetPrompts,
     EmbeddedPrompts,
     FilePrompts,
-    Prompt,
-    lost_rows,
     read_prompts,
     row_count,
     source_settings,
-    tokenised_prompts,
 )
 from opd_stream.store.store import Store
 from opd_stream.tasks.judges import BuiltInJudge, open_judge

@@ -22,8 +22,8 @@ from opd_stream.config.sections import (
     Train,
     unserved_by_chunks,
 )
-from opd_stream.prompts import Prompts
 from opd_stream.section import Section
+from opd_stream.sources import Prompts
 from opd_stream.staleness import Staleness
 from opd_stream.store.codecs import SampledCodec
 from opd_stream.windows import AdaptiveWindow, LinearWindow

@@ -11,8 +11,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from opd_stream.engines import EngineName
 from opd_stream.engines.base import VllmOptions
 from opd_stream.objectives import AnyObjective, SampledPg
-from opd_stream.prompts import DatasetPrompts, EmbeddedPrompts, FilePrompts, Prompts
 from opd_stream.section import Section, is_object
+from opd_stream.sources import DatasetPrompts, EmbeddedPrompts, FilePrompts, Prompts
 from opd_stream.store.codecs import Codec, ExactCodec
 from opd_stream.tasks.judges import AnyJudge
 from opd_stream.weighting import DriftGate, Freshness

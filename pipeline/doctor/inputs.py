@@ -8,6 +8,7 @@ import pyarrow as pa
 from opd_stream.config import Evaluation
 from opd_stream.errors import UserError
 from opd_stream.prompts import lost_rows, shuffled_rows
+from opd_stream.rendering import ChatTemplate, Prompt, Renderer
 from opd_stream.tasks.judges import Judge, open_judge
 from opd_stream.tasks.references import right_answer
 from pipeline.doctor.findings import Finding, check
@@ -118,34 +119,35 @@ def _own_ends(role: str, model: Checkpoint, stop_ids: set[int]) -> Iterator[Find
 def templates(subject: Subject) -> Iterator[Finding]:
     """Chat templates where prompts use them."""
     models = subject.models
-    chats = [s.template for s in subject.sources.values() if s.template.kind == "chat"]
-    has_one = [role for role, model in models.items() if model.tokenizer().chat_template]
+    sources = {name: source.template for name, source in subject.sources.items()}
+    chats = {name: each for name, each in sources.items() if isinstance(each, ChatTemplate)}
     if not chats:
+        has_one = [role for role, model in models.items() if model.tokenizer().chat_template]
         unused = f"; chat template of {' and '.join(has_one)} not used" if has_one else ""
         yield templates.ok(f"prompts are raw text{unused}")
-    elif "student" not in has_one:
-        yield templates.error(
-            "prompts.template.kind is chat, and the student's tokenizer has no chat template",
-            "use a tokenizer with one, or set template.kind=raw",
-        )
-    else:
-        system = next((chat.system for chat in chats if chat.system), None)
+    for name, chat in chats.items():
+        if chat in [*chats.values()][: [*chats].index(name)]:
+            continue  # as another source
         yield from templates.or_ok(
-            _template_problems(subject.model("student"), models, has_one, system),
-            "one chat template writes the same turns for all models",
+            _template_problems(subject.model("student"), models, chat),
+            f"{name}: one chat template writes the same turns for all models",
         )
 
 
 def _template_problems(
-    student: Checkpoint, models: dict[str, Checkpoint], has_one: list[str], system: str | None
+    student: Checkpoint, models: dict[str, Checkpoint], chat: ChatTemplate
 ) -> Iterator[Finding]:
     """An answer that ends with nothing generation stops on; a teacher that writes other turns."""
     stop_ids = set().union(*(model.terminators() for model in models.values()))
-    question = {"role": "user", "content": "How much is 2 + 3?"}
-    tokenizer, answer = student.tokenizer(), {"role": "assistant", "content": "ANSWER"}
-    text: str = tokenizer.apply_chat_template([question, answer], tokenize=False)
+    example = Prompt(prompt_id="example", text="How much is 2 + 3?", answer=None)
+    try:
+        renderer = Renderer(chat, student.tokenizer())
+        left, text = renderer.text(example), renderer.answered(example, "ANSWER")
+    except UserError as error:
+        yield templates.refused(error)
+        return
     after = text.rpartition("ANSWER")[2]
-    if not stop_ids & set(tokenizer.encode(after, add_special_tokens=False)):
+    if not stop_ids & set(student.tokenizer().encode(after, add_special_tokens=False)):
         yield templates.warning(
             f"the template ends an answer with {after!r}, which holds none of the ids the run "
             f"stops on ({_named(student, stop_ids)})",
@@ -153,17 +155,14 @@ def _template_problems(
         )
     if "teacher" not in models:
         return
-    if "teacher" not in has_one:
+    try:
+        right = Renderer(chat, models["teacher"].tokenizer()).text(example)
+    except UserError as error:
         yield templates.warning(
-            "the student's tokenizer has a chat template, the teacher's has none",
+            f"the teacher's own tokenizer does not write these turns: {error}",
             "make sure that the teacher was trained on this format; a base model was not",
         )
         return
-    turns = [question] if system is None else [{"role": "system", "content": system}, question]
-    left, right = (
-        model.tokenizer().apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        for model in models.values()
-    )
     if left != right:
         pairs = enumerate(zip(left, right, strict=False))
         at = next((place for place, (a, b) in pairs if a != b), min(len(left), len(right)))

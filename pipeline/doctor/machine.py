@@ -16,7 +16,7 @@ from rich.filesize import decimal
 from opd_stream.config import Config, Pool, TrainerPool
 from opd_stream.config.sections import Model
 from opd_stream.errors import UserError
-from opd_stream.prompts import DatasetPrompts, FilePrompts
+from opd_stream.sources import DatasetPrompts, FilePrompts
 from pipeline.doctor.findings import Finding, NotChecked, check
 from pipeline.doctor.subject import Subject
 from pipeline.estimate import estimate

@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from opd_stream.config import Config, Evaluation, Pool
 from opd_stream.config.sections import Model
-from opd_stream.prompts import Prompts, TokenisedPrompts, source_settings, tokenised_prompts
+from opd_stream.prompts import TokenisedPrompts, tokenised_prompts
+from opd_stream.sources import Prompts, source_settings
 from opd_stream.store.policy import identify
 from opd_stream.store.store import Store
 from pipeline.doctor.findings import NotChecked

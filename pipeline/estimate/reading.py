@@ -15,15 +15,14 @@ from numpy.typing import NDArray
 
 from opd_stream.config import Config, Evaluation
 from opd_stream.errors import UserError
-from opd_stream.prompts import (
+from opd_stream.prompts import lost_rows, tokenised_prompts
+from opd_stream.sources import (
     DatasetPrompts,
     EmbeddedPrompts,
     FilePrompts,
     Prompts,
-    lost_rows,
     read_prompts,
     row_count,
-    tokenised_prompts,
 )
 from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.files import is_remote, read_json

@@ -1,0 +1,135 @@
+"""Lists of messages in rows, as chat templates read them, and special tokens in their text."""
+
+import json
+import re
+from typing import Any
+
+from opd_stream.errors import UserError
+from opd_stream.section import is_list, is_object
+
+Turn = dict[str, Any]  # role, content, and what else a chat template reads, such as tool_calls
+
+_SPEAKERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+
+
+def is_turns(value: object) -> bool:
+    """Whether a value has the shape of messages: a list of objects with `role` or `from`."""
+    return (
+        is_list(value)
+        and bool(value)
+        and all(is_object(turn) and ("role" in turn or "from" in turn) for turn in value)
+    )
+
+
+def turns_of(value: Any, place: str) -> tuple[Turn, ...]:
+    """The turns of messages: `content` is text or null, and fields that are null are left out.
+
+    Raises:
+        UserError: a turn has no role, or holds something else than text (names the turn).
+    """
+    if not is_turns(value):
+        raise UserError(
+            f"{place} is no list of messages; expected objects with role and content, or with from "
+            "and value; mend the row, or name another field"
+        )
+    return tuple(_turn(turn, f"{place}: turn {number}") for number, turn in enumerate(value))
+
+
+def tools_of(value: Any, place: str) -> tuple[dict[str, Any], ...] | None:
+    """The tool schemas of a row, a list or the JSON text of one; None: there are none.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        found = json.loads(value) if isinstance(value, str) and value.strip() else value
+    except ValueError:
+        found = value
+    if not found:
+        return None
+    if not is_list(found) or not all(map(is_object, found)):
+        raise UserError(
+            f"{place} holds no list of tool schemas; expected JSON objects; mend the row, or set "
+            "tools_field"
+        )
+    return tuple(found)
+
+
+def turns_text(turns: tuple[Turn, ...]) -> str:
+    """Messages as one text, the same for the same messages."""
+    return json.dumps(turns, ensure_ascii=False)
+
+
+def _turn(turn: Turn, place: str) -> Turn:
+    if "role" not in turn:
+        speaker = str(turn["from"])
+        turn = {"role": _SPEAKERS.get(speaker, speaker), "content": turn.get("value")}
+    if not isinstance(turn["role"], str):
+        raise UserError(
+            f"{place} has the role {turn['role']!r}; expected text such as user; mend it"
+        )
+    kept = {name: value for name, value in turn.items() if value is not None or name == "content"}
+    content = kept.get("content")
+    if is_list(content):
+        content = kept["content"] = _joined(content, place)
+    if not isinstance(content, str) and (content is not None or "tool_calls" not in kept):
+        found = "has no content" if content is None else f"holds a {type(content).__name__}"
+        raise UserError(f"{place} {found}; expected text; mend it")
+    return kept
+
+
+def _joined(parts: list[Any], place: str) -> str:
+    """Content that is a list of parts, as one text."""
+    found = [part.get("text") if is_object(part) else part for part in parts]
+    texts = [text for text in found if isinstance(text, str)]
+    if len(texts) < len(found):
+        kinds = sorted({str(part.get("type")) if is_object(part) else "?" for part in parts})
+        raise UserError(
+            f"{place} holds parts of type {', '.join(kinds)}; expected text alone; leave the row "
+            "out, or mend it"
+        )
+    return "".join(texts)
+
+
+def said_by_others(turn: Turn) -> str:
+    """The text of a turn that somebody else than the model wrote."""
+    return "" if turn["role"] == "assistant" else turn.get("content") or ""
+
+
+class ControlTokens:
+    """The special tokens of a tokenizer, looked for in text that only quotes them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        special = [each for each in tokenizer.added_tokens_decoder.items() if each[1].special]
+        self._spelled: dict[int, str] = {number: token.content for number, token in special}
+        words = map(re.escape, sorted(self._spelled.values(), key=len, reverse=True))
+        pattern = "|".join(word for word in words if word)
+        self._pattern = re.compile(pattern or r"(?!)")
+
+    def found(self, text: str) -> list[str]:
+        """Special tokens that a text spells and the tokenizer would read as such."""
+        if not self._pattern.search(text):
+            return []
+        ids = set(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return sorted(
+            word for number, word in self._spelled.items() if number in ids and word in text
+        )
+
+    def escaped(self, turn: Turn, prompt_id: str) -> Turn:
+        """A turn whose special tokens have a space behind their first character."""
+        text = said_by_others(turn)
+        for word in sorted(self.found(text), key=len, reverse=True):
+            text = text.replace(word, f"{word[0]} {word[1:]}")
+        if left := self.found(text):
+            raise UserError(
+                f"prompt {prompt_id!r} spells {left[0]!r}, which no space keeps from being a "
+                "control token; set template.control_tokens=skip, or mend the row"
+            )
+        return turn if turn["role"] == "assistant" else {**turn, "content": text}

@@ -1,0 +1,325 @@
+"""From a prompt to token ids: as raw text, or as turns that a chat template writes."""
+
+import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, JsonValue, model_validator
+
+from opd_stream.errors import UserError
+from opd_stream.messages import ControlTokens, Turn, said_by_others
+from opd_stream.section import Section, is_object, later
+from opd_stream.store.files import sha256_file
+from opd_stream.store.lines import opened
+
+_OURS = {  # arguments of templates that other settings decide
+    "messages": "the prompts",
+    "tools": "the prompts' tools_field",
+    "chat_template": "template.file or template.name",
+    "add_generation_prompt": "template.add_generation_prompt",
+    "continue_final_message": "template.final_answer",
+    "strftime_now": "template.date",
+    "tokenize": "opd-stream",
+    "return_dict": "opd-stream",
+}
+
+
+class RawTemplate(Section):
+    """The prompt text as it is, with the ids of `tokenizer(text)`; BOS never twice, no EOS behind.
+
+    There are never two beginning-of-text tokens, where the text itself begins with one; an
+    end-of-text token that the tokenizer appends is left off, since the text is to be continued.
+    """
+
+    kind: Literal["raw"] = "raw"
+    text: str = Field(
+        default="{prompt}", description="text around the prompt; {prompt} is replaced"
+    )
+    bos: Literal["tokenizer", "always"] = Field(
+        default="tokenizer",
+        description="who puts a beginning-of-text token in front: tokenizer: the tokenizer, where "
+        "it does so itself; always: we do, where it has one (default of the embedded tasks)",
+    )
+
+
+class ChatTemplate(Section):
+    """A chat template, with the prompt as the user's turn, or with the row's own messages."""
+
+    kind: Literal["chat"] = "chat"
+    text: str = Field(
+        default="{prompt}", description="text of the (last) user's turn; {prompt} is replaced"
+    )
+    system: str | None = Field(
+        default=None, description="text of a system turn before it, in place of a row's own"
+    )
+    arguments: dict[str, JsonValue] = later(
+        default={}, description="what the template is told, such as {enable_thinking: false}"
+    )
+    date: datetime.date | None = later(
+        default=None,
+        description="today, to a template that writes the date; needed for such a template",
+    )
+    file: Path | None = later(
+        default=None, description="Jinja file of a template; null: the tokenizer's own"
+    )
+    name: str | None = later(
+        default=None, description="which one, where the tokenizer has several by name"
+    )
+    add_generation_prompt: bool = later(
+        default=True, description="write the beginning of the assistant's turn"
+    )
+    prefill: str | None = later(
+        default=None, description="beginning of the answer, which the student continues"
+    )
+    final_answer: Literal["refuse", "drop", "continue"] = later(
+        default="refuse",
+        description="of messages that end with the assistant's turn: drop: it is answered anew; "
+        "continue: the student goes on from its words",
+    )
+    control_tokens: Literal["refuse", "escape", "skip", "allow"] = later(
+        default="refuse",
+        description="of prompts whose text spells special tokens, such as one that ends a turn: "
+        "escape: put a space into them; skip: leave the prompt out; allow: let them count",
+    )
+
+    @model_validator(mode="after")
+    def _arguments(self) -> Self:
+        for name in self.arguments:
+            if name in _OURS:
+                raise ValueError(
+                    f"template.arguments names {name}, which {_OURS[name]} decides; leave it out"
+                )
+        if self.file is not None and self.name is not None:
+            raise ValueError(
+                f"template has file {self.file} and name {self.name!r}; expected one of the two; "
+                "name is of the tokenizer's own templates"
+            )
+        return self
+
+
+Template = Annotated[RawTemplate | ChatTemplate, Field(discriminator="kind")]
+
+
+def template_settings(template: RawTemplate | ChatTemplate) -> dict[str, Any]:
+    """What of a template goes into the recipe: the digest of a file instead of its path.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    settings = template.model_dump(mode="json")
+    if isinstance(template, ChatTemplate) and template.file is not None:
+        opened(template.file).close()
+        settings["file"] = sha256_file(template.file)
+    return settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt before tokenisation.
+
+    Example:
+        >>> Prompt(prompt_id="row-0", text="How much is 2 + 3?", answer="5")
+    """
+
+    prompt_id: str
+    text: str  # of messages their JSON
+    answer: str | None
+    turns: tuple[Turn, ...] | None = None  # of a row that holds messages
+    tools: tuple[dict[str, Any], ...] | None = None  # schemas
+
+
+class Renderer:
+    """Writes prompts as ids, under one template and one tokenizer.
+
+    Raises:
+        UserError: there is no such chat template, or its file cannot be read.
+    """
+
+    def __init__(self, template: RawTemplate | ChatTemplate, tokenizer: Any) -> None:
+        self._template, self._tokenizer = template, tokenizer
+        self._jinja: str | None = None  # None: the tokenizer chooses
+        if isinstance(template, ChatTemplate):
+            self._jinja = _jinja(template, tokenizer)
+            self._control = ControlTokens(tokenizer)
+
+    def ids(self, prompt: Prompt) -> NDArray[np.int32]:
+        """The ids of a prompt [P].
+
+        Raises:
+            UserError: the template does not take it, or leaves a part of it out.
+        """
+        template, text = self._template, self.text(prompt)
+        if isinstance(template, ChatTemplate):
+            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = raw_ids(self._tokenizer, text, bos=template.bos)
+        return np.asarray(ids, np.int32)
+
+    def text(self, prompt: Prompt) -> str:
+        """A prompt as it is written, before it becomes ids; raises as `ids` does."""
+        template = self._template
+        if isinstance(template, ChatTemplate):
+            turns, goes_on = self._conversation(template, prompt)
+            is_opened = template.add_generation_prompt and not goes_on
+            text = self._written(prompt, turns, opened=is_opened, goes_on=goes_on)
+            return text + (template.prefill or "")
+        if prompt.turns is not None:
+            raise UserError(
+                f"prompt {prompt.prompt_id!r} is a list of messages and template.kind is raw, "
+                "which writes text alone; set template={kind: chat}"
+            )
+        return template.text.replace("{prompt}", prompt.text)
+
+    def answered(self, prompt: Prompt, answer: str) -> str:
+        """A prompt with an answer, as a chat template ends it; raises as `ids` does."""
+        assert isinstance(self._template, ChatTemplate)
+        turns, _ = self._conversation(self._template, prompt)
+        turns.append({"role": "assistant", "content": answer})
+        return self._written(prompt, turns, opened=False, goes_on=False)
+
+    def control_tokens(self, prompt: Prompt) -> list[str]:
+        """Special tokens that the text of a prompt spells, but for the assistant's turns."""
+        said = map(said_by_others, _turns(prompt))
+        return sorted({token for text in said for token in self._control.found(text)})
+
+    def _written(self, prompt: Prompt, turns: list[Turn], *, opened: bool, goes_on: bool) -> str:
+        """Turns as the template writes them, the next one opened or the last one not ended."""
+        template = self._template
+        assert isinstance(template, ChatTemplate)
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                turns,
+                tools=None if prompt.tools is None else list(prompt.tools),
+                chat_template=self._jinja,
+                add_generation_prompt=opened,
+                continue_final_message=goes_on,
+                tokenize=False,
+                **{**template.arguments, "strftime_now": _clock(template.date)},
+            )
+        except UserError:
+            raise
+        except Exception as error:  # a template may raise anything
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            cause = "" if template.system is None else "leave out template.system, or "
+            raise UserError(
+                f"the chat template does not take prompt {prompt.prompt_id!r}: {reason}; {cause}"
+                "set template.file to a template that does"
+            ) from error
+        _check_whole(prompt, turns, text)
+        return text
+
+    def _conversation(self, template: ChatTemplate, prompt: Prompt) -> tuple[list[Turn], bool]:
+        """What the template is given, and whether its last turn is to be continued."""
+        turns = _turns(prompt)
+        if template.control_tokens == "escape":
+            turns = [self._control.escaped(turn, prompt.prompt_id) for turn in turns]
+        if template.system is not None:
+            rest = turns[1:] if turns[0]["role"] == "system" else turns
+            turns = [{"role": "system", "content": template.system}, *rest]
+        goes_on = turns[-1]["role"] == "assistant"
+        if goes_on and template.final_answer == "refuse":
+            raise UserError(
+                f"prompt {prompt.prompt_id!r} ends with the assistant's turn; expected a turn to "
+                "answer; set template.final_answer=drop to have it answered anew, or continue to "
+                "go on from its words"
+            )
+        if goes_on and template.final_answer == "drop":
+            goes_on = False
+            while turns and turns[-1]["role"] == "assistant":
+                turns.pop()
+            if not turns:
+                raise UserError(
+                    f"prompt {prompt.prompt_id!r} has no turn but the assistant's; expected a turn "
+                    "to answer; mend or remove the row"
+                )
+        users = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
+        if users:
+            text = template.text.replace("{prompt}", turns[users[-1]]["content"])
+            turns[users[-1]] = {**turns[users[-1]], "content": text}
+        return turns, goes_on
+
+
+def _turns(prompt: Prompt) -> list[Turn]:
+    return list(prompt.turns or ({"role": "user", "content": prompt.text},))
+
+
+def _jinja(template: ChatTemplate, tokenizer: Any) -> str | None:
+    """The template's text or name; None: the tokenizer's own."""
+    if template.file is not None:
+        with opened(template.file) as file:
+            try:
+                return file.read().decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{template.file} is not UTF-8 text ({error}); convert it"
+                ) from error
+    own: object = tokenizer.chat_template
+    if own is None:
+        raise UserError(
+            "template.kind is chat but the tokenizer has no chat template; "
+            "set template.kind=raw, set template.file, or use a tokenizer with one"
+        )
+    names = sorted(own) if is_object(own) else []
+    if template.name is None and (not names or "default" in names):
+        return None
+    if template.name in names:
+        return template.name
+    has = f"has {', '.join(names)}" if names else "has one, without a name"
+    raise UserError(
+        f"template.name is {template.name or 'not set'}; the tokenizer {has}; "
+        f"{'set template.name to one of them' if names else 'leave template.name out'}"
+    )
+
+
+def _clock(today: datetime.date | None) -> Callable[[str], str]:
+    """What a template reads the date from."""
+
+    def strftime(form: str) -> str:
+        if today is None:
+            raise UserError(
+                "the chat template writes today's date, so that prompts would differ from day to "
+                f"day; fix it: set template.date, such as {datetime.date.today()}"
+            )
+        return datetime.datetime.combine(today, datetime.time()).strftime(form)
+
+    return strftime
+
+
+def _check_whole(prompt: Prompt, turns: Sequence[Turn], text: str) -> None:
+    """Refuse a template that leaves out what somebody said."""
+    wanted = [(f"the {turn['role']} turn", said_by_others(turn).strip()) for turn in turns]
+    for tool in prompt.tools or ():
+        function = tool.get("function", tool)
+        name = function.get("name") if is_object(function) else None
+        wanted.append(("the tool", str(name or "")))
+    for what, words in wanted:
+        if words not in text:
+            raise UserError(
+                f"the chat template leaves out {what} {words[:40]!r} of prompt "
+                f"{prompt.prompt_id!r}; expected all of the text; set template.file to a template "
+                "that writes it, or leave it out of the prompts"
+            )
+
+
+def raw_ids(tokenizer: Any, text: str, *, bos: Literal["tokenizer", "always"]) -> list[int]:
+    """The ids of a text that a model is to continue: see `RawTemplate`.
+
+    Example:
+        >>> raw_ids(llama, "<s>Anna", bos="tokenizer")  # tokenizer("<s>Anna") begins with two
+        [1, 7740]
+    """
+    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids: list[int] = tokenizer(text)["input_ids"]
+    if last is not None and ids[-1:] == [last] and len(ids) > 1:
+        written: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids[len(ids) - 1 - len(written) : -1] == written:  # the text does not end here itself
+            ids = ids[:-1]
+    if bos == "always" and first is not None and ids[:1] != [first]:
+        ids = [first, *ids]
+    while first is not None and ids[:2] == [first, first]:
+        ids = ids[1:]
+    return ids

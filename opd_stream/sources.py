@@ -1,0 +1,316 @@
+"""Where prompts come from: sections of the config, and the prompts that a source holds."""
+
+import importlib
+from collections.abc import Iterable, Iterator
+from datetime import date
+from decimal import Decimal
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from opd_stream.errors import UserError
+from opd_stream.messages import Turn, is_turns, tools_of, turns_of, turns_text
+from opd_stream.rendering import Prompt, RawTemplate, Template, template_settings
+from opd_stream.rows import (
+    Format,
+    PlacedRow,
+    count_rows,
+    format_of,
+    rows_of_file,
+    source_files,
+    value_of,
+)
+from opd_stream.section import Section, is_list, is_object, later
+from opd_stream.store.files import canonical_json, sha256, sha256_file
+from opd_stream.store.lines import opened
+from opd_stream.tasks.ledger import make_problems
+from opd_stream.tasks.references import Match, reference_text
+
+
+class EmbeddedPrompts(Section):
+    """The embedded tasks: generated problems with answers a program can check."""
+
+    kind: Literal["ledger", "routine"] = Field(
+        description="ledger: a few days, solutions of 170 tokens; routine: some weeks, of 600"
+    )
+    count: int = Field(ge=1, description="number of problems")
+    seed: int = Field(description="seed of the problems; keep training and evaluation apart")
+    template: Template = RawTemplate(text="{prompt}\n", bos="always")
+    max_prompt_tokens: int = Field(default=512, ge=1, description="a longer prompt is refused")
+
+
+class RowPrompts(Section):
+    """Prompts from rows with named fields; `a.b` is field b of the object in field a."""
+
+    prompt_field: str = Field(
+        default="prompt", description="field that holds the prompt: text, or a list of messages"
+    )
+    messages_field: str | None = later(
+        default=None,
+        description="or field that holds a list of messages; null: messages or conversations, "
+        "where a row has no prompt_field",
+    )
+    tools_field: str = later(
+        default="tools", description="field that holds tool schemas, where a row has one"
+    )
+    answer_field: str | None = Field(
+        default=None, description="field that holds the reference answer, or a list of answers"
+    )
+    answers: Match = later(
+        default="any",
+        description="of a reference that is a list: any of its answers is right, or all have to be",
+    )
+    id_field: str | None = Field(
+        default=None, description="field that identifies a prompt; default: the row's number"
+    )
+    limit: int | None = Field(default=None, ge=1, description="read only the first rows")
+    template: Template = RawTemplate()
+    max_prompt_tokens: int = Field(default=1024, ge=1, description="tokens a prompt may have")
+    long_prompts: Literal["refuse", "skip"] = Field(
+        default="refuse",
+        description="what to do with a longer prompt; how many were skipped is a warning",
+    )
+
+
+class FilePrompts(RowPrompts):
+    """Files of rows: JSON lines, JSON arrays, CSV, Parquet (docs/prompts.md)."""
+
+    kind: Literal["files", "jsonl"] = Field(
+        description="files: formats by the files' names; jsonl: one file of JSON, whatever its name"
+    )
+    path: Path = Field(
+        description="file; with kind files also a folder, or a pattern such as data/*.parquet"
+    )
+
+
+class DatasetPrompts(RowPrompts):
+    """A Hugging Face dataset: a hub name, a saved folder, or a builder with local files."""
+
+    kind: Literal["datasets"]
+    path: str = Field(description="hub name, save_to_disk folder, or builder (json, parquet, ...)")
+    name: str | None = Field(default=None, description="configuration of the dataset")
+    revision: str | None = later(
+        default=None, description="of a hub name: branch, tag or commit; name a commit to fix it"
+    )
+    data_files: Path | None = Field(default=None, description="local file for a builder")
+    split: str = Field(default="train", description="split to read")
+    streaming: bool = later(
+        default=False, description="read rows as they arrive, up to `limit`, and keep no copy"
+    )
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if self.streaming and self.limit is None:
+            raise ValueError(
+                f"streaming is set for dataset {self.path!r} without limit; expected the number of "
+                "rows to read; set limit"
+            )
+        return self
+
+
+Prompts = Annotated[EmbeddedPrompts | FilePrompts | DatasetPrompts, Field(discriminator="kind")]
+
+
+def source_settings(source: Prompts) -> dict[str, Any]:
+    """What of a source goes into the recipe: content digests instead of paths.
+
+    Raises:
+        UserError: a file does not exist, or is of no known format.
+    """
+    settings = source.model_dump(mode="json")
+    settings["template"] = template_settings(source.template)
+    if isinstance(source, FilePrompts):
+        digests = [[kind, _digest(path)] for path, kind in _files(source)]
+        one_file = digests[0][1] if source.kind == "jsonl" else None
+        settings["path"] = one_file or sha256(canonical_json(digests))
+    elif isinstance(source, DatasetPrompts):
+        if source.data_files is not None and not source.data_files.is_file():
+            raise UserError(f"data file {source.data_files} does not exist; check data_files")
+        if source.data_files is not None:
+            settings["data_files"] = _digest(source.data_files)
+        elif Path(source.path).is_dir():
+            files = sorted(path for path in Path(source.path).rglob("*") if path.is_file())
+            settings["path"] = sha256(canonical_json([[p.name, _digest(p)] for p in files]))
+    return settings
+
+
+def read_prompts(source: Prompts) -> list[Prompt]:
+    """Read a source.
+
+    Raises:
+        UserError: no prompts, a malformed line, a missing field or a duplicate id.
+    """
+    if isinstance(source, EmbeddedPrompts):
+        problems = make_problems(count=source.count, seed=source.seed, task=source.kind)
+        return [Prompt(prompt_id=p.problem_id, text=p.question, answer=p.answer) for p in problems]
+    prompts: list[Prompt] = []
+    place_of: dict[str, str] = {}
+    for number, (place, row) in enumerate(islice(_rows(source), source.limit)):
+        prompt = _prompt(source, number, place, row)
+        if prompt.prompt_id in place_of:
+            raise UserError(
+                f"{place}: id {prompt.prompt_id!r} stands at {place_of[prompt.prompt_id]} already; "
+                "expected unique ids; mend the file or choose another id_field"
+            )
+        place_of[prompt.prompt_id] = place
+        prompts.append(prompt)
+    if not prompts:
+        name = source.data_files if isinstance(source, DatasetPrompts) else source.path
+        raise UserError(f"{name or source.path} holds no prompts; expected at least one; check it")
+    return prompts
+
+
+def row_count(source: FilePrompts) -> int:
+    """Rows of a source, its limit aside."""
+    return sum(count_rows(path, kind) for path, kind in _files(source))
+
+
+def _files(source: FilePrompts) -> list[tuple[Path, Format]]:
+    """The files of a source with their formats, in order."""
+    if source.kind == "jsonl":
+        if source.path.is_dir():
+            raise UserError(
+                f"prompts.path {source.path} is a folder; expected a file of JSON lines; set "
+                "kind=files to read all files of a folder"
+            )
+        if not source.path.is_file():
+            raise UserError(
+                f"prompt file {source.path} does not exist; expected JSON lines, plain, .gz or "
+                ".zst; give it with --set prompts.path=FILE"
+            )
+        return [(source.path, "json")]
+    return [(path, kind) for path in source_files(source.path) if (kind := format_of(path))]
+
+
+def _digest(path: Path) -> str:
+    opened(path).close()  # it can be read
+    return sha256_file(path)
+
+
+def _rows(source: FilePrompts | DatasetPrompts) -> Iterator[PlacedRow]:
+    if isinstance(source, FilePrompts):
+        for path, kind in _files(source):
+            yield from rows_of_file(path, kind)
+        return
+    try:
+        for number, row in enumerate(_dataset(source)):
+            yield f"{source.path} row {number}", dict(row)
+    except Exception as error:  # the library and its file systems raise kinds of their own
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"dataset {source.path!r} cannot be read: {reason}; expected a hub name, a saved "
+            "folder or a builder; check path, name and split; without a network, fetch a hub name "
+            f"before: hf download {source.path} --repo-type dataset"
+        ) from error
+
+
+def _dataset(source: DatasetPrompts) -> Iterable[Any]:
+    datasets: Any = importlib.import_module("datasets")  # not typed
+
+    saved = ("dataset_info.json", "dataset_dict.json")
+    if source.data_files is None and any((Path(source.path) / name).is_file() for name in saved):
+        loaded = datasets.load_from_disk(source.path)
+        if not isinstance(loaded, datasets.DatasetDict):
+            return loaded
+        if source.split not in loaded:
+            raise ValueError(f"it has no split {source.split!r}, it has {', '.join(loaded)}")
+        return loaded[source.split]
+    return datasets.load_dataset(
+        source.path,
+        name=source.name,
+        revision=source.revision,
+        data_files=None if source.data_files is None else str(source.data_files),
+        split=source.split,
+        streaming=source.streaming,
+    )
+
+
+def _prompt(
+    source: FilePrompts | DatasetPrompts, number: int, place: str, row: dict[str, Any]
+) -> Prompt:
+    text, turns = _text_or_turns(source, place, row)
+    identity = f"row-{number}"
+    if source.id_field is not None:
+        found = _scalar(value_of(row, source.id_field, place, "id_field"))
+        if found is None:
+            raise UserError(
+                f"{place}: field {source.id_field!r} {_found(row.get(source.id_field))}; expected "
+                "an id; add it"
+            )
+        identity = found
+    prompt = Prompt(
+        prompt_id=identity,
+        text=text,
+        answer=_answer(source, place, row),
+        turns=turns,
+        tools=None if turns is None else tools_of(row.get(source.tools_field), place),
+    )
+    for said in (prompt.prompt_id, prompt.text, prompt.answer or ""):
+        _check_unicode(place, said)
+    return prompt
+
+
+def _text_or_turns(
+    source: FilePrompts | DatasetPrompts, place: str, row: dict[str, Any]
+) -> tuple[str, tuple[Turn, ...] | None]:
+    """The prompt of a row as text, and its messages if it is a list of them."""
+    name, setting = source.messages_field or source.prompt_field, "prompt_field"
+    if source.messages_field is not None:
+        setting = "messages_field"
+    elif name == "prompt" and name not in row:
+        name = next((known for known in ("messages", "conversations") if known in row), name)
+    found = value_of(row, name, place, setting)
+    if isinstance(found, str) and source.messages_field is None:
+        return found, None
+    if source.messages_field is None and not is_turns(found):
+        raise UserError(
+            f"{place}: field {name!r} {_found(found)}; expected text or messages; mend the row, "
+            "or set prompt_field"
+        )
+    turns = turns_of(found, f"{place}: field {name!r}")
+    return turns_text(turns), turns
+
+
+def _check_unicode(place: str, text: str) -> None:
+    """Refuse what JSON can escape and UTF-8 cannot write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise UserError(
+            f"{place} holds {half} alone, half a surrogate pair; expected text that UTF-8 can "
+            "write; mend or remove the line"
+        ) from error
+
+
+def _answer(source: FilePrompts | DatasetPrompts, place: str, row: dict[str, Any]) -> str | None:
+    """The reference answer of a row, of a list of them as `reference_text` writes it."""
+    if source.answer_field is None:
+        return None
+    value = value_of(row, source.answer_field, place, "answer_field")
+    if value is None:
+        return None
+    texts = list(map(_scalar, value)) if is_list(value) else [_scalar(value)]
+    answers = [text for text in texts if text is not None]
+    if len(answers) < len(texts):
+        raise UserError(
+            f"{place}: field {source.answer_field!r} {_found(value)}; expected text, a number or a "
+            f"list of them; set answer_field, such as {source.answer_field}.FIELD for a field of "
+            "an object"
+        )
+    return reference_text(answers, source.answers)
+
+
+def _scalar(value: Any) -> str | None:
+    """Text, a number or a truth value as text; None: it is none of these."""
+    is_one = isinstance(value, str | int | float | Decimal | date)  # a date may be an id
+    return str(value) if is_one else None
+
+
+def _found(value: Any) -> str:
+    if value is None:
+        return "is null"
+    fields = f" with {', '.join(map(str, value))}" if is_object(value) else ""
+    return f"holds a {type(value).__name__}{fields}"
