@@ -76,6 +76,7 @@ def evaluation_record(
             samples=result.samples,
             mean_tokens=result.completion_tokens / (result.problems * result.samples),
             artifact=artifact,
+            left_out=len(result.left_out),
         )
         errors.append(result.standard_error)
         seconds += sum(c.seconds for c in step.commits() if c.made_by in run_ids)
@@ -120,8 +121,9 @@ def open_policy(config: Config, store: Store, folder: Path) -> tuple[Checkpoint,
 def figure_lines(evaluation: Answers) -> Iterator[str]:
     """One line a benchmark, and one for their mean where there are several."""
     for name, entry in evaluation.benchmarks.items():
+        lost = f", {entry.left_out:,} left out for their references" if entry.left_out else ""
         yield (
-            f"{name}: {_said(entry)}; {entry.problems:,} problems × {entry.samples} samples, "
+            f"{name}: {_said(entry)}; {entry.problems:,} problems{lost} × {entry.samples} samples, "
             f"{entry.mean_tokens:.0f} tokens each; {entry.artifact}"
         )
     if len(evaluation.benchmarks) > 1:

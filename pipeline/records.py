@@ -108,6 +108,7 @@ class BenchmarkRecord(Passes):
 
     mean_tokens: float | None = None  # of an answer
     artifact: str | None = None  # name in the store
+    left_out: int = 0  # problems without a reference that the judge can read
 
 
 class Answers(Passes):

@@ -46,6 +46,7 @@ class Setup:
     replayed_teacher: str | None  # identity of the teacher that a replay's config names
     warnings: tuple[str, ...]  # what may be wrong, a line each
     vocabulary: Vocabulary  # ids that may be drawn, and those that end a completion
+    lost: tuple[str, ...] = ()  # those of `warnings` that say what is left out of evaluation
     forced_ids: tuple[int, ...]  # always scored
     newline_ids: tuple[int, ...]  # tokens that hold a newline, if the drift gate asks for them
     masked_ids: tuple[int, ...]  # the first occurrence in a rollout does not train
@@ -78,9 +79,9 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
         check_prompt_ids(prompts, setup.vocabulary)
         lengths = prompts["prompt_ids"].combine_chunks().value_lengths()
         check_context(config, setup.student, setup.teacher, max(lengths.to_pylist()))
-        lost = [*rows_left_out(setup.prompts, "prompts")]
-        lost += check_evaluation(config, store, setup.student)
-        setup = replace(setup, warnings=(*setup.warnings, *lost))
+        lost = [*rows_left_out(setup.prompts, "prompts"), *_check_reward(config, setup.prompts)]
+        asked = check_evaluation(config, store, setup.student)
+        setup = replace(setup, warnings=(*setup.warnings, *lost, *asked), lost=tuple(asked))
     tokenizer = setup.student.tokenizer()
     return replace(
         setup,
@@ -171,14 +172,31 @@ def check_evaluation(config: Config, store: Store, student: Checkpoint) -> list[
     if config.evaluation is None:
         return []
     from opd_stream.tasks.judges import open_judge
-    from stages.evaluate import evaluation_prompts
+    from stages.evaluate import evaluation_prompts, unjudged_line
 
     lost: list[str] = []
     for name, part in config.evaluation.parts().items():
         assert part.judge is not None
-        open_judge(part.judge)
-        lost += rows_left_out(evaluation_prompts(store, part, student), f"evaluation ({name})")
+        judge, field = open_judge(part.judge), f"evaluation ({name})"
+        prompts = evaluation_prompts(store, part, student)
+        lost += rows_left_out(prompts, field)
+        line = unjudged_line(field, prompts.read_unit(0), judge, part.judge.kind)
+        lost += [] if line is None else [line]
     return lost
+
+
+def _check_reward(config: Config, prompts: Artifact) -> list[str]:
+    """The same of the training prompts, where a reward judges answers to them."""
+    extrapolation = config.train.extrapolation
+    if config.evaluation is None or extrapolation is None or extrapolation.signal == "kl":
+        return []
+    from opd_stream.tasks.judges import open_judge
+    from stages.evaluate import unjudged_line
+
+    settings = next(iter(config.evaluation.parts().values())).judge
+    assert settings is not None
+    line = unjudged_line("prompts", prompts.read_unit(0), open_judge(settings), settings.kind)
+    return [] if line is None else [line]
 
 
 def _check_top_k(config: Config, teacher: Checkpoint) -> None:

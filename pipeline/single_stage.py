@@ -119,12 +119,14 @@ def run_evaluation(
     if policy is None:
         setup = open_setup(config)
         store, vocabulary, student = setup.store, setup.vocabulary, _policy_of(setup, version)
-        run_id = _join(setup, folder, version)
+        run_id, lost = _join(setup, folder, version), setup.lost
     else:
         store = open_store(config)
         student, vocabulary = open_policy(config, store, policy)
-        check_evaluation(config, store, student)
+        lost = check_evaluation(config, store, student)
         run_id = folder.join(config)
+    for line in lost:
+        progress.warn(line)
     with store.watched(), open_executor(config, ("student",)) as executor:
         session = Session(
             config=config,

@@ -6,6 +6,8 @@ costs no sampling, and evaluation shares the student's workers.
 
 import time
 
+import pyarrow as pa
+
 from opd_stream.config import Config, Evaluation
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, EvaluationManifest, EvaluationResult
@@ -13,31 +15,63 @@ from opd_stream.store.files import load_record, publish, publish_new, record_byt
 from opd_stream.store.recipe import Recipe, RecipeRecord
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
-from opd_stream.tasks.judges import open_judge
+from opd_stream.tasks.judges import Judge, open_judge
 from opd_stream.tasks.pass_at_k import default_ks, pass_at_k, standard_error
 from stages.checkpoints import Checkpoint, Vocabulary
 from stages.prompts import make_prompts, prompts_of
 from stages.recipes import evaluation_recipe, evaluation_rollouts_recipe
 
+SHOWN = 3  # prompts that a line names
+
 
 def evaluation_prompts(store: Store, evaluation: Evaluation, student: Checkpoint) -> Artifact:
-    """The prompts of one set of problems under a policy's tokenizer, with an answer for each.
+    """The prompts of one set of problems under a policy's tokenizer.
 
     Raises:
-        UserError: the source cannot be read, or a prompt has no reference answer.
+        UserError: the source cannot be read.
     """
     assert evaluation.prompts is not None
-    prompts = make_prompts(store, evaluation.prompts, student)
-    table = prompts.read_unit(0)
-    for prompt_id, answer in zip(
-        table["prompt_id"].to_pylist(), table["answer"].to_pylist(), strict=True
-    ):
-        if answer is None:
-            raise UserError(
-                f"prompt {prompt_id!r} has no reference answer; evaluation needs one for each; "
-                "set answer_field of the evaluation's prompts"
-            )
-    return prompts
+    return make_prompts(store, evaluation.prompts, student)
+
+
+def judged_rows(table: pa.Table, judge: Judge) -> tuple[pa.Table, list[str]]:
+    """Prompts whose reference answers a judge can read, and the ids of the others, in order."""
+    lost = set(judge.unreadable(table["answer"].to_pylist()))
+    ids: list[str] = table["prompt_id"].to_pylist()
+    kept = pa.array([row not in lost for row in range(table.num_rows)], pa.bool_())
+    return table.filter(kept), [ids[row] for row in sorted(lost)]
+
+
+def unjudged_line(field: str, table: pa.Table, judge: Judge, kind: str) -> str | None:
+    """What is left out of the verdicts, in a line; None: nothing.
+
+    Args:
+        field: of the config that names the prompts.
+        table: the prompts.
+        judge: that is to read their reference answers.
+        kind: of the judge, for the line.
+
+    Raises:
+        UserError: there is not one reference that the judge can read.
+    """
+    kept, lost = judged_rows(table, judge)
+    answers = dict(zip(table["prompt_id"].to_pylist(), table["answer"].to_pylist(), strict=True))
+    shown = ", ".join(
+        f"{name}: {'none' if answers[name] is None else repr(answers[name][:40])}"
+        for name in lost[:SHOWN]
+    )
+    if not kept.num_rows:
+        raise UserError(
+            f"{field}: none of {table.num_rows:,} prompts has a reference answer that judge {kind} "
+            f"can read ({shown}); expected one for each; set answer_field of these prompts, mend "
+            "the answers, or use another judge"
+        )
+    if not lost:
+        return None
+    return (
+        f"{field}: {len(lost):,} of {table.num_rows:,} prompts are left out of the verdicts: they "
+        f"have no reference answer that judge {kind} can read ({shown})"
+    )
 
 
 def evaluation_rollouts(
@@ -108,10 +142,10 @@ def _judged(
     """Verdicts on the first `samples_per_prompt` answers to each problem."""
     assert evaluation.judge is not None
     start, samples = time.time(), evaluation.samples_per_prompt
-    prompts = prompts_of(store, rollouts.recipe)
+    judge, tokenizer = open_judge(evaluation.judge), student.tokenizer()
+    prompts, left_out = judged_rows(prompts_of(store, rollouts.recipe), judge)
     ids: list[str] = prompts["prompt_id"].to_pylist()
-    answers = dict(zip(ids, prompts["answer"].to_pylist(), strict=True))
-    is_right, tokenizer = open_judge(evaluation.judge), student.tokenizer()
+    answers: dict[str, str] = dict(zip(ids, prompts["answer"].to_pylist(), strict=True))
     correct = dict.fromkeys(answers, 0)
     tokens = length_rows = 0
     for unit in rollouts.units():
@@ -120,9 +154,9 @@ def _judged(
             [row.tolist() for row in batch.completion_ids], skip_special_tokens=True
         )
         for row, (prompt_id, text) in enumerate(zip(batch.prompt_id, texts, strict=True)):
-            if batch.sample_index[row] >= samples:
+            if batch.sample_index[row] >= samples or prompt_id not in answers:
                 continue
-            correct[prompt_id] += is_right(text, answers[prompt_id])
+            correct[prompt_id] += judge(text, answers[prompt_id])
             tokens += len(batch.completion_ids[row])
             length_rows += batch.finish_reason[row] == "length"
     counts = list(correct.values())
@@ -135,4 +169,5 @@ def _judged(
         length_rows=length_rows,
         correct=correct,
         judge_seconds=round(time.time() - start, 3),
+        left_out=tuple(left_out),
     )

@@ -15,7 +15,6 @@ from opd_stream.config.sections import Extrapolation
 from opd_stream.drift import DriftSums, drift_of
 from opd_stream.engines.base import SamplingSettings
 from opd_stream.engines.transformers_engine import TransformersEngine
-from opd_stream.errors import UserError
 from opd_stream.extrapolation import Outcome, Score, is_due, moved_parameters, search
 from opd_stream.outcome import ExtrapolationRecord, PointScore
 from opd_stream.store.reader import ScoredRows, epoch_order
@@ -23,6 +22,7 @@ from opd_stream.store.shards import prompts_batch
 from opd_stream.store.tree import load_tree, save_tree
 from opd_stream.tasks.judges import open_judge
 from opd_stream.types import PromptBatch
+from stages.evaluate import judged_rows
 from stages.learner import Learner
 from stages.train_data import BatchPlan, step_batches
 from stages.train_job import TrainJob
@@ -171,11 +171,7 @@ class Reward:
 
 
 def open_reward(job: TrainJob) -> Reward:
-    """The first training prompts, judged as in evaluation (of several benchmarks, the first).
-
-    Raises:
-        UserError: a prompt has no reference answer.
-    """
+    """The first training prompts that can be judged, as in evaluation (of several, the first)."""
     from transformers import AutoTokenizer
 
     settings = job.config.train.extrapolation
@@ -183,18 +179,13 @@ def open_reward(job: TrainJob) -> Reward:
     assert settings is not None
     evaluation = next(iter(job.config.evaluation.parts().values()))
     assert evaluation.judge is not None
-    table = job.store().by_fingerprint("prompts", job.prompts).read_unit(0)
+    judge = open_judge(evaluation.judge)
+    table, _ = judged_rows(job.store().by_fingerprint("prompts", job.prompts).read_unit(0), judge)
     table = table.slice(0, settings.prompts)
-    answers = table["answer"].to_pylist()
-    if None in answers:
-        raise UserError(
-            "train.extrapolation.signal reward judges answers to training prompts, and a prompt "
-            "has none; set prompts.answer_field, or use signal kl"
-        )
     return Reward(
         prompts=prompts_batch(table),
-        answers=tuple(answers),
-        is_right=open_judge(evaluation.judge),
+        answers=tuple(table["answer"].to_pylist()),
+        is_right=judge,
         tokenizer=AutoTokenizer.from_pretrained(job.base, trust_remote_code=False),
         sampling=SamplingSettings(
             window_tokens=evaluation.max_new_tokens,

@@ -219,12 +219,17 @@ def test_missing_answers_and_answers_the_judge_cannot_read(tmp_path: Path) -> No
     path = jsonl(tmp_path, [{"prompt": "1 + 1?", "answer": "two"}])
     source = f"kind: jsonl, path: {path}"
     found = only(quick(tmp_path, f"evaluation.prompts={{{source}}}"), "error", inputs.answers)
-    assert "1 of 1 prompts have no reference answer" in found.found
-    read = (
-        f"evaluation.prompts={{{source}, answer_field: answer}}",
-        "evaluation.judge.kind=ledger",
-    )
-    assert "are wrong answers" in only(quick(tmp_path, *read), "error", inputs.answers).found
+    assert "none of 1 prompts has a reference answer that judge ledger can read" in found.found
+    assert "(row-0: none)" in found.found
+    rows = [{"prompt": "1 + 1?", "answer": answer} for answer in ("two", "02", None)]
+    jsonl(tmp_path, rows)
+    read = f"evaluation.prompts={{{source}, answer_field: answer}}"
+    for kind, said in (("ledger", "2 of 3"), ("exact", "1 of 3")):
+        report = quick(tmp_path, read, f"evaluation.judge.kind={kind}")
+        found = [each for each in report.findings if each.check == "answers"]
+        assert found[0].level == "warning"
+        assert f"{said} prompts are left out of the verdicts" in found[0].found
+        assert found[1].level == "ok"
 
 
 def test_evaluation_on_training_prompts(tmp_path: Path) -> None:

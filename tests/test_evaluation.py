@@ -162,6 +162,48 @@ def test_benchmarks_have_settings_of_their_own_and_a_mean(tmp_path: Path) -> Non
     assert "pass@4" not in found
 
 
+class Warnings(Silent):
+    """Keeps what a run warns of."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def warn(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def test_a_reference_that_no_judge_can_read_costs_its_row_and_is_named(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    references = ["#### 18", None, "see below", "1/2"]
+    rows = [{"prompt": f"{n} + 1?", "answer": answer} for n, answer in enumerate(references)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = f"kind: jsonl, path: {tmp_path / 'rows.jsonl'}"
+    asked = ("evaluation.max_new_tokens=4", "evaluation.judge.kind=final_number")
+    config = small_config(
+        tmp_path, *asked, f"evaluation.prompts={{{source}, answer_field: answer}}"
+    )
+    told = Warnings()
+    out = {"policy_version": 0, "out": tmp_path / "out.json"}
+    said = run_evaluation(config, RunFolder(tmp_path / "run"), progress=told, **out)
+    assert "2 problems, 2 left out for their references × 2 samples" in said
+    assert told.lines == [
+        "evaluation (rows): 2 of 4 prompts are left out of the verdicts: they have no reference "
+        "answer that judge final_number can read (row-1: none, row-2: 'see below')"
+    ]
+    entry = json.loads((tmp_path / "out.json").read_text())["benchmarks"]["rows"]
+    assert (entry["problems"], entry["left_out"], entry["mean_tokens"]) == (2, 2, 4)
+    verdicts = Store(tmp_path / "store").by_fingerprint("evaluations", entry["artifact"][12:])
+    result = load_record(EvaluationManifest, verdicts.folder / "manifest.json").result
+    assert (list(result.correct), result.left_out) == (["row-0", "row-3"], ("row-1", "row-2"))
+    request.getfixturevalue("no_engine")
+    with pytest.raises(
+        UserError, match=r"none of 4 prompts has a reference .*row-0: none"
+    ) as caught:
+        evaluate(tmp_path, *asked, f"evaluation.prompts={{{source}}}", policy_version=0)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_run_that_asks_for_math_without_the_library_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_engine: None
 ) -> None:
@@ -296,7 +338,7 @@ def test_what_cannot_be_compared_is_one_line(measured: Path, tmp_path: Path) -> 
     judge, out = "evaluation.judge.kind=exact", tmp_path / "exact.json"
     evaluate(measured, *WHOLE, judge, policy_version=0, out=out)
     cases = {
-        str(out): r"differ in judge\.kind: 'ledger' and 'exact'; expected the same problems",
+        str(out): r"differ in judge\.kind: 'ledger' and 'exact'; .*expected the same problems",
         str(tmp_path / "none"): "does not exist; expected RUN, RUN@POLICY_VERSION",
         str(tmp_path): "has no config.json",
         f"{measured / 'run'}@x": "names the policy version 'x'",

@@ -1,20 +1,26 @@
 """Judges and pass@k."""
 
+import json
+import os
+import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from opd_stream.errors import UserError
+from opd_stream.tasks.algebra import Algebra
 from opd_stream.tasks.judges import (
     BuiltInJudge,
     FunctionJudge,
-    final_number,
     is_exact,
     is_final_number,
     open_judge,
 )
+from opd_stream.tasks.numbers import final_number
 from opd_stream.tasks.pass_at_k import pass_at_k, standard_error
 
 
@@ -106,11 +112,25 @@ def test_the_math_judge_compares_values(completion: str, answer: str, right: boo
     assert open_judge(BuiltInJudge(kind="math"))(completion, answer) is right
 
 
-def test_an_unreadable_reference_is_one_line() -> None:
-    pytest.importorskip("math_verify", reason="the extra `math` is not installed")
-    with pytest.raises(UserError, match=r"reference answer '#### ' holds no mathematics") as caught:
-        open_judge(BuiltInJudge(kind="math"))("1", "#### ")
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize(
+    ("kind", "readable", "unreadable"),
+    [
+        ("ledger", "07", "7"),
+        ("final_number", "#### 1,234", "see below"),
+        ("exact", "B", "#### "),
+        ("math", r"x \in [0, \infty)", r"\frac{1}{"),
+        ("math", "#### 18", "#### "),
+        ("math", '{"any": ["?!", "4"]}', '{"all": ["?!", "4"]}'),
+        ("final_number", "1/2", "1/0"),
+        ("final_number", "9" * 400, "9" * 4000),
+    ],
+)
+def test_a_judge_knows_what_it_can_read(kind: Any, readable: str, unreadable: str) -> None:
+    if kind == "math":
+        pytest.importorskip("math_verify", reason="the extra `math` is not installed")
+    judge = open_judge(BuiltInJudge(kind=kind))
+    assert judge.unreadable([readable, None, unreadable, readable]) == [1, 2]
+    assert not judge(unreadable, unreadable)
 
 
 def function_judge(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> str:
@@ -137,4 +157,42 @@ def test_a_function_that_cannot_judge_is_one_line(
     function_judge(tmp_path, monkeypatch, body)
     with pytest.raises(UserError, match=line) as caught:
         open_judge(FunctionJudge(kind="function", path=path))("1", "2")
+    assert "\n" not in str(caught.value)
+
+
+TABLE = [
+    json.loads(line) for line in (Path(__file__).parent / "answers.jsonl").read_text().splitlines()
+]
+
+
+@pytest.mark.parametrize("kind", ["math", "final_number", "exact"])
+def test_answers_as_models_write_them_are_judged_without_an_error(kind: Any) -> None:
+    if kind == "math":
+        pytest.importorskip("math_verify", reason="the extra `math` is not installed")
+    judge = open_judge(BuiltInJudge(kind=kind))
+    rows = [row for row in TABLE if row["judge"] == kind]
+    wrong = [row for row in rows if judge(row["completion"], row["reference"]) != row["right"]]
+    assert not wrong
+    assert {row["right"] for row in rows} == {True, False}
+    assert len(TABLE) >= 450
+
+
+def test_mathematics_that_never_ends_is_wrong_and_the_next_answer_is_judged() -> None:
+    """In a thread, where no alarm can be set."""
+    pytest.importorskip("math_verify", reason="the extra `math` is not installed")
+    algebra = Algebra(cpu_seconds=1)
+    with ThreadPoolExecutor(1) as threads:
+        for endless in (r"9^{9^{9^{9}}}", r"2^{100000000000}"):
+            assert not threads.submit(algebra.is_equal, endless, "x+1").result()
+            assert threads.submit(algebra.is_equal, "2x+2-x-1", "x+1").result()
+        child = algebra._running()
+        os.kill(child.pid, signal.SIGKILL)
+        assert threads.submit(algebra.is_equal, "2x", "x+x").result()
+    algebra.close()
+
+
+def test_math_without_its_process_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(UserError, match="judge math cannot start its process") as caught:
+        Algebra().is_equal("1", "2")
     assert "\n" not in str(caught.value)

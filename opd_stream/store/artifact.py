@@ -90,6 +90,7 @@ class EvaluationResult(Record):
     length_rows: int  # answers that the window cut
     correct: dict[str, int]  # prompt_id -> right samples
     judge_seconds: float = 0.0
+    left_out: tuple[str, ...] = ()  # prompts without a reference that the judge can read
 
     @model_validator(mode="before")
     @classmethod

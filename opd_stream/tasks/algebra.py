@@ -14,6 +14,7 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from select import select
 from threading import Lock
 from typing import Any
@@ -52,7 +53,7 @@ class Algebra:
     def close(self) -> None:
         """End the child."""
         if self._child is not None and self._owner == os.getpid():
-            self._child.kill()
+            self._child.kill()  # nothing happens to one that has ended
             self._child.communicate()
         self._child = None
 
@@ -65,19 +66,19 @@ class Algebra:
         return False
 
     def _answer(self, question: list[str]) -> bool | None:
-        """None: the child has ended, or is still at it."""
+        """None: something else than its limits has ended the child."""
         child = self._running()
         assert child.stdin is not None
         try:
             child.stdin.write(json.dumps(question).encode() + b"\n")
             child.stdin.flush()
             line = _line(child, WALL_SECONDS)
-        except OSError:
+        except BrokenPipeError:
             line = b""
-        if line not in (b"0", b"1"):
-            self.close()
-            return None
-        return line == b"1"
+        if line in (b"0", b"1"):
+            return line == b"1"
+        self.close()
+        return False if line is None or child.returncode == -signal.SIGXCPU else None
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._child is None or self._owner != os.getpid():
@@ -97,11 +98,11 @@ class Algebra:
         return self._child
 
 
-def _line(child: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """The next line of a child, which writes a line at once; empty: it has ended, or is late."""
+def _line(child: subprocess.Popen[bytes], seconds: float) -> bytes | None:
+    """The next line of a child, which writes it at once; empty: it has ended; None: it is late."""
     assert child.stdout is not None
     ready, _, _ = select([child.stdout], [], [], seconds)
-    return os.read(child.stdout.fileno(), 100).strip() if ready else b""
+    return os.read(child.stdout.fileno(), 100).strip() if ready else None
 
 
 def serve(cpu_seconds: int) -> None:
@@ -118,7 +119,7 @@ def serve(cpu_seconds: int) -> None:
         limit = int(used.ru_utime + used.ru_stime) + 2 * cpu_seconds + 1
         resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
         signal.signal(signal.SIGPROF, _too_long)
-        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds, 0.1)  # again, if it is swallowed
         try:
             found = _decide(*json.loads(line))
         except (Exception, _TooLongError, RecursionError, MemoryError):
@@ -146,7 +147,8 @@ def _decide(expected: str, found: str | None = None) -> bool:
 def _parsed(latex: str) -> Any:
     """An expression without floating point numbers; None: it is none."""
     library, sympy = importlib.import_module("math_verify"), importlib.import_module("sympy")
-    config = [library.LatexExtractionConfig(boxed_match_priority=0)]
+    normal = replace(library.LatexExtractionConfig().normalization_config, units=False)
+    config = [library.LatexExtractionConfig(normalization_config=normal, boxed_match_priority=0)]
     read: list[Any] = library.parse(
         f"\\boxed{{{latex}}}", config, fallback_mode="no_fallback", parsing_timeout=None
     )
@@ -180,9 +182,9 @@ def _values(left: Any, right: Any) -> tuple[Any, Any] | None:
     sympy = importlib.import_module("sympy")
     sides = [left, right]
     for one, other in ((0, 1), (1, 0)):
-        if isinstance(sides[one], sympy.Eq) and not isinstance(sides[other], sympy.Eq):
-            if sides[one].lhs.is_Symbol:
-                sides[one] = sides[one].rhs
+        is_named = isinstance(sides[one], sympy.Eq) and sides[one].lhs.is_Symbol
+        if is_named and not isinstance(sides[other], sympy.Eq):
+            sides[one] = sides[one].rhs
     if all(isinstance(side, sympy.Expr) and side.is_number for side in sides):
         return sides[0], sides[1]
     return None

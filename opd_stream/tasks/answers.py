@@ -10,6 +10,7 @@ import unicodedata
 MARK = "####"  # before the answer, in GSM8K
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _TERM = re.compile(r"-?[\d.,]*\d|\\?[A-Za-z]+|\S")  # what a box without braces holds
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|hbox)\s*\{([^{}]*)\}")
 _MINUS = str.maketrans(dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d", "-"))
 
@@ -103,11 +104,21 @@ def words_opened(latex: str) -> str:
     return _WORDS.sub(r" \1 ", latex)
 
 
+def is_balanced(latex: str, deepest: int) -> bool:
+    """Whether every brace is closed, none that was not opened, and none lies too deep."""
+    depth = 0
+    for found in _BRACES.finditer(latex):
+        depth += {"{": 1, "}": -1}.get(found.group(), 0)
+        if not 0 <= depth <= deepest:
+            return False
+    return depth == 0
+
+
 def _closing_braces(text: str) -> dict[int, int]:
     """Place of each opening brace -> place of the one that closes it; `\\{` is none."""
     waiting: list[int] = []
     close: dict[int, int] = {}
-    for found in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+    for found in _BRACES.finditer(text):
         if found.group() == "{":
             waiting.append(found.start())
         elif found.group() == "}" and waiting:

@@ -1,9 +1,9 @@
 """Judges: a program that says whether a completion answers the problem."""
 
-import importlib
 import re
-from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
@@ -13,24 +13,51 @@ from pydantic import BeforeValidator, Field
 
 from opd_stream.errors import UserError
 from opd_stream.section import IMPORT_PATH, Section, import_path, is_object, own_path, source_sha256
-from opd_stream.tasks import ledger
-from opd_stream.tasks.references import judge_of_lists
+from opd_stream.tasks import ledger, mathematics
+from opd_stream.tasks.algebra import Algebra
+from opd_stream.tasks.answers import in_plain_signs, marked, spoken
+from opd_stream.tasks.numbers import final_number
+from opd_stream.tasks.references import judge_of_lists, reader_of_lists
 
-Judge = Callable[[str, str], bool]  # (completion text, reference answer) -> verdict
-
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+RULES = 2  # how answers and references are read; verdicts by other rules are no verdicts of these
+_RULED = ("final_number", "exact", "math")
 _VERDICTS: Any = (bool, int, float, np.bool_)
-_SECONDS = 5  # math-verify's limit for one expression and for one comparison
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """What says whether a completion is right.
+
+    Example:
+        >>> judge = open_judge(BuiltInJudge(kind="final_number"))
+        >>> judge("It is 18.", "#### 18"), judge.can_read("see below")
+        (True, False)
+    """
+
+    is_right: Callable[[str, str], bool]  # (completion, reference); False where it cannot read it
+    can_read: Callable[[str], bool]  # whether any completion could be right by a reference
+
+    def __call__(self, completion: str, reference: str) -> bool:
+        """Whether a completion is right."""
+        return self.is_right(completion, reference)
+
+    def unreadable(self, references: Iterable[str | None]) -> list[int]:
+        """Places of references that are missing, or that the judge cannot read."""
+        return [
+            place
+            for place, reference in enumerate(references)
+            if reference is None or not self.can_read(reference)
+        ]
 
 
 class BuiltInJudge(Section):
     """How an answer is checked."""
 
     kind: Literal["ledger", "final_number", "exact", "math"] = Field(
-        description="ledger: the embedded tasks; final_number: the number after GSM8K's ####, else "
-        "the last one, as a value; exact: the text after ####, or all of it; math: the last LaTeX "
-        "or boxed expression, up to mathematical equality (library math-verify); or yours: "
-        "docs/extend.md"
+        description="ledger: the embedded tasks; final_number: the number of the last box or "
+        "GSM8K's ####, else the last one, as a value; exact: the text after ####, or all of it; "
+        "math: the last box, else the answer, up to mathematical equality (library math-verify); "
+        "or yours: docs/extend.md"
     )
 
 
@@ -62,20 +89,24 @@ def open_judge(settings: BuiltInJudge | FunctionJudge) -> Judge:
     Raises:
         UserError: its library is not installed, or the function cannot be imported.
     """
-    return judge_of_lists(_judge(settings))
+    judge = _judge(settings)
+    return Judge(is_right=judge_of_lists(judge.is_right), can_read=reader_of_lists(judge.can_read))
 
 
 def _judge(settings: BuiltInJudge | FunctionJudge) -> Judge:
     """The judge of one right answer."""
     if isinstance(settings, FunctionJudge):
-        return _checked(settings.path, _imported(settings.path))
+        function = _checked(settings.path, _imported(settings.path))
+        return Judge(is_right=function, can_read=lambda _: True)
     if settings.kind == "math":
         _need_math_verify()
-        return is_equal_mathematics
+        return Judge(is_right=is_equal_mathematics, can_read=_is_mathematics)
     return {
-        "ledger": ledger.is_correct,
-        "final_number": is_final_number,
-        "exact": is_exact,
+        "ledger": Judge(is_right=ledger.is_correct, can_read=_is_ledger_answer),
+        "final_number": Judge(
+            is_right=is_final_number, can_read=lambda text: final_number(text) is not None
+        ),
+        "exact": Judge(is_right=is_exact, can_read=lambda text: _marked(text) != ""),
     }[settings.kind]
 
 
@@ -89,74 +120,60 @@ def judge_recipe(settings: BuiltInJudge | FunctionJudge) -> dict[str, Any]:
     if isinstance(settings, FunctionJudge):
         _imported(settings.path)
         return recipe | source_sha256(settings.path)
+    if settings.kind in _RULED:
+        recipe |= {"rules": RULES}
     if settings.kind == "math":
         _need_math_verify()
-        return {**recipe, "math_verify": version("math-verify")}
+        recipe |= {"math_verify": version("math-verify")}
     return recipe
 
 
-def is_final_number(completion: str, answer: str) -> bool:
-    """Whether the completion's final number equals the reference's.
+def is_final_number(completion: str, reference: str) -> bool:
+    """Whether the completion's final number has the value of the reference's.
 
-    Both sides may be worked solutions: the number after the last `####` counts where there is one
-    (the GSM8K format), else the last number of the text.
+    Both sides may be worked solutions: the number of the last `####` (the GSM8K format) or box
+    counts, else the last number of the text; of a completion, of what follows its thoughts.
     """
-    found, expected = final_number(completion), final_number(answer)
-    return found is not None and found == expected
+    found = final_number(spoken(completion))
+    return found is not None and found == final_number(reference)
 
 
-def is_exact(completion: str, answer: str) -> bool:
+def is_exact(completion: str, reference: str) -> bool:
     """Whether both say the same text after the last `####`, or in all where there is none.
 
-    White space around it, commas between digits, a dollar sign and a final full stop do not count,
-    as in GSM8K's own marking.
+    White space around it, commas between thousands, a dollar sign and a final full stop do not
+    count, as in GSM8K's own marking; nor does the script of digits and minus signs.
     """
-    found = _marked(completion)
-    return found != "" and found == _marked(answer)
+    found = _marked(spoken(completion))
+    return found != "" and found == _marked(reference)
 
 
-def is_equal_mathematics(completion: str, answer: str) -> bool:
-    r"""Whether the completion's last expression equals the reference, by `math-verify`.
-
-    Of the completion the last `\boxed{}` counts, else the last LaTeX, else the last plain number.
-    The reference is bare LaTeX as in MATH-500, or a text that marks it with `####`, `\boxed{}` or
-    dollar signs. What takes longer than 5 seconds to read or compare is wrong. It measures time by
-    SIGALRM and so runs in a process's main thread only.
+def is_equal_mathematics(completion: str, reference: str) -> bool:
+    """Whether the completion's answer equals the reference (`mathematics.is_equal_mathematics`).
 
     Raises:
-        UserError: nothing can be read from the reference.
+        UserError: math-verify cannot be started.
     """
-    library: Any = importlib.import_module("math_verify")
-    parse, verify = library.parse, library.verify
-    marked = answer.rpartition("####")[2].strip()
-    is_wrapped = "\\boxed" in marked or "$" in marked.replace("\\$", "")
-    text = marked if is_wrapped else f"\\boxed{{{marked}}}"
-    expected: list[Any] = parse(text, parsing_timeout=_SECONDS) if marked else []
-    if not expected:
-        raise UserError(
-            f"reference answer {answer[:60]!r} holds no mathematics that judge math can read; "
-            "expected LaTeX or a number; mend it, or use another judge"
-        )
-    found = parse(completion, parsing_timeout=_SECONDS)
-    return verify(expected, found, timeout_seconds=_SECONDS)
+    return mathematics.is_equal_mathematics(completion, reference, _algebra().is_equal)
 
 
-def final_number(text: str) -> Decimal | None:
-    """The number after the last `####`, or the last number of a text without it."""
-    marked = text.rpartition("####")
-    numbers: list[str] = _NUMBER.findall(marked[2])
-    if not numbers:
-        return None
-    chosen = numbers[0] if marked[1] else numbers[-1]
-    try:
-        return Decimal(chosen.replace(",", ""))
-    except InvalidOperation:
-        return None
+def _is_mathematics(reference: str) -> bool:
+    return mathematics.can_read(reference, _algebra().can_read)
+
+
+@cache
+def _algebra() -> Algebra:
+    return Algebra()
+
+
+def _is_ledger_answer(reference: str) -> bool:
+    return ledger.is_correct(f"Answer: {reference}", reference)
 
 
 def _marked(text: str) -> str:
-    last = text.rpartition("####")[2].strip().removesuffix(".").removeprefix("$")
-    return re.sub(r"(?<=\d),(?=\d)", "", last)
+    said = marked(text)
+    last = in_plain_signs(text if said is None and "####" not in text else said or "")
+    return re.sub(r"(?<=\d),(?=\d{3})", "", last.strip().removesuffix(".").removeprefix("$"))
 
 
 def _need_math_verify() -> None:
@@ -173,7 +190,7 @@ def _imported(path: str) -> Callable[..., Any]:
     return import_path(path, "judge function", callable, expected)
 
 
-def _checked(path: str, function: Callable[..., Any]) -> Judge:
+def _checked(path: str, function: Callable[..., Any]) -> Callable[[str, str], bool]:
     def verdict(completion: str, answer: str) -> bool:
         try:
             found = function(completion, answer)

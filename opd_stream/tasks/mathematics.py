@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from opd_stream.tasks.answers import in_plain_signs, named, spoken, words_opened
+from opd_stream.tasks.answers import in_plain_signs, is_balanced, named, spoken, words_opened
 from opd_stream.tasks.numbers import in_one_notation, numbers_in, whole_number
 
 LONGEST = 2000  # characters of an expression; what is longer is not read
+DEEPEST = 20  # braces in braces; the time that math-verify takes doubles with each
 
 Equal = Callable[[str, str], bool]  # (found, expected) as LaTeX -> whether math-verify says so
 
@@ -22,14 +23,16 @@ _SPANS = re.compile(
     r"|(?<![\\$\d])\$(?![\s$])([^$\n]{1,500}?)(?<![\s\\])\$(?![\d$])",
     re.DOTALL,
 )
-_ANSWER = re.compile(r"(?i:\banswers?\b[^.\n=:]{0,60}?(?:\b(?:is|are|be)\b|[:=]))")
+_ANSWER = re.compile(
+    r"(?i:\banswers?\b[^.\n=:]{0,60}?(?:\b(?:is|are|be)\b|[:=])(?:\s+(?:choice|option)\b)?)"
+)
 _END = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?![A-Za-z}])|[.;](?=\s|$)|,(?=\s)|\n")
 _SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])")
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree(?![A-Za-z])")
 _SPACES = re.compile(r"(?<!\\)\\(?:quad|qquad|hspace\{[^{}]*\}|[,;: ])|~")
 _UNIT = r"(?:cm|mm|km|kg|mg|ml|mL|ft|in|lb|oz|pm|am|hr|yd|mi|mph|kph|sq|[A-Za-z]{3,})"
 _UNITS = re.compile(
-    rf"(?<=[\d\s.)}}])(?!(?:xyz|abc)\b)(?<!\\){_UNIT}\b(?:\s*/\s*[A-Za-z]+|\s+[A-Za-z]{{2,}})*"
+    rf"(?<=[\d\s.)}}])(?!(?:xyz|abc|thousand|[mbtr]+illion)\b)(?<!\\){_UNIT}\b(?:\s*/\s*[A-Za-z]+|\s+[A-Za-z]{{2,}})*"
     r"\s*\.?\s*(?:\^\s*\{?\d\}?|[²³])?$"
 )
 _WORDED_UNIT = re.compile(
@@ -47,7 +50,7 @@ class Answer:
     """An answer in one notation.
 
     Example:
-        >>> read_answer(r"x = 12\%").number
+        >>> read_answer("x = 12 cm").number
         Fraction(12, 1)
     """
 
@@ -75,6 +78,23 @@ def is_equal_mathematics(completion: str, reference: str, equal: Equal) -> bool:
     )
 
 
+def can_read(reference: str, is_expression: Callable[[str], bool]) -> bool:
+    """Whether a reference can be compared with: a number, a choice, words, or an expression.
+
+    Args:
+        reference: as for `is_equal_mathematics`.
+        is_expression: asked of other LaTeX.
+    """
+    answer = read_answer(reference_answer(reference))
+    if answer.number is not None or answer.choice is not None or answer.words is not None:
+        return True
+    return _is_asked(answer.latex) and is_expression(answer.latex)
+
+
+def _is_asked(latex: str) -> bool:
+    return 0 < len(latex) <= LONGEST and is_balanced(latex, DEEPEST)
+
+
 def reference_answer(reference: str) -> str:
     """The part of a reference that is the answer."""
     said = named(reference)
@@ -92,7 +112,7 @@ def answer_of(completion: str) -> str | None:
         if said := _first_answer(text[found.end() : found.end() + LONGEST]):
             return said
     last = text.rstrip().rpartition("\n")[2].strip(" .!*$")
-    if len(last) < 100 and not _END.search(last) and re.search(r"\w", last):
+    if len(last) < 100 and re.match(r"[-+.\w\\({\[|=]", last) and not _END.search(last):
         return last
     spans = list(_SPANS.finditer(text))
     numbers = _numbers(text[spans[-1].end() :] if spans else text)
@@ -131,7 +151,7 @@ def _is_same(found: Answer, expected: Answer, equal: Equal) -> bool:
         return digits == digits_too and (base == base_too or None in (base, base_too))
     if found.words is not None and expected.words is not None:
         return found.words == expected.words
-    if not found.latex or not expected.latex:
+    if not _is_asked(found.latex) or not _is_asked(expected.latex):
         return False
     if found.latex.replace(" ", "") == expected.latex.replace(" ", ""):
         return True
@@ -139,9 +159,7 @@ def _is_same(found: Answer, expected: Answer, equal: Equal) -> bool:
         return False
     if _is_interval(found.latex) and _is_set(expected.latex):
         return False
-    return max(len(found.latex), len(expected.latex)) <= LONGEST and equal(
-        found.latex, expected.latex
-    )
+    return equal(found.latex, expected.latex)
 
 
 def _first_answer(text: str) -> str:
@@ -174,14 +192,15 @@ def _cleaned(text: str) -> tuple[str, bool]:
         r"(?<=\d)(?:\{,\}|,\\!|\\[,;: ]|[\u00a0\u2007\u2009\u202f])(?=\d{3}(?!\d))", ",", text
     )
     text = _SPACES.sub(" ", _DEGREES.sub("", _SIZES.sub("", text)))
+    text = re.sub(r"\\text\s*\{\s*(thousand|[mbtr]+illion)\s*\}", r" \1", text)
     text = _CONNECTED.sub(" , ", re.sub(r"\\[dtc]frac", r"\\frac", text))
     whole = re.fullmatch(r"\s*\\(?:text\w*|math\w+|mbox|operatorname)\s*\{([^{}]*)\}\s*", text)
-    text = (whole.group(1) if whole is not None else text).strip(" \t\n.,;:*")
+    text = (whole.group(1) if whole is not None else text).strip(" \t\n*").rstrip(" .,;:*\\")
     is_percent = bool(re.search(r"%|\bpercent\b", text))
     text = re.sub(r"\\?%|\s*\bpercent\b", "", text)
     for _ in range(3):
         text = _UNITS.sub("", _WORDED_UNIT.sub("", text)) if re.search(r"\d", text) else text
-    return text.strip(" \t\n.,;:"), is_percent
+    return text.strip(" \t\n").rstrip(" .,;:"), is_percent
 
 
 def _number_of(latex: str) -> Fraction | None:

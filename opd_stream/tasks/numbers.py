@@ -17,6 +17,7 @@ from opd_stream.tasks.answers import in_plain_signs, named, without_words, words
 MOST_DIGITS = 1000  # of a number or of its power; what is longer has no value
 
 _VULGAR = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"
+_LARGE = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d\d)+,\d{3}(?!\d)|\d+)"
 _NUMBER = re.compile(
@@ -76,7 +77,7 @@ def whole_number(text: str) -> Fraction | None:
 
 
 def numbers_in(text: str) -> list[NumberIn]:
-    """The numbers of a text, in order; digits of names and units (`x_1`, `H2O`, `cm^2`) are none."""
+    """The numbers of a text, in order; not the digits of names and units (`H2O`, `cm^2`)."""
     return list(_numbers(in_one_notation(text)))
 
 
@@ -101,9 +102,10 @@ def in_one_notation(text: str) -> str:
         text = re.sub(r"\\[dtc]?frac\s*(\d)\s*(\d)", r" \1/\2 ", text)
         text = re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "*", text)
     text = re.sub(r"\s+", lambda found: "\n" if "\n" in found.group() else " ", text)
-    return re.sub(
-        r"\s?(?:\^|\*\*)\s*(?:\{\s*([+-]?\d+)\s*\}|\(([+-]?\d+)\)|([+-]?\d+))", r"^\1\2\3", text
-    )
+    for word, power in _LARGE.items():
+        text = re.sub(rf"(?<=\d) ?{word}s?\b", f"*10^{power}", text) if word in text else text
+    text = re.sub(r"(?<=[\w)\]}])\*\*(?=[-+(]?\d)", "^", text)
+    return re.sub(r" ?\^ ?(?:\{ ?([+-]?\d+) ?\}|\(([+-]?\d+)\)|([+-]?\d+))", r"^\1\2\3", text)
 
 
 def _vulgar(sign: str) -> str:

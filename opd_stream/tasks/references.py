@@ -50,6 +50,16 @@ def judge_of_lists(judge: Callable[[str, str], bool]) -> Callable[[str, str], bo
     return verdict
 
 
+def reader_of_lists(can_read: Callable[[str], bool]) -> Callable[[str], bool]:
+    """Whether a judge can read one of any answers, or each of all."""
+
+    def readable(reference: str) -> bool:
+        match, answers = answers_of(reference)
+        return (any if match == "any" else all)(map(can_read, answers))
+
+    return readable
+
+
 def right_answer(reference: str) -> str:
     """What a right answer may say: the first of any, or all of them."""
     match, answers = answers_of(reference)

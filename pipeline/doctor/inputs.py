@@ -16,8 +16,7 @@ from pipeline.doctor.subject import Subject
 from pipeline.rounds import named_checkpoint, rounds
 from pipeline.setup import ContextUse, context_of, training_contexts
 from stages.checkpoints import Checkpoint, check_pair, tokenizer_size
-
-SHOWN = 3  # prompts named in a finding
+from stages.evaluate import SHOWN, judged_rows, unjudged_line
 
 
 @check("a cut off or missing file of a checkpoint ends a worker when it loads it")
@@ -219,33 +218,27 @@ def answers(subject: Subject) -> Iterator[Finding]:
 
 def _judged_answers(name: str, part: Evaluation, table: pa.Table) -> Iterator[Finding]:
     assert part.judge is not None  # validated
-    is_right, kind, rows = open_judge(part.judge), part.judge.kind, table.num_rows
-    missing = table.filter(table["answer"].is_null())["prompt_id"].to_pylist()
-    if missing:
-        yield answers.error(
-            f"{name}: {len(missing)} of {rows} prompts have no reference answer "
-            f"({', '.join(missing[:SHOWN])})",
-            f"set {name}.answer_field, or leave out what judges them",
-        )
-        return
-    pairs = zip(table["prompt_id"].to_pylist(), table["answer"].to_pylist(), strict=True)
-    lost = [place for place, answer in pairs if not _accepts(is_right, answer)]
+    judge, kind = open_judge(part.judge), part.judge.kind
+    line = unjudged_line(name, table, judge, kind)
+    if line is not None:
+        yield answers.warning(line, f"mend these answers, or set {name}.answer_field")
+    rows, _ = judged_rows(table, judge)
+    pairs = zip(rows["prompt_id"].to_pylist(), rows["answer"].to_pylist(), strict=True)
+    lost = [place for place, answer in pairs if not _accepts(judge, answer)]
     if lost:
         yield answers.error(
-            f"{name}: {len(lost)} of {rows} reference answers are wrong answers to judge {kind} "
-            f"({', '.join(lost[:SHOWN])})",
+            f"{name}: {len(lost)} of {rows.num_rows} reference answers are wrong answers to judge "
+            f"{kind} ({', '.join(lost[:SHOWN])})",
             f"correct those answers, {name}.answer_field, or the judge's kind",
         )
     else:
-        yield answers.ok(f"{name}: {rows:,} answers, each accepted by judge {kind}")
+        yield answers.ok(f"{name}: {rows.num_rows:,} answers, each accepted by judge {kind}")
 
 
-def _accepts(is_right: Judge, answer: str) -> bool:
-    """A right solution ends with its answer, in either task's form."""
-    try:
-        return is_right(f"Answer: {right_answer(answer)}", answer)
-    except UserError:  # nothing can be read from the reference
-        return False
+def _accepts(judge: Judge, answer: str) -> bool:
+    """A right solution ends with its answer, or is it."""
+    right = right_answer(answer)
+    return judge(f"Answer: {right}", answer) or judge(right, answer)
 
 
 @check("a prompt and a full window that do not fit stop the worker that meets them, in any round")

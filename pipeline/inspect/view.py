@@ -137,7 +137,7 @@ class RoundReader:
         )
 
     def verdict(self, cache: RoundCache, row: ScoredRow) -> Verdict | None:
-        """None where the run has no judge or the prompt no answer."""
+        """None where the run has no judge or the prompt no answer that it can read."""
         evaluation = self.config.evaluation
         if evaluation is None:
             return None
@@ -149,7 +149,10 @@ class RoundReader:
         judge = next(iter(evaluation.parts().values())).judge
         assert judge is not None  # validated
         text = self.text.whole(row.completion_ids.tolist(), special=False)
-        return Verdict(judge.kind, open_judge(judge)(text, answer), answer)
+        opened = open_judge(judge)
+        return (
+            Verdict(judge.kind, opened(text, answer), answer) if opened.can_read(answer) else None
+        )
 
     def _read_answers(self, cache: RoundCache) -> dict[str, str | None]:
         """Reference answers by prompt id; empty for imported rows."""
