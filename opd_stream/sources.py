@@ -1,6 +1,8 @@
 """Where prompts come from: sections of the config, and the prompts that a source holds."""
 
 import importlib
+import json
+import re
 from collections.abc import Iterable, Iterator
 from datetime import date
 from decimal import Decimal
@@ -28,6 +30,8 @@ from opd_stream.store.lines import opened
 from opd_stream.tasks.ledger import make_problems
 from opd_stream.tasks.references import Match, reference_text
 
+_FIELD = re.compile(r"\{([\w.]+)\}")
+
 
 class EmbeddedPrompts(Section):
     """The embedded tasks: generated problems with answers a program can check."""
@@ -45,7 +49,9 @@ class RowPrompts(Section):
     """Prompts from rows with named fields; `a.b` is field b of the object in field a."""
 
     prompt_field: str = Field(
-        default="prompt", description="field that holds the prompt: text, or a list of messages"
+        default="prompt",
+        description="field that holds the prompt: text, or a list of messages; or a text with "
+        "{field} in it, for which the row's fields are put in",
     )
     messages_field: str | None = later(
         default=None,
@@ -57,6 +63,11 @@ class RowPrompts(Section):
     )
     answer_field: str | None = Field(
         default=None, description="field that holds the reference answer, or a list of answers"
+    )
+    answer_fields: tuple[str, ...] = later(
+        default=(),
+        description="or fields that make up the reference together, as judge code reads it; a row "
+        "may lack one whose name ends in ?",
     )
     answers: Match = later(
         default="any",
@@ -261,6 +272,8 @@ def _text_or_turns(
         setting = "messages_field"
     elif name == "prompt" and name not in row:
         name = next((known for known in ("messages", "conversations") if known in row), name)
+    if "{" in name:
+        return _FIELD.sub(lambda field: _written(row, field.group(1), place), name), None
     found = value_of(row, name, place, setting)
     if isinstance(found, str) and source.messages_field is None:
         return found, None
@@ -271,6 +284,12 @@ def _text_or_turns(
         )
     turns = turns_of(found, f"{place}: field {name!r}")
     return turns_text(turns), turns
+
+
+def _written(row: dict[str, Any], name: str, place: str) -> str:
+    """A field as text: of a list, a line for each item."""
+    found = value_of(row, name, place, "prompt_field")
+    return "\n".join(map(str, found)) if is_list(found) else str(found)
 
 
 def _check_unicode(place: str, text: str) -> None:
@@ -286,7 +305,14 @@ def _check_unicode(place: str, text: str) -> None:
 
 
 def _answer(source: FilePrompts | DatasetPrompts, place: str, row: dict[str, Any]) -> str | None:
-    """The reference answer of a row, of a list of them as `reference_text` writes it."""
+    """The reference answer of a row: of a list as `reference_text` writes it, of fields as JSON."""
+    if source.answer_fields:
+        fields = {
+            name: value_of(row, name, place, "answer_fields")
+            for asked in source.answer_fields
+            if (name := asked.removesuffix("?")) in row or name == asked
+        }
+        return json.dumps(fields, ensure_ascii=False, default=str)
     if source.answer_field is None:
         return None
     value = value_of(row, source.answer_field, place, "answer_field")

@@ -183,6 +183,29 @@ def test_a_null_answer_is_none_and_a_null_id_is_refused(tmp_path: Path) -> None:
         read_prompts(source.model_copy(update={"id_field": "id"}))
 
 
+def test_several_fields_make_up_a_prompt_and_its_reference(tmp_path: Path) -> None:
+    rows = [
+        {"text": "Double x.", "test_list": ["assert f(1) == 2", "assert f(2) == 4"], "imports": []},
+        {"text": "{text}", "test_list": ["assert f() == 'é'"]},
+    ]
+    pattern = "{text} Tests:\n{test_list}"
+    source = jsonl(
+        tmp_path,
+        "".join(json.dumps(row) + "\n" for row in rows),
+        prompt_field=pattern,
+        answer_fields=["test_list", "imports?"],
+    )
+    first, second = read_prompts(source)
+    assert first.text == "Double x. Tests:\nassert f(1) == 2\nassert f(2) == 4"
+    assert second.text == "{text} Tests:\nassert f() == 'é'"
+    assert [json.loads(str(each.answer)) for each in (first, second)] == [
+        {"test_list": rows[0]["test_list"], "imports": []},
+        {"test_list": rows[1]["test_list"]},
+    ]
+    with pytest.raises(UserError, match="has no field 'imports'"):
+        read_prompts(source.model_copy(update={"answer_fields": ("imports",)}))
+
+
 def test_another_template_is_another_artifact(tmp_path: Path) -> None:
     source = EmbeddedPrompts(kind="ledger", count=2, seed=0)
     folder, names = tmp_path / "student", list[str]()
