@@ -4,7 +4,7 @@ No later stage sees a template or a tokenizer's opinion of the prompt: ids trave
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from opd_stream.errors import UserError
-from opd_stream.rendering import Prompt, RawTemplate, Renderer
+from opd_stream.rendering import ChatTemplate, Prompt, RawTemplate, Renderer
 from opd_stream.sources import EmbeddedPrompts, Prompts, read_prompts
 from opd_stream.store.shards import PROMPTS, id_lists
 
@@ -59,7 +59,7 @@ def tokenised_prompts(source: Prompts, tokenizer: Any) -> TokenisedPrompts:
         UserError: see `read_prompts`; or a prompt is longer than the limit, or empty.
     """
     prompts, renderer = read_prompts(source), Renderer(source.template, tokenizer)
-    spelled = _with_control_tokens(source, renderer, prompts)
+    spelled = _with_control_tokens(source.template, renderer, prompts)
     left = [prompt for prompt in prompts if prompt.prompt_id not in spelled]
     ids = [renderer.ids(prompt) for prompt in left]
     kept = [row for row, (p, n) in enumerate(zip(left, ids, strict=True)) if _fits(source, p, n)]
@@ -69,24 +69,53 @@ def tokenised_prompts(source: Prompts, tokenizer: Any) -> TokenisedPrompts:
             f"{source.max_prompt_tokens} tokens, {len(spelled)} with control tokens; raise the "
             "limit, or use other prompts"
         )
-    columns = [
-        pa.array([left[row].prompt_id for row in kept], pa.string()),
-        id_lists([ids[row] for row in kept]),
-        pa.array([left[row].text for row in kept], pa.string()),
-        pa.array([left[row].answer for row in kept], pa.string()),
-    ]
     lost = {"skipped_long": len(left) - len(kept), "skipped_control_tokens": len(spelled)}
     return TokenisedPrompts(
-        table=pa.Table.from_arrays(columns, schema=PROMPTS),
+        table=_table([left[row] for row in kept], [ids[row] for row in kept]),
         lost={name: rows for name, rows in lost.items() if rows},
     )
 
 
+def rendered_prompts(
+    source: Prompts,
+    template: RawTemplate | ChatTemplate,
+    tokenizer: Any,
+    prompt_ids: Sequence[str],
+) -> pa.Table:
+    """Some prompts of a source under another template, however long they become.
+
+    Raises:
+        UserError: see `read_prompts`; the template does not take one, or one is not there.
+    """
+    found = {prompt.prompt_id: prompt for prompt in read_prompts(source)}
+    gone = next((prompt_id for prompt_id in prompt_ids if prompt_id not in found), None)
+    if gone is not None:
+        raise UserError(
+            f"prompt {gone!r} is no longer in the source; expected the same rows as before; "
+            "restore it, or name another revision"
+        )
+    prompts, renderer = (
+        [found[prompt_id] for prompt_id in prompt_ids],
+        Renderer(template, tokenizer),
+    )
+    _with_control_tokens(template, renderer, prompts)
+    return _table(prompts, [renderer.ids(prompt) for prompt in prompts])
+
+
+def _table(prompts: Sequence[Prompt], ids: Sequence[NDArray[np.int32]]) -> pa.Table:
+    columns = [
+        pa.array([prompt.prompt_id for prompt in prompts], pa.string()),
+        id_lists(ids),
+        pa.array([prompt.text for prompt in prompts], pa.string()),
+        pa.array([prompt.answer for prompt in prompts], pa.string()),
+    ]
+    return pa.Table.from_arrays(columns, schema=PROMPTS)
+
+
 def _with_control_tokens(
-    source: Prompts, renderer: Renderer, prompts: list[Prompt]
+    template: RawTemplate | ChatTemplate, renderer: Renderer, prompts: Sequence[Prompt]
 ) -> dict[str, list[str]]:
     """Prompts that are skipped, since their text spells control tokens; these tokens."""
-    template = source.template
     if isinstance(template, RawTemplate) or template.control_tokens in ("allow", "escape"):
         return {}
     found = {prompt.prompt_id: renderer.control_tokens(prompt) for prompt in prompts}

@@ -336,6 +336,8 @@ def inputs_of(setup: Setup) -> set[str]:
         UserError: some of a replay is not in the store, or not of one teacher.
     """
     names = {setup.prompts.name}
+    if setup.teacher_prompts is not None:
+        names.add(setup.teacher_prompts.name)
     if setup.alignment is not None:
         names.add(f"prompts/{setup.alignment.inputs['prompts'][:16]}")
     caches = [cache for caches in replayed_caches(setup) or () for cache in caches]

@@ -125,6 +125,7 @@ def scores_step(
 ) -> Step:
     """The teacher's scores of rollouts; of an extension they continue those of its base."""
     assert setup.teacher is not None
+    rendered = setup.teacher_prompts
     recipe = scores_recipe(
         setup.config,
         rollouts=rollouts.artifact.fingerprint,
@@ -133,6 +134,7 @@ def scores_step(
         vocabulary=setup.candidates,
         extends=None if extends is None else extends.artifact.fingerprint,
         alignment=setup.alignment,
+        teacher_prompts=None if rendered is None else rendered.fingerprint,
     )
     return Step(
         kind=kind,

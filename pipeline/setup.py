@@ -25,7 +25,14 @@ from stages.checkpoints import (
     open_vocabulary,
     shared_vocabulary,
 )
-from stages.prompts import make_prompts, prompts_artifact, rows_left_out
+from stages.prompts import (
+    make_prompts,
+    make_teacher_prompts,
+    prompt_lengths,
+    prompts_artifact,
+    rows_left_out,
+    teacher_prompts_artifact,
+)
 
 if TYPE_CHECKING:
     from stages.cross_tokenizer import AlignmentRecipe
@@ -51,6 +58,7 @@ class Setup:
     newline_ids: tuple[int, ...]  # tokens that hold a newline, if the drift gate asks for them
     masked_ids: tuple[int, ...]  # the first occurrence in a rollout does not train
     prompts: Artifact
+    teacher_prompts: Artifact | None  # where the teacher reads the prompts in its own rendering
 
     @property
     def candidates(self) -> int | None:
@@ -75,10 +83,10 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
     store = open_store(config)
     setup = setup_of(config, store, partial(open_checkpoint, store), token_id_of, make=make)
     if make:
-        prompts = setup.prompts.read_unit(0)
-        check_prompt_ids(prompts, setup.vocabulary)
-        lengths = prompts["prompt_ids"].combine_chunks().value_lengths()
-        check_context(config, setup.student, setup.teacher, max(lengths.to_pylist()))
+        check_prompt_ids(setup.prompts.read_unit(0), setup.vocabulary)
+        longest, rendered = max(prompt_lengths(setup.prompts)), setup.teacher_prompts
+        teachers = None if rendered is None else max(prompt_lengths(rendered))
+        check_context(config, setup.student, setup.teacher, longest, teachers)
         lost = [*rows_left_out(setup.prompts, "prompts"), *_check_reward(config, setup.prompts)]
         asked = check_evaluation(config, store, setup.student)
         setup = replace(setup, warnings=(*setup.warnings, *lost, *asked), lost=tuple(asked))
@@ -125,16 +133,21 @@ def setup_of(
         if model is not None:
             engine_recipe(model.engine)  # one of the user's own can be imported
     student = opened(config.student.path)
-    teacher, alignment = None, None
+    teacher, alignment, rendered = None, None, None
     if config.replay is None:
         assert config.teacher is not None  # validated with the config
         teacher = opened(config.teacher.path)
         check_pair(student, teacher, aligns=config.scores.alignment is not None)
         _check_top_k(config, teacher)
+    prompts = (make_prompts if make else prompts_artifact)(store, config.prompts, student)
+    if teacher is not None:
+        rendered = _teacher_prompts(config, store, prompts, teacher, make=make)
         if config.scores.alignment is not None:
             from stages.cross_tokenizer import open_alignment
 
-            alignment = open_alignment(store, config, student, teacher, make=make)
+            alignment = open_alignment(
+                store, config, student, teacher, rendered=rendered, make=make
+            )
     reads_alike = [student] if teacher is None or alignment is not None else [student, teacher]
     vocabulary = shared_vocabulary(reads_alike, stops=stop_token_ids(config, student, token_id))
     forced = _named_ids("scores.forced_tokens", config.scores.forced_tokens, student, token_id)
@@ -150,8 +163,23 @@ def setup_of(
         forced_ids=tuple(sorted({*vocabulary.stop_ids, *forced})),
         masked_ids=(),
         newline_ids=(),
-        prompts=(make_prompts if make else prompts_artifact)(store, config.prompts, student),
+        prompts=prompts,
+        teacher_prompts=rendered,
     )
+
+
+def _teacher_prompts(
+    config: Config, store: Store, prompts: Artifact, teacher: Checkpoint, *, make: bool
+) -> Artifact | None:
+    """The prompts in the teacher's own rendering, if it has one."""
+    template = None if config.teacher is None else config.teacher.template
+    if template is None:
+        return None
+    if not make:
+        return teacher_prompts_artifact(store, template, prompts, teacher)
+    rendered = make_teacher_prompts(store, config.prompts, template, prompts, teacher)
+    check_prompt_ids(rendered.read_unit(0), shared_vocabulary([teacher]))
+    return rendered
 
 
 def check_extras(config: Config) -> None:
@@ -332,9 +360,16 @@ class ContextUse:
 
 
 def training_contexts(
-    config: Config, student: Checkpoint, teacher: Checkpoint | None, longest: int
+    config: Config,
+    student: Checkpoint,
+    teacher: Checkpoint | None,
+    longest: int,
+    teachers: int | None = None,
 ) -> Iterator[ContextUse]:
-    """What each model of a run reads at once; a teacher with another tokenizer is left out."""
+    """What each model of a run reads at once; a teacher with another tokenizer is left out.
+
+    `longest` is of the prompts; `teachers` of those in the teacher's own rendering, if it has one.
+    """
     if config.replay is not None:
         return
     window = largest_window(config)
@@ -344,7 +379,7 @@ def training_contexts(
         scores_by_vllm = config.teacher is not None and config.teacher.engine == "vllm"
         yield ContextUse(
             role=role,
-            prompt_tokens=longest,
+            prompt_tokens=longest if role == "student" or teachers is None else teachers,
             window_tokens=window,
             limit=context_of(config, role, model),
             kept=int(role == "teacher" and scores_by_vllm),
@@ -352,10 +387,14 @@ def training_contexts(
 
 
 def check_context(
-    config: Config, student: Checkpoint, teacher: Checkpoint | None, longest: int
+    config: Config,
+    student: Checkpoint,
+    teacher: Checkpoint | None,
+    longest: int,
+    teachers: int | None = None,
 ) -> None:
     """Refuse a window that some rollout could not fill or be scored with, before any work."""
-    for use in training_contexts(config, student, teacher, longest):
+    for use in training_contexts(config, student, teacher, longest, teachers):
         if not use.fits:
             raise UserError(f"{use}; lower the window or max_prompt_tokens")
 

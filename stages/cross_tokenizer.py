@@ -13,11 +13,10 @@ from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import read_json
 from opd_stream.store.policy import tokenizer_digest
 from opd_stream.store.recipe import Recipe
-from opd_stream.store.shards import prompts_batch
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch, ScoreBatch
 from stages.checkpoints import Checkpoint, open_tokenizer
-from stages.prompts import make_prompts, prompts_artifact
+from stages.prompts import make_prompts, prompt_ids_of, prompts_artifact
 
 _BYTE_TOKENIZERS: dict[str, ByteTokenizer] = {}  # by the digest of the tokenizer's files
 
@@ -35,11 +34,18 @@ class AlignmentRecipe:
 
 
 def open_alignment(
-    store: Store, config: Config, student: Checkpoint, teacher: Checkpoint, *, make: bool = True
+    store: Store,
+    config: Config,
+    student: Checkpoint,
+    teacher: Checkpoint,
+    *,
+    rendered: Artifact | None = None,
+    make: bool = True,
 ) -> AlignmentRecipe | None:
     """The alignment of a run; None where the tokenizers are the same or no alignment is asked for.
 
-    Without `make` the teacher's prompts are only named, and no tokenizer is read.
+    `rendered` are the prompts under the teacher's own template, if it has one. Without `make` its
+    prompts are only named, and no tokenizer is read.
 
     Raises:
         UserError: a tokenizer cannot be read as bytes, or the teacher has no terminator.
@@ -55,7 +61,9 @@ def open_alignment(
         )
     for model in (student, teacher) if make else ():
         _byte_tokenizer(model.folder, model.identity.tokenizer_sha256)
-    prompts = (make_prompts if make else prompts_artifact)(store, config.prompts, teacher)
+    prompts = rendered or (make_prompts if make else prompts_artifact)(
+        store, config.prompts, teacher
+    )
     return AlignmentRecipe(
         settings={
             **alignment.model_dump(mode="json"),
@@ -86,7 +94,6 @@ def open_aligner(
                 "folder changed during the run: restore it or start the run again"
             )
         tokenizers.append(_byte_tokenizer(folder, digest))
-    prompts = prompts_batch(store.by_fingerprint("prompts", scores.inputs["prompts"]).read_unit(0))
     settings = scores.settings["alignment"]
     return Aligner(
         *tokenizers,
@@ -94,7 +101,7 @@ def open_aligner(
         student_stops=rollouts.settings["stop_ids"],
         teacher_stops=settings["teacher_stop_ids"],
         max_chunk_tokens=settings["max_chunk_tokens"],
-        prompts=dict(zip(prompts.prompt_id, prompts.prompt_ids, strict=True)),
+        prompts=prompt_ids_of(store, scores.inputs["prompts"]),
     )
 
 

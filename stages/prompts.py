@@ -4,20 +4,26 @@ The selection stands in the recipe as parameters, not as a list, so that two run
 the same prompts name the same artifact.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from opd_stream.prompts import lost_rows, shuffled_rows, tokenised_prompts
+from opd_stream.errors import UserError
+from opd_stream.prompts import lost_rows, rendered_prompts, shuffled_rows, tokenised_prompts
+from opd_stream.rendering import ChatTemplate, RawTemplate, template_settings
 from opd_stream.sources import Prompts, source_settings
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.recipe import Recipe
-from opd_stream.store.shards import rollouts_batch
+from opd_stream.store.shards import prompts_batch, rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
 from stages.checkpoints import Checkpoint
+
+Ids = NDArray[np.integer[Any]]
 
 
 def prompts_artifact(store: Store, source: Prompts, student: Checkpoint) -> Artifact:
@@ -44,13 +50,76 @@ def make_prompts(store: Store, source: Prompts, student: Checkpoint) -> Artifact
     if artifact.is_complete() and artifact.damage(0) is None:
         return artifact
     prompts = tokenised_prompts(source, student.tokenizer())
-    table = prompts.table
+    _commit(artifact, prompts.table, prompts.lost)
+    return artifact
+
+
+def teacher_prompts_artifact(
+    store: Store, template: RawTemplate | ChatTemplate, prompts: Artifact, teacher: Checkpoint
+) -> Artifact:
+    """The prompts of a run as its teacher reads them, row for row, whether it exists or not.
+
+    Raises:
+        UserError: the template's file cannot be read.
+    """
+    rendering = teacher.identity.rendering_sha256
+    recipe = Recipe(
+        kind="prompts",
+        settings={"template": template_settings(template), "rendering": rendering},
+        inputs={"prompts": prompts.fingerprint, "tokenizer": teacher.identity.tokenizer_sha256},
+    )
+    return store.artifact(recipe)
+
+
+def make_teacher_prompts(
+    store: Store,
+    source: Prompts,
+    template: RawTemplate | ChatTemplate,
+    prompts: Artifact,
+    teacher: Checkpoint,
+) -> Artifact:
+    """As `teacher_prompts_artifact`, made if it is missing; `prompts` are complete.
+
+    Raises:
+        UserError: the source cannot be read, or the template does not take a prompt.
+    """
+    artifact = teacher_prompts_artifact(store, template, prompts, teacher)
+    if artifact.is_complete() and artifact.damage(0) is None:
+        return artifact
+    names: list[str] = prompts.read_unit(0)["prompt_id"].to_pylist()
+    try:
+        table = rendered_prompts(source, template, teacher.tokenizer(), names)
+    except UserError as error:
+        raise UserError(f"teacher.template: {error}") from error
+    _commit(artifact, table, {})
+    return artifact
+
+
+def _commit(artifact: Artifact, table: pa.Table, lost: Mapping[str, int]) -> None:
+    """Publish a prompts artifact, in place of a damaged one."""
     artifact.create(rows=table.num_rows, rows_per_unit=table.num_rows)
     if artifact.commit_record(0) is not None and artifact.damage(0) is not None:
         artifact.invalidate(0)
-    artifact.commit(0, table, counts={"rows": table.num_rows, **prompts.lost})
+    artifact.commit(0, table, counts={"rows": table.num_rows, **lost})
     artifact.finish()
-    return artifact
+
+
+def prompt_ids_of(store: Store, fingerprint: str) -> dict[str, Ids]:
+    """Prompt id -> token ids [P], of a complete prompts artifact."""
+    prompts = prompts_batch(store.by_fingerprint("prompts", fingerprint).read_unit(0))
+    return dict(zip(prompts.prompt_id, prompts.prompt_ids, strict=True))
+
+
+def with_prompts(
+    batch: RolloutBatch, prompt_ids: Mapping[str, NDArray[np.integer[Any]]]
+) -> RolloutBatch:
+    """Rollouts behind other prompts of the same names."""
+    return replace(batch, prompt_ids=tuple(prompt_ids[name] for name in batch.prompt_id))
+
+
+def prompt_lengths(prompts: Artifact) -> list[int]:
+    """Tokens of each prompt of a complete artifact."""
+    return prompts.read_unit(0)["prompt_ids"].combine_chunks().value_lengths().to_pylist()
 
 
 def rows_left_out(prompts: Artifact, field: str) -> Iterator[str]:

@@ -114,12 +114,14 @@ def scores_recipe(
     vocabulary: int | None,
     extends: str | None = None,
     alignment: "AlignmentRecipe | None" = None,
+    teacher_prompts: str | None = None,
 ) -> Recipe:
     """Teacher scores of a rollouts artifact; `rollouts` is its fingerprint.
 
     `vocabulary` is the first id that is no candidate, None where the teacher's head has none;
     `extends` is that of the scores of what an extension continues; `alignment` is what a teacher
-    with another tokenizer adds, and its scores continue none: they are all made anew.
+    with another tokenizer adds, and its scores continue none: they are all made anew;
+    `teacher_prompts` is the fingerprint of the prompts in the teacher's own rendering, if any.
     """
     scores, continued = config.scores, {} if extends is None else {"scores": extends}
     assert config.teacher is not None  # the config asks for one wherever scores are made
@@ -140,6 +142,7 @@ def scores_recipe(
             "rollouts": rollouts,
             "teacher": teacher.identity.fingerprint,
             **(continued if alignment is None else alignment.inputs),
+            **({} if teacher_prompts is None else {"prompts": teacher_prompts}),
         },
     )
 

@@ -20,6 +20,7 @@ from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.types import RolloutBatch, ScoreBatch
 from stages.generate import base_rollouts, extension_counts, grown_rows, new_parts, token_counts
+from stages.prompts import Ids, prompt_ids_of, with_prompts
 from stages.workers import Task, TaskResult, Worker
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class ScoreWorker(Worker):
     """The teacher's worker: scores the rollouts of a unit unless they are scored."""
 
     _aligner: "tuple[str, Aligner] | None" = None  # with the fingerprint of the scores it is for
+    _prompts: tuple[str, dict[str, Ids]] | None = None  # with their fingerprint
 
     def work(self, result: TaskResult) -> TaskResult:
         task = result.task
@@ -107,10 +109,23 @@ class ScoreWorker(Worker):
         asked = _scoring_settings(recipe)
         if "alignment" in recipe.settings:
             return self._scored_aligned(engine, asked, rollouts, scores, task, batch)
+        batch = self._as_read(recipe, batch)
         if "extends" in rollouts.recipe.settings:
             return self._scored_extension(engine, asked, rollouts, scores, task.unit, batch)
         scored = engine.score(batch, asked)
         return _Scored(scored, token_counts(batch, without=scored.refused))
+
+    def _as_read(self, scores: Recipe, batch: RolloutBatch) -> RolloutBatch:
+        """Rollouts behind the prompts that the teacher reads: the student's, or its own rendering.
+
+        Completions stay, so that scores align token by token.
+        """
+        fingerprint = scores.inputs.get("prompts")
+        if fingerprint is None:
+            return batch
+        if self._prompts is None or self._prompts[0] != fingerprint:
+            self._prompts = (fingerprint, prompt_ids_of(self.store, fingerprint))
+        return with_prompts(batch, self._prompts[1])
 
     def _scored_aligned(
         self,
@@ -141,7 +156,7 @@ class ScoreWorker(Worker):
         batch: RolloutBatch,
     ) -> _Scored:
         """The scores of an extended unit: old ones of old tokens, new ones of new tokens."""
-        before = base_rollouts(self.store, rollouts.recipe, unit)
+        before = self._as_read(scores.recipe, base_rollouts(self.store, rollouts.recipe, unit))
         base = self.store.by_fingerprint("scores", scores.recipe.inputs["scores"])
         rows = grown_rows(before, batch)
         old = scores_batch(base.read_unit(rollouts.recipe.settings["extends"][unit]))

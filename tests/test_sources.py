@@ -301,6 +301,7 @@ def test_a_run_warns_of_skipped_prompts_in_training_and_evaluation(tmp_path: Pat
         tmp_path,
         f"prompts={{{fields}}}",
         f"evaluation.prompts={{{fields}, answer_field: answer}}",
+        "evaluation.judge={kind: exact}",
     )
     for _ in range(2):
         said = [line for line in open_setup(config).warnings if "left out" in line]

@@ -19,6 +19,7 @@ from opd_stream.config.sections import (
     Rollouts,
     Scores,
     Student,
+    Teacher,
     Train,
     unserved_by_chunks,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "Scores",
     "Staleness",
     "Student",
+    "Teacher",
     "Train",
     "TrainerPool",
 ]
@@ -126,7 +128,7 @@ class Config(Section):
         description="rounds of generate, score, train; docs/store.md: adding some later",
     )
     student: Student
-    teacher: Model | None = Field(default=None, description="left out only where `replay` is set")
+    teacher: Teacher | None = Field(default=None, description="left out only where `replay` is set")
     prompts: Prompts
     rollouts: Rollouts
     scores: Scores = Scores()

@@ -4,14 +4,15 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from opd_stream.engines import EngineName
 from opd_stream.engines.base import VllmOptions
 from opd_stream.objectives import AnyObjective, SampledPg
-from opd_stream.section import Section, is_object
+from opd_stream.rendering import ChatTemplate, Template
+from opd_stream.section import Section, is_object, later
 from opd_stream.sources import DatasetPrompts, EmbeddedPrompts, FilePrompts, Prompts
 from opd_stream.store.codecs import Codec, ExactCodec
 from opd_stream.tasks.judges import AnyJudge
@@ -46,6 +47,25 @@ class Student(Model):
         description="checkpoint that wrote the student's fine-tuning data; offline distillation "
         "from another teacher is biased, and a run of one round warns of it",
     )
+
+
+class Teacher(Model):
+    """The checkpoint that scores."""
+
+    template: Template | None = later(
+        default=None,
+        description="the teacher's own rendering of the prompts, such as another system turn; "
+        "null: it reads what the student reads",
+    )
+
+    @model_validator(mode="after")
+    def _reads_every_prompt(self) -> Self:
+        if isinstance(self.template, ChatTemplate) and self.template.control_tokens == "skip":
+            raise ValueError(
+                "teacher.template.control_tokens is skip, but the teacher reads every prompt that "
+                "the student answers; set it to escape or allow"
+            )
+        return self
 
 
 class Rollouts(Section):

@@ -117,7 +117,8 @@ def _own_ends(role: str, model: Checkpoint, stop_ids: set[int]) -> Iterator[Find
 @check("prompts are written once, with the student's template, and the teacher reads the same ids")
 def templates(subject: Subject) -> Iterator[Finding]:
     """Chat templates where prompts use them."""
-    models = subject.models
+    models, teacher = subject.models, subject.config.teacher
+    has_own = teacher is not None and teacher.template is not None
     sources = {name: source.template for name, source in subject.sources.items()}
     chats = {name: each for name, each in sources.items() if isinstance(each, ChatTemplate)}
     if not chats:
@@ -128,15 +129,19 @@ def templates(subject: Subject) -> Iterator[Finding]:
         if chat in [*chats.values()][: [*chats].index(name)]:
             continue  # as another source
         yield from templates.or_ok(
-            _template_problems(subject.model("student"), models, chat),
-            f"{name}: one chat template writes the same turns for all models",
+            _template_problems(subject.model("student"), models, chat, has_own=has_own),
+            f"{name}: a chat template writes {'the' if has_own else 'the same'} turns for "
+            f"{'the student, teacher.template for the teacher' if has_own else 'all models'}",
         )
 
 
 def _template_problems(
-    student: Checkpoint, models: dict[str, Checkpoint], chat: ChatTemplate
+    student: Checkpoint, models: dict[str, Checkpoint], chat: ChatTemplate, *, has_own: bool
 ) -> Iterator[Finding]:
-    """An answer that ends with nothing generation stops on; a teacher that writes other turns."""
+    """An answer that ends with nothing generation stops on; a teacher that writes other turns.
+
+    A teacher that `has_own` template is meant to.
+    """
     stop_ids = set().union(*(model.terminators() for model in models.values()))
     example = Prompt(prompt_id="example", text="How much is 2 + 3?", answer=None)
     try:
@@ -152,7 +157,7 @@ def _template_problems(
             f"stops on ({_named(student, stop_ids)})",
             "add the id that ends a turn to eos_token_id in generation_config.json",
         )
-    if "teacher" not in models:
+    if "teacher" not in models or has_own:
         return
     try:
         right = Renderer(chat, models["teacher"].tokenizer()).text(example)
@@ -188,6 +193,12 @@ def prompts(subject: Subject) -> Iterator[Finding]:
                 shuffled_rows(rows=len(lengths), seed=0, round_index=0, per_round=per_round)
         except UserError as error:
             yield prompts.refused(error)
+    try:
+        if "prompts" in subject.tables and (rendered := subject.teacher_table()) is not None:
+            lengths = _lengths(rendered)
+            yield prompts.ok(f"teacher.template: {min(lengths)} to {max(lengths)} tokens")
+    except UserError as error:
+        yield prompts.error(f"teacher.template: {error}")
     tables = subject.tables
     for name in subject.problems:
         if not {name, "prompts"} <= tables.keys():
@@ -248,7 +259,10 @@ def context(subject: Subject) -> Iterator[Finding]:
     uses: list[tuple[str, ContextUse]] = []
     if "prompts" in tables:
         longest, teacher = max(_lengths(tables["prompts"])), subject.models.get("teacher")
-        uses += [("rollouts", u) for u in training_contexts(config, student, teacher, longest)]
+        rendered = subject.teacher_table()
+        teachers = None if rendered is None else max(_lengths(rendered))
+        found = training_contexts(config, student, teacher, longest, teachers)
+        uses += [("rollouts", use) for use in found]
     for name in (name for name in subject.problems if name in tables):
         use = ContextUse(
             role="student",

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from opd_stream.config import Config, Evaluation, Pool
 from opd_stream.config.sections import Model
-from opd_stream.prompts import TokenisedPrompts, tokenised_prompts
+from opd_stream.prompts import TokenisedPrompts, rendered_prompts, tokenised_prompts
 from opd_stream.sources import Prompts, source_settings
 from opd_stream.store.policy import identify
 from opd_stream.store.store import Store
@@ -122,6 +122,19 @@ class Subject:
     def table(self, name: str) -> pa.Table:
         """The table of `prompts`."""
         return self.prompts(name).table
+
+    def teacher_table(self) -> pa.Table | None:
+        """The training prompts in the teacher's own rendering; None: it reads the student's."""
+        config = self.config
+        template = None if config.teacher is None else config.teacher.template
+        if template is None or config.replay is not None:
+            return None
+        names: list[str] = self.table("prompts")["prompt_id"].to_pylist()
+        tokenizer = self.model("teacher").tokenizer()
+        return self._once(
+            "teacher.template",
+            lambda: rendered_prompts(config.prompts, template, tokenizer, names),
+        )
 
     @property
     def tables(self) -> dict[str, pa.Table]:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from opd_stream.config import Config
-from opd_stream.config.sections import Model, Student
+from opd_stream.config.sections import Model, Student, Teacher
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import ScoringSettings
 from opd_stream.store.artifact import Artifact
@@ -36,6 +36,7 @@ from pipeline.rounds import rounds
 from pipeline.setup import Setup, largest_window
 from stages.checkpoints import Checkpoint
 from stages.generate import GenerateWorker
+from stages.prompts import prompt_ids_of
 from stages.recipes import rollouts_recipe, scores_recipe
 from stages.score import ScoreWorker
 from stages.workers import Task, TaskResult, Worker, WorkerSettings
@@ -198,9 +199,10 @@ def _own_scores(folder: Path, subject: Subject, teacher: Checkpoint, few: pa.Tab
     """The teacher's rollouts with its own scores, in float32 at temperature 1."""
     config, setup = subject.config, subject.setup
     assert config.teacher is not None
-    fields = {**config.teacher.model_dump(), "dtype": "float32"}
+    # Both read what the student reads: `teacher.template` is left out.
+    fields = {**config.teacher.model_dump(exclude={"template"}), "dtype": "float32"}
     plain = config.rollouts.model_copy(update={"temperature": 1.0})
-    models = {"student": Student(**fields), "teacher": Model(**fields)}
+    models = {"student": Student(**fields), "teacher": Teacher(**fields)}
     both = config.model_copy(update={**models, "rollouts": plain})
     rollouts, store = _sampled(folder, setup, both, few, teacher), Store(folder)
     key, forced_ids = rollouts.fingerprint, setup.forced_ids
@@ -277,6 +279,9 @@ def cached_scores(subject: Subject) -> Iterator[Finding]:
         )
     else:
         folder, chosen = subject.model("teacher").folder, [rows[0], rows[len(rows) - 1]]
+        if (prompts := scores.recipe.inputs.get("prompts")) is not None:
+            ids = prompt_ids_of(opened.store, prompts)  # in the teacher's own rendering
+            chosen = [replace(row, prompt_ids=ids[row.prompt_id]) for row in chosen]
         live = in_own_process(settings["engine"], _scored_live, folder, teacher, settings, chosen)
         yield _compared(scores, chosen, live)
 

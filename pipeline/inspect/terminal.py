@@ -72,6 +72,8 @@ def facts(view: RolloutView) -> Iterator[tuple[str, str]]:
         "from",
         f"round {index}, policy {cache.policy_version}, {cache.scores.name}",
     )
+    if (prompt := view.teacher_prompt) is not None:
+        yield "teacher", f"read {quoted(prompt)}"
     yield "finish", view.finish
     verdict = view.verdict
     if verdict is not None:

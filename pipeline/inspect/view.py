@@ -191,6 +191,16 @@ class RolloutView:
         return visible(self.reader.text.whole(self.row.prompt_ids.tolist()))
 
     @property
+    def teacher_prompt(self) -> str | None:
+        """The prompt as the teacher read it; None: as the student did."""
+        scores = self.located.cache.scores.recipe
+        if "prompts" not in scores.inputs or "alignment" in scores.settings:
+            return None
+        table = self.reader.store.by_fingerprint("prompts", scores.inputs["prompts"]).read_unit(0)
+        place = table["prompt_id"].to_pylist().index(self.row.prompt_id)
+        return visible(self.reader.text.whole(table["prompt_ids"][place].as_py()))
+
+    @property
     def mean(self) -> float:
         """Of the chosen figure over the tokens that train; nan if none does."""
         return mean_of(self.values, self.trains)
