@@ -74,7 +74,7 @@ def _read(folder: Path, _stamps: tuple[Any, ...]) -> ModelConfig:
     return ModelConfig(
         settings=settings,
         vocabulary=vocabulary,
-        context=_context(settings),
+        context=context_of(settings),
         terminators=terminators,
         is_quantised=bool(raw.get("quantization_config")),
         shares_head=bool(raw.get("tie_word_embeddings", settings.get("tie_word_embeddings"))),
@@ -128,7 +128,7 @@ def _terminators(path: Path, value: Any, vocabulary: int) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _context(settings: dict[str, Any]) -> int | None:
+def context_of(settings: dict[str, Any]) -> int | None:
     """Tokens that are read at once with one set of position factors.
 
     Rotations of kind longrope are others for every token of a text that is longer than the original

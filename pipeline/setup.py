@@ -90,6 +90,10 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
         lost = [*rows_left_out(setup.prompts, "prompts"), *_check_reward(config, setup.prompts)]
         asked = check_evaluation(config, store, setup.student)
         setup = replace(setup, warnings=(*setup.warnings, *lost, *asked), lost=tuple(asked))
+    if config.train.lora is not None:
+        from stages.student_model import check_lora
+
+        check_lora(setup.student.folder, config.train.lora)
     tokenizer = setup.student.tokenizer()
     return replace(
         setup,

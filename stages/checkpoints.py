@@ -107,7 +107,12 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, *, aligns: bool = False
 
 
 def weight_shapes(folder: Path) -> dict[str, list[int]]:
-    """Name -> shape of every tensor of a checkpoint, read off the headers of its files.
+    """Name -> shape of every tensor of a checkpoint; see `weight_files`."""
+    return {name: shape for name, (_, shape) in weight_files(folder).items()}
+
+
+def weight_files(folder: Path) -> dict[str, tuple[Path, list[int]]]:
+    """Name -> file and shape of every tensor of a checkpoint, read off the headers of its files.
 
     Raises:
         UserError: a file is missing, cut off, or no safetensors file.
@@ -116,20 +121,20 @@ def weight_shapes(folder: Path) -> dict[str, list[int]]:
 
     index = folder / "model.safetensors.index.json"
     listed = set(read_json(index)["weight_map"].values()) if index.exists() else set()
-    shapes: dict[str, list[int]] = {}
+    found: dict[str, tuple[Path, list[int]]] = {}
     for name in sorted(listed or {path.name for path in folder.glob("*.safetensors")}):
         path = folder / name
         if not path.is_file():
             raise UserError(f"{index} lists {name}, which is not there; copy the checkpoint again")
         try:
             with safe_open(path, framework="numpy") as file:
-                shapes |= {key: file.get_slice(key).get_shape() for key in list(file.keys())}
+                found |= {key: (path, file.get_slice(key).get_shape()) for key in list(file.keys())}
         except SafetensorError as error:
             reason = " ".join(str(error).split())
             raise UserError(
                 f"{path} is no whole safetensors file ({reason}); copy the checkpoint again"
             ) from error
-    return shapes
+    return found
 
 
 def tokenizer_size(folder: Path) -> int:

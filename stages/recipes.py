@@ -192,6 +192,7 @@ def policy_recipe(
             "objectives": [part.recipe() for part in train.objective],
             **train.model_dump(mode="json", include=_TRAIN_FIELDS),
             **reward,
+            **({} if train.dropout == "none" else {"dropout": train.dropout}),
             "progress": [round_index, config.rounds if counts_rounds(config) else None],
             "staleness": config.staleness.model_dump(mode="json"),
             "window": config.rollouts.window.recipe(),

@@ -1,22 +1,30 @@
 """The student as a trainable module: loaded, adapted, sharded, and written as a policy."""
 
+import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import GenerationConfig
 
 from opd_stream.batches import Batch
 from opd_stream.config.sections import Lora
 from opd_stream.engines.head import output_head
+from opd_stream.engines.loading import check_training, load_model
 from opd_stream.engines.reading import decoder_of, rows_hidden
 from opd_stream.errors import UserError
 from opd_stream.loss import BatchLoss, batch_loss
 from opd_stream.objectives import Objective
 from opd_stream.weighting import Weighting
+from stages.checkpoints import weight_files
 
 ADAPTER = "adapter"  # folder of the LoRA adapter inside a policy
+CONFIG, GENERATION = "config.json", "generation_config.json"
+INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+TRAINED, KEPT = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
 class StudentModel(torch.nn.Module):
@@ -67,6 +75,7 @@ def load_student(
     initial: Path,
     gradient_checkpointing: bool,
     adapter: Path | None = None,
+    drops: bool = False,
 ) -> StudentModel:
     """The student of a round, in float32.
 
@@ -76,55 +85,94 @@ def load_student(
         initial: the run's first student.
         gradient_checkpointing: recompute activations in the backward pass.
         adapter: folder of the adapter that goes on; None: a new one.
+        drops: keep the model's own dropout; the adapters' is a setting of theirs.
 
     Raises:
-        UserError: the weights are not safetensors, or no causal language model.
+        UserError: the folder cannot be loaded, or cannot be trained exactly.
     """
-    model = _whole_model(base if lora is None else initial)
+    folder = base if lora is None else initial
+    model = load_model(folder, dtype=torch.float32)
+    if getattr(model, "hf_quantizer", None) is not None:
+        model = _dequantised(model, folder)
+    check_training(model, folder)
+    if not drops:
+        _leave_out_dropout(model)
     model.config.use_cache = False
     if lora is not None:
         model = _adapted(model, lora, adapter)
+    _freeze_unread(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return StudentModel(model.train())
 
 
-def save_student(
-    student: StudentModel, weights: dict[str, torch.Tensor], base: Path, folder: Path
-) -> None:
+def check_lora(folder: Path, lora: Lora) -> None:
+    """Refuse adapters that a checkpoint cannot have, without its weights.
+
+    Raises:
+        UserError: no module has such a name, or the policy could not be published.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config: Any = AutoConfig
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        _adapted(auto.from_config(config.from_pretrained(folder)), lora, None)
+
+
+def save_student(student: StudentModel, base: Path, folder: Path) -> None:
     """Write a policy: a Hugging Face folder, with the adapter beside the merged weights.
 
+    Its config files are those of `base`, and so are tensors that training does not read, such as a
+    vision tower's: the next round, an engine and any other program find what they found there.
+
     Args:
-        student: after training; a LoRA student is merged in place.
-        weights: of `student`, whole.
-        base: policy the round started from, for the tokenizer.
+        student: after training, its weights whole; a LoRA student is merged in place.
+        base: policy the round started from.
         folder: empty folder to fill.
     """
     model = student.model
-    own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     if hasattr(model, "peft_config"):
-        model.save_pretrained(folder / ADAPTER, state_dict=own)
+        model.save_pretrained(folder / ADAPTER)
         (folder / ADAPTER / "README.md").unlink(missing_ok=True)
         model = model.merge_and_unload()
-        own = model.state_dict()
-    model.save_pretrained(folder, state_dict=own)
-    _copy_tokenizer(base, folder)
+    model.generation_config = GenerationConfig()  # the base's is copied, whatever it says
+    model.save_pretrained(folder)
+    (folder / GENERATION).unlink(missing_ok=True)
+    _copy_texts(base, folder)
+    _keep_unread(model, base, folder)
 
 
-def _whole_model(folder: Path) -> Any:
-    """From safetensors only, as the engines read it and as its identity is taken."""
-    from transformers import AutoModelForCausalLM
-
+def _dequantised(model: Any, folder: Path) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        )
-    except OSError as error:
+        return model.dequantize().float()
+    except Exception as error:  # of the quantisation's library
+        reason = " ".join(str(error).split())[:150]
         raise UserError(
-            f"{folder} cannot be trained ({' '.join(str(error).split())[:200]}); expected "
-            "config.json and model.safetensors; check the folder"
+            f"{folder} is quantised, and its weights cannot be made whole ({reason}); train a "
+            "checkpoint that is not quantised"
         ) from error
+
+
+def _leave_out_dropout(model: Any) -> None:
+    """Set every rate of dropout to 0, in modules and in the configs that some of them read."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(vars(holder).items()) if holder is not None else ():
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
+
+
+def _freeze_unread(model: Any) -> None:
+    """Parameters that a text does not reach get no gradient, and so no optimizer state."""
+    head, decoder = model.get_output_embeddings(), decoder_of(model)
+    read = {id(p) for module in (head, decoder) for p in module.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in read:
+            parameter.requires_grad_(False)
 
 
 def _adapted(model: Any, lora: Lora, adapter: Path | None) -> Any:
@@ -140,22 +188,52 @@ def _adapted(model: Any, lora: Lora, adapter: Path | None) -> Any:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    is_shared = head is not None and head.weight is embeddings.weight
     try:
-        return peft.get_peft_model(model, settings)
+        adapted = peft.get_peft_model(model, settings)
     except ValueError as error:
         raise UserError(
             f"train.lora.targets {lora.targets!r} fit no module of the student "
             f"({' '.join(str(error).split())[:150]}); name modules of the model, or all-linear"
         ) from error
+    ends = (adapted.get_output_embeddings(), adapted.get_input_embeddings())
+    if is_shared and any(hasattr(module, "lora_A") for module in ends):
+        raise UserError(
+            f"train.lora.targets {lora.targets!r} adapt the student's head or embeddings, which "
+            "are one matrix: no checkpoint of this kind could hold the result; leave them out"
+        )
+    return adapted
 
 
-def _copy_tokenizer(base: Path, target: Path) -> None:
-    """Everything of the base folder that is neither weights nor what `save_pretrained` wrote."""
+def _copy_texts(base: Path, target: Path) -> None:
+    """Config files, tokenizer and whatever else of the base folder is no weight and no metrics."""
     for path in sorted(base.iterdir()):
         is_weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth")
-        is_ours = path.name in ("metrics.jsonl", "model.safetensors.index.json")
-        if path.is_file() and not is_weights and not is_ours and not (target / path.name).exists():
+        if path.is_file() and not is_weights and path.name not in ("metrics.jsonl", INDEX):
             shutil.copyfile(path, target / path.name)
+    config: dict[str, Any] = json.loads((base / CONFIG).read_bytes())
+    if config.pop("quantization_config", None) is not None:  # the published weights are whole
+        (target / CONFIG).write_text(json.dumps(config, indent=2))
 
 
-Loader = Callable[[], StudentModel]
+def _keep_unread(model: Any, base: Path, target: Path) -> None:
+    """Add the base's tensors that the class of the model does not have."""
+    old, new = weight_files(base), weight_files(target)
+    tied = {_end(name) for name in getattr(model, "all_tied_weights_keys", {})}
+    kept = {name: at for name, at in old.items() if name not in new and _end(name) not in tied}
+    if not kept or not new.keys() < old.keys():
+        return
+    tensors: dict[str, torch.Tensor] = {}
+    for name, (path, _) in kept.items():
+        with safe_open(path, framework="pt") as file:
+            tensors[name] = file.get_tensor(name)
+    save_file(tensors, target / KEPT, {"format": "pt"})
+    if (target / WEIGHTS).exists():
+        (target / WEIGHTS).rename(target / TRAINED)
+    found = {name: path.name for name, (path, _) in weight_files(target).items()}
+    (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": found}, indent=2))
+
+
+def _end(name: str) -> str:
+    return ".".join(name.split(".")[-2:])

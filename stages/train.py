@@ -209,9 +209,22 @@ def take_step(training: Training, step: StepBatches, rate: float) -> tuple[dict[
     grad_norm = float(getattr(norm, "full_tensor", lambda: norm)())
     if not math.isfinite(sums["loss"] + grad_norm):
         raise UserError(_not_finite(step, losses))
+    if training.job.has_dropout:
+        sums = measure_without_dropout(training, [batch for batch, _ in losses])
     learner.optimizer.step()
     learner.optimizer.zero_grad()
     return sums, grad_norm
+
+
+def measure_without_dropout(training: Training, batches: list[Batch]) -> dict[str, float]:
+    """Sums over the tokens of a step in another pass: dropout would count as drift."""
+    learner, fabric = training.learner, training.fabric
+    learner.student.eval()
+    with fabric.autocast():
+        own = learner.sums(batches)
+    learner.student.train()
+    sums_S = torch.tensor([own[name] for name in NAMES], dtype=torch.float64, device=fabric.device)
+    return named(fabric.all_reduce(sums_S, reduce_op="sum"))  # pyright: ignore
 
 
 def rate_of_step(training: Training) -> float:
@@ -389,7 +402,7 @@ def publish(training: Training, units: tuple[UnitRecord, ...], audited: WindowAu
         load_weights(student, trained)
     policy = job.target()
     attempt = policy.new_attempt()
-    save_student(student, trained, Path(job.base), attempt)
+    save_student(student, Path(job.base), attempt)
     save_tree(moments, attempt / OPTIMIZER)
     if base is not None:
         save_base(base, attempt)

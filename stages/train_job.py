@@ -78,7 +78,14 @@ class TrainJob:
             initial=Path(self.initial),
             gradient_checkpointing=gradient_checkpointing,
             adapter=self.adapter,
+            drops=self.config.train.dropout == "model",
         )
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a training pass is another one than a measuring pass."""
+        train = self.config.train
+        return train.dropout == "model" or (train.lora is not None and train.lora.dropout > 0)
 
     def previous_moments(self) -> dict[str, Any] | None:
         """Optimizer moments that the round before left, {parameter name: moments}."""

@@ -25,5 +25,7 @@ def test_weights_that_name_the_student_are_those_that_train(tmp_path: Path) -> N
     whole = load().model.get_input_embeddings().weight
     assert torch.equal(whole.detach(), stored["model.embed_tokens.weight"].float())
     (folder / "model.safetensors").rename(folder / "other.safetensors")
-    with pytest.raises(UserError, match=r"student cannot be trained \(.*check the folder"):
+    with pytest.raises(
+        UserError, match=r"student cannot be loaded as a causal language model \(.*check the folder"
+    ):
         load()

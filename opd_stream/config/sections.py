@@ -236,6 +236,10 @@ class Train(Section):
         default="float32", description="bf16-mixed: float32 weights, bfloat16 products"
     )
     lora: Lora | None = Field(default=None, description="left out: all weights are trained")
+    dropout: Literal["none", "model"] = Field(
+        default="none",
+        description="model: keep the student's own; drift is then measured in a pass without it",
+    )
     tokens_per_microbatch: int = Field(
         default=16384, ge=1, description="tokens in memory at once, padding included"
     )

@@ -231,6 +231,15 @@ def reading_of(decoder: Any) -> Reading:
 _found: WeakKeyDictionary[torch.nn.Module, Reading] = WeakKeyDictionary()
 
 
+def short_texts(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of two texts of different lengths, on the device of a model or decoder."""
+    weight = cast(torch.Tensor, model.get_input_embeddings().weight)
+    first = min(8, len(weight) // 2)  # behind special ids, as a rule
+    ids = first + 7 * torch.arange(LONG + SHORT + 2 * NEW) % (len(weight) - first)
+    ids = ids.to(weight.device)
+    return ids[: LONG + NEW], ids[LONG + NEW :]
+
+
 class _Trial:
     """Two short texts, read in every way and compared with each of them alone."""
 
@@ -238,12 +247,9 @@ class _Trial:
         self._decoder, self._problem = decoder, ""
         weight = cast(torch.Tensor, decoder.get_input_embeddings().weight)
         self._most = float(torch.finfo(weight.dtype).eps) ** 0.5
-        first = min(8, len(weight) // 2)  # behind special ids, as a rule
-        ids = first + 7 * torch.arange(LONG + SHORT + 2 * NEW) % (len(weight) - first)
-        ids = ids.to(weight.device)
-        self._texts = (ids[: LONG + NEW], ids[LONG + NEW :])
+        self._texts = short_texts(decoder)
         self._prompts = _padded([text[:-NEW] for text in self._texts], left=True)
-        self._chosen = torch.tensor(CHOSEN, device=ids.device)
+        self._chosen = torch.tensor(CHOSEN, device=weight.device)
 
     @torch.no_grad()
     def reading(self) -> Reading:

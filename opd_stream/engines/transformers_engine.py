@@ -36,9 +36,10 @@ from opd_stream.engines.decoding import (
     uniforms,
 )
 from opd_stream.engines.head import completion_hidden, from_numpy, logits_head, padded
+from opd_stream.engines.loading import check_engine, load_model
 from opd_stream.engines.reading import decoder_of
-from opd_stream.errors import UserError
 from opd_stream.logprobs import HeadScores, head_scores
+from opd_stream.model_config import context_of
 from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
 
 MIN_RUNNING_SHARE = 0.75  # ended rows are taken out when a smaller share is still running
@@ -52,6 +53,7 @@ class TransformersEngine:
         self._batch_rows = batch_rows
         self._open_decoder = open_decoder
         self._model: Any = self._read(folder)
+        check_engine(self._model, folder)
 
     @classmethod
     def over(cls, model: Any, *, batch_rows: int = 64) -> Self:
@@ -243,22 +245,7 @@ class TransformersEngine:
             yield row._replace(top_ids=row.top_ids.astype(np.int32))
 
     def _read(self, folder: Path) -> Any:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # a bar per load of a policy would bury the stages' own
-        auto: Any = AutoModelForCausalLM
-        try:
-            model = auto.from_pretrained(
-                folder, dtype=self._dtype, trust_remote_code=False, use_safetensors=True
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{folder} cannot be loaded as a causal language model ({reason}); expected "
-                "config.json and safetensors; check the folder"
-            ) from error
-        return model.to(self._device).eval()
+        return load_model(folder, dtype=self._dtype, device=self._device)
 
     @property
     def _vocabulary(self) -> int:
@@ -267,4 +254,4 @@ class TransformersEngine:
     @property
     def _context(self) -> int | None:
         """Tokens that the model reads at once; None: its config names no limit."""
-        return getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        return context_of(self._model.config.get_text_config().to_dict())
