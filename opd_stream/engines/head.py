@@ -19,7 +19,7 @@ from opd_stream.logprobs import Head, completion_rows
 
 MIN_SAVING = 0.9  # share of the tokens from which reading shared prompts once is worth a cache
 
-FACTORS = ("logit_scale", "lm_head_multiplier")  # of the logits: Cohere; Falcon H1
+FACTOR = "lm_head_multiplier"  # Falcon H1; Cohere's logit_scale is an attribute of the model
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite, MiniCPM; Inkling
 MULTIPLYING = ("hyperclovax",)  # where logits_scaling is a factor
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -27,7 +27,7 @@ CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 def logits_head(model: Any) -> Head:
     """hidden [n, H] -> logits [n, V], by the model's own module (sampling and scoring)."""
-    head, (scale, cap) = model.get_output_embeddings(), _scale_and_cap(model.config)
+    head, (scale, cap) = model.get_output_embeddings(), _scale_and_cap(model)
     if cap is None and scale == 1.0:
         return head
 
@@ -44,7 +44,7 @@ def output_head(model: Any) -> OutputHead:
     Raises:
         UserError: the head is no linear layer, or its adapter has dropout.
     """
-    module, (scale, cap) = model.get_output_embeddings(), _scale_and_cap(model.config)
+    module, (scale, cap) = model.get_output_embeddings(), _scale_and_cap(model)
     base = getattr(module, "base_layer", module)
     if not isinstance(base, torch.nn.Linear):
         raise UserError(
@@ -60,15 +60,15 @@ def output_head(model: Any) -> OutputHead:
     return OutputHead(weight_VH=weight_VH, bias_V=base.bias, scale=scale, cap=cap)
 
 
-def _scale_and_cap(config: Any) -> tuple[float, float | None]:
+def _scale_and_cap(model: Any) -> tuple[float, float | None]:
     """What stands between head and logits, by the names that the library's models have for it."""
-    text = config.get_text_config()
-    scale, caps = 1.0, [getattr(text, name, None) for name in CAPS]
-    for name in FACTORS:
-        scale *= getattr(text, name, None) or 1.0
+    text = model.config.get_text_config()
+    scale = getattr(model, "logit_scale", None) or 1.0
+    scale *= getattr(text, FACTOR, None) or 1.0
     for name in DIVISORS:
         divisor = getattr(text, name, None) or 1.0
         scale = scale * divisor if text.model_type in MULTIPLYING else scale / divisor
+    caps = [getattr(text, name, None) for name in CAPS]
     return scale, next((cap for cap in caps if cap is not None), None)
 
 

@@ -2,8 +2,8 @@
 
 Every causal decoder reads whole rows, padded on the right. To go on from a cache is not as general:
 states of recurrent layers may read the padding on the left, positions may be those of the columns,
-a cache may know only its own model, or there may be none. So two short texts are read in each way,
-the fastest first, and the first way whose hidden states are those of each text alone is taken.
+a cache may know only its own model, or there may be none. So three short texts are read in each
+way, the fastest first, and the first way whose hidden states are those of each text alone is taken.
 
 Shapes: B rows, C columns, L new columns, H hidden.
 """
@@ -16,6 +16,7 @@ from inspect import signature
 from typing import Any, Literal, Protocol, cast
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache
@@ -25,8 +26,9 @@ from opd_stream.errors import UserError
 CACHE_NAMES = ("past_key_values", "cache_params", "cache", "state", "mems")
 LLAMA_FAMILY = ("llama", "qwen2", "qwen3", "mistral")  # known: not tried
 BLOCKS = ("chunk", "compressed", "sparse", "indexed")  # in a layer's type: columns are counted
-LONG, SHORT, NEW = 9, 5, 3  # tokens of the two texts, and after them
-CHOSEN = (1, 0, 1)  # rows that read on
+PROMPTS, NEW = (9, 5, 5), 6  # tokens of the texts' beginnings, and after them
+NOISE_EPSILONS, NOISE_GAPS = 100, 30  # of the dtype; of what a batch changes: still rounding
+CHOSEN = (2, 0, 1, 2)  # rows that read on
 
 Read = tuple[int, int, torch.Tensor]  # a text, the place of the first, hidden states [L, H]
 log = logging.getLogger(__name__)
@@ -128,7 +130,7 @@ class CachedRows:
         return output.last_hidden_state
 
     def select(self, rows: torch.Tensor) -> None:
-        self._mask, self.cache = self._mask[rows], _selected(self.cache, rows)
+        self._mask, self.cache = self._mask[rows], _selected(self.cache, rows, self._reading.cache)
 
 
 class GroupedRows:
@@ -195,15 +197,16 @@ class WholeRows:
         return hidden[torch.arange(len(ids)), self._lengths - 1]
 
 
-def _selected(state: Any, rows: torch.Tensor) -> Any:
+def _selected(state: Any, rows: torch.Tensor, kind: str) -> Any:
     """The rows of a cache, or of tensors whose first dimension is the batch."""
-    if hasattr(state, "reorder_cache"):
-        state.reorder_cache(rows)
+    verb = "reorder_cache" if kind == "library" else "batch_select_indices"
+    if hasattr(state, verb):  # every layer of the library's has the first, a cache of a model's own
+        getattr(state, verb)(rows)  # tends to the second
         return state
     if isinstance(state, torch.Tensor):
         return state[rows]
     if isinstance(state, (list, tuple)):
-        return [_selected(part, rows) for part in cast("list[Any]", state)]
+        return [_selected(part, rows, kind) for part in cast("list[Any]", state)]
     raise TypeError(f"a {type(state).__name__} cannot be selected by rows")
 
 
@@ -231,22 +234,23 @@ def reading_of(decoder: Any) -> Reading:
 _found: WeakKeyDictionary[torch.nn.Module, Reading] = WeakKeyDictionary()
 
 
-def short_texts(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of two texts of different lengths, on the device of a model or decoder."""
+def short_texts(model: Any) -> tuple[torch.Tensor, ...]:
+    """Ids of three texts, two of one length, on the device of a model or decoder."""
     weight = cast(torch.Tensor, model.get_input_embeddings().weight)
     first = min(8, len(weight) // 2)  # behind special ids, as a rule
-    ids = first + 7 * torch.arange(LONG + SHORT + 2 * NEW) % (len(weight) - first)
-    ids = ids.to(weight.device)
-    return ids[: LONG + NEW], ids[LONG + NEW :]
+    ids = first + 7 * torch.arange(sum(PROMPTS) + 3 * NEW) % (len(weight) - first)
+    ends = np.cumsum([count + NEW for count in PROMPTS])[:-1].tolist()
+    return ids.to(weight.device).tensor_split(ends)
 
 
 class _Trial:
-    """Two short texts, read in every way and compared with each of them alone."""
+    """Three short texts, read in every way and compared with each of them alone."""
 
     def __init__(self, decoder: Any) -> None:
         self._decoder, self._problem = decoder, ""
         weight = cast(torch.Tensor, decoder.get_input_embeddings().weight)
-        self._most = float(torch.finfo(weight.dtype).eps) ** 0.5
+        self._epsilon = float(torch.finfo(weight.dtype).eps)
+        self._most = self._epsilon**0.5
         self._texts = short_texts(decoder)
         self._prompts = _padded([text[:-NEW] for text in self._texts], left=True)
         self._chosen = torch.tensor(CHOSEN, device=weight.device)
@@ -264,6 +268,7 @@ class _Trial:
                 f"{self._name} reads a row of a batch otherwise than alone ({self._problem}); "
                 "expected a causal language model, in which padding changes nothing"
             )
+        self._most = min(self._most, max(NOISE_EPSILONS * self._epsilon, NOISE_GAPS * self._worst))
         for way in _ways(self._decoder):
             if self._is_exact(self._by_steps, way):
                 continues = way == FASTEST and self._is_exact(self._at_once, way)
@@ -283,7 +288,8 @@ class _Trial:
         except Exception as error:  # where this is not the model's way
             self._problem = _line(error)
             return False
-        self._problem = f"hidden states differ by {max(gaps):.1%}, rounding by {self._most:.1%}"
+        self._worst = max(gaps)
+        self._problem = f"hidden states {self._worst:.1g} apart, of 1; {self._most:.1g} is rounding"
         return all(gap <= self._most for gap in gaps)  # which NaN is not
 
     def _gap(self, row: int, start: int, hidden: torch.Tensor) -> float:
@@ -310,7 +316,7 @@ class _Trial:
         rows = CachedRows(self._decoder, way)
         rows.prefill(*self._prompts)
         rows.select(self._chosen)
-        counts = (NEW - 1, NEW, NEW)  # padding on the right, too
+        counts = (NEW - 1, NEW, NEW - 2, NEW)  # padding on the right, too
         new = [self._texts[row][-NEW:][:count] for row, count in zip(CHOSEN, counts, strict=True)]
         read = rows.read(*_padded(new, left=False))
         for place, (row, count) in enumerate(zip(CHOSEN, counts, strict=True)):
