@@ -31,7 +31,8 @@ def fine_tune(task: ledger.Task, seed: int, folder: Path) -> list[dict[str, Any]
     )
     rising = {"learning_rate": PEAK, "schedule": "linear", "warmup": 0.1}
     schedule = Train.model_validate({"objective": {"kind": "lsm"}, **rising})
-    shape = shape_of(model.config.to_dict())
+    shapes = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    shape = shape_of(model.config.to_dict(), shapes)
     records: list[dict[str, Any]] = []
     for number in range(rounds):
         cpu, total = time.process_time(), TokenCounts(tokens=0, completion_tokens=0, pairs=0)

@@ -1,35 +1,50 @@
-"""Floating-point operations of the stages, from a model's shape and token counts; needs no torch.
+"""Floating-point operations of the stages, from a model's weights and token counts; needs no torch.
 
-A forward pass over n tokens costs 2 operations a weight and token in the matrices of the layers,
-4 d a layer for every (token, context token) pair of causal attention, and 2 H V for every token
-whose logits are made. A backward pass costs twice its forward pass. Counts of tokens, of completion
-tokens and of attended pairs add over rows, so a round's cost follows from its commit records.
+A forward pass over n tokens costs 2 operations a weight and token in the matrices of the layers
+(of experts, those that a token is sent to), 4 d a layer for every (token, context token) pair of
+causal attention, and 2 H V for every token whose logits are made. A backward pass costs twice its
+forward pass; where the weights are frozen under adapters, what they multiply costs once. Counts of
+tokens, of completion tokens and of attended pairs add over rows, so a round's cost follows from its
+commit records.
+
+Matrices are counted as they stand in the checkpoint, whatever its fields are called. The scans of
+recurrent layers are small beside them and left out; so is what does not follow from a checkpoint,
+and that is said.
 """
 
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
+
+from opd_stream.section import is_object
+
+OTHER_SENSES = ("vision", "visual", "audio", "image", "speech", "vq")  # in the name of a part
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = (
+    *("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"),
+    "moe_top_k",
+)
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+ATTENDING = ("attn", "attention", "q_proj")  # in the name of a matrix
+CROSSING = ("encoder_attn", "crossattention", "cross_attn")  # to another text: never read here
+RECURRENT = ("linear_attention", "conv", "mamba", "recurrent")  # types of layers without pairs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """What the cost of a decoder depends on.
+    """What the cost of a decoder depends on; of an unknown cost all numbers are 0.
 
     Example:
-        >>> shape_of(json.loads(Path("model/config.json").read_text()))
+        >>> shape_of({"vocab_size": 606, ...}, {"model.layers.0.mlp.up.weight": [192, 64], ...})
     """
 
-    layers: int
-    hidden: int
-    attention_width: int  # heads x head size
-    key_value_width: int
-    intermediate: int
-    vocabulary: int
-
-    @property
-    def layer_weights(self) -> int:
-        """Matrix weights of one layer."""
-        attention = self.hidden * (2 * self.attention_width + 2 * self.key_value_width)
-        return attention + 3 * self.hidden * self.intermediate
+    weights: float = 0.0  # of the layers' matrices that a token meets
+    attention_width: float = 0.0  # heads x head size, summed over the layers that attend
+    head_weights: int = 0  # hidden size x vocabulary
+    unknown: str = ""  # why the cost is not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,18 +74,82 @@ class TokenCounts:
         )
 
 
-def shape_of(config: dict[str, Any]) -> ModelShape:
-    """The shape of a Hugging Face config of the gated-MLP family (Llama, Qwen, Mistral, Gemma)."""
-    heads = config["num_attention_heads"]
-    size = config.get("head_dim") or config["hidden_size"] // heads
+def shape_of(settings: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> ModelShape:
+    """The shape of a decoder.
+
+    Args:
+        settings: of the language model, as `config.json` has them.
+        shapes: name -> shape of every weight of the checkpoint.
+    """
+    hidden, vocabulary = settings.get("hidden_size"), settings.get("vocab_size")
+    layers = _layers(shapes, settings.get("num_hidden_layers"))
+    if not isinstance(hidden, int) or not isinstance(vocabulary, int) or not layers:
+        return ModelShape(unknown="hidden_size, vocab_size or numbered layers are missing")
+    experts, chosen = _number(settings, EXPERTS), _number(settings, CHOSEN)
+    weights = 0.0
+    for layer in layers.values():
+        for name, shape in layer.items():
+            is_expert = len(shape) == 3 and shape[0] == experts and shape[1] > 1
+            if is_expert or re.search(r"(^|\.)experts\b", name):
+                if not experts or not chosen:
+                    return ModelShape(unknown="how many of its experts a token meets is not said")
+                weights += prod(shape) * chosen / experts
+            elif 2 <= len(shape) <= 3 and not any(word in name for word in CROSSING):
+                weights += prod(shape)
     return ModelShape(
-        layers=config["num_hidden_layers"],
-        hidden=config["hidden_size"],
-        attention_width=heads * size,
-        key_value_width=config.get("num_key_value_heads", heads) * size,
-        intermediate=config["intermediate_size"],
-        vocabulary=config["vocab_size"],
+        weights=weights,
+        attention_width=_attending(layers, settings) * _width(settings, hidden),
+        head_weights=hidden * vocabulary,
     )
+
+
+def _layers(
+    shapes: Mapping[str, Sequence[int]], count: Any
+) -> dict[tuple[str, int], dict[str, Sequence[int]]]:
+    """(What stands before the first number, the number) -> name in the layer -> shape."""
+    layers: dict[tuple[str, int], dict[str, Sequence[int]]] = defaultdict(dict)
+    for name, shape in shapes.items():
+        found = re.match(r"(.*?)\.(\d+)\.(.*)", name)
+        if found is None or any(word in found[1].lower() for word in OTHER_SENSES):
+            continue
+        if not isinstance(count, int) or int(found[2]) < count:  # later: they guess ahead
+            layers[found[1], int(found[2])][found[3]] = shape
+    stacks = {stack for stack, _ in layers}
+    unread = {stack for stack in stacks if stack.replace("encoder", "decoder") in stacks - {stack}}
+    return {place: layer for place, layer in layers.items() if place[0] not in unread}
+
+
+def _attending(
+    layers: Mapping[tuple[str, int], Mapping[str, Sequence[int]]], settings: Mapping[str, Any]
+) -> int:
+    """Layers in which tokens attend to each other."""
+    kinds = settings.get("layer_types") or settings.get("layers_block_type") or ()
+    recurrent = {
+        place for place, kind in enumerate(kinds) if any(word in kind for word in RECURRENT)
+    }
+    return sum(
+        place not in recurrent
+        and any(word in name.replace("linear_attn", "") for name in layer for word in ATTENDING)
+        for (_, place), layer in layers.items()
+    )
+
+
+def _width(settings: Mapping[str, Any], hidden: int) -> float:
+    """Heads x head size; of keys and of values, where these differ, the mean."""
+    heads = _number(settings, HEADS)
+    if not heads:
+        return 0.0
+    if settings.get("kv_lora_rank"):
+        parts = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        return heads * sum(settings.get(name) or 0 for name in parts) / 2
+    return heads * (settings.get("head_dim") or hidden / heads)
+
+
+def _number(settings: Mapping[str, Any], names: Sequence[str]) -> float:
+    """The first of some settings that is a number, here or in a section; 0: none is."""
+    sections = [settings, *filter(is_object, settings.values())]
+    found: list[Any] = [section.get(name) for section in sections for name in names]
+    return next((float(value) for value in found if isinstance(value, int) and value), 0.0)
 
 
 def counts_of(*, prompt_tokens: int, completion_tokens: int) -> TokenCounts:
@@ -83,12 +162,36 @@ def counts_of(*, prompt_tokens: int, completion_tokens: int) -> TokenCounts:
 
 def forward_flops(shape: ModelShape, counts: TokenCounts) -> float:
     """A forward pass with logits of the completion tokens: sampling (with a cache) or scoring."""
-    linear = 2 * shape.layers * shape.layer_weights * counts.tokens
-    attention = 4 * shape.layers * shape.attention_width * counts.pairs
-    head = 2 * shape.hidden * shape.vocabulary * counts.completion_tokens
-    return linear + attention + head
+    return _products(shape, counts) + _attention(shape, counts)
 
 
-def train_flops(shape: ModelShape, counts: TokenCounts, *, recomputed: bool = False) -> float:
-    """Forward and backward; with gradient checkpointing one forward pass more."""
-    return (4 if recomputed else 3) * forward_flops(shape, counts)
+def train_flops(
+    shape: ModelShape, counts: TokenCounts, *, recomputed: bool = False, frozen: bool = False
+) -> float:
+    """Forward and backward.
+
+    Args:
+        shape: of the student.
+        counts: that training reads.
+        recomputed: with gradient checkpointing, one forward pass more.
+        frozen: under adapters, no gradients of the weights; those of adapters are not counted.
+    """
+    passes = 4 if recomputed else 3
+    return (passes - frozen) * _products(shape, counts) + passes * _attention(shape, counts)
+
+
+def _products(shape: ModelShape, counts: TokenCounts) -> float:
+    return 2 * (shape.weights * counts.tokens + shape.head_weights * counts.completion_tokens)
+
+
+def _attention(shape: ModelShape, counts: TokenCounts) -> float:
+    return 4 * shape.attention_width * counts.pairs
+
+
+def unknown_costs(**shapes: ModelShape | None) -> tuple[str, ...]:
+    """A line for each role whose cost is not known; `shapes` are by role, None: there is none."""
+    return tuple(
+        f"cost unknown: {shape.unknown}; the operations of the {role} are left out"
+        for role, shape in shapes.items()
+        if shape is not None and shape.unknown
+    )

@@ -7,16 +7,22 @@ does not matter on which machine a stage ran: whoever finishes a round writes th
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
 from opd_stream.config import PLACEMENT, counts_rounds
-from opd_stream.costs import ModelShape, TokenCounts, forward_flops, shape_of, train_flops
+from opd_stream.costs import (
+    ModelShape,
+    TokenCounts,
+    forward_flops,
+    train_flops,
+    unknown_costs,
+)
 from opd_stream.outcome import TrainOutcome
 from opd_stream.section import Record
 from opd_stream.store.artifact import Commit, summed_counts
-from opd_stream.store.files import canonical_json, read_json, sha256
+from opd_stream.store.files import canonical_json, sha256
 from opd_stream.store.recipe import differing_fields
 from pipeline.caches import replayed_caches
 from pipeline.plan import is_due
@@ -38,7 +44,7 @@ from pipeline.records import (
 from pipeline.rounds import Round, checkpoint_of, rounds
 from pipeline.run_folder import RunFolder, is_below
 from pipeline.setup import Setup
-from stages.checkpoints import Checkpoint
+from stages.checkpoints import Checkpoint, model_shape
 from stages.step import PROBE, PROBE_SCORE, Stage, Step, of_stage
 
 Span = tuple[float, float]
@@ -47,7 +53,7 @@ Span = tuple[float, float]
 described_checkpoint = partial(checkpoint_of, part="texts")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Accounts:
     """Brings the reports and the summary of a run's folder up to date with the store."""
 
@@ -55,6 +61,16 @@ class Accounts:
     folder: RunFolder
     run_id: str
     _reports: dict[int, RoundReport] = field(default_factory=dict)
+
+    @cached_property
+    def models(self) -> "Models":
+        """What the costs of the run follow from."""
+        setup = self.setup
+        return Models(
+            student=model_shape(setup.student),
+            teacher=None if setup.teacher is None else model_shape(setup.teacher),
+            adapters=setup.config.train.lora is not None,
+        )
 
     def write_round(self, round_: Round, *, is_changed: bool) -> None:
         """Metrics, plan and report of a finished round.
@@ -133,17 +149,36 @@ class Accounts:
 
     def _report(self, round_: Round) -> RoundReport:
         evaluation = self._evaluation(described_checkpoint(round_.policy))
-        return round_report(round_, self.setup.store.ids_of_run(self.run_id), evaluation)
+        run_ids = self.setup.store.ids_of_run(self.run_id)
+        return round_report(round_, run_ids, self.models, evaluation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """The shapes of a run's models; those of its policies are the student's."""
+
+    student: ModelShape
+    teacher: ModelShape | None
+    adapters: bool  # are trained, and nothing else
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """A line for each whose cost is not known."""
+        return unknown_costs(student=self.student, teacher=self.teacher)
 
 
 def round_report(
-    round_: Round, run_ids: Collection[str], evaluation: EvaluationRecord | None
+    round_: Round,
+    run_ids: Collection[str],
+    models: Models,
+    evaluation: EvaluationRecord | None,
 ) -> RoundReport:
     """The report of a finished round.
 
     Args:
         round_: the round.
         run_ids: of the run, one for each machine's folder; what others made counts as reused.
+        models: of the run.
         evaluation: of its policy, if there is one.
     """
     manifest = round_.policy.manifest()
@@ -166,7 +201,8 @@ def round_report(
         repeat_ratio=repeated,
         alignment=_alignment(scores),
         cache_bytes=sum(commit.bytes for commit in work.used(work.cached)),
-        flops=work.flops(),
+        flops=work.flops(models),
+        unknown_costs=models.unknown,
         seconds=work.by_stage(_seconds, outcome.seconds),
         cpu_seconds=work.by_stage(_cpu_seconds, outcome.cpu_seconds),
         audit_cpu_seconds=work.audit_cpu_seconds(),
@@ -197,7 +233,7 @@ class RoundWork:
     """What a run did for a round, summed over the units that it made itself."""
 
     def __init__(self, round_: Round, run_ids: Collection[str], outcome: TrainOutcome) -> None:
-        self.run_ids, self.student, self.outcome = run_ids, round_.student, outcome
+        self.run_ids, self.outcome = run_ids, outcome
         # Of a replay too, whose units count as reused; units kept from earlier rounds do not.
         self.steps = [s for s in round_.steps[:-1] if s.is_new or s.model is None]
         self.probes = [step for step in self.steps if step.kind in (PROBE, PROBE_SCORE)]
@@ -236,26 +272,27 @@ class RoundWork:
             probed=int(_tokens(self.commits(of_stage(self.probes, "score")))),
         )
 
-    def flops(self) -> StageNumbers:
+    def flops(self, models: Models) -> StageNumbers:
         """Operations, by the cost model of `opd_stream/costs.py`."""
         trained = self.outcome.trained
         read = TokenCounts(
             tokens=trained.row_tokens, completion_tokens=trained.tokens, pairs=trained.row_pairs
         )
-        shape, recomputed = _shape(self.student), self.outcome.gradient_checkpointing
-        train = train_flops(shape, read, recomputed=recomputed)
+        recomputed = self.outcome.gradient_checkpointing
+        train = train_flops(models.student, read, recomputed=recomputed, frozen=models.adapters)
         return StageNumbers(
-            generate=sum(self._flops(step) for step in of_stage(self.steps, "generate")),
-            score=sum(self._flops(step) for step in of_stage(self.steps, "score")),
+            generate=self._flops("generate", models.student),
+            score=self._flops("score", models.teacher),
             train=train if self.is_trained_here else 0.0,
         )
 
-    def _flops(self, step: Step) -> float:
-        counts = summed_counts(self.commits([step]))
-        if step.model is None or "pairs" not in counts:
+    def _flops(self, stage: Stage, shape: ModelShape | None) -> float:
+        made = [step for step in of_stage(self.steps, stage) if step.model is not None]
+        counts = summed_counts(self.commits(made))
+        if shape is None or "pairs" not in counts:
             return 0.0
         names = ("tokens", "completion_tokens", "pairs")
-        return forward_flops(_shape(step.model), TokenCounts(**{n: counts[n] for n in names}))
+        return forward_flops(shape, TokenCounts(**{n: counts[n] for n in names}))
 
     def audit_cpu_seconds(self) -> float:
         """CPU seconds of probes and of the decision they serve."""
@@ -312,6 +349,7 @@ def run_summary(
         ),
         tokens=_total(TokenNumbers, [report.tokens for report in reports]),
         flops=_total(StageNumbers, [report.flops for report in reports]),
+        unknown_costs=tuple(dict.fromkeys(line for r in reports for line in r.unknown_costs)),
         seconds=RunSeconds(
             **seconds.model_dump(),
             evaluate=round(evaluate, 3),
@@ -372,10 +410,6 @@ def _alignment(counts: dict[str, float]) -> AlignmentShares | None:
         aligned_share=counts["aligned_tokens"] / tokens,
         chunk_share=counts["chunk_tokens"] / tokens,
     )
-
-
-def _shape(model: Checkpoint) -> ModelShape:
-    return shape_of(read_json(model.folder / "config.json"))
 
 
 def _tokens(commits: Iterable[Commit]) -> float:

@@ -210,6 +210,7 @@ class RoundReport(Record):
     alignment: AlignmentShares | None = None
     cache_bytes: int
     flops: StageNumbers
+    unknown_costs: tuple[str, ...] = ()  # a line for each model whose operations are left out
     seconds: StageNumbers
     cpu_seconds: StageNumbers
     audit_cpu_seconds: float = 0.0
@@ -240,6 +241,7 @@ class RunSummary(Record):
     evaluations: tuple[SummaryEvaluation, ...] = ()
     tokens: TokenNumbers = TokenNumbers()
     flops: StageNumbers = StageNumbers()
+    unknown_costs: tuple[str, ...] = ()
     seconds: RunSeconds = RunSeconds()
     cpu_seconds: StageNumbers = StageNumbers()
     reused: ReusedUnits = ReusedUnits()

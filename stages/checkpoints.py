@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from opd_stream.costs import ModelShape, shape_of
 from opd_stream.errors import UserError
 from opd_stream.model_config import ModelConfig, read_model_config
 from opd_stream.store.files import read_json
@@ -149,6 +150,17 @@ def _tokenizer_size(folder: Path) -> int:
     path = folder / "tokenizer.json"
     found = Tokenizer.from_file(str(path)) if path.is_file() else open_vocabulary(folder)
     return max(found.get_vocab().values(), default=-1) + 1
+
+
+def model_shape(checkpoint: Checkpoint) -> ModelShape:
+    """What a model's cost follows from; unknown, with the reason, where its files do not say it."""
+    config = checkpoint.config
+    if config.is_quantised:
+        return ModelShape(unknown="its weights are packed")
+    try:
+        return shape_of(config.settings, weight_shapes(checkpoint.folder))
+    except UserError as error:
+        return ModelShape(unknown=str(error))
 
 
 @lru_cache(maxsize=8)

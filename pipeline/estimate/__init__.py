@@ -74,19 +74,20 @@ def _disks(costs: RunCosts, rounds: tuple[RoundCost, ...], folder: Path) -> tupl
 
 def _logits(costs: RunCosts) -> LogitMemory | None:
     """float32 logits of one chunk; engine vllm holds those of a forward pass."""
-    teacher, shape = costs.config.teacher, costs.teacher
-    if shape is None or teacher is None or teacher.engine == "fake":
+    teacher, checkpoint = costs.config.teacher, costs.setup.teacher
+    if checkpoint is None or teacher is None or teacher.engine == "fake":
         return None
+    vocabulary = checkpoint.config.vocabulary
     if teacher.engine == "vllm":
         rows, what, bound = teacher.vllm.batched_tokens, "teacher.vllm.batched_tokens", None
     else:
         device = "cuda" if costs.config.pools.teacher.gpus else "cpu"
-        rows, bound = rows_per_chunk(shape.vocabulary, device), MAX_LOGITS_PER_CHUNK[device]
+        rows, bound = rows_per_chunk(vocabulary, device), MAX_LOGITS_PER_CHUNK[device]
         what = "a GPU's chunk" if device == "cuda" else "a CPU's chunk"
-    logits = rows * shape.vocabulary
+    logits = rows * vocabulary
     return LogitMemory(
         rows=rows,
-        vocabulary=shape.vocabulary,
+        vocabulary=vocabulary,
         bytes=logits * FLOAT32,
         bound=(bound or logits) * FLOAT32,
         what=what,
@@ -94,7 +95,7 @@ def _logits(costs: RunCosts) -> LogitMemory | None:
 
 
 def _break_even(costs: RunCosts, steps: list[StepCost]) -> BreakEven | None:
-    if costs.teacher is None:
+    if costs.teacher is None or costs.unknown:
         return None
     models = (costs.student, costs.teacher)
     cached = [step.total.flops for step in steps if step.kind.stage in ("generate", "score")]
@@ -108,6 +109,7 @@ def _break_even(costs: RunCosts, steps: list[StepCost]) -> BreakEven | None:
 def _assumptions(costs: RunCosts, steps: list[StepCost]) -> Iterator[str]:
     """One line for everything that could turn out otherwise."""
     config = costs.config
+    yield from costs.unknown
     bases = {
         "full window": "no completions are measured yet, so every row is taken to fill its window",
         "estimated": "what is left is estimated from the completions of the latest measured round; "

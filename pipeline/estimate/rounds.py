@@ -8,10 +8,15 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from opd_stream.costs import ModelShape, TokenCounts, forward_flops, shape_of, train_flops
-from opd_stream.errors import UserError
+from opd_stream.costs import (
+    ModelShape,
+    TokenCounts,
+    forward_flops,
+    train_flops,
+    unknown_costs,
+)
 from opd_stream.store.artifact import Artifact, Commit, summed_counts
-from opd_stream.store.files import is_remote, read_json
+from opd_stream.store.files import is_remote
 from opd_stream.store.policy import PolicyArtifact
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
@@ -31,7 +36,7 @@ from pipeline.estimate.sizes import (
 )
 from pipeline.plan import is_due
 from pipeline.rounds import Round, named_checkpoint, rounds
-from stages.checkpoints import Checkpoint
+from stages.checkpoints import Checkpoint, model_shape
 from stages.evaluate import evaluation_rollouts
 from stages.prompts import every_prompt, probe_size
 from stages.step import EVALUATE, EXTEND, GENERATE, PROBE, TRAIN, Step, StepKind
@@ -69,19 +74,16 @@ class TrainingReads:
 
 
 class RunCosts:
-    """The costs of a run's steps; remembers what the rounds so far have measured.
-
-    Raises:
-        UserError: the cost of a model does not follow from its config.
-    """
+    """The costs of a run's steps; remembers what the rounds so far have measured."""
 
     def __init__(self, inputs: RunInputs) -> None:
         setup = inputs.setup
         self.inputs, self.setup, self.config = inputs, setup, setup.config
-        self.student = _shape(setup.student)
-        self.teacher = None if setup.teacher is None else _shape(setup.teacher)
+        self.student = model_shape(setup.student)
+        self.teacher = None if setup.teacher is None else model_shape(setup.teacher)
+        self.unknown = unknown_costs(student=self.student, teacher=self.teacher)
         self.reads: list[TokenCounts] = []  # of training, by round
-        vocabulary = (self.teacher or self.student).vocabulary
+        vocabulary = (setup.teacher or setup.student).config.vocabulary
         self._completions: Completions | None = None
         self._answers: Completions | None = None
         self._rollouts_sizes = rollouts_sizes(self.config.rollouts.extra_draws)
@@ -258,8 +260,13 @@ class RunCosts:
 
     def train_flops(self, counts: TokenCounts) -> float:
         """Operations of training that reads these rows."""
-        recomputed = self.config.train.gradient_checkpointing
-        return train_flops(self.student, counts, recomputed=recomputed)
+        train = self.config.train
+        return train_flops(
+            self.student,
+            counts,
+            recomputed=train.gradient_checkpointing,
+            frozen=train.lora is not None,
+        )
 
     def _training(
         self, parts: Collection[TrainedRows], reads: TrainingReads, *, is_trained: bool
@@ -321,16 +328,6 @@ class RunCosts:
             samples=asked.samples_per_prompt,
             is_estimated=self._answers is not None,
         )
-
-
-def _shape(model: Checkpoint) -> ModelShape:
-    try:
-        return shape_of(read_json(model.folder / "config.json"))
-    except KeyError as error:
-        raise UserError(
-            f"{model.folder}/config.json has no {error.args[0]!r}, from which its cost follows; "
-            "expected a decoder with the fields of the Llama family; use such a model"
-        ) from error
 
 
 def _commits(artifact: Artifact | None) -> dict[int, Commit]:
