@@ -19,6 +19,7 @@ from opd_stream.costs import (
     train_flops,
     unknown_costs,
 )
+from opd_stream.errors import UserError
 from opd_stream.outcome import TrainOutcome
 from opd_stream.section import Record
 from opd_stream.store.artifact import Commit, summed_counts
@@ -60,6 +61,7 @@ class Accounts:
     setup: Setup
     folder: RunFolder
     run_id: str
+    warn: Callable[[str], None]
     _reports: dict[int, RoundReport] = field(default_factory=dict)
 
     @cached_property
@@ -89,7 +91,9 @@ class Accounts:
         ):
             self.folder.write_plan(round_)
             self.folder.add_metrics(round_)
-            known = self._report(round_)
+            known = self._new_report(round_)
+            if known is None:
+                return
             self.folder.write_report(known)
         self._reports[round_.index] = known
 
@@ -146,6 +150,19 @@ class Accounts:
 
         run_ids = setup.store.ids_of_run(self.run_id)
         return evaluation_record(setup.config, setup.store, policy, setup.vocabulary, run_ids)
+
+    def _new_report(self, round_: Round) -> RoundReport | None:
+        """None after a mistake of ours, which must not end a run that has trained."""
+        try:
+            return self._report(round_)
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+            self.warn(
+                f"round {round_.index} has no report ({type(error).__name__}: {error}), a bug; its "
+                "policy is whole, and the report is written when the command is called again"
+            )
+            return None
 
     def _report(self, round_: Round) -> RoundReport:
         evaluation = self._evaluation(described_checkpoint(round_.policy))

@@ -75,7 +75,7 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> RunSummary:
     for line in setup.warnings:
         progress.warn(line)
     earlier = folder.calls()
-    accounts = Accounts(setup=setup, folder=folder, run_id=run_id)
+    accounts = Accounts(setup=setup, folder=folder, run_id=run_id, warn=progress.warn)
     with setup.store.watched(), open_executor(config) as executor:
         session = Session(
             config=config,

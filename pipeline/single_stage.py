@@ -77,7 +77,7 @@ def run_stage(
         round_ = _find_round(
             setup, round_index, needs_policy=stage == "train", session=session if follow else None
         )
-        accounts = Accounts(setup=setup, folder=folder, run_id=run_id)
+        accounts = Accounts(setup=setup, folder=folder, run_id=run_id, warn=progress.warn)
         accounts.share(round_)
         if stage == "train" or all(cache.origin != "ahead" for cache in round_.caches):
             folder.write_plan(round_)  # what is made ahead belongs to no policy yet
@@ -119,7 +119,7 @@ def run_evaluation(
     if policy is None:
         setup = open_setup(config)
         store, vocabulary, student = setup.store, setup.vocabulary, _policy_of(setup, version)
-        run_id, lost = _join(setup, folder, version), setup.lost
+        run_id, lost = _join(setup, folder, version, progress), setup.lost
     else:
         store = open_store(config)
         student, vocabulary = open_policy(config, store, policy)
@@ -141,7 +141,9 @@ def run_evaluation(
     found = evaluation_record(config, store, student, vocabulary, store.ids_of_run(run_id))
     assert found is not None  # measured above
     if setup is not None and folder.is_of(config):
-        Accounts(setup=setup, folder=folder, run_id=run_id).write(changed=version - 1)
+        Accounts(setup=setup, folder=folder, run_id=run_id, warn=progress.warn).write(
+            changed=version - 1
+        )
     if out is not None:
         _write_out(out, found, student, store)
     return "\n".join(figure_lines(found))
@@ -174,12 +176,12 @@ def _write_out(out: Path, evaluation: Answers, student: Checkpoint, store: Store
     publish(out, (json.dumps(record.as_json(), indent=2) + "\n").encode())
 
 
-def _join(setup: Setup, folder: RunFolder, policy_version: int) -> str:
+def _join(setup: Setup, folder: RunFolder, policy_version: int, progress: Progress) -> str:
     """Join the run of a folder, or begin one for a run of other machines; returns the id."""
     if policy_version == 0 or folder.is_run():
         return folder.join(setup.config)
     run_id = folder.open(setup.config)
-    accounts = Accounts(setup=setup, folder=folder, run_id=run_id)
+    accounts = Accounts(setup=setup, folder=folder, run_id=run_id, warn=progress.warn)
     accounts.share(_find_round(setup, policy_version - 1))
     return run_id
 

@@ -198,3 +198,26 @@ def test_training_that_is_done_reads_few_records(
     stage(folder, "train", 1)
     records = [path for path in read if path.parent.name == "units" and path.suffix == ".json"]
     assert {path.parts[-4] for path in records} == {"prompts"}
+
+
+def test_a_report_that_cannot_be_made_costs_no_round(
+    copied_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder = small_config(copied_run), RunFolder(copied_run / "run")
+    run(config, folder, Silent())  # its policies lie elsewhere than before
+    expected, lines = reports_of(folder), list[str]()
+    report = min(copied_run.glob("run/**/report.json"))
+    report.unlink()
+    progress = Silent()
+    monkeypatch.setattr(progress, "warn", lines.append, raising=False)
+
+    def broken(*given: Any) -> Any:
+        raise KeyError("num_experts")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.accounting.round_report", broken)
+        run(config, folder, progress)
+    (line,) = lines
+    assert line.startswith(f"round {expected[0]['round']} has no report (KeyError: 'num_experts')")
+    run(config, folder, Silent())
+    assert reports_of(folder) == expected
