@@ -106,7 +106,6 @@ def compare(folder: Path, reference: Any, gaps: dict[str, float]) -> str:
     gaps["sampling"] = max(_sampling_gap(reference, rows) for rows in (drawn, greedy))
     gaps["scoring"] = max(_scoring_gap(engine, reference, rows) for rows in (drawn, greedy))
     student = load_student(folder, lora=None, initial=folder, gradient_checkpointing=False)
-    student.eval()
     gaps["training"] = _training_gap(student, reference, drawn)
     return str(reading_of(decoder_of(reference)))
 
