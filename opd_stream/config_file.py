@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
+from opd_stream.fetching import is_hub_id
 from opd_stream.section import Section, is_list, is_object
 
 _PATHS = {  # section -> its fields that hold a path; "" is the file itself
@@ -138,7 +139,8 @@ def _anchored(section: dict[str, Any], below: Any, folder: Path, name: str = "")
         if is_object(item):
             anchored[key] = _anchored(item, known.get(key), folder, key)
         elif key in _PATHS.get(name, ()) and isinstance(item, str) and "://" not in item:
-            is_name = is_dataset and key == "path" and not (folder / item).exists()
+            may_be_name = is_dataset or (name in ("student", "teacher") and is_hub_id(item))
+            is_name = may_be_name and key == "path" and not (folder / item).exists()
             anchored[key] = item if is_name else str(folder / item)
         else:
             anchored[key] = item

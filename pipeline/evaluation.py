@@ -103,7 +103,7 @@ def open_policy(config: Config, store: Store, folder: Path) -> tuple[Checkpoint,
     """
     policy = open_checkpoint(store, folder)
     models = [config.student] if config.teacher is None else [config.student, config.teacher]
-    known = [open_checkpoint(store, model.path) for model in models if model.path.is_dir()]
+    known = [open_checkpoint(store, model.folder) for model in models if model.is_here]
     same = [
         other
         for other in known

@@ -13,6 +13,7 @@ import pyarrow as pa
 from opd_stream.config import Config
 from opd_stream.engines import engine_recipe
 from opd_stream.errors import UserError
+from opd_stream.fetching import fetch, local_folder
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.store import Store
 from opd_stream.windows import AdaptiveWindow
@@ -80,6 +81,7 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
             together, K is larger than the vocabulary, or the prompts are refused.
     """
     check_extras(config)
+    fetch_checkpoints(config)
     store = open_store(config)
     setup = setup_of(config, store, partial(open_checkpoint, store), token_id_of, make=make)
     if make:
@@ -111,6 +113,17 @@ def open_to_look(config: Config) -> Setup:
     return setup_of(config, store, partial(open_checkpoint, store), token_id_of, make=False)
 
 
+def fetch_checkpoints(config: Config) -> None:
+    """Fetch hub models and convert GGUF files that are not here yet.
+
+    Raises:
+        UserError: one cannot be had; a replay does without its teacher.
+    """
+    fetch(config.student.path, config.student.revision)
+    if config.teacher is not None and config.replay is None:
+        fetch(config.teacher.path, config.teacher.revision)
+
+
 def open_store(config: Config) -> Store:
     """The store of a run, patient from its first answer on."""
     Store(config.store).check_writable()
@@ -136,11 +149,11 @@ def setup_of(
     for model in (config.student, config.teacher):
         if model is not None:
             engine_recipe(model.engine)  # one of the user's own can be imported
-    student = opened(config.student.path)
+    student = opened(config.student.folder)
     teacher, alignment, rendered = None, None, None
     if config.replay is None:
         assert config.teacher is not None  # validated with the config
-        teacher = opened(config.teacher.path)
+        teacher = opened(config.teacher.folder)
         check_pair(student, teacher, aligns=config.scores.alignment is not None)
         _check_top_k(config, teacher)
     prompts = (make_prompts if make else prompts_artifact)(store, config.prompts, student)
@@ -309,9 +322,9 @@ def _newlines(config: Config, tokenizer: Any) -> tuple[int, ...]:
 
 def _replayed_teacher(opened: Opener, config: Config) -> str | None:
     """The identity of the teacher that a replay's config names."""
-    if config.replay is None or config.teacher is None or not config.teacher.path.is_dir():
+    if config.replay is None or config.teacher is None or not config.teacher.is_here:
         return None
-    return opened(config.teacher.path).identity.fingerprint
+    return opened(config.teacher.folder).identity.fingerprint
 
 
 def _warnings(opened: Opener, config: Config, teacher: Checkpoint | None) -> tuple[str, ...]:
@@ -325,7 +338,7 @@ def _warnings(opened: Opener, config: Config, teacher: Checkpoint | None) -> tup
             "student's fine-tuning data; that is unknown; set student.taught_by to the folder of "
             "the model that wrote it",
         )
-    if opened(taught_by).identity == teacher.identity:
+    if opened(local_folder(taught_by)).identity == teacher.identity:
         return ()
     return (
         f"one round trains offline, and another model ({taught_by}) taught the student: the "

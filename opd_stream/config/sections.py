@@ -10,6 +10,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from opd_stream.engines import EngineName
 from opd_stream.engines.base import VllmOptions
+from opd_stream.errors import UserError
+from opd_stream.fetching import local_folder
 from opd_stream.objectives import AnyObjective, SampledPg
 from opd_stream.rendering import ChatTemplate, Template
 from opd_stream.section import Section, is_object, later
@@ -25,7 +27,13 @@ SEEDS = 2**32  # fits 64 bits with a step beside it
 class Model(Section):
     """A checkpoint in a role, and the engine that runs it."""
 
-    path: Path = Field(description="Hugging Face folder: config.json, safetensors, tokenizer")
+    path: Path = Field(
+        description="Hugging Face folder (config.json, safetensors, tokenizer), hub model "
+        "ORGANISATION/NAME, or GGUF file"
+    )
+    revision: str | None = Field(
+        default=None, description="branch, tag or commit of a hub model; null: its main branch"
+    )
     engine: EngineName = Field(
         default="transformers",
         description="what runs it: transformers, vllm, fake, or yours: docs/extend.md",
@@ -37,6 +45,19 @@ class Model(Section):
     batch_rows: int = Field(
         default=64, ge=1, description="rows the engine runs at once; placement only"
     )
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint lies on this machine; see `local_folder`."""
+        return local_folder(self.path, self.revision)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether there is such a folder on this machine."""
+        try:
+            return self.folder.is_dir()
+        except UserError:
+            return False
 
 
 class Student(Model):

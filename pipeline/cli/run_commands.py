@@ -22,6 +22,19 @@ COLUMNS = (
 )
 
 
+@app.command("fetch")
+def fetch_models(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Fetch the hub models of a config and convert its GGUF files; a run does it, too."""
+    from opd_stream.config_file import load_config
+    from pipeline.setup import fetch_checkpoints
+
+    settings = load_config(config, overrides or [])
+    fetch_checkpoints(settings)
+    for model in (settings.student, settings.teacher):
+        if model is not None:
+            typer.echo(f"{model.path}: {model.folder}")
+
+
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Run the whole loop; run it again to continue."""

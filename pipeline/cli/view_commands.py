@@ -48,8 +48,10 @@ def doctor(
     """Check whether a config can run here and is set up right; exit code 1 if not."""
     from opd_stream.config_file import load_config
     from pipeline.doctor.findings import Screen
+    from pipeline.setup import fetch_checkpoints
 
     settings = load_config(config, overrides or [])
+    fetch_checkpoints(settings)
     with Screen(as_json=as_json) as screen:
         screen.begin("libraries")  # importing them takes seconds on a cold disk
         from pipeline.doctor.examination import examine

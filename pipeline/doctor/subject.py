@@ -61,7 +61,7 @@ class Subject:
         """The checkpoint of a role."""
         if role not in self.engines:
             raise NotChecked(f"the config names no {role}")
-        path = self.engines[role].path
+        path = self.engines[role].folder
 
         def opened() -> Checkpoint:
             try:
@@ -75,7 +75,7 @@ class Subject:
     def roles(self) -> list[str]:
         """Roles whose checkpoint a run opens; a replay's teacher need not be here."""
         is_run = self.config.replay is None
-        return [r for r, m in self.engines.items() if r == "student" or is_run or m.path.is_dir()]
+        return [r for r, m in self.engines.items() if r == "student" or is_run or m.is_here]
 
     @property
     def models(self) -> dict[str, Checkpoint]:

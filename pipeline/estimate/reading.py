@@ -77,7 +77,7 @@ def read_inputs(config: Config) -> RunInputs:
     store = Store(config.store)
     _check_store(store)
     notes: list[str] = []
-    tokenizer = FastTokenizer.of(config.student.path)
+    tokenizer = FastTokenizer.of(config.student.folder)
 
     def token_id(model: Checkpoint, token: str) -> int | None:
         return None if tokenizer is None else tokenizer.token_id(token)

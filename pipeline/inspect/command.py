@@ -131,7 +131,7 @@ def _tokenizer_folder(config: Config, store: Store, cache: RoundCache) -> Path:
     prompts, expected = cache.rollouts.recipe.inputs.get("prompts"), None
     if prompts is not None:
         expected = store.by_fingerprint("prompts", prompts).recipe.inputs["tokenizer"]
-    student = config.student.path
+    student = config.student.folder if config.student.is_here else config.student.path
     if student.is_dir() and expected in (None, tokenizer_digest(student)):
         return student
     for policy in map(store.policy, store.recipes("policies")):
