@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     if student.tokenizer_sha256 != teacher.tokenizer_sha256:
         raise UserError(
             f"{asked.student} and {asked.teacher} have different tokenizers; expected the same "
-            "tokenizer files; choose a teacher of the student's family"
+            "one; choose a teacher of the student's family"
         )
     tokenizer = AutoTokenizer.from_pretrained(asked.student)
     texts = texts_of(asked.texts)

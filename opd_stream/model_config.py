@@ -5,7 +5,6 @@ older families use names of their own, and a config may leave out what its class
 file does not say in the usual words is asked of transformers.
 """
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, TypeGuard, cast
 
 from opd_stream.errors import UserError
 from opd_stream.section import is_object
+from opd_stream.store.files import checkpoint_json
 
 USUAL = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
@@ -55,7 +55,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 @lru_cache(maxsize=16)
 def _read(folder: Path, _stamps: tuple[Any, ...]) -> ModelConfig:
-    raw = _object(folder / "config.json")
+    raw = checkpoint_json(folder / "config.json")
     settings = raw if all(_is_count(raw.get(name)) for name in USUAL) else _filled_in(folder)
     vocabulary = settings.get("vocab_size")
     if not _is_count(vocabulary):
@@ -64,7 +64,7 @@ def _read(folder: Path, _stamps: tuple[Any, ...]) -> ModelConfig:
             "of a language model; check the folder"
         )
     terminators: dict[str, frozenset[int]] = {}
-    generation = _object(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+    generation = checkpoint_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
     own, default = raw.get("eos_token_id"), settings.get("eos_token_id")
     if own is None and not (_is_count(default) and default >= vocabulary):
         own = default  # of the section of the language model, or of its class
@@ -79,17 +79,6 @@ def _read(folder: Path, _stamps: tuple[Any, ...]) -> ModelConfig:
         is_quantised=bool(raw.get("quantization_config")),
         shares_head=bool(raw.get("tie_word_embeddings", settings.get("tie_word_embeddings"))),
     )
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-        problem = None if is_object(found) else f"holds a {type(found).__name__}"
-    except (ValueError, RecursionError) as error:
-        found, problem = {}, f"cannot be read ({' '.join(str(error).split())[:120]})"
-    if problem is not None:
-        raise UserError(f"{path} {problem}; expected a JSON object; copy the checkpoint again")
-    return found
 
 
 def _is_count(value: Any) -> TypeGuard[int]:

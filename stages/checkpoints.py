@@ -12,6 +12,13 @@ from opd_stream.model_config import ModelConfig, read_model_config
 from opd_stream.store.files import read_json
 from opd_stream.store.policy import Identity
 from opd_stream.store.store import Store
+from opd_stream.store.tokenizer_identity import (
+    TokenizerComparison,
+    TokenizerMeaning,
+    compare_tokenizers,
+    read_meaning,
+    tokenizer_meaning,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,19 +99,44 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, *, aligns: bool = False
     Raises:
         UserError: the tokenizers differ, or the student has no terminator.
     """
-    same = student.identity.tokenizer_sha256 == teacher.identity.tokenizer_sha256
-    if not same and not aligns:
+    compared = compare_pair(student, teacher)
+    if compared.difference is not None and not aligns:
+        other = ", or set scores.alignment={kind: bytes}" if compared.aligns else ""
         raise UserError(
-            f"student {student.folder} and teacher {teacher.folder} have different tokenizers "
-            f"(digest {student.identity.tokenizer_sha256[:12]} against "
-            f"{teacher.identity.tokenizer_sha256[:12]}); expected the same tokenizer files; "
-            "use a teacher of the same family, or set scores.alignment={kind: bytes}"
+            f"student {student.folder} and teacher {teacher.folder} have different tokenizers: "
+            f"{compared.difference}; use a teacher with the student's tokenizer{other}"
         )
     if not student.terminators():
         raise UserError(
             f"student {student.folder} names no eos_token_id; expected one in "
             "generation_config.json or config.json; add it"
         )
+
+
+@lru_cache(maxsize=4)
+def compare_pair(student: Checkpoint, teacher: Checkpoint) -> TokenizerComparison:
+    """Whether the ids of a student mean the same to its teacher.
+
+    Raises:
+        UserError: a tokenizer cannot be read.
+    """
+    if student.identity.tokenizer_sha256 == teacher.identity.tokenizer_sha256:
+        return TokenizerComparison()
+    return compare_tokenizers(_meaning(student), _meaning(teacher))
+
+
+def _meaning(model: Checkpoint) -> TokenizerMeaning:
+    """Of the tokenizer as its file has it; where there is none, as transformers converts it."""
+    path = model.folder / "tokenizer.json"
+    if path.is_file():
+        return read_meaning(path)
+    backend = getattr(model.tokenizer(), "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(
+            f"the tokenizer of {model.folder} is not a fast one, and is compared with another; "
+            "save it with a fast tokenizer (tokenizer.json)"
+        )
+    return tokenizer_meaning(backend)
 
 
 def weight_shapes(folder: Path) -> dict[str, list[int]]:
@@ -195,7 +227,7 @@ def open_vocabulary(folder: Path) -> Any:
 def _opened(kind: Any, folder: Path) -> Any:
     try:
         return kind.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever the libraries say of the values in its files
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{folder} has no readable tokenizer ({reason}); check the folder"

@@ -15,7 +15,7 @@ from opd_stream.store.policy import tokenizer_digest
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch, ScoreBatch
-from stages.checkpoints import Checkpoint, open_tokenizer
+from stages.checkpoints import Checkpoint, compare_pair, open_tokenizer
 from stages.prompts import make_prompts, prompt_ids_of, prompts_artifact
 
 _BYTE_TOKENIZERS: dict[str, ByteTokenizer] = {}  # by the digest of the tokenizer's files
@@ -42,7 +42,7 @@ def open_alignment(
     rendered: Artifact | None = None,
     make: bool = True,
 ) -> AlignmentRecipe | None:
-    """The alignment of a run; None where the tokenizers are the same or no alignment is asked for.
+    """The alignment of a run; None where ids mean the same to both, or none is asked for.
 
     `rendered` are the prompts under the teacher's own template, if it has one. Without `make` its
     prompts are only named, and no tokenizer is read.
@@ -52,7 +52,7 @@ def open_alignment(
     """
     alignment = config.scores.alignment
     tokenizers = student.identity.tokenizer_sha256, teacher.identity.tokenizer_sha256
-    if alignment is None or tokenizers[0] == tokenizers[1]:
+    if alignment is None or compare_pair(student, teacher).difference is None:
         return None
     if not teacher.terminators():
         raise UserError(

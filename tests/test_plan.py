@@ -345,7 +345,9 @@ def test_large_weights_are_not_read_and_nothing_is_claimed_for_them(
     monkeypatch.setattr("pipeline.estimate.reading.MOST_BYTES", 1_000)
     known = plan(finished, "evaluation=null")
     assert known.sum(left=True).flops == 0  # the run remembered their digests
-    monkeypatch.setattr("opd_stream.store.policy._remembered", lambda path, cache: cache / "none")
+    monkeypatch.setattr(
+        "opd_stream.store.policy._remembered", lambda path, cache, reads: cache / "none"
+    )
     unknown = plan(finished, "evaluation=null")
     assert unknown.sum(left=True) == unknown.sum()
     assert sum("too large to read" in note for note in unknown.notes) == 2

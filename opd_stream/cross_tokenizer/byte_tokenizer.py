@@ -48,14 +48,11 @@ class ByteTokenizer:
                 "reads; save it with a fast tokenizer"
             )
         spec: Json = json.loads(backend.to_str())
-        model = spec["model"]
-        kinds = {part["type"] for part in _parts(spec["decoder"])}
-        suffix = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-        if suffix or model["type"] == "WordPiece" or kinds & set(SPACES_LOST):
+        if drops_spaces(spec):
             raise UserError(
-                f"the tokenizer of {name} ({model['type']}) drops spaces between its tokens; "
-                "scores.alignment of kind bytes reads byte-level and metaspace tokenizers; use "
-                "another model"
+                f"the tokenizer of {name} ({spec['model']['type']}) drops spaces between its "
+                "tokens; scores.alignment of kind bytes reads byte-level and metaspace "
+                "tokenizers; use another model"
             )
         added = backend.get_added_tokens_decoder()
         self.name = name
@@ -67,7 +64,7 @@ class ByteTokenizer:
             self.bytes_of[number] = token.content.encode()
         for number in self.special:
             del self.bytes_of[number]
-        self._raw: Any = backend.__class__.from_str(json.dumps(_without_edges(spec)))
+        self._raw: Any = backend.__class__.from_str(json.dumps(without_edges(spec)))
         self._raw.encode_special_tokens = True  # what only looks like a special token is text
 
     def read(self, text: str) -> Reading:
@@ -87,6 +84,14 @@ class ByteTokenizer:
             part == data[start:end] for part, start, end in zip(parts, starts, ends, strict=True)
         ]
         return Reading(ids=ids, ends=ends, exact=np.array(exact, np.bool_))
+
+
+def drops_spaces(spec: Json) -> bool:
+    """Whether tokens of a tokenizer do not say where spaces are."""
+    model = spec["model"]
+    kinds = {part["type"] for part in _parts(spec["decoder"])}
+    suffix = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    return bool(suffix) or model["type"] == "WordPiece" or bool(kinds & set(SPACES_LOST))
 
 
 def _bytes_of_pieces(spec: Json, pieces: dict[int, str]) -> dict[int, bytes]:
@@ -121,7 +126,7 @@ def _bytes_of_pieces(spec: Json, pieces: dict[int, str]) -> dict[int, bytes]:
     return spelled
 
 
-def _without_edges(spec: Json) -> Json:
+def without_edges(spec: Json) -> Json:
     """A tokenizer that puts nothing in front of a text, behind it or around it."""
     inner = {name: _without_prefix(spec[name]) for name in ("normalizer", "pre_tokenizer")}
     return {**spec, "post_processor": None, "truncation": None, "padding": None, **inner}

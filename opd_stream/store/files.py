@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from opd_stream.errors import UserError, unreachable
-from opd_stream.section import R, Record, read_record
+from opd_stream.section import R, Record, is_object, read_record
 
 RETRY_TIMEOUT = 5.0  # seconds, with a store that has not answered yet
 READS = 3  # of an object that arrives torn, before it is called damaged
@@ -90,6 +90,27 @@ def read_json(path: Path) -> Any:
             f"{path} is not valid JSON ({error}); expected a file written by opd-stream; "
             "delete it and run the same command again"
         ) from error
+
+
+def checkpoint_json(path: Path) -> dict[str, Any]:
+    """A settings file of a checkpoint.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    try:
+        found: Any = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{path} cannot be read ({reason}); expected a JSON object; copy the checkpoint again"
+        ) from error
+    if not is_object(found):
+        raise UserError(
+            f"{path} holds a {type(found).__name__}; expected a JSON object; copy the checkpoint "
+            "again"
+        )
+    return found
 
 
 def json_files(folder: Path) -> list[Path]:

@@ -1,8 +1,8 @@
 """Policies: Hugging Face folders whose identity is what they compute, not where they lie.
 
-The identity of a checkpoint is the digest of its weights, its tokenizer and its architecture. A
-trained policy is an artifact like any other: an attempt's folder is filled first, and the manifest
-that names the winning attempt is published last.
+The identity of a checkpoint is the digest of its weights, its architecture and the meaning of its
+tokenizer. A trained policy is an artifact like any other: an attempt's folder is filled first, and
+the manifest that names the winning attempt is published last.
 
     policies/77c0…/manifest.json           recipe, identity, outcome of the training
     policies/77c0…/attempt-5b…/            config.json, model.safetensors, tokenizer, optimizer/
@@ -21,12 +21,12 @@ from opd_stream.section import Record
 from opd_stream.store.files import (
     canonical_json,
     check_there,
+    checkpoint_json,
     inside,
     is_remote,
     load_record,
     publish,
     publish_new,
-    read_json,
     record_bytes,
     remove_tree,
     sha256,
@@ -36,12 +36,21 @@ from opd_stream.store.files import (
     verified_bytes,
 )
 from opd_stream.store.recipe import Recipe, RecipeRecord
+from opd_stream.store.tokenizer_identity import meaning_digest
+from opd_stream.store.tokenizer_settings import read_settings
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-RENDERING = ("chat_template", "bos_token", "eos_token", "add_bos_token")
+TOKENIZER = "tokenizer.json"
+OLDER_TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt")  # where there is none
+RENDERING = (
+    *("chat_template", "bos_token", "eos_token", "add_bos_token", "add_eos_token"),
+    *("add_prefix_space", "split_special_tokens"),
+)
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 UNREAD = "unread"  # digest of weights that were not read
 VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+
+
+Reads = Callable[[Path], str]  # digest of a file: of its bytes, or of what it means
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +80,7 @@ def identify(folder: Path, *, cache: Path | None = None) -> Identity:
     Raises:
         UserError: the folder is no checkpoint (says what is missing).
     """
-    return _identity(folder, lambda path: _digest_file(path, cache))
+    return _identity(folder, lambda path, reads: _digest_file(path, cache, reads))
 
 
 def known_identity(folder: Path, *, cache: Path, most_bytes: int) -> Identity:
@@ -82,28 +91,29 @@ def known_identity(folder: Path, *, cache: Path, most_bytes: int) -> Identity:
     Raises:
         UserError: the folder is no checkpoint (says what is missing).
     """
-    new = [p for p in folder.glob("*.safetensors") if not _remembered(p, cache).exists()]
+    weights = folder.glob("*.safetensors")
+    new = [path for path in weights if not _remembered(path, cache, sha256_file).exists()]
     too_much = sum(path.stat().st_size for path in new) > most_bytes
 
-    def digest(path: Path) -> str:
+    def digest(path: Path, reads: Reads) -> str:
         if path in new and too_much:
             return UNREAD
-        remembered = _remembered(path, cache)
-        return _read_digest(remembered) if remembered.exists() else sha256_file(path)
+        remembered = _remembered(path, cache, reads)
+        return _read_digest(remembered) if remembered.exists() else reads(path)
 
     identity = _identity(folder, digest)
     return replace(identity, weights_sha256=UNREAD) if too_much else identity
 
 
-def _identity(folder: Path, digest: Callable[[Path], str]) -> Identity:
+def _identity(folder: Path, digest: Callable[[Path, Reads], str]) -> Identity:
     weights = sorted(folder.glob("*.safetensors"))
-    tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    has_tokenizer = any((folder / name).exists() for name in (TOKENIZER, *OLDER_TOKENIZERS))
     missing = [
         what
         for what, there in (
             ("config.json", (folder / "config.json").exists()),
             ("*.safetensors", bool(weights)),
-            ("tokenizer.json", bool(tokenizer)),
+            (TOKENIZER, has_tokenizer),
         )
         if not there
     ]
@@ -120,29 +130,39 @@ def _identity(folder: Path, digest: Callable[[Path], str]) -> Identity:
             f"{folder} is no checkpoint: found {found}; expected a Hugging Face folder with "
             "config.json, safetensors and a tokenizer; check the path"
         )
-    config = {
-        k: v for k, v in read_json(folder / "config.json").items() if k not in VOLATILE_CONFIG
-    }
+    read = checkpoint_json(folder / "config.json")
+    config = {k: v for k, v in read.items() if k not in VOLATILE_CONFIG}
     return Identity(
-        weights_sha256=_digest_files(weights, digest),
-        tokenizer_sha256=_digest_files(tokenizer, digest),
+        weights_sha256=_digest_files(weights, lambda path: digest(path, sha256_file)),
+        tokenizer_sha256=_tokenizer(folder, digest),
         architecture_sha256=sha256(canonical_json(config)),
         rendering_sha256=_rendering(folder),
     )
 
 
 def _rendering(folder: Path) -> str:
-    path = folder / "tokenizer_config.json"
-    settings: dict[str, Any] = read_json(path) if path.is_file() else {}
-    found: dict[str, Any] = {name: settings.get(name) for name in RENDERING}
-    found |= {name: (folder / name).read_text() for name in TEMPLATES if (folder / name).is_file()}
+    settings = read_settings(folder)
+    found: dict[str, Any] = {name: settings.get(name) or None for name in RENDERING}
+    for file in (folder / name for name in TEMPLATES):
+        if file.is_file():
+            try:
+                found[file.name] = file.read_text(encoding="utf-8")
+            except ValueError as error:
+                raise UserError(f"{file} is not UTF-8 text; copy the checkpoint again") from error
     return sha256(canonical_json(found))
+
+
+def _tokenizer(folder: Path, digest: Callable[[Path, Reads], str]) -> str:
+    """By meaning; of the files that a library has to convert first, by their bytes."""
+    if (folder / TOKENIZER).is_file():
+        return digest(folder / TOKENIZER, meaning_digest)
+    older = [folder / name for name in OLDER_TOKENIZERS if (folder / name).exists()]
+    return _digest_files(older, lambda path: digest(path, sha256_file))
 
 
 def tokenizer_digest(folder: Path) -> str:
     """`tokenizer_sha256` of the identity of a folder, read without its weights."""
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
-    return _digest_files(files, sha256_file)
+    return _tokenizer(folder, lambda path, reads: reads(path))
 
 
 class DamagedPolicy(UserError):
@@ -311,12 +331,12 @@ def _digest_files(paths: list[Path], digest: Callable[[Path], str]) -> str:
     return sha256(canonical_json([[path.name, digest(path)] for path in paths]))
 
 
-def _digest_file(path: Path, cache: Path | None) -> str:
+def _digest_file(path: Path, cache: Path | None, reads: Reads = sha256_file) -> str:
     if cache is None:
-        return sha256_file(path)
-    remembered = _remembered(path, cache)
+        return reads(path)
+    remembered = _remembered(path, cache, reads)
     if not remembered.exists():
-        publish(remembered, record_bytes(FileDigest(file=path.name, sha256=sha256_file(path))))
+        publish(remembered, record_bytes(FileDigest(file=path.name, sha256=reads(path))))
     return _read_digest(remembered)
 
 
@@ -324,8 +344,8 @@ def _read_digest(remembered: Path) -> str:
     return load_record(FileDigest, remembered).sha256
 
 
-def _remembered(path: Path, cache: Path) -> Path:
+def _remembered(path: Path, cache: Path, reads: Reads) -> Path:
     """Where the digest of a file is kept, for as long as the file does not change."""
     stat = path.stat()
-    key = canonical_json([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    key = canonical_json([reads.__name__, str(path.resolve()), stat.st_size, stat.st_mtime_ns])
     return cache / f"{sha256(key)[:32]}.json"

@@ -9,13 +9,14 @@ from opd_stream.config import Evaluation
 from opd_stream.errors import UserError
 from opd_stream.prompts import lost_rows, shuffled_rows
 from opd_stream.rendering import ChatTemplate, Prompt, Renderer
+from opd_stream.store.tokenizer_identity import TokenizerComparison
 from opd_stream.tasks.judges import Judge, open_judge
 from opd_stream.tasks.references import right_answer
 from pipeline.doctor.findings import Finding, check
 from pipeline.doctor.subject import Subject
 from pipeline.rounds import named_checkpoint, rounds
 from pipeline.setup import ContextUse, context_of, training_contexts
-from stages.checkpoints import Checkpoint, check_pair, tokenizer_size
+from stages.checkpoints import Checkpoint, check_pair, compare_pair, tokenizer_size
 from stages.evaluate import SHOWN, judged_rows, unjudged_line
 
 
@@ -43,12 +44,18 @@ def tokenizers(subject: Subject) -> Iterator[Finding]:
         return  # the check of terminators says it
     aligns = subject.config.scores.alignment is not None
     check_pair(student, teacher, aligns=aligns)
-    digest = student.identity.tokenizer_sha256[:12]
-    if aligns and teacher.identity.tokenizer_sha256[:12] != digest:
+    compared = compare_pair(student, teacher)
+    if compared.difference is not None:
         yield tokenizers.ok("two tokenizers, whose texts scores.alignment brings together")
         return
     size = tokenizer_size(student.folder)
-    yield tokenizers.ok(f"the same tokens (digest {digest}), {size} ids")
+    yield tokenizers.ok(f"ids mean the same to both, {size} ids{_more_ids(compared)}")
+    for remark in compared.remarks:
+        yield tokenizers.warning(
+            f"ids mean the same to both, but {remark}",
+            "make sure that the teacher was trained on texts as the student's tokenizer writes "
+            "them: prompts are tokenised once",
+        )
     logits = {"student": student.config.vocabulary, "teacher": teacher.config.vocabulary}
     for role, most in logits.items():
         if size > most:
@@ -57,6 +64,16 @@ def tokenizers(subject: Subject) -> Iterator[Finding]:
                 f"no id from {most} on is drawn, and a prompt that holds one is refused; resize "
                 f"the {role}'s embeddings if it should know them",
             )
+
+
+def _more_ids(compared: TokenizerComparison) -> str:
+    """What a tokenizer has that the other one lacks."""
+    more = {"student": compared.student_only, "teacher": compared.teacher_only}
+    return "".join(
+        f"; {len(ids):,} more in the {role}'s tokenizer, from {ids[0]} on"
+        for role, ids in more.items()
+        if ids
+    )
 
 
 @check(

@@ -25,9 +25,10 @@ from opd_stream.sources import (
     row_count,
 )
 from opd_stream.store.artifact import Artifact, DamagedUnit
-from opd_stream.store.files import is_remote, read_json
+from opd_stream.store.files import is_remote
 from opd_stream.store.policy import UNREAD, known_identity
 from opd_stream.store.store import Store
+from opd_stream.store.tokenizer_settings import read_settings
 from pipeline.estimate.sizes import PromptLengths
 from pipeline.setup import Setup, check_context, check_extras, setup_of
 from stages.checkpoints import Checkpoint
@@ -135,8 +136,7 @@ class FastTokenizer:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        settings = folder / "tokenizer_config.json"
-        named: dict[str, Any] = read_json(settings) if settings.exists() else {}
+        named = read_settings(folder)
         self.bos_token_id = self._special(named.get("bos_token"))
         self.eos_token_id = self._special(named.get("eos_token"))
 
@@ -147,6 +147,8 @@ class FastTokenizer:
             return None
         try:
             return FastTokenizer(folder)
+        except UserError:
+            raise
         except Exception as error:  # the library raises nothing narrower
             reason = " ".join(str(error).split())[:200]
             raise UserError(
