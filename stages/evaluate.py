@@ -153,10 +153,14 @@ def _judged(
         texts = tokenizer.batch_decode(
             [row.tolist() for row in batch.completion_ids], skip_special_tokens=True
         )
-        for row, (prompt_id, text) in enumerate(zip(batch.prompt_id, texts, strict=True)):
-            if batch.sample_index[row] >= samples or prompt_id not in answers:
-                continue
-            correct[prompt_id] += judge(text, answers[prompt_id])
+        asked = [
+            row
+            for row, name in enumerate(batch.prompt_id)
+            if batch.sample_index[row] < samples and name in answers
+        ]
+        pairs = [(texts[row], answers[batch.prompt_id[row]]) for row in asked]
+        for row, is_right in zip(asked, judge.verdicts(pairs), strict=True):
+            correct[batch.prompt_id[row]] += is_right
             tokens += len(batch.completion_ids[row])
             length_rows += batch.finish_reason[row] == "length"
     counts = list(correct.values())

@@ -11,7 +11,7 @@ from opd_stream.config import Evaluation
 from opd_stream.config_file import load_config
 from opd_stream.errors import UserError
 from opd_stream.prompts import read_prompts
-from opd_stream.tasks.judges import BuiltInJudge, FunctionJudge, judge_recipe, open_judge
+from opd_stream.tasks.judges import BuiltInJudge, CodeJudge, FunctionJudge, judge_recipe, open_judge
 from tests.conftest import SMALL_RUN, small_config
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -107,10 +107,12 @@ def test_a_config_of_two_forms_or_none_is_one_line(tmp_path: Path) -> None:
 
 def test_the_config_of_the_page_is_one() -> None:
     page = (ROOT / "docs" / "evaluation.md").read_text()
-    block, _ = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    block, _, programs = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     parts = Evaluation.model_validate(yaml.safe_load(block)["evaluation"]).parts()
     assert [part.samples_per_prompt for part in parts.values()] == [1, 8, 32]
     for part in parts.values():
         assert part.judge == BuiltInJudge(kind="math")
         assert part.prompts is not None
         assert part.prompts.template.text.endswith("within \\boxed{}.")
+    for part in Evaluation.model_validate(yaml.safe_load(programs)["evaluation"]).parts().values():
+        assert part.judge == CodeJudge(kind="code", allow_code_execution=True)

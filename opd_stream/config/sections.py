@@ -290,14 +290,20 @@ class Train(Section):
         return self.learning_rate * factor
 
 
-BenchmarkFormat = Literal["gsm8k", "math500", "amc23", "aime"]
+BenchmarkFormat = Literal["gsm8k", "math500", "amc23", "aime", "humaneval", "mbpp"]
 
 # Fields as the data sets are published, and the usual judge.
-_FORMATS: dict[str, tuple[str, str, str]] = {
+_FORMATS: dict[str, tuple[str, str | tuple[str, ...], str]] = {
     "gsm8k": ("question", "answer", "final_number"),
     "math500": ("problem", "answer", "math"),
     "amc23": ("question", "answer", "math"),
     "aime": ("problem", "answer", "math"),
+    "humaneval": ("prompt", ("prompt", "entry_point", "test"), "code"),
+    "mbpp": (
+        "{text}\nYour code should pass these tests:\n{test_list}",
+        ("test_list", "test_setup_code?", "test_imports?"),
+        "code",
+    ),
 }
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -307,7 +313,8 @@ class Benchmark(Section):
 
     format: BenchmarkFormat | None = Field(
         default=None,
-        description="fills in prompt_field, answer_field and judge as the data set is published",
+        description="fills in prompt_field, the fields of the answer, and judge, as the data set "
+        "is published",
     )
     prompts: Prompts
     judge: AnyJudge
@@ -323,9 +330,12 @@ class Benchmark(Section):
         known = _FORMATS.get(str(raw.get("format"))) if is_object(raw) else None
         if known is None or not is_object(raw.get("prompts")):
             return raw
-        prompt_field, answer_field, kind = known
-        fields = {"prompt_field": prompt_field, "answer_field": answer_field}
-        return {"judge": {"kind": kind}, **raw, "prompts": {**fields, **raw["prompts"]}}
+        prompt_field, answer, kind = known
+        answer_field = "answer_field" if isinstance(answer, str) else "answer_fields"
+        fields = {"prompt_field": prompt_field, answer_field: answer}
+        judge = raw.get("judge", {})
+        judge = {"kind": kind, **judge} if is_object(judge) else judge
+        return {**raw, "judge": judge, "prompts": {**fields, **raw["prompts"]}}
 
 
 class Evaluation(Section):

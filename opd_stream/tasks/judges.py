@@ -1,8 +1,10 @@
 """Judges: a program that says whether a completion answers the problem."""
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,6 +18,8 @@ from opd_stream.section import IMPORT_PATH, Section, import_path, is_object, own
 from opd_stream.tasks import ledger, mathematics
 from opd_stream.tasks.algebra import Algebra
 from opd_stream.tasks.answers import in_plain_signs, marked, spoken
+from opd_stream.tasks.code import program_of, read_task
+from opd_stream.tasks.isolation import Isolation, Limits, check_isolation, passes
 from opd_stream.tasks.numbers import final_number
 from opd_stream.tasks.references import judge_of_lists, reader_of_lists
 
@@ -36,10 +40,18 @@ class Judge:
 
     is_right: Callable[[str, str], bool]  # (completion, reference); False where it cannot read it
     can_read: Callable[[str], bool]  # whether any completion could be right by a reference
+    at_once: int = 1  # verdicts that are worked out at the same time
 
     def __call__(self, completion: str, reference: str) -> bool:
         """Whether a completion is right."""
         return self.is_right(completion, reference)
+
+    def verdicts(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether completions are right by their references, in order."""
+        if self.at_once == 1:
+            return [self.is_right(*pair) for pair in pairs]
+        with ThreadPoolExecutor(self.at_once) as threads:
+            return list(threads.map(self.is_right, *zip(*pairs, strict=True))) if pairs else []
 
     def unreadable(self, references: Iterable[str | None]) -> list[int]:
         """Places of references that are missing, or that the judge cannot read."""
@@ -61,6 +73,26 @@ class BuiltInJudge(Section):
     )
 
 
+class CodeJudge(Section):
+    """The program of a completion passes its tests, run in a child process with limits."""
+
+    kind: Literal["code"]
+    allow_code_execution: bool = Field(
+        default=False, description="programs that a model wrote run only where this is true"
+    )
+    isolation: Isolation = Field(
+        default="namespaces",
+        description="namespaces: no network, other processes or files (docs/evaluation.md); "
+        "limits: only the limits below, for a container that has no network itself",
+    )
+    cpu_seconds: int = Field(default=10, ge=1, description="of each process of a program")
+    wall_seconds: int = Field(default=60, ge=1, description="of a program and its tests")
+    memory_mib: int = Field(default=1024, ge=64, description="address space of each process")
+    files_mib: int = Field(default=64, ge=1, description="of all files; of each, with limits")
+    processes: int = Field(default=16, ge=1, description="and threads, of a program")
+    at_once: int = Field(default=4, ge=1, description="programs that run at once; placement only")
+
+
 class FunctionJudge(Section):
     """Your own function (completion, reference) -> bool, imported and run: only code you trust.
 
@@ -79,18 +111,42 @@ def _function(raw: Any) -> Any:
 
 
 AnyJudge = Annotated[
-    BuiltInJudge | FunctionJudge, Field(discriminator="kind"), BeforeValidator(_function)
+    BuiltInJudge | CodeJudge | FunctionJudge,
+    Field(discriminator="kind"),
+    BeforeValidator(_function),
 ]
 
 
-def open_judge(settings: BuiltInJudge | FunctionJudge) -> Judge:
+def open_judge(settings: BuiltInJudge | CodeJudge | FunctionJudge) -> Judge:
     """The judge that a config asks for; of a reference that is a list, it is asked for each.
 
     Raises:
         UserError: its library is not installed, or the function cannot be imported.
     """
+    if isinstance(settings, CodeJudge):
+        return _code_judge(settings)
     judge = _judge(settings)
     return Judge(is_right=judge_of_lists(judge.is_right), can_read=reader_of_lists(judge.can_read))
+
+
+def _code_judge(settings: CodeJudge) -> Judge:
+    if not settings.allow_code_execution:
+        raise UserError(
+            "judge code runs programs that a model wrote, and allow_code_execution of the judge is "
+            "false; set it to true to allow that (docs/evaluation.md says what they can reach)"
+        )
+    limits = Limits(**settings.model_dump(include={each.name for each in fields(Limits)}))
+    check_isolation(limits)
+
+    def is_right(completion: str, reference: str) -> bool:
+        task = read_task(reference)
+        return task is not None and passes(program_of(completion, task), limits)
+
+    return Judge(
+        is_right=is_right,
+        can_read=lambda reference: read_task(reference) is not None,
+        at_once=settings.at_once,
+    )
 
 
 def _judge(settings: BuiltInJudge | FunctionJudge) -> Judge:
@@ -110,12 +166,15 @@ def _judge(settings: BuiltInJudge | FunctionJudge) -> Judge:
     }[settings.kind]
 
 
-def judge_recipe(settings: BuiltInJudge | FunctionJudge) -> dict[str, Any]:
+def judge_recipe(settings: BuiltInJudge | CodeJudge | FunctionJudge) -> dict[str, Any]:
     """What decides the verdicts: the settings, and which code of others does.
 
     Raises:
         UserError: as `open_judge`.
     """
+    if isinstance(settings, CodeJudge):
+        limits = settings.model_dump(mode="json", exclude={"allow_code_execution", "at_once"})
+        return {**limits, "rules": RULES, "python": ".".join(map(str, sys.version_info[:2]))}
     recipe = settings.model_dump(mode="json")
     if isinstance(settings, FunctionJudge):
         _imported(settings.path)
