@@ -82,7 +82,7 @@ def rendered_prompts(
     tokenizer: Any,
     prompt_ids: Sequence[str],
 ) -> pa.Table:
-    """Some prompts of a source under another template, however long they become.
+    """Some prompts of a source as the teacher reads them, however long they become.
 
     Raises:
         UserError: see `read_prompts`; the template does not take one, or one is not there.
@@ -94,12 +94,13 @@ def rendered_prompts(
             f"prompt {gone!r} is no longer in the source; expected the same rows as before; "
             "restore it, or name another revision"
         )
-    prompts, renderer = (
-        [found[prompt_id] for prompt_id in prompt_ids],
-        Renderer(template, tokenizer),
-    )
-    _with_control_tokens(template, renderer, prompts)
-    return _table(prompts, [renderer.ids(prompt) for prompt in prompts])
+    prompts = [found[prompt_id] for prompt_id in prompt_ids]
+    try:
+        renderer = Renderer(template, tokenizer)
+        _with_control_tokens(template, renderer, prompts)
+        return _table(prompts, [renderer.ids(prompt) for prompt in prompts])
+    except UserError as error:
+        raise UserError(f"teacher.template: {error}") from error
 
 
 def _table(prompts: Sequence[Prompt], ids: Sequence[NDArray[np.int32]]) -> pa.Table:

@@ -33,6 +33,10 @@ from opd_stream.tasks.references import Match, reference_text
 _FIELD = re.compile(r"\{([\w.]+)\}")
 
 
+class UnreadableDataset(UserError):
+    """A data set that its library cannot find or read; rows that it read are no reason."""
+
+
 class EmbeddedPrompts(Section):
     """The embedded tasks: generated problems with answers a program can check."""
 
@@ -173,9 +177,15 @@ def read_prompts(source: Prompts) -> list[Prompt]:
     return prompts
 
 
-def row_count(source: FilePrompts) -> int:
-    """Rows of a source, its limit aside."""
-    return sum(count_rows(path, kind) for path, kind in _files(source))
+def row_count(source: Prompts) -> int | None:
+    """Rows of a source, or its limit; None where only reading it all would tell."""
+    if isinstance(source, EmbeddedPrompts):
+        return source.count
+    if source.limit is not None:
+        return source.limit
+    if isinstance(source, FilePrompts):
+        return sum(count_rows(path, kind) for path, kind in _files(source))
+    return len(_saved(source)) if _is_saved(source) else None
 
 
 def _files(source: FilePrompts) -> list[tuple[Path, Format]]:
@@ -210,7 +220,7 @@ def _rows(source: FilePrompts | DatasetPrompts) -> Iterator[PlacedRow]:
             yield f"{source.path} row {number}", dict(row)
     except Exception as error:  # the library and its file systems raise kinds of their own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(
+        raise UnreadableDataset(
             f"dataset {source.path!r} cannot be read: {reason}; expected a hub name, a saved "
             "folder or a builder; check path, name and split; without a network, fetch a hub name "
             f"before: hf download {source.path} --repo-type dataset"
@@ -218,16 +228,9 @@ def _rows(source: FilePrompts | DatasetPrompts) -> Iterator[PlacedRow]:
 
 
 def _dataset(source: DatasetPrompts) -> Iterable[Any]:
+    if _is_saved(source):
+        return _saved(source)
     datasets: Any = importlib.import_module("datasets")  # not typed
-
-    saved = ("dataset_info.json", "dataset_dict.json")
-    if source.data_files is None and any((Path(source.path) / name).is_file() for name in saved):
-        loaded = datasets.load_from_disk(source.path)
-        if not isinstance(loaded, datasets.DatasetDict):
-            return loaded
-        if source.split not in loaded:
-            raise ValueError(f"it has no split {source.split!r}, it has {', '.join(loaded)}")
-        return loaded[source.split]
     return datasets.load_dataset(
         source.path,
         name=source.name,
@@ -236,6 +239,22 @@ def _dataset(source: DatasetPrompts) -> Iterable[Any]:
         split=source.split,
         streaming=source.streaming,
     )
+
+
+def _is_saved(source: DatasetPrompts) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    names = ("dataset_info.json", "dataset_dict.json")
+    return source.data_files is None and any((Path(source.path) / n).is_file() for n in names)
+
+
+def _saved(source: DatasetPrompts) -> Any:
+    datasets: Any = importlib.import_module("datasets")  # not typed
+    loaded = datasets.load_from_disk(source.path)
+    if not isinstance(loaded, datasets.DatasetDict):
+        return loaded
+    if source.split not in loaded:
+        raise ValueError(f"it has no split {source.split!r}, it has {', '.join(loaded)}")
+    return loaded[source.split]
 
 
 def _prompt(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from opd_stream.config import Config
 from opd_stream.engines import engine_recipe
@@ -257,9 +258,10 @@ def check_prompt_ids(prompts: pa.Table, vocabulary: Vocabulary) -> None:
     """Refuse prompts with ids that a model lacks, before any work."""
     for batch in prompts.to_batches():
         column = batch.column("prompt_ids")
-        beyond = np.flatnonzero(column.flatten().to_numpy() >= vocabulary.size)
-        if not len(beyond):
+        largest = pc.call_function("max", [column.flatten()]).as_py()  # to_numpy loads pandas
+        if largest is None or largest < vocabulary.size:
             continue
+        beyond = np.flatnonzero(column.flatten().to_numpy() >= vocabulary.size)
         starts = column.offsets.to_numpy() - column.offsets[0].as_py()
         row = int(np.searchsorted(starts, beyond[0], side="right")) - 1
         found = column.flatten()[int(beyond[0])].as_py()

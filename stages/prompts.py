@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from opd_stream.errors import UserError
 from opd_stream.prompts import lost_rows, rendered_prompts, shuffled_rows, tokenised_prompts
 from opd_stream.rendering import ChatTemplate, RawTemplate, template_settings
 from opd_stream.sources import Prompts, source_settings
@@ -87,11 +86,7 @@ def make_teacher_prompts(
     if artifact.is_complete() and artifact.damage(0) is None:
         return artifact
     names: list[str] = prompts.read_unit(0)["prompt_id"].to_pylist()
-    try:
-        table = rendered_prompts(source, template, teacher.tokenizer(), names)
-    except UserError as error:
-        raise UserError(f"teacher.template: {error}") from error
-    _commit(artifact, table, {})
+    _commit(artifact, rendered_prompts(source, template, teacher.tokenizer(), names), {})
     return artifact
 
 

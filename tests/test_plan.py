@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from opd_stream.config.sections import Lora
-from opd_stream.costs import TokenCounts
+from opd_stream.costs import TokenCounts, counts_of, forward_flops, shape_of
 from opd_stream.errors import UserError
 from opd_stream.prompts import prompts_table
 from opd_stream.store.codecs import Codec, CompactCodec, ExactCodec, SampledCodec, encode_scores
@@ -23,7 +23,8 @@ from opd_stream.store.shards import shard_bytes
 from opd_stream.store.store import Store
 from pipeline.cli import app
 from pipeline.estimate import estimate
-from pipeline.estimate.reading import FastTokenizer
+from pipeline.estimate.prompts import FastTokenizer
+from pipeline.estimate.reading import read_inputs
 from pipeline.estimate.result import BreakEven, Estimate
 from pipeline.estimate.sizes import (
     PromptLengths,
@@ -33,6 +34,7 @@ from pipeline.estimate.sizes import (
     scores_sizes,
 )
 from pipeline.run_folder import RunFolder
+from stages.checkpoints import weight_shapes
 from stages.step import Silent
 from tests.conftest import MODELS, SmallRuns, loaded_by, run, small_config
 from tests.test_codecs import random_scores, rollouts_of
@@ -268,6 +270,107 @@ def test_prompts_are_tokenised_as_the_run_does(template: str, tmp_path: Path) ->
     assert prompts_table(config.prompts, fast).equals(
         prompts_table(config.prompts, AutoTokenizer.from_pretrained(folder))
     )
+
+
+CHATML = (
+    "{% for m in messages %}<bos>{{ m.role }}\n{{ m.content }}<eos>{% endfor %}<bos>assistant\n"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+
+def chatty(folder: Path, template: str) -> str:
+    """The student with a chat template, as an override."""
+    shutil.copytree(MODELS / "ledger-student", folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "chat_template": template})
+    )
+    return f"student.path={folder}"
+
+
+CHAT = "prompts.template={kind: chat, system: Be brief.}"
+
+
+def test_chat_prompts_are_measured_before_a_run_as_the_run_makes_them(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    config = small_config(tmp_path, chatty(tmp_path / "student", CHATML), CHAT)
+    found = read_inputs(config)
+    table = prompts_table(config.prompts, AutoTokenizer.from_pretrained(config.student.path))
+    assert found.prompts.tokens.tolist() == list(map(len, table["prompt_ids"].to_pylist()))
+    assert not any("max_prompt_tokens" in note for note in found.notes)
+    assert not list((tmp_path / "store").glob("prompts/*"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "line"),
+    [
+        ([{"prompt": "a"}], (CHAT,), "does not take prompt 'row-0': no system"),
+        ([{"prompt": "a"}], ("prompts.template={kind: chat}",), "leaves out the user turn 'a'"),
+        ([{"prompt": "a"}, {"question": "b"}], (), r":2 has no field 'prompt'"),
+        ([{"messages": [{"role": "user", "content": "a"}]}], (), "is a list of messages and"),
+        ([{"prompt": "a " * 90}], ("prompts.max_prompt_tokens=20",), "the limit is 20"),
+        ([{"prompt": "a"}], ("rollouts.prompts_per_round=2",), "is 2 but there are 1 prompts"),
+        ([{"prompt": "a"}], ("teacher.template={kind: chat}",), "^teacher.template: template.kind"),
+        (
+            [{"prompt": "a"}],
+            ("teacher.template={kind: raw, text: '" + "late " * 3000 + "{prompt}'}",),
+            "the teacher reads 2048",
+        ),
+    ],
+)
+def test_what_a_run_refuses_of_prompts_the_plan_refuses_in_the_same_line(
+    rows: list[Any], settings: tuple[str, ...], line: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = small_config(
+        tmp_path,
+        chatty(tmp_path / "student", NO_SYSTEM),
+        "evaluation=null",
+        "rollouts.prompts_per_round=1",
+        f"prompts={{kind: jsonl, path: {path}}}",
+        *settings,
+    )
+    with pytest.raises(UserError, match=line) as planned:
+        estimate(config, RunFolder(tmp_path / "run"))
+    with pytest.raises(UserError) as refused:
+        run(config, RunFolder(tmp_path / "run"), Silent())
+    assert str(planned.value) == str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "datasets"])
+def test_a_large_source_is_looked_at_and_measured_at_its_beginning(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.estimate.prompts.MOST_PROMPTS", 10)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "a " * n}) + "\n" for n in range(1, 31)))
+    place = f"path: {path}" if kind == "jsonl" else f"path: json, data_files: {path}"
+    settings = f"prompts={{kind: {kind}, {place}, max_prompt_tokens: 9, long_prompts: skip}}"
+    found = read_inputs(small_config(tmp_path, settings, "evaluation=null"))
+    assert (found.prompts.is_whole, found.prompts.rows) == (False, 30 if kind == "jsonl" else None)
+    assert found.prompts.tokens.max() <= 9
+    assert any("prompts: measured and checked on the first 10 rows" in n for n in found.notes)
+    assert any("rows are left out: longer than" in note for note in found.notes)
+
+
+def test_a_teacher_with_a_longer_prompt_costs_more_and_the_student_does_not(tmp_path: Path) -> None:
+    longer = "teacher.template={kind: raw, text: '" + "late " * 50 + "{prompt}'}"
+    plain, other = (
+        plan(tmp_path, "rounds=1", "evaluation=null", *more).rounds[0] for more in ((), (longer,))
+    )
+    flops = {(p.kind.name, t): p.left.flops for t, r in enumerate((plain, other)) for p in r.steps}
+    assert flops["generate", 0] == flops["generate", 1]
+    assert flops["score", 1] > 1.3 * flops["score", 0]
+    (found,) = (step for step in other.steps if step.kind.name == "score")
+    lengths = read_inputs(small_config(tmp_path, "evaluation=null", longer)).teacher_prompts
+    assert lengths is not None
+    counts = [counts_of(prompt_tokens=int(n), completion_tokens=48) for n in lengths.tokens]
+    folder = MODELS / "ledger-teacher"
+    shape = shape_of(json.loads((folder / "config.json").read_text()), weight_shapes(folder))
+    mean = sum(forward_flops(shape, each) for each in counts) / len(counts)
+    assert found.left.flops == pytest.approx(found.left.rows * mean, rel=0.02)
 
 
 def command(*arguments: str) -> list[str]:

@@ -18,7 +18,7 @@ from opd_stream.prompts import prompts_table, shuffled_rows
 from opd_stream.rendering import ChatTemplate, raw_ids
 from opd_stream.sources import DatasetPrompts, EmbeddedPrompts, FilePrompts, read_prompts
 from opd_stream.store.store import Store
-from pipeline.estimate.reading import FastTokenizer
+from pipeline.estimate.prompts import FastTokenizer
 from stages.checkpoints import open_checkpoint
 from stages.prompts import prompts_artifact
 

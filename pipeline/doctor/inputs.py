@@ -215,7 +215,7 @@ def prompts(subject: Subject) -> Iterator[Finding]:
             lengths = _lengths(rendered)
             yield prompts.ok(f"teacher.template: {min(lengths)} to {max(lengths)} tokens")
     except UserError as error:
-        yield prompts.error(f"teacher.template: {error}")
+        yield prompts.refused(error)
     tables = subject.tables
     for name in subject.problems:
         if not {name, "prompts"} <= tables.keys():

@@ -6,7 +6,7 @@ shards, is what the estimate of the later ones follows from.
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opd_stream.costs import (
     ModelShape,
@@ -28,6 +28,7 @@ from pipeline.estimate.sizes import (
     Completions,
     PromptLengths,
     ShardSizes,
+    behind_other_prompts,
     completions_of,
     expected_counts,
     measured_sizes,
@@ -136,6 +137,7 @@ class RunCosts:
             if source.kind == GENERATE:
                 self._scores_sizes = measured_sizes(commits.values()) or self._scores_sizes
             shape, sizes = self.teacher, self._scores_sizes
+            units = {number: self._as_read(source, unit) for number, unit in units.items()}
         settings = source.shards.recipe.settings
         return _step_cost(
             step.kind,
@@ -147,6 +149,19 @@ class RunCosts:
             samples=1 if source.kind == PROBE else settings["samples_per_prompt"],
             is_estimated=source.kind != PROBE and self._completions is not None,
         )
+
+    def _as_read(self, rollouts: Step, unit: UnitRows) -> UnitRows:
+        """Rows of a unit behind the prompts that the teacher reads."""
+        others, selection = (
+            self.inputs.teacher_prompts,
+            rollouts.shards.recipe.settings["selection"],
+        )
+        if others is None or not unit.stored.tokens:
+            return unit
+        # Of an extension only the rows that grew are read.
+        rows = unit.rows * min(1.0, unit.counts.tokens / unit.stored.tokens)
+        pair = (self.inputs.prompts.selected(selection), others.selected(selection))
+        return replace(unit, counts=behind_other_prompts(unit.counts, rows, *pair))
 
     def _units_of(self, step: Step) -> dict[int, UnitRows]:
         """The units of rollouts, each with the rows that it has or will have."""

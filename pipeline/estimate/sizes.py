@@ -102,6 +102,27 @@ def expected_counts(
     )
 
 
+def behind_other_prompts(
+    counts: TokenCounts, rows: float, prompts: PromptLengths, others: PromptLengths
+) -> TokenCounts:
+    """Counts of the same completions behind other prompts, of which they do not depend.
+
+    Args:
+        counts: of the rows behind `prompts`.
+        rows: that were counted.
+        prompts: lengths of their prompts.
+        others: lengths of the other prompts.
+    """
+    if not rows:
+        return counts
+    completion = counts.tokens / rows - prompts.mean
+    tokens = rows * (others.mean - prompts.mean)
+    squares = others.mean_square - prompts.mean_square
+    squares += 2 * completion * (others.mean - prompts.mean)
+    more = TokenCounts(tokens=tokens, completion_tokens=0, pairs=(rows * squares + tokens) / 2)
+    return counts + more
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardSizes:
     """Bytes of shards as a function of what is in them."""
