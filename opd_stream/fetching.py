@@ -138,6 +138,8 @@ def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    from opd_stream.engines.loading import unquantised
+
     disable_progress_bar()
     log.info("converting %s to safetensors in %s", file, folder)
     auto: Any = AutoModelForCausalLM
@@ -146,11 +148,8 @@ def _convert(file: Path, folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         read = auto.from_pretrained(file.parent, dtype=torch.float32, **given)
-        read.config.__dict__.pop("quantization_config", None)
         with torch.device("meta"):
-            model = auto.from_config(read.config)  # the library does not save what it read
-        model.load_state_dict(read.state_dict(), assign=True)
-        model.tie_weights()
+            model = unquantised(read)
         model.generation_config = read.generation_config
         model.save_pretrained(temporary)
         tokenizers.from_pretrained(file.parent, **given).save_pretrained(temporary)

@@ -151,6 +151,11 @@ def setup_of(
         if model is not None:
             engine_recipe(model.engine)  # one of the user's own can be imported
     student = opened(config.student.folder)
+    if student.config.is_quantised and config.train.lora is None:
+        raise UserError(
+            f"student {student.folder} is quantised, and quantised weights cannot be trained; set "
+            "train.lora, or use a checkpoint that is not quantised"
+        )
     teacher, alignment, rendered = None, None, None
     if config.replay is None:
         assert config.teacher is not None  # validated with the config

@@ -102,6 +102,7 @@ def evaluation_rollouts_recipe(
         extra_draws=0,
         temperature=evaluation.temperature,
         seed=evaluation.seed,
+        **_filters(evaluation),
     )
 
 
@@ -219,9 +220,17 @@ def _reward(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
             "max_new_tokens": evaluation.max_new_tokens,
             "temperature": evaluation.temperature,
             "seed": evaluation.seed,
+            **_filters(evaluation),
             **vocabulary.recipe,
         }
     }
+
+
+def _filters(evaluation: Evaluation) -> dict[str, float]:
+    """What leaves tokens out of the draws of answers, where anything does."""
+    asked = {"top_p": (evaluation.top_p, 1.0), "top_k": (evaluation.top_k, 0)}
+    asked |= {"min_p": (evaluation.min_p, 0.0)}
+    return {name: value for name, (value, nothing) in asked.items() if value != nothing}
 
 
 def evaluation_recipe(evaluation: Evaluation, rollouts: Recipe) -> Recipe:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from opd_stream.batches import Batch
 from opd_stream.config.sections import Lora
 from opd_stream.engines.head import output_head
-from opd_stream.engines.loading import check_training, load_model
+from opd_stream.engines.loading import check_training, load_model, unquantised
 from opd_stream.engines.reading import decoder_of, rows_hidden
 from opd_stream.errors import UserError
 from opd_stream.loss import BatchLoss, batch_loss
@@ -146,7 +146,7 @@ def save_student(student: StudentModel, base: Path, folder: Path) -> None:
 
 def _dequantised(model: Any, folder: Path) -> Any:
     try:
-        return model.dequantize().float()
+        return unquantised(model.dequantize().float())
     except Exception as error:  # of the quantisation's library
         reason = " ".join(str(error).split())[:150]
         raise UserError(

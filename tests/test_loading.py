@@ -188,3 +188,24 @@ def test_an_adapted_head_is_published_exactly(tmp_path: Path) -> None:
     save_student(student, own, tmp_path / "policy")
     published = load_model(tmp_path / "policy", dtype=torch.float32)
     assert torch.allclose(published(ids).logits, adapted, atol=1e-5)
+
+
+def test_a_quantised_base_of_adapters_is_published_whole(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    wide = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+    base = saved(tmp_path / "base", LlamaConfig(**{**TINY, **wide}))
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    four_bit = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=how, dtype=torch.float32
+    )
+    four_bit.save_pretrained(tmp_path / "four")
+    teacher = load_model(tmp_path / "four", dtype=torch.float32)
+    check_engine(teacher, tmp_path / "four")
+    student = load(tmp_path / "four", Lora(rank=2))
+    save_student(student, tmp_path / "four", tmp_path / "policy")
+    published = load_model(tmp_path / "policy", dtype=torch.float32)
+    assert "quantization_config" not in (tmp_path / "policy" / "config.json").read_text()
+    ids = torch.arange(10)[None]
+    assert torch.allclose(published(ids).logits, student.model.eval()(ids).logits, atol=1e-5)

@@ -16,8 +16,11 @@ from opd_stream.errors import UserError
 from opd_stream.logprobs import head_scores
 from opd_stream.model_config import read_model_config
 from opd_stream.store.shards import PROMPTS, id_lists
-from pipeline.setup import check_prompt_ids
-from stages.checkpoints import Vocabulary
+from opd_stream.store.store import Store
+from pipeline.setup import check_prompt_ids, stop_token_ids
+from stages.checkpoints import Vocabulary, open_checkpoint, shared_vocabulary
+from stages.recipes import evaluation_rollouts_recipe
+from tests.conftest import small_config
 
 LLAMA = {
     "model_type": "llama",
@@ -183,3 +186,31 @@ def test_config_files_that_no_model_has_are_refused(
     with pytest.raises(UserError, match=message) as refused:
         read_model_config(written(tmp_path, config, generation))
     assert "\n" not in str(refused.value)
+
+
+def test_tokens_are_left_out_in_evaluation_only(tmp_path: Path) -> None:
+    config = small_config(tmp_path, "evaluation.top_p=0.9", "evaluation.top_k=20")
+    assert config.evaluation is not None
+    student = open_checkpoint(Store(tmp_path / "store"), config.student.folder)
+    recipe = evaluation_rollouts_recipe(
+        config,
+        config.evaluation,
+        prompts="",
+        student=student,
+        vocabulary=shared_vocabulary([student]),
+    )
+    assert (recipe.settings["top_p"], recipe.settings["top_k"]) == (0.9, 20)
+    assert "min_p" not in recipe.settings
+    with pytest.raises(UserError, match=r"rollouts\.top_p is set, which leaves out tokens"):
+        small_config(tmp_path, "rollouts.top_p=0.9")
+
+
+def test_stop_tokens_end_rollouts_beside_the_terminators(tmp_path: Path) -> None:
+    config = small_config(tmp_path, "rollouts.stop_tokens=['.']")
+    student = open_checkpoint(Store(tmp_path / "store"), config.student.folder)
+    found = stop_token_ids(config, student)
+    assert student.tokenizer().convert_ids_to_tokens(found) == ["."]
+    ids = shared_vocabulary([student], stops=found).stop_ids
+    assert set(ids) == {*student.terminators(), *found}
+    with pytest.raises(UserError, match=r"rollouts\.stop_tokens names 'nothing'"):
+        stop_token_ids(small_config(tmp_path, "rollouts.stop_tokens=[nothing]"), student)

@@ -92,6 +92,19 @@ class Teacher(Model):
 class Rollouts(Section):
     """How the student writes."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_distribution(cls, raw: Any) -> Any:
+        """Say why settings that every sampler has are missing."""
+        found = [name for name in ("top_p", "top_k", "min_p") if is_object(raw) and name in raw]
+        if found:
+            raise ValueError(
+                f"rollouts.{found[0]} is set, which leaves out tokens that the student may write: "
+                "the cached log-probabilities would not be those of its draws, and the gradient "
+                f"would be another one; leave it out (evaluation.{found[0]} works)"
+            )
+        return raw
+
     prompts_per_round: int = Field(
         ge=1,
         description="prompts of a round; rounds take consecutive slices of a permutation of all "
@@ -321,6 +334,11 @@ class Benchmark(Section):
     samples_per_prompt: int | None = Field(default=None, ge=1, description="answers a problem")
     max_new_tokens: int | None = Field(default=None, ge=1, description="of an answer")
     temperature: float | None = Field(default=None, ge=0, description="0 is greedy")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="nucleus; 1: all tokens")
+    top_k: int | None = Field(default=None, ge=0, description="most probable tokens; 0: all")
+    min_p: float | None = Field(
+        default=None, ge=0, le=1, description="least share of the largest probability"
+    )
     seed: int | None = Field(default=None, ge=0, lt=SEEDS, description="of the sampling")
 
     @model_validator(mode="before")
@@ -352,6 +370,11 @@ class Evaluation(Section):
     )
     max_new_tokens: int = Field(ge=1, description="never shortened by the training window")
     temperature: float = Field(default=1.0, ge=0, description="0 is greedy")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus; 1: all tokens")
+    top_k: int = Field(default=0, ge=0, description="most probable tokens; 0: all")
+    min_p: float = Field(
+        default=0.0, ge=0, le=1, description="least share of the largest probability"
+    )
     seed: int = Field(default=0, ge=0, lt=SEEDS, description="of the sampling")
     every_rounds: int | None = Field(
         default=None,

@@ -58,6 +58,7 @@ def is_plain_llama(model: Any) -> bool:
         and not getattr(config, "mlp_bias", False)
         and model.model.layers[0].self_attn.o_proj.bias is None
         and rope.get("rope_type", "default") in STATIC_ROPE
+        and getattr(model, "hf_quantizer", None) is None
         and model.dtype == torch.float32
     )
 

@@ -5,6 +5,7 @@ that does something else somewhere (a head that scales, a cache that is not one)
 some nats and nothing else would show it. So two short texts are compared at load.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,22 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
             "language model; use another checkpoint"
         )
     return model.to(device).eval()
+
+
+def unquantised(model: Any) -> Any:
+    """A model with the same whole weights that knows nothing of how they were stored.
+
+    The library saves no model that it read from a quantised file.
+    """
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    config: Any = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    plain = auto.from_config(config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    return plain.eval()
 
 
 def check_engine(model: Any, folder: Path) -> None:
