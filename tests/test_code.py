@@ -277,15 +277,46 @@ def test_a_class_of_the_program_may_be_equal_to_its_own_kind(isolated: None) -> 
     assert passes(Program(code=code, tests=tests), QUICK)
 
 
-@pytest.mark.parametrize("code", ["while True: pass", "import time\ntime.sleep(60)", ""])
-def test_without_namespaces_the_limits_hold(nothing_left: None, code: str) -> None:
-    limits = Limits(cpu_seconds=1, wall_seconds=1, isolation="limits")
+LIMITS = replace(QUICK, isolation="limits")
+
+
+@pytest.fixture(scope="module")
+def limited() -> None:
     try:
-        check_isolation(limits)
+        check_isolation(LIMITS)
     except UserError as error:
         pytest.skip(f"no program can be limited here: {error}")
-    daemon = "import os, time\nif not os.fork():\n    os.setsid()\n    time.sleep(60)\n"
-    assert passes(Program(code=daemon + code, tests="assert True"), limits) is (code == "")
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, *ENDLESS])
+def test_without_namespaces_a_hostile_program_is_survived_too(
+    limited: None, nothing_left: None, name: str
+) -> None:
+    harm = {**HOSTILE, **ENDLESS}[name]
+    limits = replace(LIMITS, wall_seconds=1) if name in ENDLESS else LIMITS
+    tests = "assert abs(-2) == 2\nassert raised(1) == 2\nassert [raised(1)] == [2]"
+    assert not passes(Program(code=f"raised = lambda x: x + 1\n{harm}", tests=tests), limits)
+
+
+def test_without_namespaces_there_is_no_socket_and_no_signal(
+    limited: None, nothing_left: None
+) -> None:
+    code = f"""
+import os, resource, socket, time
+attempt("inet", socket.socket)
+attempt("unix", lambda: socket.socket(socket.AF_UNIX))
+attempt("all", lambda: os.kill(-1, 9))
+attempt("machine", lambda: os.kill({os.getpid()}, 0))
+attempt("limits", lambda: resource.prlimit({os.getpid()}, resource.RLIMIT_CPU))
+socket.socketpair()
+own = resource.prlimit(0, resource.RLIMIT_CORE)
+if not os.fork():
+    os.setsid()
+    if not os.fork():
+        time.sleep(60)
+    os._exit(0)
+"""
+    assert passes(Program(code=ATTEMPT + code, tests=SAFE), LIMITS)
 
 
 def test_verdicts_are_in_order_however_many_run_at_once(isolated: None) -> None:

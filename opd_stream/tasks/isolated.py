@@ -6,7 +6,8 @@ these: the kernel ends everything in there when it ends, daemons included. The t
 rights, takes its limits, and runs program and tests in one interpreter. Only a marker that is
 written behind the last test means success; an exit code or silence does not.
 
-With isolation `limits` there are no namespaces: what is left over is found and killed instead.
+With isolation `limits` there are no namespaces: the system calls that open a socket or reach
+another process are refused instead, and what is left over is found and killed.
 """
 
 import ast
@@ -17,6 +18,7 @@ import os
 import random
 import resource
 import signal
+import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -31,8 +33,27 @@ SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin")  # libraries that the inte
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 PDEATHSIG, SUBREAPER, NO_NEW_PRIVILEGES, DROP_FROM_BOUND = 1, 36, 38, 24  # of prctl
 CAPABILITIES_V3 = 0x20080522
-IDS = (200_000, 2_000_000_000)  # of users that own nothing; a container may map fewer
-FEW_IDS = (64_000, 65_000)
+HIGHEST_ID = 2_000_000_000  # of a user who owns nothing; a container may map fewer
+
+# Machine -> its number in seccomp, and the numbers of calls: socket, io_uring_setup, bpf, kill,
+# tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal, pidfd_getfd, ptrace,
+# process_vm_readv, process_vm_writev, process_madvise, perf_event_open, unshare, setns; prlimit64.
+REFUSED = {
+    "x86_64": (
+        0xC000003E,
+        (41, 425, 321, 62, 200, 234, 129, 297, 424, 438, 101, 310, 311, 440, 298, 272, 308),
+        302,
+    ),
+    "aarch64": (
+        0xC00000B7,
+        (198, 425, 280, 129, 130, 131, 138, 240, 424, 438, 117, 270, 271, 440, 241, 97, 268),
+        261,
+    ),
+}
+X32 = 0x40000000  # the bit of calls of another convention, refused too
+SECCOMP, FILTER = 22, 2  # of prctl
+LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06  # of the filter's machine
+ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000  # REFUSE: EPERM
 
 libc: Any = ctypes.CDLL(None, use_errno=True)
 
@@ -45,7 +66,7 @@ def main() -> None:
     signal.setitimer(signal.ITIMER_REAL, job["wall_seconds"] + 5)
     try:
         call("prctl", PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        user = random.randint(*IDS) if os.getuid() == 0 else None
+        user = nobody() if os.getuid() == 0 else None
         if job["isolation"] == "namespaces":
             into_namespaces(user)
             run_as_first(job, user, status, verdict)
@@ -54,6 +75,14 @@ def main() -> None:
             run_in_folder(job, user, status, verdict)
     except Exception as error:
         os.write(status, f"{type(error).__name__}: {error}"[:300].encode())
+
+
+def nobody() -> int:
+    """The id of a user who most likely has no process and no file, of those that exist here."""
+    with open("/proc/self/uid_map") as file:
+        ranges = [list(map(int, line.split())) for line in file]
+    last = min(HIGHEST_ID, max(first + count for first, _, count in ranges))
+    return random.randint(last * 9 // 10, last - 3)
 
 
 def call(name: str, *arguments: Any) -> None:
@@ -216,6 +245,8 @@ def confined(job: dict[str, Any], user: int | None, status: int, verdict: int) -
             (resource.RLIMIT_AS, job["memory_mib"] * mib),
         ):
             resource.setrlimit(kind, (most, most))
+        if job["isolation"] == "limits":
+            refuse_calls()
         os.write(status, b"ready")
     except Exception as error:
         os.write(status, f"{type(error).__name__}: {error}"[:300].encode())
@@ -239,6 +270,27 @@ def give_up_rights(user: int | None) -> None:
         libc.prctl(DROP_FROM_BOUND, capability, 0, 0, 0)
     header, nothing = (ctypes.c_uint32 * 2)(CAPABILITIES_V3, 0), (ctypes.c_uint32 * 6)()
     call("capset", header, nothing)
+
+
+def refuse_calls() -> None:
+    """No socket from now on, and no signal or other access to any process; for good."""
+    machine = os.uname().machine
+    if machine not in REFUSED:
+        raise OSError(
+            f"isolation limits knows the machines {', '.join(REFUSED)}; this is {machine}"
+        )
+    number, calls, limits = REFUSED[machine]
+    program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, number), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
+    program += [(AT_LEAST, 0, 1, X32), (RETURN, 0, 0, REFUSE)]
+    for each in calls:
+        program += [(EQUAL, 0, 1, each), (RETURN, 0, 0, REFUSE)]
+    # limits of this process (0) may be read and lowered, those of others may not
+    program += [(EQUAL, 0, 3, limits), (LOAD, 0, 0, 16), (EQUAL, 1, 0, 0), (RETURN, 0, 0, REFUSE)]
+    program += [(RETURN, 0, 0, ALLOW)]
+    code = b"".join(struct.pack("HBBI", *each) for each in program)
+    memory = ctypes.create_string_buffer(code, len(code))
+    whole = ctypes.create_string_buffer(struct.pack("HP", len(program), ctypes.addressof(memory)))
+    call("prctl", SECCOMP, FILTER, whole, 0, 0)
 
 
 def holds(job: dict[str, Any]) -> bool:

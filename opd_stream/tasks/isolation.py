@@ -25,8 +25,8 @@ _SCRIPT = Path(__file__).with_name("isolated.py")
 _SLACK = 10  # seconds that a child may take to start and to end, beside its wall time
 _NEEDED = {
     "namespaces": "expected Linux 5.12 or later, and root with the right to mount or user "
-    "namespaces; run in such a place, or set isolation=limits of the judge, which leaves the "
-    "network and readable files open",
+    "namespaces; run in such a place, or set isolation=limits of the judge, which leaves "
+    "readable files open",
     "limits": "expected a Python that other users can read too, and the right to become one where "
     "you are root; run as another user than root, or move Python",
 }

@@ -82,8 +82,8 @@ class CodeJudge(Section):
     )
     isolation: Isolation = Field(
         default="namespaces",
-        description="namespaces: no network, other processes or files (docs/evaluation.md); "
-        "limits: only the limits below, for a container that has no network itself",
+        description="namespaces: no network, other processes or files; limits: no network, and the "
+        "limits below, where a container may make no namespaces (docs/evaluation.md)",
     )
     cpu_seconds: int = Field(default=10, ge=1, description="of each process of a program")
     wall_seconds: int = Field(default=60, ge=1, description="of a program and its tests")

@@ -24,7 +24,7 @@ _SPANS = re.compile(
     re.DOTALL,
 )
 _ANSWER = re.compile(
-    r"(?i:\banswers?\b[^.\n=:]{0,60}?(?:\b(?:is|are|be)\b|[:=])(?:\s+(?:choice|option)\b)?)"
+    r"(?i:\banswers?\b(?:[^.\n=:]{0,60}?\b(?:is|are|be)\b|\W{0,4}[:=])(?:\s+(?:choice|option)\b)?)"
 )
 _END = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?![A-Za-z}])|[.;](?=\s|$)|,(?=\s)|\n")
 _SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])")
