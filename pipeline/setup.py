@@ -23,6 +23,7 @@ from stages.checkpoints import (
     Checkpoint,
     Vocabulary,
     check_pair,
+    misread_line,
     open_checkpoint,
     open_vocabulary,
     shared_vocabulary,
@@ -100,6 +101,7 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
     tokenizer = setup.student.tokenizer()
     return replace(
         setup,
+        warnings=(*setup.warnings, *misread_line(setup.student.folder)),
         masked_ids=masked_ids(config, tokenizer),
         newline_ids=_newlines(config, tokenizer),
     )

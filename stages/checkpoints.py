@@ -1,6 +1,6 @@
 """A checkpoint in a role: where it lies, what it is, and how it ends a text."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from opd_stream.store.tokenizer_identity import (
     TokenizerMeaning,
     compare_tokenizers,
     read_meaning,
+    reads_otherwise,
     tokenizer_meaning,
 )
 
@@ -195,16 +196,37 @@ def model_shape(checkpoint: Checkpoint) -> ModelShape:
         return ModelShape(unknown=str(error))
 
 
-@lru_cache(maxsize=8)
 def open_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder.
+    """The tokenizer of a folder; where its class misreads `tokenizer.json`, that file as it is.
 
     Raises:
         UserError: there is none that can be read.
     """
-    from transformers import AutoTokenizer
+    return _tokenizer(folder)[0]
 
-    return _opened(AutoTokenizer, folder)
+
+@lru_cache(maxsize=8)
+def _tokenizer(folder: Path) -> tuple[Any, str | None]:
+    """The tokenizer of a folder, and the class of transformers that misreads its file, if so."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer, path = _opened(AutoTokenizer, folder), folder / "tokenizer.json"
+    is_own = type(tokenizer) is not PreTrainedTokenizerFast and path.is_file()
+    is_fast = getattr(tokenizer, "backend_tokenizer", None) is not None
+    if is_own and is_fast and reads_otherwise(tokenizer, path):
+        return _opened(PreTrainedTokenizerFast, folder), type(tokenizer).__name__
+    return tokenizer, None
+
+
+def misread_line(folder: Path) -> Iterator[str]:
+    """What to know of a tokenizer that transformers misreads."""
+    reader = _tokenizer(folder)[1]
+    if reader is not None:
+        yield (
+            f"AutoTokenizer reads {folder} as {reader}, which cuts texts otherwise than its "
+            "tokenizer.json; the file is used here; elsewhere too, load it with "
+            "PreTrainedTokenizerFast.from_pretrained"
+        )
 
 
 @lru_cache(maxsize=8)

@@ -22,6 +22,7 @@ from opd_stream.store.shards import prompts_batch
 from opd_stream.store.tree import load_tree, save_tree
 from opd_stream.tasks.judges import open_judge
 from opd_stream.types import PromptBatch
+from stages.checkpoints import open_tokenizer
 from stages.evaluate import judged_rows
 from stages.learner import Learner
 from stages.train_data import BatchPlan, step_batches
@@ -172,7 +173,6 @@ class Reward:
 
 def open_reward(job: TrainJob) -> Reward:
     """The first training prompts that can be judged, as in evaluation (of several, the first)."""
-    from transformers import AutoTokenizer
 
     settings = job.config.train.extrapolation
     assert job.config.evaluation is not None
@@ -186,7 +186,7 @@ def open_reward(job: TrainJob) -> Reward:
         prompts=prompts_batch(table),
         answers=tuple(table["answer"].to_pylist()),
         is_right=judge,
-        tokenizer=AutoTokenizer.from_pretrained(job.base, trust_remote_code=False),
+        tokenizer=open_tokenizer(Path(job.base)),
         sampling=SamplingSettings(
             window_tokens=evaluation.max_new_tokens,
             temperature=evaluation.temperature,

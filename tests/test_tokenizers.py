@@ -20,7 +20,13 @@ from opd_stream.store.tokenizer_identity import (
     read_meaning,
     tokenizer_meaning,
 )
-from stages.checkpoints import Checkpoint, check_pair, open_checkpoint
+from stages.checkpoints import (
+    Checkpoint,
+    check_pair,
+    misread_line,
+    open_checkpoint,
+    open_tokenizer,
+)
 from tests.tiny_tokenizers import byte_level, metaspace, unigram
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
@@ -304,6 +310,26 @@ def test_a_folder_with_older_files_is_compared_as_transformers_reads_it(tmp_path
     check_pair(student, whole)
     with pytest.raises(UserError, match="the student has 347 merges, the teacher 1;"):
         check_pair(student, cut)
+
+
+def test_a_tokenizer_that_its_class_misreads_is_read_as_the_file_has_it(tmp_path: Path) -> None:
+    """As DeepSeek's distillates, which name the class of another family."""
+    text, folders = "Anna has 12 coins", {}
+    for name in ("LlamaTokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast"):
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        shutil.copy(STUDENT / "tokenizer.json", folders[name])
+        settings = json.dumps({"tokenizer_class": name, "eos_token": "<eos>"})
+        (folders[name] / "tokenizer_config.json").write_text(settings)
+    misread = AutoTokenizer.from_pretrained(folders["LlamaTokenizer"])
+    read = {name: open_tokenizer(folder) for name, folder in folders.items()}
+    ids = Tokenizer.from_file(str(STUDENT / "tokenizer.json")).encode(text).ids
+    assert misread(text)["input_ids"] != ids
+    assert all(tokenizer(text)["input_ids"] == ids for tokenizer in read.values())
+    lines = {name: list(misread_line(folder)) for name, folder in folders.items()}
+    assert lines["PreTrainedTokenizerFast"] == []
+    (line,) = lines["LlamaTokenizer"]
+    assert "as LlamaTokenizer, which cuts texts otherwise than its tokenizer.json" in line
 
 
 def test_the_digest_of_the_meaning_is_remembered_beside_that_of_the_bytes(tmp_path: Path) -> None:

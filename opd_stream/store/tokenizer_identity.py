@@ -87,6 +87,23 @@ class TokenizerComparison:
     teacher_only: tuple[int, ...] = ()
 
 
+def reads_otherwise(tokenizer: Any, path: Path) -> bool:
+    """Whether a tokenizer of transformers cuts texts otherwise than the file that it was read from.
+
+    Classes of some families build their parts anew, and keep of the file only the vocabulary.
+    """
+    from tokenizers import Tokenizer
+
+    written: Any = Tokenizer.from_file(str(path))
+    written.no_truncation()
+    written.no_padding()
+    own: list[list[int]] = tokenizer(list(PROBES), add_special_tokens=False)["input_ids"]
+    if own == [each.ids for each in written.encode_batch(list(PROBES), add_special_tokens=False)]:
+        return False
+    found = compare_tokenizers(read_meaning(path), tokenizer_meaning(tokenizer.backend_tokenizer))
+    return found.difference is not None
+
+
 _DIGESTS: dict[str, str] = {}  # of meanings, by that of the file's bytes
 
 

@@ -16,7 +16,7 @@ from pipeline.doctor.findings import Finding, check
 from pipeline.doctor.subject import Subject
 from pipeline.rounds import named_checkpoint, rounds
 from pipeline.setup import ContextUse, context_of, training_contexts
-from stages.checkpoints import Checkpoint, check_pair, compare_pair, tokenizer_size
+from stages.checkpoints import Checkpoint, check_pair, compare_pair, misread_line, tokenizer_size
 from stages.evaluate import SHOWN, judged_rows, unjudged_line
 
 
@@ -36,7 +36,10 @@ def weights(subject: Subject) -> Iterator[Finding]:
     "is noise"
 )
 def tokenizers(subject: Subject) -> Iterator[Finding]:
-    """Ids that would not mean the same to both models."""
+    """Ids that would not mean the same to both models, or to other programs."""
+    for model in subject.models.values():
+        for line in misread_line(model.folder):
+            yield tokenizers.warning(line, "write it into the model card of what you publish")
     if "teacher" not in subject.roles:
         return
     student, teacher = subject.model("student"), subject.model("teacher")
