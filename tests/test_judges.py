@@ -5,13 +5,17 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from opd_stream.errors import UserError
+from opd_stream.tasks import mathematics
 from opd_stream.tasks.algebra import Algebra
 from opd_stream.tasks.judges import (
     BuiltInJudge,
@@ -20,7 +24,7 @@ from opd_stream.tasks.judges import (
     is_final_number,
     open_judge,
 )
-from opd_stream.tasks.numbers import final_number
+from opd_stream.tasks.numbers import final_number, whole_number
 from opd_stream.tasks.pass_at_k import pass_at_k, standard_error
 
 
@@ -160,6 +164,11 @@ def test_a_function_that_cannot_judge_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+PIECES = [
+    *("####", r"\boxed{", r"\frac{", "}", "{", "\\", "1", "/", "0", ".", ",", " ", "-", "^", "$"),
+    *("<think>", "</think>", r"\text{", r"\sqrt", "e", "*", "10", "½", "²", "answer is ", "\n"),
+    *("(C)", "%", "=", "x", "{,}"),
+]
 TABLE = [
     json.loads(line) for line in (Path(__file__).parent / "answers.jsonl").read_text().splitlines()
 ]
@@ -175,6 +184,44 @@ def test_answers_as_models_write_them_are_judged_without_an_error(kind: Any) -> 
     assert not wrong
     assert {row["right"] for row in rows} == {True, False}
     assert len(TABLE) >= 450
+
+
+NUMBERS = st.fractions(max_denominator=10**6) | st.integers(-(10**40), 10**40).map(Fraction)
+
+
+def written(value: Fraction) -> list[str]:
+    """A number in several notations."""
+    sign, top, bottom = "-" * (value < 0), abs(value.numerator), value.denominator
+    forms = [f"{sign}{top}/{bottom}", rf"{sign}\frac{{{top}}}{{{bottom}}}", f"−{top} / {bottom}"]
+    if bottom == 1:
+        grouped = f"{top:,}"
+        forms += [sign + grouped.replace(",", mark) for mark in (",", "{,}", r"\,", "\u2009", "")]
+        forms += [rf"{sign}{top}00 \times 10^{{-2}}", f"{sign}{top}.000", f"{sign}{top}e0"]
+    return forms if value < 0 else [form for form in forms if "−" not in form]
+
+
+@settings(max_examples=50)
+@given(NUMBERS, NUMBERS)
+def test_a_number_is_the_same_in_every_notation_and_no_other(
+    left: Fraction, right: Fraction
+) -> None:
+    reference = f"#### {left.numerator}/{left.denominator}"
+    for form in written(left):
+        assert whole_number(form) == left
+        assert is_final_number(f"it is {form}.", reference)
+        assert is_final_number(rf"\boxed{{{form}}}, of 7", reference)
+    for form in written(right):
+        assert is_final_number(f"it is {form}", reference) is (left == right)
+
+
+@settings(max_examples=50)
+@given(st.text(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+def test_no_text_is_an_error(text: str) -> None:
+    for kind in ("final_number", "exact", "ledger"):
+        judge = open_judge(BuiltInJudge(kind=kind))
+        assert not judge(text, "no such answer")
+        assert judge.can_read(text) in (True, False)
+    mathematics.is_equal_mathematics(text, text, lambda found, expected: False)
 
 
 def test_mathematics_that_never_ends_is_wrong_and_the_next_answer_is_judged() -> None:

@@ -13,7 +13,7 @@ from fractions import Fraction
 from opd_stream.tasks.answers import in_plain_signs, is_balanced, named, spoken, words_opened
 from opd_stream.tasks.numbers import in_one_notation, numbers_in, whole_number
 
-LONGEST = 2000  # characters of an expression; what is longer is not read
+LONGEST = 1000  # characters of an expression; what is longer is not read
 DEEPEST = 20  # braces in braces; the time that math-verify takes doubles with each
 
 Equal = Callable[[str, str], bool]  # (found, expected) as LaTeX -> whether math-verify says so
@@ -120,7 +120,9 @@ def answer_of(completion: str) -> str | None:
 
 
 def read_answer(text: str) -> Answer:
-    """An answer in one notation, and what it is."""
+    """An answer in one notation, and what it is; one that is too long is nothing."""
+    if len(text) > LONGEST:
+        return Answer(latex="", number=None, is_percent=False, choice=None, words=None)
     latex, is_percent = _cleaned(text)
     choice = _CHOICE.fullmatch(words_opened(latex).strip())
     if choice is not None and choice.group(2):

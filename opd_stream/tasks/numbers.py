@@ -18,6 +18,7 @@ MOST_DIGITS = 1000  # of a number or of its power; what is longer has no value
 
 _VULGAR = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"
 _LARGE = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_FRACTION = "\x01"  # in front of one, until it is known whether a whole number is
 _SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d\d)+,\d{3}(?!\d)|\d+)"
 _NUMBER = re.compile(
@@ -83,11 +84,9 @@ def numbers_in(text: str) -> list[NumberIn]:
 
 def in_one_notation(text: str) -> str:
     r"""The same text with its numbers in one notation: `\frac{1}{2}` as 1/2, `10^{8}` as 10^8."""
-    text = in_plain_signs(text)
+    text = in_plain_signs(text).replace(_FRACTION, "")
     if not text.isascii():
-        text = re.sub(
-            rf"\s?([{_VULGAR}])", lambda m: f" {_vulgar(m.group(1))}".replace("\u2044", "/"), text
-        )
+        text = re.sub(f"[{_VULGAR}]", lambda found: _FRACTION + _plain(found.group()), text)
         text = re.sub("[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: "^" + m.group().translate(_SUPERSCRIPT), text)
         text = re.sub(r"(?<=\d)[\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))", ",", text)
         text = text.replace("×", "*").replace("·", "*")
@@ -96,20 +95,21 @@ def in_one_notation(text: str) -> str:
         text = re.sub(r"\\!", "", text)
         text = re.sub(
             rf"\\[dtc]?frac\s*\{{\s*(-?{_INTEGER})\s*\}}\s*\{{\s*({_INTEGER})\s*\}}",
-            r" \1/\2 ",
+            rf"{_FRACTION}\1/\2 ",
             text,
         )
-        text = re.sub(r"\\[dtc]?frac\s*(\d)\s*(\d)", r" \1/\2 ", text)
+        text = re.sub(r"\\[dtc]?frac\s*(\d)\s*(\d)", rf"{_FRACTION}\1/\2 ", text)
         text = re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "*", text)
     text = re.sub(r"\s+", lambda found: "\n" if "\n" in found.group() else " ", text)
+    text = re.sub(rf"(?<=\d) ?{_FRACTION}", " ", text).replace(_FRACTION, "")  # 1\frac{1}{2}
     for word, power in _LARGE.items():
         text = re.sub(rf"(?<=\d) ?{word}s?\b", f"*10^{power}", text) if word in text else text
     text = re.sub(r"(?<=[\w)\]}])\*\*(?=[-+(]?\d)", "^", text)
     return re.sub(r" ?\^ ?(?:\{ ?([+-]?\d+) ?\}|\(([+-]?\d+)\)|([+-]?\d+))", r"^\1\2\3", text)
 
 
-def _vulgar(sign: str) -> str:
-    return unicodedata.normalize("NFKC", sign)
+def _plain(vulgar: str) -> str:
+    return unicodedata.normalize("NFKC", vulgar).replace("\u2044", "/")
 
 
 def _numbers(text: str) -> Iterator[NumberIn]:
@@ -129,7 +129,7 @@ def _value(found: re.Match[str]) -> Fraction | None:
     if found["more"] or longest > MOST_DIGITS:
         return None
     value = _decimal(base, found["again"])
-    if (power or ten) and not value and "-" in f"{power}{ten}":
+    if not value and "-" in (power or ""):
         return None
     value = value ** int(power or 1) * Fraction(10) ** int(ten or 0)
     if found["under"]:
