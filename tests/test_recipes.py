@@ -1,12 +1,17 @@
 """What names a policy: every setting that decides its weights, and nothing else."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from opd_stream.errors import UserError
 from opd_stream.store.recipe import Recipe
 from pipeline.rounds import rounds
 from pipeline.setup import open_setup
+from stages.extrapolate import open_reward
 from tests.conftest import small_config
 
 EVALUATED = {
@@ -47,3 +52,28 @@ def test_without_a_reward_nothing_of_the_evaluation_names_the_policy(tmp_path: P
     assert "reward" not in plain.settings
     assert set(plain.inputs) == {"base", "scores.0.version_0"}
     assert policy_of(tmp_path, "kl", *EVALUATED.values()) == plain
+
+
+def test_a_reward_is_of_the_prompts_that_the_judge_can_read(tmp_path: Path) -> None:
+    answers = ["see below", "2", None, "3", "4"]
+    rows = [{"prompt": f"{n}?", "answer": answer} for n, answer in enumerate(answers)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = f"kind: jsonl, path: {tmp_path / 'rows.jsonl'}"
+    asked = ["evaluation.judge.kind=final_number", "rollouts.prompts_per_round=2"]
+    asked += ["train.extrapolation={signal: reward, prompts: 2}", "evaluation.prompts.count=1"]
+    setup = open_setup(
+        small_config(tmp_path, *asked, f"prompts={{{source}, answer_field: answer}}")
+    )
+    assert any("prompts: 2 of 5 prompts are left out" in line for line in setup.warnings)
+    job = SimpleNamespace(
+        config=setup.config,
+        prompts=setup.prompts.fingerprint,
+        base=str(setup.student.folder),
+        vocabulary=setup.vocabulary,
+        store=lambda: setup.store,
+    )
+    reward = open_reward(cast(Any, job))
+    assert reward.answers == ("2", "3")
+    assert reward.prompts.prompt_id == ("row-1", "row-3")
+    with pytest.raises(UserError, match="prompts: none of 5 prompts has a reference answer"):
+        open_setup(small_config(tmp_path, *asked, f"prompts={{{source}}}"))
