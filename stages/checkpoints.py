@@ -98,7 +98,7 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, *, aligns: bool = False
     """Refuse a teacher that does not read the student's tokens, unless scores are aligned.
 
     Raises:
-        UserError: the tokenizers differ, or the student has no terminator.
+        UserError: the tokenizers differ, or the student has no terminator that may be drawn.
     """
     compared = compare_pair(student, teacher)
     if compared.difference is not None and not aligns:
@@ -111,6 +111,14 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, *, aligns: bool = False
         raise UserError(
             f"student {student.folder} names no eos_token_id; expected one in "
             "generation_config.json or config.json; add it"
+        )
+    readers = [student] if compared.difference is not None else [student, teacher]
+    known, ends = min(model.known_ids for model in readers), student.terminators()
+    if min(ends) >= known:
+        raise UserError(
+            f"student {student.folder} ends texts with id {ends[0]}, and the models share ids "
+            f"below {known}, so that it could never end one; name an eos_token_id that both know "
+            "in its generation_config.json, or use a teacher whose tokenizer has that token"
         )
 
 

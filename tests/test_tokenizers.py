@@ -290,6 +290,26 @@ def test_a_pair_is_refused_with_both_remedies_where_they_fit(
         check_pair(*pair, aligns=True)
 
 
+def test_a_student_that_could_never_end_a_text_is_refused(tmp_path: Path) -> None:
+    folder, spec = tmp_path / "student", specification(STUDENT)
+    shutil.copytree(STUDENT, folder)
+    spec["added_tokens"].append(added("<end>", 606))
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    teacher = checkpoint(TEACHER, tmp_path / "store")
+    for ends, is_refused in (([606], True), ([1, 606], False)):
+        for name in ("config.json", "generation_config.json"):
+            settings = json.loads((STUDENT / name).read_text()) | {"eos_token_id": ends}
+            if name == "config.json":
+                settings["vocab_size"] = 640
+            (folder / name).write_text(json.dumps(settings))
+        student = checkpoint(folder, tmp_path / "store")
+        if not is_refused:
+            check_pair(student, teacher)
+            continue
+        with pytest.raises(UserError, match="ends texts with id 606, and the models share ids bel"):
+            check_pair(student, teacher)
+
+
 def test_a_folder_with_older_files_is_compared_as_transformers_reads_it(tmp_path: Path) -> None:
     spec, plain = specification(STUDENT), tmp_path / "plain"
     shutil.copytree(STUDENT, plain)

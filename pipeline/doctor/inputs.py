@@ -106,9 +106,27 @@ def terminators(subject: Subject) -> Iterator[Finding]:
                 "set train.guards.merge_terminators=true, or give both the same eos_token_id",
             )
         found.append(one)
-    if stop_ids and not any(finding.level == "error" for finding in found):
-        yield terminators.ok(f"the run stops on {_named(student, stop_ids)}")
+    drawn = stop_ids - _not_drawn(subject, stop_ids)
+    if drawn < stop_ids:
+        found.append(
+            terminators.warning(
+                f"a model lacks {_named(student, stop_ids - drawn)}, so that no text ends with it",
+                "give both a tokenizer with that token, if texts should",
+            )
+        )
+    if drawn and not any(finding.level == "error" for finding in found):
+        yield terminators.ok(f"the run stops on {_named(student, drawn)}")
     yield from found
+
+
+def _not_drawn(subject: Subject, stop_ids: set[int]) -> set[int]:
+    """Terminators that the student, or a teacher that reads its ids, does not know."""
+    models = subject.models
+    student, teacher = models["student"], models.get("teacher")
+    if teacher is not None and compare_pair(student, teacher).difference is not None:
+        teacher = None
+    known = min(model.known_ids for model in (student, teacher) if model is not None)
+    return {token for token in stop_ids if token >= known}
 
 
 def _own_ends(role: str, model: Checkpoint, stop_ids: set[int]) -> Iterator[Finding]:
