@@ -272,7 +272,8 @@ def test_a_class_of_the_program_may_be_equal_to_its_own_kind(isolated: None) -> 
     )
     tests = (
         "assert Point(1) == Point(1)\nassert Fraction(1, 2) == 0.5\nassert Counter('aab') == "
-        "{'a': 2, 'b': 1}\nassert {1: [Point(1)]} == {1: [Point(1)]}\nassert {1, 2} == {2, 1}"
+        "{'a': 2, 'b': 1}\nassert {'a': 1}.keys() == {'a'}\n"
+        "assert {1: [Point(1)]} == {1: [Point(1)]}\nassert {1, 2} == {2, 1}"
     )
     assert passes(Program(code=code, tests=tests), QUICK)
 

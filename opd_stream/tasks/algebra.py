@@ -116,7 +116,7 @@ def serve(cpu_seconds: int) -> None:
     answers.write(b"ready\n")
     for line in sys.stdin.buffer:
         used = resource.getrusage(resource.RUSAGE_SELF)
-        limit = int(used.ru_utime + used.ru_stime) + 2 * cpu_seconds + 1
+        limit = int(used.ru_utime + used.ru_stime) + cpu_seconds + 2
         resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
         signal.signal(signal.SIGPROF, _too_long)
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds, 0.1)  # again, if it is swallowed

@@ -314,6 +314,7 @@ def holds(job: dict[str, Any]) -> bool:
     return True
 
 
+HEAP_TYPE = 1 << 9  # of a class that was made while the program ran
 SAME = "__is_same__"
 
 
@@ -346,10 +347,10 @@ def is_same(left: Any, right: Any) -> bool:
 
 
 def decides_itself(value: Any) -> bool:
-    """Whether a class that no module of the library holds says what the value is equal to."""
+    """Whether a class that is neither built in nor of a module says what the value is equal to."""
     owner = next(each for each in type(value).__mro__ if "__eq__" in vars(each))
     module = sys.modules.get(owner.__module__)
-    return getattr(module, owner.__name__, None) is not owner
+    return bool(owner.__flags__ & HEAP_TYPE) and getattr(module, owner.__name__, None) is not owner
 
 
 if __name__ == "__main__":
