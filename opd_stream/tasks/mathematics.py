@@ -32,8 +32,8 @@ _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree(?![A-Za-z])")
 _SPACES = re.compile(r"(?<!\\)\\(?:quad|qquad|hspace\{[^{}]*\}|[,;: ])|~")
 _UNIT = r"(?:cm|mm|km|kg|mg|ml|mL|ft|in|lb|oz|pm|am|hr|yd|mi|mph|kph|sq|[A-Za-z]{3,})"
 _UNITS = re.compile(
-    rf"(?<=[\d\s.)}}])(?!(?:xyz|abc|thousand|[mbtr]+illion)\b)(?<!\\){_UNIT}\b(?:\s*/\s*[A-Za-z]+|\s+[A-Za-z]{{2,}})*"
-    r"\s*\.?\s*(?:\^\s*\{?\d\}?|[²³])?$"
+    rf"(?<=[\d\s.)}}])(?!(?:xyz|abc|thousand|[mbtr]+illion)\b)(?<!\\){_UNIT}\b"
+    r"(?:\s*/\s*[A-Za-z]+|\s+[A-Za-z]{2,})*\s*\.?\s*(?:\^\s*\{?\d\}?|[²³])?$"
 )
 _WORDED_UNIT = re.compile(
     r"(?<=\S)\s*\\(?:text|textrm|textbf|mathrm|mbox|operatorname)\s*\{[^{}]*\}"
@@ -42,7 +42,9 @@ _WORDED_UNIT = re.compile(
 _NAMED = re.compile(r"[A-Za-z]\w?(?:_\{?\w+\}?)?'?(?:\([a-z0-9]\))?|\\[a-z]+|[\d\s.,+*/()$-]+")
 _CHOICE = re.compile(r"\(?\s*([A-J])\s*(?:\)|[.:](?=\s|$)|$)\s*(.*)", re.DOTALL)
 _BASED = re.compile(r"([0-9A-F]+)(?:\s*_\s*\{?(\d+)\}?)?")  # digits in some base
-_CONNECTED = re.compile(r"\\(?:text|mathrm|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}")
+_CONNECTED = re.compile(
+    r"\\(?:text|mathrm|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}|(?<=[\d}])\s*,?\s+(?:and|or)\s+(?=[-\d\\])"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
