@@ -8,7 +8,7 @@ VLLM_READY := .venv-vllm/.ready
 BENCH := .venv-bench/bin
 BENCH_READY := .venv-bench/.ready
 
-.PHONY: help quickstart test test-slow test-vllm lint models bench-cache bench-engines bench-engines-memory \
+.PHONY: help quickstart test test-architectures test-slow test-vllm lint models bench-cache bench-engines bench-engines-memory \
 	bench-engines-vllm bench-generation bench-loss bench-overlap bench-reload \
 	bench-intervals bench-methods bench-quickstart bench-ray-share bench-train \
 	bench-truncated bench-windows-audit clean
@@ -32,6 +32,9 @@ test: $(READY) ## the test suite, about five minutes on two cores
 
 test-slow: $(READY) ## workers, nodes and stores that fail, whole runs and training on Ray
 	$(BIN)/python -m pytest -m slow
+
+test-architectures: $(READY) ## every causal type of transformers, tiny, and docs/architectures.md; three minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures
 
 test-vllm: $(VLLM_READY) ## the engine contract and a run with vLLM, on a CPU, with g++; set-up 7 minutes, tests 2
 	OMP_WAIT_POLICY=PASSIVE $(VLLM)/python -m pytest tests/test_vllm.py tests/test_engines.py

@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -33,9 +33,22 @@ class StudentModel(torch.nn.Module):
     Decoder and head run inside one module's forward, so that sharded weights are whole there.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, drops: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._drops = model, drops
+
+    def train(self, mode: bool = True) -> Self:
+        """Without dropout of its own a model does in training what it does else.
+
+        So routers draw no experts and no noise. What recomputes activations asks for the mode, and
+        so does the dropout of adapters.
+        """
+        super().train(mode)
+        if mode and not self._drops:
+            for module in self.model.modules():
+                recomputes = getattr(module, "gradient_checkpointing", False)
+                module.training = recomputes or isinstance(module, torch.nn.Dropout)
+        return self
 
     def forward(
         self,
@@ -104,7 +117,7 @@ def load_student(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    return StudentModel(model.train())
+    return StudentModel(model, drops=drops).train()
 
 
 def check_lora(folder: Path, lora: Lora) -> None:

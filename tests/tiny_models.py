@@ -219,7 +219,7 @@ SINGLE: dict[str, dict[str, Any]] = {  # what a type needs besides
         "shape_vocab_size": VOCABULARY,
         "pronunciation_vocab_size": VOCABULARY,
     },
-    "xlstm": {"num_heads": 4},
+    "xlstm": {"num_heads": 4, "hidden_size": 128},  # it rounds widths up to 64
     "xmod": {"default_language": "en_XX"},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 8},
     "zaya": {"num_experts_per_tok": 1},

@@ -54,11 +54,14 @@ class Decoder(Protocol):
 class Reading:
     """A way to read on.
 
+    The cache is the library's, whose rows it selects itself or, where its layers forget some of
+    what they hold, we do ("tensors"); or the model's own, which it returns; or there is none.
+
     Example:
         >>> Reading(cache="library", pads=False)  # a hybrid: rows of equal length together
     """
 
-    cache: Literal["library", "own", "none"]  # "own": what the model itself returns
+    cache: Literal["library", "tensors", "own", "none"]
     pads: bool = True  # on the left, rows of several lengths in one batch
     masks_steps: bool = True  # a step is told which columns are padding, too
     continues: bool = False  # several tokens at once may follow what the cache holds
@@ -103,7 +106,7 @@ class CachedRows:
         self._parameters = _parameters(cast(type[torch.nn.Module], type(decoder)))
         self._name = next((name for name in CACHE_NAMES if name in self._parameters), "")
         self.cache: Any = None
-        if reading.cache == "library":
+        if reading.cache in ("library", "tensors"):
             self.cache = DynamicCache(config=decoder.config)
 
     def prefill(self, ids_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
@@ -130,7 +133,15 @@ class CachedRows:
         return output.last_hidden_state
 
     def select(self, rows: torch.Tensor) -> None:
-        self._mask, self.cache = self._mask[rows], _selected(self.cache, rows, self._reading.cache)
+        if self._reading.cache == "tensors":
+            for layer in self.cache.layers:
+                held = cast("dict[str, Any]", vars(layer))
+                held.update(_selected_tensors(held, rows, len(self._mask)))
+            if hasattr(self.cache, "position_ids"):  # [3, B, C], of Qwen 4
+                self.cache.position_ids = self.cache.position_ids.index_select(1, rows)
+        else:
+            self.cache = _selected(self.cache, rows, self._reading.cache)
+        self._mask = self._mask[rows]
 
 
 class GroupedRows:
@@ -208,6 +219,18 @@ def _selected(state: Any, rows: torch.Tensor, kind: str) -> Any:
     if isinstance(state, (list, tuple)):
         return [_selected(part, rows, kind) for part in cast("list[Any]", state)]
     raise TypeError(f"a {type(state).__name__} cannot be selected by rows")
+
+
+def _selected_tensors(held: Any, rows: torch.Tensor, batch: int) -> Any:
+    """The rows of every tensor whose first dimension is the batch; the rest as it is."""
+    if isinstance(held, torch.Tensor):
+        return held.index_select(0, rows) if held.dim() and len(held) == batch else held
+    if isinstance(held, dict):
+        entries = cast("dict[Any, Any]", held).items()
+        return {name: _selected_tensors(part, rows, batch) for name, part in entries}
+    if isinstance(held, list):
+        return [_selected_tensors(part, rows, batch) for part in cast("list[Any]", held)]
+    return held
 
 
 @cache
@@ -331,6 +354,7 @@ def _ways(decoder: Any) -> Iterator[Reading]:
         yield replace(FASTEST, masks_steps=False)
         yield Reading(cache="own")
     yield Reading(cache="library", pads=False)
+    yield Reading(cache="tensors", pads=False)
     yield Reading(cache="own", pads=False)
     yield Reading(cache="none", pads=False)
 

@@ -1,0 +1,55 @@
+"""Some kinds of architectures against plain transformers; all of them are a slow test."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.architectures import RESULTS, Verdict, causal_types, page, verdict_of, verdicts
+
+ROOT = Path(__file__).parent.parent
+EACH = "cached, rows of equal length together"
+KINDS = {
+    "qwen3_5": "cached",  # a wrapper, whose language model is a hybrid of two kinds of layers
+    "mamba2": "cached",  # recurrent layers only
+    "granite": "cached",  # logits divided
+    "bloom": "cached",  # positions by ALiBi
+    "mixtral": "cached",  # experts
+    "trocr": EACH,  # positions are those of the columns
+    "rwkv": "no cache: slow",  # a state that cannot be continued in a batch
+}
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_a_kind_of_architecture_is_that_of_plain_transformers(model_type: str) -> None:
+    verdict = verdict_of(model_type)
+    assert (verdict.state, verdict.reason) == ("works", KINDS[model_type]), verdict
+    assert set(verdict.gaps) == {"sampling", "scoring", "training"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "line"),
+    [
+        ("bert", "decoder and head apart gives log-probabilities"),
+        ("cpmant", "CpmAntModel reads a row of a batch otherwise than alone"),
+    ],
+)
+def test_what_would_be_wrong_is_refused_in_one_line(model_type: str, line: str) -> None:
+    verdict = verdict_of(model_type)
+    assert verdict.state == "refused"
+    assert line in verdict.reason
+
+
+def test_the_page_is_that_of_the_stored_results() -> None:
+    lines = RESULTS.read_text().splitlines()
+    found = [Verdict(**json.loads(line)) for line in lines]
+    assert (ROOT / "docs" / "architectures.md").read_text() == page(found)
+    assert Counter(verdict.state for verdict in found)["works"] >= 120
+
+
+@pytest.mark.slow
+def test_no_architecture_is_wrong_or_ends_in_a_traceback() -> None:
+    found = list(verdicts(causal_types()))
+    assert not [verdict for verdict in found if verdict.state in ("wrong", "traceback")]
+    assert sum(verdict.state == "works" for verdict in found) >= 120
