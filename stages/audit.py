@@ -13,6 +13,7 @@ import torch
 
 from opd_stream.batches import Batch
 from opd_stream.engines.head import output_head
+from opd_stream.engines.reading import decoder_of, layers_of, rows_hidden
 from opd_stream.loss import batch_loss
 from opd_stream.objectives import Objective, SampledPg
 from opd_stream.outcome import WindowAudit
@@ -76,7 +77,7 @@ def audit(job: TrainJob) -> WindowAudit | None:
 
 def audited_parameters(student: StudentModel, *, layers: int) -> list[torch.nn.Parameter]:
     """Matrices of the last layers (their adapters where there are some); all others are frozen."""
-    last = student.model.get_decoder().layers[-layers:]
+    last = layers_of(decoder_of(student.model))[-layers:]
     chosen = [p for layer in last for p in layer.parameters() if p.requires_grad and p.ndim == 2]
     for parameter in student.parameters():
         parameter.requires_grad_(False)
@@ -99,9 +100,8 @@ def segment_sketches(
 
     The head is passed once; each segment then costs a backward pass through the last layers.
     """
-    hidden_BLH = student.model.get_decoder()(
-        input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL, use_cache=False
-    ).last_hidden_state
+    decoder = decoder_of(student.model)
+    hidden_BLH = rows_hidden(decoder, batch.input_ids_BL, batch.attention_mask_BL)
     leaf_BLH = hidden_BLH.detach().requires_grad_()
     head = output_head(student.model)
     head = replace(head, weight_VH=head.weight_VH.detach())

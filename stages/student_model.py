@@ -14,7 +14,7 @@ from opd_stream.batches import Batch
 from opd_stream.config.sections import Lora
 from opd_stream.engines.head import output_head
 from opd_stream.engines.loading import check_training, load_model, unquantised
-from opd_stream.engines.reading import decoder_of, rows_hidden
+from opd_stream.engines.reading import decoder_of, layers_of, rows_hidden
 from opd_stream.errors import UserError
 from opd_stream.loss import BatchLoss, batch_loss
 from opd_stream.objectives import Objective
@@ -76,7 +76,7 @@ class StudentModel(torch.nn.Module):
         """FSDP2: one group a decoder layer, and one for embeddings, norm and head."""
         from torch.distributed.fsdp import fully_shard
 
-        for layer in self.model.get_decoder().layers:
+        for layer in layers_of(decoder_of(self.model)):
             fully_shard(layer, mesh=mesh)
         fully_shard(self, mesh=mesh)
 

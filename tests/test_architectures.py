@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from opd_stream.engines.reading import decoder_of, layers_of
 from tests.architectures import RESULTS, Verdict, causal_types, page, verdict_of, verdicts
+from tests.tiny_models import build
 
 ROOT = Path(__file__).parent.parent
 EACH = "cached, rows of equal length together"
@@ -53,3 +55,9 @@ def test_no_architecture_is_wrong_or_ends_in_a_traceback() -> None:
     found = list(verdicts(causal_types()))
     assert not [verdict for verdict in found if verdict.state in ("wrong", "traceback")]
     assert sum(verdict.state == "works" for verdict in found) >= 120
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "mpt"])
+def test_layers_are_found_by_any_name(model_type: str) -> None:
+    model = build(model_type)
+    assert len(layers_of(decoder_of(model))) == model.config.num_hidden_layers

@@ -88,6 +88,12 @@ def decoder_of(model: Any) -> Any:
     return found if is_decoder else whole.model
 
 
+def layers_of(decoder: torch.nn.Module) -> torch.nn.ModuleList:
+    """The layers, whatever the decoder calls them: of its lists the one with most weights."""
+    lists = [module for module in decoder.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
+
+
 def rows_hidden(decoder: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Hidden states [B, L, H] of whole rows, padded on the right (mask: 1 = a token)."""
     return decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state

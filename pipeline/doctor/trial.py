@@ -229,6 +229,7 @@ def _loss_at_teacher(
 
     from opd_stream.batches import collate
     from opd_stream.engines.head import output_head
+    from opd_stream.engines.reading import decoder_of, rows_hidden
     from opd_stream.logprobs import sampled_logprobs
     from opd_stream.loss import batch_loss
     from opd_stream.objectives import SampledPg
@@ -238,9 +239,7 @@ def _loss_at_teacher(
     objectives = config.train.objective
     kept = [part for part in objectives if part.is_zero_at_teacher and part.reads != "draws"]
     with torch.no_grad():
-        hidden = model.get_decoder()(
-            input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL, use_cache=False
-        ).last_hidden_state
+        hidden = rows_hidden(decoder_of(model), batch.input_ids_BL, batch.attention_mask_BL)
         head = output_head(model)
         rows_NH, ids_N = hidden.flatten(0, 1)[batch.hidden_rows_N], batch.completion_ids_N
         own_N = sampled_logprobs(rows_NH, head, ids_N, chunk_rows=head.chunk_rows)
