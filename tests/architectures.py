@@ -246,12 +246,13 @@ sees (its gradients are compared, too). What would not be exact is refused when 
 by `run` and by `doctor`.
 
 Of {types} types {works} work, {refused} are refused, {wrong} are wrong, {traceback} end in a
-traceback; {not_built} are not built, for reasons that are not ours.
+traceback; {not_built} are not built tiny, or transformers itself does not load them.
 
 A decoder that is *cached* reads a prompt once and then one token at a time. Where padding changes
-what a row gives, rows of equal length are read together. Without a cache that goes on exactly every
-step reads the whole text anew: right, and slow for long windows. How a decoder reads on stands in
-no list but is found at load, on three short texts.
+what a row gives, rows of equal length are read together. Where single tokens after a cache are not
+exact and several at once are, up to 8 of the latest are read again. Without a cache that goes on
+exactly every step reads the whole text anew: right, and slow for long windows. How a decoder reads
+on stands in no list but is found at load, on three short texts.
 """
 
 
@@ -276,19 +277,23 @@ def page(found: Sequence[Verdict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def stored() -> list[Verdict]:
+    """The results behind the page."""
+    return [Verdict(**json.loads(line)) for line in RESULTS.read_text().splitlines()]
+
+
 def main() -> None:
-    """Print a line a type; without names of types, all, and store results and page."""
+    """Print a line a type, and store results and page; names of types: the others stay."""
     chosen = sys.argv[1:]
-    found: list[Verdict] = []
+    found = {verdict.model_type: verdict for verdict in (stored() if chosen else ())}
     for verdict in verdicts(chosen or causal_types()):
-        found.append(verdict)
+        found[verdict.model_type] = verdict
         gaps = " ".join(f"{part} {gap:.1e}" for part, gap in verdict.gaps.items())
         print(f"{verdict.model_type}: {verdict.state} {gaps} {verdict.reason}"[:400], flush=True)
-    print(dict(Counter(verdict.state for verdict in found)))
-    if not chosen:
-        found.sort(key=lambda verdict: verdict.model_type)
-        RESULTS.write_text("".join(json.dumps(asdict(verdict)) + "\n" for verdict in found))
-        PAGE.write_text(page(found))
+    in_order = [found[name] for name in sorted(found)]
+    RESULTS.write_text("".join(json.dumps(asdict(verdict)) + "\n" for verdict in in_order))
+    PAGE.write_text(page(in_order))
+    print(dict(Counter(verdict.state for verdict in in_order)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Shapes: B rows, C columns, L new columns, H hidden.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from inspect import signature
@@ -26,6 +27,7 @@ from opd_stream.errors import UserError
 CACHE_NAMES = ("past_key_values", "cache_params", "cache", "state", "mems")
 LLAMA_FAMILY = ("llama", "qwen2", "qwen3", "mistral")  # known: not tried
 BLOCKS = ("chunk", "compressed", "sparse", "indexed")  # in a layer's type: columns are counted
+MOST_REREAD = 8  # tokens of a row that stand outside such a cache
 PROMPTS, NEW = (9, 5, 5), 6  # tokens of the texts' beginnings, and after them
 NOISE_EPSILONS, NOISE_GAPS = 100, 30  # of the dtype; of what a batch changes: still rounding
 CHOSEN = (2, 0, 1, 2)  # rows that read on
@@ -64,21 +66,27 @@ class Reading:
     cache: Literal["library", "tensors", "own", "none"]
     pads: bool = True  # on the left, rows of several lengths in one batch
     masks_steps: bool = True  # a step is told which columns are padding, too
+    rereads: bool = False  # the latest tokens together, where one alone is not exact
     continues: bool = False  # several tokens at once may follow what the cache holds
 
     def open(self, decoder: Any) -> Decoder:
         """A batch of rows in decoding."""
         if self.cache == "none":
             return WholeRows(decoder)
+        if self.rereads:
+            return RereadingRows(decoder, self)
         return CachedRows(decoder, self) if self.pads else GroupedRows(decoder, self)
 
     def __str__(self) -> str:
         if self.cache == "none":
             return "no cache: slow"
+        if self.rereads:
+            return "cached, the latest tokens read again"
         return "cached" if self.pads else "cached, rows of equal length together"
 
 
 FASTEST = Reading(cache="library")
+REREADING = Reading(cache="library", rereads=True)
 
 
 def decoder_of(model: Any) -> Any:
@@ -112,6 +120,7 @@ class CachedRows:
         self._parameters = _parameters(cast(type[torch.nn.Module], type(decoder)))
         self._name = next((name for name in CACHE_NAMES if name in self._parameters), "")
         self.cache: Any = None
+        self._mask = torch.zeros(0, 0)  # [B, C], when something is read
         if reading.cache in ("library", "tensors"):
             self.cache = DynamicCache(config=decoder.config)
 
@@ -123,7 +132,7 @@ class CachedRows:
 
     def read(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, L, H] of new columns; padding among them is on the right."""
-        is_first = not hasattr(self, "_mask")
+        is_first = self._mask.shape[1] == 0
         self._mask = mask_BL if is_first else torch.cat([self._mask, mask_BL], dim=1)
         given: dict[str, Any] = {}
         if self._reading.pads:
@@ -138,7 +147,15 @@ class CachedRows:
             self.cache = getattr(output, self._name)
         return output.last_hidden_state
 
+    def copy(self) -> "CachedRows":
+        """The same rows on a cache of their own."""
+        other = copy(self)
+        other.cache = deepcopy(self.cache)
+        return other
+
     def select(self, rows: torch.Tensor) -> None:
+        if self._mask.shape[1] == 0:
+            return
         if self._reading.cache == "tensors":
             for layer in self.cache.layers:
                 held = cast("dict[str, Any]", vars(layer))
@@ -182,6 +199,37 @@ class GroupedRows:
     def _in_place(self, parts: list[torch.Tensor]) -> torch.Tensor:
         order = torch.cat([places for places, _ in self._groups])
         return torch.cat(parts)[order.argsort()]
+
+
+class RereadingRows:
+    """Rows on a cache that is exact for several tokens at once and not for one.
+
+    Mamba 2 clamps its steps of time in one way of the two. So at least the two latest tokens stand
+    outside the cache, and are read together on a copy of it.
+    """
+
+    def __init__(self, decoder: Any, reading: Reading) -> None:
+        self._rows = CachedRows(decoder, reading)
+
+    def prefill(self, ids_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
+        self._ids, self._mask = ids_BC, mask_BC
+        return self._read()
+
+    def step(self, ids_B: torch.Tensor) -> torch.Tensor:
+        self._ids = torch.cat([self._ids, ids_B[:, None]], dim=1)
+        self._mask = pad(self._mask, (0, 1), value=1)
+        is_long = self._ids.shape[1] > MOST_REREAD and self._mask[:, :-2].any(1).all()
+        if is_long:  # and no row would begin with padding alone
+            self._rows.read(self._ids[:, :-2], self._mask[:, :-2])
+            self._ids, self._mask = self._ids[:, -2:], self._mask[:, -2:]
+        return self._read()
+
+    def select(self, rows: torch.Tensor) -> None:
+        self._rows.select(rows)
+        self._ids, self._mask = self._ids[rows], self._mask[rows]
+
+    def _read(self) -> torch.Tensor:
+        return self._rows.copy().read(self._ids, self._mask)[:, -1]
 
 
 class WholeRows:
@@ -300,7 +348,7 @@ class _Trial:
         self._most = min(self._most, max(NOISE_EPSILONS * self._epsilon, NOISE_GAPS * self._worst))
         for way in _ways(self._decoder):
             if self._is_exact(self._by_steps, way):
-                continues = way == FASTEST and self._is_exact(self._at_once, way)
+                continues = way in (FASTEST, REREADING) and self._is_exact(self._at_once, way)
                 return replace(way, continues=continues)
         raise UserError(
             f"{self._name} does not read a text from left to right ({self._problem}); expected a "
@@ -355,13 +403,16 @@ class _Trial:
 def _ways(decoder: Any) -> Iterator[Reading]:
     """The fastest first."""
     kinds: list[str] = getattr(decoder.config, "layer_types", None) or []
-    if not any(word in kind for kind in kinds for word in BLOCKS):
+    counts_columns = any(word in kind for kind in kinds for word in BLOCKS)
+    if not counts_columns:
         yield FASTEST
         yield replace(FASTEST, masks_steps=False)
         yield Reading(cache="own")
     yield Reading(cache="library", pads=False)
     yield Reading(cache="tensors", pads=False)
     yield Reading(cache="own", pads=False)
+    if not counts_columns:
+        yield REREADING
     yield Reading(cache="none", pads=False)
 
 
