@@ -20,6 +20,7 @@ from opd_stream.store.tokenizer_identity import (
     reads_otherwise,
     tokenizer_meaning,
 )
+from opd_stream.store.tokenizer_settings import read_settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +256,7 @@ def open_vocabulary(folder: Path) -> Any:
 
 
 def _opened(kind: Any, folder: Path) -> Any:
+    read_settings(folder)
     try:
         return kind.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever the libraries say of the values in its files

@@ -352,6 +352,13 @@ def test_a_tokenizer_that_its_class_misreads_is_read_as_the_file_has_it(tmp_path
     assert "as LlamaTokenizer, which cuts texts otherwise than its tokenizer.json" in line
 
 
+def test_policies_of_a_run_have_the_tokenizer_of_their_base(finished_run: Path) -> None:
+    store = Store(str(finished_run / "store"))
+    manifests = [store.policy(recipe).manifest() for recipe in store.recipes("policies")]
+    digests = {manifest.tokenizer_sha256 for manifest in manifests}
+    assert digests == {tokenizer_digest(STUDENT)} == {tokenizer_digest(TEACHER)}
+
+
 def test_the_digest_of_the_meaning_is_remembered_beside_that_of_the_bytes(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     assert store.identify(STUDENT) == identify(STUDENT) == store.identify(STUDENT)
