@@ -9,8 +9,8 @@ from opd_stream.cross_tokenizer.aligner import Aligner
 from opd_stream.cross_tokenizer.byte_tokenizer import ByteTokenizer
 from opd_stream.engines.base import Engine, ScoringSettings, score_batch
 from opd_stream.errors import UserError
+from opd_stream.model_config import read_model_config
 from opd_stream.store.artifact import Artifact
-from opd_stream.store.files import read_json
 from opd_stream.store.policy import tokenizer_digest
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
@@ -97,7 +97,7 @@ def open_aligner(
     settings = scores.settings["alignment"]
     return Aligner(
         *tokenizers,
-        vocab_size=int(read_json(teacher / "config.json")["vocab_size"]),
+        vocab_size=read_model_config(teacher).vocabulary,
         student_stops=rollouts.settings["stop_ids"],
         teacher_stops=settings["teacher_stop_ids"],
         max_chunk_tokens=settings["max_chunk_tokens"],
