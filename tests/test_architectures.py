@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from opd_stream.engines.reading import decoder_of, layers_of
+from opd_stream.engines.reading import decoder_of, layers_of, reading_of
 from tests.architectures import PAGE, causal_types, page, stored, verdict_of, verdicts
 from tests.tiny_models import build
 
@@ -52,6 +52,11 @@ def test_no_architecture_is_wrong_or_ends_in_a_traceback() -> None:
     found = list(verdicts(causal_types()))
     assert not [verdict for verdict in found if verdict.state in ("wrong", "traceback")]
     assert sum(verdict.state == "works" for verdict in found) >= 120
+
+
+def test_a_slow_way_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert reading_of(decoder_of(build("openai-gpt"))).cache == "none"
+    assert "OpenAIGPTModel has no cache that goes on exactly" in caplog.text
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "mpt"])

@@ -248,7 +248,7 @@ class WholeRows:
 
     def step(self, ids_B: torch.Tensor) -> torch.Tensor:
         self._ids = pad(self._ids, (0, 1))
-        self._ids[torch.arange(len(ids_B)), self._lengths] = ids_B
+        self._ids[torch.arange(len(ids_B), device=ids_B.device), self._lengths] = ids_B
         self._lengths = self._lengths + 1
         return self._read()
 
@@ -259,7 +259,7 @@ class WholeRows:
         ids = self._ids[:, : int(self._lengths.max())]
         mask = torch.arange(ids.shape[1], device=ids.device) < self._lengths[:, None]
         hidden = rows_hidden(self._decoder, ids, mask.long())
-        return hidden[torch.arange(len(ids)), self._lengths - 1]
+        return hidden[torch.arange(len(ids), device=ids.device), self._lengths - 1]
 
 
 def _selected(state: Any, rows: torch.Tensor, kind: str) -> Any:
@@ -304,7 +304,12 @@ def reading_of(decoder: Any) -> Reading:
         _found[decoder] = (
             replace(FASTEST, continues=True) if is_plain else _Trial(decoder).reading()
         )
-        log.debug("%s: %s", type(decoder).__name__, _found[decoder])
+        if _found[decoder].cache == "none":
+            log.warning(
+                "%s has no cache that goes on exactly: every token of a rollout reads the whole "
+                "text anew, which is slow",
+                type(decoder).__name__,
+            )
     return _found[decoder]
 
 
