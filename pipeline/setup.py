@@ -87,6 +87,7 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
     store = open_store(config)
     setup = setup_of(config, store, partial(open_checkpoint, store), token_id_of, make=make)
     if make:
+        check_weights(config, setup.student, setup.teacher)
         check_prompt_ids(setup.prompts.read_unit(0), setup.vocabulary)
         longest, rendered = max(prompt_lengths(setup.prompts)), setup.teacher_prompts
         teachers = None if rendered is None else max(prompt_lengths(rendered))
@@ -259,6 +260,16 @@ def _check_top_k(config: Config, teacher: Checkpoint) -> None:
             f"scores.top_k is {config.scores.top_k} but the teacher has {teacher.known_ids} "
             "tokens; lower scores.top_k"
         )
+
+
+def check_weights(config: Config, student: Checkpoint, teacher: Checkpoint | None) -> None:
+    """Refuse weights that transformers cannot load whole, before any work."""
+    from opd_stream.engines.loading import check_files
+
+    check_files(student.folder)  # transformers trains it, whatever samples
+    settings = config.teacher
+    if teacher is not None and settings is not None and settings.engine == "transformers":
+        check_files(teacher.folder)
 
 
 def check_prompt_ids(prompts: pa.Table, vocabulary: Vocabulary) -> None:

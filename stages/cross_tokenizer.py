@@ -98,6 +98,9 @@ def open_aligner(
     return Aligner(
         *tokenizers,
         vocab_size=read_model_config(teacher).vocabulary,
+        student_vocabulary=rollouts.settings.get(
+            "vocabulary", read_model_config(student).vocabulary
+        ),
         student_stops=rollouts.settings["stop_ids"],
         teacher_stops=settings["teacher_stop_ids"],
         max_chunk_tokens=settings["max_chunk_tokens"],

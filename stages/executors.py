@@ -59,6 +59,9 @@ class LocalExecutor:
             self._workers = [_WORKERS[spec.role](spec.settings) for spec in specs]
 
     def results(self, tasks: Sequence[Task]) -> Iterator[TaskResult]:
+        for worker in self._workers:
+            if tasks:
+                worker.prepare(tasks[0])
         for task in tasks:
             result = TaskResult(task=task)
             for worker in self._workers:

@@ -50,6 +50,16 @@ class ScoreWorker(Worker):
     _aligner: "tuple[str, Aligner] | None" = None  # with the fingerprint of the scores it is for
     _prompts: tuple[str, dict[str, Ids]] | None = None  # with their fingerprint
 
+    def prepare(self, task: Task) -> None:
+        if task.scores is None or task.teacher is None:
+            return
+        scores = self.store.by_fingerprint("scores", task.scores)
+        if scores.commit_record(task.unit) is None:
+            self._open(task, scores.recipe)
+
+    def _open(self, task: Task, scores: Recipe) -> Engine:
+        return self.engine(lambda: Path(task.teacher or ""), scores.inputs["teacher"], scores)
+
     def work(self, result: TaskResult) -> TaskResult:
         task = result.task
         if task.scores is None or task.teacher is None:
@@ -104,8 +114,8 @@ class ScoreWorker(Worker):
         self, task: Task, rollouts: Artifact, scores: Artifact, batch: RolloutBatch
     ) -> _Scored:
         """The scores of a unit: by a teacher with other tokens, of new parts, or of every token."""
-        teacher, recipe = Path(task.teacher or ""), scores.recipe
-        engine = self.engine(lambda: teacher, recipe.inputs["teacher"], recipe)
+        recipe = scores.recipe
+        engine = self._open(task, recipe)
         asked = _scoring_settings(recipe)
         if "alignment" in recipe.settings:
             return self._scored_aligned(engine, asked, rollouts, scores, task, batch)

@@ -162,6 +162,13 @@ class Worker:
                 traceback=traceback.format_exc(),
             )
 
+    def prepare(self, task: Task) -> None:
+        """Open what a task needs before others do paid work for it; by default nothing.
+
+        Raises:
+            UserError: the engine cannot be opened.
+        """
+
     def work(self, result: TaskResult) -> TaskResult:
         """Make the task's unit, or pass the result on if the unit is committed."""
         raise NotImplementedError

@@ -406,11 +406,11 @@ def test_a_poisoned_prompt_stops_the_run_with_its_unit(
     """What is not a user's mistake shows its traceback, then a line; the other unit stays."""
     sample, calls = TransformersEngine.sample, list[int]()
 
-    def poisoned(self: Any, prompts: Any, **settings: Any) -> Any:
+    def poisoned(self: Any, *asked: Any, **named: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise ValueError("token 4711 poisons the kernel")
-        return sample(self, prompts, **settings)
+        return sample(self, *asked, **named)
 
     monkeypatch.setattr(TransformersEngine, "sample", poisoned)
     with pytest.raises(UserError, match=r"unit 1 of rollouts/\w+ failed \(ValueError: token 4711"):

@@ -35,12 +35,16 @@ class Aligner:
         teacher: ByteTokenizer,
         *,
         vocab_size: int,
+        student_vocabulary: int,
         student_stops: Sequence[int],
         teacher_stops: Sequence[int],
         max_chunk_tokens: int,
         prompts: Mapping[str, Ids],
     ) -> None:
-        """Prepare for a teacher of `vocab_size` logits; `prompts` are in its tokens, by id."""
+        """Prepare for a teacher of `vocab_size` logits; `prompts` are in its tokens, by id.
+
+        Ids from `student_vocabulary` on are none of the student's.
+        """
         self._student, self._teacher = student, teacher
         self._student_stops, self._teacher_stops = tuple(student_stops), tuple(teacher_stops)
         self._max_chunk_tokens, self._prompts = max_chunk_tokens, prompts
@@ -51,6 +55,7 @@ class Aligner:
             student_stops=student_stops,
             teacher_stops=teacher_stops,
         )
+        self._matches_V[self._matches_V >= student_vocabulary] = -1
 
     def asked_ids(self, forced_ids: Sequence[int]) -> tuple[int, ...]:
         """The teacher's ids that stand for some of the student's."""

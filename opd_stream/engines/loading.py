@@ -22,6 +22,15 @@ NAMED = 3  # missing tensors in a message
 STEPS = 2  # tokens that are read one by one
 
 
+def check_files(folder: Path) -> None:
+    """Refuse what `load_model` would refuse of config and weights, reading no weights.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    load_model(folder, dtype=torch.float32, device="meta")
+
+
 def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
     """The causal language model of a folder, from safetensors, with every tensor of it.
 
@@ -33,6 +42,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
 
     disable_progress_bar()  # a bar per load of a policy would bury the stages' own
     auto: Any = AutoModelForCausalLM
+    where = {"device_map": "meta"} if device == "meta" else {}
     try:
         model, found = auto.from_pretrained(
             folder,
@@ -40,6 +50,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **where,
         )
         missing = sorted(found["missing_keys"])
     except Exception as error:  # of the library, of the file format, of a quantisation's library
@@ -58,7 +69,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
             f"{folder} is a {type(model).__name__} without an output head; expected a causal "
             "language model; use another checkpoint"
         )
-    return model.to(device).eval()
+    return model.eval() if where else model.to(device).eval()
 
 
 def unquantised(model: Any) -> Any:
