@@ -102,10 +102,10 @@ def test_the_dropout_of_the_model_is_off_unless_asked_for(tmp_path: Path) -> Non
 
     def passes(**changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
         model = load(folder, **changes).model
-        assert model.training
         return model(ids).logits, model(ids).logits
 
     assert torch.equal(*passes())
+    assert torch.equal(*passes(gradient_checkpointing=True))
     assert not torch.equal(*passes(drops=True))
 
 
