@@ -167,15 +167,19 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[PlacedRow]:
     csv.field_size_limit(MAX_CELL)
     reader = csv.DictReader(lines(), delimiter=delimiter, strict=True)
     try:
+        names = list(reader.fieldnames or ())
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(
+                f"{path}:1 names the column {twice!r} twice; expected each once; rename one of them"
+            )
         for row in reader:
             place = f"{path}:{line}"
             cells = [*row.values()]
             if None in row or None in cells:
-                named = len(reader.fieldnames or ())
                 more = "more" if None in row else "fewer"
                 raise UserError(
-                    f"{place} has {more} values than the first line names ({named}); expected as "
-                    "many; quote values that hold a separator"
+                    f"{place} has {more} values than the first line names ({len(names)}); expected "
+                    "as many; quote values that hold a separator"
                 )
             yield place, dict(row)
     except csv.Error as error:

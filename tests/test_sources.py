@@ -176,6 +176,7 @@ def test_dotted_fields_reach_into_rows_and_a_literal_name_wins(tmp_path: Path) -
         ("a.csv", b"prompt,answer\n", "holds no prompts"),
         ("a.csv", b"prompt,answer\na,1\nb,2,3\n", r"a\.csv:3 has more values than .*\(2\)"),
         ("a.csv", b"prompt,answer\na\n", r"a\.csv:2 has fewer values"),
+        ("a.csv", b"prompt,prompt\na,b\n", r"a\.csv:1 names the column 'prompt' twice"),
         ("a.csv", b'prompt,answer\n"a" b,1\n', r"a\.csv:2 is not valid CSV"),
         ("a.parquet", b"PAR1 no", r"a\.parquet is not a whole Parquet file"),
         ("a.jsonl.gz", b"no", r"a\.jsonl\.gz is not a whole gzip file"),

@@ -440,4 +440,4 @@ def _source_name(source: EmbeddedPrompts | FilePrompts | DatasetPrompts) -> str:
     path = Path(source.path)
     if isinstance(source, DatasetPrompts):
         path = source.data_files or path
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", path.name.split(".")[0]) or "evaluation"
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", path.name.split(".")[0]).strip("-") or "evaluation"
