@@ -17,6 +17,7 @@ from pipeline.run import run as run_rounds
 from pipeline.run_folder import RunFolder
 from pipeline.setup import open_setup
 from stages.step import Silent
+from tests.page_blocks import blocks_of
 
 ROOT = Path(__file__).parent.parent
 REAL = ROOT / "models" / "real"
@@ -76,7 +77,9 @@ def test_prompts_samples_and_scores_are_those_of_plain_transformers(tmp_path: Pa
 
 
 @pytest.mark.parametrize("student", ["noisy", "pruned26"])
-def test_a_round_moves_a_student_towards_its_teacher(tmp_path: Path, student: str) -> None:
+def test_a_round_moves_a_student_towards_its_teacher(
+    tmp_path: Path, student: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """On the rollouts that it trained on: the divergence from the teacher falls."""
     config = config_of(tmp_path, f"student.path={REAL / student}")
     summary = run_rounds(config, RunFolder(tmp_path / "run"), Silent())
@@ -94,3 +97,8 @@ def test_a_round_moves_a_student_towards_its_teacher(tmp_path: Path, student: st
             own = logprobs(folder, ids)[kept]
             found.append(float((own.exp() * (own - teacher)).sum(1).mean()))
     assert np.mean(after) < np.mean(before)
+    blocks = [block for block in blocks_of(ROOT / "docs" / "tutorial.md") if block.kind == "python"]
+    assert len(blocks) == 1
+    text = blocks[0].text.replace("store/policies/…/attempt-…", str(policy))
+    exec(text, {})
+    assert "What is the capital of Portugal?" in capsys.readouterr().out

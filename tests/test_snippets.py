@@ -36,7 +36,11 @@ from tests.page_blocks import (
 )
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
-RUN_ELSEWHERE = {"cache-format.md": "test_cache.py", "objectives.md": "test_training.py"}
+RUN_ELSEWHERE = {
+    "cache-format.md": "test_cache.py",
+    "objectives.md": "test_training.py",
+    "tutorial.md": "test_real_models.py",
+}
 MARKED = {
     ("deploy.md", "ray cluster"),
     ("tutorial.md", "gpu"),

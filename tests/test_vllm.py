@@ -78,6 +78,8 @@ def test_asked_ids_and_whole_distributions_are_read_to_the_same_scores() -> None
         tokens,
         top_k=top_k,
         forced=len(forced),
+        limit=None,
+        vocabulary=logprobs.shape[1],
     )
     for name, values in whole._asdict().items():
         np.testing.assert_allclose(getattr(part, name), values, atol=1e-5, err_msg=name)
