@@ -153,9 +153,7 @@ def _problem(details: ErrorDetails, raw: dict[str, Any]) -> str:
     field = ".".join(str(part) for part in location)
     match details["type"]:
         case "extra_forbidden":
-            close = _similar_field(str(location[-1]))
-            hint = f"did you mean {close!r}?" if close else "remove it, or see docs/config.md"
-            return f"unknown key {field!r}; {hint}"
+            return f"unknown key {field!r}; {_hint(str(location[-1]))}"
         case "missing":
             return f"{field!r} is missing; expected a value; add it to the config or use --set"
         case "value_error" | "conflict":
@@ -178,12 +176,19 @@ def _is_field(part: int | str, raw: dict[str, Any], loc: tuple[int | str, ...]) 
     return True
 
 
-def _similar_field(name: str) -> str | None:
-    """The field a misspelt one most likely stands for."""
-    known = sorted({field for section in _sections(Section) for field in section.model_fields})
+def _hint(name: str) -> str:
+    """What to do about an unknown key: the field it most likely stands for, or where it belongs."""
+    if name in ("run_dir", "run-dir"):
+        return "the run's folder is an option of the command: --run-dir DIR"
+    found = [section for section in _sections(Section) if not section.__subclasses__()]
+    sections = sorted(found, key=lambda section: section.__name__)
+    homes = [section.__name__ for section in sections if name in section.model_fields]
+    if homes:
+        return f"docs/config.md has that field in {', '.join(dict.fromkeys(homes))}"
+    known = sorted({field for section in sections for field in section.model_fields})
     longer = [field for field in known if field.startswith(name)]
-    close = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return close[0] if close else None
+    close = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f"did you mean {close[0]!r}?" if close else "remove it, or see docs/config.md"
 
 
 def _sections(base: type[Section]) -> Iterator[type[Section]]:

@@ -222,8 +222,9 @@ def _rows(source: FilePrompts | DatasetPrompts) -> Iterator[PlacedRow]:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UnreadableDataset(
             f"dataset {source.path!r} cannot be read: {reason}; expected a hub name, a saved "
-            "folder or a builder; check path, name and split; without a network, fetch a hub name "
-            f"before: hf download {source.path} --repo-type dataset"
+            "folder or a builder; check path, name and split; without a network, copy it to a "
+            f"folder before (hf download {source.path} --repo-type dataset --local-dir DIR) and "
+            "set path to DIR"
         ) from error
 
 

@@ -58,6 +58,8 @@ def test_all_problems_are_told_at_once_with_suggestions(tmp_path: Path) -> None:
     [
         ("rollouts.window.tokens=0", "'rollouts.window.tokens' is 0"),
         ("rollouts.samples=3", "did you mean 'samples_per_prompt'?"),
+        ("gradient_checkpointing=true", "docs/config.md has that field in Train"),
+        ("run_dir=runs/a", "the run's folder is an option of the command: --run-dir DIR"),
         ("train.objective.kind=mse", "'train.objective.0'"),
         ("train.top_k=33", "train.top_k is 33 but scores.top_k is"),
         ("train.objective.kind=mc", "rollouts.extra_draws is 0 with objective mc"),

@@ -125,7 +125,7 @@ def print_run(
     first = next((each for each in summary.evaluations if each.round == 0), None)
     if first is not None:
         later = sum(report.evaluation.seconds for report in reports if report.evaluation)
-        seconds = f"{summary.seconds.evaluate - later:.1f}"
+        seconds = f"{max(0.0, summary.seconds.evaluate - later):.1f}"
         table.add_row("start", "", "0", *_passes(first), *[""] * 6, seconds)
     for report in reports:
         evaluation = report.evaluation
