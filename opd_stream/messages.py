@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from opd_stream.errors import UserError
@@ -59,6 +60,32 @@ def tools_of(value: Any, place: str) -> tuple[dict[str, Any], ...] | None:
             "tools_field"
         )
     return tuple(found)
+
+
+def with_objects(turns: Sequence[Turn]) -> list[Turn]:
+    """Turns whose tool calls hold their arguments as objects, where rows have them as JSON text.
+
+    Most chat templates write arguments as JSON; text would be quoted once more.
+    """
+    return [
+        {**turn, "tool_calls": [_with_object(call) for call in turn["tool_calls"]]}
+        if is_list(turn.get("tool_calls"))
+        else turn
+        for turn in turns
+    ]
+
+
+def _with_object(call: Any) -> Any:
+    if not is_object(call):
+        return call
+    if "function" in call:
+        return {**call, "function": _with_object(call["function"])}
+    text = call.get("arguments")
+    try:
+        found = json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        return call
+    return {**call, "arguments": found} if is_object(found) else call
 
 
 def turns_text(turns: tuple[Turn, ...]) -> str:

@@ -3,6 +3,7 @@
 import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field, JsonValue, model_validator
 
 from opd_stream.errors import UserError
-from opd_stream.messages import ControlTokens, Turn, said_by_others
+from opd_stream.messages import ControlTokens, Turn, said_by_others, with_objects
 from opd_stream.section import Section, is_object, later
 from opd_stream.store.files import sha256_file
 from opd_stream.store.lines import opened
@@ -191,8 +192,8 @@ class Renderer:
         template = self._template
         assert isinstance(template, ChatTemplate)
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                turns,
+            apply = partial(
+                self._tokenizer.apply_chat_template,
                 tools=None if prompt.tools is None else list(prompt.tools),
                 chat_template=self._jinja,
                 add_generation_prompt=opened,
@@ -200,6 +201,10 @@ class Renderer:
                 tokenize=False,
                 **{**template.arguments, "strftime_now": _clock(template.date)},
             )
+            try:
+                text: str = apply(with_objects(turns))
+            except TypeError:  # a template that writes arguments as the text that they are
+                text = apply(turns)
         except UserError:
             raise
         except Exception as error:  # a template may raise anything

@@ -99,6 +99,21 @@ def test_tools_and_calls_reach_the_template() -> None:
         written(prompt(tools=(tool,)), CHATML.replace("if tools", "if false"))
 
 
+@pytest.mark.parametrize(
+    "writes", ["call.function.arguments | tojson", "'' + call.function.arguments"]
+)
+def test_arguments_of_calls_that_are_json_text_are_not_quoted_once_more(writes: str) -> None:
+    template = (
+        "{% for m in messages %}{{ m.content or '' }}{% for call in m.tool_calls or [] %}"
+        f"<call>{{{{ {writes} }}}}</call>{{% endfor %}}{{% endfor %}}"
+    )
+    function = {"name": "add", "arguments": '{"a": 2}'}
+    turns = (USER, {"role": "assistant", "content": None,
+                    "tool_calls": [{"type": "function", "function": function}]},
+             {"role": "tool", "content": "4"})  # fmt: skip
+    assert '<call>{"a": 2}</call>' in written(prompt(*turns), template)
+
+
 def test_a_file_or_a_name_chooses_another_template(tmp_path: Path) -> None:
     path = tmp_path / "mine.jinja"
     path.write_text("[{{ messages[0].content }}]")
