@@ -114,6 +114,7 @@ def test_two_processes_take_the_steps_of_one(collected: Path, strategy: str) -> 
         )
 
 
+@pytest.mark.slow
 def test_a_stopped_round_goes_on_with_another_number_of_processes(
     collected: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +260,7 @@ def test_memory_that_does_not_suffice_names_the_setting(
         train(collected, "full", "train.learning_rate=2.1e-3")
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_process_of_several_is_one_line(collected: Path) -> None:
     with pytest.raises(UserError, match="the rollouts are stale"):
         train(
