@@ -7,8 +7,8 @@ at once; several machines on one stage take the units in orders of their own and
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from opd_stream.config import Config
@@ -17,7 +17,7 @@ from opd_stream.store.artifact import DamagedUnit
 from opd_stream.store.files import publish
 from opd_stream.store.store import Store
 from pipeline.accounting import Accounts
-from pipeline.evaluation import evaluation_record, figure_lines, open_policy
+from pipeline.evaluation import evaluation_record, evaluation_steps, figure_lines, open_policy
 from pipeline.plan import plan_ahead
 from pipeline.records import Answers, EvaluationFile
 from pipeline.rounds import Round, checkpoint_of, named_checkpoint, rounds
@@ -31,8 +31,9 @@ from pipeline.run import (
 )
 from pipeline.run_folder import RunFolder
 from pipeline.setup import Setup, check_evaluation, open_setup, open_store
-from stages.checkpoints import Checkpoint
+from stages.checkpoints import Checkpoint, Vocabulary
 from stages.collect import missing_units, submit_missing, wait_for
+from stages.evaluate import judged_answers
 from stages.executors import open_executor
 from stages.step import Progress, Stage, Step, of_stage, with_needs
 from stages.workers import Role
@@ -100,6 +101,7 @@ def run_evaluation(
     policy: Path | None = None,
     progress: Progress,
     out: Path | None = None,
+    answers: Path | None = None,
 ) -> str:
     """Evaluate one policy; returns the lines to print.
 
@@ -110,11 +112,12 @@ def run_evaluation(
         policy: a Hugging Face folder instead.
         progress: told of every unit.
         out: file to write for `compare`.
+        answers: file to write the answers and their verdicts to, as JSON lines.
 
     Raises:
         UserError: there is no such policy yet, or anything else the user can mend.
     """
-    _check_question(config, policy_version, policy, out)
+    _check_question(config, policy_version, policy, {"--out": out, "--answers": answers})
     setup, version = None, policy_version or 0
     if policy is None:
         setup = open_setup(config)
@@ -146,11 +149,16 @@ def run_evaluation(
         )
     if out is not None:
         _write_out(out, found, student, store)
+    if answers is not None:
+        _write_answers(answers, config, store, student, vocabulary)
     return "\n".join(figure_lines(found))
 
 
 def _check_question(
-    config: Config, policy_version: int | None, policy: Path | None, out: Path | None
+    config: Config,
+    policy_version: int | None,
+    policy: Path | None,
+    files: Mapping[str, Path | None],
 ) -> None:
     if config.evaluation is None:
         raise UserError("the config has no evaluation section; expected one; add it")
@@ -159,10 +167,13 @@ def _check_question(
             f"evaluate was given {'neither' if policy is None else 'both'} of --policy-version and "
             "--policy; expected one of them; --policy-version 0 is the initial student"
         )
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
-    if out is not None and out.is_dir():
-        raise UserError(f"--out {out} is a folder; expected the name of a file; name another one")
+    for option, file in files.items():
+        if file is not None and not file.parent.is_dir():
+            raise UserError(f"{option} {file}: there is no folder {file.parent}; make it first")
+        if file is not None and file.is_dir():
+            raise UserError(
+                f"{option} {file} is a folder; expected the name of a file; name another one"
+            )
 
 
 def _write_out(out: Path, evaluation: Answers, student: Checkpoint, store: Store) -> None:
@@ -174,6 +185,18 @@ def _write_out(out: Path, evaluation: Answers, student: Checkpoint, store: Store
         **{name: getattr(evaluation, name) for name in Answers.model_fields},
     )
     publish(out, (json.dumps(record.as_json(), indent=2) + "\n").encode())
+
+
+def _write_answers(
+    file: Path, config: Config, store: Store, student: Checkpoint, vocabulary: Vocabulary
+) -> None:
+    """Every answer that the figures are of, with its verdict, as a line of JSON."""
+    assert config.evaluation is not None
+    parts, lines = config.evaluation.parts(), list[str]()
+    for name, step in evaluation_steps(config, store, student, vocabulary, 0).items():
+        for answer in judged_answers(store, parts[name], step.shards, student):
+            lines.append(json.dumps({"benchmark": name, **asdict(answer)}, ensure_ascii=False))
+    publish(file, "".join(f"{line}\n" for line in lines).encode())
 
 
 def _join(setup: Setup, folder: RunFolder, policy_version: int, progress: Progress) -> str:

@@ -5,6 +5,8 @@ costs no sampling, and evaluation shares the student's workers.
 """
 
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pyarrow as pa
 
@@ -22,6 +24,20 @@ from stages.prompts import make_prompts, prompts_of
 from stages.recipes import evaluation_recipe, evaluation_rollouts_recipe
 
 SHOWN = 3  # prompts that a line names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedAnswer:
+    """One answer to a held-out problem, as the judge saw it, and its verdict."""
+
+    prompt_id: str
+    sample_index: int
+    prompt: str
+    completion: str
+    reference: str
+    is_right: bool
+    num_tokens: int
+    finish_reason: str  # stop or length
 
 
 def evaluation_prompts(store: Store, evaluation: Evaluation, student: Checkpoint) -> Artifact:
@@ -142,27 +158,14 @@ def _judged(
     """Verdicts on the first `samples_per_prompt` answers to each problem."""
     assert evaluation.judge is not None
     start, samples = time.time(), evaluation.samples_per_prompt
-    judge, tokenizer = open_judge(evaluation.judge), student.tokenizer()
+    judge = open_judge(evaluation.judge)
     prompts, left_out = judged_rows(prompts_of(store, rollouts.recipe), judge)
-    ids: list[str] = prompts["prompt_id"].to_pylist()
-    answers: dict[str, str] = dict(zip(ids, prompts["answer"].to_pylist(), strict=True))
-    correct = dict.fromkeys(answers, 0)
+    correct = dict.fromkeys(prompts["prompt_id"].to_pylist(), 0)
     tokens = length_rows = 0
-    for unit in rollouts.units():
-        batch = rollouts_batch(rollouts.read_unit(unit))
-        texts = tokenizer.batch_decode(
-            [row.tolist() for row in batch.completion_ids], skip_special_tokens=True
-        )
-        asked = [
-            row
-            for row, name in enumerate(batch.prompt_id)
-            if batch.sample_index[row] < samples and name in answers
-        ]
-        pairs = [(texts[row], answers[batch.prompt_id[row]]) for row in asked]
-        for row, is_right in zip(asked, judge.verdicts(pairs), strict=True):
-            correct[batch.prompt_id[row]] += is_right
-            tokens += len(batch.completion_ids[row])
-            length_rows += batch.finish_reason[row] == "length"
+    for answer in _judged_answers(judge, prompts, rollouts, student, samples):
+        correct[answer.prompt_id] += answer.is_right
+        tokens += answer.num_tokens
+        length_rows += answer.finish_reason == "length"
     counts = list(correct.values())
     return EvaluationResult(
         passes={f"pass@{k}": pass_at_k(counts, samples=samples, k=k) for k in default_ks(samples)},
@@ -175,3 +178,50 @@ def _judged(
         judge_seconds=round(time.time() - start, 3),
         left_out=tuple(left_out),
     )
+
+
+def judged_answers(
+    store: Store, evaluation: Evaluation, rollouts: Artifact, student: Checkpoint
+) -> Iterator[JudgedAnswer]:
+    """The answers that an evaluation's figures are of; the judge is asked anew.
+
+    Raises:
+        UserError: the judge cannot be opened, or cannot judge.
+    """
+    assert evaluation.judge is not None
+    judge = open_judge(evaluation.judge)
+    prompts, _ = judged_rows(prompts_of(store, rollouts.recipe), judge)
+    return _judged_answers(judge, prompts, rollouts, student, evaluation.samples_per_prompt)
+
+
+def _judged_answers(
+    judge: Judge, prompts: pa.Table, rollouts: Artifact, student: Checkpoint, samples: int
+) -> Iterator[JudgedAnswer]:
+    """The first `samples` answers to each of some prompts, shard by shard."""
+    tokenizer = student.tokenizer()
+    asked = {
+        row["prompt_id"]: row for row in prompts.select(["prompt_id", "text", "answer"]).to_pylist()
+    }
+    for unit in rollouts.units():
+        batch = rollouts_batch(rollouts.read_unit(unit))
+        texts = tokenizer.batch_decode(
+            [row.tolist() for row in batch.completion_ids], skip_special_tokens=True
+        )
+        rows = [
+            row
+            for row, name in enumerate(batch.prompt_id)
+            if batch.sample_index[row] < samples and name in asked
+        ]
+        pairs = [(texts[row], asked[batch.prompt_id[row]]["answer"]) for row in rows]
+        for row, is_right in zip(rows, judge.verdicts(pairs), strict=True):
+            name = batch.prompt_id[row]
+            yield JudgedAnswer(
+                prompt_id=name,
+                sample_index=int(batch.sample_index[row]),
+                prompt=asked[name]["text"],
+                completion=texts[row],
+                reference=asked[name]["answer"],
+                is_right=bool(is_right),
+                num_tokens=len(batch.completion_ids[row]),
+                finish_reason=batch.finish_reason[row],
+            )

@@ -413,6 +413,14 @@ def test_a_killed_gc_leaves_no_unit_without_its_recipe(
 # Exchange
 
 
+def test_what_holds_no_scores_is_not_exported(finished: Path) -> None:
+    store = Store(finished / "store")
+    scores = inventory.open_artifact(store, scores_names(finished)[0])
+    rollouts = store.scored_rollouts(scores)
+    with pytest.raises(UserError, match=f"{rollouts.name} holds no scores; expected scores/"):
+        store.scored_rollouts(rollouts)
+
+
 @pytest.mark.parametrize("form", ["parquet", "datasets"])
 def test_what_is_exported_comes_back_the_same(finished: Path, tmp_path: Path, form: str) -> None:
     store, name = str(finished / "store"), scores_names(finished)[0]

@@ -333,6 +333,21 @@ def test_a_run_is_compared_with_its_own_start(tmp_path: Path) -> None:
         list(compare(f"{folder}@0", str(folder), Bootstrap()))
 
 
+def test_answers_are_written_with_their_verdicts(measured: Path, tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    evaluate(measured, *WHOLE, policy_version=0, answers=file)
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    found = json.loads((measured / "student.json").read_text())
+    samples = found["samples"]
+    assert len({(row["prompt_id"], row["sample_index"]) for row in rows}) == len(rows)
+    assert len(rows) == found["problems"] * samples
+    assert sum(row["is_right"] for row in rows) / len(rows) == pytest.approx(found["pass@1"])
+    for row in rows:
+        assert row["is_right"] == row["completion"].endswith(f"Answer: {row['reference']}")
+    with pytest.raises(UserError, match=r"--answers .* is a folder"):
+        evaluate(measured, *WHOLE, policy_version=0, answers=tmp_path)
+
+
 def test_what_cannot_be_compared_is_one_line(measured: Path, tmp_path: Path) -> None:
     student = str(measured / "student.json")
     judge, out = "evaluation.judge.kind=exact", tmp_path / "exact.json"

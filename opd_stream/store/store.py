@@ -120,8 +120,10 @@ class Store:
         """The rollouts of a complete scores artifact.
 
         Raises:
-            UserError: it is not complete.
+            UserError: it is not complete, or holds no scores.
         """
+        if scores.recipe.kind != "scores":
+            raise UserError(f"{scores.name} holds no scores; expected scores/FINGERPRINT")
         if not scores.is_complete():
             raise UserError(f"{scores.name} is not complete; run its score stage again")
         return self.by_fingerprint("rollouts", scores.recipe.inputs["rollouts"])

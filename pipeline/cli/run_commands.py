@@ -92,6 +92,10 @@ def evaluate(
     overrides: Overrides = None,
     run_dir: RunDir = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write for compare.")] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(help="File to write the answers and verdicts to, as JSON lines."),
+    ] = None,
     round_index: Annotated[int | None, typer.Option("--round", hidden=True)] = None,
 ) -> None:
     """Evaluate a policy; with another judge or k nothing is sampled again."""
@@ -112,6 +116,7 @@ def evaluate(
             policy=policy,
             progress=progress,
             out=out,
+            answers=answers,
         )
     typer.echo(lines)
 
