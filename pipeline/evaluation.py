@@ -5,6 +5,7 @@ from pathlib import Path
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
+from opd_stream.fetching import fetch
 from opd_stream.store.store import Store
 from opd_stream.tasks.pass_at_k import Counts, default_ks, estimates
 from pipeline.records import Answers, BenchmarkRecord, EvaluationRecord, Passes
@@ -93,7 +94,7 @@ def evaluation_record(
 
 
 def open_policy(config: Config, store: Store, folder: Path) -> tuple[Checkpoint, Vocabulary]:
-    """Any Hugging Face folder as a policy to evaluate, and the ids that end its answers.
+    """Any checkpoint, also a hub model or a GGUF file, as a policy; and the ids of its answers.
 
     They are those of the run's own models too where these read the same tokens, so that a policy of
     the run has the answers it has already.
@@ -101,7 +102,7 @@ def open_policy(config: Config, store: Store, folder: Path) -> tuple[Checkpoint,
     Raises:
         UserError: the folder is no checkpoint, or nothing would end its answers.
     """
-    policy = open_checkpoint(store, folder)
+    policy = open_checkpoint(store, fetch(folder))
     models = [config.student] if config.teacher is None else [config.student, config.teacher]
     known = [open_checkpoint(store, model.folder) for model in models if model.is_here]
     same = [

@@ -87,7 +87,8 @@ def evaluate(
         typer.Option(help="0: the initial student, R + 1: the policy after round R."),
     ] = None,
     policy: Annotated[
-        Path | None, typer.Option("--policy", help="Any Hugging Face folder instead.")
+        Path | None,
+        typer.Option("--policy", help="Any Hugging Face folder, hub model or GGUF file instead."),
     ] = None,
     overrides: Overrides = None,
     run_dir: RunDir = None,
