@@ -70,14 +70,15 @@ def read_task(reference: str) -> Task | None:
 def program_of(completion: str, task: Task) -> Program:
     """The program that a completion answers a task with.
 
-    It is the last block of Python that defines a function the tests call, else the last block, else
-    the whole text. Where a prompt is to be continued and its function is not defined, the prompt
-    stands in front, and the text counts up to its first line that is not indented.
+    It is the last block of Python that defines a function the tests call, else what stands before
+    the first fence if that is the program, else the last block, else the whole text. Where a prompt
+    is to be continued and its function is not defined, the prompt stands in front, and the text
+    counts up to its first line that is not indented.
     """
     text = spoken(completion)
     blocks = [block for language, block in _BLOCK.findall(text) if language.lower() in _LANGUAGES]
     fitting = [block for block in blocks if task.names & _defined(block)]
-    code = [text, *blocks, *fitting][-1]
+    code = [text, *blocks, *_before_fence(text, task), *fitting][-1]
     if task.prompt is not None:
         code = _with_prompt(code, task.prompt, task.names)
     return Program(
@@ -86,6 +87,18 @@ def program_of(completion: str, task: Task) -> Program:
         check=task.check,
         candidate=task.candidate,
     )
+
+
+def _before_fence(text: str, task: Task) -> list[str]:
+    """Code in front of a fence that only closes, as where the model goes on from the prompt."""
+    head, *rest = re.split(r"^[ \t]*```", text, maxsplit=1, flags=re.MULTILINE)
+    code = head.strip("\n")
+    is_body = task.prompt is not None and code[:1].isspace()
+    whole = (
+        _parsed(_with_prompt(code, task.prompt, task.names)) if is_body and task.prompt else None
+    )
+    is_program = bool(task.names & _defined(code)) or whole is not None
+    return [code] if rest and is_program else []
 
 
 def _with_prompt(code: str, prompt: str, names: frozenset[str]) -> str:

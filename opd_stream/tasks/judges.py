@@ -24,6 +24,7 @@ from opd_stream.tasks.numbers import final_number
 from opd_stream.tasks.references import judge_of_lists, reader_of_lists
 
 RULES = 2  # how answers and references are read; verdicts by other rules are no verdicts of these
+CODE_RULES = 3  # the same, of programs
 _RULED = ("final_number", "exact", "math")
 _VERDICTS: Any = (bool, int, float, np.bool_)
 
@@ -174,7 +175,7 @@ def judge_recipe(settings: BuiltInJudge | CodeJudge | FunctionJudge) -> dict[str
     """
     if isinstance(settings, CodeJudge):
         limits = settings.model_dump(mode="json", exclude={"allow_code_execution", "at_once"})
-        return {**limits, "rules": RULES, "python": ".".join(map(str, sys.version_info[:2]))}
+        return {**limits, "rules": CODE_RULES, "python": ".".join(map(str, sys.version_info[:2]))}
     recipe = settings.model_dump(mode="json")
     if isinstance(settings, FunctionJudge):
         _imported(settings.path)
