@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_stream.errors import UserError
-from opd_stream.store.files import read_json
+from opd_stream.store.files import indexed_files
 
 log = logging.getLogger("opd_stream")
 
@@ -80,9 +80,7 @@ def _in_hub_cache(path: Path, revision: str | None) -> Path | None:
     if not isinstance(found, str):
         return None
     folder = Path(found).parent
-    index = folder / "model.safetensors.index.json"
-    names = set(read_json(index)["weight_map"].values()) if index.exists() else set[str]()
-    is_whole = all((folder / name).exists() for name in names)
+    is_whole = all((folder / name).exists() for name in indexed_files(folder))
     return folder if is_whole and any(folder.glob("*.safetensors")) else None
 
 

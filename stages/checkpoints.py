@@ -9,7 +9,7 @@ from typing import Any
 from opd_stream.costs import ModelShape, shape_of
 from opd_stream.errors import UserError
 from opd_stream.model_config import ModelConfig, read_model_config
-from opd_stream.store.files import read_json
+from opd_stream.store.files import INDEX, indexed_files
 from opd_stream.store.policy import Identity
 from opd_stream.store.store import Store
 from opd_stream.store.tokenizer_identity import (
@@ -162,13 +162,14 @@ def weight_files(folder: Path) -> dict[str, tuple[Path, list[int]]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    index = folder / "model.safetensors.index.json"
-    listed = set(read_json(index)["weight_map"].values()) if index.exists() else set()
+    listed = indexed_files(folder)
     found: dict[str, tuple[Path, list[int]]] = {}
     for name in sorted(listed or {path.name for path in folder.glob("*.safetensors")}):
         path = folder / name
         if not path.is_file():
-            raise UserError(f"{index} lists {name}, which is not there; copy the checkpoint again")
+            raise UserError(
+                f"{folder / INDEX} lists {name}, which is not there; copy the checkpoint again"
+            )
         try:
             with safe_open(path, framework="numpy") as file:
                 found |= {key: (path, file.get_slice(key).get_shape()) for key in list(file.keys())}

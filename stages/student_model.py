@@ -18,12 +18,13 @@ from opd_stream.engines.reading import decoder_of, layers_of, rows_hidden
 from opd_stream.errors import UserError
 from opd_stream.loss import BatchLoss, batch_loss
 from opd_stream.objectives import Objective
+from opd_stream.store.files import INDEX
 from opd_stream.weighting import Weighting
 from stages.checkpoints import weight_files
 
 ADAPTER = "adapter"  # folder of the LoRA adapter inside a policy
 CONFIG, GENERATION = "config.json", "generation_config.json"
-INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+WEIGHTS = "model.safetensors"
 TRAINED, KEPT = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 

@@ -21,6 +21,7 @@ from opd_stream.config import Config
 from opd_stream.engines import decoding, transformers_engine
 from opd_stream.engines.base import SamplingSettings
 from opd_stream.engines.transformers_engine import TransformersEngine
+from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.store import Store
 from opd_stream.types import ScoreBatch
@@ -502,9 +503,8 @@ def test_a_teacher_with_nan(tmp_path: Path) -> None:
 
     teacher = changed_model(tmp_path, "ledger-teacher", nan)
     config = small_config(tmp_path, f"teacher.path={teacher}")
-    found = first(trial.teacher_as_student, config)
-    assert (found.level, found.check) == ("error", "teacher-as-student")
-    assert "not finite" in found.found
+    with pytest.raises(UserError, match="not finite on plain texts"):
+        first(trial.teacher_as_student, config)
 
 
 def undecided(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints at the border: whole, exact, and published as they came."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, Qwen3C
 
 from opd_stream.config.sections import Lora
 from opd_stream.engines import decoding, head, loading
-from opd_stream.engines.loading import check_engine, check_training, load_model
+from opd_stream.engines.loading import check_engine, check_files, check_training, load_model
 from opd_stream.errors import UserError
+from opd_stream.store.files import indexed_files
+from opd_stream.store.policy import identify
 from stages.student_model import check_lora, load_student, save_student
+from tests.conftest import MODELS
 
 TINY: dict[str, Any] = {
     "vocab_size": 60,
@@ -52,14 +56,52 @@ def test_a_missing_tensor_is_no_random_one(tmp_path: Path) -> None:
         load_model(folder, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("change", [{"vocab_size": 61}, {"model_type": "none-such"}])
-def test_a_config_of_another_model_is_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 61}, r"2 tensors of other sizes .* \(lm_head\.weight is \[60, 16\]"),
+        ({"hidden_size": 10**12}, "tensors of other sizes than its config says"),
+        ({"model_type": "none-such"}, "cannot be loaded as a causal language model"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "cannot be loaded as a causal"),
+    ],
+)
+def test_a_config_of_another_model_is_one_line(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     folder = saved(tmp_path, LlamaConfig(**TINY))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **change}))
-    with pytest.raises(UserError, match="cannot be loaded as a causal language model") as refused:
-        load_model(folder, dtype=torch.float32)
+    with pytest.raises(UserError, match=message) as refused:
+        check_files(folder)
     assert "\n" not in str(refused.value)
+
+
+def test_a_model_that_computes_no_numbers_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path, LlamaConfig(**TINY, rms_norm_eps=float("nan")))
+    model = load_model(folder, dtype=torch.float32)
+    with pytest.raises(UserError, match="not finite on plain texts"):
+        check_engine(model, folder)
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "part/a.safetensors", "a.bin"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(UserError, match="expected safetensors files of the folder itself"):
+        indexed_files(tmp_path)
+    index.write_text("[]")
+    with pytest.raises(UserError, match="holds a list"):
+        indexed_files(tmp_path)
+
+
+def test_a_config_may_hold_infinity(tmp_path: Path) -> None:
+    """As Mamba's time steps do, which have no upper limit."""
+    shutil.copytree(MODELS / "ledger-student", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "time_step_limit": [0.0, float("inf")]}))
+    found = identify(tmp_path / "model")
+    assert found.architecture_sha256 != identify(MODELS / "ledger-student").architecture_sha256
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

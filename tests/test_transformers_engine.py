@@ -236,7 +236,7 @@ def test_rows_with_logits_that_are_not_finite_are_refused_alone(tmp_path: Path) 
         for token in (*batch.completion_ids[row].tolist(), *batch.prompt_ids[row].tolist())
     }
     with torch.no_grad():
-        model.get_input_embeddings().weight[sorted(poisoned)] = torch.nan
+        model.get_input_embeddings().weight[min(poisoned)] = torch.nan
     model.save_pretrained(tmp_path / "poisoned")
     scores = engine_of(tmp_path / "poisoned").score(batch, ScoringSettings(top_k=3, forced_ids=()))
     assert 0 in scores.refused

@@ -50,14 +50,21 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **where,
         )
-        missing = sorted(found["missing_keys"])
+        missing, other = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
     except Exception as error:  # of the library, of the file format, of a quantisation's library
         raise UserError(
             f"{folder} cannot be loaded as a causal language model ({_line(error)}); expected "
             "config.json and safetensors; check the folder"
         ) from error
+    if other:
+        name, stored, expected = other[0]
+        raise UserError(
+            f"{folder} has {len(other)} tensors of other sizes than its config says ({name} is "
+            f"{[*stored]}, the model's {[*expected]}); copy weights and config.json together"
+        )
     if missing:
         raise UserError(
             f"{folder} lacks {len(missing)} tensors of the model ({', '.join(missing[:NAMED])}"
@@ -120,11 +127,18 @@ def check_training(model: Any, folder: Path) -> None:
 
 
 def _check(model: Any, folder: Path, head: Head) -> None:
+    says_anything = False
     with torch.inference_mode():
         for text in short_texts(model):
-            ids = text[None]
+            ids, right_LV = text[None], _logits(model, text)
             hidden_LH = rows_hidden(decoder_of(model), ids, torch.ones_like(ids))[0]
-            _compare(model, folder, head(hidden_LH), _logits(model, text), "decoder and head apart")
+            _compare(model, folder, head(hidden_LH), right_LV, "decoder and head apart")
+            says_anything |= not right_LV.isnan().any(1).all()
+    if not says_anything:
+        raise UserError(
+            f"{folder} is a {type(model).__name__} whose log-probabilities are not finite on plain "
+            "texts; look at its weights and config.json, or load it with dtype float32"
+        )
 
 
 def _logits(model: Any, text: torch.Tensor) -> torch.Tensor:
@@ -136,7 +150,7 @@ def _compare(
 ) -> None:
     """Compare the log-probabilities that two computations give, weighed by the probabilities.
 
-    Where the model's own are not numbers there is nothing to compare: rows that meet them are
+    Behind a token whose own are not numbers there is nothing to compare: rows that meet it are
     refused one by one.
     """
     mine, right = (logits.float().log_softmax(1) for logits in (mine_LV, right_LV))

@@ -92,6 +92,9 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+INDEX = "model.safetensors.index.json"  # of a checkpoint with several files of weights
+
+
 def checkpoint_json(path: Path) -> dict[str, Any]:
     """A settings file of a checkpoint.
 
@@ -111,6 +114,28 @@ def checkpoint_json(path: Path) -> dict[str, Any]:
             "again"
         )
     return found
+
+
+def indexed_files(folder: Path) -> set[str]:
+    """Names of the files of weights that a checkpoint's index lists; none where it has no index.
+
+    Raises:
+        UserError: it is no index, or leads out of the folder.
+    """
+    path = folder / INDEX
+    if not path.exists():
+        return set()
+    listed = checkpoint_json(path).get("weight_map")
+    if not is_object(listed):
+        raise UserError(f"{path} has no weight_map; copy the checkpoint again")
+    names = set(listed.values())
+    for name in sorted(map(str, names)):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(
+                f"{path} lists {name!r:.80}; expected safetensors files of the folder itself; "
+                "copy the checkpoint again"
+            )
+    return names
 
 
 def json_files(folder: Path) -> list[Path]:

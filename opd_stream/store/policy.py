@@ -8,6 +8,7 @@ the manifest that names the winning attempt is published last.
     policies/77c0…/attempt-5b…/            config.json, model.safetensors, tokenizer, optimizer/
 """
 
+import math
 import shutil
 import uuid
 from collections.abc import Callable
@@ -17,11 +18,12 @@ from typing import Any, Literal
 
 from opd_stream.errors import UserError
 from opd_stream.outcome import TrainOutcome
-from opd_stream.section import Record
+from opd_stream.section import Record, is_list, is_object
 from opd_stream.store.files import (
     canonical_json,
     check_there,
     checkpoint_json,
+    indexed_files,
     inside,
     is_remote,
     load_record,
@@ -130,14 +132,24 @@ def _identity(folder: Path, digest: Callable[[Path, Reads], str]) -> Identity:
             f"{folder} is no checkpoint: found {found}; expected a Hugging Face folder with "
             "config.json, safetensors and a tokenizer; check the path"
         )
+    indexed_files(folder)  # leads nowhere else
     read = checkpoint_json(folder / "config.json")
-    config = {k: v for k, v in read.items() if k not in VOLATILE_CONFIG}
+    config = _finite({k: v for k, v in read.items() if k not in VOLATILE_CONFIG})
     return Identity(
         weights_sha256=_digest_files(weights, lambda path: digest(path, sha256_file)),
         tokenizer_sha256=_tokenizer(folder, digest),
         architecture_sha256=sha256(canonical_json(config)),
         rendering_sha256=_rendering(folder),
     )
+
+
+def _finite(value: Any) -> Any:
+    """Settings with text in place of infinities, which some configs hold and JSON has not."""
+    if is_object(value):
+        return {name: _finite(part) for name, part in value.items()}
+    if is_list(value):
+        return [_finite(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rendering(folder: Path) -> str:
