@@ -339,12 +339,13 @@ def with_nan(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {**tensors, "model.embed_tokens.weight": embedding}
 
 
-def test_rows_with_nan_from_the_teacher_are_refused_and_counted(tmp_path: Path) -> None:
+def test_a_teacher_that_computes_no_numbers_is_refused_before_the_student_samples(
+    tmp_path: Path,
+) -> None:
     teacher = model_with(tmp_path, "ledger-teacher", weights=with_nan)
-    with pytest.raises(UserError, match="no rollout can be trained on"):
+    with pytest.raises(UserError, match="not finite on plain texts"):
         run_small(tmp_path, f"teacher.path={teacher}", "evaluation=null")
-    stored = list((tmp_path / "store" / "scores").rglob("units/*.json"))
-    assert sum(json.loads(path.read_text())["counts"]["refused_rows"] for path in stored) == 8
+    assert not list((tmp_path / "store" / "rollouts").rglob("*.arrow"))
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
