@@ -17,11 +17,17 @@ from opd_stream.engines.loading import check_training, load_model, unquantised
 from opd_stream.engines.reading import decoder_of, layers_of, rows_hidden
 from opd_stream.errors import UserError
 from opd_stream.loss import BatchLoss, batch_loss
+from opd_stream.model_config import read_model_config
 from opd_stream.objectives import Objective
 from opd_stream.store.files import INDEX
+from opd_stream.store.policy import NAMED_TEMPLATES
 from opd_stream.weighting import Weighting
 from stages.checkpoints import weight_files
 
+OTHER_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth"),
+    *(".gguf", ".h5", ".msgpack", ".onnx"),
+)
 ADAPTER = "adapter"  # folder of the LoRA adapter inside a policy
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS = "model.safetensors"
@@ -223,19 +229,27 @@ def _adapted(model: Any, lora: Lora, adapter: Path | None) -> Any:
 def _copy_texts(base: Path, target: Path) -> None:
     """Config files, tokenizer and whatever else of the base folder is no weight and no metrics."""
     for path in sorted(base.iterdir()):
-        is_weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth")
-        if path.is_file() and not is_weights and path.name not in ("metrics.jsonl", INDEX):
+        is_other = path.suffix in OTHER_WEIGHTS or path.name in ("metrics.jsonl", INDEX)
+        if path.is_file() and not is_other:
             shutil.copyfile(path, target / path.name)
+    if (base / NAMED_TEMPLATES).is_dir():
+        shutil.copytree(base / NAMED_TEMPLATES, target / NAMED_TEMPLATES)
     config: dict[str, Any] = json.loads((base / CONFIG).read_bytes())
     if config.pop("quantization_config", None) is not None:  # the published weights are whole
         (target / CONFIG).write_text(json.dumps(config, indent=2))
 
 
 def _keep_unread(model: Any, base: Path, target: Path) -> None:
-    """Add the base's tensors that the class of the model does not have."""
+    """Add the base's tensors that the class of the model does not have.
+
+    What a quantisation keeps beside a weight is no such tensor: the weight is written whole.
+    """
     old, new = weight_files(base), weight_files(target)
     tied = {_end(name) for name in getattr(model, "all_tied_weights_keys", {})}
     kept = {name: at for name, at in old.items() if name not in new and _end(name) not in tied}
+    if read_model_config(base).is_quantised:
+        whole = tuple(name.removesuffix("weight") for name in new if name.endswith(".weight"))
+        kept = {name: at for name, at in kept.items() if not name.startswith(whole)}
     if not kept or not new.keys() < old.keys():
         return
     tensors: dict[str, torch.Tensor] = {}

@@ -16,6 +16,7 @@ from opd_stream.engines.loading import check_engine, check_files, check_training
 from opd_stream.errors import UserError
 from opd_stream.store.files import indexed_files
 from opd_stream.store.policy import identify
+from stages.checkpoints import weight_shapes
 from stages.student_model import check_lora, load_student, save_student
 from tests.conftest import MODELS
 
@@ -230,6 +231,38 @@ def test_an_adapted_head_is_published_exactly(tmp_path: Path) -> None:
     save_student(student, own, tmp_path / "policy")
     published = load_model(tmp_path / "policy", dtype=torch.float32)
     assert torch.allclose(published(ids).logits, adapted, atol=1e-5)
+
+
+def test_what_a_quantisation_keeps_beside_a_weight_is_not_published(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", LlamaConfig(**TINY))
+    student = load(base)
+    tensors = load_file(base / "model.safetensors")
+    beside = "model.layers.0.mlp.up_proj.weight"
+    more = {f"{beside}.absmax": torch.ones(1), f"{beside}.quant_state.bits": torch.ones(1)}
+    other = {"vision.layers.0.weight": torch.ones(1)}
+    save_file({**tensors, **more, **other}, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
+    save_student(student, base, tmp_path / "policy")
+    assert weight_shapes(tmp_path / "policy").keys() == {**tensors, **other}.keys()
+
+
+def test_templates_of_a_folder_go_into_the_identity_and_the_policy(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", LlamaConfig(**TINY))
+    student = load(base)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(MODELS / "ledger-student" / name, base / name)
+    plain, named = identify(base), base / "additional_chat_templates" / "tool_use.jinja"
+    named.parent.mkdir()
+    found = {plain.rendering_sha256}
+    for text in ("{{ messages }}", "{{ tools }}"):
+        named.write_text(text)
+        found.add(identify(base).rendering_sha256)
+    assert len(found) == 3
+    (base / "model.gguf").write_bytes(b"GGUF")
+    save_student(student, base, tmp_path / "policy")
+    assert identify(tmp_path / "policy").rendering_sha256 == identify(base).rendering_sha256
+    assert not (tmp_path / "policy" / "model.gguf").exists()
 
 
 def test_a_quantised_base_of_adapters_is_published_whole(tmp_path: Path) -> None:

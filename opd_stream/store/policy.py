@@ -48,6 +48,7 @@ RENDERING = (
     *("add_prefix_space", "split_special_tokens"),
 )
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
+NAMED_TEMPLATES = "additional_chat_templates"  # folder
 UNREAD = "unread"  # digest of weights that were not read
 VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
@@ -155,10 +156,11 @@ def _finite(value: Any) -> Any:
 def _rendering(folder: Path) -> str:
     settings = read_settings(folder)
     found: dict[str, Any] = {name: settings.get(name) or None for name in RENDERING}
-    for file in (folder / name for name in TEMPLATES):
+    named = sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))
+    for file in (*(folder / name for name in TEMPLATES), *named):
         if file.is_file():
             try:
-                found[file.name] = file.read_text(encoding="utf-8")
+                found[file.relative_to(folder).as_posix()] = file.read_text(encoding="utf-8")
             except ValueError as error:
                 raise UserError(f"{file} is not UTF-8 text; copy the checkpoint again") from error
     return sha256(canonical_json(found))
