@@ -90,7 +90,7 @@ def _with_object(call: Any) -> Any:
 
 def turns_text(turns: tuple[Turn, ...]) -> str:
     """Messages as one text, the same for the same messages."""
-    return json.dumps(turns, ensure_ascii=False)
+    return json.dumps(turns, ensure_ascii=False, default=str)  # tables hold dates, and more
 
 
 def _turn(turn: Turn, place: str) -> Turn:
@@ -105,7 +105,8 @@ def _turn(turn: Turn, place: str) -> Turn:
     content = kept.get("content")
     if is_list(content):
         content = kept["content"] = _joined(content, place)
-    if not isinstance(content, str) and (content is not None or "tool_calls" not in kept):
+    is_call = content is None and kept["role"] == "assistant" and bool(kept.get("tool_calls"))
+    if not isinstance(content, str) and not is_call:
         found = "has no content" if content is None else f"holds a {type(content).__name__}"
         raise UserError(f"{place} {found}; expected text; mend it")
     return kept

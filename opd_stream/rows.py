@@ -9,14 +9,18 @@ import csv
 import difflib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from opd_stream.errors import UserError
 from opd_stream.section import is_list, is_object
 from opd_stream.store.lines import lines_of, opened
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 PlacedRow = tuple[str, dict[str, Any]]  # "file:line" or "file row N", and the row
 Format = Literal["json", "csv", "tsv", "parquet"]
@@ -104,12 +108,14 @@ def rows_of_file(path: Path, kind: Format) -> Iterator[PlacedRow]:
 
 
 def count_rows(path: Path, kind: Format) -> int:
-    """How many rows a file has; what they hold is not looked at where that can be helped."""
-    if kind == "parquet":
-        import pyarrow.parquet as pq
+    """How many rows a file has; what they hold is not looked at where that can be helped.
 
-        with opened(path) as file:
-            return pq.ParquetFile(file).metadata.num_rows
+    Raises:
+        UserError: it is damaged.
+    """
+    if kind == "parquet":
+        with _parquet(path) as file:
+            return file.metadata.num_rows
     lines = (line for line in lines_of(path) if line.strip())
     first = next(lines, "")
     if kind == "json" and not first.lstrip().startswith("["):
@@ -187,16 +193,23 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[PlacedRow]:
 
 
 def _parquet_rows(path: Path) -> Iterator[PlacedRow]:
+    number = 0
+    with _parquet(path) as file:
+        for batch in file.iter_batches(1024):
+            for row in batch.to_pylist():
+                yield f"{path} row {number}", row
+                number += 1
+
+
+@contextmanager
+def _parquet(path: Path) -> Generator["ParquetFile"]:
+    """A Parquet file, to be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
     with opened(path) as file:
         try:
-            for batch in pq.ParquetFile(file).iter_batches(1024):
-                for row in batch.to_pylist():
-                    yield f"{path} row {number}", row
-                    number += 1
+            yield pq.ParquetFile(file)
         except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(

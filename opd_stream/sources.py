@@ -309,7 +309,7 @@ def _text_or_turns(
 def _written(row: dict[str, Any], name: str, place: str) -> str:
     """A field as text: of a list, a line for each item."""
     found = value_of(row, name, place, "prompt_field")
-    return "\n".join(map(str, found)) if is_list(found) else str(found)
+    return "\n".join(_texts(found, f"{place}: field {name!r}", "mend it, or set prompt_field"))
 
 
 def _check_unicode(place: str, text: str) -> None:
@@ -338,15 +338,20 @@ def _answer(source: FilePrompts | DatasetPrompts, place: str, row: dict[str, Any
     value = value_of(row, source.answer_field, place, "answer_field")
     if value is None:
         return None
-    texts = list(map(_scalar, value)) if is_list(value) else [_scalar(value)]
-    answers = [text for text in texts if text is not None]
-    if len(answers) < len(texts):
-        raise UserError(
-            f"{place}: field {source.answer_field!r} {_found(value)}; expected text, a number or a "
-            f"list of them; set answer_field, such as {source.answer_field}.FIELD for a field of "
-            "an object"
-        )
+    remedy = f"set answer_field, such as {source.answer_field}.FIELD for a field of an object"
+    answers = _texts(value, f"{place}: field {source.answer_field!r}", remedy)
     return reference_text(answers, source.answers)
+
+
+def _texts(value: Any, said: str, remedy: str) -> list[str]:
+    """A value, or the items of a list, as text."""
+    texts = list(map(_scalar, value)) if is_list(value) else [_scalar(value)]
+    known = [text for text in texts if text is not None]
+    if len(known) < len(texts):
+        raise UserError(
+            f"{said} {_found(value)}; expected text, a number or a list of them; {remedy}"
+        )
+    return known
 
 
 def _scalar(value: Any) -> str | None:

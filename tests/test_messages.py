@@ -1,7 +1,7 @@
 """Messages and chat templates: what is written, what is refused, and that no day changes it."""
 
 import json
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -290,10 +290,20 @@ def test_messages_of_a_table_have_no_empty_fields(tmp_path: Path) -> None:
     assert found.answer == "4"
 
 
+def test_messages_may_hold_what_json_has_not(tmp_path: Path) -> None:
+    turn = {**USER, "timestamp": datetime(2024, 1, 31, 12)}
+    pq.write_table(pa.Table.from_pylist([{"prompt": [turn]}]), tmp_path / "a.parquet")
+    (found,) = read_prompts(FilePrompts(kind="files", path=tmp_path / "a.parquet"))
+    assert list(found.turns or ()) == [turn]
+    assert json.loads(found.text) == [{**USER, "timestamp": "2024-01-31 12:00:00"}]
+
+
 @pytest.mark.parametrize(
     ("turns", "line"),
     [
         ([], "place is no list of messages"),
+        ([{"role": "user", "content": None, "tool_calls": []}], "turn 0 has no content"),
+        ([{"role": "user", "content": None, "tool_calls": [{}]}], "turn 0 has no content"),
         ([USER, "text"], "place is no list of messages"),
         ([{"role": "user"}], "place: turn 0 has no content"),
         ([USER, {"role": "user", "content": 3}], "place: turn 1 holds a int"),

@@ -27,6 +27,7 @@ from opd_stream.sources import (
     row_count,
     source_settings,
 )
+from opd_stream.store.lines import CHUNK_BYTES, lines_of
 from opd_stream.store.store import Store
 from opd_stream.tasks.judges import BuiltInJudge, open_judge
 from opd_stream.tasks.references import answers_of, reference_text, right_answer
@@ -226,6 +227,39 @@ def test_a_path_that_leads_to_nothing_readable_is_one_line(
         source_settings(source)
     with pytest.raises(UserError, match=line):
         read_prompts(source)
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"question": None}, "field 'question' is null; expected text"),
+        ({"question": {"text": "a"}}, "field 'question' holds a dict with text; expected text"),
+        ({"question": ["a", None]}, "field 'question' holds a list; expected text"),
+    ],
+)
+def test_what_is_no_text_is_not_written_into_a_prompt(
+    row: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json_lines([row]))
+    with pytest.raises(UserError, match=line):
+        read(path, prompt_field="Solve: {question}", answer_field=None)
+
+
+def test_a_damaged_file_cannot_be_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
+    source = FilePrompts(kind="files", path=tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet is not a whole Parquet file"):
+        row_count(source)
+
+
+def test_lines_longer_than_what_is_read_at_once_are_whole(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    texts = ["ä" * CHUNK_BYTES, "", "b" * (3 * CHUNK_BYTES), "c"]
+    path.write_text("\n".join(texts), encoding="utf-8")
+    assert list(lines_of(path)) == texts
+    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    assert list(lines_of(path)) == texts
 
 
 def test_only_the_limit_is_read_of_a_source(tmp_path: Path) -> None:

@@ -25,15 +25,19 @@ def lines_of(path: Path) -> Iterator[str]:
     """
     with opened(path) as file:
         unpack = {".gz": _gunzipped, ".zst": _unpacked}.get(path.suffix, _chunks)
-        rest = ""
+        rest: list[str] = []  # of a line that may be long, such as a whole array
         try:
             for text in codecs.iterdecode(unpack(path, file), "utf-8-sig"):
-                *lines, rest = (rest + text).split("\n")
-                yield from lines
+                first, *lines = text.split("\n")
+                rest.append(first)
+                if lines:
+                    yield "".join(rest)
+                    yield from lines[:-1]
+                    rest = lines[-1:]
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text ({error}); convert it") from error
-        if rest:
-            yield rest
+        if last := "".join(rest):
+            yield last
 
 
 def opened(path: Path) -> BinaryIO:
