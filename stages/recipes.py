@@ -7,7 +7,7 @@ batch sizes of engines, unit sizes and paths are missing on purpose.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from opd_stream.config import Config, Evaluation, counts_rounds
+from opd_stream.config import Config, Evaluation, Model, counts_rounds
 from opd_stream.engines import engine_recipe
 from opd_stream.store.recipe import Recipe
 from opd_stream.tasks.judges import judge_recipe
@@ -145,6 +145,15 @@ def scores_recipe(
             **(continued if alignment is None else alignment.inputs),
             **({} if teacher_prompts is None else {"prompts": teacher_prompts}),
         },
+    )
+
+
+def head_recipe(teacher: Checkpoint, settings: Model) -> Recipe:
+    """A teacher's output head, which makes distributions of its stored hidden states."""
+    return Recipe(
+        kind="heads",
+        settings={**engine_recipe(settings.engine), "dtype": settings.dtype},
+        inputs={"teacher": teacher.identity.fingerprint},
     )
 
 

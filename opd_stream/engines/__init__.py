@@ -6,18 +6,27 @@ Torch is loaded when an engine is opened, not before.
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
-from opd_stream.engines.base import Engine, VllmOptions
+from opd_stream.engines.base import Engine, HiddenEngine, VllmOptions
+from opd_stream.errors import UserError
 from opd_stream.section import import_path, own_path, source_sha256
 
-__all__ = ["Engine", "EngineName", "engine_recipe", "open_engine"]
+__all__ = [
+    "Engine",
+    "EngineName",
+    "engine_recipe",
+    "gives_hidden",
+    "hidden_engine",
+    "open_engine",
+]
 
 BUILT_IN = ("transformers", "vllm", "fake")
 VERBS = ("load", "sample", "extend", "score")
+HIDDEN_VERBS = ("hidden", "head")  # that some engines have besides
 
 
 def _named(name: str) -> str:
@@ -52,6 +61,32 @@ def _own_class(path: str) -> Callable[..., Engine]:
         lambda found: isinstance(found, type) and all(hasattr(found, verb) for verb in VERBS),
         f"a class with {', '.join(VERBS)} (opd_stream.engines.base.Engine)",
     )
+
+
+def gives_hidden(engine: str) -> bool:
+    """Whether the engine of a name is a `HiddenEngine`.
+
+    Raises:
+        UserError: as `engine_recipe`.
+    """
+    if engine in BUILT_IN:
+        return engine == "transformers"
+    return all(hasattr(_own_class(engine), verb) for verb in HIDDEN_VERBS)
+
+
+def hidden_engine(engine: Engine) -> HiddenEngine:
+    """The engine as one that gives hidden states.
+
+    Raises:
+        UserError: it does not; `gives_hidden` says so before any work.
+    """
+    missing = [verb for verb in HIDDEN_VERBS if not hasattr(engine, verb)]
+    if missing:
+        raise UserError(
+            f"engine {type(engine).__name__} has no {' and no '.join(missing)}; expected an engine "
+            "that gives hidden states; use engine transformers"
+        )
+    return cast(HiddenEngine, engine)
 
 
 def open_engine(

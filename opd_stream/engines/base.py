@@ -11,7 +11,7 @@ Shapes: T completion tokens, K candidates of the teacher, F forced ids, M candid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from pydantic import Field
 from opd_stream.errors import UserError
 from opd_stream.section import Section
 from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
+
+if TYPE_CHECKING:
+    from opd_stream.fused import OutputHead
 
 Ids = NDArray[np.integer[Any]]
 Drawn = tuple[NDArray[np.int32], NDArray[np.float32]]  # new ids and their log-probabilities
@@ -134,6 +137,36 @@ class Engine(Protocol):
 
         Raises:
             UserError: `top_k` is larger than the vocabulary.
+        """
+        ...
+
+
+class HiddenStates(NamedTuple):
+    """What the output head reads to predict the completion tokens of R rollouts."""
+
+    states: tuple[NDArray[np.float32], ...]  # R x [T, H], after the last norm, unrounded
+    logprobs: tuple[NDArray[np.float32], ...]  # R x [T], of the tokens, by the engine's own head
+
+
+class HiddenEngine(Engine, Protocol):
+    """An engine whose whole distributions can be rebuilt elsewhere: hidden states times the head.
+
+    Of the built-in engines transformers is one; one of the user's own may be.
+    """
+
+    def hidden(self, rollouts: RolloutBatch) -> HiddenStates:
+        """The hidden states that predict every completion token.
+
+        Raises:
+            UserError: a row does not fit the model's context.
+        """
+        ...
+
+    def head(self) -> "OutputHead":
+        """The output head, which makes logits of the hidden states; weights may be shared.
+
+        Raises:
+            UserError: the head is no linear layer.
         """
         ...
 

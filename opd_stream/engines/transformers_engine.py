@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from opd_stream.engines.base import (
     Drawn,
+    HiddenStates,
     Ids,
     RowScores,
     SamplingSettings,
@@ -35,10 +36,18 @@ from opd_stream.engines.decoding import (
     open_decoder,
     uniforms,
 )
-from opd_stream.engines.head import completion_hidden, from_numpy, logits_head, padded
+from opd_stream.engines.head import (
+    completion_hidden,
+    from_numpy,
+    logits_head,
+    output_head,
+    padded,
+)
 from opd_stream.engines.loading import check_engine, load_model
 from opd_stream.engines.reading import decoder_of
-from opd_stream.logprobs import HeadScores, head_scores
+from opd_stream.errors import UserError
+from opd_stream.fused import OutputHead
+from opd_stream.logprobs import HeadScores, head_scores, sampled_logprobs
 from opd_stream.model_config import context_of
 from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
 
@@ -136,6 +145,50 @@ class TransformersEngine:
     def score(self, rollouts: RolloutBatch, settings: ScoringSettings) -> ScoreBatch:
         """See `Engine.score`."""
         check_top_k(settings.top_k, settings.vocabulary or self._vocabulary)
+        scored: dict[int, RowScores] = {}
+        for chosen in self._read_together(rollouts):
+            rows = self._score_rows(rollouts, chosen, settings)
+            scored.update(zip(chosen, rows, strict=True))
+        return score_batch(
+            (scored[row] for row in range(len(rollouts))),
+            has_candidates=rollouts.candidate_ids is not None,
+        )
+
+    @torch.inference_mode()
+    def hidden(self, rollouts: RolloutBatch) -> HiddenStates:
+        """See `HiddenEngine.hidden`."""
+        chunk_rows = rows_per_chunk(self._vocabulary, self._device.type)
+        found: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+        for chosen in self._read_together(rollouts):
+            completions = [rollouts.completion_ids[row] for row in chosen]
+            hidden_NH = self._hidden_of(rollouts, chosen)
+            ids_N = from_numpy(np.concatenate(completions).astype(np.int64), self._device)
+            logprobs_N = sampled_logprobs(
+                hidden_NH, logits_head(self._model), ids_N, chunk_rows=chunk_rows
+            )
+            ends = np.cumsum([len(completion) for completion in completions])[:-1]
+            columns = (hidden_NH.float().cpu().numpy(), logprobs_N.float().cpu().numpy())
+            parts = zip(*(np.split(column, ends) for column in columns), strict=True)
+            found.update(zip(chosen, parts, strict=True))
+        rows = [found[row] for row in range(len(rollouts))]
+        return HiddenStates(tuple(row[0] for row in rows), tuple(row[1] for row in rows))
+
+    def head(self) -> OutputHead:
+        """See `HiddenEngine.head`."""
+        module = self._model.get_output_embeddings()
+        if not isinstance(module, torch.nn.Linear):
+            raise UserError(
+                f"the output head of {self._model.config.model_type} is a {type(module).__name__}; "
+                "expected a linear layer, which hidden states are stored with; use a checkpoint "
+                "whose head is not quantised"
+            )
+        return output_head(self._model)
+
+    def _read_together(self, rollouts: RolloutBatch) -> Iterator[list[int]]:
+        """Rows of each forward pass.
+
+        Similar lengths stand together, and rows of one prompt, which is then read once.
+        """
         texts = [
             np.concatenate(pair)
             for pair in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)
@@ -145,16 +198,17 @@ class TransformersEngine:
         longest: dict[bytes, int] = {}
         for prompt, text in zip(prompts, texts, strict=True):
             longest[prompt] = max(len(text), longest.get(prompt, 0))
-        # Similar lengths together, and rows of one prompt, which is then read once.
         order = sorted(range(len(texts)), key=lambda r: (longest[prompts[r]], prompts[r], r))
-        scored: dict[int, RowScores] = {}
         for start in range(0, len(order), self._batch_rows):
-            chosen = order[start : start + self._batch_rows]
-            rows = self._score_rows(rollouts, chosen, settings)
-            scored.update(zip(chosen, rows, strict=True))
-        return score_batch(
-            (scored[row] for row in range(len(rollouts))),
-            has_candidates=rollouts.candidate_ids is not None,
+            yield order[start : start + self._batch_rows]
+
+    def _hidden_of(self, rollouts: RolloutBatch, chosen: list[int]) -> torch.Tensor:
+        """Hidden states that predict the completion tokens of some rows [N, H]."""
+        return completion_hidden(
+            decoder_of(self._model),
+            [rollouts.prompt_ids[row] for row in chosen],
+            [rollouts.completion_ids[row] for row in chosen],
+            self._device,
         )
 
     def _decode(
@@ -209,9 +263,8 @@ class TransformersEngine:
         settings: ScoringSettings,
     ) -> Iterator[RowScores]:
         draws = settings.draws
-        prompts = [rollouts.prompt_ids[row] for row in chosen]
         completions = [rollouts.completion_ids[row] for row in chosen]
-        hidden = completion_hidden(decoder_of(self._model), prompts, completions, self._device)
+        hidden = self._hidden_of(rollouts, chosen)
         asked = np.concatenate(completions).astype(np.int64)[:, None]
         if rollouts.candidate_ids is not None:
             candidates = [rollouts.candidate_ids[row] for row in chosen]

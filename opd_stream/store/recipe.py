@@ -12,7 +12,7 @@ from opd_stream.store.files import canonical_json, sha256
 
 FORMAT_VERSION: Literal[1] = 1
 
-Kind = Literal["prompts", "policies", "rollouts", "scores", "evaluations"]
+Kind = Literal["prompts", "policies", "rollouts", "scores", "heads", "evaluations"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 

@@ -1,0 +1,148 @@
+"""A teacher's output head as an artifact of its own, and hidden states beside it, both unrounded.
+
+A hidden state after the last norm and the head give the whole distribution of a token: H numbers in
+place of V. The head is stored once for each teacher, engine and dtype; numbers take two bytes where
+that loses nothing, as of bfloat16 models, and four otherwise. What is rebuilt differs from the
+engine's own distribution by the rounding of one product, which `check_rebuilt` bounds.
+
+Shapes: N tokens, H hidden, V vocabulary.
+"""
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from opd_stream.engines.base import HiddenStates
+from opd_stream.errors import UserError
+from opd_stream.fused import OutputHead
+from opd_stream.logprobs import sampled_logprobs
+from opd_stream.store.artifact import Artifact
+from opd_stream.store.codecs.columns import list_rows
+
+IDS_PER_ROW = 256  # of the vocabulary, in a row of the shard
+ROWS_PER_UNIT = 64
+
+# Nats by which the log-probability of a token, rebuilt from what is stored, may differ from the
+# engine's: logits of a 16-bit engine are rounded, by up to 1/16 where they stand above 16.
+BOUNDS = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
+
+
+def store_head(artifact: Artifact, head: OutputHead, *, made_by: str = "") -> None:
+    """Publish a head as far as the store does not have it; damaged units are made again."""
+    vocabulary, width = head.weight_VH.shape
+    rows = -(-vocabulary // IDS_PER_ROW)
+    artifact.create(rows=rows, rows_per_unit=ROWS_PER_UNIT)
+    said = {
+        "width": str(width),
+        "dtype": str(head.weight_VH.dtype).removeprefix("torch."),
+        "scale": repr(float(head.scale)),
+        **({} if head.cap is None else {"cap": repr(float(head.cap))}),
+    }
+    for unit in artifact.units():
+        if artifact.commit_record(unit) is not None:
+            if artifact.damage(unit) is None:
+                continue
+            artifact.invalidate(unit)
+        blocks = [
+            slice(row * IDS_PER_ROW, (row + 1) * IDS_PER_ROW) for row in artifact.unit_rows(unit)
+        ]
+        weights = [_numbers(head.weight_VH[block]) for block in blocks]
+        values = unrounded(np.concatenate(weights))
+        columns = {
+            "weight": list_rows(
+                np.split(values, np.cumsum([*map(len, weights)])[:-1]), values.dtype
+            )
+        }
+        if head.bias_V is not None:
+            columns["bias"] = list_rows(
+                [_numbers(head.bias_V[block]) for block in blocks], np.float32
+            )
+        table = pa.table(columns).replace_schema_metadata(said)
+        artifact.commit(unit, table, counts={"rows": len(blocks)}, made_by=made_by)
+    artifact.finish()
+
+
+def read_head(artifact: Artifact, device: str = "cpu") -> OutputHead:
+    """The head that a complete artifact holds.
+
+    Raises:
+        DamagedUnit: a shard is not what was committed.
+    """
+    tables = [artifact.read_unit(unit) for unit in artifact.units()]
+    said = {
+        key.decode(): value.decode() for key, value in (tables[0].schema.metadata or {}).items()
+    }
+    dtype = getattr(torch, said["dtype"])
+
+    def whole(name: str) -> torch.Tensor:
+        parts = [
+            widened(chunk.flatten().to_numpy(zero_copy_only=False))
+            for table in tables
+            for chunk in table[name].chunks
+        ]
+        values = torch.from_numpy(np.concatenate(parts))  # pyright: ignore[reportUnknownMemberType]
+        return values.to(device=device, dtype=dtype)
+
+    return OutputHead(
+        weight_VH=whole("weight").view(-1, int(said["width"])),
+        bias_V=whole("bias") if "bias" in tables[0].column_names else None,
+        scale=float(said["scale"]),
+        cap=float(said["cap"]) if "cap" in said else None,
+    )
+
+
+def unrounded(values: NDArray[np.float32]) -> NDArray[np.generic]:
+    """The same numbers, in two bytes where all have room: bfloat16 bits (uint16), or float16."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    if not (bits & 0xFFFF).any():
+        return (bits >> 16).astype(np.uint16)
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    return half if np.array_equal(half.astype(np.float32), values) else values
+
+
+def widened(stored: NDArray[np.generic]) -> NDArray[np.float32]:
+    """The numbers that `unrounded` stored."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32, copy=False)
+
+
+def check_rebuilt(
+    hidden: HiddenStates, head: OutputHead, completion_ids: tuple[NDArray[np.integer], ...]
+) -> float:
+    """The largest difference in nats of what is rebuilt from the engine's own log-probabilities.
+
+    Raises:
+        UserError: it is above the bound of the head's dtype; the two do not belong together.
+    """
+    found = 0.0
+    for states, logprobs, ids in zip(hidden.states, hidden.logprobs, completion_ids, strict=True):
+        if not len(ids):
+            continue
+        rebuilt = sampled_logprobs(
+            head_input(states, head),
+            head,
+            torch.from_numpy(ids.astype(np.int64)).to(head.weight_VH.device),  # pyright: ignore
+            chunk_rows=head.chunk_rows,
+        )
+        found = max(found, float(np.abs(rebuilt.float().cpu().numpy() - logprobs).max()))
+    bound = BOUNDS[head.weight_VH.dtype]
+    if not found <= bound:
+        raise UserError(
+            f"distributions rebuilt from hidden states are {found:.3g} nats from the engine's; "
+            f"expected at most {bound:g}; this model does more between its hidden states and its "
+            "logits than a linear head with a scale and a soft cap: it cannot be stored this way"
+        )
+    return found
+
+
+def head_input(states_NH: NDArray[np.float32], head: OutputHead) -> torch.Tensor:
+    """Stored hidden states as the head takes them."""
+    states = torch.from_numpy(states_NH)  # pyright: ignore[reportUnknownMemberType]
+    return states.to(head.weight_VH)
+
+
+def _numbers(values: torch.Tensor) -> NDArray[np.float32]:
+    return values.detach().float().cpu().numpy().reshape(-1)
