@@ -17,15 +17,14 @@ from opd_stream.errors import UserError
 from opd_stream.fetching import fetch, local_folder
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.store import Store
+from opd_stream.store.tokenizer_folder import misread_line, open_vocabulary
 from opd_stream.windows import AdaptiveWindow
 from pipeline.plan import plan_round
 from stages.checkpoints import (
     Checkpoint,
     Vocabulary,
     check_pair,
-    misread_line,
     open_checkpoint,
-    open_vocabulary,
     shared_vocabulary,
 )
 from stages.prompts import (

@@ -1,6 +1,6 @@
 """A checkpoint in a role: where it lies, what it is, and how it ends a text."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,15 +12,17 @@ from opd_stream.model_config import ModelConfig, read_model_config
 from opd_stream.store.files import INDEX, indexed_files
 from opd_stream.store.policy import Identity
 from opd_stream.store.store import Store
+from opd_stream.store.tokenizer_folder import (
+    TOKENIZER,
+    folder_meaning,
+    open_tokenizer,
+    read_settings,
+)
 from opd_stream.store.tokenizer_identity import (
     TokenizerComparison,
     TokenizerMeaning,
     compare_tokenizers,
-    read_meaning,
-    reads_otherwise,
-    tokenizer_meaning,
 )
-from opd_stream.store.tokenizer_settings import read_settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,17 +138,13 @@ def compare_pair(student: Checkpoint, teacher: Checkpoint) -> TokenizerCompariso
 
 
 def _meaning(model: Checkpoint) -> TokenizerMeaning:
-    """Of the tokenizer as its file has it; where there is none, as transformers converts it."""
-    path = model.folder / "tokenizer.json"
-    if path.is_file():
-        return read_meaning(path)
-    backend = getattr(model.tokenizer(), "backend_tokenizer", None)
-    if backend is None:
+    meaning = folder_meaning(model.folder)
+    if meaning is None:
         raise UserError(
             f"the tokenizer of {model.folder} is not a fast one, and is compared with another; "
             "save it with a fast tokenizer (tokenizer.json)"
         )
-    return tokenizer_meaning(backend)
+    return meaning
 
 
 def weight_shapes(folder: Path) -> dict[str, list[int]]:
@@ -182,7 +180,7 @@ def weight_files(folder: Path) -> dict[str, tuple[Path, list[int]]]:
 
 
 def tokenizer_size(folder: Path) -> int:
-    """One more than the largest id of a folder's tokenizer."""
+    """One more than the largest id of a folder's tokenizer; needs no transformers."""
     return _tokenizer_size(folder.resolve())
 
 
@@ -190,9 +188,10 @@ def tokenizer_size(folder: Path) -> int:
 def _tokenizer_size(folder: Path) -> int:
     from tokenizers import Tokenizer
 
-    path = folder / "tokenizer.json"
-    found = Tokenizer.from_file(str(path)) if path.is_file() else open_vocabulary(folder)
-    return max(found.get_vocab().values(), default=-1) + 1
+    path = folder / TOKENIZER
+    found = Tokenizer.from_file(str(path)) if path.is_file() else open_tokenizer(folder)
+    added = map(int, read_settings(folder).get("added_tokens_decoder", ()))
+    return max([*found.get_vocab().values(), *added], default=-1) + 1
 
 
 def model_shape(checkpoint: Checkpoint) -> ModelShape:
@@ -204,64 +203,3 @@ def model_shape(checkpoint: Checkpoint) -> ModelShape:
         return shape_of(config.settings, weight_shapes(checkpoint.folder))
     except UserError as error:
         return ModelShape(unknown=str(error))
-
-
-def open_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder; where its class misreads `tokenizer.json`, that file as it is.
-
-    Raises:
-        UserError: there is none that can be read.
-    """
-    return _tokenizer(folder)[0]
-
-
-@lru_cache(maxsize=8)
-def _tokenizer(folder: Path) -> tuple[Any, str | None]:
-    """The tokenizer of a folder, and the class of transformers that misreads its file, if so."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    tokenizer, path = _opened(AutoTokenizer, folder), folder / "tokenizer.json"
-    is_own = type(tokenizer) is not PreTrainedTokenizerFast and path.is_file()
-    is_fast = getattr(tokenizer, "backend_tokenizer", None) is not None
-    if is_own and is_fast and reads_otherwise(tokenizer, path):
-        return _opened(PreTrainedTokenizerFast, folder), type(tokenizer).__name__
-    return tokenizer, None
-
-
-def misread_line(folder: Path) -> Iterator[str]:
-    """What to know of a tokenizer that transformers misreads."""
-    reader = _tokenizer(folder)[1]
-    if reader is not None:
-        yield (
-            f"AutoTokenizer reads {folder} as {reader}, which cuts texts otherwise than its "
-            "tokenizer.json; the file is used here; elsewhere too, load it with "
-            "PreTrainedTokenizerFast.from_pretrained"
-        )
-
-
-@lru_cache(maxsize=8)
-def open_vocabulary(folder: Path) -> Any:
-    """The tokenizer of a folder for ids and what they stand for: its `tokenizer.json` as it is.
-
-    That needs no torch, which the class for a family of models loads; it is read that way where
-    there is no such file.
-
-    Raises:
-        UserError: there is none that can be read.
-    """
-    if not (folder / "tokenizer.json").is_file():
-        return open_tokenizer(folder)
-    from transformers import PreTrainedTokenizerFast
-
-    return _opened(PreTrainedTokenizerFast, folder)
-
-
-def _opened(kind: Any, folder: Path) -> Any:
-    read_settings(folder)
-    try:
-        return kind.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever the libraries say of the values in its files
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{folder} has no readable tokenizer ({reason}); check the folder"
-        ) from error

@@ -11,11 +11,11 @@ from opd_stream.engines.base import Engine, ScoringSettings, score_batch
 from opd_stream.errors import UserError
 from opd_stream.model_config import read_model_config
 from opd_stream.store.artifact import Artifact
-from opd_stream.store.policy import tokenizer_digest
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
+from opd_stream.store.tokenizer_folder import open_tokenizer, tokenizer_digest
 from opd_stream.types import RolloutBatch, ScoreBatch
-from stages.checkpoints import Checkpoint, compare_pair, open_tokenizer
+from stages.checkpoints import Checkpoint, compare_pair
 from stages.prompts import make_prompts, prompt_ids_of, prompts_artifact
 
 _BYTE_TOKENIZERS: dict[str, ByteTokenizer] = {}  # by the digest of the tokenizer's files

@@ -205,7 +205,9 @@ def _judged_answers(
     for unit in rollouts.units():
         batch = rollouts_batch(rollouts.read_unit(unit))
         texts = tokenizer.batch_decode(
-            [row.tolist() for row in batch.completion_ids], skip_special_tokens=True
+            [row.tolist() for row in batch.completion_ids],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
         )
         rows = [
             row

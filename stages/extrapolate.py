@@ -19,10 +19,10 @@ from opd_stream.extrapolation import Outcome, Score, is_due, moved_parameters, s
 from opd_stream.outcome import ExtrapolationRecord, PointScore
 from opd_stream.store.reader import ScoredRows, epoch_order
 from opd_stream.store.shards import prompts_batch
+from opd_stream.store.tokenizer_folder import open_tokenizer
 from opd_stream.store.tree import load_tree, save_tree
 from opd_stream.tasks.judges import open_judge
 from opd_stream.types import PromptBatch
-from stages.checkpoints import open_tokenizer
 from stages.evaluate import judged_rows
 from stages.learner import Learner
 from stages.train_data import BatchPlan, step_batches
@@ -165,7 +165,9 @@ class Reward:
         """Share of right answers of a model in memory."""
         rollouts = TransformersEngine.over(model).sample(self.prompts, self.sampling)
         texts = self.tokenizer.batch_decode(
-            [ids.tolist() for ids in rollouts.completion_ids], skip_special_tokens=True
+            [ids.tolist() for ids in rollouts.completion_ids],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
         )
         pairs = zip(texts, self.answers, strict=True)
         return sum(self.is_right(text, answer) for text, answer in pairs) / len(texts)

@@ -12,8 +12,8 @@ from opd_stream.cross_tokenizer.byte_tokenizer import ByteTokenizer
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import ScoringSettings
 from opd_stream.store.codecs import CompactCodec, ExactCodec, decode_scores, encode_scores
+from opd_stream.store.tokenizer_folder import open_tokenizer
 from opd_stream.types import RolloutBatch, ScoreBatch
-from stages.checkpoints import open_tokenizer
 from tests.conftest import MODELS
 from tests.tiny_tokenizers import byte_level, metaspace, permuted
 

@@ -17,12 +17,12 @@ from opd_stream.config_file import override_config
 from opd_stream.errors import UserError
 from opd_stream.store.reader import ScoredRow, ScoredRows, open_scores
 from opd_stream.store.store import Store
+from opd_stream.store.tokenizer_folder import open_tokenizer
 from opd_stream.tokens import FIGURES, TokenText
 from pipeline.inspect.command import inspect_rollout, inspect_worst
 from pipeline.inspect.terminal import print_rollout
 from pipeline.inspect.view import RolloutView
 from pipeline.run_folder import RunFolder
-from stages.checkpoints import open_tokenizer
 from stages.step import Silent
 from tests.conftest import MODELS, Command, SmallRuns, loaded_by, run, small_config
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from opd_stream.store import Store
 from opd_stream.store.artifact import Commit
+from opd_stream.store.tokenizer_folder import open_tokenizer, open_vocabulary
 from pipeline.cli import app
 from pipeline.console import LOG, Level, TerminalProgress, set_up
 from pipeline.run_folder import RunFolder
@@ -31,7 +32,6 @@ from pipeline.status import (
     pace_of_units,
 )
 from pipeline.status_table import table_of, watch
-from stages.checkpoints import open_tokenizer, open_vocabulary
 from tests.conftest import MODELS, SmallRuns, loaded_by, reports_of, small_config
 
 NOW = 1_760_000_000.0

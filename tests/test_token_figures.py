@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from opd_stream.store.tokenizer_folder import open_tokenizer
 from opd_stream.tokens import FIGURES, TokenText, quoted, token_figures, visible
-from stages.checkpoints import open_tokenizer
 from tests.conftest import MODELS
 
 

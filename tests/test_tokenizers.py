@@ -12,21 +12,16 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from opd_stream.errors import UserError
-from opd_stream.store.policy import identify, tokenizer_digest
+from opd_stream.store.policy import identify
 from opd_stream.store.store import Store
+from opd_stream.store.tokenizer_folder import misread_line, open_tokenizer, tokenizer_digest
 from opd_stream.store.tokenizer_identity import (
     TokenizerComparison,
     compare_tokenizers,
     read_meaning,
     tokenizer_meaning,
 )
-from stages.checkpoints import (
-    Checkpoint,
-    check_pair,
-    misread_line,
-    open_checkpoint,
-    open_tokenizer,
-)
+from stages.checkpoints import Checkpoint, check_pair, open_checkpoint
 from tests.tiny_tokenizers import byte_level, metaspace, unigram
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
@@ -92,7 +87,10 @@ def test_what_is_written_otherwise_is_the_same(
     text = json.dumps(write(specification(folders[family])))
     (tmp_path / "tokenizer.json").write_text(text)
     assert text != (folders[family] / "tokenizer.json").read_text()
-    assert tokenizer_digest(tmp_path) == tokenizer_digest(folders[family])
+    written, before = (
+        read_meaning(each / "tokenizer.json") for each in (tmp_path, folders[family])
+    )
+    assert written.digest == before.digest
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -364,8 +362,72 @@ def test_the_digest_of_the_meaning_is_remembered_beside_that_of_the_bytes(tmp_pa
     assert store.identify(STUDENT) == identify(STUDENT) == store.identify(STUDENT)
     path = STUDENT / "tokenizer.json"
     remembered = [json.loads(p.read_text()) for p in store.digests.glob("*.json")]
-    (own,) = [each["sha256"] for each in remembered if each["file"] == path.name]
+    (own,) = [each["sha256"] for each in remembered if each["file"] == STUDENT.name]
     assert own == read_meaning(path).digest
+
+
+def with_settings(source: Path, folder: Path, **settings: Any) -> Path:
+    """A copy of a checkpoint with other fields in tokenizer_config.json."""
+    shutil.copytree(source, folder)
+    path = folder / "tokenizer_config.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**before, **settings}))
+    return folder
+
+
+TOKEN = {"content": "coins", "lstrip": False, "rstrip": False, "normalized": False}
+FIELDS: list[dict[str, Any]] = [
+    {"extra_special_tokens": {"image_token": "<image>"}},
+    {"additional_special_tokens": ["Anna"]},
+    {"added_tokens_decoder": {"606": {**TOKEN, "single_word": False, "special": False}}},
+    {"added_tokens_decoder": {"606": {**TOKEN, "single_word": False, "special": True}}},
+    {"tokenizer_class": "LlamaTokenizer"},
+    {"tokenizer_class": "GemmaTokenizer"},
+    {"tokenizer_class": "GPT2Tokenizer"},
+    {"add_prefix_space": False},
+    {"add_bos_token": True, "bos_token": "<eos>"},
+    {"padding_side": "right", "model_max_length": 900, "clean_up_tokenization_spaces": True},
+]
+TEXTS = ("Anna has 12 coins", " Anna  has\n12 <image> coins", "coins", "", "x Anna<eos>coins ")
+
+
+def test_folders_of_one_identity_give_the_same_ids(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    ids: dict[tuple[str, str], set[str]] = {}
+    for family, source in folders.items():
+        for number, fields in enumerate([{}, *FIELDS]):
+            folder = tmp_path / f"{family}{number}"
+            shutil.copytree(STUDENT, folder)
+            shutil.copy(source / "tokenizer.json", folder)
+            settings = {"eos_token": "<eos>", **fields}
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+            found = identify(folder)
+            key = (found.tokenizer_sha256, found.rendering_sha256)
+            read = open_tokenizer(folder)(list(TEXTS))["input_ids"]
+            ids.setdefault(key, set()).add(json.dumps(read))
+    assert all(len(each) == 1 for each in ids.values())
+    assert len(ids) > len(folders) + 8  # most fields change one of the two digests
+
+
+def test_a_token_that_only_the_settings_name_is_part_of_the_pair(tmp_path: Path) -> None:
+    store, token = tmp_path / "store", {**TOKEN, "single_word": False, "special": False}
+    one, other = (
+        checkpoint(
+            with_settings(
+                STUDENT, tmp_path / name, added_tokens_decoder={"606": {**token, "content": name}}
+            ),
+            store,
+        )
+        for name in ("<image>", "<tool>")
+    )
+    with pytest.raises(UserError, match='id 606 is "<image>" for the student and "<tool>"'):
+        check_pair(one, other)
+    assert one.known_ids == 606  # the head has no more
+    before = one.identity
+    path = one.folder / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("<image>", "<photo>"))  # an edit in place is seen
+    assert identify(one.folder).tokenizer_sha256 != before.tokenizer_sha256
 
 
 BROKEN: list[tuple[str, str | bytes, str]] = [

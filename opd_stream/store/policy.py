@@ -38,11 +38,15 @@ from opd_stream.store.files import (
     verified_bytes,
 )
 from opd_stream.store.recipe import Recipe, RecipeRecord
-from opd_stream.store.tokenizer_identity import meaning_digest
-from opd_stream.store.tokenizer_settings import read_settings
+from opd_stream.store.tokenizer_folder import (
+    OLDER_TOKENIZERS,
+    TOKENIZER,
+    library_versions,
+    read_settings,
+    tokenizer_digest,
+    tokenizer_files,
+)
 
-TOKENIZER = "tokenizer.json"
-OLDER_TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt")  # where there is none
 RENDERING = (
     *("chat_template", "bos_token", "eos_token", "add_bos_token", "add_eos_token"),
     *("add_prefix_space", "split_special_tokens"),
@@ -53,7 +57,7 @@ UNREAD = "unread"  # digest of weights that were not read
 VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
 
-Reads = Callable[[Path], str]  # digest of a file: of its bytes, or of what it means
+Reads = Callable[[Path], str]  # digest of a file's bytes, or of what a folder's tokenizer means
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,13 +138,14 @@ def _identity(folder: Path, digest: Callable[[Path, Reads], str]) -> Identity:
             "config.json, safetensors and a tokenizer; check the path"
         )
     indexed_files(folder)  # leads nowhere else
+    rendering = _rendering(folder)
     read = checkpoint_json(folder / "config.json")
     config = _finite({k: v for k, v in read.items() if k not in VOLATILE_CONFIG})
     return Identity(
         weights_sha256=_digest_files(weights, lambda path: digest(path, sha256_file)),
-        tokenizer_sha256=_tokenizer(folder, digest),
+        tokenizer_sha256=digest(folder, tokenizer_digest),
         architecture_sha256=sha256(canonical_json(config)),
-        rendering_sha256=_rendering(folder),
+        rendering_sha256=rendering,
     )
 
 
@@ -164,19 +169,6 @@ def _rendering(folder: Path) -> str:
             except ValueError as error:
                 raise UserError(f"{file} is not UTF-8 text; copy the checkpoint again") from error
     return sha256(canonical_json(found))
-
-
-def _tokenizer(folder: Path, digest: Callable[[Path, Reads], str]) -> str:
-    """By meaning; of the files that a library has to convert first, by their bytes."""
-    if (folder / TOKENIZER).is_file():
-        return digest(folder / TOKENIZER, meaning_digest)
-    older = [folder / name for name in OLDER_TOKENIZERS if (folder / name).exists()]
-    return _digest_files(older, lambda path: digest(path, sha256_file))
-
-
-def tokenizer_digest(folder: Path) -> str:
-    """`tokenizer_sha256` of the identity of a folder, read without its weights."""
-    return _tokenizer(folder, lambda path, reads: reads(path))
 
 
 class DamagedPolicy(UserError):
@@ -359,7 +351,9 @@ def _read_digest(remembered: Path) -> str:
 
 
 def _remembered(path: Path, cache: Path, reads: Reads) -> Path:
-    """Where the digest of a file is kept, for as long as the file does not change."""
-    stat = path.stat()
-    key = canonical_json([reads.__name__, str(path.resolve()), stat.st_size, stat.st_mtime_ns])
-    return cache / f"{sha256(key)[:32]}.json"
+    """Where a digest is kept, for as long as no file that it is of changes."""
+    files = tokenizer_files(path) if path.is_dir() else [path]
+    stats = [(str(file.resolve()), file.stat()) for file in files]
+    key: list[Any] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    key += library_versions() if path.is_dir() else ()
+    return cache / f"{sha256(canonical_json([reads.__name__, *key]))[:32]}.json"

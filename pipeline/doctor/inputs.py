@@ -9,6 +9,7 @@ from opd_stream.config import Evaluation
 from opd_stream.errors import UserError
 from opd_stream.prompts import lost_rows, shuffled_rows
 from opd_stream.rendering import ChatTemplate, Prompt, Renderer
+from opd_stream.store.tokenizer_folder import misread_line
 from opd_stream.store.tokenizer_identity import TokenizerComparison
 from opd_stream.tasks.judges import Judge, open_judge
 from opd_stream.tasks.references import right_answer
@@ -16,7 +17,7 @@ from pipeline.doctor.findings import Finding, check
 from pipeline.doctor.subject import Subject
 from pipeline.rounds import named_checkpoint, rounds
 from pipeline.setup import ContextUse, context_of, training_contexts
-from stages.checkpoints import Checkpoint, check_pair, compare_pair, misread_line, tokenizer_size
+from stages.checkpoints import Checkpoint, check_pair, compare_pair, tokenizer_size
 from stages.evaluate import SHOWN, judged_rows, unjudged_line
 
 

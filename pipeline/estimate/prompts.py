@@ -25,10 +25,9 @@ from opd_stream.sources import (
     row_count,
 )
 from opd_stream.store.artifact import Artifact, DamagedUnit
-from opd_stream.store.tokenizer_settings import read_settings
+from opd_stream.store.tokenizer_folder import open_vocabulary, read_settings
 from pipeline.estimate.sizes import PromptLengths
 from pipeline.setup import Setup
-from stages.checkpoints import open_vocabulary
 from stages.prompts import rows_left_out, selected_rows
 
 MOST_PROMPTS = 2_000  # written and tokenised to measure them

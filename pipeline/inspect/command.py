@@ -12,15 +12,14 @@ from typing import NamedTuple
 from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, DamagedUnit
-from opd_stream.store.policy import tokenizer_digest
 from opd_stream.store.reader import ScoredRow
 from opd_stream.store.store import Store
+from opd_stream.store.tokenizer_folder import open_vocabulary, tokenizer_digest
 from opd_stream.tokens import FIGURES, TokenText, quoted
 from pipeline.inspect.view import LocatedRow, RolloutView, RoundCache, RoundReader, mean_of
 from pipeline.records import RoundPlanRecord
 from pipeline.run_folder import RunFolder
 from pipeline.setup import masked_ids
-from stages.checkpoints import open_vocabulary
 
 
 class WorstRollout(NamedTuple):
