@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -240,7 +242,7 @@ def _copy_texts(base: Path, target: Path) -> None:
 
 
 def _keep_unread(model: Any, base: Path, target: Path) -> None:
-    """Add the base's tensors that the class of the model does not have.
+    """Add the base's tensors that the class of the model does not read.
 
     What a quantisation keeps beside a weight is no such tensor: the weight is written whole.
     """
@@ -250,7 +252,10 @@ def _keep_unread(model: Any, base: Path, target: Path) -> None:
     if read_model_config(base).is_quantised:
         whole = tuple(name.removesuffix("weight") for name in new if name.endswith(".weight"))
         kept = {name: at for name, at in kept.items() if not name.startswith(whole)}
-    if not kept or not new.keys() < old.keys():
+    elif not new.keys() <= old.keys():  # other names than the base has for the same tensors
+        read = _names_read(type(model), model.config, {n: shape for n, (_, shape) in old.items()})
+        kept = {name: at for name, at in kept.items() if name not in read}
+    if not kept:
         return
     tensors: dict[str, torch.Tensor] = {}
     for name, (path, _) in kept.items():
@@ -261,6 +266,35 @@ def _keep_unread(model: Any, base: Path, target: Path) -> None:
         (target / WEIGHTS).rename(target / TRAINED)
     found = {name: path.name for name, (path, _) in weight_files(target).items()}
     (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": found}, indent=2))
+
+
+class _Watched(torch.Tensor):
+    """A tensor without numbers that notes when a loader reads it."""
+
+    note: Callable[[], None]
+
+    def __getitem__(self, place: Any) -> torch.Tensor:
+        self.note()
+        return torch.empty(self.shape, device="meta")
+
+
+def _names_read(kind: Any, config: Any, shapes: dict[str, list[int]]) -> set[str]:
+    """Names of the tensors of a checkpoint that a class of model reads, whatever it calls them."""
+    read: set[str] = set()
+    tensors: dict[str, _Watched] = {}
+    for name, shape in shapes.items():
+        tensors[name] = torch.empty(shape, device="meta").as_subclass(_Watched)
+        tensors[name].note = partial(read.add, name)
+    kind.from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        device_map="meta",
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        trust_remote_code=False,
+    )
+    return read
 
 
 def _end(name: str) -> str:

@@ -206,6 +206,34 @@ def test_what_training_does_not_read_survives(tmp_path: Path, wrapper: str) -> N
             assert torch.equal(parameter, student.get_parameter(name))
 
 
+def test_tensors_survive_where_the_base_has_other_names(tmp_path: Path) -> None:
+    """As GPT-2 of the hub, whose names lack the prefix that the library writes."""
+    from transformers import GPT2Config
+
+    sizes = {"vocab_size": 60, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    base = saved(tmp_path / "base", GPT2Config(**sizes, eos_token_id=1, bos_token_id=2))
+    names = {name.removeprefix("transformer."): t for name, t in load_file(weights(base)).items()}
+    tower = {"vision.a.weight": torch.arange(3.0), "h.0.attn.masked_bias": torch.ones(1)}
+    save_file({**names, **tower}, weights(base), {"format": "pt"})
+    student = load(base)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1)
+    save_student(student, base, tmp_path / "policy")
+    found: dict[str, torch.Tensor] = {}
+    for path in (tmp_path / "policy").glob("*.safetensors"):
+        found |= load_file(path)
+    assert found.keys() == {*tower, *(f"transformer.{name}" for name in names)}
+    assert all(torch.equal(found[name], tensor) for name, tensor in tower.items())
+    again = load(tmp_path / "policy")
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, student.get_parameter(name))
+
+
+def weights(folder: Path) -> Path:
+    return folder / "model.safetensors"
+
+
 def test_adapters_on_a_matrix_that_head_and_embeddings_share_are_refused(tmp_path: Path) -> None:
     tied = saved(tmp_path / "tied", Qwen3Config(**TINY, tie_word_embeddings=True))
     own = saved(tmp_path / "own", Qwen3Config(**TINY, tie_word_embeddings=False))
