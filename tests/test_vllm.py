@@ -12,6 +12,7 @@ from opd_stream.engines import open_engine
 from opd_stream.engines.base import Engine, SamplingSettings, ScoringSettings, VllmOptions
 from opd_stream.engines.vllm_scores import (
     asked_ids,
+    left_out,
     scores_of_asked,
     scores_of_whole,
     whole_distribution,
@@ -85,6 +86,14 @@ def test_asked_ids_and_whole_distributions_are_read_to_the_same_scores() -> None
         np.testing.assert_allclose(getattr(part, name), values, atol=1e-5, err_msg=name)
     np.testing.assert_allclose(whole.asked[:, 0], logprobs[np.arange(tokens), ids[prompt:]])
     np.testing.assert_allclose(whole.forced, logprobs[:, list(forced)])
+
+
+def test_ids_without_a_token_are_left_out_by_the_shortest_list() -> None:
+    assert left_out(None, 100, by_bias_only=True) == {}
+    assert left_out(98, 100, by_bias_only=True) == {"logit_bias": {98: -np.inf, 99: -np.inf}}
+    assert left_out(2, 2000, by_bias_only=False) == {"allowed_token_ids": [0, 1]}
+    with pytest.raises(UserError, match="logits for 2000 ids, of which 2 may be drawn"):
+        left_out(2, 2000, by_bias_only=True)
 
 
 def flat_of(logprobs_TV: np.ndarray, ids_T: np.ndarray, top_k: int, *, before: int) -> Flat:

@@ -35,6 +35,7 @@ from opd_stream.engines.base import (
 from opd_stream.engines.vllm_scores import (
     asked_ids,
     asked_top_k,
+    left_out,
     scores_of_asked,
     scores_of_whole,
     whole_distribution,
@@ -208,7 +209,7 @@ class VllmEngine:
             top_p=settings.top_p,
             top_k=settings.top_k,
             min_p=settings.min_p,
-            allowed_token_ids=None if limit is None else list(range(limit)),
+            **left_out(limit, self._vocab, by_bias_only=self._asks_for_ids),
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
