@@ -145,6 +145,10 @@ def _convert(file: Path, folder: Path) -> None:
     given: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise _unwritable(file, folder, error) from error
+    try:
         read = auto.from_pretrained(file.parent, dtype=torch.float32, **given)
         with torch.device("meta"):
             model = unquantised(read)
@@ -160,5 +164,14 @@ def _convert(file: Path, folder: Path) -> None:
         ) from error
     try:
         temporary.rename(folder)
-    except OSError:  # another process was faster
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not folder.is_dir():  # else another process was faster
+            raise _unwritable(file, folder, error) from error
+
+
+def _unwritable(file: Path, folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{file} is to be converted, and {folder} cannot be written ({error.strerror}); set "
+        "OPD_STREAM_CACHE to a folder that can"
+    )

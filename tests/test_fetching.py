@@ -154,3 +154,6 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"tiny\.gguf cannot be read as a language model"):
         fetch(file)
     assert [path.name for path in (tmp_path / "cache" / "gguf").iterdir()] == [folder.name]
+    monkeypatch.setenv("OPD_STREAM_CACHE", str(file))
+    with pytest.raises(UserError, match=r"cannot be written .*set OPD_STREAM_CACHE to a folder"):
+        fetch(file)
