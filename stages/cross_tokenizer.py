@@ -45,7 +45,7 @@ def open_alignment(
     """The alignment of a run; None where ids mean the same to both, or none is asked for.
 
     `rendered` are the prompts under the teacher's own template, if it has one. Without `make` its
-    prompts are only named, and no tokenizer is read.
+    prompts are only named, and tokenizers are compared but not read as bytes.
 
     Raises:
         UserError: a tokenizer cannot be read as bytes, or the teacher has no terminator.

@@ -24,6 +24,10 @@ from stages.checkpoints import Checkpoint
 
 Ids = NDArray[np.integer[Any]]
 
+# How rows become ids, here and in opd_stream: raised when any prompt would come out otherwise, so
+# that artifacts of older rules are not taken for it (tests/test_messages.py).
+RULES = 1
+
 
 def prompts_artifact(store: Store, source: Prompts, student: Checkpoint) -> Artifact:
     """The prompts artifact of a source, whether it exists or not.
@@ -33,10 +37,19 @@ def prompts_artifact(store: Store, source: Prompts, student: Checkpoint) -> Arti
     """
     recipe = Recipe(
         kind="prompts",
-        settings={**source_settings(source), "rendering": student.identity.rendering_sha256},
+        settings={
+            **source_settings(source),
+            "rendering": student.identity.rendering_sha256,
+            **_rules(),
+        },
         inputs={"tokenizer": student.identity.tokenizer_sha256},
     )
     return store.artifact(recipe)
+
+
+def _rules() -> dict[str, int]:
+    """What a recipe says of them; nothing of the first ones."""
+    return {} if RULES == 1 else {"rules": RULES}
 
 
 def make_prompts(store: Store, source: Prompts, student: Checkpoint) -> Artifact:
@@ -64,7 +77,7 @@ def teacher_prompts_artifact(
     rendering = teacher.identity.rendering_sha256
     recipe = Recipe(
         kind="prompts",
-        settings={"template": template_settings(template), "rendering": rendering},
+        settings={"template": template_settings(template), "rendering": rendering, **_rules()},
         inputs={"prompts": prompts.fingerprint, "tokenizer": teacher.identity.tokenizer_sha256},
     )
     return store.artifact(recipe)

@@ -17,7 +17,8 @@ from opd_stream.messages import turns_of
 from opd_stream.prompts import lost_rows, tokenised_prompts
 from opd_stream.rendering import ChatTemplate, Prompt, RawTemplate, Renderer
 from opd_stream.sources import FilePrompts, read_prompts, source_settings
-from opd_stream.store.files import sha256_file
+from opd_stream.store.files import canonical_json, sha256, sha256_file
+from stages.prompts import RULES
 
 STUDENT = Path(__file__).parent.parent / "configs" / "models" / "ledger-student"
 CHATML = (
@@ -323,3 +324,47 @@ def test_bad_messages_in_a_file_name_the_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=line):
             read_prompts(FilePrompts(kind="jsonl", path=rows_file(tmp_path, row)))
+
+
+RULED = {
+    1: "91036a6720e1438ae268469a403cab246631960c7efb09a05ae4e84d106d6e08"
+}  # `RULES` -> digest of what they make of the rows below
+
+
+def test_prompts_change_only_with_the_number_of_the_rules(tmp_path: Path) -> None:
+    """If this fails, artifacts made before would be taken for others: raise `RULES`."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": "Wie viel ist 2 + 2?", "answer": 4},
+        {"prompt": " <bos> 1.50 €\r\n", "answer": ["3/2", "1.5"]},
+        {"messages": [SYSTEM, USER, ANSWER], "answer": None},
+        {"messages": [{"from": "human", "value": "2+2?"}], "answer": {"a": True}["a"]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Look up "}]},
+                {"role": "assistant", "content": None, "tool_calls": [
+                    {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+                ]},
+                {"role": "tool", "content": "one", "name": "f"},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+            "answer": 0.1,
+        },
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found: list[Any] = []
+    reader, more = tokenizer(), {"final_answer": "continue", "system": "S", "text": "Q: {prompt}"}
+    for number, settings in enumerate(
+        [{}, {"kind": "raw", "bos": "always"}, {"control_tokens": "escape", **more}]
+    ):
+        template = {"kind": "chat", "control_tokens": "skip", "final_answer": "drop", **settings}
+        if template["kind"] == "raw":
+            template = settings
+        source = FilePrompts(
+            kind="files",
+            path=tmp_path / "rows.jsonl",
+            template=template,  # type: ignore[arg-type]
+            answer_field="answer",
+            limit=2 if number == 1 else None,
+        )
+        found.append(tokenised_prompts(source, reader).table.to_pylist())
+    assert sha256(canonical_json(found)) == RULED[RULES]
