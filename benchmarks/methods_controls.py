@@ -40,7 +40,7 @@ def fine_tune(task: ledger.Task, seed: int, folder: Path) -> list[dict[str, Any]
             chosen = problems[step * ROWS_PER_STEP : (step + 1) * ROWS_PER_STEP]
             ids, labels, counts = _batch(tokenizer, chosen)
             for group in optimizer.param_groups:
-                group["lr"] = schedule.learning_rate_at((step + 0.5) / steps)
+                group["lr"] = schedule.learning_rate_at((step + 0.5) / steps, step)
             model(input_ids=ids, labels=labels).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

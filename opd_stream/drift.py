@@ -7,7 +7,7 @@ one transfer from the device and one reduction over ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
 
@@ -226,6 +226,20 @@ def _histograms(of: MeasuredTokens, counted_N: Tensor, d_N: Tensor) -> list[Tens
         *(sums(values_N, place_N, POSITION_BINS) for values_N in at_places),
         sums(counted_N, weight_N, WEIGHT_BINS),
     ]
+
+
+def ratio_error(values: Sequence[float], counts: Sequence[float]) -> float:
+    """Standard error of sum(values) / sum(counts), where a pair is what one row adds to both."""
+    if len(values) < 2:
+        return 0.0
+    of, by = np.asarray(values, np.float64), np.asarray(counts, np.float64)
+    left = of - of.sum() / by.sum() * by
+    return float(np.sqrt((left @ left) * len(of) / (len(of) - 1)) / by.sum())
+
+
+def distance_sum(sums: Mapping[str, float]) -> float:
+    """Sum over tokens of log behavior - log teacher, an estimate of KL(behavior || teacher)."""
+    return sums["reverse_kl"] - drift_of(sums).signed
 
 
 def named(sums: Tensor) -> dict[str, float]:

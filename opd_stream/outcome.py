@@ -74,6 +74,10 @@ class StartDrift(Record):
     policy_drift: float
     sampler_gap: float | None  # mean |d| of fresh rows; None: none was fresh
     floor: float | None  # policy_drift of the latest rows that were fresh; None: none ever was
+    floor_error: float | None = None  # its standard error over rows
+    mean_d: float = 0.0
+    distance: float = 0.0  # KL(behavior || teacher) of the rows, nats per token
+    distance_error: float = 0.0
 
 
 class UnitRecord(Record):
@@ -121,6 +125,8 @@ class TrainOutcome(Record):
     steps: int
     rows: int
     trained: TrainedCounts
+    cached_tokens: int | None = None  # completion tokens of all rows, each once
+    cut_tokens: int = 0  # of these, behind the training window
     epochs: tuple[EpochRecord, ...]
     start: StartDrift
     units: tuple[UnitRecord, ...] = ()  # where units may outlive their policy
@@ -131,6 +137,13 @@ class TrainOutcome(Record):
     made_by: str  # id of the run
     seconds: float
     cpu_seconds: float
+
+    @property
+    def trained_share(self) -> float | None:
+        """Share of the cached completion tokens that trained at all; None: not recorded."""
+        if not self.cached_tokens:
+            return None
+        return sum(place.tokens for place in self.epochs[0].by_position) / self.cached_tokens
 
     @property
     def floor(self) -> float:

@@ -1,24 +1,30 @@
 """When cached rows have been used enough: pure decisions on measured drift.
 
-The number of epochs on a cache is an outcome, and so is the number of rounds that a unit of it
-lives. Every training step measures the drift of the rows it trains on; after an epoch, and inside
-one, the sums decide whether training goes on. Between rounds a small sample of the rows of each
-unit decides whether the unit is kept, continued to a longer window, or made again.
+The first pass over a cache is always finished: its scores are paid for. The number of further
+passes is an outcome, and so is the number of rounds that a unit of the cache lives. Every training
+step measures the drift of the rows it trains on; after an epoch, and inside a further one, the sums
+decide whether training goes on. Between rounds a sample of the rows of each unit decides whether
+the unit is kept, continued to a longer window, or made again. Only a student that diverges is
+stopped at once.
 
-Every decision is held against `bounds`, on the drift above `floor`, the policy_drift of fresh rows
-before training: that is what engine and trainer disagree about, and no drift.
+Every decision is held against `bounds` that fit the pair (`Staleness.fitted`), on the drift above
+`floor`, the policy_drift of fresh rows before training: that is what engine and trainer disagree
+about, and no drift.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 
 from opd_stream.drift import DriftSums
+from opd_stream.objectives import Objective
 from opd_stream.outcome import EpochAction
 from opd_stream.section import Section
 
 LOOKS_PER_EPOCH = 4
+LEAST_DISTANCE = 0.5  # nats per token; a student nearer to its teacher may still move so far
 
 UnitAction = Literal["train", "gated", "extend", "regenerate", "retire"]
 
@@ -27,8 +33,29 @@ class Staleness(Section):
     """When a cache has been used enough."""
 
     max_epochs: int = Field(default=1, ge=1, description="passes over a round's scores, at most")
-    policy_drift: float = Field(default=0.1, gt=0, description="stop above; k3, nats per token")
-    effective_sample_fraction: float = Field(default=0.5, gt=0, le=1, description="stop below")
+    policy_drift: float = Field(
+        default=0.1,
+        gt=0,
+        description="no further pass above, nor above distance_share; k3, nats per token",
+    )
+    distance_share: float = Field(
+        default=0.5,
+        ge=0,
+        description="policy_drift that is allowed as a share of the distance to the teacher, "
+        "where that is more: a student that learns leaves the one that wrote the rollouts",
+    )
+    effective_sample_fraction: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="no further pass below, with objectives that weigh by importance",
+    )
+    diverged: float = Field(
+        default=2.0,
+        gt=1,
+        description="stop the run where the student has moved further than so many distances to "
+        "the teacher (at least 0.5 nats each)",
+    )
     gated_from: float = Field(
         default=0.0, ge=0, description="policy_drift from which train.gate and freshness weigh"
     )
@@ -55,8 +82,24 @@ class Staleness(Section):
         default=0.02,
         gt=0,
         le=1,
-        description="rows of a unit that measure its drift between rounds (never below 2)",
+        description="rows of a unit that measure its drift between rounds (never below 8)",
     )
+
+    def fitted(self, distance: float, objectives: Sequence[Objective]) -> Self:
+        """The bounds for a pair: learning is drift, up to the distance that is to be learned.
+
+        Args:
+            distance: KL(behavior || teacher) of the rows, nats per token.
+            objectives: in training; without importance weights a few tokens that carry most of
+                them hurt nothing.
+        """
+        weighs = any(part.is_sampled for part in objectives)
+        return self.model_copy(
+            update={
+                "policy_drift": max(self.policy_drift, self.distance_share * distance),
+                "effective_sample_fraction": self.effective_sample_fraction if weighs else 0.0,
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +176,7 @@ def is_look_due(step: int, steps_per_epoch: int) -> bool:
 
 
 def decide_stop(drift: DriftSums, *, bounds: Staleness, floor: float = 0.0) -> Decision | None:
-    """Inside an epoch: stop at once if the rows of the latest steps are too far, or None."""
+    """Inside a further epoch: stop if the rows of the latest steps are too far, or None."""
     too_far = _too_far(drift, bounds, floor)
     if too_far is None:
         return None
@@ -142,12 +185,27 @@ def decide_stop(drift: DriftSums, *, bounds: Staleness, floor: float = 0.0) -> D
     )
 
 
-def decide_jump(drift: DriftSums, *, bounds: Staleness, floor: float = 0.0) -> Decision | None:
-    """After an extrapolation: end the round if the rows that score a point drifted too far."""
-    if beyond(drift, floor=floor) <= bounds.policy_drift:
+def divergence(
+    drift: DriftSums, *, at_start: float, distance: float, bounds: Staleness
+) -> str | None:
+    """Why the latest rows say that the student leaves behavior and teacher behind; None: it stays.
+
+    What is measured is the mean fall of the drawn tokens' log-probability, an estimate of
+    KL(behavior || student) that no single token can dominate. Of the teacher it is the distance.
+
+    Args:
+        drift: of the rows of the latest steps.
+        at_start: its `signed_mean` before training.
+        distance: KL(behavior || teacher) of the rows, nats per token.
+        bounds: of the config.
+    """
+    moved, most = at_start - drift.signed_mean, bounds.diverged * max(distance, LEAST_DISTANCE)
+    if moved <= most:
         return None
-    measured = _measured(drift, bounds, floor)
-    return Decision(action="regenerate", reason=f"an extrapolation drifted too far: {measured}")
+    return (
+        f"the student diverges: the log-probability of its own tokens fell by {moved:.2f} nats, "
+        f"where the teacher is {distance:.2f} nats away (bound {most:.2f})"
+    )
 
 
 def decide_unit(
@@ -206,8 +264,9 @@ def _too_far(drift: DriftSums, bounds: Staleness, floor: float) -> str | None:
 
 def _measured(drift: DriftSums, bounds: Staleness, floor: float) -> str:
     above = f" above a floor of {floor:.4f}" if floor >= 5e-5 else ""
+    fraction = bounds.effective_sample_fraction
+    held = f" (bound {fraction:g})" if fraction else ""
     return (
-        f"policy_drift {drift.policy_drift:.4f} (bound {bounds.policy_drift:g}{above}), "
-        f"effective_sample_fraction {drift.effective_sample_fraction:.3f} "
-        f"(bound {bounds.effective_sample_fraction:g})"
+        f"policy_drift {drift.policy_drift:.4f} (bound {bounds.policy_drift:.3g}{above}), "
+        f"effective_sample_fraction {drift.effective_sample_fraction:.3f}{held}"
     )

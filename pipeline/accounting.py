@@ -5,7 +5,7 @@ a kill counts its own work once, and a run that finds a unit made by another cou
 does not matter on which machine a stage ran: whoever finishes a round writes the same report.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -53,6 +53,8 @@ Span = tuple[float, float]
 # What a report says of a policy needs no weights.
 described_checkpoint = partial(checkpoint_of, part="texts")
 
+ENOUGH_TRAINED = 0.9  # of the scored tokens; below, a line says so
+
 
 @dataclass(frozen=True, kw_only=True)
 class Accounts:
@@ -95,6 +97,8 @@ class Accounts:
             if known is None:
                 return
             self.folder.write_report(known)
+            for line in untrained_line(known):
+                self.warn(line)
         self._reports[round_.index] = known
 
     def write_summary(self, calls: dict[str, float]) -> RunSummary:
@@ -198,8 +202,8 @@ def round_report(
         models: of the run.
         evaluation: of its policy, if there is one.
     """
-    manifest = round_.policy.manifest()
-    outcome, last = manifest.outcome, manifest.outcome.epochs[-1]
+    outcome = round_.policy.manifest().outcome
+    last = outcome.epochs[-1]
     work = RoundWork(round_, run_ids, outcome)
     rollouts = summed_counts(c for cache in round_.caches for c in cache.used(cache.rollouts))
     scores = summed_counts(c for cache in round_.caches for c in cache.used(cache.scores))
@@ -228,22 +232,43 @@ def round_report(
         extrapolations=outcome.extrapolations,
         window_decision=outcome.window_decision,
         sampler_gap=outcome.start.sampler_gap,
+        trained_share=outcome.trained_share,
+        cut_share=outcome.cut_tokens / max(outcome.cached_tokens or 0, 1),
         drift_floor=outcome.start.floor,
         start_drift=outcome.start.policy_drift,
+        start=outcome.start,
         unit_decisions=round_.unit_decisions,
         policy_drift=last.policy_drift,
         effective_sample_fraction=last.effective_sample_fraction,
         epochs=outcome.epochs,
         decision=last.reason,
-        policy=RoundPolicy(
-            version=round_.index + 1,
-            fingerprint=round_.policy.fingerprint,
-            weights_sha256=manifest.weights_sha256,
-            folder=str(round_.policy.folder("name")),
-        ),
+        policy=_policy_record(round_),
         caches=tuple(cache.record() for cache in round_.caches),
         evaluation=evaluation,
     )
+
+
+def _policy_record(round_: Round) -> RoundPolicy:
+    return RoundPolicy(
+        version=round_.index + 1,
+        fingerprint=round_.policy.fingerprint,
+        weights_sha256=round_.policy.manifest().weights_sha256,
+        folder=str(round_.policy.folder("name")),
+    )
+
+
+def untrained_line(report: RoundReport) -> Iterator[str]:
+    """What to know of scores that were paid for and trained nothing."""
+    share = report.trained_share
+    if share is None or share >= ENOUGH_TRAINED:
+        return
+    if 2 * report.cut_share >= 1 - share:
+        why = "the rest lies behind the training window (rollouts.window)"
+    elif report.alignment is not None:
+        why = "the rest is in no chunk that both tokenizers share (scores.alignment)"
+    else:
+        why = "the rest is left out by train.guards.mask_first"
+    yield f"round {report.round}: {share:.0%} of its scored tokens were trained; {why}"
 
 
 class RoundWork:

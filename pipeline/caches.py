@@ -167,7 +167,8 @@ def kept_caches(
     """
     units = sorted(outcome.units, key=lambda unit: unit.first)
     states = [_state(setup, unit, plan) for unit in units]
-    bounds = setup.config.staleness
+    config = setup.config
+    bounds = config.staleness.fitted(outcome.start.distance, config.train.objective)
     decisions = [
         decide_unit(state, window_tokens=plan.window_tokens, bounds=bounds, floor=outcome.floor)
         for state in states
@@ -182,6 +183,7 @@ def kept_caches(
             first=unit.first,
             last=unit.last,
             floor=outcome.floor,
+            distance=outcome.start.distance,
             drift=state.drift,
             **{name: value for name, value in asdict(state).items() if name != "drift"},
             action=decision.action,

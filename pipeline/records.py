@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_serializer, model_validator
 
 from opd_stream.drift import DriftSums
-from opd_stream.outcome import EpochRecord, ExtrapolationRecord, WindowAudit
+from opd_stream.outcome import EpochRecord, ExtrapolationRecord, StartDrift, WindowAudit
 from opd_stream.section import Record
 
 Origin = Literal["fresh", "ahead", "extended", "kept", "replayed"]
@@ -40,6 +40,7 @@ class UnitDecisionRecord(Record):
     first: int  # prompts of the round whose place the unit has
     last: int  # exclusive
     floor: float
+    distance: float = 0.0  # KL(behavior || teacher) of the round before, nats per token
     drift: DriftSums
     student_top_mass: float
     policies: int
@@ -218,9 +219,12 @@ class RoundReport(Record):
     processes: int = 1
     extrapolations: tuple[ExtrapolationRecord, ...] = ()
     window_decision: WindowAudit | None = None
+    trained_share: float | None = None  # of the cached completion tokens
+    cut_share: float = 0.0  # of them, behind the training window
     sampler_gap: float | None = None
     drift_floor: float | None = None
     start_drift: float
+    start: StartDrift | None = None  # all that was measured before training
     unit_decisions: tuple[UnitDecisionRecord, ...] = ()
     policy_drift: float
     effective_sample_fraction: float

@@ -11,7 +11,7 @@ from functools import partial
 
 from opd_stream.config import Config
 from opd_stream.outcome import TrainOutcome, WindowAudit
-from opd_stream.staleness import may_run_ahead
+from opd_stream.staleness import Staleness, may_run_ahead
 from opd_stream.store.policy import Part, PolicyArtifact
 from opd_stream.windows import AdaptiveWindow
 from pipeline.caches import (
@@ -222,11 +222,15 @@ def _ahead(
     is_last = plan.round_index == config.rounds - 1
     if not config.rollouts.ahead or is_last or outcome is None:
         return None
-    drift = outcome.epochs[-1].policy_drift
-    if not may_run_ahead(drift, bounds=config.staleness, floor=outcome.floor):
+    drift, bounds = outcome.epochs[-1].policy_drift, _bounds(config, outcome)
+    if not may_run_ahead(drift, bounds=bounds, floor=outcome.floor):
         return None
     cache = fresh_cache(setup, plan_ahead(config, plan), student)
     return replace(cache, origin="ahead", policy_version=plan.round_index)
+
+
+def _bounds(config: Config, outcome: TrainOutcome) -> Staleness:
+    return config.staleness.fitted(outcome.start.distance, config.train.objective)
 
 
 def _expected_student(setup: Setup, version: int) -> Checkpoint:

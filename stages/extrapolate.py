@@ -54,14 +54,14 @@ class Extrapolator:
             for name, p in self._moved().items()
         }
 
-    def after_step(self, step: int) -> DriftSums | None:
-        """Search if it is time to, and record it; the drift where the weights jumped to, if any.
+    def after_step(self, step: int) -> None:
+        """Search if it is time to, and record it, with the drift where the weights jumped to.
 
         Args:
             step: the step that was just done, from 0.
         """
         if not is_due(step + 1):
-            return None
+            return
         moved, learner, drift = self._moved(), self._learner, None
         ordinary = {name: parameter.detach().clone() for name, parameter in moved.items()}
         learner.student.eval()
@@ -84,7 +84,6 @@ class Extrapolator:
             ordinary = {name: parameter.detach().clone() for name, parameter in moved.items()}
         self._base = ordinary
         learner.state.extrapolations.append(_record(outcome, drift))
-        return drift
 
     def base(self) -> dict[str, torch.Tensor]:
         """The base as whole tensors of the first process; every process takes part."""

@@ -1,7 +1,7 @@
 """A student set up for training: Fabric, the objectives, the optimizer, and the loss of a batch."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from opd_stream.batches import Batch, collate
 from opd_stream.drift import NAMES, named
 from opd_stream.loss import BatchLoss
 from opd_stream.objectives import Objective
-from opd_stream.store.reader import ScoredRow, ScoredRows, epoch_order
+from opd_stream.store.reader import ScoredRows, epoch_order
 from opd_stream.weighting import Weighting
 from stages.student_model import StudentModel
-from stages.train_data import BatchPlan, bucketed
+from stages.train_data import BatchPlan
 from stages.train_job import TrainJob
 from stages.train_state import (
     TrainCheckpoint,
@@ -33,7 +33,7 @@ from stages.train_state import (
 )
 
 SAMPLE_KEY = 0x5A3B1E  # of the rows of a unit that measure its drift
-LEAST_ROWS = 2  # of a unit
+LEAST_ROWS = 8  # of a unit
 UNCUT = 2**31  # a window that cuts nothing
 
 
@@ -156,30 +156,26 @@ def open_learner(job: TrainJob, fabric: Fabric, checkpoint: TrainCheckpoint | No
 
 def measure_units(
     learner: Learner, rows: ScoredRows, plan: BatchPlan, *, share: float
-) -> dict[tuple[int, int], dict[str, float]]:
-    """Sums of a sample of the rows of each (cache, unit), in the precision of a training step.
+) -> dict[tuple[int, int], list[dict[str, float]]]:
+    """Sums of each row of a sample of each (cache, unit), in the precision of a training step.
 
     The sample is a function of the plan's seed and of the unit's size, so the rows measured at the
     end of a round are those of the start of the next. All that is stored of a row counts, whatever
     the window. Every process of a sharded model takes part.
     """
     learner.student.eval()
-    sums: dict[tuple[int, int], dict[str, float]] = {}
+    sums: dict[tuple[int, int], list[dict[str, float]]] = {}
     for (cache, unit), positions in rows.positions_by_unit().items():
         order = epoch_order(len(positions), (plan.seed, SAMPLE_KEY + unit))
         size = max(LEAST_ROWS, round(share * len(positions)))
-        chosen = [rows[positions[place]] for place in order[:size].tolist()]
+        chosen = [plan.used(rows[positions[place]]) for place in order[:size].tolist()]
+        batches = (
+            collate([row], window_tokens=UNCUT, masked_ids=plan.masked_ids) for row in chosen
+        )
         with learner.fabric.autocast():
-            sums[cache, unit] = learner.sums(_whole_batches(chosen, plan))
+            sums[cache, unit] = [learner.sums([batch]) for batch in batches]
     learner.student.train()
     return sums
-
-
-def _whole_batches(rows: list[ScoredRow], plan: BatchPlan) -> Iterator[Batch]:
-    lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
-    for group in bucketed(lengths, budget=plan.tokens_per_microbatch):
-        chosen = [plan.used(rows[place]) for place in group]
-        yield collate(chosen, window_tokens=UNCUT, masked_ids=plan.masked_ids)
 
 
 def _shard(student: StudentModel, mesh: Any) -> StudentModel:

@@ -203,6 +203,7 @@ def policy_recipe(
             **train.model_dump(mode="json", include=_TRAIN_FIELDS),
             **reward,
             **({} if train.dropout == "none" else {"dropout": train.dropout}),
+            **({"warmup_steps": train.rising_steps} if train.rising_steps else {}),
             "progress": [round_index, config.rounds if counts_rounds(config) else None],
             "staleness": config.staleness.model_dump(mode="json"),
             "window": config.rollouts.window.recipe(),

@@ -21,7 +21,16 @@ import torch
 from lightning.fabric import Fabric
 
 from opd_stream.batches import Batch
-from opd_stream.drift import NAMES, DriftSums, by_position, drift_of, means, named
+from opd_stream.drift import (
+    NAMES,
+    DriftSums,
+    by_position,
+    distance_sum,
+    drift_of,
+    means,
+    named,
+    ratio_error,
+)
 from opd_stream.errors import UserError
 from opd_stream.objectives import tolerates_staleness
 from opd_stream.outcome import (
@@ -38,8 +47,8 @@ from opd_stream.staleness import (
     Staleness,
     beyond,
     decide_epoch,
-    decide_jump,
     decide_stop,
+    divergence,
     is_look_due,
 )
 from opd_stream.store.reader import ScoredRows
@@ -55,11 +64,11 @@ from stages.train_state import (
     Clock,
     TrainCheckpoint,
     TrainState,
-    add_sums,
     forget_metrics_from,
     latest_checkpoint,
     load_weights,
     save_checkpoint,
+    total_of,
     write_round_metrics,
 )
 
@@ -100,9 +109,15 @@ class Training:
     rows: ScoredRows
     plan: BatchPlan
     extrapolator: Extrapolator | None
-    bounds: Staleness
     progress: Progress
     clock: Clock
+
+    @property
+    def bounds(self) -> Staleness:
+        """Of drift, for this student and teacher."""
+        start = self.state.start
+        assert start is not None
+        return self.job.config.staleness.fitted(start.distance, self.learner.objectives)
 
     @property
     def fabric(self) -> Fabric:
@@ -133,7 +148,6 @@ def open_training(job: TrainJob, progress: Progress, fabric: Fabric) -> Training
         extrapolator=open_extrapolator(
             job, learner, rows, plan, None if checkpoint is None else checkpoint.base
         ),
-        bounds=job.config.staleness,
         progress=progress,
         clock=clock,
     )
@@ -158,12 +172,14 @@ def train_epoch(training: Training) -> None:
         rate = rate_of_step(training)
         sums, grad_norm = take_step(training, step, rate)
         state.add(sums)
-        jump = None
+        if not state.epochs:
+            state.cached_tokens += step.cached_tokens
+            state.cut_tokens += step.cut_tokens
         if training.extrapolator is not None:
-            jump = training.extrapolator.after_step(step.number)
+            training.extrapolator.after_step(step.number)
         since, seconds = time.perf_counter(), time.perf_counter() - since
         report_step(training, step, sums, rate=rate, grad_norm=grad_norm, seconds=seconds)
-        decision = decide(training, jump)
+        decision = decide(training)
         if decision is not None:
             end_epoch(training, decision)
         if state.steps % training.job.config.train.checkpoint_steps == 0:
@@ -232,7 +248,8 @@ def rate_of_step(training: Training) -> float:
     config = training.job.config
     in_round = (training.state.steps + 0.5) / training.planned_steps
     progress = (training.job.round_index + in_round) / config.rounds
-    return config.train.learning_rate_at(progress)
+    step = training.job.first_step + training.state.steps
+    return config.train.learning_rate_at(progress, step)
 
 
 def report_step(
@@ -265,16 +282,21 @@ def report_step(
     training.progress.advance("train", 1, line["trained_tokens"], **facts)
 
 
-def decide(training: Training, jump: DriftSums | None) -> Decision | None:
+def decide(training: Training) -> Decision | None:
     """After a step: whether these rows train on, where that is a question; None: they do.
 
-    It is one after an extrapolation (`jump` is the drift there), at the end of an epoch, and a few
-    times inside an epoch, of the rows since the last time.
+    It is one at the end of an epoch, and a few times inside a further one, of the rows since the
+    last time. The first pass over a cache is finished whatever the drift.
+
+    Raises:
+        UserError: the student diverges.
     """
     state, bounds = training.state, training.bounds
-    if jump is not None and (stop := decide_jump(jump, bounds=bounds, floor=state.floor)):
-        return stop
     place = state.steps % training.steps_per_epoch
+    if place and not is_look_due(place, training.steps_per_epoch):
+        return None
+    recent, state.recent_sums = drift_of(state.recent_sums), {}
+    check_divergence(training, recent)
     if place == 0:
         return decide_epoch(
             drift_of(state.epoch_sums),
@@ -282,12 +304,28 @@ def decide(training: Training, jump: DriftSums | None) -> Decision | None:
             bounds=bounds,
             floor=state.floor,
         )
-    if not is_look_due(place, training.steps_per_epoch):
-        return None
-    recent, state.recent_sums = drift_of(state.recent_sums), {}
-    if tolerates_staleness(training.learner.objectives):
+    if not state.epochs or tolerates_staleness(training.learner.objectives):
         return None
     return decide_stop(recent, bounds=bounds, floor=state.floor)
+
+
+def check_divergence(training: Training, recent: DriftSums) -> None:
+    """Stop a run that no further step would mend.
+
+    Raises:
+        UserError: the student diverges.
+    """
+    start = training.state.start
+    assert start is not None
+    reason = divergence(
+        recent, at_start=start.mean_d, distance=start.distance, bounds=training.bounds
+    )
+    if reason is not None:
+        raise UserError(
+            f"{reason}, at step {training.job.first_step + training.state.steps - 1}; the policy "
+            "of the round before is intact; lower train.learning_rate, or raise "
+            "staleness.diverged"
+        )
 
 
 def end_epoch(training: Training, decision: Decision) -> None:
@@ -314,20 +352,28 @@ def measure_start(training: Training) -> None:
         UserError: the drift before training is above the bound, and the objective holds a reverse
             KL, which on rows that another student wrote teaches for prefixes it does not write.
     """
-    job, state, bounds = training.job, training.state, training.bounds
-    everything, fresh = dict[str, float](), dict[str, float]()
-    for (cache, _), sums in _measure(training).items():
-        add_sums(everything, sums)
+    job, state = training.job, training.state
+    everything, fresh = list[dict[str, float]](), list[dict[str, float]]()
+    for (cache, _), rows in _measure(training).items():
+        everything += rows
         if job.is_fresh and job.caches[cache].policy_version == job.round_index:
-            add_sums(fresh, sums)
-    unmoved = drift_of(fresh) if fresh else None  # only the engine is what differs
+            fresh += rows
+    sums, unmoved = total_of(everything), drift_of(total_of(fresh))
+    tokens = [row["tokens"] for row in everything]
     state.start = StartDrift(
-        tokens=int(everything["tokens"]),
-        policy_drift=drift_of(everything).policy_drift,
-        sampler_gap=None if unmoved is None else unmoved.absolute_mean,
-        floor=job.earlier_floor() if unmoved is None else unmoved.policy_drift,
+        tokens=int(sums["tokens"]),
+        policy_drift=drift_of(sums).policy_drift,
+        sampler_gap=unmoved.absolute_mean if fresh else None,  # only the engine is what differs
+        floor=unmoved.policy_drift if fresh else job.earlier_floor(),
+        floor_error=None
+        if not fresh
+        else ratio_error([drift_of(r).k3 for r in fresh], [r["tokens"] for r in fresh]),
+        mean_d=drift_of(sums).signed_mean,
+        distance=max(0.0, distance_sum(sums) / max(sums["tokens"], 1.0)),
+        distance_error=ratio_error([distance_sum(row) for row in everything], tokens),
     )
-    drift = beyond(drift_of(everything), floor=state.floor)
+    bounds = training.bounds
+    drift = beyond(drift_of(sums), floor=state.floor)
     state.is_gated = job.is_gated or drift >= bounds.gated_from
     decided = bounds.max_policies or job.config.rollouts.ahead  # before the rows were taken
     if decided or drift <= bounds.policy_drift:
@@ -349,7 +395,7 @@ def measure_end(training: Training) -> tuple[UnitRecord, ...]:
     units: list[UnitRecord] = []
     for number, cache in enumerate(job.caches):
         for slot in cache.slots:
-            sums = measured.get((number, slot.unit), dict.fromkeys(NAMES, 0.0))
+            sums = total_of(measured.get((number, slot.unit), ()))
             units.append(
                 UnitRecord(
                     rollouts=cache.rollouts,
@@ -367,7 +413,7 @@ def measure_end(training: Training) -> tuple[UnitRecord, ...]:
     return tuple(units)
 
 
-def _measure(training: Training) -> dict[tuple[int, int], dict[str, float]]:
+def _measure(training: Training) -> dict[tuple[int, int], list[dict[str, float]]]:
     share = training.job.config.staleness.sample_share
     return measure_units(training.learner, training.rows, training.plan, share=share)
 
@@ -412,6 +458,8 @@ def publish(training: Training, units: tuple[UnitRecord, ...], audited: WindowAu
         steps=state.steps,
         rows=len(training.rows),
         trained=TrainedCounts(**state.trained),
+        cached_tokens=state.cached_tokens,
+        cut_tokens=state.cut_tokens,
         epochs=tuple(state.epochs),
         start=state.start,
         units=units,

@@ -61,6 +61,8 @@ class StepBatches:
     number: int  # from the start of the run
     window_tokens: int
     batches: list[Batch]
+    cached_tokens: int  # completion tokens of the step's rows, for all processes
+    cut_tokens: int  # of these, behind the window
 
 
 def bucketed(lengths: Sequence[int], *, budget: int, multiple: int = 1) -> list[list[int]]:
@@ -127,9 +129,13 @@ def read_epoch(
     first = plan.first_step + epoch * len(steps) + skipped
     ahead = rows.ahead([position for step in steps[skipped:] for position in step])
     for number, step in enumerate(steps[skipped:], start=first):
-        chosen = [plan.used(row) for row in islice(ahead, len(step))]
+        whole, window = list(islice(ahead, len(step))), plan.window.tokens_at(number)
+        lengths = [len(row.completion_ids) for row in whole]
+        chosen = [plan.used(row) for row in whole]
         yield StepBatches(
             number=number,
-            window_tokens=plan.window.tokens_at(number),
+            window_tokens=window,
+            cached_tokens=sum(lengths),
+            cut_tokens=sum(max(0, length - window) for length in lengths),
             batches=step_batches(chosen, plan, number, rank=rank, world_size=world_size),
         )

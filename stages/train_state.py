@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from pydantic import BaseModel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from opd_stream.drift import NAMES
 from opd_stream.outcome import EpochRecord, ExtrapolationRecord, StartDrift, read_metrics
 from opd_stream.store.files import publish, sync_tree
 from opd_stream.store.tree import load_tree, save_tree
@@ -35,6 +36,8 @@ class TrainState(BaseModel):
 
     steps: int = 0  # optimizer steps of this round
     trained: dict[str, float] = dict.fromkeys(COUNTED, 0.0)
+    cached_tokens: int = 0  # completion tokens of all rows, each once
+    cut_tokens: int = 0  # of these, behind the training window
     start: StartDrift | None = None  # None: not measured yet
     is_gated: bool = True  # drift weighs tokens
     mean_loss: float | None = None  # of the step before, for the soft clamp
@@ -69,6 +72,14 @@ def add_sums(total: dict[str, float], sums: Mapping[str, float]) -> None:
     """Add sums to a total, name by name."""
     for name, value in sums.items():
         total[name] = total.get(name, 0.0) + value
+
+
+def total_of(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Sums of sums."""
+    total = dict.fromkeys(NAMES, 0.0)
+    for sums in rows:
+        add_sums(total, sums)
+    return total
 
 
 class Clock:

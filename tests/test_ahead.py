@@ -111,7 +111,7 @@ def test_the_sampler_never_waits_for_the_scores_of_a_round(
 
 
 def test_a_round_that_drifted_too_far_makes_the_next_wait(tmp_path: Path) -> None:
-    found = reports(tmp_path, "staleness.policy_drift=1e-6")
+    found = reports(tmp_path, "staleness.policy_drift=1e-6", "staleness.distance_share=0")
     assert {cache["origin"] for report in found for cache in report["caches"]} == {"fresh"}
 
 

@@ -17,12 +17,10 @@ from opd_stream.extrapolation import (
     moved_parameters,
     search,
 )
-from opd_stream.staleness import Staleness, decide_jump
 from pipeline.run_folder import RunFolder
 from stages import extrapolate
 from stages.extrapolate import Extrapolator
 from stages.step import Silent
-from stages.train_state import TrainState
 from tests.conftest import reports_of, run, small_config
 
 
@@ -131,29 +129,16 @@ def test_a_jump_to_where_nothing_is_finite_is_taken_back(
     assert [(entry["kept"], entry["policy_drift"]) for entry in entries] == [(0, None)] * 2
 
 
-def test_a_jump_is_judged_above_the_floor() -> None:
-    bounds = Staleness(max_epochs=1, policy_drift=0.03, effective_sample_fraction=0.5)
-    jump = shifted(0.3)  # policy_drift 0.045
-    assert decide_jump(jump, bounds=bounds, floor=0.02) is None
-    decision = decide_jump(jump, bounds=bounds, floor=0.01)
-    assert decision is not None
-    assert decision.action == "regenerate"
-    assert "too far: policy_drift 0.0453 (bound 0.03 above a floor of 0.0100)" in decision.reason
-
-
-@pytest.mark.parametrize(("floor", "steps"), [(0.02, 2), (0.01, 1)])
-def test_a_round_goes_on_after_a_jump_below_the_bound_above_its_floor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, floor: float, steps: int
+def test_a_jump_ends_no_first_pass_whatever_its_drift(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     better = iter(range(99))
     monkeypatch.setattr(Extrapolator, "_score", lambda *_: Score(kl=float(next(better))))
     monkeypatch.setattr(Extrapolator, "_drift", lambda *_: shifted(0.3))
-    monkeypatch.setattr(TrainState, "floor", floor)
-    bound, rate = "staleness.policy_drift=0.03", "train.learning_rate=1e-6"
-    (report,) = jumped(tmp_path, "candidates: 1", bound, rate)
-    assert report["steps"] == steps
+    tight = ("staleness.policy_drift=0.001", "staleness.distance_share=0")
+    (report,) = jumped(tmp_path, "candidates: 1", *tight, "train.learning_rate=1e-6")
+    assert report["steps"] == 2
     assert report["extrapolations"][0]["policy_drift"] == pytest.approx(0.0453, abs=1e-4)
-    assert ("an extrapolation drifted too far" in report["epochs"][0]["reason"]) == (steps == 1)
 
 
 def test_drift_after_a_jump_is_computed_as_the_floor_is(

@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).with_name("golden.json")
 METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
 TINY = (
+    "train.warmup_steps=0",
     "executor=local",
     "evaluation=null",
     "prompts.count=16",
@@ -132,7 +133,7 @@ def test_a_method_gives_what_it_gave_before(name: str, tmp_path: Path) -> None:
     assert found["first_round"] == recorded[name]["first_round"]
     if machine() not in golden:
         pytest.skip(f"weights were recorded on {', '.join(golden)}; this is {machine()}")
-    assert found == recorded[name]
+    assert {key: found[key] for key in recorded[name]} == recorded[name]
 
 
 def test_every_method_is_on_its_page() -> None:
@@ -153,6 +154,11 @@ def main() -> None:
             summary = run(config, RunFolder(Path(folder) / "run"), Silent())
             found[name] = record_of(config, summary, Path(folder) / "run")
             print(name, summary["steps"], "steps", flush=True)
+    for before in golden.values():  # what no machine changes; the rest is known there alone
+        for name, record in before.items():
+            if record["first_round"] != found[name]["first_round"]:
+                record["first_round"] = found[name]["first_round"]
+                record.pop("recipes", None)
     golden[machine()] = found
     GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
 

@@ -68,4 +68,4 @@ def test_the_learning_rate_rises_and_then_holds_or_falls(
 ) -> None:
     settings = {"learning_rate": 1.0, "warmup": 0.2, "schedule": schedule}
     train = Train.model_validate({"objective": {"kind": "lsm"}, **settings})
-    assert train.learning_rate_at(progress) == pytest.approx(rate)
+    assert train.learning_rate_at(progress, 99) == pytest.approx(rate)

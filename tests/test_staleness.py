@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from opd_stream.drift import DriftSums, drift_sums
+from opd_stream.drift import DriftSums, drift_sums, ratio_error
 from opd_stream.engines.base import ScoringSettings
 from opd_stream.errors import UserError
+from opd_stream.objectives import Bucket, Hybrid
 from opd_stream.staleness import (
     Decision,
     Staleness,
@@ -18,6 +19,7 @@ from opd_stream.staleness import (
     decide_epoch,
     decide_stop,
     decide_unit,
+    divergence,
     is_look_due,
 )
 from opd_stream.store.codecs import scores_batch
@@ -25,6 +27,8 @@ from opd_stream.store.reader import ScoredRow, open_scores
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.types import ScoreBatch
+from pipeline.accounting import untrained_line
+from pipeline.records import RoundReport
 from pipeline.run_folder import RunFolder
 from stages import train
 from stages.score import append_scores
@@ -166,7 +170,9 @@ def test_only_the_units_that_drifted_are_made_again(tmp_path: Path) -> None:
     exact = sorted(DriftSums.from_dict(u["drift"]).policy_drift for u in outcome["units"])
     assert drifts == pytest.approx(exact, abs=1e-4)
     bound = sum(exact)  # half of it, `staleness.keep_share`, is the mean
-    reports = finished_run(tmp_path, *KEPT, f"staleness.policy_drift={bound}")
+    reports = finished_run(
+        tmp_path, *KEPT, f"staleness.policy_drift={bound}", "staleness.distance_share=0"
+    )
     assert sorted(d["action"] for d in reports[1]["unit_decisions"]) == ["regenerate", "train"]
     kept, fresh = reports[1]["caches"]
     assert (kept["origin"], fresh["origin"]) == ("kept", "fresh")
@@ -214,6 +220,76 @@ def test_units_kept_to_be_weighed_are_weighed_in_every_epoch(
     weights = [line["mean_drift_weight"] for line in metrics_of(tmp_path) if line["round"] == 1]
     assert epochs == [0, 0, 1, 1]
     assert all(abs(weight - 1) > 1e-6 for weight in weights)
+
+
+def test_bounds_fit_the_pair() -> None:
+    bounds = Staleness(policy_drift=0.1, distance_share=0.5, effective_sample_fraction=0.4)
+    near, far = bounds.fitted(0.02, (Bucket(),)), bounds.fitted(2.6, (Bucket(),))
+    assert (near.policy_drift, far.policy_drift) == (0.1, 1.3)
+    assert near.effective_sample_fraction == 0  # nothing weighs by importance
+    assert bounds.fitted(0.02, (Bucket(), Hybrid())).effective_sample_fraction == 0.4
+    learned = shifted(1.0)  # k3 0.54, far above 0.1
+    assert decide_epoch(learned, epochs_done=1, bounds=near).action == "regenerate"
+    assert decide_epoch(learned, epochs_done=1, bounds=far).action == "regenerate"  # all done
+    further = far.model_copy(update={"max_epochs": 2})
+    assert decide_epoch(learned, epochs_done=1, bounds=further).action == "train"
+
+
+def test_only_a_student_that_leaves_both_models_behind_diverges() -> None:
+    bounds = Staleness()
+
+    def moved(fall: float, *, distance: float, at_start: float = 0.0) -> str | None:
+        drift = drift_sums(torch.full((4,), at_start - fall), torch.zeros(4))
+        return divergence(drift, at_start=at_start, distance=distance, bounds=bounds)
+
+    assert moved(0.9, distance=0.1) is None  # two times the least distance
+    assert moved(2.6, distance=2.6) is None  # it became the teacher
+    assert moved(6.0, distance=2.6, at_start=-3.0) is not None
+    said = moved(1.5, distance=0.1)
+    assert said is not None
+    assert "fell by 1.50 nats, where the teacher is 0.10 nats away (bound 1.00)" in said
+
+
+def test_the_error_of_a_mean_over_tokens_counts_rows() -> None:
+    rng = np.random.default_rng(0)
+    counts = rng.integers(5, 50, size=(400, 30)).astype(float)
+    values = counts * rng.normal(0.3, 0.1, size=(400, 30))  # tokens of a row are alike
+    means = values.sum(1) / counts.sum(1)
+    stated = [ratio_error(v, c) for v, c in zip(values.tolist(), counts.tolist(), strict=True)]
+    assert np.mean(stated) == pytest.approx(means.std(), rel=0.1)
+    assert ratio_error([1.0], [2.0]) == 0
+
+
+def test_the_first_pass_over_a_cache_is_finished_and_its_drift_ends_the_round(
+    tmp_path: Path,
+) -> None:
+    tight = ("staleness.policy_drift=1e-9", "staleness.distance_share=0", "evaluation=null")
+    reports = finished_run(tmp_path, *tight, "rounds=1", "staleness.max_epochs=3")
+    (report,) = reports
+    (epoch,) = report["epochs"]
+    assert report["steps"] == 2  # 8 rows, 4 a step
+    assert epoch["action"] == "regenerate"
+    assert "drift passed its bound" in epoch["reason"]
+    assert report["trained_share"] == 1
+    start = report["start"]
+    assert start["distance"] > start["distance_error"] > 0
+    assert 0 <= start["floor_error"] < 1e-5
+
+
+def test_a_run_that_diverges_ends_in_one_line_and_keeps_what_it_had(tmp_path: Path) -> None:
+    wild = ("train.learning_rate=3", "train.warmup_steps=0", "staleness.max_epochs=9")
+    with pytest.raises(UserError, match=r"the student diverges.*lower train\.learning_rate"):
+        finished_run(tmp_path, *wild, "evaluation=null", "rounds=1")
+    assert not list((tmp_path / "store" / "policies").glob("*/manifest.json"))
+
+
+def test_scores_that_trained_nothing_are_said() -> None:
+    some = {"round": 3, "alignment": None}
+    report = RoundReport.model_construct(**some, trained_share=0.41, cut_share=0.5)
+    (line,) = untrained_line(report)
+    assert line.startswith("round 3: 41% of its scored tokens were trained; the rest lies behind")
+    whole = RoundReport.model_construct(**some, trained_share=0.95, cut_share=0.0)
+    assert list(untrained_line(whole)) == []
 
 
 def test_drift_is_looked_at_four_times_an_epoch_at_most_and_evenly() -> None:
@@ -341,7 +417,10 @@ def test_decisions_follow_from_the_report_alone(tmp_path: Path) -> None:
                 student_top_mass=decided["student_top_mass"],
                 **known,
             )
-            again = decide_unit(state, window_tokens=report["window_tokens"], bounds=bounds)
+            fitted = bounds.fitted(decided["distance"], (Bucket(),))
+            again = decide_unit(
+                state, window_tokens=report["window_tokens"], bounds=fitted, floor=decided["floor"]
+            )
             assert (again.action, again.reason) == (decided["action"], decided["reason"])
     assert {d["action"] for report in reports[1:] for d in report["unit_decisions"]} == {"extend"}
 

@@ -262,6 +262,12 @@ class Train(Section):
     warmup: float = Field(
         default=0.0, ge=0, lt=1, description="share of the run with a rising rate"
     )
+    warmup_steps: int = Field(
+        default=10,
+        ge=0,
+        description="first optimizer steps of a run with a rising rate, where warmup is 0: AdamW "
+        "makes a full step of the least gradient",
+    )
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW")
     clip_norm: float = Field(default=1.0, gt=0, description="largest gradient norm")
@@ -288,19 +294,25 @@ class Train(Section):
         default=50, ge=1, description="optimizer steps between two checkpoints"
     )
 
-    def learning_rate_at(self, progress: float) -> float:
-        """The rate at `progress` in [0, 1) of the run, after a linear rise over the warm-up.
+    @property
+    def rising_steps(self) -> int:
+        """First optimizer steps of the run whose rate rises, where no share of the run does."""
+        return 0 if self.warmup else self.warmup_steps
+
+    def learning_rate_at(self, progress: float, step: int) -> float:
+        """The rate of a step at `progress` in [0, 1) of the run, after a linear rise.
 
         Progress counts rounds, not steps, because the number of epochs on a cache is an outcome: a
         round that stops early because of drift moves the schedule to the next round's place.
         """
         if progress < self.warmup:
             return self.learning_rate * progress / self.warmup
+        rate = self.learning_rate * min(1.0, (step + 0.5) / max(self.rising_steps, 0.5))
         if self.schedule == "constant":
-            return self.learning_rate
+            return rate
         left = (1 - progress) / (1 - self.warmup)
         factor = left if self.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
-        return self.learning_rate * factor
+        return rate * factor
 
 
 BenchmarkFormat = Literal["gsm8k", "math500", "amc23", "aime", "humaneval", "mbpp"]

@@ -114,10 +114,11 @@ def _draw_bounds(
     run: Run, axes: Sequence[Axes], steps: Sequence[StepMetrics], legend: list[Series]
 ) -> float | None:
     """Draw the limits; returns the one of drift if it is too far above to be drawn."""
-    drift = run.config.staleness.policy_drift
-    samples = run.config.staleness.effective_sample_fraction
+    distance = max((report.start.distance for report in run.rounds if report.start), default=0.0)
+    bounds = run.config.staleness.fitted(distance, run.config.train.objective)
+    drift, samples = bounds.policy_drift, bounds.effective_sample_fraction or None
     highest = max(step.policy_drift or 0.0 for step in steps)
-    is_near = drift is not None and drift <= 4 * highest
+    is_near = drift <= 4 * highest
     for axis, bound in ((axes[0], drift if is_near else None), (axes[1], samples)):
         if bound is not None:
             axis.axhline(bound, color=FAINT, linewidth=1, linestyle=BOUND.line)
