@@ -43,7 +43,8 @@ def _section(section: type[BaseModel]) -> str:
     lines = [f"## {section.__name__}", "", doc, "", "| field | type | default | meaning |"]
     lines.append("|---|---|---|---|")
     for name, field in section.model_fields.items():
-        is_required = field.default is PydanticUndefined or name == "kind"
+        chooses = name == "kind" and field.exclude_if is None  # of several sections
+        is_required = field.default is PydanticUndefined or chooses
         default = "required" if is_required else f"`{field.default}`"
         if isinstance(field.default, BaseModel):
             default = "see there"

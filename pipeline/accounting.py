@@ -118,7 +118,7 @@ class Accounts:
                 fingerprint=student.identity.fingerprint,
                 weights_sha256=student.identity.weights_sha256,
             ),
-            initial_evaluation=self._evaluation(student),
+            initial_evaluation=self._evaluation(student, is_first=True),
             calls=calls,
         )
         self.folder.write_summary(summary)
@@ -146,14 +146,16 @@ class Accounts:
     def _is_due(self, round_index: int) -> bool:
         return is_due(self.setup.config, round_index)
 
-    def _evaluation(self, policy: Checkpoint) -> EvaluationRecord | None:
+    def _evaluation(self, policy: Checkpoint, *, is_first: bool = False) -> EvaluationRecord | None:
         setup = self.setup
         if setup.config.evaluation is None:
             return None
         from pipeline.evaluation import evaluation_record
 
         run_ids = setup.store.ids_of_run(self.run_id)
-        return evaluation_record(setup.config, setup.store, policy, setup.vocabulary, run_ids)
+        return evaluation_record(
+            setup.config, setup.store, policy, setup.vocabulary, run_ids, is_first=is_first
+        )
 
     def _new_report(self, round_: Round) -> RoundReport | None:
         """None after a mistake of ours, which must not end a run that has trained."""

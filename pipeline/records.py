@@ -10,7 +10,8 @@ from pydantic import Field, model_serializer, model_validator
 
 from opd_stream.drift import DriftSums
 from opd_stream.outcome import EpochRecord, ExtrapolationRecord, StartDrift, WindowAudit
-from opd_stream.section import Record
+from opd_stream.section import Record, later
+from opd_stream.tasks.distance import TextDistance
 
 Origin = Literal["fresh", "ahead", "extended", "kept", "replayed"]
 
@@ -99,9 +100,9 @@ class Passes(Record):
         return {**value.pop("passes"), **value}
 
     @property
-    def pass_at_1(self) -> float:
-        """Mean share of right samples."""
-        return self.passes["pass@1"]
+    def pass_at_1(self) -> float | None:
+        """Mean share of right samples; None: nothing was judged."""
+        return self.passes.get("pass@1")
 
 
 class BenchmarkRecord(Passes):
@@ -112,10 +113,20 @@ class BenchmarkRecord(Passes):
     left_out: int = 0  # problems without a reference that the judge can read
 
 
+class DistanceRecord(Record):
+    """How far a policy is from the teacher on one set of held-out prompts."""
+
+    texts: dict[str, TextDistance]
+    prompts: int
+    samples: int  # of a prompt
+    artifact: str  # name in the store
+
+
 class Answers(Passes):
     """Sampled answers of one policy on every benchmark."""
 
     benchmarks: dict[str, BenchmarkRecord] = Field(default={})
+    distances: dict[str, DistanceRecord] = later(default={})
 
 
 class EvaluationRecord(Answers):

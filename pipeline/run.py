@@ -23,6 +23,7 @@ from stages.checkpoints import Checkpoint, Vocabulary
 from stages.collect import (
     SubmittedWork,
     make_again,
+    measure_missing,
     start_probe,
     start_rollouts,
     start_scores,
@@ -30,7 +31,8 @@ from stages.collect import (
     wait_for,
 )
 from stages.executors import Executor, open_executor
-from stages.step import PROBE, Progress, Step, of_stage, with_needs
+from stages.step import PROBE, TEACHER_TEXT, Progress, Step, of_stage, with_needs
+from stages.workers import Role
 
 
 @dataclass(slots=True, kw_only=True)
@@ -179,7 +181,7 @@ def streams(steps: list[Step]) -> Iterator[tuple[Step, list[Step]]]:
 def start_shards(session: Session, step: Step) -> Artifact:
     """Join or start the artifact of a step of shards."""
     recipe, store = step.artifact.recipe, session.store
-    if step.kind.stage == "score":
+    if recipe.kind != "rollouts":
         return start_scores(store, recipe, step.rollouts.shards)
     if step.kind == PROBE:
         started = start_probe(store, recipe, step.needs[0].shards)
@@ -197,6 +199,7 @@ def _submit(
     *,
     shuffle: bool = False,
     generate: bool = True,
+    author: Role = "student",
 ) -> SubmittedWork:
     """Submit what is missing of rollouts, and of scores of them."""
     assert rollouts.model is not None
@@ -210,6 +213,7 @@ def _submit(
         progress=session.progress,
         generate=generate,
         shuffle=shuffle,
+        author=author,
     )
 
 
@@ -299,12 +303,51 @@ def evaluate_policy(
     config, evaluation = session.config, session.config.evaluation
     if evaluation is None:
         return
-    from pipeline.evaluation import evaluation_steps
+    from pipeline.evaluation import (
+        distance_steps,
+        evaluation_steps,
+        make_rendering,
+        open_teacher,
+    )
     from stages.evaluate import evaluate, evaluation_prompts
 
     for name, step in evaluation_steps(config, session.store, policy, vocabulary, version).items():
         part = evaluation.parts()[name]
         prompts = evaluation_prompts(session.store, part, policy)
         session.reach({prompts.name, step.artifact.name})
+        if part.kind == "distance":
+            teacher = open_teacher(config, session.store, policy, vocabulary)
+            make_rendering(config, session.store, part, prompts, teacher)
+            steps = distance_steps(config, session.store, part, step, vocabulary, teacher)
+            _measure_distance(session, steps)
+            continue
         _wait_for(session, _submit(session, step, None), "evaluate")
         evaluate(session.store, part, step.shards, policy)
+
+
+def _measure_distance(session: Session, steps: dict[str, Step]) -> None:
+    """Distances of a policy to the teacher, as far as the store does not have them.
+
+    First whatever text and side of the teacher is missing, then the policy's side.
+    """
+    from stages.distance import distance_result, write_figures
+
+    session.reach({step.artifact.name for step in with_needs(steps.values())})
+    artifacts = {text: step.shards for text, step in steps.items()}
+    if distance_result(session.store, artifacts) is not None:
+        return
+    for step in steps.values():
+        rollouts, hidden = step.needs
+        author = "teacher" if rollouts.kind == TEACHER_TEXT else "student"
+        work = _submit(session, rollouts, hidden, author=author)
+        _wait_for(session, work, "evaluate")
+    for step in steps.values():
+        assert step.model is not None
+        session.spans += measure_missing(
+            session.executor,
+            start_shards(session, step),
+            student=step.model,
+            made_by=session.run_id,
+            progress=session.progress,
+        )
+    write_figures(session.store, artifacts)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from opd_stream.config import Config
-from opd_stream.engines import engine_recipe
+from opd_stream.engines import engine_recipe, gives_hidden
 from opd_stream.errors import UserError
 from opd_stream.fetching import fetch, local_folder
 from opd_stream.store.artifact import Artifact
@@ -120,10 +120,11 @@ def fetch_checkpoints(config: Config) -> None:
     """Fetch hub models and convert GGUF files that are not here yet.
 
     Raises:
-        UserError: one cannot be had; a replay does without its teacher.
+        UserError: one cannot be had; a replay does without its teacher, unless it is compared with.
     """
     fetch(config.student.path, config.student.revision)
-    if config.teacher is not None and config.replay is None:
+    compares = config.evaluation is not None and config.evaluation.has_distance()
+    if config.teacher is not None and (config.replay is None or compares):
         fetch(config.teacher.path, config.teacher.revision)
 
 
@@ -152,6 +153,7 @@ def setup_of(
     for model in (config.student, config.teacher):
         if model is not None:
             engine_recipe(model.engine)  # one of the user's own can be imported
+    check_distance(config)
     student = opened(config.student.folder)
     if student.config.is_quantised and config.train.lora is None:
         raise UserError(
@@ -220,6 +222,32 @@ def check_extras(config: Config) -> None:
             )
 
 
+def check_distance(config: Config) -> None:
+    """Refuse a distance to a teacher that cannot be measured, before any work.
+
+    Raises:
+        UserError: there is no teacher, it reads other tokens, or an engine gives no hidden states.
+    """
+    if config.evaluation is None or not config.evaluation.has_distance():
+        return
+    if config.teacher is None:
+        raise UserError(
+            "evaluation of kind distance, but the config has no teacher; expected the one to "
+            "compare with; add teacher, or use a judge"
+        )
+    if config.scores.alignment is not None:
+        raise UserError(
+            "evaluation of kind distance with scores.alignment, whose teacher has another "
+            "tokenizer: the two distributions are not over the same tokens; use a judge"
+        )
+    for role, model in (("student", config.student), ("teacher", config.teacher)):
+        if not gives_hidden(model.engine):
+            raise UserError(
+                f"evaluation of kind distance needs hidden states, which {role}.engine "
+                f"{model.engine} does not give; set {role}.engine=transformers, or use a judge"
+            )
+
+
 def check_evaluation(config: Config, store: Store, student: Checkpoint) -> list[str]:
     """Refuse what cannot be judged, before any work; returns what is left out, a line each."""
     if config.evaluation is None:
@@ -228,11 +256,14 @@ def check_evaluation(config: Config, store: Store, student: Checkpoint) -> list[
     from stages.evaluate import evaluation_prompts, unjudged_line
 
     lost: list[str] = []
+    check_distance(config)
     for name, part in config.evaluation.parts().items():
-        assert part.judge is not None
-        judge, field = open_judge(part.judge), f"evaluation ({name})"
-        prompts = evaluation_prompts(store, part, student)
+        field, prompts = f"evaluation ({name})", evaluation_prompts(store, part, student)
         lost += rows_left_out(prompts, field)
+        if part.kind == "distance":
+            continue
+        assert part.judge is not None
+        judge = open_judge(part.judge)
         line = unjudged_line(field, prompts.read_unit(0), judge, part.judge.kind)
         lost += [] if line is None else [line]
     return lost
@@ -246,8 +277,10 @@ def _check_reward(config: Config, prompts: Artifact) -> list[str]:
     from opd_stream.tasks.judges import open_judge
     from stages.evaluate import unjudged_line
 
-    settings = next(iter(config.evaluation.parts().values())).judge
-    assert settings is not None
+    judged = config.evaluation.judged()
+    assert judged is not None  # the config asks for one
+    assert judged.judge is not None
+    settings = judged.judge
     line = unjudged_line("prompts", prompts.read_unit(0), open_judge(settings), settings.kind)
     return [] if line is None else [line]
 

@@ -130,7 +130,7 @@ def run_evaluation(
         run_id = folder.join(config)
     for line in lost:
         progress.warn(line)
-    with store.watched(), open_executor(config, ("student",)) as executor:
+    with store.watched(), open_executor(config, _evaluation_roles(config)) as executor:
         session = Session(
             config=config,
             store=store,
@@ -141,7 +141,8 @@ def run_evaluation(
             record=f"{run_id}-evaluate",  # that of the run says what its rounds reach
         )
         evaluate_policy(session, student, vocabulary, version=version)
-    found = evaluation_record(config, store, student, vocabulary, store.ids_of_run(run_id))
+    run_ids = store.ids_of_run(run_id)
+    found = evaluation_record(config, store, student, vocabulary, run_ids, is_first=version == 0)
     assert found is not None  # measured above
     if setup is not None and folder.is_of(config):
         Accounts(setup=setup, folder=folder, run_id=run_id, warn=progress.warn).write(
@@ -152,6 +153,12 @@ def run_evaluation(
     if answers is not None:
         _write_answers(answers, config, store, student, vocabulary)
     return "\n".join(figure_lines(found))
+
+
+def _evaluation_roles(config: Config) -> tuple[Role, ...]:
+    """The pools of an evaluation; the teacher's only where policies are compared with it."""
+    compares = config.evaluation is not None and config.evaluation.has_distance()
+    return ("student", "teacher") if compares else ("student",)
 
 
 def _check_question(
@@ -194,6 +201,8 @@ def _write_answers(
     assert config.evaluation is not None
     parts, lines = config.evaluation.parts(), list[str]()
     for name, step in evaluation_steps(config, store, student, vocabulary, 0).items():
+        if parts[name].kind == "distance":
+            continue
         for answer in judged_answers(store, parts[name], step.shards, student):
             lines.append(json.dumps({"benchmark": name, **asdict(answer)}, ensure_ascii=False))
     publish(file, "".join(f"{line}\n" for line in lines).encode())

@@ -12,14 +12,15 @@ from typing import Any
 from opd_stream.store.artifact import Artifact, Commit, summed_counts
 from opd_stream.store.policy import PolicyArtifact
 from pipeline.accounting import Span, busy_seconds
-from pipeline.evaluation import evaluation_steps
+from pipeline.evaluation import distance_steps, evaluation_steps
 from pipeline.plan import is_due
 from pipeline.rounds import Round, named_checkpoint, rounds
 from pipeline.run_folder import RunFolder
 from pipeline.setup import Setup
 from stages.checkpoints import Checkpoint
+from stages.distance import distance_result
 from stages.evaluate import evaluation_result
-from stages.step import PROBE, PROBE_SCORE, Step, of_stage
+from stages.step import PROBE, PROBE_SCORE, Step, of_stage, with_needs
 
 QUIET_SECONDS = 60.0  # a stage is quiet when nothing came for this long
 QUIET_UNITS = 3.0  # and as long again as this many of its longest units took
@@ -275,17 +276,33 @@ class StatusReader:
     def _evaluate(self, policy: Checkpoint, version: int, now: float) -> Pace:
         setup, evaluation = self._setup, self._setup.config.evaluation
         assert evaluation is not None
-        steps = evaluation_steps(setup.config, setup.store, policy, setup.vocabulary, version)
-        results = [
-            evaluation_result(setup.store, evaluation.parts()[name], step.shards)
-            for name, step in steps.items()
-        ]
-        passed = [known[1].passes["pass@1"] for known in results if known is not None]
-        is_complete = len(passed) == len(steps)
-        facts = {"pass@1": sum(passed) / len(passed)} if is_complete else {}
-        started = [step for step in steps.values() if step.shards.is_started()]
+        parts = evaluation.parts()
+        answers = evaluation_steps(setup.config, setup.store, policy, setup.vocabulary, version)
+        steps, passed, known = list[Step](), list[float](), list[bool]()
+        facts: dict[str, float] = {}
+        for name, step in answers.items():
+            if parts[name].kind == "distance":
+                args = (setup.config, setup.store, parts[name], step, setup.vocabulary)
+                distances = distance_steps(*args)
+                steps += with_needs(distances.values())
+                found = distance_result(
+                    setup.store, {text: each.shards for text, each in distances.items()}
+                )
+                known.append(found is not None)
+                if found is not None:
+                    facts.setdefault("reverse_kl", found[1].texts["samples"].reverse_kl)
+                continue
+            steps.append(step)
+            result = evaluation_result(setup.store, parts[name], step.shards)
+            known.append(result is not None)
+            passed += [] if result is None else [result[1].passes["pass@1"]]
+        is_complete = all(known)
+        if passed and is_complete:
+            facts["pass@1"] = sum(passed) / len(passed)
+        started = [step for step in steps if step.shards.is_started()]
         pace = self._units(started, now)
         total = pace.total if len(started) == len(steps) else None
+        facts = facts if is_complete else {}
         return replace(pace, total=total, is_complete=is_complete, facts=facts)
 
 

@@ -6,6 +6,7 @@ every rollout committed it is the score stage; without scores it is the generate
 
 import random
 from dataclasses import dataclass
+from typing import Literal
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, DamagedUnit, summed_counts
@@ -14,8 +15,9 @@ from opd_stream.store.store import Store
 from stages.checkpoints import Checkpoint
 from stages.executors import Executor
 from stages.prompts import probe_size, prompts_of
+from stages.recipes import head_beside
 from stages.step import Progress
-from stages.workers import Task
+from stages.workers import Role, Task
 
 Span = tuple[float, float]  # start and end of work, seconds since the epoch
 
@@ -117,13 +119,14 @@ def submit_missing(
     generate: bool = True,
     shuffle: bool = False,
     verify: bool = True,
+    author: Role = "student",
 ) -> SubmittedWork:
-    """Submit a task for every missing unit of started rollouts and scores (None: sample only).
+    """Submit a task for every missing unit of started rollouts and scores or hidden states.
 
     Args:
         executor: runs the tasks; Ray's workers start at once.
         rollouts: made by the student.
-        scores: made by the teacher.
+        scores: made by the teacher; None: only sample.
         student: checkpoint of the rollouts' recipe.
         teacher: checkpoint of the scores' recipe.
         made_by: id of the run.
@@ -131,13 +134,12 @@ def submit_missing(
         generate: False: score only what is published.
         shuffle: in random order, so that several machines on one artifact share the work.
         verify: read what is committed; False: that was done before.
+        author: the pool whose model samples the rollouts.
     """
     to_generate = missing_units(rollouts, progress, verify=verify) if generate else []
     to_score: list[int] = []
     if scores is not None:
-        stale = _scored_from_other_bytes(rollouts, scores)
-        missing = missing_units(scores, progress, verify=verify)
-        to_score = sorted({*missing, *stale, *to_generate})
+        to_score = _units_to_score(rollouts, scores, to_generate, progress, verify=verify)
         if not generate:
             to_score = [unit for unit in to_score if rollouts.commit_record(unit) is not None]
     tasks = [
@@ -149,6 +151,8 @@ def submit_missing(
             teacher=None if teacher is None else str(teacher.folder),
             made_by=made_by,
             policy=student.policy,
+            author=author,
+            teacher_side=_kind_of(scores),
         )
         for unit in sorted({*to_generate, *to_score})
     ]
@@ -163,6 +167,69 @@ def submit_missing(
         to_generate=frozenset(to_generate),
         to_score=frozenset(to_score),
     )
+
+
+def _kind_of(scores: Artifact | None) -> Literal["scores", "hidden"]:
+    return "hidden" if scores is not None and scores.recipe.kind == "hidden" else "scores"
+
+
+def _units_to_score(
+    rollouts: Artifact, scores: Artifact, new: list[int], progress: Progress, *, verify: bool
+) -> list[int]:
+    """Units that lack their scores, or were scored from other bytes; `new` ones are sampled now."""
+    missing = missing_units(scores, progress, verify=verify)
+    stale, lost = _scored_from_other_bytes(rollouts, scores), _for_head(scores, progress, verify)
+    return sorted({*missing, *stale, *new, *lost})
+
+
+def _for_head(hidden: Artifact, progress: Progress, verify: bool) -> list[int]:
+    """A unit whose task makes the head that stands beside hidden states again, where it is lost."""
+    if "head" not in hidden.recipe.inputs:
+        return []
+    head = Artifact(hidden.folder.parent.parent, head_beside(hidden.recipe))
+    is_whole = head.is_started() and not missing_units(head, progress, verify=verify)
+    return [] if is_whole else [0]
+
+
+def measure_missing(
+    executor: Executor,
+    distances: Artifact,
+    *,
+    student: Checkpoint,
+    made_by: str,
+    progress: Progress,
+) -> list[Span]:
+    """Measure every missing unit of started distances, whose teacher's side is complete.
+
+    Returns when the workers were busy.
+
+    Raises:
+        UserError: a worker met a user's mistake.
+    """
+    inputs = distances.recipe.inputs
+    tasks = [
+        Task(
+            unit=unit,
+            rollouts=inputs["rollouts"],
+            scores=inputs["hidden"],
+            student=str(student.folder),
+            teacher=None,
+            made_by=made_by,
+            policy=student.policy,
+            teacher_side="hidden",
+            distances=distances.fingerprint,
+        )
+        for unit in missing_units(distances, progress)
+    ]
+    if tasks:
+        executor.submit(tasks)
+    progress.start("evaluate", len(tasks))
+    spans: list[Span] = []
+    for result in executor.results(tasks):
+        spans += [] if result.generate_span is None else [result.generate_span]
+        progress.advance("evaluate", 1, result.generated_tokens)
+    distances.finish()
+    return spans
 
 
 def wait_for(

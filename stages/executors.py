@@ -4,12 +4,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, Self
 
 from opd_stream.config import Config
-from stages.generate import GenerateWorker
+from stages.distance import StudentWorker
 from stages.score import ScoreWorker
 from stages.workers import Role, Task, TaskResult, Worker, WorkerSettings, checked, worker_specs
 
 BOTH: tuple[Role, ...] = ("student", "teacher")
-_WORKERS: dict[Role, type[Worker]] = {"student": GenerateWorker, "teacher": ScoreWorker}
+_WORKERS: dict[Role, type[Worker]] = {"student": StudentWorker, "teacher": ScoreWorker}
 
 
 class Executor(Protocol):

@@ -178,7 +178,8 @@ def open_reward(job: TrainJob) -> Reward:
     settings = job.config.train.extrapolation
     assert job.config.evaluation is not None
     assert settings is not None
-    evaluation = next(iter(job.config.evaluation.parts().values()))
+    evaluation = job.config.evaluation.judged()
+    assert evaluation is not None
     assert evaluation.judge is not None
     judge = open_judge(evaluation.judge)
     table, _ = judged_rows(job.store().by_fingerprint("prompts", job.prompts).read_unit(0), judge)

@@ -6,15 +6,16 @@ behavior log-probabilities; the new part has those of the policy that wrote it.
 """
 
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opd_stream.costs import TokenCounts, counts_of
-from opd_stream.engines.base import SamplingSettings
+from opd_stream.engines.base import Engine, SamplingSettings
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import prompts_batch, rollouts_batch, rollouts_table
@@ -29,50 +30,59 @@ class GenerateWorker(Worker):
 
     def work(self, result: TaskResult) -> TaskResult:
         task = result.task
-        rollouts = self.store.by_fingerprint("rollouts", task.rollouts)
-        if rollouts.commit_record(task.unit) is not None:
+        if task.author != "student":
             return result
-        start, cpu = time.time(), time.process_time()
-        batch, before = self._sampled(result, rollouts)
-        work = token_counts(batch) if before is None else extension_counts(before, batch)
-        counts = {
-            **work,
-            "rows": len(batch),
-            "length_rows": sum(reason == "length" for reason in batch.finish_reason),
-            "repeated_tokens": sum(_repeated_tokens(ids) for ids in batch.completion_ids),
-            "cpu_seconds": round(time.process_time() - cpu, 3),
-        }
-        end = time.time()
-        rollouts.commit(
-            task.unit,
-            rollouts_table(batch),
-            counts=counts,
-            made_by=task.made_by,
-            seconds=end - start,
-        )
-        tokens = int(work["completion_tokens"])
-        return replace(result, generate_span=(start, end), generated_tokens=tokens)
+        return sample_unit(self, result, lambda: self.student_folder(task))
 
-    def _sampled(
-        self, result: TaskResult, rollouts: Artifact
-    ) -> tuple[RolloutBatch, RolloutBatch | None]:
-        """The unit's rollouts, and the rows that they continue where these are not new."""
-        task, recipe = result.task, rollouts.recipe
-        engine = self.engine(lambda: self.student_folder(task), recipe.inputs["student"], recipe)
-        sampling = _sampling_settings(recipe)
-        if "extends" in recipe.settings:
-            before = base_rollouts(self.store, recipe, task.unit)
-            return engine.extend(before, sampling), before
-        if "probe" in recipe.settings:
-            return engine.extend(probe_rows(self.store, recipe), sampling), None
-        rows = rollouts.unit_rows(task.unit)
-        batch = engine.sample(
-            prompts_batch(prompts_of(self.store, recipe).slice(rows.start, len(rows))),
-            sampling,
-            samples_per_prompt=recipe.settings["samples_per_prompt"],
-            extra_draws=recipe.settings["extra_draws"],
-        )
-        return batch, None
+
+def sample_unit(worker: Worker, result: TaskResult, folder: Callable[[], Path]) -> TaskResult:
+    """Sample the rollouts of a task's unit unless they are committed; `folder` has the model."""
+    task = result.task
+    rollouts = worker.store.by_fingerprint("rollouts", task.rollouts)
+    if rollouts.commit_record(task.unit) is not None:
+        return result
+    start, cpu = time.time(), time.process_time()
+    engine = worker.engine(folder, rollouts.recipe.inputs["student"], rollouts.recipe)
+    batch, before = _sampled(worker.store, engine, task.unit, rollouts)
+    work = token_counts(batch) if before is None else extension_counts(before, batch)
+    counts = {
+        **work,
+        "rows": len(batch),
+        "length_rows": sum(reason == "length" for reason in batch.finish_reason),
+        "repeated_tokens": sum(_repeated_tokens(ids) for ids in batch.completion_ids),
+        "cpu_seconds": round(time.process_time() - cpu, 3),
+    }
+    end = time.time()
+    rollouts.commit(
+        task.unit,
+        rollouts_table(batch),
+        counts=counts,
+        made_by=task.made_by,
+        seconds=end - start,
+    )
+    tokens = int(work["completion_tokens"])
+    return replace(result, generate_span=(start, end), generated_tokens=tokens)
+
+
+def _sampled(
+    store: Store, engine: Engine, unit: int, rollouts: Artifact
+) -> tuple[RolloutBatch, RolloutBatch | None]:
+    """The unit's rollouts, and the rows that they continue where these are not new."""
+    recipe = rollouts.recipe
+    sampling = _sampling_settings(recipe)
+    if "extends" in recipe.settings:
+        before = base_rollouts(store, recipe, unit)
+        return engine.extend(before, sampling), before
+    if "probe" in recipe.settings:
+        return engine.extend(probe_rows(store, recipe), sampling), None
+    rows = rollouts.unit_rows(unit)
+    batch = engine.sample(
+        prompts_batch(prompts_of(store, recipe).slice(rows.start, len(rows))),
+        sampling,
+        samples_per_prompt=recipe.settings["samples_per_prompt"],
+        extra_draws=recipe.settings["extra_draws"],
+    )
+    return batch, None
 
 
 def _sampling_settings(rollouts: Recipe) -> SamplingSettings:

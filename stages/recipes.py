@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from opd_stream.config import Config, Evaluation, Model, counts_rounds
 from opd_stream.engines import engine_recipe
 from opd_stream.store.recipe import Recipe
+from opd_stream.tasks.distance import EDGES
 from opd_stream.tasks.judges import judge_recipe
 from opd_stream.windows import AdaptiveWindow
 from stages.checkpoints import Checkpoint, Vocabulary
@@ -106,6 +107,81 @@ def evaluation_rollouts_recipe(
     )
 
 
+def teacher_text_recipe(
+    settings: Model,
+    evaluation: Evaluation,
+    *,
+    prompts: str,
+    teacher: Checkpoint,
+    vocabulary: Vocabulary,
+) -> Recipe:
+    """What the teacher writes to held-out prompts, for distances; the same for every student.
+
+    `prompts` is the fingerprint of the prompts as the teacher reads them.
+    """
+    return Recipe(
+        kind="rollouts",
+        settings={
+            "selection": every_prompt(),
+            "window_tokens": evaluation.max_new_tokens,
+            "samples_per_prompt": evaluation.samples_per_prompt,
+            "extra_draws": 0,
+            "temperature": 1.0,
+            "seed": evaluation.seed,
+            **vocabulary.recipe,
+            **engine_recipe(settings.engine),
+            "dtype": settings.dtype,
+        },
+        inputs={"prompts": prompts, "student": teacher.identity.fingerprint},
+    )
+
+
+def hidden_recipe(
+    settings: Model, *, rollouts: str, teacher: Checkpoint, prompts: str | None
+) -> Recipe:
+    """The teacher's hidden states on rollouts, which its head makes distributions of.
+
+    `prompts` is the fingerprint of the prompts as the teacher reads them, where the rollouts have
+    others.
+    """
+    head = head_recipe(teacher, settings)
+    return Recipe(
+        kind="hidden",
+        settings=head.settings,
+        inputs={
+            **head.inputs,
+            "head": head.fingerprint,
+            "rollouts": rollouts,
+            **({} if prompts is None else {"prompts": prompts}),
+        },
+    )
+
+
+def distance_recipe(
+    settings: Model, *, hidden: Recipe, student: Checkpoint, prompts: str | None
+) -> Recipe:
+    """The distances of a policy to a teacher's hidden states, token by token.
+
+    `prompts` is the fingerprint of the prompts as the student reads them, where the rollouts have
+    others.
+    """
+    return Recipe(
+        kind="distances",
+        settings={**engine_recipe(settings.engine), "dtype": settings.dtype},
+        inputs={
+            "rollouts": hidden.inputs["rollouts"],
+            "hidden": hidden.fingerprint,
+            "student": student.identity.fingerprint,
+            **({} if prompts is None else {"prompts": prompts}),
+        },
+    )
+
+
+def distance_evaluation_recipe(texts: dict[str, str]) -> Recipe:
+    """The figures of distances; `texts` has the fingerprint of those of each kind of text."""
+    return Recipe(kind="evaluations", settings={"distance": list(EDGES)}, inputs=texts)
+
+
 def scores_recipe(
     config: Config,
     *,
@@ -155,6 +231,16 @@ def head_recipe(teacher: Checkpoint, settings: Model) -> Recipe:
         settings={**engine_recipe(settings.engine), "dtype": settings.dtype},
         inputs={"teacher": teacher.identity.fingerprint},
     )
+
+
+def head_beside(made: Recipe) -> Recipe:
+    """The recipe of the head of the teacher that made hidden states, from theirs."""
+    engine = {
+        name: value
+        for name, value in made.settings.items()
+        if name == "dtype" or name.startswith("engine")
+    }
+    return Recipe(kind="heads", settings=engine, inputs={"teacher": made.inputs["teacher"]})
 
 
 _TRAIN_FIELDS = {
@@ -222,7 +308,8 @@ def _reward(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
     if extrapolation is None or extrapolation.signal == "kl":
         return {}
     assert config.evaluation is not None  # the config asks for one
-    evaluation = next(iter(config.evaluation.parts().values()))
+    evaluation = config.evaluation.judged()
+    assert evaluation is not None
     assert evaluation.judge is not None
     return {
         "reward": {

@@ -6,20 +6,29 @@ what it continues, as they were stored.
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from opd_stream.engines import hidden_engine
 from opd_stream.engines.base import Engine, ScoringSettings
 from opd_stream.errors import UserError
-from opd_stream.store.artifact import Artifact
+from opd_stream.store.artifact import Artifact, Commit
 from opd_stream.store.codecs import SampledCodec, codec_of, encode_scores, scores_batch
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.types import RolloutBatch, ScoreBatch
-from stages.generate import base_rollouts, extension_counts, grown_rows, new_parts, token_counts
+from stages.generate import (
+    base_rollouts,
+    extension_counts,
+    grown_rows,
+    new_parts,
+    sample_unit,
+    token_counts,
+)
 from stages.prompts import Ids, prompt_ids_of, with_prompts
 from stages.workers import Task, TaskResult, Worker
 
@@ -53,7 +62,7 @@ class ScoreWorker(Worker):
     def prepare(self, task: Task) -> None:
         if task.scores is None or task.teacher is None:
             return
-        scores = self.store.by_fingerprint("scores", task.scores)
+        scores = self.store.by_fingerprint(task.teacher_side, task.scores)
         if scores.commit_record(task.unit) is None:
             self._open(task, scores.recipe)
 
@@ -62,9 +71,11 @@ class ScoreWorker(Worker):
 
     def work(self, result: TaskResult) -> TaskResult:
         task = result.task
+        if task.author == "teacher":
+            result = sample_unit(self, result, lambda: Path(task.teacher or ""))
         if task.scores is None or task.teacher is None:
             return result
-        scores = self.store.by_fingerprint("scores", task.scores)
+        scores = self.store.by_fingerprint(task.teacher_side, task.scores)
         rollouts = self.store.by_fingerprint("rollouts", task.rollouts)
         source = rollouts.commit_record(task.unit)
         if source is None:
@@ -72,11 +83,18 @@ class ScoreWorker(Worker):
                 f"unit {task.unit} of {rollouts.name} is not generated yet; "
                 "run the generate stage of this round first"
             )
+        if task.teacher_side == "hidden":
+            from stages.teacher_head import make_head
+
+            opened = partial(self._open, task, scores.recipe)
+            make_head(self.store, scores.recipe, opened, task.made_by)
         committed = scores.commit_record(task.unit)
         if committed is not None and committed.source_sha256 == source.sha256:
             return result
         if committed is not None:
             scores.invalidate(task.unit)
+        if task.teacher_side == "hidden":
+            return self._hidden(result, rollouts, scores, source)
         start, cpu = time.time(), time.process_time()
         batch = rollouts_batch(rollouts.read_unit(task.unit))
         codec = codec_of(scores.recipe.settings["codec"])
@@ -109,6 +127,34 @@ class ScoreWorker(Worker):
         )
         tokens = int(scored.counts["completion_tokens"])
         return replace(result, score_span=(start, end), scored_tokens=tokens)
+
+    def _hidden(
+        self, result: TaskResult, rollouts: Artifact, hidden: Artifact, source: Commit
+    ) -> TaskResult:
+        """The teacher's hidden states on a unit, for distances."""
+        from stages.teacher_head import hidden_table
+
+        task, start, cpu = result.task, time.time(), time.process_time()
+        engine = hidden_engine(self._open(task, hidden.recipe))
+        batch = self._as_read(hidden.recipe, rollouts_batch(rollouts.read_unit(task.unit)))
+        table = hidden_table(engine.hidden(batch))
+        counts = {
+            **token_counts(batch),
+            "rows": len(batch),
+            "cpu_seconds": round(time.process_time() - cpu, 3),
+        }
+        end = time.time()
+        hidden.commit(
+            task.unit,
+            table,
+            counts=counts,
+            made_by=task.made_by,
+            seconds=end - start,
+            source_sha256=source.sha256,
+        )
+        return replace(
+            result, score_span=(start, end), scored_tokens=int(counts["completion_tokens"])
+        )
 
     def _scored(
         self, task: Task, rollouts: Artifact, scores: Artifact, batch: RolloutBatch

@@ -33,6 +33,9 @@ SCORE = StepKind("score", "score")
 PROBE_SCORE = StepKind("probe score", "score")
 TRAIN = StepKind("train", "train")
 EVALUATE = StepKind("evaluate", "evaluate")  # answers to held-out problems
+TEACHER_TEXT = StepKind("teacher's text", "evaluate")  # the teacher's, once for all policies
+HIDDEN = StepKind("teacher's side", "evaluate")  # its hidden states on either
+DISTANCE = StepKind("distance", "evaluate")  # of a policy to the teacher, token by token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +68,7 @@ class Step:
 
     @property
     def rollouts(self) -> "Step":
-        """What a step of scores scores."""
+        """What a step of scores scores, and what hidden states and distances are of."""
         return self.needs[0]
 
     def is_void(self) -> bool:

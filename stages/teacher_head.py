@@ -3,22 +3,29 @@
 A hidden state after the last norm and the head give the whole distribution of a token: H numbers in
 place of V. The head is stored once for each teacher, engine and dtype; numbers take two bytes where
 that loses nothing, as of bfloat16 models, and four otherwise. What is rebuilt differs from the
-engine's own distribution by the rounding of one product, which `check_rebuilt` bounds.
+engine's own distribution by the rounding of one product, which `check_bound` bounds.
 
 Shapes: N tokens, H hidden, V vocabulary.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from opd_stream.engines.base import HiddenStates
+from opd_stream.engines import hidden_engine
+from opd_stream.engines.base import Engine, HiddenStates
+from opd_stream.engines.head import from_numpy
 from opd_stream.errors import UserError
 from opd_stream.fused import OutputHead
-from opd_stream.logprobs import sampled_logprobs
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.codecs.columns import list_rows
+from opd_stream.store.recipe import Recipe
+from opd_stream.store.shards import rows_of
+from opd_stream.store.store import Store
+from stages.recipes import head_beside
 
 IDS_PER_ROW = 256  # of the vocabulary, in a row of the shard
 ROWS_PER_UNIT = 64
@@ -26,6 +33,13 @@ ROWS_PER_UNIT = 64
 # Nats by which the log-probability of a token, rebuilt from what is stored, may differ from the
 # engine's: logits of a 16-bit engine are rounded, by up to 1/16 where they stand above 16.
 BOUNDS = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
+
+
+def make_head(store: Store, made: Recipe, opened: Callable[[], Engine], made_by: str) -> None:
+    """Store the head beside hidden states, unless it is there; `opened` gives the engine."""
+    artifact = store.artifact(head_beside(made))
+    if not artifact.is_complete():
+        store_head(artifact, hidden_engine(opened()).head(), made_by=made_by)
 
 
 def store_head(artifact: Artifact, head: OutputHead, *, made_by: str = "") -> None:
@@ -81,14 +95,40 @@ def read_head(artifact: Artifact, device: str = "cpu") -> OutputHead:
             for table in tables
             for chunk in table[name].chunks
         ]
-        values = torch.from_numpy(np.concatenate(parts))  # pyright: ignore[reportUnknownMemberType]
-        return values.to(device=device, dtype=dtype)
+        return from_numpy(np.concatenate(parts), torch.device(device)).to(dtype)
 
     return OutputHead(
         weight_VH=whole("weight").view(-1, int(said["width"])),
         bias_V=whole("bias") if "bias" in tables[0].column_names else None,
         scale=float(said["scale"]),
         cap=float(said["cap"]) if "cap" in said else None,
+    )
+
+
+def hidden_table(hidden: HiddenStates) -> pa.Table:
+    """Hidden states as a shard, one row a rollout."""
+    whole = np.concatenate(hidden.states)
+    if whole.size >= 2**31:
+        raise UserError(
+            f"a unit has hidden states of {whole.size:,} numbers; expected fewer than 2^31; lower "
+            "prompts_per_unit"
+        )
+    values = unrounded(whole.reshape(-1))
+    ends = np.cumsum([states.size for states in hidden.states])[:-1]
+    columns = {
+        "states": list_rows(np.split(values, ends), values.dtype),
+        "logprobs": list_rows(hidden.logprobs, np.float32),
+    }
+    return pa.table(columns).replace_schema_metadata({"width": str(whole.shape[1])})
+
+
+def hidden_of(table: pa.Table) -> HiddenStates:
+    """The hidden states of a shard."""
+    width = int((table.schema.metadata or {})[b"width"])
+    states = rows_of(table["states"], table["states"].type.value_type.to_pandas_dtype())
+    return HiddenStates(
+        states=tuple(widened(row).reshape(-1, width) for row in states),
+        logprobs=rows_of(table["logprobs"], np.float32),
     )
 
 
@@ -109,25 +149,16 @@ def widened(stored: NDArray[np.generic]) -> NDArray[np.float32]:
     return stored.astype(np.float32, copy=False)
 
 
-def check_rebuilt(
-    hidden: HiddenStates, head: OutputHead, completion_ids: tuple[NDArray[np.integer], ...]
-) -> float:
-    """The largest difference in nats of what is rebuilt from the engine's own log-probabilities.
+def check_bound(
+    rebuilt_N: NDArray[np.float32], logprobs_N: NDArray[np.float32], head: OutputHead
+) -> None:
+    """Refuse log-probabilities of tokens that are further from the engine's than rounding explains.
 
     Raises:
-        UserError: it is above the bound of the head's dtype; the two do not belong together.
+        UserError: the bound of the head's dtype is passed; the two do not belong together.
     """
-    found = 0.0
-    for states, logprobs, ids in zip(hidden.states, hidden.logprobs, completion_ids, strict=True):
-        if not len(ids):
-            continue
-        rebuilt = sampled_logprobs(
-            head_input(states, head),
-            head,
-            torch.from_numpy(ids.astype(np.int64)).to(head.weight_VH.device),  # pyright: ignore
-            chunk_rows=head.chunk_rows,
-        )
-        found = max(found, float(np.abs(rebuilt.float().cpu().numpy() - logprobs).max()))
+    is_known = np.isfinite(logprobs_N)
+    found = float(np.abs(rebuilt_N - logprobs_N)[is_known].max(initial=0.0))
     bound = BOUNDS[head.weight_VH.dtype]
     if not found <= bound:
         raise UserError(
@@ -135,13 +166,11 @@ def check_rebuilt(
             f"expected at most {bound:g}; this model does more between its hidden states and its "
             "logits than a linear head with a scale and a soft cap: it cannot be stored this way"
         )
-    return found
 
 
 def head_input(states_NH: NDArray[np.float32], head: OutputHead) -> torch.Tensor:
     """Stored hidden states as the head takes them."""
-    states = torch.from_numpy(states_NH)  # pyright: ignore[reportUnknownMemberType]
-    return states.to(head.weight_VH)
+    return from_numpy(states_NH, head.weight_VH.device).to(head.weight_VH.dtype)
 
 
 def _numbers(values: torch.Tensor) -> NDArray[np.float32]:

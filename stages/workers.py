@@ -43,11 +43,14 @@ class Task:
 
     unit: int
     rollouts: str  # fingerprint of the rollouts artifact
-    scores: str | None  # fingerprint of the scores artifact; None: only sample
+    scores: str | None  # fingerprint of the teacher's side; None: only sample
     student: str  # checkpoint folder; a policy's may not exist on another node
     teacher: str | None  # checkpoint folder
     made_by: str  # id of the run
     policy: str | None = None  # fingerprint of the student, where it is a policy of the store
+    author: Role = "student"  # samples the rollouts
+    teacher_side: Literal["scores", "hidden"] = "scores"  # the kind of `scores`
+    distances: str | None = None  # fingerprint; the student is only compared with the teacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

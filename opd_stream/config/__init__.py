@@ -244,10 +244,11 @@ def _extrapolation_conflicts(config: Config) -> Iterator[str]:
     jump, trainer = config.train.extrapolation, config.pools.trainer
     if jump is None or jump.signal == "kl":
         return
-    if config.evaluation is None:
+    if config.evaluation is None or config.evaluation.judged() is None:
+        found = "there is no evaluation section" if config.evaluation is None else "it has no judge"
         yield (
             f"train.extrapolation.signal is {jump.signal}, which judges answers as "
-            "evaluation does, but there is no evaluation section; add one, or use kl"
+            f"evaluation does, but {found}; add one, or use kl"
         )
     if trainer.devices > 1 and trainer.strategy == "fsdp2":
         yield (

@@ -341,8 +341,11 @@ class Benchmark(Section):
         description="fills in prompt_field, the fields of the answer, and judge, as the data set "
         "is published",
     )
+    kind: Literal["judged", "distance"] = later(
+        default="judged", description="distance: to the teacher, and no judge; see evaluation.kind"
+    )
     prompts: Prompts
-    judge: AnyJudge
+    judge: AnyJudge | None = Field(default=None, description="of answers; needed by kind judged")
     samples_per_prompt: int | None = Field(default=None, ge=1, description="answers a problem")
     max_new_tokens: int | None = Field(default=None, ge=1, description="of an answer")
     temperature: float | None = Field(default=None, ge=0, description="0 is greedy")
@@ -368,9 +371,21 @@ class Benchmark(Section):
         return {**raw, "judge": judge, "prompts": {**fields, **raw["prompts"]}}
 
 
-class Evaluation(Section):
-    """Sampling on held-out prompts, judged by program: one set of problems, or several by name."""
+DISTANCE = {"samples_per_prompt": 1, "max_new_tokens": 64}  # what kind distance has by default
+WHOLE = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}  # leave no token out
 
+
+class Evaluation(Section):
+    """Sampling on held-out prompts, judged by program: one set of problems, or several by name.
+
+    Or, of kind distance, compared with the teacher on its samples and on the teacher's text.
+    """
+
+    kind: Literal["judged", "distance"] = later(
+        default="judged",
+        description="judged: right answers; distance: KL to the teacher in both directions, top-1 "
+        "agreement and cross-entropy, over the whole vocabulary",
+    )
     prompts: Prompts | None = Field(default=None, description="of a single set of problems")
     judge: AnyJudge | None = Field(default=None, description="of a single set of problems")
     benchmarks: dict[str, Benchmark] | None = Field(
@@ -394,19 +409,26 @@ class Evaluation(Section):
         description="also between rounds; default: before the first and after the last",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, raw: Any) -> Any:
+        """A distance needs no long answers."""
+        return {**DISTANCE, **raw} if is_object(raw) and raw.get("kind") == "distance" else raw
+
     def conflicts(self) -> Iterator[str]:
         """What fields say against each other, one line each."""
         has_one = self.prompts is not None or self.judge is not None
         if self.benchmarks is None:
-            missing = [name for name in ("prompts", "judge") if getattr(self, name) is None]
+            needed = ("prompts",) if self.kind == "distance" else ("prompts", "judge")
+            missing = [name for name in needed if getattr(self, name) is None]
             if missing:
                 yield (
-                    f"'evaluation.{missing[0]}' is missing; expected prompts and judge, or "
+                    f"'evaluation.{missing[0]}' is missing; expected {' and '.join(needed)}, or "
                     "benchmarks with names; add it"
                 )
                 return
-        elif not self.benchmarks or has_one:
-            found = "is empty" if not self.benchmarks else "stands beside prompts or judge"
+        elif not self.benchmarks or has_one or self.kind == "distance":
+            found = "is empty" if not self.benchmarks else "stands beside kind, prompts or judge"
             yield (
                 f"evaluation.benchmarks {found}; expected named entries, each with prompts and "
                 "judge of its own, or only evaluation.prompts and evaluation.judge; keep one form"
@@ -418,11 +440,33 @@ class Evaluation(Section):
                     f"evaluation.benchmarks has the name {name!r}; expected letters, digits, - "
                     "and _; rename it"
                 )
-            if largest > part.samples_per_prompt:
+            field = "evaluation" if self.benchmarks is None else f"evaluation.benchmarks.{name}"
+            if part.kind == "distance":
+                yield from part.unserved(field)
+            elif part.judge is None:
+                yield (
+                    f"'{field}.judge' is missing; expected what marks the answers; add it, or set "
+                    "kind: distance"
+                )
+            if part.kind == "judged" and largest > part.samples_per_prompt:
                 yield (
                     f"evaluation.pass_at asks for pass@{largest} but {name} has "
                     f"{part.samples_per_prompt} samples a problem; raise samples_per_prompt or "
                     "lower pass_at"
+                )
+
+    def unserved(self, field: str) -> Iterator[str]:
+        """What of a part of kind distance cannot be, one line each."""
+        if self.judge is not None:
+            yield (
+                f"{field} has a judge with kind distance, which asks none; leave judge out, or "
+                "have two benchmarks, one of each kind"
+            )
+        for name, value in WHOLE.items():
+            if getattr(self, name) != value:
+                yield (
+                    f"{field}.{name} is {getattr(self, name):g} with kind distance, whose samples "
+                    "are of the whole distribution; leave it out"
                 )
 
     def parts(self) -> dict[str, "Evaluation"]:
@@ -430,19 +474,22 @@ class Evaluation(Section):
         if self.benchmarks is None:
             assert self.prompts is not None  # validated
             return {_source_name(self.prompts): self}
-        return {
-            name: self.model_copy(
-                update={
-                    "benchmarks": None,
-                    **{
-                        field: value
-                        for field, value in benchmark
-                        if field != "format" and value is not None
-                    },
-                }
-            )
-            for name, benchmark in self.benchmarks.items()
-        }
+        parts: dict[str, Evaluation] = {}
+        for name, benchmark in self.benchmarks.items():
+            own = {field: value for field, value in benchmark if value is not None}
+            own.pop("format", None)
+            if benchmark.kind == "distance":  # what answers are drawn with is not for samples
+                own = {**WHOLE, **DISTANCE, "judge": None, **own}
+            parts[name] = self.model_copy(update={"benchmarks": None, **own})
+        return parts
+
+    def judged(self) -> "Evaluation | None":
+        """The first set of problems with a judge, if there is one."""
+        return next((part for part in self.parts().values() if part.kind == "judged"), None)
+
+    def has_distance(self) -> bool:
+        """Whether a part of it is the distance to the teacher."""
+        return any(part.kind == "distance" for part in self.parts().values())
 
 
 def _source_name(source: EmbeddedPrompts | FilePrompts | DatasetPrompts) -> str:

@@ -12,7 +12,16 @@ from opd_stream.store.files import canonical_json, sha256
 
 FORMAT_VERSION: Literal[1] = 1
 
-Kind = Literal["prompts", "policies", "rollouts", "scores", "heads", "evaluations"]
+Kind = Literal[
+    "prompts",
+    "policies",
+    "rollouts",
+    "scores",
+    "heads",  # of a teacher, for hidden states
+    "hidden",  # a teacher's hidden states on rollouts
+    "distances",  # of a policy to them
+    "evaluations",
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 

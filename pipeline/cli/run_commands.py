@@ -13,10 +13,18 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from pipeline.records import Passes, RoundReport, RunSummary, StageNumbers, TokenNumbers
+    from pipeline.records import (
+        Answers,
+        Passes,
+        RoundReport,
+        RunSummary,
+        StageNumbers,
+        TokenNumbers,
+    )
 
-COLUMNS = (
-    *("round", "window", "policy\nversion", "pass@1", "pass@8"),
+FIGURES = ("pass@1", "pass@8")
+DISTANCES = ("KL own\nsamples", "KL teacher's\ntext", "top-1\nagreement")
+WORK = (
     *("tokens\ngenerated", "teacher\nscored", "\ntrained"),
     *("seconds\ngenerate", "\nscore", "\ntrain", "\nevaluate", "\npolicy_drift"),
 )
@@ -126,27 +134,35 @@ def print_run(
     reports: "Sequence[RoundReport]", summary: "RunSummary", folder: str, *, console: "Console"
 ) -> None:
     """Print a table of the rounds, totals, and where the run lies."""
-    table = result_table(COLUMNS)
+    compares = any(each.distances for each in summary.evaluations)
+    judges = any(each.passes for each in summary.evaluations) or not compares
+    figures = [*(FIGURES if judges else ()), *(DISTANCES if compares else ())]
+    table = result_table(("round", "window", "policy\nversion", *figures, *WORK))
     table.collapse_padding = True  # the widest of the tables
+
+    def figures_of(evaluation: "Answers | None") -> list[str]:
+        passes = _passes(evaluation) if judges else ()
+        return [*passes, *(_distances(evaluation) if compares else ())]
+
     first = next((each for each in summary.evaluations if each.round == 0), None)
     if first is not None:
         later = sum(report.evaluation.seconds for report in reports if report.evaluation)
         seconds = f"{max(0.0, summary.seconds.evaluate - later):.1f}"
-        table.add_row("start", "", "0", *_passes(first), *[""] * 6, seconds)
+        table.add_row("start", "", "0", *figures_of(first), *[""] * 6, seconds)
     for report in reports:
         evaluation = report.evaluation
         table.add_row(
             str(report.round),
             str(report.window_tokens),
             str(report.round + 1),
-            *_passes(evaluation),
+            *figures_of(evaluation),
             *_work(report.tokens, report.seconds),
             "" if evaluation is None else f"{evaluation.seconds:.1f}",
             f"{report.policy_drift:.4f}",
         )
     table.add_section()
     work = _work(summary.tokens, summary.seconds)
-    table.add_row("all", *[""] * 4, *work, f"{summary.seconds.evaluate:.1f}", "")
+    table.add_row("all", *[""] * (2 + len(figures)), *work, f"{summary.seconds.evaluate:.1f}", "")
     console.print(table)
     print_lines(console, (*_lines(summary), f"run: {folder}"))
 
@@ -159,10 +175,11 @@ def _lines(summary: "RunSummary") -> "Iterator[str]":
         f"wall clock: {seconds.wall:.0f} s, of which {seconds.other:.0f} s neither sampling, "
         "scoring, training nor evaluation"
     )
-    if summary.evaluations and len(summary.evaluations[-1].benchmarks) > 1:
+    last = summary.evaluations[-1] if summary.evaluations else None
+    if last is not None and (last.distances or len(last.benchmarks) > 1):
         from pipeline.evaluation import figure_lines
 
-        yield from figure_lines(summary.evaluations[-1])
+        yield from figure_lines(last)
     if summary.refused_rows:
         yield f"rows refused by the teacher (not finite): {summary.refused_rows}"
     yield f"final policy: {summary.final_policy}"
@@ -175,7 +192,19 @@ def _work(tokens: "TokenNumbers", seconds: "StageNumbers") -> list[str]:
 
 
 def _passes(evaluation: "Passes | None") -> tuple[str, str]:
-    if evaluation is None:
+    if evaluation is None or evaluation.pass_at_1 is None:
         return "", ""
     first = f"{evaluation.pass_at_1:.3f}±{evaluation.standard_error:.3f}"
     return first, f"{evaluation.passes['pass@8']:.3f}" if "pass@8" in evaluation.passes else ""
+
+
+def _distances(evaluation: "Answers | None") -> tuple[str, str, str]:
+    """Reverse KL on own samples, forward KL on the teacher's text, and agreement there.
+
+    Of several sets of prompts the first.
+    """
+    if evaluation is None or not evaluation.distances:
+        return "", "", ""
+    texts = next(iter(evaluation.distances.values())).texts
+    own, teachers = texts["samples"], texts["teacher_text"]
+    return f"{own.reverse_kl:.3f}", f"{teachers.forward_kl:.3f}", f"{teachers.agreement:.3f}"

@@ -246,14 +246,15 @@ def prompts(subject: Subject) -> Iterator[Finding]:
         if train & asked:
             yield prompts.warning(
                 f"{name}: {len(train & asked)} of {len(asked)} are training prompts too",
-                "take other prompts for evaluation: pass@k should be of new ones",
+                "take other prompts for evaluation: its figures should be of new ones",
             )
 
 
 @check("a judge compares with the reference answer, after the rollouts were sampled and paid for")
 def answers(subject: Subject) -> Iterator[Finding]:
     """Reference answers where something judges, and whether the judge accepts them."""
-    judged, extrapolation = subject.problems, subject.config.train.extrapolation
+    judged = {name: part for name, part in subject.problems.items() if part.kind == "judged"}
+    extrapolation = subject.config.train.extrapolation
     if judged and extrapolation is not None and extrapolation.signal != "kl":
         judged["prompts"] = next(iter(judged.values()))  # its reward judges training prompts
     if not judged:

@@ -47,6 +47,7 @@ class RunInputs:
     prompts: SourceLengths
     teacher_prompts: SourceLengths | None  # in its own rendering
     problems: tuple[Problems, ...]
+    compared: Checkpoint | None  # the teacher that policies are compared with, if they are
     notes: list[str]  # what was assumed
 
 
@@ -69,8 +70,13 @@ def read_inputs(config: Config) -> RunInputs:
         held_out = prompts_artifact(store, part.prompts, setup.student)
         field = f"evaluation ({name})"
         measured = measure_prompts(field, held_out, part.prompts, setup.student.folder, notes)
-        _check_answers(field, part, measured, notes)
+        if part.kind == "judged":
+            _check_answers(field, part, measured, notes)
         problems.append(Problems(part, held_out, measured.lengths))
+    compared = None
+    if config.evaluation is not None and config.evaluation.has_distance():
+        assert config.teacher is not None  # checked
+        compared = setup.teacher or _checkpoint(store, notes, config.teacher.folder)
     prompts = measure_prompts("prompts", setup.prompts, config.prompts, setup.student.folder, notes)
     check_prompt_ids(prompts.table, setup.vocabulary)
     if config.replay is None and (rows := prompts.lengths.rows) is not None:
@@ -89,6 +95,7 @@ def read_inputs(config: Config) -> RunInputs:
         prompts=prompts.lengths,
         teacher_prompts=teachers,
         problems=tuple(problems),
+        compared=compared,
         notes=notes,
     )
 

@@ -30,17 +30,31 @@ from pipeline.estimate.sizes import (
     ShardSizes,
     behind_other_prompts,
     completions_of,
+    distance_sizes,
     expected_counts,
+    hidden_sizes,
     measured_sizes,
     rollouts_sizes,
     scores_sizes,
 )
+from pipeline.evaluation import distance_steps
 from pipeline.plan import is_due
 from pipeline.rounds import Round, named_checkpoint, rounds
 from stages.checkpoints import Checkpoint, model_shape
 from stages.evaluate import evaluation_rollouts
 from stages.prompts import every_prompt, probe_size
-from stages.step import EVALUATE, EXTEND, GENERATE, PROBE, TRAIN, Step, StepKind
+from stages.step import (
+    DISTANCE,
+    EVALUATE,
+    EXTEND,
+    GENERATE,
+    HIDDEN,
+    PROBE,
+    TEACHER_TEXT,
+    TRAIN,
+    Step,
+    StepKind,
+)
 
 SAMPLING = ("temperature", "stop_ids", "extra_draws")  # what decides how completions end
 NOTHING = TokenCounts(tokens=0, completion_tokens=0, pairs=0)
@@ -93,6 +107,7 @@ class RunCosts:
             self.config, forced=len(setup.forced_ids), vocabulary=vocabulary
         )
         self._units: dict[str, dict[int, UnitRows]] = {}  # name of rollouts -> unit -> its rows
+        self._texts: dict[str, dict[int, UnitRows]] = {}  # name of prompts -> the teacher's text
 
     def rounds(self) -> Iterator[RoundCost]:
         """Each round; number -1 is the evaluation of the initial student."""
@@ -100,7 +115,7 @@ class RunCosts:
             yield RoundCost(
                 index=-1,
                 window_tokens=self.config.evaluation.max_new_tokens,
-                steps=tuple(self._evaluations(self.setup.student)),
+                steps=tuple(self._evaluations(self.setup.student, is_first=True)),
             )
         for each in rounds(self.setup, opened=named_checkpoint, expected=True):
             if each.index == 0 and self.config.replay is None:
@@ -302,45 +317,116 @@ class RunCosts:
             basis=_basis(is_trained, is_estimated),
         )
 
-    def _evaluations(self, policy: Checkpoint | None) -> Iterator[StepCost]:
-        """Sampling on held-out prompts, where it is known how many there are."""
+    def _evaluations(
+        self, policy: Checkpoint | None, *, is_first: bool = False
+    ) -> Iterator[StepCost]:
+        """Sampling on held-out prompts, where it is known how many there are; distances from it."""
         for problems in self.inputs.problems:
-            if problems.lengths.rows is not None:
-                yield self._evaluation(problems, problems.lengths.rows, policy)
-
-    def _evaluation(self, problems: Problems, prompts: int, policy: Checkpoint | None) -> StepCost:
-        setup, asked, artifact = self.setup, problems.settings, None
-        if policy is not None:
-            artifact = evaluation_rollouts(
-                setup.store,
-                self.config,
-                asked,
-                prompts=problems.artifact,
-                student=policy,
-                vocabulary=setup.vocabulary,
+            if problems.lengths.rows is None:
+                continue
+            answers = None if policy is None else self._answers_of(problems, policy)
+            artifact = None if answers is None else answers.shards
+            commits, window = _commits(artifact), problems.settings.max_new_tokens
+            measured = completions_of(window, summed_counts(commits.values()))
+            self._answers = measured or self._answers
+            self._answers_sizes = measured_sizes(commits.values()) or self._answers_sizes
+            units = self._held_out(problems, artifact, self._answers)
+            yield self._read_held_out(
+                EVALUATE, problems, units, commits, self.student, self._answers_sizes
             )
-        commits, window = _commits(artifact), asked.max_new_tokens
-        measured = completions_of(window, summed_counts(commits.values()))
-        self._answers = measured or self._answers
-        self._answers_sizes = measured_sizes(commits.values()) or self._answers_sizes
-        units = _sampled_units(
-            artifact,
-            commits,
-            window=window,
-            prompts=prompts,
-            prompts_per_unit=self.config.prompts_per_unit,
-            samples=asked.samples_per_prompt,
-            lengths=problems.lengths.selected(every_prompt()),
-            completions=self._answers,
+            if problems.settings.kind == "distance":
+                yield from self._distances(problems, units, answers, is_first=is_first)
+
+    def _answers_of(self, problems: Problems, policy: Checkpoint) -> Step:
+        setup = self.setup
+        artifact = evaluation_rollouts(
+            setup.store,
+            self.config,
+            problems.settings,
+            prompts=problems.artifact,
+            student=policy,
+            vocabulary=setup.vocabulary,
         )
+        return Step(kind=EVALUATE, round_index=-1, artifact=artifact, model=policy)
+
+    def _distances(
+        self,
+        problems: Problems,
+        units: Mapping[int, UnitRows],
+        answers: Step | None,
+        *,
+        is_first: bool,
+    ) -> Iterator[StepCost]:
+        """The teacher's side of a policy's samples, and the policy's of these and of its text.
+
+        The first of the evaluations also pays for the teacher's text and its own side of it.
+        """
+        setup, config, teacher = self.setup, self.config, self.inputs.compared
+        assert teacher is not None
+        assert config.teacher is not None
+        shape = model_shape(teacher)
+        wide = hidden_sizes(
+            teacher.config.settings.get("hidden_size", 0),
+            is_narrow=config.teacher.dtype != "float32",
+        )
+        steps: dict[str, Step] = {}
+        if answers is not None:
+            asked = (config, setup.store, problems.settings, answers, setup.vocabulary)
+            steps = distance_steps(*asked, teacher)
+        texts = self._texts.setdefault(problems.artifact.name, dict(units))
+        if is_first and steps:
+            written = steps["teacher_text"].rollouts
+            commits = _commits(written.shards)
+            lengths = completions_of(
+                problems.settings.max_new_tokens, summed_counts(commits.values())
+            )
+            texts = self._held_out(problems, written.shards, lengths)
+            self._texts[problems.artifact.name] = texts
+            sizes = measured_sizes(commits.values()) or rollouts_sizes(0)
+            yield self._read_held_out(TEACHER_TEXT, problems, texts, commits, shape, sizes)
+        for text, rows in (("samples", units), ("teacher_text", texts)):
+            step = steps.get(text)
+            if text == "samples" or is_first:
+                commits = {} if step is None else _commits(step.needs[1].shards)
+                yield self._read_held_out(HIDDEN, problems, rows, commits, shape, wide)
+            commits = {} if step is None else _commits(step.shards)
+            yield self._read_held_out(
+                DISTANCE, problems, rows, commits, self.student, distance_sizes()
+            )
+
+    def _held_out(
+        self, problems: Problems, artifact: Artifact | None, completions: Completions | None
+    ) -> dict[int, UnitRows]:
+        """The units of what is written to held-out prompts."""
+        assert problems.lengths.rows is not None
+        return _sampled_units(
+            artifact,
+            _commits(artifact),
+            window=problems.settings.max_new_tokens,
+            prompts=problems.lengths.rows,
+            prompts_per_unit=self.config.prompts_per_unit,
+            samples=problems.settings.samples_per_prompt,
+            lengths=problems.lengths.selected(every_prompt()),
+            completions=completions,
+        )
+
+    def _read_held_out(
+        self,
+        kind: StepKind,
+        problems: Problems,
+        units: Mapping[int, UnitRows],
+        commits: Mapping[int, Commit],
+        shape: ModelShape,
+        sizes: ShardSizes,
+    ) -> StepCost:
         return _step_cost(
-            EVALUATE,
+            kind,
             units,
             commits,
-            self.student,
-            self._answers_sizes,
-            window=window,
-            samples=asked.samples_per_prompt,
+            shape,
+            sizes,
+            window=problems.settings.max_new_tokens,
+            samples=problems.settings.samples_per_prompt,
             is_estimated=self._answers is not None,
         )
 

@@ -186,6 +186,16 @@ def scores_sizes(config: Config, *, forced: int, vocabulary: int) -> ShardSizes:
     )
 
 
+def hidden_sizes(width: int, *, is_narrow: bool) -> ShardSizes:
+    """Of hidden states, which hardly compress; `is_narrow`: of a 16-bit engine."""
+    return ShardSizes(per_token=0, per_completion_token=width * (2 if is_narrow else FLOAT32) + 4)
+
+
+def distance_sizes() -> ShardSizes:
+    """Of four figures a token."""
+    return ShardSizes(per_token=0, per_completion_token=4 * FLOAT32)
+
+
 def _planes(values: int) -> int:
     """Bytes of a number below `values`."""
     return max(1, -(-(values - 1).bit_length() // 8))

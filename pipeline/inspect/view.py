@@ -138,7 +138,7 @@ class RoundReader:
 
     def verdict(self, cache: RoundCache, row: ScoredRow) -> Verdict | None:
         """None where the run has no judge or the prompt no answer that it can read."""
-        evaluation = self.config.evaluation
+        evaluation = self.config.evaluation and self.config.evaluation.judged()
         if evaluation is None:
             return None
         if cache.number not in self._answers:
@@ -146,7 +146,7 @@ class RoundReader:
         answer = self._answers[cache.number].get(row.prompt_id)
         if answer is None:
             return None
-        judge = next(iter(evaluation.parts().values())).judge
+        judge = evaluation.judge
         assert judge is not None  # validated
         text = self.text.whole(row.completion_ids.tolist(), special=False)
         opened = open_judge(judge)

@@ -61,7 +61,11 @@ def spent(run: Run, cost: Cost) -> list[float] | None:
 
 
 def evaluated(run: Run) -> list[SummaryEvaluation]:
-    """Evaluations of policies whose rounds are all reported."""
+    """Judged evaluations of policies whose rounds are all reported."""
+    return [each for each in _evaluations(run) if each.passes]
+
+
+def _evaluations(run: Run) -> list[SummaryEvaluation]:
     found = () if run.summary is None else run.summary.evaluations
     return [each for each in found if each.round <= len(run.rounds)]
 
@@ -104,7 +108,7 @@ def _exhibit(runs: Sequence[Run], cost: Cost, costs: Sequence[list[float] | None
             missing.append(run.name)
             continue
         drawn = look(place)
-        xs, ys = [values[point.round] for point in points], [p.pass_at_1 for p in points]
+        xs, ys = [values[point.round] for point in points], [p.passes["pass@1"] for p in points]
         errors = [point.standard_error or 0.0 for point in points]
         axis.errorbar(xs, ys, yerr=errors, elinewidth=1, capsize=2.5, **drawn.style)
         legend.append(Series(label=run.name, look=drawn))
