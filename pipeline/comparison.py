@@ -1,4 +1,4 @@
-"""Two policies on the same problems with the same seeds: `opd-stream compare`."""
+"""Two policies on the same problems or prompts with the same seeds: `opd-stream compare`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +10,13 @@ from opd_stream.store.artifact import EvaluationManifest
 from opd_stream.store.files import load_record
 from opd_stream.store.recipe import Kind, Recipe, differing_fields
 from opd_stream.store.store import Store
+from opd_stream.tasks.distance import (
+    FIGURE_NAMES,
+    TEXT_NAMES,
+    DistanceManifest,
+    DistanceResult,
+    distance_differences,
+)
 from opd_stream.tasks.pass_at_k import Bootstrap, Counts, Difference, default_ks, differences
 from pipeline.records import Answers, EvaluationFile
 from pipeline.run_folder import RunFolder
@@ -17,6 +24,7 @@ from pipeline.run_folder import RunFolder
 _PLACES = "expected RUN, RUN@POLICY_VERSION (0: the initial student) or a file of evaluate --out"
 _OWN = ("engine", "dtype", "stop_ids")  # of a policy; everything else has to be the same
 _ROW = "{:16} {:>9} {:>8} {:>8} {:>8} {:>8}   {}"
+_DISTANCE = "{:28} {:>7} {:>13} {:>8} {:>8} {:>8}   {}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +34,12 @@ class Side:
     name: str  # as the user wrote it
     store: Store
     artifacts: dict[str, str]  # benchmark -> evaluations/FINGERPRINT
+    distances: dict[str, str]  # held-out prompts -> the same
+
+    @property
+    def names(self) -> list[str]:
+        """All that it was evaluated on."""
+        return [*self.artifacts, *self.distances]
 
 
 def compare(left: str, right: str, bootstrap: Bootstrap) -> Iterator[str]:
@@ -36,15 +50,18 @@ def compare(left: str, right: str, bootstrap: Bootstrap) -> Iterator[str]:
     """
     sides = (_open_side(left), _open_side(right))
     names = [name for name in sides[0].artifacts if name in sides[1].artifacts]
-    if not names:
+    compared = [name for name in sides[0].distances if name in sides[1].distances]
+    if not names and not compared:
         raise UserError(
-            f"{left} has the benchmarks {', '.join(sides[0].artifacts)} and {right} has "
-            f"{', '.join(sides[1].artifacts)}; expected one in common; use one config"
+            f"{left} has the benchmarks {', '.join(sides[0].names)} and {right} has "
+            f"{', '.join(sides[1].names)}; expected one in common; use one config"
         )
     pairs = [_pair(name, *sides) for name in names]
+    measured = [_distance_pair(name, *sides) for name in compared]
     yield f"A: {left}   B: {right}"
     confidence = f"{100 * bootstrap.confidence:g}% interval of B - A"
-    yield _ROW.format("benchmark", "problems", "figure", "A", "B", "B - A", confidence)
+    if pairs:
+        yield _ROW.format("benchmark", "problems", "figure", "A", "B", "B - A", confidence)
     for name, pair in zip(names, pairs, strict=True):
         found = differences([pair[0]], [pair[1]], default_ks(pair[0].samples), bootstrap)
         yield from _rows(name, len(pair[0].correct), found)
@@ -52,16 +69,23 @@ def compare(left: str, right: str, bootstrap: Bootstrap) -> Iterator[str]:
         ks = default_ks(min(a.samples for a, _ in pairs))
         found = differences([a for a, _ in pairs], [b for _, b in pairs], ks, bootstrap)
         yield from _rows(f"mean of {len(pairs)}", sum(len(a.correct) for a, _ in pairs), found)
+    if measured:
+        yield _DISTANCE.format("distance", "prompts", "figure", "A", "B", "B - A", confidence)
+    for name, (a, b) in zip(compared, measured, strict=True):
+        for text, said in TEXT_NAMES.items():
+            found = distance_differences(a.sums[text], b.sums[text], bootstrap)
+            figures = {FIGURE_NAMES[figure]: each for figure, each in found.items()}
+            yield from _rows(f"{name}, {said}", len(a.sums[text]), figures, _DISTANCE)
     for side, other in (sides, sides[::-1]):
-        only = [name for name in side.artifacts if name not in other.artifacts]
+        only = [name for name in side.names if name not in other.names]
         if only:
             yield f"only {side.name} has {', '.join(only)}"
 
 
-def _rows(name: str, problems: int, found: dict[str, Difference]) -> Iterator[str]:
+def _rows(name: str, problems: int, found: dict[str, Difference], row: str = _ROW) -> Iterator[str]:
     for number, (figure, each) in enumerate(found.items()):
         low, high = each.interval
-        yield _ROW.format(
+        yield row.format(
             "" if number else name,
             "" if number else f"{problems:,}",
             figure,
@@ -76,7 +100,7 @@ def _open_side(place: str) -> Side:
     """Find what the user means by RUN, RUN@POLICY_VERSION or a file."""
     if Path(place).is_file():
         found = load_record(EvaluationFile, Path(place))
-        return Side(name=place, store=Store(found.store), artifacts=_artifacts(found))
+        return _side(place, Store(found.store), found)
     folder, at, number = place.rpartition("@") if not Path(place).is_dir() else (place, "", "")
     if at and not number.isdecimal():
         raise UserError(f"{place} names the policy version {number!r}; {_PLACES}; give a number")
@@ -100,16 +124,33 @@ def _open_side(place: str) -> Side:
             f"{place} has no evaluation{f' of policy version {number}' if at else ''}; {_PLACES}; "
             "run it with an evaluation section, or use evaluate --out"
         )
-    return Side(name=place, store=store, artifacts=_artifacts(evaluations[-1]))
+    return _side(place, store, evaluations[-1])
 
 
-def _artifacts(evaluation: Answers) -> dict[str, str]:
-    return {name: entry.artifact for name, entry in evaluation.benchmarks.items() if entry.artifact}
+def _side(name: str, store: Store, found: Answers) -> Side:
+    return Side(
+        name=name,
+        store=store,
+        artifacts={key: each.artifact for key, each in found.benchmarks.items() if each.artifact},
+        distances={key: each.artifact for key, each in found.distances.items()},
+    )
 
 
 def _pair(name: str, left: Side, right: Side) -> tuple[Counts, Counts]:
     """Both policies' counts on a benchmark."""
     (a, asked_a), (b, asked_b) = _read(name, left), _read(name, right)
+    _check_same(name, left, right, asked_a, asked_b)
+    if set(a.correct) != set(b.correct):
+        raise UserError(
+            f"{name} has {len(a.correct)} problems in {left.name} and {len(b.correct)} in "
+            f"{right.name}, not the same ones; expected the same; evaluate both with one config"
+        )
+    return a, b
+
+
+def _check_same(
+    name: str, left: Side, right: Side, asked_a: dict[str, Any], asked_b: dict[str, Any]
+) -> None:
     other = differing_fields(asked_a, asked_b)
     if other:
         fields = "; ".join(f"{field}: {old!r} and {new!r}" for field, (old, new) in other.items())
@@ -117,12 +158,37 @@ def _pair(name: str, left: Side, right: Side) -> tuple[Counts, Counts]:
             f"{name} of {left.name} and of {right.name} differ in {fields}; expected the same "
             "problems, seeds and judge; evaluate both with one config"
         )
-    if set(a.correct) != set(b.correct):
-        raise UserError(
-            f"{name} has {len(a.correct)} problems in {left.name} and {len(b.correct)} in "
-            f"{right.name}, not the same ones; expected the same; evaluate both with one config"
-        )
+
+
+def _distance_pair(name: str, left: Side, right: Side) -> tuple[DistanceResult, DistanceResult]:
+    """Both policies' distances to one teacher."""
+    (a, asked_a), (b, asked_b) = _read_distance(name, left), _read_distance(name, right)
+    _check_same(name, left, right, asked_a, asked_b)
+    for text, said in TEXT_NAMES.items():
+        if set(a.sums[text]) != set(b.sums[text]):
+            raise UserError(
+                f"{name} has {len(a.sums[text])} prompts on {said} in {left.name} and "
+                f"{len(b.sums[text])} in {right.name}, not the same ones; expected the same; "
+                "evaluate both with one config"
+            )
     return a, b
+
+
+def _read_distance(name: str, side: Side) -> tuple[DistanceResult, dict[str, Any]]:
+    """Distances of one side, and everything that the other side has to share."""
+    fingerprint = side.distances[name].removeprefix("evaluations/")
+    figures = side.store.by_fingerprint("evaluations", fingerprint)
+    if not figures.is_complete():
+        raise UserError(f"{figures.name} of {side.name} is not complete; evaluate again")
+    result = load_record(DistanceManifest, figures.folder / "manifest.json").result
+    samples = side.store.by_fingerprint("distances", figures.recipe.inputs["samples"]).recipe
+    rollouts, hidden = _input(side, samples, "rollouts"), _input(side, samples, "hidden")
+    sampling = {field: v for field, v in rollouts.settings.items() if field not in _OWN}
+    return result, {
+        "prompts": _input(side, rollouts, "prompts").settings,
+        "sampling": sampling,
+        "teacher": {"identity": hidden.inputs["teacher"], **hidden.settings},
+    }
 
 
 def _read(name: str, side: Side) -> tuple[Counts, dict[str, Any]]:

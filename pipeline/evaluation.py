@@ -280,6 +280,18 @@ def open_policy(config: Config, store: Store, folder: Path) -> tuple[Checkpoint,
     return policy, vocabulary
 
 
+def logged_figures(evaluation: Answers) -> dict[str, float]:
+    """The figures of an evaluation by names for loggers, evaluation/PROMPTS/…."""
+    found: dict[str, float] = {}
+    for name, entry in evaluation.benchmarks.items():
+        found |= {f"evaluation/{name}/{figure}": each for figure, each in entry.passes.items()}
+    for name, record in evaluation.distances.items():
+        for text, distance in record.texts.items():
+            for figure in FIGURE_NAMES:
+                found[f"evaluation/{name}/{text}/{figure}"] = getattr(distance, figure)
+    return found
+
+
 def figure_lines(evaluation: Answers) -> Iterator[str]:
     """One line a benchmark, and one for their mean where there are several; two a distance."""
     for name, entry in evaluation.distances.items():

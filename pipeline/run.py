@@ -89,7 +89,7 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> RunSummary:
             started=started,
         )
         session.reach(inputs_of(setup))
-        evaluate_policy(session, setup.student, setup.vocabulary, version=0)
+        evaluate_policy(session, setup.student, setup.vocabulary, version=0, step=0)
         if folder.summary() is None:
             accounts.write_summary(session.call_seconds(earlier))
         for round_ in rounds(setup):
@@ -100,7 +100,13 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> RunSummary:
                 train_round(session, setup, round_)
             if is_due(config, round_.index):
                 policy = checkpoint_of(round_.policy)
-                evaluate_policy(session, policy, setup.vocabulary, version=round_.index + 1)
+                evaluate_policy(
+                    session,
+                    policy,
+                    setup.vocabulary,
+                    version=round_.index + 1,
+                    step=round_.plan.first_step + round_.policy.manifest().outcome.steps,
+                )
             accounts.write_round(round_, is_changed=len(session.spans) > worked)
             accounts.write_summary(session.call_seconds(earlier))
         setup.store.record_run(run_id, folder.path, session.reached)  # and no more
@@ -287,7 +293,12 @@ def train_policy(session: Session, setup: Setup, round_: Round) -> None:
 
 
 def evaluate_policy(
-    session: Session, policy: Checkpoint, vocabulary: Vocabulary, *, version: int
+    session: Session,
+    policy: Checkpoint,
+    vocabulary: Vocabulary,
+    *,
+    version: int,
+    step: int | None = None,
 ) -> None:
     """The evaluate stage for one policy, as far as the store does not have it.
 
@@ -296,6 +307,7 @@ def evaluate_policy(
         policy: answers.
         vocabulary: of its answers.
         version: of the policy; 0 is the initial student.
+        step: optimizer steps that it has, under which loggers are told what is new; None: none is.
 
     Raises:
         UserError: prompts or judge are refused, or a worker met a user's mistake.
@@ -305,24 +317,41 @@ def evaluate_policy(
         return
     from pipeline.evaluation import (
         distance_steps,
+        evaluation_record,
         evaluation_steps,
+        logged_figures,
         make_rendering,
         open_teacher,
     )
     from stages.evaluate import evaluate, evaluation_prompts
 
-    for name, step in evaluation_steps(config, session.store, policy, vocabulary, version).items():
+    store, worked = session.store, len(session.spans)
+    for name, answers in evaluation_steps(config, store, policy, vocabulary, version).items():
         part = evaluation.parts()[name]
-        prompts = evaluation_prompts(session.store, part, policy)
-        session.reach({prompts.name, step.artifact.name})
+        prompts = evaluation_prompts(store, part, policy)
+        session.reach({prompts.name, answers.artifact.name})
         if part.kind == "distance":
-            teacher = open_teacher(config, session.store, policy, vocabulary)
-            make_rendering(config, session.store, part, prompts, teacher)
-            steps = distance_steps(config, session.store, part, step, vocabulary, teacher)
+            teacher = open_teacher(config, store, policy, vocabulary)
+            make_rendering(config, store, part, prompts, teacher)
+            steps = distance_steps(config, store, part, answers, vocabulary, teacher)
             _measure_distance(session, steps)
             continue
-        _wait_for(session, _submit(session, step, None), "evaluate")
-        evaluate(session.store, part, step.shards, policy)
+        _wait_for(session, _submit(session, answers, None), "evaluate")
+        evaluate(store, part, answers.shards, policy)
+    if step is not None and len(session.spans) > worked and config.train.loggers:
+        found = evaluation_record(config, store, policy, vocabulary, ())
+        assert found is not None  # measured above
+        _log(session, logged_figures(found), step)
+
+
+def _log(session: Session, figures: dict[str, float], step: int) -> None:
+    """Tell the run's loggers the figures of a policy."""
+    from stages.learner import open_loggers
+
+    loggers = open_loggers(session.config.train.loggers, session.folder.path, session.run_id)
+    for logger in loggers:
+        logger.log_metrics(figures, step)
+        logger.finalize("success")
 
 
 def _measure_distance(session: Session, steps: dict[str, Step]) -> None:

@@ -1,7 +1,7 @@
 """A student set up for training: Fabric, the objectives, the optimizer, and the loss of a batch."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ def open_fabric(job: TrainJob, environment: ClusterEnvironment | None = None) ->
         strategy=strategy,
         devices=int(os.environ["LOCAL_WORLD_SIZE"]) if environment is not None else 1,
         plugins=plugins,
-        loggers=_loggers(job),
+        loggers=open_loggers(job.config.train.loggers, Path(job.metrics).parent, job.made_by),
     )
     fabric.launch()
     return fabric
@@ -193,10 +193,16 @@ class _MixedPrecision(MixedPrecision):
         return data
 
 
-def _loggers(job: TrainJob) -> list[Logger]:
-    """Loggers beside the run's own files."""
-    folder, found = Path(job.metrics).parent, list[Logger]()
-    for name in job.config.train.loggers:
+def open_loggers(names: Sequence[str], folder: Path, run_id: str) -> list[Logger]:
+    """Loggers beside the run's own files, by their names in `train.loggers`.
+
+    Args:
+        names: of the loggers.
+        folder: of the run.
+        run_id: its id.
+    """
+    found = list[Logger]()
+    for name in names:
         if name == "tensorboard":
             from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
@@ -204,5 +210,5 @@ def _loggers(job: TrainJob) -> list[Logger]:
         else:
             from lightning.pytorch.loggers import WandbLogger
 
-            found.append(WandbLogger(name=folder.name, save_dir=folder, id=job.made_by))
+            found.append(WandbLogger(name=folder.name, save_dir=folder, id=run_id))
     return found

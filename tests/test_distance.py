@@ -1,5 +1,6 @@
 """The distance of a policy to its teacher, against dense float64 and its own laws."""
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from opd_stream.divergence import token_distances
@@ -27,8 +29,12 @@ from opd_stream.tasks.distance import (
     text_distance,
 )
 from opd_stream.tasks.pass_at_k import Bootstrap
+from pipeline.cli.run_commands import print_run
+from pipeline.comparison import compare
 from pipeline.doctor.examination import examine
 from pipeline.estimate import estimate
+from pipeline.report.page import page as page_of
+from pipeline.report.read import read_runs
 from pipeline.run_folder import RunFolder
 from pipeline.single_stage import run_evaluation
 from stages.prompts import prompt_ids_of
@@ -335,6 +341,89 @@ def test_plan_and_run_agree_on_what_a_distance_takes(measured: Path, tmp_path: P
         for expected, measured_ in zip(one.steps, other.steps, strict=True):
             assert expected.left.tokens >= measured_.done.tokens > 0
             assert expected.left.bytes >= measured_.done.bytes
+
+
+def test_table_compare_and_report_show_it(
+    measured: Path, opd_stream: Command, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(measured, folder)
+    directory, store = folder / "run", folder / "store"
+    config = small_config(folder, *PARTS)
+    page = Console(record=True, width=250, file=io.StringIO())
+    summary = RunFolder(directory).summary()
+    assert summary is not None
+    print_run(RunFolder(directory).reports(), summary, "x", console=page)
+    said = page.export_text()
+    found = distances_of(folder, 2)["texts"]
+    assert "KL own" in said
+    assert "pass@1" not in said
+    for text, figure in (("samples", "reverse_kl"), ("teacher_text", "forward_kl")):
+        low, high = found[text]["intervals"][figure]
+        assert f"{found[text][figure]:.3f} [{low:.3f}, {high:.3f}]" in said
+    moved = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(moved | {"store": str(store)}))
+    code, said, _ = opd_stream("compare", f"{directory}@0", str(directory))
+    assert code == 0
+    before = distances_of(folder, 0)["texts"]["samples"]["reverse_kl"]
+    after = found["samples"]["reverse_kl"]
+    assert f"{before:.3f}" in said
+    assert f"{after - before:+.3f}" in said
+    assert "ledger, the teacher's text" in said
+    html = page_of(read_runs([directory]))
+    assert "Distance to the teacher" in html
+    assert f"{after:.3f} [" in html
+    assert "No curve is drawn: no policy has been judged." in html
+    assert config.evaluation is not None
+
+
+def test_distances_to_other_teachers_or_prompts_are_not_compared(
+    measured: Path, tmp_path: Path
+) -> None:
+    def evaluated(name: str, *overrides: str) -> str:
+        out, config = tmp_path / f"{name}.json", small_config(tmp_path, *PARTS, *overrides)
+        folder = RunFolder(tmp_path / name)
+        run_evaluation(config, folder, policy_version=0, progress=Silent(), out=out)
+        return str(out)
+
+    one = evaluated("one", "evaluation.max_new_tokens=6")
+    longer = evaluated("longer", "evaluation.max_new_tokens=7")
+    other = evaluated(
+        "other", "evaluation.max_new_tokens=6", f"teacher.path={MODELS / 'ledger-student'}"
+    )
+    with pytest.raises(UserError, match=r"differ in sampling\.window_tokens: 6 and 7"):
+        list(compare(one, longer, Bootstrap()))
+    with pytest.raises(UserError, match=r"differ in teacher\.identity"):
+        list(compare(one, other, Bootstrap()))
+    assert any("+0.000" in line for line in compare(one, one, Bootstrap(resamples=50)))
+
+
+def test_loggers_are_told_at_the_policys_step(
+    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[dict[str, float], int]] = []
+
+    class Recorder:
+        def log_metrics(self, figures: dict[str, float], step: int) -> None:
+            told.append((figures, step))
+
+        def finalize(self, status: str) -> None:
+            assert status == "success"
+
+    monkeypatch.setattr("stages.learner.open_loggers", lambda *arguments: [Recorder()])
+    folder = tmp_path / "copy"
+    shutil.copytree(measured, folder)
+    shutil.rmtree(folder / "store" / "evaluations")
+    shutil.rmtree(folder / "store" / "distances")
+    config = small_config(folder, *PARTS, "train.loggers=[tensorboard]")
+    for _ in range(2):  # the second call has nothing to tell
+        run(config, RunFolder(folder / "other"), Silent())
+    steps = summary_of(RunFolder(folder / "other"))["steps"]
+    assert [step for _, step in told] == [0, steps]
+    for (figures, _), version in zip(told, (0, 2), strict=True):
+        for text, found in distances_of(measured, version)["texts"].items():
+            for name in FIGURES:
+                assert figures[f"evaluation/ledger/{text}/{name}"] == found[name]
 
 
 def test_doctor_finds_nothing_wrong_with_a_distance(tmp_path: Path) -> None:

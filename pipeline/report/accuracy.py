@@ -62,12 +62,8 @@ def spent(run: Run, cost: Cost) -> list[float] | None:
 
 def evaluated(run: Run) -> list[SummaryEvaluation]:
     """Judged evaluations of policies whose rounds are all reported."""
-    return [each for each in _evaluations(run) if each.passes]
-
-
-def _evaluations(run: Run) -> list[SummaryEvaluation]:
     found = () if run.summary is None else run.summary.evaluations
-    return [each for each in found if each.round <= len(run.rounds)]
+    return [each for each in found if each.passes and each.round <= len(run.rounds)]
 
 
 def accuracy_exhibits(runs: Sequence[Run]) -> list[tuple[Cost, Exhibit]]:

@@ -10,6 +10,7 @@ from opd_stream.errors import UserError
 from opd_stream.store.files import publish
 from pipeline.report import text
 from pipeline.report.accuracy import accuracy_exhibits, evaluation_table
+from pipeline.report.distance import distance_tables
 from pipeline.report.drift import drift_exhibit
 from pipeline.report.read import Run, read_runs
 from pipeline.report.rounds import (
@@ -58,6 +59,7 @@ def page(runs: Sequence[Run]) -> str:
         runs=runs,
         accuracy=accuracy_exhibits(runs),
         evaluations=evaluation_table(runs),
+        distances=distance_tables(runs),
         exhibits=[
             [make(run, f"run-{place}-{name}") for name, make in EXHIBITS.items()]
             for place, run in enumerate(runs)
