@@ -86,7 +86,7 @@ def test_quick_loads_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(TransformersEngine, "__init__", lambda *_, **__: pytest.fail("loaded"))
     report = quick(tmp_path)
     assert report.may_start
-    assert set(report.not_checked) == {"teacher-as-student", "sampler", "cached-scores"}
+    assert set(report.not_checked) == {check.name for check in CHECKS if check.loads_models}
 
 
 def test_another_tokenizer(tmp_path: Path) -> None:
@@ -445,7 +445,7 @@ def test_a_replay_needs_no_teacher(healthy: tuple[Path, Report]) -> None:
     replay = (f"replay.run={healthy[0] / 'run'}", "rounds=1", "evaluation=null")
     report = examine(small_config(healthy[0], *replay, "teacher=null"), quick=False)
     assert {finding.level for finding in report.findings} == {"ok"}
-    assert set(report.not_checked) == {"sampler", "teacher-as-student", "cached-scores"}
+    assert set(report.not_checked) == {check.name for check in CHECKS if check.loads_models}
     assert report.not_checked["cached-scores"] == "the config names no teacher"
     with_teacher = examine(small_config(healthy[0], *replay), quick=False)
     assert {finding.level for finding in with_teacher.findings} == {"ok"}
@@ -535,6 +535,36 @@ def test_a_sampler_that_records_after_its_temperature(
     found = first(trial.sampler, small_config(tmp_path, "rollouts.temperature=0.7"))
     assert found.level == "error"
     assert "differ from a forward pass" in found.found
+
+
+@pytest.mark.parametrize(("shift", "level"), [(0.0, "ok"), (0.05, "error")])
+@pytest.mark.usefixtures("short")
+def test_a_sampler_in_16_bits_is_held_against_plain_16_bit_arithmetic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: float, level: str
+) -> None:
+    student = changed_model(tmp_path, "ledger-student", undecided)
+    drawn = decoding.draw
+
+    def shifted(*asked: Any) -> Any:
+        ids, logprobs, *rest = drawn(*asked)
+        return (ids, logprobs - shift, *rest)
+
+    monkeypatch.setattr(transformers_engine, "draw", shifted)
+    where = (f"student.path={student}", "student.dtype=bfloat16")
+    found = first(trial.sampler, small_config(tmp_path, *where))
+    assert found.level == level
+    assert "of which plain bfloat16 arithmetic explains" in found.found
+
+
+def test_the_distance_says_what_there_is_to_learn(tmp_path: Path) -> None:
+    found = first(trial.distance, small_config(tmp_path))
+    assert found.level == "ok"
+    nats, error = (float(found.found.split()[place]) for place in (0, 2))
+    assert nats > error > 0
+    teacher = MODELS / "ledger-teacher"
+    same = first(trial.distance, small_config(tmp_path, f"student.path={teacher}"))
+    assert same.level == "warning"
+    assert "the student is as its teacher already" in same.todo
 
 
 def test_a_sampler_at_another_temperature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

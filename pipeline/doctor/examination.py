@@ -24,6 +24,7 @@ CHECKS = (
     machine.disk,
     trial.sampler,
     trial.teacher_as_student,
+    trial.distance,
     trial.cached_scores,
 )
 FIRST = ("packages", "store", "weights", "memory", "setup")  # without errors, or no model is loaded
