@@ -25,7 +25,7 @@ from pipeline.caches import (
 from pipeline.plan import RoundPlan, plan_ahead, plan_round
 from pipeline.records import UnitDecisionRecord
 from pipeline.setup import Setup
-from stages.checkpoints import Checkpoint
+from stages.checkpoints import Checkpoint, published_dtype
 from stages.recipes import policy_recipe, probe_recipe
 from stages.step import PROBE, PROBE_SCORE, TRAIN, Step
 
@@ -179,6 +179,7 @@ def round_steps(
                 round_index=plan.round_index,
                 first_step=plan.first_step,
                 window_tokens=_own_window(setup.config, plan, caches),
+                published=published_dtype(setup.student.folder),
             )
         ),
         model=student,

@@ -7,11 +7,14 @@ a run, resumes one after any kind of stop, and finds that a finished one has not
 import importlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
+from opd_stream.memory import give_back
 from opd_stream.store.artifact import Artifact, DamagedUnit
+from opd_stream.store.inventory import drop_states
 from opd_stream.store.store import Store
 from pipeline.accounting import Accounts, Span, busy_seconds, inputs_of
 from pipeline.plan import is_due
@@ -98,6 +101,7 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> RunSummary:
             if not is_trained(session, round_):
                 folder.write_plan(round_)
                 train_round(session, setup, round_)
+            drop_optimizers(session, round_)
             if is_due(config, round_.index):
                 policy = checkpoint_of(round_.policy)
                 evaluate_policy(
@@ -124,13 +128,45 @@ def is_trained(session: Session, round_: Round) -> bool:
     return reason is None
 
 
-def train_round(session: Session, setup: Setup, round_: Round) -> None:
-    """Everything up to the policy of a round; a unit found damaged while reading is made again."""
+def drop_optimizers(session: Session, round_: Round) -> None:
+    """Once a round is complete, what only the training after earlier ones reads may go."""
+    keep = session.config.keep_optimizers
+    if keep is not None:
+        made_by = session.store.ids_of_run(session.run_id)
+        drop_states(session.store, round_.policy, keep=keep, made_by=made_by)
+
+
+def restore_state(session: Session, setup: Setup, round_: Round) -> None:
+    """Train the round before once more where the state that this one continues was dropped."""
+    policy = round_.previous
+    assert policy is not None
+    lost = policy.manifest().dropped
+    if not lost:
+        return
+    session.progress.say(
+        f"round {round_.index} continues the optimizer of {policy.name}, which was dropped "
+        f"(keep_optimizers {session.config.keep_optimizers}): round {round_.index - 1} is trained "
+        "once more"
+    )
+    (before,) = islice(rounds(setup), round_.index - 1, round_.index)
+    train_round(session, setup, replace(before, ahead=None), again=True)
+    if lost.items() - policy.manifest().files.items():
+        session.progress.warn(
+            f"training once more did not repeat bit for bit on this machine: {policy.name} keeps "
+            "its weights, and its optimizer is that of the second training"
+        )
+
+
+def train_round(session: Session, setup: Setup, round_: Round, *, again: bool = False) -> None:
+    """Everything up to the policy of a round; a unit found damaged while reading is made again.
+
+    `again`: the policy is there, and its training state is what is wanted.
+    """
     made_again: set[tuple[str, int]] = set()
     while True:
         make_shards(session, round_)
         try:
-            return train_policy(session, setup, round_)
+            return train_policy(session, setup, round_, again=again)
         except DamagedUnit as damaged:
             if session.config.replay is not None:
                 raise UserError(
@@ -241,21 +277,29 @@ def _import_training() -> None:
     importlib.import_module("stages.train")
 
 
-def train_policy(session: Session, setup: Setup, round_: Round) -> None:
-    """The train stage of a round.
+def train_policy(session: Session, setup: Setup, round_: Round, *, again: bool = False) -> None:
+    """The train stage of a round; `again` as in `train_round`.
 
     Raises:
         UserError: nothing can be trained on, or the loss is not finite.
         DamagedUnit: a shard is not what was committed.
     """
-    from stages.train_job import OPTIMIZER, TrainJob
+    from stages.train_job import TrainJob
 
     if session.config.pools.trainer.is_on_ray:
         from stages.train_ray import train_on_ray as train
     else:
         from stages.train import train
-    start = time.time()
-    optimizer = None if round_.previous is None else round_.previous.folder("training") / OPTIMIZER
+    if round_.previous is not None:
+        restore_state(session, setup, round_)
+        round_.previous.folder("training")
+    start, config, scratch = time.time(), session.config, session.folder.scratch(round_)
+    if again:  # what was told of the round before stays as it is
+        scratch.mkdir(parents=True, exist_ok=True)
+        config = config.model_copy(
+            update={"train": config.train.model_copy(update={"loggers": ()})}
+        )
+    session.executor.release()
     author = round_.caches[-1].rollouts.artifact.recipe.inputs.get("student")
     probe = round_.probe
     audited = None
@@ -263,11 +307,11 @@ def train_policy(session: Session, setup: Setup, round_: Round) -> None:
         audited = (probe.rollouts.artifact.fingerprint, probe.artifact.fingerprint)
     train(
         TrainJob(
-            config=session.config,
+            config=config,
             policy=round_.policy.recipe,
             base=str(round_.student.folder),
             initial=str(setup.student.folder),
-            optimizer_state=None if optimizer is None else str(optimizer),
+            is_continued=round_.previous is not None,
             caches=tuple(cache.cache_units() for cache in round_.caches),
             is_fresh=author == round_.student.identity.fingerprint,
             is_gated=any(decision.action == "gated" for decision in round_.unit_decisions),
@@ -280,15 +324,16 @@ def train_policy(session: Session, setup: Setup, round_: Round) -> None:
             prompts=setup.prompts.fingerprint,
             first_step=round_.plan.first_step,
             round_index=round_.index,
-            scratch=str(session.folder.scratch(round_)),
-            metrics=str(session.folder.metrics),
+            scratch=str(scratch),
+            metrics=str(scratch / "metrics.jsonl" if again else session.folder.metrics),
             made_by=session.run_id,
         ),
         session.progress,
     )
+    give_back()
     session.spans.append((start, time.time()))
     audit = round_.policy.manifest().outcome.window_decision
-    if audit is not None:
+    if audit is not None and not again:
         session.progress.say(f"next round: {audit.reason}")
 
 

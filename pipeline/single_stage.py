@@ -23,6 +23,7 @@ from pipeline.records import Answers, EvaluationFile
 from pipeline.rounds import Round, checkpoint_of, named_checkpoint, rounds
 from pipeline.run import (
     Session,
+    drop_optimizers,
     evaluate_policy,
     is_trained,
     make_shards,
@@ -307,6 +308,7 @@ def _train(session: Session, setup: Setup, round_: Round, *, follow: bool) -> st
         except DamagedUnit as error:
             error.artifact.invalidate(error.unit)
             raise UserError(f"{error}; run generate and score again: only it is made") from error
+    drop_optimizers(session, round_)
     return f"{round_.policy.name} is complete: {round_.policy.folder()}"
 
 

@@ -1,15 +1,18 @@
 """A checkpoint in a role: where it lies, what it is, and how it ends a text."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from opd_stream.costs import ModelShape, shape_of
 from opd_stream.errors import UserError
 from opd_stream.model_config import ModelConfig, read_model_config
-from opd_stream.store.files import INDEX, indexed_files
+from opd_stream.section import is_object
+from opd_stream.store.files import INDEX, checkpoint_json, indexed_files
 from opd_stream.store.policy import Identity
 from opd_stream.store.store import Store
 from opd_stream.store.tokenizer_folder import (
@@ -23,6 +26,9 @@ from opd_stream.store.tokenizer_identity import (
     TokenizerMeaning,
     compare_tokenizers,
 )
+
+NARROW = ("bfloat16", "float16")
+FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,11 +155,19 @@ def _meaning(model: Checkpoint) -> TokenizerMeaning:
 
 def weight_shapes(folder: Path) -> dict[str, list[int]]:
     """Name -> shape of every tensor of a checkpoint; see `weight_files`."""
-    return {name: shape for name, (_, shape) in weight_files(folder).items()}
+    return {name: stored.shape for name, stored in weight_files(folder).items()}
 
 
-def weight_files(folder: Path) -> dict[str, tuple[Path, list[int]]]:
-    """Name -> file and shape of every tensor of a checkpoint, read off the headers of its files.
+class StoredTensor(NamedTuple):
+    """Where a tensor of a checkpoint lies, and what it is."""
+
+    path: Path
+    shape: list[int]
+    dtype: str  # as torch names it, of floating numbers
+
+
+def weight_files(folder: Path) -> dict[str, StoredTensor]:
+    """Name -> file, shape and dtype of every tensor of a checkpoint, off the headers of its files.
 
     Raises:
         UserError: a file is missing, cut off, or no safetensors file.
@@ -161,7 +175,7 @@ def weight_files(folder: Path) -> dict[str, tuple[Path, list[int]]]:
     from safetensors import SafetensorError, safe_open
 
     listed = indexed_files(folder)
-    found: dict[str, tuple[Path, list[int]]] = {}
+    found: dict[str, StoredTensor] = {}
     for name in sorted(listed or {path.name for path in folder.glob("*.safetensors")}):
         path = folder / name
         if not path.is_file():
@@ -170,13 +184,37 @@ def weight_files(folder: Path) -> dict[str, tuple[Path, list[int]]]:
             )
         try:
             with safe_open(path, framework="numpy") as file:
-                found |= {key: (path, file.get_slice(key).get_shape()) for key in list(file.keys())}
+                for key in list(file.keys()):
+                    part = file.get_slice(key)
+                    dtype = str(part.get_dtype())
+                    found[key] = StoredTensor(path, part.get_shape(), FLOATS.get(dtype, dtype))
         except SafetensorError as error:
             reason = " ".join(str(error).split())
             raise UserError(
                 f"{path} is no whole safetensors file ({reason}); copy the checkpoint again"
             ) from error
     return found
+
+
+def published_dtype(folder: Path) -> str:
+    """The dtype of policies that start from a checkpoint: float32, or one of 16 bits.
+
+    It is that of config.json, or where it names none that of most weights. Policies of a quantised
+    checkpoint are whole, and float32.
+    """
+    raw = checkpoint_json(folder / "config.json")
+    nested = raw.get("text_config")
+    sections = [raw, nested if is_object(nested) else {}]
+    named = [each.get(key) for each in sections for key in ("dtype", "torch_dtype")]
+    found = next((name for name in named if isinstance(name, str)), None)
+    if raw.get("quantization_config"):
+        return "float32"
+    if found is None:
+        sizes: Counter[str] = Counter()
+        for stored in weight_files(folder).values():
+            sizes[stored.dtype] += prod(stored.shape)
+        found = max(sizes, key=lambda name: sizes[name], default="float32")
+    return found if found in NARROW else "float32"
 
 
 def tokenizer_size(folder: Path) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, Self
 
 from opd_stream.config import Config
+from opd_stream.memory import give_back
 from stages.distance import StudentWorker
 from stages.score import ScoreWorker
 from stages.workers import Role, Task, TaskResult, Worker, WorkerSettings, checked, worker_specs
@@ -25,6 +26,10 @@ class Executor(Protocol):
         Raises:
             UserError: a worker met a user's mistake.
         """
+        ...
+
+    def release(self) -> None:
+        """Give up the engines that this process holds, for training to have the memory."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -67,6 +72,11 @@ class LocalExecutor:
             for worker in self._workers:
                 result = worker.run(result)
             yield checked(result)
+
+    def release(self) -> None:
+        for worker in self._workers:
+            worker.release()
+        give_back()
 
     def __enter__(self) -> Self:
         return self

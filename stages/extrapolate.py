@@ -17,6 +17,7 @@ from opd_stream.engines.base import SamplingSettings
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.extrapolation import Outcome, Score, is_due, moved_parameters, search
 from opd_stream.outcome import ExtrapolationRecord, PointScore
+from opd_stream.store.policy import BASE
 from opd_stream.store.reader import ScoredRows, epoch_order
 from opd_stream.store.shards import prompts_batch
 from opd_stream.store.tokenizer_folder import open_tokenizer
@@ -29,7 +30,6 @@ from stages.train_data import BatchPlan, step_batches
 from stages.train_job import TrainJob
 from stages.train_state import gathered, laid_out_as
 
-FOLDER = "extrapolation"  # of the base point inside a policy
 SAMPLE_KEY = 0x0EFF0BD  # of the rows that score a point
 
 
@@ -135,7 +135,7 @@ def open_extrapolator(
     settings = job.config.train.extrapolation
     if settings is None:
         return None
-    left = Path(job.base) / FOLDER
+    left = Path(job.base) / BASE
     if base is None and job.is_continued and left.exists():
         base = load_tree(left)
     reward = None if settings.signal == "kl" else open_reward(job)
@@ -144,7 +144,7 @@ def open_extrapolator(
 
 def save_base(base: dict[str, torch.Tensor], policy: Path) -> None:
     """Leave the base for the next round."""
-    save_tree(base, policy / FOLDER)
+    save_tree(base, policy / BASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,6 +66,9 @@ class RayExecutor:
                     raise received
                 self._early |= {result.task: checked(result) for result in results_of(received)}
 
+    def release(self) -> None:
+        """Nothing: the workers have processes of their own."""
+
     def __enter__(self) -> Self:
         return self
 

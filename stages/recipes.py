@@ -260,6 +260,7 @@ def policy_recipe(
     round_index: int,
     first_step: int,
     window_tokens: int | None = None,
+    published: str = "float32",
 ) -> Recipe:
     """The policy that a train stage makes.
 
@@ -273,6 +274,7 @@ def policy_recipe(
         round_index: the round, from 0.
         first_step: optimizer steps done before the round.
         window_tokens: that an audit decided, where it is not that of the newest rollouts.
+        published: dtype of the published weights.
     """
     train, reward = config.train, _reward(config, vocabulary)
     inputs = {"base": base.identity.fingerprint}
@@ -288,6 +290,7 @@ def policy_recipe(
             "objectives": [part.recipe() for part in train.objective],
             **train.model_dump(mode="json", include=_TRAIN_FIELDS),
             **reward,
+            **({} if published == "float32" else {"published": published}),
             **({} if train.dropout == "none" else {"dropout": train.dropout}),
             **({"warmup_steps": train.rising_steps} if train.rising_steps else {}),
             "progress": [round_index, config.rounds if counts_rounds(config) else None],

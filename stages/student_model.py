@@ -22,9 +22,11 @@ from opd_stream.loss import BatchLoss, batch_loss
 from opd_stream.model_config import read_model_config
 from opd_stream.objectives import Objective
 from opd_stream.store.files import INDEX
-from opd_stream.store.policy import NAMED_TEMPLATES
+from opd_stream.store.policy import EXACT, NAMED_TEMPLATES
+from opd_stream.store.tree import save_tree
 from opd_stream.weighting import Weighting
-from stages.checkpoints import weight_files
+from stages.checkpoints import published_dtype, weight_files
+from stages.train_state import trained_weights
 
 OTHER_WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth"),
@@ -146,24 +148,45 @@ def check_lora(folder: Path, lora: Lora) -> None:
 def save_student(student: StudentModel, base: Path, folder: Path) -> None:
     """Write a policy: a Hugging Face folder, with the adapter beside the merged weights.
 
-    Its config files are those of `base`, and so are tensors that training does not read, such as a
-    vision tower's: the next round, an engine and any other program find what they found there.
+    Its config files and dtypes are those of `base`, and so are tensors that training does not read,
+    such as a vision tower's: the next round, an engine and any other program find what they found
+    there. Weights that lose bits are left beside them, too, as they are in training.
 
     Args:
-        student: after training, its weights whole; a LoRA student is merged in place.
+        student: after training, its weights whole; it is merged and rounded in place.
         base: policy the round started from.
         folder: empty folder to fill.
     """
-    model = student.model
+    model, dtypes = student.model, _dtypes(base)
+    if not hasattr(model, "peft_config") and dtypes[""] != torch.float32:
+        save_tree(trained_weights(student, is_kept=True), folder / EXACT)
     if hasattr(model, "peft_config"):
         model.save_pretrained(folder / ADAPTER)
         (folder / ADAPTER / "README.md").unlink(missing_ok=True)
         model = model.merge_and_unload()
+    _round(model, dtypes)
     model.generation_config = GenerationConfig()  # the base's is copied, whatever it says
     model.save_pretrained(folder)
     (folder / GENERATION).unlink(missing_ok=True)
     _copy_texts(base, folder)
     _keep_unread(model, base, folder)
+
+
+def _dtypes(base: Path) -> dict[str, torch.dtype]:
+    """Name of a stored tensor -> its dtype in a policy; "" is that of most tensors."""
+    most = getattr(torch, published_dtype(base))
+    found = {"": most}
+    if most != torch.float32:
+        wide = (name for name, stored in weight_files(base).items() if stored.dtype == "float32")
+        found |= dict.fromkeys(wide, torch.float32)
+    return found
+
+
+def _round(model: Any, dtypes: dict[str, torch.dtype]) -> None:
+    """Give weights and buffers the dtypes they are published in, one by one."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtypes.get(name, dtypes[""]))
 
 
 def _dequantised(model: Any, folder: Path) -> Any:
@@ -258,13 +281,13 @@ def _keep_unread(model: Any, base: Path, target: Path) -> None:
     if not kept:
         return
     tensors: dict[str, torch.Tensor] = {}
-    for name, (path, _) in kept.items():
-        with safe_open(path, framework="pt") as file:
+    for name, stored in kept.items():
+        with safe_open(stored.path, framework="pt") as file:
             tensors[name] = file.get_tensor(name)
     save_file(tensors, target / KEPT, {"format": "pt"})
     if (target / WEIGHTS).exists():
         (target / WEIGHTS).rename(target / TRAINED)
-    found = {name: path.name for name, (path, _) in weight_files(target).items()}
+    found = {name: stored.path.name for name, stored in weight_files(target).items()}
     (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": found}, indent=2))
 
 

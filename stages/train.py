@@ -51,6 +51,7 @@ from opd_stream.staleness import (
     divergence,
     is_look_due,
 )
+from opd_stream.store.policy import OPTIMIZER
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.tree import save_tree
 from stages.audit import audit
@@ -59,7 +60,7 @@ from stages.learner import Learner, measure_units, open_fabric, open_learner
 from stages.step import Progress
 from stages.student_model import save_student
 from stages.train_data import BatchPlan, StepBatches, read_epoch
-from stages.train_job import OPTIMIZER, TrainJob
+from stages.train_job import TrainJob
 from stages.train_state import (
     Clock,
     TrainCheckpoint,
@@ -435,7 +436,8 @@ def checkpoint(training: Training) -> None:
 def publish(training: Training, units: tuple[UnitRecord, ...], audited: WindowAudit | None) -> None:
     """Write the policy; every process helps to gather it, the first one writes."""
     job, learner, state = training.job, training.learner, training.state
-    trained = learner.weights()
+    is_sharded = job.config.pools.trainer.strategy == "fsdp2" and training.fabric.world_size > 1
+    trained = learner.weights() if is_sharded else {}
     moments = learner.moments()
     base = None if training.extrapolator is None else training.extrapolator.base()
     if not training.fabric.is_global_zero:
@@ -443,13 +445,13 @@ def publish(training: Training, units: tuple[UnitRecord, ...], audited: WindowAu
     for logger in training.fabric.loggers:
         logger.finalize("success")
     student = learner.student
-    if job.config.pools.trainer.strategy == "fsdp2" and training.fabric.world_size > 1:
+    if is_sharded:
         student = job.load_student()  # the sharded copy cannot be written as it is
         load_weights(student, trained)
     policy = job.target()
     attempt = policy.new_attempt()
-    save_student(student, Path(job.base), attempt)
     save_tree(moments, attempt / OPTIMIZER)
+    save_student(student, Path(job.base), attempt)
     if base is not None:
         save_base(base, attempt)
     write_round_metrics(Path(job.metrics), job.round_index, attempt)

@@ -11,7 +11,7 @@ from opd_stream.config.sections import unserved_by_chunks
 from opd_stream.errors import UserError
 from opd_stream.objectives import Objective
 from opd_stream.outcome import WindowAudit
-from opd_stream.store.policy import PolicyArtifact
+from opd_stream.store.policy import EXACT, OPTIMIZER, PolicyArtifact
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
@@ -22,8 +22,7 @@ from stages.checkpoints import Vocabulary
 from stages.step import CacheUnits
 from stages.student_model import ADAPTER, StudentModel, load_student
 from stages.train_data import BatchPlan
-
-OPTIMIZER = "optimizer"  # folder of the optimizer's moments inside a policy
+from stages.train_state import load_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +33,7 @@ class TrainJob:
     policy: Recipe  # of the policy to make
     base: str  # Hugging Face folder the round starts from
     initial: str  # that of the run's first student
-    optimizer_state: str | None  # folder of the previous round's optimizer, if any
+    is_continued: bool  # the base is a policy of this run, and the state beside it is ours
     caches: tuple[CacheUnits, ...]
     is_fresh: bool  # the newest rollouts were written by the weights the round starts from
     is_gated: bool  # a unit was kept on condition that drift weighs its tokens
@@ -52,14 +51,6 @@ class TrainJob:
     made_by: str  # id of the run
 
     @property
-    def is_continued(self) -> bool:
-        """Whether the round continues a policy of this run.
-
-        The first student may be a policy of another run: what lies beside its weights is not ours.
-        """
-        return self.optimizer_state is not None
-
-    @property
     def adapter(self) -> Path | None:
         """Folder of the adapter that is continued, if there is one."""
         is_ours = self.is_continued and self.config.train.lora is not None
@@ -72,7 +63,7 @@ class TrainJob:
     def load_student(self, *, gradient_checkpointing: bool = False) -> StudentModel:
         """The student as the round starts with it; a new adapter is the same every time."""
         torch.manual_seed(self.config.seed * 1_000_003 + self.first_step)
-        return load_student(
+        student = load_student(
             Path(self.base),
             lora=self.config.train.lora,
             initial=Path(self.initial),
@@ -80,6 +71,10 @@ class TrainJob:
             adapter=self.adapter,
             drops=self.config.train.dropout == "model",
         )
+        exact = Path(self.base) / EXACT
+        if self.is_continued and exact.is_dir():
+            load_weights(student, load_tree(exact))
+        return student
 
     @property
     def has_dropout(self) -> bool:
@@ -89,7 +84,7 @@ class TrainJob:
 
     def previous_moments(self) -> dict[str, Any] | None:
         """Optimizer moments that the round before left, {parameter name: moments}."""
-        return None if self.optimizer_state is None else load_tree(Path(self.optimizer_state))
+        return load_tree(Path(self.base) / OPTIMIZER) if self.is_continued else None
 
     def target(self) -> PolicyArtifact:
         """The policy to make."""

@@ -209,13 +209,11 @@ class _Sender:
 
 def _absolute(job: TrainJob) -> TrainJob:
     """The same job for processes with another working directory."""
-    moments = job.optimizer_state
     return replace(
         job,
         config=job.config.model_copy(update={"store": job.store().address}),
         base=str(Path(job.base).absolute()),
         initial=str(Path(job.initial).absolute()),
-        optimizer_state=None if moments is None else str(Path(moments).absolute()),
         scratch=str(Path(job.scratch).absolute()),
         metrics=str(Path(job.metrics).absolute()),
     )

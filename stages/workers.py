@@ -182,6 +182,10 @@ class Worker:
             return Path(task.student)
         return self.store.policy_by_fingerprint(task.policy).folder()
 
+    def release(self) -> None:
+        """Give up the engine; the next unit opens it again."""
+        self._engine, self._loaded = None, None
+
     def engine(self, find_folder: Callable[[], Path], fingerprint: str, recipe: Recipe) -> Engine:
         """The engine of a recipe with the weights of that fingerprint.
 

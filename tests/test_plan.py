@@ -95,7 +95,10 @@ def test_a_plan_before_the_run_is_an_upper_bound(planned: dict[str, Any]) -> Non
     assert {stage["basis"] for stage in stages(planned["before"])} == {"full window"}
     written = sum(f.stat().st_size for f in (planned["folder"] / "store").rglob("*") if f.is_file())
     (place,) = planned["before"]["disk"]
-    checkpoints = 2 * policy_sizes(MODELS / "ledger-student", None).checkpoint  # removed by now
+    checkpoints = (
+        2
+        * policy_sizes(MODELS / "ledger-student", small_config(planned["folder"]).train).checkpoint
+    )  # removed by now
     assert written <= place["needed"] <= 1.5 * (written + checkpoints)
 
 
@@ -244,7 +247,7 @@ def test_an_unmeasured_shard_is_no_larger_than_planned(
     assert size <= planned <= 5 * size + 800_000
 
 
-def test_adapters_and_weights_are_counted_from_the_checkpoint() -> None:
+def test_adapters_and_weights_are_counted_from_the_checkpoint(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -255,9 +258,12 @@ def test_adapters_and_weights_are_counted_from_the_checkpoint() -> None:
         named = targets if isinstance(targets, str) else list(targets)
         adapted = get_peft_model(model, LoraConfig(r=4, target_modules=named))
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        sizes = policy_sizes(folder, Lora(rank=4, targets=targets))
+        train = small_config(tmp_path).train
+        lora = Lora(rank=4, targets=targets)
+        sizes = policy_sizes(folder, train.model_copy(update={"lora": lora}))
         assert sizes.checkpoint == 12 * trained
-        assert sizes.policy == pytest.approx(4 * weights + 12 * trained, abs=40_000)
+        assert sizes.state == 8 * trained
+        assert sizes.policy == pytest.approx(4 * weights + 4 * trained, abs=40_000)
 
 
 @pytest.mark.parametrize("template", ["{prompt}\n", "Q: {prompt}\nA:"])

@@ -23,7 +23,7 @@ from opd_stream.config.sections import (
     Train,
     unserved_by_chunks,
 )
-from opd_stream.section import Section
+from opd_stream.section import Section, later
 from opd_stream.sources import Prompts
 from opd_stream.staleness import Staleness
 from opd_stream.store.codecs import SampledCodec
@@ -150,6 +150,12 @@ class Config(Section):
         default=120,
         ge=0,
         description="retry timeout of a store in S3; without an answer by then the run stops",
+    )
+    keep_optimizers: int | None = later(
+        default=1,
+        ge=1,
+        description="policies of the run, the latest included, that keep the state of training "
+        "(optimizer, exact weights); null: all",
     )
 
     @model_validator(mode="after")
@@ -362,6 +368,7 @@ PLACEMENT = (
     "prompts_per_unit",
     "store",
     "store_seconds",
+    "keep_optimizers",
     "student.batch_rows",
     "teacher.batch_rows",
     "student.vllm",

@@ -1,7 +1,7 @@
 """What a store holds, whether it is whole, and what nobody needs any more."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ from opd_stream.store.files import (
     remove_stale_temporaries,
     remove_tree,
 )
-from opd_stream.store.policy import PolicyManifest
+from opd_stream.store.policy import PolicyArtifact, PolicyManifest
 from opd_stream.store.recipe import KINDS, RecipeRecord
 from opd_stream.store.store import RunRecord, Store
 
@@ -226,6 +226,49 @@ def collect_garbage(store: Store, found: list[Path], *, grace_seconds: float) ->
         remove_tree(folder)
     if not is_remote(store.root) and store.root.exists():
         remove_stale_temporaries(store.root, older_than_seconds=grace_seconds, now=time.time())
+
+
+def drop_states(
+    store: Store, latest: PolicyArtifact, *, keep: int, made_by: Collection[str]
+) -> list[str]:
+    """Drop the training state of all but the last policies of a run; returns their names.
+
+    The state of a policy stays that is pinned, that another run made, or that another run trains on
+    from. The oldest goes first, so that what a kill leaves is found by the next call.
+
+    Args:
+        store: of the run.
+        latest: policy of the last complete round.
+        keep: policies, the latest one included, whose state stays.
+        made_by: ids of the run.
+    """
+    chain = [latest]
+    while (before := chain[-1].recipe.inputs.get("optimizer")) is not None:
+        policy = store.policy_by_fingerprint(before)
+        if not policy.is_complete() or (len(chain) > keep and not chain[-1].has_state()):
+            break
+        chain.append(policy)
+    others = [run for run in store.runs().values() if run.id not in made_by]
+    pinned = {load_record(Pin, path).name for path in json_files(store.root / "pins")}
+    dropped: list[str] = []
+    for policy in reversed(chain[keep:]):
+        is_ours = policy.manifest().outcome.made_by in made_by
+        if is_ours and policy.name not in pinned and not _is_last_of_any(store, policy, others):
+            dropped += [policy.name] if policy.has_state() else []
+            policy.drop_state()
+    return dropped
+
+
+def _is_last_of_any(store: Store, policy: PolicyArtifact, runs: Iterable[RunRecord]) -> bool:
+    """Whether a run has the policy, and no complete one that was trained on from it."""
+    for run in runs:
+        if policy.name in run.artifacts:
+            names = [name for name in run.artifacts if name.startswith("policies/")]
+            later = [name for name in names if (store.root / name / "manifest.json").exists()]
+            recipes = (_recipe(store.root / name) for name in later)
+            if all(recipe.inputs.get("optimizer") != policy.fingerprint for recipe in recipes):
+                return True
+    return False
 
 
 def bytes_below(folder: Path) -> int:

@@ -6,6 +6,9 @@ the manifest that names the winning attempt is published last.
 
     policies/77c0…/manifest.json           recipe, identity, outcome of the training
     policies/77c0…/attempt-5b…/            config.json, model.safetensors, tokenizer, optimizer/
+
+What only the next round's training reads (`STATE`) may be dropped later: the manifest then says so
+before a file goes, so that a policy without its state is not taken for a damaged one.
 """
 
 import math
@@ -18,7 +21,7 @@ from typing import Any, Literal
 
 from opd_stream.errors import UserError
 from opd_stream.outcome import TrainOutcome
-from opd_stream.section import Record, is_list, is_object
+from opd_stream.section import Record, is_list, is_object, later
 from opd_stream.store.files import (
     canonical_json,
     check_there,
@@ -53,6 +56,10 @@ RENDERING = (
 )
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 NAMED_TEMPLATES = "additional_chat_templates"  # folder
+OPTIMIZER = "optimizer"  # folder of the optimizer's moments
+EXACT = "exact"  # folder of the weights in float32, where they are published in fewer bits
+BASE = "extrapolation"  # folder of the point that the next extrapolation starts from
+STATE = (OPTIMIZER, EXACT, BASE)  # what only the next round's training reads
 UNREAD = "unread"  # digest of weights that were not read
 VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
@@ -199,6 +206,7 @@ class PolicyManifest(RecipeRecord):
     architecture_sha256: str
     rendering_sha256: str
     files: dict[str, str]  # name in the folder -> SHA-256
+    dropped: dict[str, str] = later(default={})  # the same of training state that went on purpose
     outcome: TrainOutcome
 
     @property
@@ -290,9 +298,45 @@ class PolicyArtifact:
         if is_remote(self.artifact_folder):
             upload(attempt, self.artifact_folder / attempt.name)
         if not publish_new(self.artifact_folder / "manifest.json", record_bytes(manifest)):
+            self._take_state(attempt, manifest.files)
             shutil.rmtree(attempt)
             if is_remote(self.artifact_folder):
                 remove_tree(self.artifact_folder / attempt.name)
+
+    def has_state(self) -> bool:
+        """Whether training can go on from the policy: its state was not dropped."""
+        return not self.manifest().dropped
+
+    def drop_state(self) -> None:
+        """Remove what only the next round's training reads; may be called again after a kill."""
+        manifest = self.manifest()
+        state = {name: digest for name, digest in manifest.files.items() if _is_state(name)}
+        if state:
+            rest = {name: d for name, d in manifest.files.items() if name not in state}
+            changed = {"files": rest, "dropped": {**manifest.dropped, **state}}
+            self._replace_manifest(manifest.model_copy(update=changed))
+        for part in STATE:
+            shutil.rmtree(inside(self._local_folder, manifest.folder) / part, ignore_errors=True)
+            if is_remote(self.artifact_folder):
+                remove_tree(inside(self.artifact_folder, manifest.folder) / part)
+
+    def _take_state(self, attempt: Path, files: dict[str, str]) -> None:
+        """Give the published attempt back the state that it lost, from another one."""
+        manifest = self.manifest()
+        if not manifest.dropped:
+            return
+        state = {name: digest for name, digest in files.items() if _is_state(name)}
+        folder = inside(self._local_folder, manifest.folder)
+        for part in {name.partition("/")[0] for name in state}:
+            shutil.rmtree(folder / part, ignore_errors=True)
+            (attempt / part).rename(folder / part)
+            if is_remote(self.artifact_folder):
+                upload(folder / part, self.artifact_folder / manifest.folder / part)
+        changed = {"files": {**manifest.files, **state}, "dropped": {}}
+        self._replace_manifest(manifest.model_copy(update=changed))
+
+    def _replace_manifest(self, manifest: PolicyManifest) -> None:
+        publish(self.artifact_folder / "manifest.json", record_bytes(manifest))
 
     def damage(self, *, cache: Path) -> str | None:
         """What is wrong with the published files, or None; `cache` as in `identify`.
@@ -330,6 +374,12 @@ def _is_of(part: Part, name: str) -> bool:
     if part in ("name", "training"):
         return part == "training"
     return "/" not in name and (part == "model" or not name.endswith(".safetensors"))
+
+
+def _is_state(name: str) -> bool:
+    """Whether a file, by its name in the folder, is of the state of training."""
+    folder, slash, _ = name.partition("/")
+    return bool(slash) and folder in STATE
 
 
 def _digest_files(paths: list[Path], digest: Callable[[Path], str]) -> str:

@@ -27,7 +27,7 @@ def save_tree(tree: Any, folder: Path) -> None:
         TypeError: the tree holds something else (says what and where).
     """
     tensors: dict[str, torch.Tensor] = {}
-    value = _encode(tree, tensors, "")
+    value = _encode(tree, tensors, {}, "")
     folder.mkdir(parents=True, exist_ok=True)
     with explained(folder):
         save_file(tensors, folder / "tensors.safetensors")
@@ -39,17 +39,24 @@ def load_tree(folder: Path) -> Any:
     return _decode(read_json(folder / "tree.json"), load_file(folder / "tensors.safetensors"))
 
 
-def _encode(value: Any, tensors: dict[str, torch.Tensor], path: str) -> object:
+def _encode(
+    value: Any, tensors: dict[str, torch.Tensor], names: dict[Any, str], path: str
+) -> object:
     if isinstance(value, torch.Tensor):
-        name = f"{len(tensors)}{path}"
-        tensors[name] = value.detach().cpu().contiguous().clone()
-        return {"tensor": name}
+        tensor = value.detach().cpu().contiguous()  # no copy where it is: it is written at once
+        place = (tensor.data_ptr() if tensor.numel() else path, tensor.shape, tensor.dtype)
+        if place not in names:  # tied weights are one tensor
+            names[place] = f"{len(tensors)}{path}"
+            tensors[names[place]] = tensor
+        return {"tensor": names[place]}
     if is_object(value):
-        items = [[key, _encode(item, tensors, f"{path}.{key}")] for key, item in value.items()]
+        items = [
+            [key, _encode(item, tensors, names, f"{path}.{key}")] for key, item in value.items()
+        ]
         return {"ordered" if isinstance(value, OrderedDict) else "dict": items}
     if is_list(value) or isinstance(value, tuple):
         parts = cast("Sequence[Any]", value)
-        items = [_encode(item, tensors, f"{path}.{index}") for index, item in enumerate(parts)]
+        items = [_encode(part, tensors, names, f"{path}.{n}") for n, part in enumerate(parts)]
         return {"tuple": items} if isinstance(value, tuple) else items
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

@@ -20,10 +20,10 @@ from opd_stream.sources import DatasetPrompts, FilePrompts
 from pipeline.doctor.findings import Finding, NotChecked, check
 from pipeline.doctor.subject import Subject
 from pipeline.estimate import estimate
+from pipeline.estimate.sizes import BYTES
 from pipeline.run_folder import RunFolder
 
 PROJECT = "opd-stream"
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TRAINING_BYTES = 16  # a parameter: float32 weights, gradients and two moments of AdamW
 BFLOAT16_FROM = (8, 0)  # compute capability
 LARGE = 300_000_000  # parameters from which a CPU is no place to run a model

@@ -49,11 +49,14 @@ def estimate(config: Config, folder: RunFolder) -> Estimate:
 def _disks(costs: RunCosts, rounds: tuple[RoundCost, ...], folder: Path) -> tuple[Disk, ...]:
     """The store's disk and the run folder's, which may be one."""
     config, store = costs.config, costs.setup.store
-    sizes = policy_sizes(costs.setup.student.folder, config.train.lora)
+    sizes = policy_sizes(costs.setup.student.folder, config.train)
     steps = [step for each in rounds for step in each.steps]
     shards = sum(s.left.bytes + RECORD_BYTES * s.units_left for s in steps if s.kind != TRAIN)
     untrained = [each for each in rounds for s in each.steps if s.kind == TRAIN and s.left.rows]
-    policies = sizes.policy * len(untrained)
+    # States go when the round after is complete, so that there is one more for a moment.
+    kept, trained = config.keep_optimizers or len(rounds), len(rounds) - len(untrained)
+    states = min(trained + len(untrained), kept + 1) - min(trained, kept) if untrained else 0
+    policies = sizes.policy * len(untrained) + sizes.state * states
     longest = max((each.optimizer_steps for each in untrained), default=0)
     # The one before stays until the next is whole.
     checkpoints = sizes.checkpoint * min(2, longest // config.train.checkpoint_steps)

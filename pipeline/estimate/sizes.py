@@ -18,18 +18,19 @@ from math import prod
 from pathlib import Path
 
 from opd_stream.config import Config
-from opd_stream.config.sections import Lora
+from opd_stream.config.sections import Lora, Train
 from opd_stream.costs import TokenCounts
 from opd_stream.store.artifact import Commit, summed_counts
 from opd_stream.store.codecs import CompactCodec, ExactCodec, SampledCodec
 from opd_stream.store.shards import ROWS_PER_PART
-from stages.checkpoints import weight_shapes
+from stages.checkpoints import published_dtype, weight_shapes
 
 UNIT_BYTES = 8_192  # schema and footer of a shard
 PART_BYTES = 4_096  # head of a record batch
 ROW_BYTES = 192  # names and offsets of a row
 RECORD_BYTES = 4_096  # commit record of a unit
-FLOAT32 = 4
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FLOAT32 = BYTES["float32"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,24 +206,30 @@ def _planes(values: int) -> int:
 class PolicySizes:
     """Bytes of what training writes."""
 
-    policy: int  # a published policy: weights, optimizer, tokenizer
+    policy: int  # a published policy: weights, adapter, tokenizer
+    state: int  # beside it, for the round after: optimizer, exact weights
     checkpoint: int  # in the middle of a round: weights in training, optimizer
 
 
-def policy_sizes(folder: Path, lora: Lora | None) -> PolicySizes:
+def policy_sizes(folder: Path, train: Train) -> PolicySizes:
     """From the shapes of the student's weights; training keeps float32 and two moments of AdamW."""
-    shapes = weight_shapes(folder)
+    shapes, lora = weight_shapes(folder), train.lora
     weights = sum(prod(shape) for shape in shapes.values())
     trained = weights if lora is None else _adapter_weights(shapes, lora)
+    width = BYTES[published_dtype(folder)]
     others = [
         path.stat().st_size
         for path in folder.iterdir()
         if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt", ".pth")
     ]
     adapter = 0 if lora is None else trained * FLOAT32
+    exact = weights * FLOAT32 if lora is None and width < FLOAT32 else 0
+    base = 0 if train.extrapolation is None else trained * FLOAT32
+    moments = 2 * trained * FLOAT32
     return PolicySizes(
-        policy=weights * FLOAT32 + adapter + 2 * trained * FLOAT32 + sum(others),
-        checkpoint=3 * trained * FLOAT32,
+        policy=weights * width + adapter + sum(others),
+        state=moments + exact + base,
+        checkpoint=trained * FLOAT32 + moments + base,
     )
 
 
