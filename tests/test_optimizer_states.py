@@ -69,6 +69,7 @@ def test_only_the_last_policy_keeps_its_state(small_runs: SmallRuns) -> None:
     assert policies(folder, *THREE)[0].folder().joinpath("metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep", "expected"), [("2", [False, True, True]), ("null", [True] * 3)])
 def test_more_are_kept_where_they_are_asked_for(
     keep: str, expected: list[bool], tmp_path: Path
@@ -195,6 +196,7 @@ def test_policies_of_a_16_bit_base_have_16_bits_and_train_as_float32(
     assert sum(moved) > 2 * sum(kept) > 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_a_16_bit_base_ends_in_the_same_weights(
     narrow: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
