@@ -17,7 +17,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from queue import SimpleQueue
 from typing import Any, Self
 
@@ -34,6 +34,9 @@ RESTARTS = 3  # of a worker; a unit that kills it four times ends the run
 class RayExecutor:
     """One dataset for the whole run: queue -> student pool -> teacher pool -> results.
 
+    The first task that is to be scored goes through alone before, and only opens the teacher, so
+    that one which is refused is refused before the student samples.
+
     Ray starts with the first task, so a run that has nothing to do does not wait for it. A thread
     takes the results, so workers go on while this process trains.
     """
@@ -44,14 +47,20 @@ class RayExecutor:
         self._results: SimpleQueue[pa.Table | BaseException] = SimpleQueue()
         self._early: dict[Task, TaskResult] = {}  # done before they were asked for
         self._receiver: threading.Thread | None = None
-        self._owns_cluster = False
+        self._owns_cluster = self._has_opened = False
 
     def submit(self, tasks: Iterable[Task]) -> None:
+        tasks = list(tasks)
         if self._tasks is None:
             self._owns_cluster = start_cluster(self._config.pools)
             self._tasks = open_queue()
             self._receiver = threading.Thread(target=self._receive, daemon=True)
             self._receiver.start()
+        if not self._has_opened and tasks and tasks[0].scores is not None:
+            self._has_opened = True
+            opens = replace(tasks[0], only_opens=True)
+            put(self._tasks, [TaskResult(task=opens).as_table()])
+            list(self.results([opens]))
         put(self._tasks, [TaskResult(task=task).as_table() for task in tasks])
 
     def results(self, tasks: Sequence[Task]) -> Iterator[TaskResult]:

@@ -51,6 +51,7 @@ class Task:
     author: Role = "student"  # samples the rollouts
     teacher_side: Literal["scores", "hidden"] = "scores"  # the kind of `scores`
     distances: str | None = None  # fingerprint; the student is only compared with the teacher
+    only_opens: bool = False  # open what the unit needs and make nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +153,9 @@ class Worker:
         torch.set_num_threads(self.settings.threads)  # the local loop also trains in this process
         try:
             with _ending_hung_process(self.settings.unit_seconds), self.store.watched():
+                if result.task.only_opens:
+                    self.prepare(result.task)
+                    return result
                 return self.work(result)
         except (UserError, DamagedUnit) as error:
             return replace(result, problem=str(error))

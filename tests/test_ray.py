@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import SMALL_RUN, START, clash
+from tests.conftest import MODELS, SMALL_RUN, START, clash
 
 
 def ray_command(folder: Path, *overrides: str) -> list[str]:
@@ -50,17 +51,23 @@ def test_ray_killed_in_the_middle_ends_where_the_local_loop_does(
     assert summary_of(ray)["tokens"] == summary_of(local)["tokens"]
 
 
-def test_a_users_mistake_in_a_ray_worker_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+def test_a_teacher_that_a_ray_worker_refuses_is_one_line_before_the_student_samples(
+    tmp_path: Path,
+) -> None:
     """Also in a folder with modules named as ours, which Ray puts first on its workers' path."""
-    command = ray_command(tmp_path, "evaluation.max_new_tokens=5000", "pools.student.workers=2")
+    teacher = tmp_path / "teacher"
+    shutil.copytree(MODELS / "ledger-teacher", teacher)
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "rms_norm_eps": float("nan")}))
+    changes = (f"teacher.path={teacher}", "evaluation=null", "pools.student.workers=2")
+    command = ray_command(tmp_path, *changes)
     found = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=tmp_path, env=clash(tmp_path)
     )
     assert found.returncode == 2, found.stderr
-    assert found.stderr.splitlines()[-1].endswith("lower the window or max_prompt_tokens"), (
-        found.stderr
-    )
+    assert "not finite on plain texts" in found.stderr.splitlines()[-1], found.stderr
     assert "Traceback" not in found.stderr
+    assert not list((tmp_path / "store" / "rollouts").glob("*/units/*"))
 
 
 def wait_for_unit(folder: Path, process: subprocess.Popen[bytes]) -> None:
