@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from datetime import date
 from decimal import Decimal
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -30,6 +31,7 @@ from opd_stream.store.lines import opened
 from opd_stream.tasks.ledger import make_problems
 from opd_stream.tasks.references import Match, reference_text
 
+HUB_SECONDS = 10  # for the hub's first answer
 _FIELD = re.compile(r"\{([\w.]+)\}")
 
 
@@ -193,13 +195,13 @@ def _files(source: FilePrompts) -> list[tuple[Path, Format]]:
     if source.kind == "jsonl":
         if source.path.is_dir():
             raise UserError(
-                f"prompts.path {source.path} is a folder; expected a file of JSON lines; set "
+                f"path {source.path} is a folder; expected a file of JSON lines; set "
                 "kind=files to read all files of a folder"
             )
         if not source.path.is_file():
             raise UserError(
                 f"prompt file {source.path} does not exist; expected JSON lines, plain, .gz or "
-                ".zst; give it with --set prompts.path=FILE"
+                ".zst; correct path"
             )
         return [(source.path, "json")]
     return [(path, kind) for path in source_files(source.path) if (kind := format_of(path))]
@@ -232,6 +234,8 @@ def _dataset(source: DatasetPrompts) -> Iterable[Any]:
     if _is_saved(source):
         return _saved(source)
     datasets: Any = importlib.import_module("datasets")  # not typed
+    if source.data_files is None and not Path(source.path).exists():
+        _leave_out_hub(datasets)
     return datasets.load_dataset(
         source.path,
         name=source.name,
@@ -240,6 +244,18 @@ def _dataset(source: DatasetPrompts) -> Iterable[Any]:
         split=source.split,
         streaming=source.streaming,
     )
+
+
+@lru_cache(maxsize=1)
+def _leave_out_hub(datasets: Any) -> None:
+    """Without a network, read what was fetched before; else the library asks for half a minute."""
+    import huggingface_hub
+
+    hub: Any = huggingface_hub
+    try:
+        hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception:  # of the library that it uses
+        datasets.config.HF_HUB_OFFLINE = hub.constants.HF_HUB_OFFLINE = True
 
 
 def _is_saved(source: DatasetPrompts) -> bool:

@@ -13,6 +13,7 @@ import zstandard
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from opd_stream import sources
 from opd_stream.errors import UserError
 from opd_stream.prompts import prompts_table, shuffled_rows
 from opd_stream.rendering import ChatTemplate, raw_ids
@@ -231,6 +232,22 @@ def test_a_missing_dataset_is_one_line(tmp_path: Path) -> None:
     source = DatasetPrompts(kind="datasets", path="json", data_files=tmp_path / "none.jsonl")
     with pytest.raises(UserError):
         read_prompts(source)
+
+
+def test_without_a_network_a_data_set_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    class Session:
+        def head(self, address: str, timeout: float) -> None:
+            raise ConnectionError(address, timeout)
+
+    for constants in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.utils, "get_session", Session)
+    sources._leave_out_hub.cache_clear()
+    with pytest.raises(UserError, match=r"OfflineModeIsEnabled.*hf download org/none"):
+        read_prompts(DatasetPrompts(kind="datasets", path="org/none"))
+    sources._leave_out_hub.cache_clear()
 
 
 def test_the_rounds_of_a_pass_share_no_prompt_and_cover_it() -> None:
