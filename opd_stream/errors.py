@@ -5,6 +5,8 @@ expected, what to do. The command line prints it and exits with code 2; any othe
 defect of ours and keeps its traceback.
 """
 
+import contextlib
+from collections.abc import Generator
 from pathlib import Path
 
 
@@ -14,6 +16,15 @@ class UserError(ValueError):
     Example:
         >>> raise UserError("window_tokens is 0; expected at least 1; set window.tokens=1 or more")
     """
+
+
+@contextlib.contextmanager
+def named(section: str) -> Generator[None]:
+    """Say of errors inside which section of the config their fields are in."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{section}: {error}") from error
 
 
 def unreachable(place: Path | str, error: BaseException, waited: float | None = None) -> str:

@@ -229,6 +229,7 @@ def _benchmark_record(
         problems=result.problems,
         samples=result.samples,
         mean_tokens=result.completion_tokens / (result.problems * result.samples),
+        cut=result.length_rows,
         artifact=artifact,
         left_out=len(result.left_out),
     )
@@ -308,9 +309,10 @@ def figure_lines(evaluation: Answers) -> Iterator[str]:
             )
     for name, entry in evaluation.benchmarks.items():
         lost = f", {entry.left_out:,} left out for their references" if entry.left_out else ""
+        cut = f", {entry.cut:,} cut at the length limit" if entry.cut else ""
         yield (
             f"{name}: {_said(entry)}; {entry.problems:,} problems{lost} × {entry.samples} samples, "
-            f"{entry.mean_tokens:.0f} tokens each; {entry.artifact}"
+            f"{entry.mean_tokens:.0f} tokens each{cut}; {entry.artifact}"
         )
     if len(evaluation.benchmarks) > 1:
         yield f"mean of {len(evaluation.benchmarks)}: {_said(evaluation)}"

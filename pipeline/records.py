@@ -109,6 +109,7 @@ class BenchmarkRecord(Passes):
     """One set of problems of an evaluation."""
 
     mean_tokens: float | None = None  # of an answer
+    cut: int | None = None  # answers that the length limit ended; None: an older report
     artifact: str | None = None  # name in the store
     left_out: int = 0  # problems without a reference that the judge can read
 

@@ -373,7 +373,7 @@ def evaluate_policy(
     store, worked = session.store, len(session.spans)
     for name, answers in evaluation_steps(config, store, policy, vocabulary, version).items():
         part = evaluation.parts()[name]
-        prompts = evaluation_prompts(store, part, policy)
+        prompts = evaluation_prompts(store, name, part, policy)
         session.reach({prompts.name, answers.artifact.name})
         if part.kind == "distance":
             teacher = open_teacher(config, store, policy, vocabulary)

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from opd_stream.config import Config
+from opd_stream.config import Config, Evaluation
 from opd_stream.engines import engine_recipe, gives_hidden
-from opd_stream.errors import UserError
+from opd_stream.errors import UserError, named
 from opd_stream.fetching import fetch, local_folder
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.store import Store
@@ -33,6 +33,7 @@ from stages.prompts import (
     prompt_lengths,
     prompts_artifact,
     rows_left_out,
+    table_lengths,
     teacher_prompts_artifact,
 )
 
@@ -92,7 +93,7 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
         teachers = None if rendered is None else max(prompt_lengths(rendered))
         check_context(config, setup.student, setup.teacher, longest, teachers)
         lost = [*rows_left_out(setup.prompts, "prompts"), *_check_reward(config, setup.prompts)]
-        asked = check_evaluation(config, store, setup.student)
+        asked = check_evaluation(config, store, setup.student, setup.vocabulary)
         setup = replace(setup, warnings=(*setup.warnings, *lost, *asked), lost=tuple(asked))
     if config.train.lora is not None:
         from stages.student_model import check_lora
@@ -248,23 +249,27 @@ def check_distance(config: Config) -> None:
             )
 
 
-def check_evaluation(config: Config, store: Store, student: Checkpoint) -> list[str]:
+def check_evaluation(
+    config: Config, store: Store, student: Checkpoint, vocabulary: Vocabulary
+) -> list[str]:
     """Refuse what cannot be judged, before any work; returns what is left out, a line each."""
     if config.evaluation is None:
         return []
     from opd_stream.tasks.judges import open_judge
-    from stages.evaluate import evaluation_prompts, unjudged_line
+    from stages.evaluate import evaluation_field, evaluation_prompts, unjudged_line
 
     lost: list[str] = []
     check_distance(config)
     for name, part in config.evaluation.parts().items():
-        field, prompts = f"evaluation ({name})", evaluation_prompts(store, part, student)
+        field, prompts = evaluation_field(name), evaluation_prompts(store, name, part, student)
         lost += rows_left_out(prompts, field)
+        table = prompts.read_unit(0)
+        check_problems(field, config, part, student, table, vocabulary)
         if part.kind == "distance":
             continue
         assert part.judge is not None
         judge = open_judge(part.judge)
-        line = unjudged_line(field, prompts.read_unit(0), judge, part.judge.kind)
+        line = unjudged_line(field, table, judge, part.judge.kind)
         lost += [] if line is None else [line]
     return lost
 
@@ -323,10 +328,13 @@ def check_prompt_ids(prompts: pa.Table, vocabulary: Vocabulary) -> None:
 
 
 def token_id_of(model: Checkpoint, token: str) -> int | None:
-    """The id of a token in a checkpoint's vocabulary; None: it has none."""
+    """The id of a text that is one token, also as it stands in the vocabulary; None: it is none."""
     vocabulary = open_vocabulary(model.folder)
     found = vocabulary.convert_tokens_to_ids(token)
-    return None if found == vocabulary.unk_token_id else found
+    if found is not None and found != vocabulary.unk_token_id:
+        return found
+    ids = vocabulary.encode(token, add_special_tokens=False)
+    return ids[0] if len(ids) == 1 and vocabulary.decode(ids) == token else None
 
 
 def stop_token_ids(
@@ -349,7 +357,7 @@ def _named_ids(
         if number is None or number >= student.known_ids:
             raise UserError(
                 f"{field} names {token!r}, which is no token of {student.folder}; "
-                "use a token of the vocabulary as it stands in tokenizer.json"
+                "use a text that is one token, or a token as it stands in tokenizer.json"
             )
         found.append(number)
     return found
@@ -466,6 +474,34 @@ def check_context(
     for use in training_contexts(config, student, teacher, longest, teachers):
         if not use.fits:
             raise UserError(f"{use}; lower the window or max_prompt_tokens")
+
+
+def evaluation_context(
+    config: Config, part: Evaluation, student: Checkpoint, table: pa.Table
+) -> ContextUse:
+    """What a policy reads at once while it answers a table of problems."""
+    return ContextUse(
+        role="student",
+        prompt_tokens=max(table_lengths(table)),
+        window_tokens=part.max_new_tokens,
+        limit=context_of(config, "student", student),
+    )
+
+
+def check_problems(
+    field: str,
+    config: Config,
+    part: Evaluation,
+    student: Checkpoint,
+    table: pa.Table,
+    vocabulary: Vocabulary,
+) -> None:
+    """Refuse problems that a policy could not read, or not answer at full length."""
+    with named(field):
+        check_prompt_ids(table, vocabulary)
+        use = evaluation_context(config, part, student, table)
+        if not use.fits:
+            raise UserError(f"{use}; lower max_new_tokens or max_prompt_tokens")
 
 
 def largest_window(config: Config) -> int:

@@ -127,7 +127,7 @@ def run_evaluation(
     else:
         store = open_store(config)
         student, vocabulary = open_policy(config, store, policy)
-        lost = check_evaluation(config, store, student)
+        lost = check_evaluation(config, store, student, vocabulary)
         run_id = folder.join(config)
     for line in lost:
         progress.warn(line)

@@ -40,14 +40,21 @@ class JudgedAnswer:
     finish_reason: str  # stop or length
 
 
-def evaluation_prompts(store: Store, evaluation: Evaluation, student: Checkpoint) -> Artifact:
-    """The prompts of one set of problems under a policy's tokenizer.
+def evaluation_field(name: str) -> str:
+    """How messages name a set of problems."""
+    return f"evaluation ({name})"
+
+
+def evaluation_prompts(
+    store: Store, name: str, evaluation: Evaluation, student: Checkpoint
+) -> Artifact:
+    """The prompts of one set of problems, by its name, under a policy's tokenizer.
 
     Raises:
         UserError: the source cannot be read.
     """
     assert evaluation.prompts is not None
-    return make_prompts(store, evaluation.prompts, student)
+    return make_prompts(store, evaluation.prompts, student, field=evaluation_field(name))
 
 
 def judged_rows(table: pa.Table, judge: Judge) -> tuple[pa.Table, list[str]]:

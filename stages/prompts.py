@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from opd_stream.errors import named
 from opd_stream.prompts import lost_rows, rendered_prompts, shuffled_rows, tokenised_prompts
 from opd_stream.rendering import ChatTemplate, RawTemplate, template_settings
 from opd_stream.sources import Prompts, source_settings
@@ -29,16 +30,22 @@ Ids = NDArray[np.integer[Any]]
 RULES = 1
 
 
-def prompts_artifact(store: Store, source: Prompts, student: Checkpoint) -> Artifact:
+def prompts_artifact(
+    store: Store, source: Prompts, student: Checkpoint, *, field: str = "prompts"
+) -> Artifact:
     """The prompts artifact of a source, whether it exists or not.
+
+    `field` of the config is named where it is refused.
 
     Raises:
         UserError: a file of the source does not exist.
     """
+    with named(field):
+        settings = source_settings(source)
     recipe = Recipe(
         kind="prompts",
         settings={
-            **source_settings(source),
+            **settings,
             "rendering": student.identity.rendering_sha256,
             **_rules(),
         },
@@ -52,16 +59,21 @@ def _rules() -> dict[str, int]:
     return {} if RULES == 1 else {"rules": RULES}
 
 
-def make_prompts(store: Store, source: Prompts, student: Checkpoint) -> Artifact:
+def make_prompts(
+    store: Store, source: Prompts, student: Checkpoint, *, field: str = "prompts"
+) -> Artifact:
     """The prompts artifact of a source under the student's tokenizer, made if it is missing.
+
+    `field` of the config is named where it is refused.
 
     Raises:
         UserError: the source cannot be read or a prompt does not fit.
     """
-    artifact = prompts_artifact(store, source, student)
+    artifact = prompts_artifact(store, source, student, field=field)
     if artifact.is_complete() and artifact.damage(0) is None:
         return artifact
-    prompts = tokenised_prompts(source, student.tokenizer())
+    with named(field):
+        prompts = tokenised_prompts(source, student.tokenizer())
     _commit(artifact, prompts.table, prompts.lost)
     return artifact
 
@@ -127,7 +139,12 @@ def with_prompts(
 
 def prompt_lengths(prompts: Artifact) -> list[int]:
     """Tokens of each prompt of a complete artifact."""
-    return prompts.read_unit(0)["prompt_ids"].combine_chunks().value_lengths().to_pylist()
+    return table_lengths(prompts.read_unit(0))
+
+
+def table_lengths(prompts: pa.Table) -> list[int]:
+    """Tokens of each prompt of a table; `to_numpy` would load pandas, which takes long."""
+    return prompts["prompt_ids"].combine_chunks().value_lengths().to_pylist()
 
 
 def rows_left_out(prompts: Artifact, field: str) -> Iterator[str]:

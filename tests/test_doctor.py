@@ -17,12 +17,14 @@ import torch
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
+import pipeline.setup
 from opd_stream.config import Config
 from opd_stream.engines import decoding, transformers_engine
 from opd_stream.engines.base import SamplingSettings
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, DamagedUnit
+from opd_stream.store.policy import identify
 from opd_stream.store.store import Store
 from opd_stream.types import ScoreBatch
 from pipeline import console
@@ -32,7 +34,10 @@ from pipeline.doctor.examination import CHECKS, examine
 from pipeline.doctor.findings import Check, Finding, Report, Screen
 from pipeline.doctor.machine import Gpu, Machine
 from pipeline.doctor.subject import Subject
+from pipeline.estimate.reading import read_inputs
 from pipeline.run_folder import RunFolder
+from pipeline.setup import open_setup
+from stages.checkpoints import Checkpoint
 from tests.conftest import MODELS, SmallRuns, small_config
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -131,10 +136,21 @@ def test_files_of_a_model_that_name_different_ends(tmp_path: Path) -> None:
 def test_the_end_of_the_tokenizer_does_not_stop_generation(tmp_path: Path) -> None:
     student = changed_model(tmp_path, "ledger-student", with_terminator(5))
     teacher = changed_model(tmp_path, "ledger-teacher", with_terminator(5))
-    report = quick(tmp_path, f"student.path={student}", f"teacher.path={teacher}")
+    report = quick(tmp_path, *report_of(student, teacher))
     told = [finding for finding in report.findings if finding.level == "error"]
     assert {finding.check for finding in told} == {"terminators"}
     assert "on which the run does not stop" in told[0].found
+    end = identified(student).tokenizer().eos_token
+    asked = quick(tmp_path, *report_of(student, teacher), f"rollouts.stop_tokens=['{end}']")
+    assert not [finding for finding in asked.findings if finding.level == "error"]
+
+
+def report_of(student: Path, teacher: Path) -> tuple[str, str]:
+    return f"student.path={student}", f"teacher.path={teacher}"
+
+
+def identified(folder: Path) -> Checkpoint:
+    return Checkpoint(folder=folder, identity=identify(folder))
 
 
 def test_a_missing_chat_template(tmp_path: Path) -> None:
@@ -162,6 +178,25 @@ def test_a_turn_that_ends_without_a_terminator(tmp_path: Path) -> None:
     paths = (f"student.path={where[0]}", f"teacher.path={where[1]}")
     report = quick(tmp_path, *paths, "prompts.template={kind: chat}")
     assert "none of the ids the run stops on" in only(report, "warning", inputs.templates).found
+
+
+def test_nothing_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*given: object) -> None:
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr(pipeline.setup, "fetch", fetch)
+    monkeypatch.setattr("opd_stream.fetching._download", fetch)
+    found = only(quick(tmp_path, "teacher.path=org/none"), "error", inputs.weights)
+    assert "hf download org/none" in found.found
+
+
+def test_answers_that_do_not_fit_are_refused_before_any_work(tmp_path: Path) -> None:
+    config = small_config(tmp_path, "evaluation.max_new_tokens=5000")
+    line = r"evaluation \(ledger\): a prompt has .* and a window 5000.* lower max_new_tokens"
+    with pytest.raises(UserError, match=line):
+        open_setup(config)
+    with pytest.raises(UserError, match=line):
+        read_inputs(config)
 
 
 def test_a_context_that_is_too_short(tmp_path: Path) -> None:

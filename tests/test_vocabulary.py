@@ -17,6 +17,7 @@ from opd_stream.logprobs import head_scores
 from opd_stream.model_config import read_model_config
 from opd_stream.store.shards import PROMPTS, id_lists
 from opd_stream.store.store import Store
+from pipeline.estimate.reading import read_inputs
 from pipeline.setup import check_prompt_ids, stop_token_ids
 from stages.checkpoints import Vocabulary, open_checkpoint, shared_vocabulary
 from stages.recipes import evaluation_rollouts_recipe
@@ -212,5 +213,9 @@ def test_stop_tokens_end_rollouts_beside_the_terminators(tmp_path: Path) -> None
     assert student.tokenizer().convert_ids_to_tokens(found) == ["."]
     ids = shared_vocabulary([student], stops=found).stop_ids
     assert set(ids) == {*student.terminators(), *found}
+    line_end = small_config(tmp_path, 'rollouts.stop_tokens=["\\n"]')  # as text
+    spelled = small_config(tmp_path, "rollouts.stop_tokens=[Ċ]")  # as in the vocabulary
+    assert stop_token_ids(line_end, student) == stop_token_ids(spelled, student)
+    assert read_inputs(line_end).setup.vocabulary == read_inputs(spelled).setup.vocabulary
     with pytest.raises(UserError, match=r"rollouts\.stop_tokens names 'nothing'"):
         stop_token_ids(small_config(tmp_path, "rollouts.stop_tokens=[nothing]"), student)

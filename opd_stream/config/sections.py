@@ -122,7 +122,8 @@ class Rollouts(Section):
     )
     stop_tokens: tuple[str, ...] = Field(
         default=(),
-        description="tokens that end a rollout beside the checkpoints' own terminators",
+        description="tokens that end a rollout beside the checkpoints' own terminators; each as it "
+        "stands in the vocabulary, or as a text that is one token",
     )
     window: AnyWindow
     ahead: bool = Field(

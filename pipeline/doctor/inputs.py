@@ -16,9 +16,10 @@ from opd_stream.tasks.references import right_answer
 from pipeline.doctor.findings import Finding, check
 from pipeline.doctor.subject import Subject
 from pipeline.rounds import named_checkpoint, rounds
-from pipeline.setup import ContextUse, context_of, training_contexts
+from pipeline.setup import ContextUse, evaluation_context, stop_token_ids, training_contexts
 from stages.checkpoints import Checkpoint, check_pair, compare_pair, tokenizer_size
 from stages.evaluate import SHOWN, judged_rows, unjudged_line
+from stages.prompts import table_lengths
 
 
 @check("a cut off or missing file of a checkpoint ends a worker when it loads it")
@@ -86,11 +87,15 @@ def _more_ids(compared: TokenizerComparison) -> str:
 )
 def terminators(subject: Subject) -> Iterator[Finding]:
     """Ids that end a text: do a model's own files, and the two models, agree."""
-    student, models = subject.model("student"), subject.models
+    student, models, alike = subject.model("student"), subject.models, _alike(subject)
     ends = {role: set(model.terminators()) for role, model in models.items()}
-    stop_ids = set().union(*ends.values())
-    found = [f for role, model in models.items() for f in _own_ends(role, model, stop_ids)]
-    if "teacher" in ends and ends["student"] != ends["teacher"]:
+    stop_ids = _stop_ids(subject)
+    found = [
+        finding
+        for role, model in models.items()
+        for finding in _own_ends(role, model, stop_ids if role in alike else ends[role])
+    ]
+    if "teacher" in alike and ends["student"] != ends["teacher"]:
         is_merged = subject.config.train.guards.merge_terminators
         said = (
             f"the student ends with {_named(student, ends['student'])}, the teacher with "
@@ -107,7 +112,8 @@ def terminators(subject: Subject) -> Iterator[Finding]:
                 "set train.guards.merge_terminators=true, or give both the same eos_token_id",
             )
         found.append(one)
-    drawn = stop_ids - _not_drawn(subject, stop_ids)
+    known = min(model.known_ids for model in alike.values())
+    drawn = {token for token in stop_ids if token < known}
     if drawn < stop_ids:
         found.append(
             terminators.warning(
@@ -120,14 +126,19 @@ def terminators(subject: Subject) -> Iterator[Finding]:
     yield from found
 
 
-def _not_drawn(subject: Subject, stop_ids: set[int]) -> set[int]:
-    """Terminators that the student, or a teacher that reads its ids, does not know."""
+def _alike(subject: Subject) -> dict[str, Checkpoint]:
+    """Role -> model, of those that read the ids which the student draws."""
     models = subject.models
     student, teacher = models["student"], models.get("teacher")
-    if teacher is not None and compare_pair(student, teacher).difference is not None:
-        teacher = None
-    known = min(model.known_ids for model in (student, teacher) if model is not None)
-    return {token for token in stop_ids if token >= known}
+    if teacher is None or compare_pair(student, teacher).difference is not None:
+        return {"student": student}
+    return models
+
+
+def _stop_ids(subject: Subject) -> set[int]:
+    """Ids that the run stops on, where the models know them."""
+    asked = stop_token_ids(subject.config, subject.model("student"))
+    return set(asked).union(*(model.terminators() for model in _alike(subject).values()))
 
 
 def _own_ends(role: str, model: Checkpoint, stop_ids: set[int]) -> Iterator[Finding]:
@@ -168,20 +179,20 @@ def templates(subject: Subject) -> Iterator[Finding]:
         if chat in [*chats.values()][: [*chats].index(name)]:
             continue  # as another source
         yield from templates.or_ok(
-            _template_problems(subject.model("student"), models, chat, has_own=has_own),
+            _template_problems(subject, models, chat, has_own=has_own),
             f"{name}: a chat template writes {'the' if has_own else 'the same'} turns for "
             f"{'the student, teacher.template for the teacher' if has_own else 'all models'}",
         )
 
 
 def _template_problems(
-    student: Checkpoint, models: dict[str, Checkpoint], chat: ChatTemplate, *, has_own: bool
+    subject: Subject, models: dict[str, Checkpoint], chat: ChatTemplate, *, has_own: bool
 ) -> Iterator[Finding]:
     """An answer that ends with nothing generation stops on; a teacher that writes other turns.
 
     A teacher that `has_own` template is meant to.
     """
-    stop_ids = set().union(*(model.terminators() for model in models.values()))
+    student, stop_ids = subject.model("student"), _stop_ids(subject)
     example = Prompt(prompt_id="example", text="How much is 2 + 3?", answer=None)
     try:
         renderer = Renderer(chat, student.tokenizer())
@@ -222,7 +233,7 @@ def prompts(subject: Subject) -> Iterator[Finding]:
     config = subject.config
     for name in subject.sources:
         try:
-            lengths = _lengths(subject.table(name))
+            lengths = table_lengths(subject.table(name))
             said = f"{len(lengths):,} prompts of {min(lengths)} to {max(lengths)} tokens"
             yield prompts.ok(f"{name}: {said}")
             for line in lost_rows(name, len(lengths), subject.prompts(name).lost):
@@ -234,7 +245,7 @@ def prompts(subject: Subject) -> Iterator[Finding]:
             yield prompts.refused(error)
     try:
         if "prompts" in subject.tables and (rendered := subject.teacher_table()) is not None:
-            lengths = _lengths(rendered)
+            lengths = table_lengths(rendered)
             yield prompts.ok(f"teacher.template: {min(lengths)} to {max(lengths)} tokens")
     except UserError as error:
         yield prompts.refused(error)
@@ -301,19 +312,15 @@ def context(subject: Subject) -> Iterator[Finding]:
     config, tables, student = subject.config, subject.tables, subject.model("student")
     uses: list[tuple[str, ContextUse]] = []
     if "prompts" in tables:
-        longest, teacher = max(_lengths(tables["prompts"])), subject.models.get("teacher")
+        longest, teacher = max(table_lengths(tables["prompts"])), subject.models.get("teacher")
         rendered = subject.teacher_table()
-        teachers = None if rendered is None else max(_lengths(rendered))
+        teachers = None if rendered is None else max(table_lengths(rendered))
         found = training_contexts(config, student, teacher, longest, teachers)
         uses += [("rollouts", use) for use in found]
     for name in (name for name in subject.problems if name in tables):
-        use = ContextUse(
-            role="student",
-            prompt_tokens=max(_lengths(tables[name])),
-            window_tokens=subject.problems[name].max_new_tokens,
-            limit=context_of(config, "student", student),
+        uses.append(
+            (name, evaluation_context(config, subject.problems[name], student, tables[name]))
         )
-        uses.append((name, use))
     todo = "lower the window or max_prompt_tokens (long_prompts=skip leaves longer prompts out)"
     for name, use in uses:
         said = f"{name}: {use}"
@@ -335,7 +342,3 @@ def _named(model: Checkpoint, ids: set[int] | frozenset[int]) -> str:
     tokens = model.tokenizer().convert_ids_to_tokens(sorted(ids))
     pairs = zip(sorted(ids), map(json.dumps, tokens), strict=True)
     return ", ".join(f"{number} ({token})" for number, token in pairs) or "nothing"
-
-
-def _lengths(table: pa.Table) -> list[int]:
-    return [len(ids) for ids in table["prompt_ids"]]

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from opd_stream.config import Config, Evaluation, Pool
 from opd_stream.config.sections import Model
+from opd_stream.errors import named
 from opd_stream.prompts import TokenisedPrompts, rendered_prompts, tokenised_prompts
 from opd_stream.sources import Prompts, source_settings
 from opd_stream.store.policy import identify
@@ -114,8 +115,9 @@ class Subject:
         tokenizer = self.model("student").tokenizer()
 
         def read() -> TokenisedPrompts:
-            source_settings(self.sources[name])  # its files exist
-            return tokenised_prompts(self.sources[name], tokenizer)
+            with named(name):
+                source_settings(self.sources[name])  # its files exist
+                return tokenised_prompts(self.sources[name], tokenizer)
 
         return self._once(name, read)
 
@@ -145,6 +147,8 @@ class Subject:
     def setup(self) -> Setup:
         """What every command of a run opens first."""
         _ = self.store
+        for role in self.roles:
+            self.model(role)  # else the run would fetch it, and nothing is made here
         return self._once("what a run needs", lambda: open_setup(self.config, make=False))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from opd_stream.errors import UserError
+from opd_stream.errors import UserError, named
 from opd_stream.prompts import lost_rows, rendered_prompts, tokenised_prompts
 from opd_stream.rendering import ChatTemplate, RawTemplate
 from opd_stream.sources import (
@@ -28,7 +28,7 @@ from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.tokenizer_folder import open_vocabulary, read_settings
 from pipeline.estimate.sizes import PromptLengths
 from pipeline.setup import Setup
-from stages.prompts import rows_left_out, selected_rows
+from stages.prompts import rows_left_out, selected_rows, table_lengths
 
 MOST_PROMPTS = 2_000  # written and tokenised to measure them
 T = TypeVar("T")
@@ -92,6 +92,13 @@ class FastTokenizer:
         """The id of a token as it stands in the vocabulary."""
         return self._tokenizer.token_to_id(token)
 
+    def text_id(self, text: str) -> int | None:
+        """The id of a text that is one token, as it stands in the vocabulary or as it is read."""
+        if (known := self.token_id(text)) is not None:
+            return known
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids[0] if len(ids) == 1 and self._tokenizer.decode(ids) == text else None
+
     def _special(self, token: Any) -> int | None:
         text = token["content"] if isinstance(token, dict) else token
         return None if text is None else self.token_id(text)
@@ -130,8 +137,9 @@ def measure_prompts(
             return MeasuredPrompts(table=table, lengths=_whole(table))
         except DamagedUnit:
             notes.append(f"{artifact.name} is damaged; the run makes it again")
-    tokenizer = tokenizer_for(folder, source.template)
-    found = _of_first_rows(source, lambda first: tokenised_prompts(first, tokenizer))
+    with named(field):
+        tokenizer = tokenizer_for(folder, source.template)
+        found = _of_first_rows(source, lambda first: tokenised_prompts(first, tokenizer))
     notes += lost_rows(field, found.table.num_rows, found.lost)
     lengths = _whole(found.table)
     if found.table.num_rows + sum(found.lost.values()) > MOST_PROMPTS:
@@ -182,6 +190,6 @@ def _of_first_rows(source: Prompts, read: Callable[[Prompts], T]) -> T:
 
 
 def _whole(prompts: pa.Table) -> SourceLengths:
-    """Of a whole source; `to_numpy` would load pandas, which takes longer than all the rest."""
-    lengths = prompts["prompt_ids"].combine_chunks().value_lengths().to_pylist()
+    """Of a whole source."""
+    lengths = table_lengths(prompts)
     return SourceLengths(tokens=np.array(lengths), is_whole=True, rows=len(lengths))

@@ -23,8 +23,15 @@ from pipeline.estimate.prompts import (
     measure_prompts,
     measure_teacher_prompts,
 )
-from pipeline.setup import Setup, check_context, check_extras, check_prompt_ids, setup_of
-from stages.checkpoints import Checkpoint
+from pipeline.setup import (
+    Setup,
+    check_context,
+    check_extras,
+    check_problems,
+    check_prompt_ids,
+    setup_of,
+)
+from stages.checkpoints import Checkpoint, weight_shapes
 from stages.prompts import prompts_artifact
 
 MOST_BYTES = 2**30  # of weights, read for their digest
@@ -60,16 +67,22 @@ def read_inputs(config: Config) -> RunInputs:
     tokenizer = FastTokenizer.of(config.student.folder)
 
     def token_id(model: Checkpoint, token: str) -> int | None:
-        return None if tokenizer is None else tokenizer.token_id(token)
+        return None if tokenizer is None else tokenizer.text_id(token)
 
     setup = setup_of(config, store, partial(_checkpoint, store, notes), token_id, make=False)
+    for model in (setup.student, setup.teacher):
+        if model is not None:
+            weight_shapes(model.folder)  # their headers can be read
     problems: list[Problems] = []
+    from stages.evaluate import evaluation_field
+
     parts = {} if config.evaluation is None else config.evaluation.parts()
     for name, part in parts.items():
         assert part.prompts is not None  # validated
-        held_out = prompts_artifact(store, part.prompts, setup.student)
-        field = f"evaluation ({name})"
+        field = evaluation_field(name)
+        held_out = prompts_artifact(store, part.prompts, setup.student, field=field)
         measured = measure_prompts(field, held_out, part.prompts, setup.student.folder, notes)
+        check_problems(field, config, part, setup.student, measured.table, setup.vocabulary)
         if part.kind == "judged":
             _check_answers(field, part, measured, notes)
         problems.append(Problems(part, held_out, measured.lengths))
@@ -109,13 +122,15 @@ def _check_answers(
 
     assert part.judge is not None  # validated
     table = measured.table.slice(0, MOST_ANSWERS)
+    is_whole = table.num_rows == measured.lengths.rows
     try:
         line = unjudged_line(field, table, open_judge(part.judge), part.judge.kind)
     except UserError as error:
-        if table.num_rows == measured.lengths.rows:
+        if is_whole:
             raise
-        line = f"of the first {table.num_rows:,} prompts: {error}"
-    notes += [] if line is None else [line]
+        line = str(error)
+    read = "" if is_whole else f" (references of the first {table.num_rows:,} were read)"
+    notes += [] if line is None else [f"{line}{read}"]
 
 
 def _checkpoint(store: Store, notes: list[str], folder: Path) -> Checkpoint:
