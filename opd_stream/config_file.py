@@ -59,7 +59,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is not UTF-8 text ({found}); expected a YAML file; save it as UTF-8"
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # as of a 30th of February
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not valid YAML: {reason}; mend the file") from error
     if not is_object(raw):
@@ -115,8 +115,10 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override!r} has no '='; expected --set field.subfield=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override!r}: the value is not valid YAML; quote it") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"--set {override[:80]!r}: the value is not valid YAML; quote it"
+        ) from error
     *parents, last = field.split(".")
     here = raw
     for parent in parents:

@@ -42,6 +42,11 @@ def local_folder(path: Path, revision: str | None = None) -> Path:
                 f"Hugging Face hub; fetch it with `{_command(path, revision)}`, or correct the path"
             )
         return found
+    if revision is not None:
+        raise UserError(
+            f"revision is {revision!r} and {path} is no model of the hub; revisions are of hub "
+            "models alone; leave it out, or name the model as ORGANISATION/NAME"
+        )
     if (file := _gguf_file(path)) is None:
         return path
     folder = _converted(file)
@@ -61,7 +66,7 @@ def fetch(path: Path, revision: str | None = None) -> Path:
     """
     if is_hub_id(path):
         return _in_hub_cache(path, revision) or _download(path, revision)
-    file = _gguf_file(path)
+    file = None if revision is not None else _gguf_file(path)  # refused below
     if file is not None and not _converted(file).is_dir():
         _convert(file, _converted(file))
     return local_folder(path, revision)

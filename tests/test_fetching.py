@@ -73,6 +73,20 @@ def test_half_a_fetched_model_is_none(hub: Path) -> None:
         local_folder(Path("example/student"))
 
 
+@pytest.mark.parametrize("find", [fetch, local_folder])
+def test_a_folder_has_no_revision(find: Any) -> None:
+    with pytest.raises(UserError, match="is no model of the hub; revisions are of hub models"):
+        find(MODELS / "ledger-student", "main")
+
+
+def test_a_day_that_is_none_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("seed: 2024-02-30")
+    with pytest.raises(UserError, match="is not valid YAML: day is out of range"):
+        load_config(tmp_path / "run.yaml", [])
+    with pytest.raises(UserError, match="the value is not valid YAML; quote it"):
+        load_config(MODELS.parent / "quickstart.yaml", ["prompts.template.date=2024-02-30"])
+
+
 def test_what_looks_like_a_hub_model() -> None:
     assert is_hub_id("org/name-1.5B")
     for path in ("name", "a/b/c", "./a/b", "../a", "/a/b", "~/b", "configs/models"):
