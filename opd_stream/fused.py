@@ -45,7 +45,8 @@ class OutputHead:
 
     def __call__(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """The logits [N, V], all at once."""
-        logits_NV = torch.nn.functional.linear(hidden_NH, self.weight_VH, self.bias_V)
+        weight_VH = self.weight_VH.to(hidden_NH.dtype)  # of a frozen base it may be narrower
+        logits_NV = torch.nn.functional.linear(hidden_NH, weight_VH, self.bias_V)
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         return logits_NV if self.cap is None else torch.tanh(logits_NV / self.cap) * self.cap

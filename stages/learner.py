@@ -15,17 +15,20 @@ from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning.fabric.strategies.strategy import Strategy
 
 from opd_stream.batches import Batch, collate
+from opd_stream.config import Train
 from opd_stream.drift import NAMES, named
 from opd_stream.loss import BatchLoss
 from opd_stream.objectives import Objective
 from opd_stream.store.reader import ScoredRows, epoch_order
 from opd_stream.weighting import Weighting
+from stages.master_weights import MasterWeights
 from stages.student_model import StudentModel
 from stages.train_data import BatchPlan
 from stages.train_job import TrainJob
 from stages.train_state import (
     TrainCheckpoint,
     TrainState,
+    gathered,
     load_moments,
     load_weights,
     optimizer_moments,
@@ -45,6 +48,7 @@ class Learner:
     student: StudentModel  # its parameters, perhaps sharded
     model: Any  # the student as Fabric wraps it: its forward pass synchronises gradients
     optimizer: torch.optim.Optimizer
+    masters: MasterWeights | None  # what the optimizer steps on where the student is bfloat16
     objectives: tuple[Objective, ...]
     weighting: Weighting | None
     merge_terminators: bool
@@ -76,12 +80,23 @@ class Learner:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Those that train, whole, for the first process; every process takes part."""
-        return trained_weights(self.student, is_kept=self.fabric.is_global_zero)
+        is_kept = self.fabric.is_global_zero
+        if self.masters is not None:
+            return gathered(self.masters.parameters, is_kept=is_kept)
+        return trained_weights(self.student, is_kept=is_kept)
 
     def moments(self) -> dict[str, Any]:
         """{parameter name: moments of the optimizer}, as `weights`."""
         is_kept = self.fabric.is_global_zero
-        return optimizer_moments(self.student, self.optimizer, is_kept=is_kept)
+        stepped = stepped_parameters(self.student, self.masters)
+        return optimizer_moments(stepped, self.optimizer, is_kept=is_kept)
+
+    def step(self) -> None:
+        """An optimizer step; gradients are used up."""
+        if self.masters is not None:
+            return self.masters.step(self.optimizer)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def sums(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -128,29 +143,56 @@ def open_learner(job: TrainJob, fabric: Fabric, checkpoint: TrainCheckpoint | No
     """The student, from a checkpoint of the round or from the policy that the round starts from."""
     settings = job.config.train
     student = job.load_student(gradient_checkpointing=settings.gradient_checkpointing)
+    masters = None
+    if settings.precision == "bf16-true":  # before a strategy looks at dtypes; never sharded
+        if checkpoint is not None:
+            load_weights(student, checkpoint.weights)
+        masters = MasterWeights(student.to(fabric.device))
     model = fabric.setup_module(student)
-    if checkpoint is not None:
+    if checkpoint is not None and masters is None:
         load_weights(student, checkpoint.weights)
-    optimizer = torch.optim.AdamW(
-        [p for p in student.parameters() if p.requires_grad],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    stepped = stepped_parameters(student, masters)
+    optimizer = open_optimizer(settings, list(stepped.values()))
     moments = job.previous_moments() if checkpoint is None else checkpoint.optimizer
     if moments is not None:
-        load_moments(student, optimizer, moments)
+        load_moments(stepped, optimizer, moments)
     return Learner(
         fabric=fabric,
         student=student,
         model=model,
         optimizer=optimizer,
+        masters=masters,
         objectives=job.objectives(),
         weighting=job.weighting(),
         merge_terminators=settings.guards.merge_terminators,
         soft_clamp=settings.guards.soft_clamp,
         state=TrainState() if checkpoint is None else checkpoint.state,
+    )
+
+
+def stepped_parameters(
+    student: StudentModel, masters: MasterWeights | None
+) -> dict[str, torch.nn.Parameter]:
+    """Name -> parameter that the optimizer steps on."""
+    if masters is not None:
+        return masters.parameters
+    return {name: p for name, p in student.named_parameters() if p.requires_grad}
+
+
+def open_optimizer(settings: Train, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that a config asks for."""
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=rate, weight_decay=decay)
+    if settings.optimizer == "adamw-8bit":
+        import bitsandbytes  # pyright: ignore[reportMissingImports]
+
+        library: Any = bitsandbytes
+        return library.optim.AdamW8bit(
+            parameters, lr=rate, betas=settings.betas, weight_decay=decay
+        )
+    return torch.optim.AdamW(
+        parameters, lr=rate, betas=settings.betas, weight_decay=decay, fused=True
     )
 
 

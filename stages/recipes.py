@@ -246,6 +246,7 @@ def head_beside(made: Recipe) -> Recipe:
 _TRAIN_FIELDS = {
     *("top_k", "precision", "learning_rate", "schedule", "warmup", "weight_decay", "clip_norm"),
     *("rows_per_step", "gate", "freshness", "extrapolation", "lora", "guards", "betas"),
+    "optimizer",
 }
 
 

@@ -26,6 +26,7 @@ from opd_stream.store.policy import EXACT, NAMED_TEMPLATES
 from opd_stream.store.tree import save_tree
 from opd_stream.weighting import Weighting
 from stages.checkpoints import published_dtype, weight_files
+from stages.frozen_base import load_frozen, seen_as_float32
 from stages.train_state import trained_weights
 
 OTHER_WEIGHTS = (
@@ -100,8 +101,9 @@ def load_student(
     gradient_checkpointing: bool,
     adapter: Path | None = None,
     drops: bool = False,
+    widens: bool = False,
 ) -> StudentModel:
-    """The student of a round, in float32.
+    """The student of a round, in float32; the frozen base of adapters as `load_frozen` has it.
 
     Args:
         base: policy the round starts from.
@@ -110,12 +112,14 @@ def load_student(
         gradient_checkpointing: recompute activations in the backward pass.
         adapter: folder of the adapter that goes on; None: a new one.
         drops: keep the model's own dropout; the adapters' is a setting of theirs.
+        widens: a frozen base is float32, too (shards have one dtype).
 
     Raises:
         UserError: the folder cannot be loaded, or cannot be trained exactly.
     """
     folder = base if lora is None else initial
-    model = load_model(folder, dtype=torch.float32)
+    is_whole = lora is None or widens or read_model_config(folder).is_quantised
+    model = load_model(folder, dtype=torch.float32) if is_whole else load_frozen(folder)
     if getattr(model, "hf_quantizer", None) is not None:
         model = _dequantised(model, folder)
     check_training(model, folder)
@@ -163,7 +167,7 @@ def save_student(student: StudentModel, base: Path, folder: Path) -> None:
     if hasattr(model, "peft_config"):
         model.save_pretrained(folder / ADAPTER)
         (folder / ADAPTER / "README.md").unlink(missing_ok=True)
-        model = model.merge_and_unload()
+        model = _merged(model, dtypes[""])
     _round(model, dtypes)
     model.generation_config = GenerationConfig()  # the base's is copied, whatever it says
     model.save_pretrained(folder)
@@ -180,6 +184,17 @@ def _dtypes(base: Path) -> dict[str, torch.dtype]:
         wide = (name for name, stored in weight_files(base).items() if stored.dtype == "float32")
         found |= dict.fromkeys(wide, torch.float32)
     return found
+
+
+def _merged(model: Any, dtype: torch.dtype) -> Any:
+    """The base with its adapters added in float32, one matrix at a time."""
+    for module in model.modules():
+        if hasattr(module, "base_layer"):
+            weight, is_narrow = module.base_layer.weight, module.base_layer.weight.itemsize == 2
+            weight.data = weight.data.float()
+            module.merge()
+            weight.data = weight.data.to(dtype if is_narrow else torch.float32)
+    return model.unload()
 
 
 def _round(model: Any, dtypes: dict[str, torch.dtype]) -> None:
@@ -224,7 +239,8 @@ def _adapted(model: Any, lora: Lora, adapter: Path | None) -> Any:
     import peft
 
     if adapter is not None:
-        return peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+        with seen_as_float32(model):
+            return peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     settings = peft.LoraConfig(
         r=lora.rank,
@@ -236,7 +252,8 @@ def _adapted(model: Any, lora: Lora, adapter: Path | None) -> Any:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     is_shared = head is not None and head.weight is embeddings.weight
     try:
-        adapted = peft.get_peft_model(model, settings)
+        with seen_as_float32(model):
+            adapted = peft.get_peft_model(model, settings)
     except ValueError as error:
         raise UserError(
             f"train.lora.targets {lora.targets!r} fit no module of the student "
@@ -276,7 +293,9 @@ def _keep_unread(model: Any, base: Path, target: Path) -> None:
         whole = tuple(name.removesuffix("weight") for name in new if name.endswith(".weight"))
         kept = {name: at for name, at in kept.items() if not name.startswith(whole)}
     elif not new.keys() <= old.keys():  # other names than the base has for the same tensors
-        read = _names_read(type(model), model.config, {n: shape for n, (_, shape) in old.items()})
+        read = _names_read(
+            type(model), model.config, {n: stored.shape for n, stored in old.items()}
+        )
         kept = {name: at for name, at in kept.items() if name not in read}
     if not kept:
         return

@@ -228,8 +228,7 @@ def take_step(training: Training, step: StepBatches, rate: float) -> tuple[dict[
         raise UserError(_not_finite(step, losses))
     if training.job.has_dropout:
         sums = measure_without_dropout(training, [batch for batch, _ in losses])
-    learner.optimizer.step()
-    learner.optimizer.zero_grad()
+    learner.step()
     return sums, grad_norm
 
 
@@ -436,8 +435,7 @@ def checkpoint(training: Training) -> None:
 def publish(training: Training, units: tuple[UnitRecord, ...], audited: WindowAudit | None) -> None:
     """Write the policy; every process helps to gather it, the first one writes."""
     job, learner, state = training.job, training.learner, training.state
-    is_sharded = job.config.pools.trainer.strategy == "fsdp2" and training.fabric.world_size > 1
-    trained = learner.weights() if is_sharded else {}
+    trained = learner.weights() if job.is_sharded else {}
     moments = learner.moments()
     base = None if training.extrapolator is None else training.extrapolator.base()
     if not training.fabric.is_global_zero:
@@ -445,12 +443,14 @@ def publish(training: Training, units: tuple[UnitRecord, ...], audited: WindowAu
     for logger in training.fabric.loggers:
         logger.finalize("success")
     student = learner.student
-    if is_sharded:
+    if job.is_sharded:
         student = job.load_student()  # the sharded copy cannot be written as it is
         load_weights(student, trained)
     policy = job.target()
     attempt = policy.new_attempt()
     save_tree(moments, attempt / OPTIMIZER)
+    if learner.masters is not None:
+        learner.masters.put_back()
     save_student(student, Path(job.base), attempt)
     if base is not None:
         save_base(base, attempt)

@@ -70,11 +70,18 @@ class TrainJob:
             gradient_checkpointing=gradient_checkpointing,
             adapter=self.adapter,
             drops=self.config.train.dropout == "model",
+            widens=self.is_sharded,
         )
         exact = Path(self.base) / EXACT
         if self.is_continued and exact.is_dir():
             load_weights(student, load_tree(exact))
         return student
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process has a shard of the weights."""
+        trainer = self.config.pools.trainer
+        return trainer.strategy == "fsdp2" and trainer.devices > 1
 
     @property
     def has_dropout(self) -> bool:

@@ -197,28 +197,34 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) ->
 
 
 def optimizer_moments(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, is_kept: bool
+    parameters: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    *,
+    is_kept: bool,
 ) -> dict[str, Any]:
-    """{parameter name: moments}, as `gathered` does."""
-    return {
-        name: gathered(optimizer.state[parameter], is_kept=is_kept)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    """{parameter name: moments}, as `gathered` does; parameters are in the optimizer's order."""
+    found: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        tensors = {key: value for key, value in state.items() if torch.is_tensor(value)}
+        whole = gathered(tensors, is_kept=is_kept)  # every process takes part
+        found[name] = {**state, **whole} if is_kept else {}
+    return found
 
 
 def load_moments(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Any]
+    parameters: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    moments: Mapping[str, Any],
 ) -> None:
     """Continue with moments that were saved before; settings stay those of the optimizer."""
     state = optimizer.state_dict()
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     state["state"] = {
         number: {
             key: value if key == "step" else laid_out_as(parameter, value)
             for key, value in moments[name].items()
         }
-        for number, (name, parameter) in enumerate(trained)
+        for number, (name, parameter) in enumerate(parameters.items())
     }
     optimizer.load_state_dict(state)
 

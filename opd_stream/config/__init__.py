@@ -196,6 +196,7 @@ def _conflicts(config: Config) -> Iterator[str]:
         )
     yield from _objective_conflicts(config)
     yield from _extrapolation_conflicts(config)
+    yield from _precision_conflicts(config)
     yield from _window_conflicts(config)
     yield from _staleness_conflicts(config)
     yield from _alignment_conflicts(config)
@@ -260,6 +261,37 @@ def _extrapolation_conflicts(config: Config) -> Iterator[str]:
         yield (
             f"train.extrapolation.signal is {jump.signal}, which samples from the model in "
             "training, with sharded weights; use strategy ddp, or signal kl"
+        )
+
+
+def _precision_conflicts(config: Config) -> Iterator[str]:
+    """Where other numbers than float32 and AdamW's two moments cannot be."""
+    train, trainer, window = config.train, config.pools.trainer, config.rollouts.window
+    is_sharded = trainer.strategy == "fsdp2" and trainer.devices > 1
+    if train.precision == "bf16-true":
+        if train.lora is not None:
+            yield (
+                "train.precision is bf16-true with train.lora, whose adapters are float32 on a "
+                "base in the checkpoint's own dtype; set train.precision=bf16-mixed"
+            )
+        if train.extrapolation is not None:
+            yield (
+                "train.precision is bf16-true with train.extrapolation, which moves the weights "
+                "themselves; set train.precision=bf16-mixed"
+            )
+        if is_sharded:
+            yield (
+                "train.precision is bf16-true with strategy fsdp2, whose shards have one dtype; "
+                "set train.precision=bf16-mixed, or strategy ddp"
+            )
+    reads_moments = isinstance(window, AdaptiveWindow) and window.metric == "adam"
+    resets = train.extrapolation is not None and train.extrapolation.reset_moments
+    if train.optimizer != "adamw" and (reads_moments or resets or is_sharded):
+        field = "rollouts.window.metric=adam" if reads_moments else "strategy fsdp2"
+        field = "train.extrapolation.reset_moments" if resets else field
+        yield (
+            f"train.optimizer is {train.optimizer} with {field}, which reads the moments of "
+            "adamw; set train.optimizer=adamw"
         )
 
 

