@@ -112,7 +112,7 @@ class Accounts:
         summary = run_summary(
             reports=[self._reports[index] for index in sorted(self._reports)],
             rounds_planned=self.setup.config.rounds,
-            due={index for index in range(self.setup.config.rounds) if self._is_due(index)},
+            due={index for index in range(self.setup.config.rounds) if self._is_asked_for(index)},
             initial=PolicyRecord(
                 version=0,
                 fingerprint=student.identity.fingerprint,
@@ -143,8 +143,11 @@ class Accounts:
             shared=_name_of_run(self.setup),
         )
 
-    def _is_due(self, round_index: int) -> bool:
-        return is_due(self.setup.config, round_index)
+    def _is_asked_for(self, round_index: int) -> bool:
+        """Whether a run is not finished without the evaluation of a round's policy."""
+        evaluation = self.setup.config.evaluation
+        is_default = evaluation is not None and evaluation.held_out is not None
+        return not is_default and is_due(self.setup.config, round_index)
 
     def _evaluation(self, policy: Checkpoint, *, is_first: bool = False) -> EvaluationRecord | None:
         setup = self.setup
@@ -478,7 +481,7 @@ def _name_of_run(setup: Setup) -> str:
     settings = differing_fields(config.model_dump(), {})
     paths = [name for name, (value, _) in settings.items() if isinstance(value, Path)]
     grows = () if counts_rounds(config) else ("rounds",)
-    free = (*PLACEMENT, *paths, *grows, "evaluation")
+    free = (*PLACEMENT, *paths, *grows, "evaluation", "held_out_prompts")
     agreed = {
         name: value
         for name, (value, _) in differing_fields(config.model_dump(mode="json"), {}).items()

@@ -97,7 +97,7 @@ def distance_steps(
     if settings.template is not None:
         theirs = teacher_prompts_artifact(store, settings.template, own, teacher)
     recipe = teacher_text_recipe(
-        settings, part, prompts=theirs.fingerprint, teacher=teacher, vocabulary=vocabulary
+        config, part, prompts=theirs.fingerprint, teacher=teacher, vocabulary=vocabulary
     )
     text = replace(
         answers, kind=TEACHER_TEXT, artifact=store.artifact(recipe), model=teacher, needs=()

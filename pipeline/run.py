@@ -83,7 +83,7 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> RunSummary:
     accounts = Accounts(setup=setup, folder=folder, run_id=run_id, warn=progress.warn)
     with setup.store.watched(), open_executor(config) as executor:
         session = Session(
-            config=config,
+            config=setup.config,
             store=setup.store,
             folder=folder,
             run_id=run_id,
@@ -102,7 +102,7 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> RunSummary:
                 folder.write_plan(round_)
                 train_round(session, setup, round_)
             drop_optimizers(session, round_)
-            if is_due(config, round_.index):
+            if is_due(setup.config, round_.index):
                 policy = checkpoint_of(round_.policy)
                 evaluate_policy(
                     session,

@@ -62,7 +62,7 @@ class RunFolder:
         """
         with explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        self.check(config, "evaluation")
+        self.check(config, "evaluation", "held_out_prompts")
         return self._record()
 
     def _record(self) -> str:

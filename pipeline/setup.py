@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from opd_stream.config import Config, Evaluation
+from opd_stream.config.sections import DISTANCE
 from opd_stream.engines import engine_recipe, gives_hidden
 from opd_stream.errors import UserError, named
 from opd_stream.fetching import fetch, local_folder
@@ -48,7 +49,7 @@ TokenId = Callable[[Checkpoint, str], int | None]  # of a token; None: the check
 class Setup:
     """A checked config with its checkpoints and prompts opened."""
 
-    config: Config
+    config: Config  # with the distance that a run has by default
     store: Store
     student: Checkpoint  # policy 0
     teacher: Checkpoint | None  # None in a replay
@@ -179,8 +180,9 @@ def setup_of(
     reads_alike = [student] if teacher is None or alignment is not None else [student, teacher]
     vocabulary = shared_vocabulary(reads_alike, stops=stop_token_ids(config, student, token_id))
     forced = _named_ids("scores.forced_tokens", config.scores.forced_tokens, student, token_id)
+    rows = prompts.layout().rows if prompts.is_started() else None
     return Setup(
-        config=config,
+        config=with_default_distance(config, rows)[0],
         store=store,
         student=student,
         teacher=teacher,
@@ -249,6 +251,41 @@ def check_distance(config: Config) -> None:
                 f"evaluation of kind distance needs hidden states, which {role}.engine "
                 f"{model.engine} does not give; set {role}.engine=transformers, or use a judge"
             )
+
+
+def with_default_distance(config: Config, rows: int | None) -> tuple[Config, str | None]:
+    """The config of a run without evaluation, with the distance on prompts that no round reads.
+
+    Also a line that says so, or why nothing is measured; None: the config decides itself.
+
+    Args:
+        config: the run.
+        rows: training prompts; None: it is not known how many.
+    """
+    wanted, read = config.held_out_prompts, config.rounds * config.rollouts.prompts_per_round
+    if config.evaluation is not None or not wanted or config.replay is not None or rows is None:
+        return config, None
+    roles = ("student", config.student), ("teacher", config.teacher)
+    mute = [role for role, model in roles if model is None or not gives_hidden(model.engine)]
+    why = None
+    if config.scores.alignment is not None:
+        why = "the teacher has another tokenizer"
+    elif mute:
+        why = f"{mute[0]}.engine gives no hidden states"
+    elif read + wanted > rows:
+        why = f"the rounds read {read:,} of {rows:,} prompts, which leaves fewer than {wanted}"
+    if why is not None:
+        return config, f"no policy is evaluated: there is no evaluation section, and {why}"
+    evaluation = Evaluation(
+        kind="distance",
+        held_out=wanted,
+        prompts=config.prompts,
+        max_new_tokens=min(DISTANCE["max_new_tokens"], largest_window(config)),
+    )
+    return config.model_copy(update={"evaluation": evaluation}), (
+        f"no evaluation section: the distance to the teacher is measured on {wanted} training "
+        "prompts that no round reads (held_out_prompts=0: not)"
+    )
 
 
 def check_evaluation(

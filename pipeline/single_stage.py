@@ -131,6 +131,7 @@ def run_evaluation(
         run_id = folder.join(config)
     for line in lost:
         progress.warn(line)
+    own, config = config, config if setup is None else setup.config
     with store.watched(), open_executor(config, _evaluation_roles(config)) as executor:
         session = Session(
             config=config,
@@ -145,7 +146,7 @@ def run_evaluation(
     run_ids = store.ids_of_run(run_id)
     found = evaluation_record(config, store, student, vocabulary, run_ids, is_first=version == 0)
     assert found is not None  # measured above
-    if setup is not None and folder.is_of(config):
+    if setup is not None and folder.is_of(own):
         Accounts(setup=setup, folder=folder, run_id=run_id, warn=progress.warn).write(
             changed=version - 1
         )
@@ -157,9 +158,14 @@ def run_evaluation(
 
 
 def _evaluation_roles(config: Config) -> tuple[Role, ...]:
-    """The pools of an evaluation; the teacher's only where policies are compared with it."""
-    compares = config.evaluation is not None and config.evaluation.has_distance()
-    return ("student", "teacher") if compares else ("student",)
+    """The pools of an evaluation; the teacher's only where policies are compared with it.
+
+    Raises:
+        UserError: nothing is to be evaluated.
+    """
+    if config.evaluation is None:
+        raise UserError("the config has no evaluation section; expected one; add it")
+    return ("student", "teacher") if config.evaluation.has_distance() else ("student",)
 
 
 def _check_question(
@@ -168,7 +174,7 @@ def _check_question(
     policy: Path | None,
     files: Mapping[str, Path | None],
 ) -> None:
-    if config.evaluation is None:
+    if config.evaluation is None and policy is not None:
         raise UserError("the config has no evaluation section; expected one; add it")
     if (policy_version is None) == (policy is None):
         raise UserError(

@@ -159,6 +159,11 @@ def every_prompt() -> dict[str, Any]:
     return {"order": "all"}
 
 
+def held_out_prompts(*, seed: int, rows: int) -> dict[str, Any]:
+    """The selection of the prompts that the first pass of the rounds would read last."""
+    return {"order": "held_out", "seed": seed, "rows": rows}
+
+
 def round_prompts(
     *, seed: int, round_index: int, per_round: int, ranges: Sequence[tuple[int, int]] | None = None
 ) -> dict[str, Any]:
@@ -171,6 +176,9 @@ def selected_rows(selection: dict[str, Any], rows: int) -> list[int]:
     """Row numbers in a prompts artifact of so many rows."""
     if selection["order"] == "all":
         return list(range(rows))
+    if selection["order"] == "held_out":
+        whole = shuffled_rows(rows=rows, seed=selection["seed"], round_index=0, per_round=rows)
+        return whole[-selection["rows"] :]
     drawn = shuffled_rows(
         rows=rows,
         seed=selection["seed"],

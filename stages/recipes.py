@@ -14,7 +14,7 @@ from opd_stream.tasks.distance import EDGES
 from opd_stream.tasks.judges import judge_recipe
 from opd_stream.windows import AdaptiveWindow
 from stages.checkpoints import Checkpoint, Vocabulary
-from stages.prompts import every_prompt, round_prompts
+from stages.prompts import every_prompt, held_out_prompts, round_prompts
 
 if TYPE_CHECKING:
     from stages.cross_tokenizer import AlignmentRecipe
@@ -97,7 +97,7 @@ def evaluation_rollouts_recipe(
         prompts=prompts,
         student=student,
         vocabulary=vocabulary,
-        selection=every_prompt(),
+        selection=_selection(config, evaluation),
         window_tokens=evaluation.max_new_tokens,
         samples_per_prompt=evaluation.samples_per_prompt,
         extra_draws=0,
@@ -107,8 +107,15 @@ def evaluation_rollouts_recipe(
     )
 
 
+def _selection(config: Config, evaluation: Evaluation) -> dict[str, Any]:
+    """Of held-out prompts: all, or those of the training prompts that no round reads."""
+    if evaluation.held_out is None:
+        return every_prompt()
+    return held_out_prompts(seed=config.seed, rows=evaluation.held_out)
+
+
 def teacher_text_recipe(
-    settings: Model,
+    config: Config,
     evaluation: Evaluation,
     *,
     prompts: str,
@@ -119,10 +126,12 @@ def teacher_text_recipe(
 
     `prompts` is the fingerprint of the prompts as the teacher reads them.
     """
+    settings = config.teacher
+    assert settings is not None  # checked before
     return Recipe(
         kind="rollouts",
         settings={
-            "selection": every_prompt(),
+            "selection": _selection(config, evaluation),
             "window_tokens": evaluation.max_new_tokens,
             "samples_per_prompt": evaluation.samples_per_prompt,
             "extra_draws": 0,

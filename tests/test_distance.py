@@ -514,3 +514,49 @@ def test_the_policys_side_is_no_part_of_the_teachers_recipe(measured: Path) -> N
         return not students & set(recipe.inputs.values())
 
     assert all(map(of_teacher, store.recipes("hidden")))
+
+
+UNASKED = ("evaluation=null", "rounds=1", "prompts.count=20", "held_out_prompts=6")
+
+
+def test_a_run_without_evaluation_measures_it_on_prompts_that_no_round_reads(
+    tmp_path: Path,
+) -> None:
+    config, folder = small_config(tmp_path, *UNASKED), RunFolder(tmp_path / "run")
+    (line,) = [note for note in estimate(config, folder).notes if "held_out" in note]
+    assert "on 6 training prompts that no round reads (held_out_prompts=0: not)" in line
+    summary = run(config, folder, Silent())
+    assert [e["policy_version"] for e in summary["evaluations"]] == [0, 1]
+    assert summary["evaluations"][0]["distances"]["held_out"]["prompts"] == 6
+    store = Store(tmp_path / "store")
+    read: dict[str, set[str]] = {}
+    for recipe in store.recipes("rollouts"):
+        order, artifact = recipe.settings["selection"]["order"], store.artifact(recipe)
+        for unit in artifact.units():
+            names = artifact.read_unit(unit)["prompt_id"].to_pylist()
+            read.setdefault(order, set()).update(names)
+    assert {order: len(names) for order, names in read.items()} == {"shuffled": 8, "held_out": 6}
+    assert not read["shuffled"] & read["held_out"]
+    assert estimate(config, folder).sum(left=True).tokens == 0
+    lines = run_evaluation(config, folder, policy_version=1, progress=Silent())
+    assert lines.startswith("held_out, on own samples")
+    assert run(config, folder, Silent()) == summary
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("prompts.count=13", "the rounds read 8 of 13 prompts, which leaves fewer than 6"),
+        ("teacher.engine=fake", "teacher.engine gives no hidden states"),
+        ("held_out_prompts=0", None),
+    ],
+)
+def test_where_it_cannot_be_measured_it_is_left_out_and_plan_says_why(
+    override: str, why: str | None, tmp_path: Path
+) -> None:
+    config = small_config(tmp_path, *UNASKED, override)
+    found = estimate(config, RunFolder(tmp_path / "run"))
+    said = [note for note in found.notes if "no policy is evaluated" in note]
+    expected = f"no policy is evaluated: there is no evaluation section, and {why}"
+    assert said == ([] if why is None else [expected])
+    assert not [s for each in found.rounds for s in each.steps if s.kind.stage == "evaluate"]

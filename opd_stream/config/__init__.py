@@ -134,7 +134,15 @@ class Config(Section):
     scores: Scores = Scores()
     train: Train
     staleness: Staleness = Staleness()
-    evaluation: Evaluation | None = Field(default=None, description="left out: no evaluation")
+    evaluation: Evaluation | None = Field(
+        default=None, description="left out: the distance to the teacher, see held_out_prompts"
+    )
+    held_out_prompts: int = later(
+        default=32,
+        ge=0,
+        description="without evaluation: so many of the training prompts that no round reads; the "
+        "distance to the teacher is measured on them, where there are as many; 0: it is not",
+    )
     replay: Replay | None = Field(default=None, description="train on the scores of an earlier run")
     executor: Literal["ray", "local"] = Field(
         default="ray", description="Ray Data pools or a plain loop"

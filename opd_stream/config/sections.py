@@ -394,6 +394,11 @@ class Evaluation(Section):
         description="judged: right answers; distance: KL to the teacher in both directions, top-1 "
         "agreement and cross-entropy, over the whole vocabulary",
     )
+    held_out: int | None = later(
+        default=None,
+        description="of kind distance: only so many of the prompts, the last ones that rounds "
+        "would read; a run without evaluation sets it (held_out_prompts)",
+    )
     prompts: Prompts | None = Field(default=None, description="of a single set of problems")
     judge: AnyJudge | None = Field(default=None, description="of a single set of problems")
     benchmarks: dict[str, Benchmark] | None = Field(
@@ -481,7 +486,7 @@ class Evaluation(Section):
         """Name -> one set of problems with every setting it is measured by."""
         if self.benchmarks is None:
             assert self.prompts is not None  # validated
-            return {_source_name(self.prompts): self}
+            return {"held_out" if self.held_out else _source_name(self.prompts): self}
         parts: dict[str, Evaluation] = {}
         for name, benchmark in self.benchmarks.items():
             own = {field: value for field, value in benchmark if value is not None}

@@ -4,7 +4,7 @@ Nothing is written: prompts are named, not made, and no digest is remembered.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,7 @@ from pipeline.setup import (
     check_problems,
     check_prompt_ids,
     setup_of,
+    with_default_distance,
 )
 from stages.checkpoints import Checkpoint, weight_shapes
 from stages.prompts import prompts_artifact
@@ -95,6 +96,12 @@ def read_inputs(config: Config) -> RunInputs:
     if config.replay is None and (rows := prompts.lengths.rows) is not None:
         per_round = config.rollouts.prompts_per_round
         shuffled_rows(rows=rows, seed=0, round_index=0, per_round=per_round)  # there are as many
+    settled, line = with_default_distance(config, prompts.lengths.rows)
+    notes += [] if line is None else [line]
+    if settled is not config and settled.evaluation is not None:
+        compared, setup = setup.teacher, replace(setup, config=settled)
+        lengths = replace(prompts.lengths, rows=settled.evaluation.held_out)
+        problems.append(Problems(settled.evaluation, setup.prompts, lengths))
     teachers = measure_teacher_prompts(setup, prompts)
     check_context(
         config,
