@@ -29,7 +29,7 @@ pytestmark = [
 ]
 FEW = (
     *("prompts.limit=8", "rollouts.prompts_per_round=4", "rounds=1", "train.rows_per_step=4"),
-    "rollouts.window={kind: fixed, tokens: 12}",
+    *("rollouts.window={kind: fixed, tokens: 12}", "evaluation=null"),
 )
 
 
