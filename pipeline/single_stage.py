@@ -147,9 +147,8 @@ def run_evaluation(
     found = evaluation_record(config, store, student, vocabulary, run_ids, is_first=version == 0)
     assert found is not None  # measured above
     if setup is not None and folder.is_of(own):
-        Accounts(setup=setup, folder=folder, run_id=run_id, warn=progress.warn).write(
-            changed=version - 1
-        )
+        accounts = Accounts(setup=setup, folder=folder, run_id=run_id, warn=progress.warn)
+        accounts.write(changed=version - 1)
     if out is not None:
         _write_out(out, found, student, store)
     if answers is not None:
