@@ -70,13 +70,16 @@ def head_scores(
     top_k: int,
     chunk_rows: int,
     draws_ND: torch.Tensor | None = None,
+    student_ids_NM: torch.Tensor | None = None,
     vocabulary: int | None = None,
 ) -> HeadScores:
     """Top-k (or drawn ids), tail, asked and forced ids, logits in chunks of rows.
 
     With `draws_ND`, D uniform numbers a token, the K entries are the distinct ids drawn with them
-    from the teacher, with log(count / D); -inf after the last, and an empty tail. Ids from
-    `vocabulary` on are neither candidates nor drawn; their mass is in the tail.
+    from the teacher, with log(count / D); -inf after the last, and an empty tail. With
+    `student_ids_NM`, M distinct ids a token, the K + M entries are the union of these and the top
+    K, still by rank; -inf after the last. Ids from `vocabulary` on are neither candidates nor
+    drawn; their mass is in the tail.
     """
     # What stays is allocated once: small columns kept between large logits would hold the memory of
     # every chunk open.
@@ -89,7 +92,8 @@ def head_scores(
         asked_NJ = logits_NV.gather(1, asked_ids_NJ[rows])
         forced_NF = logits_NV[:, forced_ids_F]
         if draws_ND is None:
-            chunk = _top_scores(logits_NV, asked_NJ, forced_NF, top_k, vocabulary)
+            own_NM = None if student_ids_NM is None else student_ids_NM[rows]
+            chunk = _top_scores(logits_NV, asked_NJ, forced_NF, top_k, vocabulary, own_NM)
         else:
             chunk = _drawn_scores(logits_NV, asked_NJ, forced_NF, draws_ND[rows], vocabulary)
         for name in HeadScores.__slots__:
@@ -129,18 +133,28 @@ def _top_scores(
     forced_NF: torch.Tensor,
     top_k: int,
     vocabulary: int | None,
+    student_ids_NM: torch.Tensor | None,
 ) -> HeadScores:
-    """The top K and the mass of the rest, summed by itself; the logits are used up."""
+    """The candidates and the mass of the rest, summed by itself; the logits are used up."""
     beyond_N1 = None
     if vocabulary is not None and vocabulary < logits_NV.shape[1]:
         beyond_N1 = logits_NV[:, vocabulary:].logsumexp(1, keepdim=True)
         logits_NV = logits_NV[:, :vocabulary].contiguous()
-    found_NL, ids_NL = _largest(logits_NV, min(top_k + 1, logits_NV.shape[1]))
+    found_NL, ids_NL = largest(logits_NV, min(top_k + 1, logits_NV.shape[1]))
     top_NK, top_ids_NK = found_NL[:, :top_k], ids_NL[:, :top_k]
     next_N1, next_ids_N1 = found_NL[:, top_k:], ids_NL[:, top_k:]  # none if K is the vocabulary
+    logits_NV.scatter_(1, top_ids_NK, -torch.inf)
+    if student_ids_NM is not None:
+        more_NM = logits_NV.gather(1, student_ids_NM)  # -inf: among the top K already
+        logits_NV.scatter_(1, student_ids_NM, -torch.inf)
+        next_N1, next_ids_N1 = logits_NV.max(1, keepdim=True)
+        every_NK = torch.cat([top_NK, more_NM], dim=1)
+        order_NK = every_NK.argsort(dim=1, descending=True, stable=True)
+        top_NK = every_NK.gather(1, order_NK)
+        top_ids_NK = torch.cat([top_ids_NK, student_ids_NM], dim=1).gather(1, order_NK)
+        top_ids_NK = top_ids_NK.masked_fill(top_NK == -torch.inf, 0)
     # A softmax of the rest is one pass in cache, though its own sum is rounded at every step: that
     # of its shares sets it right.
-    logits_NV.scatter_(1, top_ids_NK, -torch.inf)
     torch.softmax(logits_NV, 1, out=logits_NV)
     shares_N1 = logits_NV.gather(1, next_ids_N1) / logits_NV.sum(1, keepdim=True)
     rest_N1 = (next_N1 - shares_N1.log()).masked_fill_(next_N1 == -torch.inf, -torch.inf)
@@ -174,7 +188,7 @@ def _drawn_scores(
     )
 
 
-def _largest(
+def largest(
     values_NC: torch.Tensor, count: int, *, in_order: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same as `topk` of contiguous rows, faster on a CPU: values and their places [N, count].
@@ -188,7 +202,7 @@ def _largest(
         return values_NC.topk(count, dim=1, sorted=in_order)
     groups = places // size
     whole_NGS = values_NC[:, : groups * size].reshape(rows, groups, size)
-    best_NL = _largest(whole_NGS.amax(2), count, in_order=False)[1]
+    best_NL = largest(whole_NGS.amax(2), count, in_order=False)[1]
     starts_NL = (
         best_NL * size + torch.arange(0, rows * places, places, device=best_NL.device)[:, None]
     )
@@ -196,7 +210,7 @@ def _largest(
     held_NH = from_any_place.index_select(0, starts_NL.flatten()).view(rows, -1)
     if groups * size < places:
         held_NH = torch.cat([held_NH, values_NC[:, groups * size :]], dim=1)
-    found_NL, within_NL = _largest(held_NH, count, in_order=in_order)
+    found_NL, within_NL = largest(held_NH, count, in_order=in_order)
     # What no group holds follows the last one, as if it were one more.
     best_NL = torch.cat([best_NL, torch.full_like(best_NL[:, :1], groups)], dim=1)
     return found_NL, best_NL.gather(1, within_NL // size) * size + within_NL % size

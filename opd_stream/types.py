@@ -58,6 +58,9 @@ class RolloutBatch:
         None  # R x [T, M], to be scored too
     )
     candidate_behavior_logprobs: tuple[NDArray[np.float32], ...] | None = None  # R x [T, M]
+    student_top_ids: tuple[NDArray[np.integer[Any]], ...] | None = (
+        None  # R x [T, S], the student's own most probable ids, in any order: candidates, too
+    )
 
     def __len__(self) -> int:
         return len(self.prompt_id)
@@ -74,9 +77,10 @@ class ScoreBatch:
 
     All log-probabilities are in nats, normalised over the full vocabulary, at temperature 1. The K
     ids of a position stand in rank order (most probable first), so a smaller K is a prefix. Where
-    ids were drawn instead (`draws`), they are the distinct ones with log(count / draws), and -inf
-    after the last. A row whose logits were not finite holds arrays of length 0 and its reason
-    stands in `refused`.
+    the rollouts have `student_top_ids`, they are the union of these and the teacher's own, filled
+    up with id 0 and -inf. Where ids were drawn instead (`draws`), they are the distinct ones with
+    log(count / draws), and -inf after the last. A row whose logits were not finite holds arrays of
+    length 0 and its reason stands in `refused`.
     """
 
     teacher_logprobs: tuple[NDArray[np.float32], ...]  # R x [T], of the sampled token

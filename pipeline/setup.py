@@ -336,6 +336,11 @@ def _check_top_k(config: Config, teacher: Checkpoint) -> None:
             f"scores.top_k is {config.scores.top_k} but the teacher has {teacher.known_ids} "
             "tokens; lower scores.top_k"
         )
+    if config.rollouts.student_top_k > teacher.known_ids:
+        raise UserError(
+            f"rollouts.student_top_k is {config.rollouts.student_top_k} but the teacher has "
+            f"{teacher.known_ids} tokens; lower rollouts.student_top_k"
+        )
 
 
 def check_weights(config: Config, student: Checkpoint, teacher: Checkpoint | None) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from opd_stream.costs import TokenCounts, counts_of
 from opd_stream.engines.base import Engine, SamplingSettings
+from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import prompts_batch, rollouts_batch, rollouts_table
@@ -44,6 +45,7 @@ def sample_unit(worker: Worker, result: TaskResult, folder: Callable[[], Path]) 
     start, cpu = time.time(), time.process_time()
     engine = worker.engine(folder, rollouts.recipe.inputs["student"], rollouts.recipe)
     batch, before = _sampled(worker.store, engine, task.unit, rollouts)
+    _check_top_ids(batch, rollouts.recipe)
     work = token_counts(batch) if before is None else extension_counts(before, batch)
     counts = {
         **work,
@@ -97,7 +99,17 @@ def _sampling_settings(rollouts: Recipe) -> SamplingSettings:
         top_p=settings.get("top_p", 1.0),
         top_k=settings.get("top_k", 0),
         min_p=settings.get("min_p", 0.0),
+        student_top_k=settings.get("student_top_k", 0),
     )
+
+
+def _check_top_ids(batch: RolloutBatch, rollouts: Recipe) -> None:
+    asked = rollouts.settings.get("student_top_k", 0)
+    if asked and batch.student_top_ids is None and len(batch):
+        raise UserError(
+            f"rollouts.student_top_k is {asked}, but engine {rollouts.settings['engine']} keeps "
+            "no ids of its own; use student.engine=transformers, or leave student_top_k out"
+        )
 
 
 def base_rollouts(store: Store, extension: Recipe, unit: int) -> RolloutBatch:
@@ -128,6 +140,11 @@ def new_parts(before: RolloutBatch, after: RolloutBatch, rows: list[int]) -> Rol
         completion_ids=tuple(after.completion_ids[row][starts[row] :] for row in rows),
         behavior_logprobs=tuple(after.behavior_logprobs[row][starts[row] :] for row in rows),
         finish_reason=tuple(after.finish_reason[row] for row in rows),
+        student_top_ids=(
+            None
+            if after.student_top_ids is None
+            else tuple(after.student_top_ids[row][starts[row] :] for row in rows)
+        ),
     )
 
 

@@ -1,6 +1,7 @@
 """One contract over every engine."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,33 @@ def test_further_draws_change_nothing_that_is_sampled(exact: Open) -> None:
             several.candidate_behavior_logprobs[row],
             atol=1e-4,
         )
+
+
+def test_the_students_own_ids_join_the_candidates_and_leave_the_tail(opened: Open) -> None:
+    engine = opened()
+    plain = sample(engine, prompts_of(), window_tokens=6)
+    batch = sample(engine, prompts_of(), window_tokens=6, student_top_k=4)
+    assert tokens_of(batch) == tokens_of(plain)
+    assert batch.student_top_ids is not None
+    first = engine.score(plain, ScoringSettings(top_k=4))
+    for own, top in zip(batch.student_top_ids, first.teacher_top_ids, strict=True):
+        np.testing.assert_array_equal(np.sort(own), np.sort(top))  # it scores itself
+    others = tuple((own + 3) % VOCAB for own in batch.student_top_ids)
+    scores = engine.score(replace(batch, student_top_ids=others), ScoringSettings(top_k=3))
+    whole = engine.score(plain, ScoringSettings(top_k=VOCAB))
+    for row, own in enumerate(others):
+        for place in range(len(own)):
+            logprobs = np.empty(VOCAB)
+            ids = whole.teacher_top_ids[row][place]
+            logprobs[ids] = whole.teacher_top_logprobs[row][place]
+            top = scores.teacher_top_logprobs[row][place]
+            found = scores.teacher_top_ids[row][place][top > -np.inf].tolist()
+            assert set(found) == {*ids[:3].tolist(), *own[place].tolist()}
+            assert len(set(found)) == len(found)
+            assert (top[:-1] >= top[1:]).all()
+            np.testing.assert_allclose(top[top > -np.inf], logprobs[found], atol=1e-4)
+            rest = np.exp(np.delete(logprobs, found)).sum()
+            assert np.exp(scores.teacher_tail_logprobs[row][place]) == pytest.approx(rest, abs=1e-5)
 
 
 def test_greedy_takes_the_teachers_first_candidate(opened: Open) -> None:

@@ -90,9 +90,11 @@ def _kill_group(child: int) -> None:
         os.kill(child, signal.SIGKILL)
 
 
-# Windows by audit, gate, freshness, extrapolation, and units that outlive their policy, together.
+# Candidates of both sides, windows by audit, gate, freshness, extrapolation, and units that outlive
+# their policy, together.
 EVERY_METHOD = (
     "rounds=3",
+    "rollouts.student_top_k=5",
     "rollouts.window={kind: adaptive, candidates: [16, 32], max_window_tokens: 48, start: 16}",
     "train.gate={blocks: spans}",
     "train.freshness={}",

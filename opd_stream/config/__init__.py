@@ -236,6 +236,13 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
             "teacher serve drawn_forward, ranked ones every other objective (sampled_pg and mc "
             "take both); change one of the two"
         )
+    own = config.rollouts.student_top_k
+    if own and is_drawn and config.replay is None:
+        yield (
+            f"rollouts.student_top_k is {own} with scores.codec sampled, which stores ids that are "
+            "drawn from the teacher and no others; use codec compact or exact, or leave "
+            "student_top_k out"
+        )
     reads_draws = any(part.reads == "draws" for part in objectives)
     if reads_draws and config.replay is None and not config.rollouts.extra_draws:
         yield (
@@ -376,6 +383,12 @@ def _alignment_conflicts(config: Config) -> Iterator[str]:
         yield (
             "scores.alignment is set with rollouts.extra_draws, ids that no text holds; a teacher "
             "with another tokenizer cannot score them; set rollouts.extra_draws=0"
+        )
+    if config.rollouts.student_top_k:
+        yield (
+            f"scores.alignment is set with rollouts.student_top_k "
+            f"{config.rollouts.student_top_k}, ids of the student that are no tokens of a teacher "
+            "with another tokenizer; leave student_top_k out"
         )
     if isinstance(config.scores.codec, SampledCodec):
         yield (

@@ -120,6 +120,13 @@ class Rollouts(Section):
         le=63,
         description="further ids drawn at each position, for objective mc",
     )
+    student_top_k: int = later(
+        default=0,
+        ge=0,
+        le=1024,
+        description="the student's own most probable ids at each position that the teacher scores "
+        "beside its candidates: objectives over candidates see both; 0: its candidates alone",
+    )
     stop_tokens: tuple[str, ...] = Field(
         default=(),
         description="tokens that end a rollout beside the checkpoints' own terminators; each as it "

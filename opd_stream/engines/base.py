@@ -25,11 +25,18 @@ if TYPE_CHECKING:
     from opd_stream.fused import OutputHead
 
 Ids = NDArray[np.integer[Any]]
-Drawn = tuple[NDArray[np.int32], NDArray[np.float32]]  # new ids and their log-probabilities
 
 LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**28}  # of scoring: a CPU's caches hold them
 MIN_CHUNK_ROWS = 64  # however large the vocabulary: below, the head's product is slow
 MAX_LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**28}  # what a chunk of the fewest rows may reach
+
+
+class Drawn(NamedTuple):
+    """What a rollout grew by."""
+
+    ids: NDArray[np.int32]  # [T], or [T, M] where several are drawn at each position
+    logprobs: NDArray[np.float32]  # of the ids
+    top_ids: NDArray[np.int32] | None = None  # [T, S], where they are kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +55,7 @@ class SamplingSettings:
     top_p: float = 1.0
     top_k: int = 0  # 0: all
     min_p: float = 0.0
+    student_top_k: int = 0  # most probable ids that are kept of each position
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,10 +117,12 @@ class Engine(Protocol):
         the window (finish_reason "length"). Temperature 0 is greedy. `behavior_logprobs` are raw:
         log-softmax of all logits before temperature, whatever the draw left out. With `extra_draws`
         M, M further ids are drawn at every position from the same distribution, with replacement,
-        and kept as candidates; they do not change what is sampled.
+        and kept as candidates; they do not change what is sampled. With `student_top_k` S, the S
+        most probable ids of every position (below `vocabulary`) are kept as `student_top_ids`.
 
         Raises:
-            UserError: a prompt plus the window does not fit the model's context.
+            UserError: a prompt plus the window does not fit the model's context, or there are
+                fewer than `student_top_k` tokens.
         """
         ...
 
@@ -121,7 +131,7 @@ class Engine(Protocol):
 
         Finished ones stay. New tokens have the log-probabilities of the current weights. Under the
         weights, seed and temperature of the first sampling, the result is what `sample` with the
-        longer window would have given. Candidates of the student are not kept.
+        longer window would have given. Candidates that were drawn are not kept.
 
         Raises:
             UserError: a row plus the window does not fit the model's context.
@@ -131,7 +141,8 @@ class Engine(Protocol):
     def score(self, rollouts: RolloutBatch, settings: ScoringSettings) -> ScoreBatch:
         """Score every completion token at temperature 1 over the full vocabulary.
 
-        Candidate ids of the rollouts are scored too. With `draws` above 0, the top K are replaced
+        Candidate ids of the rollouts are scored too; their `student_top_ids` join the top K, and
+        the tail is that of the union. With `draws` above 0, the top K are replaced
         by that many ids drawn from the teacher with replacement, a function of `seed` and the
         rollout. The mass of ids that are no candidates is in the tail.
 
@@ -181,7 +192,46 @@ class RowScores(NamedTuple):
     forced: NDArray[np.float32]  # [T, F]
 
 
-def score_batch(rows: Iterable[RowScores], *, has_candidates: bool) -> ScoreBatch:
+def with_own(
+    ids_TK: Ids,
+    logprobs_TK: NDArray[np.floating[Any]],
+    own_ids_TS: Ids,
+    own_logprobs_TS: NDArray[np.floating[Any]],
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """The union of the teacher's candidates and the student's ids, by rank [T, K + S].
+
+    An id of both counts once: id 0 and -inf fill up.
+    """
+    is_known = (own_ids_TS[:, :, None] == ids_TK[:, None]).any(2)
+    more_TS = np.where(is_known, -np.inf, own_logprobs_TS)
+    logprobs = np.concatenate([logprobs_TK, more_TS], axis=1).astype(np.float32)
+    order = np.argsort(-logprobs, axis=1, kind="stable")
+    logprobs = np.take_along_axis(logprobs, order, axis=1)
+    ids = np.take_along_axis(np.concatenate([ids_TK, own_ids_TS], axis=1), order, axis=1)
+    return np.where(logprobs > -np.inf, ids, 0).astype(np.int32), logprobs
+
+
+def ranked_union(
+    dense_TV: NDArray[np.floating[Any]], top_ids_TK: Ids, own_ids_TS: Ids | None
+) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
+    """Candidates of whole distributions: ids, log-probabilities, and the tail [T].
+
+    The teacher's own, by rank, and those of the student, where there are any.
+    """
+    ids = top_ids_TK.astype(np.int64)
+    top = np.take_along_axis(dense_TV, ids, axis=1).astype(np.float32)
+    rest_TV = np.exp(dense_TV, dtype=np.float64)
+    np.put_along_axis(rest_TV, ids, 0.0, axis=1)
+    if own_ids_TS is not None:
+        own = own_ids_TS.astype(np.int64)
+        np.put_along_axis(rest_TV, own, 0.0, axis=1)
+        ids, top = with_own(ids, top, own, np.take_along_axis(dense_TV, own, axis=1))
+    with np.errstate(divide="ignore"):
+        tail_T = np.log(rest_TV.sum(1))
+    return ids.astype(np.int32), top, tail_T.astype(np.float32)
+
+
+def score_batch(rows: Iterable[RowScores], rollouts: RolloutBatch) -> ScoreBatch:
     """The scores of all rows; one with a value that is not a number is refused alone."""
     kept: list[RowScores] = []
     refused: dict[int, str] = {}
@@ -192,6 +242,13 @@ def score_batch(rows: Iterable[RowScores], *, has_candidates: bool) -> ScoreBatc
                 row.asked[:0], row.top_ids[:0], row.top_logprobs[:0], row.tail[:0], row.forced[:0]
             )
         kept.append(row)
+    if rollouts.student_top_ids is not None:  # a union has as many ids as the two sides differ in
+        widths = [(row.top_logprobs > -np.inf).sum(1).max(initial=0) for row in kept]
+        widest = max(widths, default=0)
+        kept = [
+            row._replace(top_ids=row.top_ids[:, :widest], top_logprobs=row.top_logprobs[:, :widest])
+            for row in kept
+        ]
     return ScoreBatch(
         teacher_logprobs=tuple(row.asked[:, 0] for row in kept),
         teacher_top_ids=tuple(row.top_ids for row in kept),
@@ -200,12 +257,14 @@ def score_batch(rows: Iterable[RowScores], *, has_candidates: bool) -> ScoreBatc
         teacher_forced_logprobs=tuple(row.forced for row in kept),
         refused=refused,
         candidate_teacher_logprobs=(
-            tuple(row.asked[:, 1:] for row in kept) if has_candidates else None
+            None if rollouts.candidate_ids is None else tuple(row.asked[:, 1:] for row in kept)
         ),
     )
 
 
-def empty_rollouts(prompts: PromptBatch, samples_per_prompt: int) -> RolloutBatch:
+def empty_rollouts(
+    prompts: PromptBatch, samples_per_prompt: int, *, student_top_k: int = 0
+) -> RolloutBatch:
     """Rows without a token yet: to extend them is to sample."""
     rows = [prompt for prompt in range(len(prompts.prompt_id)) for _ in range(samples_per_prompt)]
     samples = np.arange(samples_per_prompt, dtype=np.int32)
@@ -216,6 +275,9 @@ def empty_rollouts(prompts: PromptBatch, samples_per_prompt: int) -> RolloutBatc
         completion_ids=tuple(np.zeros(0, np.int32) for _ in rows),
         behavior_logprobs=tuple(np.zeros(0, np.float32) for _ in rows),
         finish_reason=tuple("length" for _ in rows),
+        student_top_ids=(
+            tuple(np.zeros((0, student_top_k), np.int32) for _ in rows) if student_top_k else None
+        ),
     )
 
 
@@ -231,12 +293,14 @@ def unfinished_rows(rollouts: RolloutBatch, window_tokens: int) -> list[int]:
 def extended_rollouts(
     rollouts: RolloutBatch, new: Mapping[int, Drawn], stop_ids: tuple[int, ...]
 ) -> RolloutBatch:
-    """The rollouts with new ids and log-probabilities [T] at the end of some rows."""
+    """The rollouts with what was drawn at the end of some rows."""
     ids, logprobs = list(rollouts.completion_ids), list(rollouts.behavior_logprobs)
-    reasons = list(rollouts.finish_reason)
-    for row, (new_ids, new_logprobs) in new.items():
-        ids[row] = np.concatenate([ids[row], new_ids])
-        logprobs[row] = np.concatenate([logprobs[row], new_logprobs]).astype(np.float32)
+    reasons, tops = list(rollouts.finish_reason), list(rollouts.student_top_ids or ())
+    for row, drawn in new.items():
+        ids[row] = np.concatenate([ids[row], drawn.ids])
+        logprobs[row] = np.concatenate([logprobs[row], drawn.logprobs]).astype(np.float32)
+        if tops and drawn.top_ids is not None:
+            tops[row] = np.concatenate([tops[row], drawn.top_ids])
         is_stopped = len(ids[row]) and int(ids[row][-1]) in stop_ids
         reasons[row] = "stop" if is_stopped else "length"
     return replace(
@@ -246,6 +310,7 @@ def extended_rollouts(
         finish_reason=tuple(reasons),
         candidate_ids=None,
         candidate_behavior_logprobs=None,
+        student_top_ids=tuple(tops) or None,
     )
 
 
@@ -266,15 +331,16 @@ def check_context(
             )
 
 
-def check_top_k(top_k: int, vocabulary: int) -> None:
+def check_top_k(top_k: int, vocabulary: int, *, name: str = "scores.top_k") -> None:
     """Refuse more candidates than there are tokens.
 
     Raises:
-        UserError: names both numbers.
+        UserError: names both numbers and the setting.
     """
     if top_k > vocabulary:
+        what = name.partition(".")[2]
         raise UserError(
-            f"top_k is {top_k} but the vocabulary has {vocabulary} tokens; lower scores.top_k"
+            f"{what} is {top_k} but the vocabulary has {vocabulary} tokens; lower {name}"
         )
 
 

@@ -23,6 +23,7 @@ from opd_stream.engines.base import (
     check_top_k,
     empty_rollouts,
     extended_rollouts,
+    ranked_union,
     score_batch,
     unfinished_rows,
 )
@@ -60,7 +61,10 @@ class FakeEngine:
         """See `Engine.sample`."""
         window = settings.window_tokens
         check_context(prompts.prompt_id, prompts.prompt_ids, window, CONTEXT_TOKENS)
-        rollouts = self.extend(empty_rollouts(prompts, samples_per_prompt), settings)
+        kept = settings.student_top_k
+        check_top_k(kept, self._vocab_size, name="rollouts.student_top_k")
+        empty = empty_rollouts(prompts, samples_per_prompt, student_top_k=kept)
+        rollouts = self.extend(empty, settings)
         if not extra_draws:
             return rollouts
         drawn: list[Drawn] = []
@@ -70,11 +74,11 @@ class FakeEngine:
             uniforms = random.random((len(tokens), extra_draws, 1))
             cumulative_TV = np.exp(dense_TV).cumsum(1)
             ids = (uniforms > cumulative_TV[:, None]).sum(2).clip(max=self._vocab_size - 1)
-            drawn.append((ids.astype(np.int32), _at(dense_TV, ids)))
+            drawn.append(Drawn(ids.astype(np.int32), _at(dense_TV, ids)))
         return replace(
             rollouts,
-            candidate_ids=tuple(ids for ids, _ in drawn),
-            candidate_behavior_logprobs=tuple(logprobs for _, logprobs in drawn),
+            candidate_ids=tuple(each.ids for each in drawn),
+            candidate_behavior_logprobs=tuple(each.logprobs for each in drawn),
         )
 
     def extend(self, rollouts: RolloutBatch, settings: SamplingSettings) -> RolloutBatch:
@@ -86,8 +90,10 @@ class FakeEngine:
             random = np.random.default_rng(_key(rollouts, row, settings.seed))
             uniforms = random.random(settings.window_tokens)[len(before) :]
             tokens = self._continue(last, uniforms, settings)
-            new[row] = (tokens, _at(self._dense(last, tokens), tokens[:, None])[:, 0])
-        time.sleep(self._seconds_per_token * sum(len(ids) for ids, _ in new.values()))
+            dense_TV = self._dense(last, tokens)
+            kept = _ranked(dense_TV, settings.student_top_k)[0] if settings.student_top_k else None
+            new[row] = Drawn(tokens, _at(dense_TV, tokens[:, None])[:, 0], kept)
+        time.sleep(self._seconds_per_token * sum(len(each.ids) for each in new.values()))
         return extended_rollouts(rollouts, new, settings.stop_ids)
 
     def score(self, rollouts: RolloutBatch, settings: ScoringSettings) -> ScoreBatch:
@@ -101,14 +107,16 @@ class FakeEngine:
                 key = _key(rollouts, row, settings.seed, "/draws")
                 ids, top, tail = _drawn(dense_TV, settings.draws, key)
             else:
-                ids, top, tail = _ranked(dense_TV, settings.top_k)
+                own = rollouts.student_top_ids
+                own_TS = None if own is None else own[row]
+                ids, top, tail = _ranked(dense_TV, settings.top_k, own_TS)
             asked = tokens[:, None]
             if candidates is not None:
                 asked = np.concatenate([asked, candidates[row]], axis=1)
             forced = dense_TV[:, list(settings.forced_ids)].astype(np.float32)
             rows.append(RowScores(_at(dense_TV, asked), ids, top, tail, forced))
         time.sleep(self._seconds_per_token * rollouts.completion_tokens)
-        return score_batch(rows, has_candidates=candidates is not None)
+        return score_batch(rows, rollouts)
 
     def _continue(
         self,
@@ -149,13 +157,9 @@ def _at(dense_TV: NDArray[np.float64], ids_TJ: Ids) -> NDArray[np.float32]:
 Ranked = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]  # ids, logprobs, tail
 
 
-def _ranked(dense_TV: NDArray[np.float64], top_k: int) -> Ranked:
+def _ranked(dense_TV: NDArray[np.float64], top_k: int, own_TS: Ids | None = None) -> Ranked:
     order_TV = np.argsort(-dense_TV, axis=1, kind="stable")
-    ranked_TV = np.take_along_axis(dense_TV, order_TV, axis=1)
-    with np.errstate(divide="ignore"):
-        tail_T = np.log(np.exp(ranked_TV[:, top_k:]).sum(1))
-    ids_TK = order_TV[:, :top_k].astype(np.int32)
-    return ids_TK, ranked_TV[:, :top_k].astype(np.float32), tail_T.astype(np.float32)
+    return ranked_union(dense_TV, order_TV[:, :top_k], own_TS)
 
 
 def _drawn(dense_TV: NDArray[np.float64], draws: int, key: list[int]) -> Ranked:

@@ -47,7 +47,7 @@ from opd_stream.engines.loading import check_engine, load_model
 from opd_stream.engines.reading import decoder_of
 from opd_stream.errors import UserError
 from opd_stream.fused import OutputHead
-from opd_stream.logprobs import HeadScores, head_scores, sampled_logprobs
+from opd_stream.logprobs import HeadScores, head_scores, largest, sampled_logprobs
 from opd_stream.model_config import context_of
 from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
 
@@ -90,6 +90,9 @@ class TransformersEngine:
         """See `Engine.sample`."""
         window_tokens, seed = settings.window_tokens, settings.seed
         check_context(prompts.prompt_id, prompts.prompt_ids, window_tokens, self._context)
+        kept = settings.student_top_k
+        known = settings.vocabulary or self._vocabulary
+        check_top_k(kept, known, name="rollouts.student_top_k")
         order = sorted(range(len(prompts.prompt_id)), key=lambda row: len(prompts.prompt_ids[row]))
         per_batch = max(1, self._batch_rows // samples_per_prompt)
         drawn: dict[tuple[int, int], Drawn] = {}  # of a prompt and a sample of it
@@ -104,15 +107,18 @@ class TransformersEngine:
             new = self._decode(ids, np.stack(numbers), settings)
             drawn.update(zip(rows, new, strict=True))
         in_order = [drawn[row] for row in sorted(drawn)]
-        new = {row: (ids[:, 0], logprobs[:, 0]) for row, (ids, logprobs) in enumerate(in_order)}
-        empty = empty_rollouts(prompts, samples_per_prompt)
+        new = {
+            row: Drawn(ids[:, 0], logprobs[:, 0], top)
+            for row, (ids, logprobs, top) in enumerate(in_order)
+        }
+        empty = empty_rollouts(prompts, samples_per_prompt, student_top_k=kept)
         rollouts = extended_rollouts(empty, new, settings.stop_ids)
         if not extra_draws:
             return rollouts
         return replace(
             rollouts,
-            candidate_ids=tuple(ids[:, 1:] for ids, _ in in_order),
-            candidate_behavior_logprobs=tuple(logprobs[:, 1:] for _, logprobs in in_order),
+            candidate_ids=tuple(each.ids[:, 1:] for each in in_order),
+            candidate_behavior_logprobs=tuple(each.logprobs[:, 1:] for each in in_order),
         )
 
     @torch.inference_mode()
@@ -136,9 +142,10 @@ class TransformersEngine:
                 stream = uniforms(seed, rollouts.prompt_id[row], sample, window_tokens)
                 numbers[place, : window_tokens - tokens, 0] = stream[tokens:]
             drawn = self._decode([texts[row] for row in chosen], numbers, settings)
-            for row, tokens, (ids, logprobs) in zip(chosen, before, drawn, strict=True):
+            for row, tokens, (ids, logprobs, top) in zip(chosen, before, drawn, strict=True):
                 room = window_tokens - tokens
-                new[row] = (ids[:room, 0], logprobs[:room, 0])
+                kept = None if top is None else top[:room]
+                new[row] = Drawn(ids[:room, 0], logprobs[:room, 0], kept)
         return extended_rollouts(rollouts, new, settings.stop_ids)
 
     @torch.inference_mode()
@@ -149,10 +156,7 @@ class TransformersEngine:
         for chosen in self._read_together(rollouts):
             rows = self._score_rows(rollouts, chosen, settings)
             scored.update(zip(chosen, rows, strict=True))
-        return score_batch(
-            (scored[row] for row in range(len(rollouts))),
-            has_candidates=rollouts.candidate_ids is not None,
-        )
+        return score_batch((scored[row] for row in range(len(rollouts))), rollouts)
 
     @torch.inference_mode()
     def hidden(self, rollouts: RolloutBatch) -> HiddenStates:
@@ -219,7 +223,7 @@ class TransformersEngine:
     ) -> Iterator[Drawn]:
         """Drawn ids and behavior log-probabilities of R rows [T, M], R a multiple of the prompts.
 
-        Column 0 is what is sampled.
+        Column 0 is what is sampled. The most probable ids are there where settings ask for them.
         """
         head = logits_head(self._model)
         rows, window, columns = uniforms_RTM.shape
@@ -234,11 +238,16 @@ class TransformersEngine:
             hidden = hidden[spread]
         tokens = torch.zeros(rows, window, columns, dtype=torch.long, device=self._device)
         logprobs = torch.zeros(rows, window, columns, device=self._device)
+        kept_RTS = torch.zeros(rows, window, settings.student_top_k, dtype=torch.int32)
         lengths = torch.full((rows,), window, device=self._device)
         held = torch.arange(rows, device=self._device)  # rows that the decoder still holds
         running = torch.ones(rows, dtype=torch.bool, device=self._device)  # of them, not ended
         for place in range(window):
-            all_drawn, drawn_logprobs = draw(head(hidden), numbers[held, place], settings)
+            logits = head(hidden)
+            all_drawn, drawn_logprobs = draw(logits, numbers[held, place], settings)
+            if settings.student_top_k:
+                known = logits[:, : settings.vocabulary].contiguous()
+                kept_RTS[held.cpu(), place] = largest(known, settings.student_top_k)[1].int().cpu()
             tokens[held, place], logprobs[held, place] = all_drawn, drawn_logprobs
             drawn = all_drawn[:, 0]
             ended = running & torch.isin(drawn, stops)
@@ -254,7 +263,8 @@ class TransformersEngine:
             hidden = decoder.step(drawn)
         all_tokens, all_logprobs = tokens.int().cpu().numpy(), logprobs.cpu().numpy()
         for row, length in enumerate(lengths.cpu().numpy()):
-            yield all_tokens[row, :length].copy(), all_logprobs[row, :length].copy()
+            kept = kept_RTS[row, :length].numpy().copy() if settings.student_top_k else None
+            yield Drawn(all_tokens[row, :length].copy(), all_logprobs[row, :length].copy(), kept)
 
     def _score_rows(
         self,
@@ -269,6 +279,10 @@ class TransformersEngine:
         if rollouts.candidate_ids is not None:
             candidates = [rollouts.candidate_ids[row] for row in chosen]
             asked = np.concatenate([asked, np.concatenate(candidates).astype(np.int64)], axis=1)
+        student_ids = None
+        if rollouts.student_top_ids is not None:
+            kept = [rollouts.student_top_ids[row] for row in chosen]
+            student_ids = from_numpy(np.concatenate(kept).astype(np.int64), self._device)
         drawn = None
         if draws:
             numbers = [
@@ -290,6 +304,7 @@ class TransformersEngine:
             vocabulary=settings.vocabulary,
             chunk_rows=rows_per_chunk(self._vocabulary, self._device.type),
             draws_ND=drawn,
+            student_ids_NM=student_ids,
         )
         ends = np.cumsum([len(completion) for completion in completions])
         columns = [getattr(scores, name).cpu().numpy() for name in HeadScores.__slots__]

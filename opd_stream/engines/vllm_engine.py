@@ -35,6 +35,7 @@ from opd_stream.engines.base import (
 from opd_stream.engines.vllm_scores import (
     asked_ids,
     asked_top_k,
+    first_known,
     left_out,
     scores_of_asked,
     scores_of_whole,
@@ -91,14 +92,18 @@ class VllmEngine:
         """See `Engine.sample`.
 
         Raises:
-            UserError: a prompt plus the window does not fit, or further draws are asked for.
+            UserError: a prompt plus the window does not fit, or further draws are asked for, or
+                fewer tokens exist than are kept.
         """
         if extra_draws:
             raise UserError(
                 f"rollouts.extra_draws is {extra_draws}, which engine vllm cannot draw; use "
                 "student.engine=transformers, or an objective that needs no further draws"
             )
-        return self.extend(empty_rollouts(prompts, samples_per_prompt), settings)
+        kept = settings.student_top_k
+        check_top_k(kept, settings.vocabulary or self._vocab, name="rollouts.student_top_k")
+        empty = empty_rollouts(prompts, samples_per_prompt, student_top_k=kept)
+        return self.extend(empty, settings)
 
     def extend(self, rollouts: RolloutBatch, settings: SamplingSettings) -> RolloutBatch:
         """See `Engine.extend`.
@@ -154,6 +159,7 @@ class VllmEngine:
             texts, [self._asking(rollouts, row, settings) for row in range(len(texts))]
         )
         rows: list[RowScores] = []
+        own = rollouts.student_top_ids
         for row, output in enumerate(outputs):
             tokens, forced = len(rollouts.completion_ids[row]), len(forced_ids)
             if self._asks_for_ids:
@@ -164,16 +170,22 @@ class VllmEngine:
                     forced=forced,
                     limit=self._limit(settings),
                     vocabulary=self._vocab,
+                    own_TS=None if own is None else own[row].astype(np.int32),
                 )
                 rows.append(found)
                 continue
             dense_TV = whole_distribution(output.prompt_logprobs, tokens, self._vocab)
             asked_TJ = asked_ids(rollouts, row, forced_ids)
             found = scores_of_whole(
-                dense_TV, asked_TJ, top_k=top_k, forced=forced, limit=settings.vocabulary
+                dense_TV,
+                asked_TJ,
+                top_k=top_k,
+                forced=forced,
+                limit=settings.vocabulary,
+                student_top_k=0 if own is None else own[row].shape[1],
             )
             rows.append(found)
-        return score_batch(rows, has_candidates=rollouts.candidate_ids is not None)
+        return score_batch(rows, rollouts)
 
     def _limit(self, settings: SamplingSettings | ScoringSettings) -> int | None:
         """The first id that does not count, where the head has one."""
@@ -203,14 +215,15 @@ class VllmEngine:
         settings: SamplingSettings,
     ) -> list[Drawn]:
         """Ids and log-probabilities of what follows each text."""
-        limit = self._limit(settings)
+        limit, kept = self._limit(settings), settings.student_top_k
+        asked = asked_top_k(kept, limit, self._vocab) if kept else 0
         shared: Any = self._vllm.SamplingParams(
             temperature=settings.temperature,
             top_p=settings.top_p,
             top_k=settings.top_k,
             min_p=settings.min_p,
             **left_out(limit, self._vocab, by_bias_only=self._asks_for_ids),
-            logprobs=0,
+            logprobs=asked,
             flat_logprobs=True,
             detokenize=False,
             ignore_eos=True,  # stop ids say it all
@@ -226,8 +239,11 @@ class VllmEngine:
             (completion,) = output.outputs
             self._check_version(completion)
             ids = np.array(completion.token_ids, np.int32)
-            # One entry a token: the token itself.
-            drawn.append((ids, np.array(completion.logprobs.logprobs, np.float32)[: len(ids)]))
+            # Entries of a token: itself, then as many as were asked for, by rank.
+            found, shape = completion.logprobs, (-1, 1 + asked)
+            logprobs = np.array(found.logprobs, np.float32).reshape(shape)[: len(ids), 0]
+            top = np.array(found.token_ids, np.int32).reshape(shape)[: len(ids), 1:]
+            drawn.append(Drawn(ids, logprobs, first_known(top, kept, limit) if kept else None))
         return drawn
 
     def _run(self, texts: Sequence[Ids], params: Sequence[Any]) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_stream.engines.base import RowScores
+from opd_stream.engines.base import RowScores, ranked_union, with_own
 from opd_stream.errors import UserError
 from opd_stream.types import RolloutBatch
 
@@ -18,11 +18,13 @@ MIN_TAIL = 1e-7  # of float32 sums; a smaller tail cannot be told from none
 
 
 def asked_ids(rollouts: RolloutBatch, row: int, forced_ids: tuple[int, ...]) -> NDArray[np.int32]:
-    """sampled token | forced ids | candidates of the student [T, J]."""
+    """sampled token | forced ids | drawn candidates | the student's most probable ids [T, J]."""
     sampled_T1 = rollouts.completion_ids[row][:, None]
     parts = [sampled_T1, np.tile(np.array(forced_ids, np.int32), (len(sampled_T1), 1))]
     if rollouts.candidate_ids is not None:
         parts.append(rollouts.candidate_ids[row])
+    if rollouts.student_top_ids is not None:
+        parts.append(rollouts.student_top_ids[row])
     return np.concatenate([part.astype(np.int32) for part in parts], axis=1)
 
 
@@ -81,48 +83,73 @@ def scores_of_whole(
     top_k: int,
     forced: int,
     limit: int | None = None,
+    student_top_k: int = 0,
 ) -> RowScores:
     """The scores of one row from the whole distribution; ids from `limit` on are no candidates."""
     order_TK = np.argsort(-dense_TV[:, :limit], axis=1, kind="stable")[:, :top_k]
-    rest_TV = np.exp(dense_TV, dtype=np.float64)
-    np.put_along_axis(rest_TV, order_TK, 0.0, axis=1)
-    with np.errstate(divide="ignore"):
-        tail_T = np.log(rest_TV.sum(1))
-    top_TK = np.take_along_axis(dense_TV, order_TK, axis=1)
+    asked_TJ, own_TS = np.split(asked_TJ, [asked_TJ.shape[1] - student_top_k], axis=1)
     asked = np.take_along_axis(dense_TV, asked_TJ, axis=1)
-    return _row_scores(order_TK.astype(np.int32), top_TK, tail_T, asked, forced)
+    return _row_scores(*ranked_union(dense_TV, order_TK, own_TS), asked, forced)
 
 
 def scores_of_asked(
-    output: Any, tokens: int, *, top_k: int, forced: int, limit: int | None, vocabulary: int
+    output: Any,
+    tokens: int,
+    *,
+    top_k: int,
+    forced: int,
+    limit: int | None,
+    vocabulary: int,
+    own_TS: NDArray[np.int32] | None = None,
 ) -> RowScores:
     """The scores of one row where vLLM was asked for some ids (model runner V2).
 
     Each of the last T positions of the flat list has the token itself, then as many candidates as
-    `asked_top_k` says; the first `top_k` below `limit` stay.
+    `asked_top_k` says; the first `top_k` below `limit` stay. `own_TS` are the student's most
+    probable ids, which were asked for last.
 
     Raises:
         UserError: too few of them are below `limit`.
     """
     if not tokens:
-        empty = np.zeros((0, top_k), np.float32)
+        empty = np.zeros((0, top_k + (0 if own_TS is None else own_TS.shape[1])), np.float32)
         asked = np.zeros((0, 1 + forced), np.float32)
         return _row_scores(empty.astype(np.int32), empty, empty[:, :0].sum(1), asked, forced)
     shape, last = (-1, asked_top_k(top_k, limit, vocabulary) + 1), slice(-tokens, None)
     ids_TK = np.asarray(output.prompt_logprobs.token_ids, np.int32).reshape(shape)[last, 1:]
     top_TK = np.asarray(output.prompt_logprobs.logprobs, np.float32).reshape(shape)[last, 1:]
     if limit is not None:
-        order_TK = np.argsort(ids_TK >= limit, axis=1, kind="stable")[:, :top_k]
+        order_TK = _known_first(ids_TK, top_k, limit, "teacher")
         ids_TK = np.take_along_axis(ids_TK, order_TK, axis=1)
         top_TK = np.take_along_axis(top_TK, order_TK, axis=1)
-        if (ids_TK >= limit).any():
-            raise UserError(
-                f"the teacher prefers more than {SPARE} ids that the tokenizer does not have; "
-                "engine vllm cannot leave so many out; use teacher.engine=transformers"
-            )
-    rest_T = 1 - np.exp(top_TK, dtype=np.float64).sum(1)
     asked = np.asarray(output.prompt_token_id_logprobs, np.float32)[last]
+    if own_TS is not None:
+        asked, more_TS = np.split(asked, [asked.shape[1] - own_TS.shape[1]], axis=1)
+        ids_TK, top_TK = with_own(ids_TK, top_TK, own_TS, more_TS)
+    rest_T = 1 - np.exp(top_TK, dtype=np.float64).sum(1)
     return _row_scores(ids_TK, top_TK, np.log(rest_T.clip(MIN_TAIL)), asked, forced)
+
+
+def first_known(ids_TK: NDArray[np.int32], count: int, limit: int | None) -> NDArray[np.int32]:
+    """The first `count` ids of each position that are below `limit`.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if limit is None:
+        return ids_TK[:, :count]
+    return np.take_along_axis(ids_TK, _known_first(ids_TK, count, limit, "student"), axis=1)
+
+
+def _known_first(ids_TK: NDArray[np.int32], count: int, limit: int, role: str) -> NDArray[np.int64]:
+    """Places of the first `count` ids below `limit` [T, count]."""
+    order_TK = np.argsort(ids_TK >= limit, axis=1, kind="stable")[:, :count]
+    if (np.take_along_axis(ids_TK, order_TK, axis=1) >= limit).any():
+        raise UserError(
+            f"the {role} prefers more than {SPARE} ids that the tokenizer does not have; "
+            f"engine vllm cannot leave so many out; use {role}.engine=transformers"
+        )
+    return order_TK
 
 
 def _row_scores(

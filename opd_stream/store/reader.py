@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, Commit, DamagedUnit
 from opd_stream.store.codecs import ScoreBlock, decode_scores
+from opd_stream.store.codecs.columns import is_among
 from opd_stream.store.shards import ROWS_PER_PART, rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
@@ -60,16 +61,33 @@ class ScoredRow:
     cache: int  # which of the caches the row comes from
     chunk_ids: NDArray[np.int32] | None = None  # [T], of a teacher with another tokenizer; -1: none
     same_tokens: NDArray[np.bool_] | None = None  # [T], where that teacher has the same token
+    student_top_ids: NDArray[np.integer[Any]] | None = None  # [T, S], all among the K
 
     def first_candidates(self, top_k: int) -> "ScoredRow":
-        """The row as a smaller K would have given it: the rest joins the tail."""
-        rest = np.exp(self.teacher_top_logprobs[:, top_k:], dtype=np.float64).sum(1)
+        """The row as a smaller K of the teacher would have given it: the rest joins the tail.
+
+        The student's own ids stay.
+        """
+        ids, logprobs = self.teacher_top_ids, self.teacher_top_logprobs
+        if self.student_top_ids is not None:
+            is_kept = is_among(ids, self.student_top_ids)
+            is_kept[:, :top_k] = True
+            order = np.argsort(~is_kept, axis=1, kind="stable")
+            ids, logprobs = (np.take_along_axis(each, order, axis=1) for each in (ids, logprobs))
+            is_kept = np.take_along_axis(is_kept, order, axis=1) & (logprobs > -np.inf)
+            rest = np.exp(np.where(is_kept, -np.inf, logprobs), dtype=np.float64).sum(1)
+            widest = int(is_kept.sum(1).max(initial=0))
+            logprobs = np.where(is_kept, logprobs, -np.inf)[:, :widest]
+            ids = np.where(is_kept, ids, 0)[:, :widest]
+        else:
+            rest = np.exp(logprobs[:, top_k:], dtype=np.float64).sum(1)
+            ids, logprobs = ids[:, :top_k], logprobs[:, :top_k]
         with np.errstate(divide="ignore"):
             tail = np.log(np.exp(self.teacher_tail_logprobs, dtype=np.float64) + rest)
         return replace(
             self,
-            teacher_top_ids=self.teacher_top_ids[:, :top_k],
-            teacher_top_logprobs=self.teacher_top_logprobs[:, :top_k],
+            teacher_top_ids=ids,
+            teacher_top_logprobs=logprobs,
             teacher_tail_logprobs=tail.astype(np.float32),
         )
 
@@ -171,6 +189,7 @@ class ScoredRows:
             cache=cache,
             chunk_ids=chunk_ids,
             same_tokens=_row_of(scores.same_tokens, tokens),
+            student_top_ids=_row_of(rollouts.student_top_ids, row),
         )
 
     def sampled(self, cache: int, unit: int) -> Commit:

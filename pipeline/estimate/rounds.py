@@ -101,8 +101,12 @@ class RunCosts:
         vocabulary = (setup.teacher or setup.student).config.vocabulary
         self._completions: Completions | None = None
         self._answers: Completions | None = None
-        self._rollouts_sizes = rollouts_sizes(self.config.rollouts.extra_draws)
-        self._answers_sizes = rollouts_sizes(0)
+        self._rollouts_sizes = rollouts_sizes(
+            self.config.rollouts.extra_draws,
+            student_top_k=self.config.rollouts.student_top_k,
+            vocabulary=vocabulary,
+        )
+        self._answers_sizes = rollouts_sizes()
         self._scores_sizes = scores_sizes(
             self.config, forced=len(setup.forced_ids), vocabulary=vocabulary
         )

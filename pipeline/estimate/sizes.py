@@ -163,14 +163,18 @@ def measured_sizes(commits: Collection[Commit]) -> ShardSizes | None:
     )
 
 
-def rollouts_sizes(extra_draws: int) -> ShardSizes:
-    """Before zstd: ids and log-probabilities of what is drawn."""
-    return ShardSizes(per_token=4, per_completion_token=8 * (1 + extra_draws))
+def rollouts_sizes(
+    extra_draws: int = 0, *, student_top_k: int = 0, vocabulary: int = 1
+) -> ShardSizes:
+    """Before zstd: ids and log-probabilities of what is drawn, and the student's own ids."""
+    own = student_top_k * _planes(vocabulary)
+    return ShardSizes(per_token=4, per_completion_token=8 * (1 + extra_draws) + own)
 
 
 def scores_sizes(config: Config, *, forced: int, vocabulary: int) -> ShardSizes:
     """Before zstd, every candidate stored."""
     top_k, id_bytes = config.scores.top_k, _planes(vocabulary)
+    top_k = min(top_k + config.rollouts.student_top_k, vocabulary)  # where no id is of both
     match config.scores.codec:
         case ExactCodec(dtype=dtype):
             width = {"float16": 2, "float32": 4}[dtype]

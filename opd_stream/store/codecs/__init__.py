@@ -58,7 +58,10 @@ class ExactCodec(Section):
 
 
 class CompactCodec(Section):
-    """Quantised log-probabilities, packed ids, as many candidates as hold the mass."""
+    """Quantised log-probabilities, packed ids, as many candidates as hold the mass.
+
+    The student's own ids (`rollouts.student_top_k`) are kept whatever the mass.
+    """
 
     kind: Literal["compact"] = "compact"
     max_error: float = Field(
@@ -104,7 +107,11 @@ def encode_scores(
             columns, fidelity = encode_exact(scores, dtype=dtype)
         case CompactCodec(max_error=max_error, mass=mass, min_k=min_k):
             columns, extra, fidelity = encode_compact(
-                scores, max_error=max_error, mass=mass, min_k=min_k
+                scores,
+                max_error=max_error,
+                mass=mass,
+                min_k=min_k,
+                student_top_ids=rollouts.student_top_ids,
             )
         case SampledCodec(draws=draws):
             columns, fidelity = encode_sampled(scores, draws=draws)

@@ -35,6 +35,12 @@ class ScoreBlock:
     same_tokens: NDArray[np.bool_] | None = None  # [N], the same
 
 
+def is_among(ids_NK: NDArray[np.integer[Any]], of_NS: NDArray[np.integer[Any]]) -> NDArray[Any]:
+    """Whether each id is one of those of its token, bool [N, K]."""
+    token_N1 = np.arange(len(ids_NK), dtype=np.int64)[:, None] << 32
+    return np.isin(ids_NK.astype(np.int64) + token_N1, of_NS.astype(np.int64) + token_N1)
+
+
 def lengths_of(rows: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
     """Tokens of each row [R]."""
     return np.array([len(row) for row in rows], np.int64)

@@ -1,8 +1,8 @@
 """The `compact` codec: error-bounded and as wide as the mass asks.
 
 - Per position as many candidates as hold `mass` (never fewer than `min_k`, never more than were
-  scored, none of probability 0); what is left out is added to the exact tail before anything is
-  rounded.
+  scored, none of probability 0), and the student's own; what is left out is added to the exact
+  tail before anything is rounded.
 - A log-probability is a number of steps of 1.998 * max_error below 0; 65,535 steps mean -inf. Down
   the ranks only the difference to the rank before is kept: small numbers, which compress.
 - An id is its place in the shard's dictionary, which lists ids by how often the shard has them, so
@@ -10,6 +10,7 @@
 - All of it as byte planes, token after token.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from opd_stream.store.codecs.columns import (
     ScoreBlock,
     flat,
     flat_values,
+    is_among,
     joined,
     lengths_of,
     list_column,
@@ -38,7 +40,12 @@ LARGEST_COUNTED_ID = 2**24  # ids above are sorted instead of counted in an arra
 
 
 def encode_compact(
-    scores: ScoreBatch, *, max_error: float, mass: float | None, min_k: int
+    scores: ScoreBatch,
+    *,
+    max_error: float,
+    mass: float | None,
+    min_k: int,
+    student_top_ids: Sequence[NDArray[np.integer[Any]]] | None = None,
 ) -> tuple[dict[str, Any], dict[bytes, bytes], Fidelity]:
     """Columns, schema metadata and fidelity.
 
@@ -54,10 +61,16 @@ def encode_compact(
     tail_N = flat(scores.teacher_tail_logprobs, np.float64)
     forced_NF = flat(scores.teacher_forced_logprobs, np.float32)
     _check_ranks(true_NK)
-    kept_NK, mass_N, lost_N = _kept(true_NK, tail_N, mass=mass, min_k=min_k)
+    own_NK = None if mass is None else _own(ids_NK, student_top_ids, lengths)
+    kept_NK, mass_N, lost_N = _kept(true_NK, tail_N, mass=mass, min_k=min_k, own_NK=own_NK)
     counts_N = kept_NK.sum(1)
     entry_offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts_N)])[offsets]
     whole = bool((counts_N == kept_NK.shape[1]).all())
+    if own_NK is not None:  # what stays of a row stands together: a step is to the one before
+        order_NK = np.argsort(~kept_NK, axis=1, kind="stable")
+        ids_NK = np.take_along_axis(ids_NK, order_NK, axis=1)
+        true_NK = np.take_along_axis(true_NK, order_NK, axis=1)
+        kept_NK = np.take_along_axis(kept_NK, order_NK, axis=1)
     steps_NK = _steps(true_NK, step)
     differences_NK = np.diff(steps_NK, axis=1, prepend=np.int32(0))
 
@@ -140,7 +153,12 @@ def unpacked_dictionary(data: bytes) -> NDArray[np.uint32]:
 
 
 def _kept(
-    true_NK: NDArray[np.float32], tail_N: NDArray[np.float64], *, mass: float | None, min_k: int
+    true_NK: NDArray[np.float32],
+    tail_N: NDArray[np.float64],
+    *,
+    mass: float | None,
+    min_k: int,
+    own_NK: NDArray[np.bool_] | None,
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]:
     """Which candidates are stored, their mass, and the exact mass outside them."""
     top_k = true_NK.shape[1]
@@ -151,9 +169,22 @@ def _kept(
         return possible_NK, 1 - tail_mass_N, tail_mass_N
     needed_N: NDArray[np.int64] = (probabilities_NK.cumsum(1) < mass).sum(1) + 1
     needed_N = np.minimum(np.maximum(needed_N, min_k), top_k)
-    kept_NK = np.less(np.arange(top_k, dtype=np.int64), needed_N.reshape(-1, 1)) & possible_NK
+    kept_NK = np.less(np.arange(top_k, dtype=np.int64), needed_N.reshape(-1, 1))
+    kept_NK = (kept_NK if own_NK is None else kept_NK | own_NK) & possible_NK
     lost_N = tail_mass_N + np.where(kept_NK, 0, probabilities_NK).sum(1)
     return kept_NK, 1 - lost_N, lost_N
+
+
+def _own(
+    ids_NK: NDArray[np.uint32],
+    student_top_ids: Sequence[NDArray[np.integer[Any]]] | None,
+    lengths: NDArray[np.int64],
+) -> NDArray[np.bool_] | None:
+    """Which candidates are the student's; None: it has none. A refused row has no tokens."""
+    if student_top_ids is None:
+        return None
+    pairs = zip(student_top_ids, lengths.tolist(), strict=True)
+    return is_among(ids_NK, flat([row[:length] for row, length in pairs], np.int64))
 
 
 def _steps(logprobs: NDArray[np.floating[Any]], step: float) -> NDArray[np.int32]:

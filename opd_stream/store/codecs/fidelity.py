@@ -103,7 +103,7 @@ def measure(
     bins = np.bincount(place.clip(0, BINS - 1).astype(np.int64), minlength=BINS)
     return Fidelity(
         tokens=len(mass_N),
-        entries=len(true_E),
+        entries=int(finite.sum()),  # where a position has fewer candidates, -inf fills up
         mass=float(mass_N.sum()),
         lost_mass_bins=tuple(bins.tolist()),
         error=float(error.sum()),
