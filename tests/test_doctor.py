@@ -336,7 +336,7 @@ def having(*gpus: Gpu, **fields: Any) -> Machine:
         (having(bytes=2_000_000), ["executor=local"], "error", "memory", "training"),
         (
             having(SMALL_GPU._replace(bytes=ONE_ROLE)),
-            ["executor=local"],
+            ["executor=ray"],
             "error",
             "memory",
             "student, teacher and training at once",

@@ -20,6 +20,7 @@ from opd_stream.sources import DatasetPrompts, FilePrompts
 from pipeline.doctor.findings import Finding, NotChecked, check
 from pipeline.doctor.subject import Subject
 from pipeline.estimate import estimate
+from pipeline.estimate.memory import TrainingMemory
 from pipeline.estimate.sizes import BYTES
 from pipeline.run_folder import RunFolder
 
@@ -343,16 +344,29 @@ def memory(subject: Subject) -> Iterator[Finding]:
         yield _fits(f"{role} in {model.dtype}, weights alone", need, share or device)
     state = sizes["student"] * (TRAINING_BYTES if config.train.lora is None else BYTES["float32"])
     state //= pool.devices if pool.strategy == "fsdp2" else 1
-    yield _fits("training, without activations", state, device)
+    what, forecast = "training, without activations", _forecast(config)
+    if forecast is not None:
+        what = f"training, micro-batches of {forecast.tokens:,} tokens"
+        state = forecast.bytes - (forecast.parts["process"] if machine.gpus else 0)
+    yield _fits(what, state, device)
+    if config.executor == "local":  # its engines make room
+        return
     # Engines stay loaded while a round trains; a pool that reserves no GPU runs on the first one.
-    is_one, need = config.executor == "local" or len(machine.gpus) < 2, state
+    is_one, need = len(machine.gpus) < 2, state
     beside = [role for role in sizes if is_one or subject.pools[role].gpus == 0]
     for role in beside:
         model = subject.engines[role]
         taken = on_vllm(model) or sizes[role] * BYTES[model.dtype]
-        need += taken * (1 if config.executor == "local" else subject.pools[role].workers)
+        need += taken * subject.pools[role].workers
     if beside and not _on_cluster():
         yield _fits(f"{', '.join(beside)} and training at once", need, device)
+
+
+def _forecast(config: Config) -> TrainingMemory | None:
+    try:
+        return estimate(config, RunFolder(RUNS)).training
+    except UserError:  # the check of what is refused tells it
+        return None
 
 
 def _fits(what: str, need: int, has: int) -> Finding:

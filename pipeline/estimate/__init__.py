@@ -17,11 +17,14 @@ from opd_stream.costs import forward_flops
 from opd_stream.engines.base import MAX_LOGITS_PER_CHUNK, rows_per_chunk
 from opd_stream.store.files import is_remote
 from opd_stream.windows import AdaptiveWindow
+from pipeline.estimate.memory import training_memory
 from pipeline.estimate.reading import existing_folder, read_inputs
 from pipeline.estimate.result import BreakEven, Disk, Estimate, LogitMemory, RoundCost, StepCost
 from pipeline.estimate.rounds import RunCosts
 from pipeline.estimate.sizes import FLOAT32, RECORD_BYTES, policy_sizes
 from pipeline.run_folder import RunFolder
+from pipeline.setup import largest_window
+from stages.prompts import every_prompt
 from stages.step import TRAIN
 
 
@@ -36,10 +39,12 @@ def estimate(config: Config, folder: RunFolder) -> Estimate:
     rounds = tuple(costs.rounds())
     steps = [step for each in rounds for step in each.steps]
     disks, logits = _disks(costs, rounds, folder.path), _logits(costs)
+    reads = costs.inputs.prompts.selected(every_prompt()).mean + largest_window(config)
     return Estimate(
         rounds=rounds,
         disk=disks,
         logits=logits,
+        training=training_memory(config, costs.setup.student.folder, row_tokens=reads),
         break_even=_break_even(costs, steps),
         notes=(*costs.inputs.notes, *_assumptions(costs, steps)),
         warnings=(*costs.setup.warnings, *_warnings(disks, logits)),

@@ -9,6 +9,7 @@ from rich.filesize import decimal
 
 from opd_stream.section import Record
 from pipeline.console import print_lines, result_table
+from pipeline.estimate.memory import TrainingMemory
 from stages.step import PROBE, PROBE_SCORE, StepKind
 
 # Where the numbers of what is left come from: nothing is left; the completions measured so far;
@@ -163,6 +164,7 @@ class Estimate(Record):
     rounds: tuple[RoundCost, ...]
     disk: tuple[Disk, ...]
     logits: LogitMemory | None  # None: no teacher scores here
+    training: TrainingMemory | None  # None: the student's files do not say enough
     break_even: BreakEven | None  # None: nothing is known of a teacher
     notes: tuple[str, ...]  # what was assumed
     warnings: tuple[str, ...]
@@ -249,6 +251,14 @@ def _lines(found: Estimate) -> Iterator[str]:
         yield (
             f"logits while scoring: {logits.rows:,} rows of {logits.vocabulary:,} at a time, "
             f"{decimal(logits.bytes)} (bound {decimal(logits.bound)}, {logits.what})"
+        )
+    if (training := found.training) is not None:
+        parts = ", ".join(
+            f"{name} {decimal(size)}" for name, size in training.parts.items() if size
+        )
+        yield (
+            f"memory of training on a CPU: {decimal(training.bytes)} at the peak, micro-batches of "
+            f"{training.tokens:,} tokens ({parts}; of gradients and activations the larger)"
         )
     cost = found.break_even
     if cost is not None and cost.runs is not None:

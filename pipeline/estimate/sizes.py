@@ -219,7 +219,7 @@ def policy_sizes(folder: Path, train: Train) -> PolicySizes:
     """From the shapes of the student's weights; training keeps float32 and two moments of AdamW."""
     shapes, lora = weight_shapes(folder), train.lora
     weights = sum(prod(shape) for shape in shapes.values())
-    trained = weights if lora is None else _adapter_weights(shapes, lora)
+    trained = weights if lora is None else adapter_weights(shapes, lora)
     width = BYTES[published_dtype(folder)]
     others = [
         path.stat().st_size
@@ -229,7 +229,8 @@ def policy_sizes(folder: Path, train: Train) -> PolicySizes:
     adapter = 0 if lora is None else trained * FLOAT32
     exact = weights * FLOAT32 if lora is None and width < FLOAT32 else 0
     base = 0 if train.extrapolation is None else trained * FLOAT32
-    moments = 2 * trained * FLOAT32
+    each = {"adamw": 2 * FLOAT32, "adamw-8bit": 2, "adafactor": 0}[train.optimizer]
+    moments = trained * each
     return PolicySizes(
         policy=weights * width + adapter + sum(others),
         state=moments + exact + base,
@@ -237,7 +238,7 @@ def policy_sizes(folder: Path, train: Train) -> PolicySizes:
     )
 
 
-def _adapter_weights(shapes: dict[str, list[int]], lora: Lora) -> int:
+def adapter_weights(shapes: dict[str, list[int]], lora: Lora) -> int:
     """Weights of the adapters: rank x (inputs + outputs) of each matrix they are put on."""
     matrices = {
         name.removesuffix(".weight"): shape

@@ -1,0 +1,95 @@
+"""Memory of training at its peak, from the shapes of the student's weights and of its layers.
+
+A step holds weights and moments throughout. Activations are there before all gradients are, so the
+larger of the two counts. What a layer leaves for its backward pass is counted as in the Llama
+family: six tensors as wide as the hidden states, five as the queries and four as the MLP.
+"""
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pydantic import computed_field
+
+from opd_stream.config import Config
+from opd_stream.model_config import read_model_config
+from opd_stream.section import Record
+from pipeline.estimate.sizes import FLOAT32, adapter_weights
+from stages.checkpoints import NARROW, weight_files
+
+PROCESS = 420_000_000  # Python and the libraries of training on a CPU, measured
+CHUNK = 3 * 24 * 2**20  # logits of a chunk on a CPU, and what is computed of them
+MOMENTS = {"adamw": 8, "adamw-8bit": 2, "adafactor": 0}  # bytes a trained parameter
+WIDENED = 1.2  # of 16-bit activations: norms and softmax are float32
+
+
+class TrainingMemory(Record):
+    """Bytes of one process that trains, on one device."""
+
+    parts: dict[str, int]
+    tokens: int  # of a micro-batch, padding included
+
+    @computed_field
+    @property
+    def bytes(self) -> int:
+        """At the peak."""
+        parts = self.parts
+        both = max(parts["gradients"], parts["activations"])
+        return sum(parts.values()) - parts["gradients"] - parts["activations"] + both
+
+
+def training_memory(config: Config, folder: Path, *, row_tokens: float) -> TrainingMemory | None:
+    """The forecast for a student, on a CPU; None where its files do not say enough.
+
+    Args:
+        config: the run.
+        folder: of the student.
+        row_tokens: prompt and completion of a row.
+
+    Raises:
+        UserError: the weights cannot be read.
+    """
+    train, trainer = config.train, config.pools.trainer
+    model = read_model_config(folder)
+    stored, settings = weight_files(folder), model.settings
+    named = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    if model.is_quantised or not all(settings.get(name) for name in named):
+        return None
+    weights = sum(prod(tensor.shape) for tensor in stored.values())
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    trained = weights if train.lora is None else adapter_weights(shapes, train.lora)
+    shards = trainer.devices if trainer.strategy == "fsdp2" else 1
+    is_narrow = {tensor.dtype for tensor in stored.values()} <= set(NARROW) and shards == 1
+    width = 2 if train.precision == "bf16-true" else FLOAT32
+    base = weights * width
+    if train.lora is not None:
+        base = weights * (2 if is_narrow else FLOAT32) + trained * FLOAT32
+    master = trained * FLOAT32 if train.precision == "bf16-true" else 0
+    tokens = min(train.tokens_per_microbatch, round(train.rows_per_step * row_tokens))
+    vocabulary, hidden = settings["vocab_size"], settings["hidden_size"]
+    head = vocabulary * hidden * (width if train.lora is None else 0)
+    if train.lora is not None and is_narrow:
+        head = vocabulary * hidden * FLOAT32  # widened for its product
+    activations = tokens * activation_numbers(settings, recomputes=train.gradient_checkpointing)
+    activations *= FLOAT32 if train.precision == "float32" else 2 * WIDENED
+    casts = weights * 2 if train.precision == "bf16-mixed" and train.lora is None else 0
+    return TrainingMemory(
+        parts={
+            "process": PROCESS,
+            "weights": (base + master) // shards,
+            "moments": trained * MOMENTS[train.optimizer] // shards,
+            "gradients": trained * width // shards,
+            "activations": round(activations) + casts,
+            "head": head + CHUNK,
+        },
+        tokens=tokens,
+    )
+
+
+def activation_numbers(settings: dict[str, Any], *, recomputes: bool) -> int:
+    """Numbers that a forward pass leaves for the backward pass, of one token."""
+    hidden, layers = settings["hidden_size"], settings["num_hidden_layers"]
+    heads = settings["num_attention_heads"]
+    queries = heads * (settings.get("head_dim") or hidden // heads)
+    layer = 6 * hidden + 5 * queries + 4 * (settings.get("intermediate_size") or 4 * hidden)
+    return layers * hidden + layer if recomputes else layers * layer
