@@ -124,7 +124,7 @@ def score_aligned(
         teachers = replace(asked, forced_ids=aligner.asked_ids(asked.forced_ids))
         scored = engine.score(reading.batch, teachers)
     else:
-        scored = score_batch((), has_candidates=False)
+        scored = score_batch((), reading.batch)
     return aligner.scores(batch, reading, scored, asked.forced_ids), reading.batch
 
 
