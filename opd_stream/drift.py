@@ -92,6 +92,8 @@ _MEANS = (
     "teacher_entropy",
     "capped_importance",
     "block_drift",
+    "seen_kl",
+    "unseen_kl",
 )
 _DRIFT = tuple(f"drift.{name}" for name in DriftSums.__dataclass_fields__)
 _ABSOLUTE = tuple(f"absolute.{bin_}" for bin_ in range(len(ABSOLUTE_EDGES) + 1))
@@ -160,6 +162,8 @@ class MeasuredTokens:
     reverse_kl_N: Tensor
     student_top_mass_N: Tensor
     teacher_top_mass_N: Tensor
+    seen_kl_N: Tensor  # reverse KL over candidates and tail
+    unseen_kl_N: Tensor  # estimate of what is missing to the full one
     student_entropy_N: Tensor
     teacher_entropy_N: Tensor
     overlap_M: Tensor  # share of the student's own candidates among the teacher's, of a sample
@@ -185,6 +189,8 @@ def step_sums(of: MeasuredTokens) -> Tensor:
             of.teacher_entropy_N,
             (d_N.exp() > LARGEST_IMPORTANCE).to(of.losses_N.dtype),
             group_means(d_N, of.block_N).abs(),
+            of.seen_kl_N,
+            of.unseen_kl_N,
         ]
         totals = [
             counted_N.sum(),

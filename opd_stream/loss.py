@@ -20,6 +20,7 @@ from opd_stream.objectives import (
     Draws,
     Objective,
     ObjectiveInputs,
+    seen_reverse_kl,
     teacher_entropy,
     token_losses,
 )
@@ -85,7 +86,10 @@ def batch_loss(
     with torch.no_grad():
         inputs = _inputs(fused.logprobs_NJ, batch, slice(None), options)
         losses_N = fused.losses_N if limit is None else token_losses(objectives, inputs)
-        measured = _measured(batch, inputs, fused, losses_N, drift_weights_N)
+        seen_N, unseen_N = seen_reverse_kl(inputs)
+        if options.is_drawn or options.shares_N is not None:  # no support, or not of tokens
+            seen_N, unseen_N = torch.zeros_like(seen_N), torch.zeros_like(seen_N)
+        measured = _measured(batch, inputs, fused, losses_N, drift_weights_N, seen_N, unseen_N)
     return BatchLoss(loss=fused.loss, losses_N=losses_N, sums=step_sums(measured))
 
 
@@ -119,6 +123,8 @@ def _measured(
     fused: FusedLoss,
     losses_N: torch.Tensor,
     drift_weights_N: torch.Tensor,
+    seen_N: torch.Tensor,
+    unseen_N: torch.Tensor,
 ) -> MeasuredTokens:
     return MeasuredTokens(
         row_tokens_B=batch.attention_mask_BL.sum(1).double(),
@@ -130,6 +136,8 @@ def _measured(
         reverse_kl_N=inputs.reverse_kl_N,
         student_top_mass_N=inputs.student_top_logprobs_NK.exp().sum(1),
         teacher_top_mass_N=inputs.teacher_top_logprobs_NK.exp().sum(1),
+        seen_kl_N=seen_N,
+        unseen_kl_N=unseen_N,
         student_entropy_N=fused.entropy_N,
         teacher_entropy_N=teacher_entropy(inputs),
         overlap_M=fused.overlap_M,

@@ -116,6 +116,23 @@ def teacher_entropy(inputs: ObjectiveInputs) -> Tensor:
     return -(teacher.exp() * teacher).sum(1)
 
 
+def seen_reverse_kl(inputs: ObjectiveInputs) -> tuple[Tensor, Tensor]:
+    """KL(student || teacher) over the K + 1 outcomes, and what these do not see [N], nats.
+
+    The second is an estimate from the drawn token, as in `Hybrid`: its mean over draws of the
+    behavior student at temperature 1 is the full divergence less the first.
+    """
+    student, teacher = outcomes(inputs)
+    importance_N = _importance(inputs.student_logprobs_N, inputs.behavior_logprobs_N)
+    return kl(student, teacher), importance_N * _beyond_tail(inputs, student, teacher)
+
+
+def _beyond_tail(inputs: ObjectiveInputs, student: Tensor, teacher: Tensor) -> Tensor:
+    """The drawn token's log-ratio less that of the tails; 0 if it is a candidate; detached [N]."""
+    tail_advantage_N = (student[:, -1] - teacher[:, -1]).detach()
+    return (inputs.reverse_kl_N - tail_advantage_N).masked_fill(inputs.sampled_in_top_N, 0.0)
+
+
 def kl(left: Tensor, right: Tensor) -> Tensor:
     """sum of exp(left) * (left - right) over the last dimension."""
     return (left.exp() * (left - right)).sum(dim=1)
@@ -261,13 +278,11 @@ class Hybrid(Objective):
     def token_losses(self, inputs: ObjectiveInputs) -> Tensor:
         """Bucket and tail term [N]."""
         student, teacher = outcomes(inputs)
-        tail_advantage_N = (student[:, -1] - teacher[:, -1]).detach()
         live_N = inputs.student_logprobs_N
         importance_N = _importance(live_N.detach(), inputs.behavior_logprobs_N)
         carried_N = (live_N - live_N.detach()).exp()  # 1 in value, with the gradient of log p
         tail_N = importance_N.clamp(max=self.importance_cap) * carried_N
-        tail_N = tail_N * (inputs.reverse_kl_N - tail_advantage_N)
-        return kl(student, teacher) + tail_N.masked_fill(inputs.sampled_in_top_N, 0.0)
+        return kl(student, teacher) + tail_N * _beyond_tail(inputs, student, teacher)
 
 
 class SampledPg(Objective):

@@ -53,6 +53,8 @@ class EpochRecord(Record):
     teacher_entropy: float | None = None
     capped_importance: float | None = None
     block_drift: float | None = None
+    seen_kl: float | None = None  # reverse KL over the candidates and one outcome for the rest
+    unseen_kl: float | None = None  # estimate of what is missing to the full one
     absolute_reverse_kl_p50: float | None = None
     absolute_reverse_kl_p90: float | None = None
     absolute_reverse_kl_p99: float | None = None
@@ -67,6 +69,17 @@ class EpochRecord(Record):
     by_position: tuple[PositionMeans, ...] = ()
 
 
+class Coverage(Record):
+    """What the cached candidates hold and see, on some rows before anything trained on them."""
+
+    tokens: int
+    student_mass: float  # on the candidates
+    teacher_mass: float
+    reverse_kl: float | None = None  # estimate of the full one, nats a token
+    share: float | None = None  # of it, seen by the candidates; None: cannot be estimated
+    error: float | None = None  # standard error of the share over rows
+
+
 class StartDrift(Record):
     """Drift of a sample of the rows before anything trained on them."""
 
@@ -78,6 +91,7 @@ class StartDrift(Record):
     mean_d: float = 0.0
     distance: float = 0.0  # KL(behavior || teacher) of the rows, nats per token
     distance_error: float = 0.0
+    coverage: Coverage | None = None  # None: not of ranked candidates
 
 
 class UnitRecord(Record):

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
-from opd_stream.config import PLACEMENT, counts_rounds
+from opd_stream.config import PLACEMENT, Config, counts_rounds
 from opd_stream.costs import (
     ModelShape,
     TokenCounts,
@@ -19,6 +19,7 @@ from opd_stream.costs import (
     train_flops,
     unknown_costs,
 )
+from opd_stream.coverage import is_low
 from opd_stream.errors import UserError
 from opd_stream.outcome import TrainOutcome
 from opd_stream.section import Record
@@ -97,7 +98,7 @@ class Accounts:
             if known is None:
                 return
             self.folder.write_report(known)
-            for line in untrained_line(known):
+            for line in (*untrained_line(known), *uncovered_line(known, config)):
                 self.warn(line)
         self._reports[round_.index] = known
 
@@ -242,6 +243,7 @@ def round_report(
         drift_floor=outcome.start.floor,
         start_drift=outcome.start.policy_drift,
         start=outcome.start,
+        coverage=outcome.start.coverage,
         unit_decisions=round_.unit_decisions,
         policy_drift=last.policy_drift,
         effective_sample_fraction=last.effective_sample_fraction,
@@ -274,6 +276,22 @@ def untrained_line(report: RoundReport) -> Iterator[str]:
     else:
         why = "the rest is left out by train.guards.mask_first"
     yield f"round {report.round}: {share:.0%} of its scored tokens were trained; {why}"
+
+
+def uncovered_line(report: RoundReport, config: Config) -> Iterator[str]:
+    """What to know of candidates that see little of the distance to the teacher."""
+    found, reads = report.coverage, {part.reads for part in config.train.objective}
+    if found is None or "candidates" not in reads or not is_low(found):
+        return
+    seen = ""
+    if found.share is not None:
+        seen = f"see {found.share:.0%} (± {found.error or 0:.0%}) of the reverse KL and "
+    yield (
+        f"round {report.round}: the cached candidates {seen}hold {found.student_mass:.0%} of the "
+        f"student's mass, {found.teacher_mass:.0%} of the teacher's, on {found.tokens:,} tokens; "
+        "raise scores.top_k or rollouts.student_top_k (doctor says to what), or use objective "
+        "hybrid"
+    )
 
 
 class RoundWork:

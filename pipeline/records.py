@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_serializer, model_validator
 
 from opd_stream.drift import DriftSums
-from opd_stream.outcome import EpochRecord, ExtrapolationRecord, StartDrift, WindowAudit
+from opd_stream.outcome import Coverage, EpochRecord, ExtrapolationRecord, StartDrift, WindowAudit
 from opd_stream.section import Record, later
 from opd_stream.tasks.distance import TextDistance
 
@@ -237,6 +237,7 @@ class RoundReport(Record):
     drift_floor: float | None = None
     start_drift: float
     start: StartDrift | None = None  # all that was measured before training
+    coverage: Coverage | None = None  # what the cached candidates hold and see
     unit_decisions: tuple[UnitDecisionRecord, ...] = ()
     policy_drift: float
     effective_sample_fraction: float

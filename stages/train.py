@@ -21,6 +21,7 @@ import torch
 from lightning.fabric import Fabric
 
 from opd_stream.batches import Batch
+from opd_stream.coverage import measured_coverage
 from opd_stream.drift import (
     NAMES,
     DriftSums,
@@ -371,6 +372,7 @@ def measure_start(training: Training) -> None:
         mean_d=drift_of(sums).signed_mean,
         distance=max(0.0, distance_sum(sums) / max(sums["tokens"], 1.0)),
         distance_error=ratio_error([distance_sum(row) for row in everything], tokens),
+        coverage=measured_coverage(everything, is_plain=job.is_plain),
     )
     bounds = training.bounds
     drift = beyond(drift_of(sums), floor=state.floor)

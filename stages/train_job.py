@@ -84,6 +84,12 @@ class TrainJob:
         return trainer.strategy == "fsdp2" and trainer.devices > 1
 
     @property
+    def is_plain(self) -> bool:
+        """Whether all rows were drawn at temperature 1; of imported ones nothing else is known."""
+        recipes = [self.store().by_fingerprint("rollouts", c.rollouts).recipe for c in self.caches]
+        return all(recipe.settings.get("temperature", 1.0) == 1.0 for recipe in recipes)
+
+    @property
     def has_dropout(self) -> bool:
         """Whether a training pass is another one than a measuring pass."""
         train = self.config.train

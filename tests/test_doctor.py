@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -600,6 +601,19 @@ def test_the_distance_says_what_there_is_to_learn(tmp_path: Path) -> None:
     same = first(trial.distance, small_config(tmp_path, f"student.path={teacher}"))
     assert same.level == "warning"
     assert "the student is as its teacher already" in same.todo
+
+
+def test_the_doctor_says_which_candidates_see_the_distance(tmp_path: Path) -> None:
+    few = first(trial.coverage, small_config(tmp_path, "scores.top_k=1"))
+    assert few.level == "warning"
+    assert few.found.startswith("scores.top_k=1 with rollouts.student_top_k=0 sees ")
+    wider = re.search(r"to see 90%: scores.top_k=(\d+) ", few.todo)
+    assert wider is not None
+    settings = (f"scores.top_k={wider[1]}", "rollouts.student_top_k=3")
+    assert first(trial.coverage, small_config(tmp_path, *settings)).level == "ok"
+    teacher = MODELS / "ledger-teacher"
+    same = first(trial.coverage, small_config(tmp_path, f"student.path={teacher}"))
+    assert "sees 100%" in same.found
 
 
 def test_a_sampler_at_another_temperature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

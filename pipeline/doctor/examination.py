@@ -25,6 +25,7 @@ CHECKS = (
     trial.sampler,
     trial.teacher_as_student,
     trial.distance,
+    trial.coverage,
     trial.cached_scores,
 )
 FIRST = ("packages", "store", "weights", "memory", "setup")  # without errors, or no model is loaded

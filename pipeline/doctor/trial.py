@@ -22,6 +22,14 @@ from numpy.typing import NDArray
 
 from opd_stream.config import Config
 from opd_stream.config.sections import Model, Student, Teacher
+from opd_stream.coverage import (
+    ENOUGH,
+    SUPPORTS,
+    Support,
+    SupportShare,
+    least_supports,
+    support_shares,
+)
 from opd_stream.drift import ratio_error
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import ScoringSettings
@@ -42,6 +50,7 @@ from stages.recipes import rollouts_recipe, scores_recipe
 from stages.score import ScoreWorker
 from stages.workers import Task, TaskResult, Worker, WorkerSettings
 
+COVERAGE_TOKENS = 256  # about so many, whose whole distributions both exist
 ROWS, TOKENS = 8, 64  # of a trial
 LOSS = 1e-4  # nats a token in float32; what the codec rounds is added
 TOKEN = 1e-3  # nats, largest of a drawn token in float32; what the codec rounds is added
@@ -207,6 +216,61 @@ def distance(subject: Subject) -> Iterator[Finding]:
         yield distance.warning(
             said, "the student is as its teacher already, as far as this shows: train another one"
         )
+
+
+@check(
+    "an objective over candidates corrects what these see of the distance to the teacher; the rest "
+    "moves as one block",
+    loads_models=True,
+)
+def coverage(subject: Subject) -> Iterator[Finding]:
+    """The share of the reverse KL that the config's candidates see, and what would see enough."""
+    _check_one_tokenizer(subject)
+    config, setup = subject.config, subject.setup
+    if config.teacher is not None and config.teacher.template is not None:
+        raise NotChecked("the teacher reads a rendering of its own")
+    if isinstance(config.scores.codec, SampledCodec):
+        raise NotChecked("candidates are drawn from the teacher")
+    with tempfile.TemporaryDirectory() as folder:
+        rollouts = _sampled(Path(folder), setup, config, _first_prompts(subject), setup.student)
+        batch = rollouts_batch(rollouts.read_unit(0))
+    student, teacher = (
+        _whole_distributions(model.folder, batch)
+        for model in (setup.student, subject.model("teacher"))
+    )
+    shared = min(student.shape[1], teacher.shape[1])
+    own = Support(min(config.scores.top_k, shared), min(config.rollouts.student_top_k, shared))
+    now, *others = support_shares(student[:, :shared], teacher[:, :shared], (own, *SUPPORTS))
+    said = (
+        f"scores.top_k={own.top_k} with rollouts.student_top_k={own.student_top_k} sees "
+        f"{now.share:.0%} ± {now.error:.0%} of the reverse KL and holds {now.student_mass:.0%} of "
+        f"the student's mass, {now.teacher_mass:.0%} of the teacher's, on {len(student)} tokens"
+    )
+    if min(now.share + 2 * now.error, now.student_mass, now.teacher_mass) >= ENOUGH:
+        yield coverage.ok(said)
+        return
+    enough = [_support_text(each) for each in least_supports(others)]
+    best = max(others, key=lambda each: each.share)
+    todo = f"to see {ENOUGH:.0%}: {', or '.join(enough)}"
+    if not enough:
+        todo = f"the most of what was tried is {_support_text(best)}"
+    yield coverage.warning(said, f"{todo}; objective hybrid learns the rest from drawn tokens")
+
+
+def _support_text(of: SupportShare) -> str:
+    both = f" with rollouts.student_top_k={of.student_top_k}" if of.student_top_k else ""
+    return f"scores.top_k={of.top_k}{both} ({of.share:.0%}, {of.ids:.0f} ids a token)"
+
+
+def _whole_distributions(folder: Path, batch: RolloutBatch) -> Floats:
+    """Log-probabilities of all ids at some of the batch's tokens, in float32 [N, V]."""
+    model, every = _model_of_training(folder), -(-batch.completion_tokens // COVERAGE_TOKENS)
+    found = [
+        _completion_logits(model, prompt, completion)[0].log_softmax(1).cpu().numpy()[::every]
+        for prompt, completion in zip(batch.prompt_ids, batch.completion_ids, strict=True)
+        if len(completion)
+    ]
+    return np.concatenate(found)
 
 
 @check(

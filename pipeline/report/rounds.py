@@ -140,6 +140,13 @@ def _spread(rounds: Sequence[int]) -> list[int]:
     return [rounds[round(place * last / (MOST_CURVES - 1))] for place in range(MOST_CURVES)]
 
 
+def _seen(report: RoundReport) -> str:
+    found = report.coverage
+    if found is None or found.share is None:
+        return "–"
+    return f"{found.share:.3f} ± {found.error or 0:.3f}"
+
+
 def cache_exhibit(run: Run, name: str) -> Exhibit:
     """Bytes of each round's cache, and the mass that its candidates do not hold."""
     title = "Cache: bytes and retained mass"
@@ -184,6 +191,7 @@ def cache_exhibit(run: Run, name: str) -> Exhibit:
             "bytes a token": lambda report: number(_bytes_per_token(report), 1),
             "teacher's mass retained": lambda r: number(r.epochs[-1].teacher_top_mass, 6),
             "student's mass": lambda report: number(report.epochs[-1].student_top_mass, 4),
+            "reverse KL seen": lambda report: _seen(report),
         },
     )
     return exhibit(figure, name, title, caption, run=run.name, legend=legend, tables=[table])
