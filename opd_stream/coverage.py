@@ -144,6 +144,18 @@ def is_low(coverage: Coverage) -> bool:
     return any(each is not None and each < ENOUGH for each in found)
 
 
+def coverage_text(found: Coverage) -> str:
+    """What the candidates see and hold, as the end of a sentence that begins with them."""
+    seen = ""
+    if found.share is not None:
+        seen = f"see {found.share:.0%} (± {found.error or 0:.0%}) of the reverse KL and "
+    return (
+        f"{seen}hold {found.student_mass:.0%} of the student's mass, {found.teacher_mass:.0%} of "
+        f"the teacher's, on {found.tokens:,} tokens; raise scores.top_k or "
+        "rollouts.student_top_k (doctor says to what), or use objective hybrid"
+    )
+
+
 def _first(logprobs_V: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     """The `count` most probable ids, by rank."""
     some = np.argpartition(-logprobs_V, count - 1)[:count]

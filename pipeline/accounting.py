@@ -19,7 +19,7 @@ from opd_stream.costs import (
     train_flops,
     unknown_costs,
 )
-from opd_stream.coverage import is_low
+from opd_stream.coverage import coverage_text, is_low
 from opd_stream.errors import UserError
 from opd_stream.outcome import TrainOutcome
 from opd_stream.section import Record
@@ -283,15 +283,7 @@ def uncovered_line(report: RoundReport, config: Config) -> Iterator[str]:
     found, reads = report.coverage, {part.reads for part in config.train.objective}
     if found is None or "candidates" not in reads or not is_low(found):
         return
-    seen = ""
-    if found.share is not None:
-        seen = f"see {found.share:.0%} (± {found.error or 0:.0%}) of the reverse KL and "
-    yield (
-        f"round {report.round}: the cached candidates {seen}hold {found.student_mass:.0%} of the "
-        f"student's mass, {found.teacher_mass:.0%} of the teacher's, on {found.tokens:,} tokens; "
-        "raise scores.top_k or rollouts.student_top_k (doctor says to what), or use objective "
-        "hybrid"
-    )
+    yield f"round {report.round}: the cached candidates {coverage_text(found)}"
 
 
 class RoundWork:

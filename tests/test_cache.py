@@ -93,7 +93,7 @@ def test_the_page_names_every_column_that_is_written(finished: Path) -> None:
 def test_show_gives_the_fidelity_and_ls_every_artifact(finished: Path) -> None:
     name = scores_names(finished)[0]
     shown = said("show", str(finished / "store"), name)
-    for figure in ("bytes_per_token", "retained_mass_p1", "logprob_error_max", "kl_error_bound"):
+    for figure in ("bytes_per_token", "retained_mass_p1", "logprob_error_max", "coverage.share"):
         assert figure in shown
     listed = said("ls", str(finished / "store"))
     assert all(entry.name in listed for entry in entries(Store(finished / "store")))

@@ -14,6 +14,8 @@ from opd_stream.coverage import (
 )
 from opd_stream.drift import NAMES
 from opd_stream.outcome import Coverage
+from opd_stream.store.inventory import coverage_of
+from opd_stream.store.store import Store
 from pipeline.accounting import uncovered_line
 from pipeline.run_folder import RunFolder
 from tests.conftest import SmallRuns, small_config
@@ -125,5 +127,8 @@ def test_a_run_says_what_its_candidates_see(small_runs: SmallRuns) -> None:
     )
     (line,) = uncovered_line(low, config)
     assert "see 50%" in line
+    store = Store(str(folder / "store"))
+    scores = store.by_fingerprint("scores", found[600].caches[0].scores)
+    assert coverage_of(store, scores) == found[600].coverage
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     assert {"seen_kl", "unseen_kl"} <= set(json.loads(lines[0]))

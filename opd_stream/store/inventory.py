@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from opd_stream.errors import UserError
+from opd_stream.outcome import Coverage
 from opd_stream.section import Record
 from opd_stream.store.artifact import Artifact, summed_counts
 from opd_stream.store.codecs.fidelity import Fidelity
@@ -117,6 +118,22 @@ def fidelity_report(artifact: Artifact) -> dict[str, float | None]:
     whole = sum((commit.fidelity for commit in commits if commit.fidelity), Fidelity())
     size = sum(commit.bytes for commit in commits)
     return {"bytes": size, "bytes_per_token": size / max(1, whole.tokens), **whole.report()}
+
+
+def coverage_of(store: Store, scores: Artifact) -> Coverage | None:
+    """What the candidates of scores were found to see when a policy trained on them.
+
+    Of several policies the one that trained on the fewest caches beside them; None: none did.
+    """
+    found: list[tuple[int, Coverage]] = []
+    for folder in store.folders("policies"):
+        path = folder / "manifest.json"
+        if not path.exists() or scores.fingerprint not in path.read_text():
+            continue
+        manifest = load_record(PolicyManifest, path)
+        if manifest.outcome.start.coverage is not None:
+            found.append((len(manifest.recipe.inputs), manifest.outcome.start.coverage))
+    return min(found, key=lambda each: each[0], default=(0, None))[1]
 
 
 def damages(store: Store) -> Iterator[Damage]:

@@ -44,9 +44,11 @@ def list_artifacts(location: StorePlace) -> None:
 @cache.command()
 def show(location: StorePlace, name: ArtifactName) -> None:
     """Recipe, size and fidelity of an artifact."""
-    from opd_stream.store.inventory import fidelity_report, open_artifact
+    from opd_stream.coverage import coverage_text, is_low
+    from opd_stream.store.inventory import coverage_of, fidelity_report, open_artifact
 
-    artifact = open_artifact(_existing(location), name)
+    store = _existing(location)
+    artifact = open_artifact(store, name)
     typer.echo(f"{artifact.name}  {'complete' if artifact.is_complete() else 'not complete'}")
     typer.echo(json.dumps(artifact.recipe.as_json(), indent=2))
     if artifact.recipe.kind == "scores":
@@ -54,6 +56,11 @@ def show(location: StorePlace, name: ArtifactName) -> None:
         for field, value in fidelity_report(artifact).items():
             text = f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
             typer.echo(f"{field:22} {text}")
+        found = coverage_of(store, artifact)
+        for field, value in found.model_dump().items() if found else ():
+            typer.echo(f"{f'coverage.{field}':22} {value if value is None else f'{value:.6g}'}")
+        if found is not None and is_low(found):
+            typer.echo(f"warning: the candidates {coverage_text(found)}")
 
 
 @cache.command()
