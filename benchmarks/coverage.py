@@ -8,7 +8,6 @@ scores and the student's ids together, by codec. The lines go to benchmarks/resu
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from opd_stream.engines import open_engine
 from opd_stream.engines.base import RowScores, SamplingSettings, ranked_union, score_batch
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.store.codecs import Codec, CompactCodec, ExactCodec, encode_scores
-from opd_stream.store.shards import rollouts_table
+from opd_stream.store.shards import rollouts_table, shard_bytes
 from opd_stream.types import PromptBatch, RolloutBatch
 
 ROOT = Path(__file__).parent.parent
@@ -47,9 +46,9 @@ Dense = NDArray[np.float32]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--window", type=int, default=48)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -71,7 +70,7 @@ def main() -> None:
                 "seed": arguments.seed,
                 "tokens": batch.completion_tokens,
                 **share.model_dump(),
-                "bytes": {what: _bytes(batch, own, theirs, share, c) for what, c in CODECS.items()},
+                "bytes": _bytes(batch, own, theirs, share),
             }
             lines.append(line)
             print(json.dumps(line))
@@ -114,9 +113,9 @@ def _dense(engine: TransformersEngine, batch: RolloutBatch) -> list[Dense]:
 
 
 def _bytes(
-    batch: RolloutBatch, own: list[Dense], theirs: list[Dense], share: SupportShare, codec: Codec
-) -> float:
-    """Bytes a token of a shard of scores, and of the student's ids in that of the rollouts."""
+    batch: RolloutBatch, own: list[Dense], theirs: list[Dense], share: SupportShare
+) -> dict[str, float]:
+    """Bytes a token of a shard of scores and of the student's ids in the rollouts, by codec."""
     rows: list[RowScores] = []
     kept: list[NDArray[np.int64]] = []
     for tokens, log_p, log_q in zip(batch.completion_ids, own, theirs, strict=True):
@@ -133,8 +132,12 @@ def _bytes(
             student_top_ids=tuple(kept),
         )
         size = _file_bytes(rollouts_table(batch)) - plain
-    table, _ = encode_scores(codec, score_batch(rows, batch), batch)
-    return round((size + _file_bytes(table)) / batch.completion_tokens, 1)
+    scores = score_batch(rows, batch)
+    sizes = {
+        name: size + _file_bytes(encode_scores(codec, scores, batch)[0])
+        for name, codec in CODECS.items()
+    }
+    return {name: round(each / batch.completion_tokens, 1) for name, each in sizes.items()}
 
 
 _SAMPLED = (
@@ -149,14 +152,7 @@ def _first(logprobs_TV: Dense, count: int) -> NDArray[np.int64]:
 
 
 def _file_bytes(table: pa.Table) -> int:
-    with tempfile.NamedTemporaryFile() as file:
-        options = pa.ipc.IpcWriteOptions(compression="zstd")
-        with (
-            pa.OSFile(file.name, "wb") as sink,
-            pa.ipc.new_file(sink, table.schema, options=options) as writer,
-        ):
-            writer.write_table(table, max_chunksize=64)
-        return Path(file.name).stat().st_size
+    return len(shard_bytes(table)[0])
 
 
 if __name__ == "__main__":
