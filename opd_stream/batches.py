@@ -10,6 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from opd_stream.errors import UserError
 from opd_stream.logprobs import completion_rows
+from opd_stream.store.codecs.hidden import states_of
 from opd_stream.store.reader import ScoredRow
 from opd_stream.weighting import fixed_blocks, newline_spans, trained_mask
 
@@ -49,6 +50,7 @@ class Batch:
     teacher_terminator_logprobs_NT: torch.Tensor
     draws: StudentDraws | None
     chunk_N: torch.Tensor | None  # chunk of an aligned teacher, numbered through the batch
+    teacher_states_NG: torch.Tensor | None  # hidden states of the teacher, of codec hidden
     window_tokens: int
     largest_id: int
     names: tuple[str, ...]  # of the rows, for messages
@@ -112,6 +114,7 @@ def collate(
         teacher_terminator_logprobs_NT=_terminator_logprobs(part),
         draws=part.draws(),
         chunk_N=_chunks(part),
+        teacher_states_NG=_states(part),
         window_tokens=window_tokens,
         largest_id=max(int(input_ids.max()), int(top_ids.max()) if top_ids.numel() else 0),
         names=tuple(f"{row.prompt_id}/{row.sample_index}" for row in rows),
@@ -210,6 +213,14 @@ def _chunks(part: _Part) -> torch.Tensor | None:
         start += len(mask)
     chunk_N = np.concatenate(pieces)
     return torch.as_tensor(chunk_N) if len(np.unique(chunk_N)) < len(chunk_N) else None
+
+
+def _states(part: _Part) -> torch.Tensor | None:
+    """The teacher's hidden states [N, G], unpacked for these rows alone; None: not cached."""
+    stored = [row.teacher_states for row in part.rows if row.teacher_states is not None]
+    if len(stored) < len(part.rows):
+        return None
+    return torch.as_tensor(np.concatenate(part.pieces(states_of(stored))))
 
 
 def _blocks(

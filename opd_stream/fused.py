@@ -58,7 +58,7 @@ class FusedLoss:
 
     loss: torch.Tensor  # sum of weights_N * losses_N
     losses_N: torch.Tensor  # before weights, nats
-    logprobs_NJ: torch.Tensor  # student, over the full vocabulary, nats
+    logprobs_NJ: torch.Tensor  # student, over the full vocabulary, nats; [N, 0] without ids
     entropy_N: torch.Tensor  # of the student, nats
     overlap_M: torch.Tensor  # share of the teacher's candidates among the student's as many
 
@@ -67,7 +67,7 @@ def fused_loss(
     hidden_NH: torch.Tensor,
     head: OutputHead,
     *,
-    ids_NJ: torch.Tensor,
+    ids_NJ: torch.Tensor | None,
     weights_N: torch.Tensor,
     token_loss: TokenLoss,
     top_NK: torch.Tensor | None = None,
@@ -78,7 +78,8 @@ def fused_loss(
     Args:
         hidden_NH: hidden states that predict the tokens.
         head: the output head.
-        ids_NJ: ids whose log-probabilities the objective reads; they may repeat.
+        ids_NJ: ids whose log-probabilities the objective reads; they may repeat. None: it reads
+            those of the whole vocabulary, [n, V] of a chunk, and none are kept.
         weights_N: weight of each token in the sum; constants.
         token_loss: the objective; called once a chunk, differentiated in its first argument.
         top_NK: log-probabilities of the teacher's candidates, whose ids are columns 1 to K of
@@ -113,14 +114,18 @@ class _FusedLoss(torch.autograd.Function):
         hidden_NH: torch.Tensor,
         weight_VH: torch.Tensor,
         bias_V: torch.Tensor | None,
-        ids_NJ: torch.Tensor,
+        ids_NJ: torch.Tensor | None,
         weights_N: torch.Tensor,
         settings: _Settings,
     ) -> tuple[torch.Tensor, ...]:
         with torch.autocast(hidden_NH.device.type, enabled=False):
             work = _Pass(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad[:3], settings)
             for start in range(0, max(len(hidden_NH), 1), settings.chunk_rows):
-                work.chunk(slice(start, start + settings.chunk_rows), ids_NJ, weights_N)
+                rows = slice(start, start + settings.chunk_rows)
+                if ids_NJ is None:
+                    work.whole_chunk(rows, weights_N)
+                else:
+                    work.chunk(rows, ids_NJ, weights_N)
         outputs = work.outputs(weights_N)
         ctx.grads = (work.grad_hidden_NH, work.grad_weight_VH, work.grad_bias_V)
         ctx.mark_non_differentiable(*outputs[1:])
@@ -180,6 +185,21 @@ class _Pass:
             entropy = _entropy(softmax)
             self._dense_gradients(rows, hidden, ids, logits, softmax, grad_asked)
         self._parts.append((losses.detach(), logprobs, entropy, overlap))
+
+    def whole_chunk(self, rows: slice, weights_N: torch.Tensor) -> None:
+        """The same of an objective over the whole vocabulary: its own gradient is as large."""
+        hidden = self._hidden_NH[rows]
+        logits = self._logits_of(hidden, self._buffer[: len(hidden)])
+        leaf = logits.log_softmax(1)
+        with torch.enable_grad():
+            leaf.requires_grad_()
+            losses = self._settings.token_loss(leaf, rows)
+            (grad,) = torch.autograd.grad((losses * weights_N[rows]).sum(), leaf)
+        softmax = leaf.detach().exp()
+        entropy = _entropy(softmax)
+        grad = grad.sub_(softmax.mul_(grad.sum(1, keepdim=True)))
+        self._from_logits(rows, hidden, logits, grad)
+        self._parts.append((losses.detach(), leaf[:, :0].detach(), entropy, entropy[:0]))
 
     def outputs(self, weights_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The fields of `FusedLoss`."""
@@ -250,6 +270,12 @@ class _Pass:
     ) -> None:
         """The same for capped logits, a bias or a narrow dtype, through the logits' gradient."""
         grad = softmax.mul_(-grad_asked.sum(1, keepdim=True)).scatter_add_(1, ids, grad_asked)
+        self._from_logits(rows, hidden, logits, grad)
+
+    def _from_logits(
+        self, rows: slice, hidden: torch.Tensor, logits: torch.Tensor, grad: torch.Tensor
+    ) -> None:
+        """From the gradient in the logits, which is used up."""
         if self._settings.cap is not None:
             grad.mul_(1 - (logits / self._settings.cap).square_())
         if self.grad_bias_V is not None:

@@ -24,6 +24,7 @@ from opd_stream.objectives import (
     teacher_entropy,
     token_losses,
 )
+from opd_stream.rebuilt import TeacherHead, whole_rows, with_candidates
 from opd_stream.weighting import Weighting
 
 SMALLEST_TAIL = 1e-7  # of a difference of stored probabilities
@@ -46,6 +47,7 @@ def batch_loss(
     merge_terminators: bool = True,
     limit: float | None = None,
     weighting: Weighting | None = None,
+    teacher: TeacherHead | None = None,
 ) -> BatchLoss:
     """Loss of the batch's completion tokens, by `fused_loss`.
 
@@ -58,6 +60,8 @@ def batch_loss(
         limit: of a token's loss, for `soft_clamp`; None: no clamp.
         weighting: of tokens by measured drift; the caller divides the gradient of the step by the
             mean weight, which is in the sums.
+        teacher: rebuilds its distributions from the hidden states of the rows; None: the batch has
+            the teacher's candidates.
 
     Raises:
         UserError: an objective needs a column the cache lacks, or an id is none of the student's.
@@ -69,28 +73,110 @@ def batch_loss(
         merge=merge_terminators,
         is_drawn=any(part.reads == "drawn" for part in objectives),
         shares_N=shares_N,
+        limit=limit,
     )
 
+    if teacher is not None and teacher.top_k is not None:
+        batch = with_candidates(batch, teacher)
+    weights_N = batch.weights_N * drift_weights_N
+    if teacher is not None and teacher.top_k is None:
+        fused, seen = _whole_loss(hidden_NH, head, batch, objectives, weights_N, options, teacher)
+    else:
+        fused, seen = _candidate_loss(hidden_NH, head, batch, objectives, weights_N, options)
+    with torch.no_grad():
+        measured = _measured(batch, seen, fused, drift_weights_N)
+    return BatchLoss(loss=fused.loss, losses_N=seen.losses_N, sums=step_sums(measured))
+
+
+class _Seen(NamedTuple):
+    """What is measured of the inputs of objectives [N], without gradient."""
+
+    losses_N: torch.Tensor  # before weights and clamp, nats
+    student_logprobs_N: torch.Tensor
+    reverse_kl_N: torch.Tensor
+    student_top_mass_N: torch.Tensor
+    teacher_top_mass_N: torch.Tensor
+    teacher_entropy_N: torch.Tensor
+    seen_kl_N: torch.Tensor
+    unseen_kl_N: torch.Tensor
+
+
+def _candidate_loss(
+    hidden_NH: torch.Tensor,
+    head: OutputHead,
+    batch: Batch,
+    objectives: Sequence[Objective],
+    weights_N: torch.Tensor,
+    options: "_Options",
+) -> tuple[FusedLoss, _Seen]:
+    """Over the candidates of the batch."""
+
     def token_loss(logprobs_nJ: torch.Tensor, rows: slice) -> torch.Tensor:
-        losses = token_losses(objectives, _inputs(logprobs_nJ, batch, rows, options))
-        return losses if limit is None else soft_clamp(losses, limit)
+        return options.clamped(token_losses(objectives, _inputs(logprobs_nJ, batch, rows, options)))
 
     fused = fused_loss(
         hidden_NH,
         head,
         ids_NJ=_asked_ids(batch),
-        weights_N=batch.weights_N * drift_weights_N,
+        weights_N=weights_N,
         token_loss=token_loss,
         top_NK=None if options.is_drawn else batch.teacher_top_logprobs_NK,
     )
     with torch.no_grad():
         inputs = _inputs(fused.logprobs_NJ, batch, slice(None), options)
-        losses_N = fused.losses_N if limit is None else token_losses(objectives, inputs)
-        seen_N, unseen_N = seen_reverse_kl(inputs)
-        if options.is_drawn or options.shares_N is not None:  # no support, or not of tokens
-            seen_N, unseen_N = torch.zeros_like(seen_N), torch.zeros_like(seen_N)
-        measured = _measured(batch, inputs, fused, losses_N, drift_weights_N, seen_N, unseen_N)
-    return BatchLoss(loss=fused.loss, losses_N=losses_N, sums=step_sums(measured))
+        losses_N = fused.losses_N
+        if options.limit is not None:
+            losses_N = token_losses(objectives, inputs)
+        return fused, _seen(losses_N, inputs, options)
+
+
+def _whole_loss(
+    hidden_NH: torch.Tensor,
+    head: OutputHead,
+    batch: Batch,
+    objectives: Sequence[Objective],
+    weights_N: torch.Tensor,
+    options: "_Options",
+    teacher: TeacherHead,
+) -> tuple[FusedLoss, _Seen]:
+    """Over the whole vocabulary: both sides exist for a chunk of tokens, and what is measured."""
+    seen: list[_Seen] = []
+
+    def token_loss(logprobs_nV: torch.Tensor, rows: slice) -> torch.Tensor:
+        chunk = whole_rows(batch, teacher, rows)
+        places = [
+            chunk.completion_ids_N[:, None],
+            chunk.terminator_ids_T.expand(len(logprobs_nV), -1),
+        ]
+        if chunk.draws is not None:
+            places.append(chunk.draws.ids_NM)
+        sampled, stops, *draws = (logprobs_nV.gather(1, ids) for ids in places)
+        top = logprobs_nV[:, : teacher.vocabulary]
+        asked = torch.cat([sampled, top, stops, *draws], dim=1)
+        inputs = _inputs(asked, chunk, slice(None), options)
+        losses = token_losses(objectives, inputs)
+        with torch.no_grad():
+            seen.append(_seen(losses.detach(), inputs, options))
+        return options.clamped(losses)
+
+    fused = fused_loss(hidden_NH, head, ids_NJ=None, weights_N=weights_N, token_loss=token_loss)
+    return fused, _Seen(*(torch.cat(column) for column in zip(*seen, strict=True)))
+
+
+def _seen(losses_N: torch.Tensor, inputs: ObjectiveInputs, options: "_Options") -> _Seen:
+    seen_N, unseen_N = seen_reverse_kl(inputs)
+    if options.is_drawn or options.shares_N is not None:  # no support, or not of tokens
+        seen_N, unseen_N = torch.zeros_like(seen_N), torch.zeros_like(seen_N)
+    return _Seen(
+        losses_N=losses_N,
+        student_logprobs_N=inputs.student_logprobs_N.detach(),
+        reverse_kl_N=inputs.reverse_kl_N,
+        student_top_mass_N=inputs.student_top_logprobs_NK.detach().exp().sum(1),
+        teacher_top_mass_N=inputs.teacher_top_logprobs_NK.exp().sum(1),
+        teacher_entropy_N=teacher_entropy(inputs),
+        seen_kl_N=seen_N.detach(),
+        unseen_kl_N=unseen_N.detach(),
+    )
 
 
 def _before_loss(
@@ -118,28 +204,15 @@ def _before_loss(
 
 
 def _measured(
-    batch: Batch,
-    inputs: ObjectiveInputs,
-    fused: FusedLoss,
-    losses_N: torch.Tensor,
-    drift_weights_N: torch.Tensor,
-    seen_N: torch.Tensor,
-    unseen_N: torch.Tensor,
+    batch: Batch, seen: _Seen, fused: FusedLoss, drift_weights_N: torch.Tensor
 ) -> MeasuredTokens:
     return MeasuredTokens(
+        **seen._asdict(),
         row_tokens_B=batch.attention_mask_BL.sum(1).double(),
-        losses_N=losses_N,
         counted_N=batch.weights_N > 0,
         drift_weights_N=drift_weights_N,
-        student_logprobs_N=inputs.student_logprobs_N,
         behavior_logprobs_N=batch.behavior_logprobs_N,
-        reverse_kl_N=inputs.reverse_kl_N,
-        student_top_mass_N=inputs.student_top_logprobs_NK.exp().sum(1),
-        teacher_top_mass_N=inputs.teacher_top_logprobs_NK.exp().sum(1),
-        seen_kl_N=seen_N,
-        unseen_kl_N=unseen_N,
         student_entropy_N=fused.entropy_N,
-        teacher_entropy_N=teacher_entropy(inputs),
         overlap_M=fused.overlap_M,
         positions_N=batch.positions_N,
         block_N=batch.block_N,
@@ -174,6 +247,11 @@ class _Options:
     merge: bool  # all terminators
     is_drawn: bool  # candidates were drawn from the teacher
     shares_N: torch.Tensor | None  # the student's share of each token in its chunk, if in chunks
+    limit: float | None = None  # of a token's loss
+
+    def clamped(self, losses_N: torch.Tensor) -> torch.Tensor:
+        """Losses that train."""
+        return losses_N if self.limit is None else soft_clamp(losses_N, self.limit)
 
 
 def _inputs(

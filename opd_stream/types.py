@@ -90,6 +90,8 @@ class ScoreBatch:
     teacher_forced_logprobs: tuple[NDArray[np.float32], ...]  # R x [T, F]
     refused: dict[int, str]  # row number -> reason
     candidate_teacher_logprobs: tuple[NDArray[np.float32], ...] | None = None  # R x [T, M]
+    # R x [T, H] float32, hidden states; rounded: [T, 1 + H] int32, the code of the step first
+    teacher_states: tuple[NDArray[Any], ...] | None = None
     # Of a teacher with another tokenizer (`cross_tokenizer`):
     chunk_ids: tuple[NDArray[np.int32], ...] | None = None  # R x [T], from 0; -1: does not train
     same_tokens: tuple[NDArray[np.bool_], ...] | None = None  # R x [T], one of the teacher's too

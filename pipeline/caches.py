@@ -134,6 +134,7 @@ def scores_step(
         vocabulary=setup.candidates,
         extends=None if extends is None else extends.artifact.fingerprint,
         alignment=setup.alignment,
+        prompts=rollouts.artifact.recipe.inputs["prompts"],
         teacher_prompts=None if rendered is None else rendered.fingerprint,
     )
     return Step(

@@ -17,6 +17,7 @@ from opd_stream.engines import engine_recipe, gives_hidden
 from opd_stream.errors import UserError, named
 from opd_stream.fetching import fetch, local_folder
 from opd_stream.store.artifact import Artifact
+from opd_stream.store.codecs import HiddenCodec
 from opd_stream.store.store import Store
 from opd_stream.store.tokenizer_folder import misread_line, open_vocabulary
 from opd_stream.windows import AdaptiveWindow
@@ -152,10 +153,7 @@ def setup_of(
         opened: identifies a checkpoint folder.
         token_id: the id of a token in a checkpoint's vocabulary; None: it has none.
         make: the prompts artifacts; False: only name them."""
-    for model in (config.student, config.teacher):
-        if model is not None:
-            engine_recipe(model.engine)  # one of the user's own can be imported
-    check_distance(config)
+    check_engines(config)
     student = opened(config.student.folder)
     if student.config.is_quantised and config.train.lora is None:
         raise UserError(
@@ -288,6 +286,35 @@ def with_default_distance(config: Config, rows: int | None) -> tuple[Config, str
     )
 
 
+def check_engines(config: Config) -> None:
+    """Refuse engines that are not there, or do not give what the config needs of them.
+
+    Raises:
+        UserError: names the engine.
+    """
+    for model in (config.student, config.teacher):
+        if model is not None:
+            engine_recipe(model.engine)  # one of the user's own can be imported
+    check_distance(config)
+    check_states(config)
+
+
+def check_states(config: Config) -> None:
+    """Refuse codec hidden with an engine that gives no hidden states, before any work.
+
+    Raises:
+        UserError: names the engine.
+    """
+    if config.teacher is None or not isinstance(config.scores.codec, HiddenCodec):
+        return
+    if not gives_hidden(config.teacher.engine):
+        raise UserError(
+            f"scores.codec hidden stores the teacher's hidden states, which teacher.engine "
+            f"{config.teacher.engine} does not give; set teacher.engine=transformers, or use codec "
+            "compact"
+        )
+
+
 def check_evaluation(
     config: Config, store: Store, student: Checkpoint, vocabulary: Vocabulary
 ) -> list[str]:
@@ -331,7 +358,7 @@ def _check_reward(config: Config, prompts: Artifact) -> list[str]:
 
 def _check_top_k(config: Config, teacher: Checkpoint) -> None:
     """Refuse more candidates than there are tokens."""
-    if config.scores.top_k > teacher.known_ids:
+    if config.scores.stored_candidates > teacher.known_ids:
         raise UserError(
             f"scores.top_k is {config.scores.top_k} but the teacher has {teacher.known_ids} "
             "tokens; lower scores.top_k"

@@ -17,6 +17,7 @@ from opd_stream.engines.reading import decoder_of, layers_of, rows_hidden
 from opd_stream.loss import batch_loss
 from opd_stream.objectives import Objective, SampledPg
 from opd_stream.outcome import WindowAudit
+from opd_stream.rebuilt import TeacherHead
 from opd_stream.store.reader import ScoredRows
 from opd_stream.windows import AdaptiveWindow, FixedWindow, choose_window, sketch
 from stages.student_model import StudentModel
@@ -46,6 +47,7 @@ def audit(job: TrainJob) -> WindowAudit | None:
     if settings.objective == "trained":
         probe = [plan.used(row) for row in probe]
         objectives, merge = job.objectives(), job.config.train.guards.merge_terminators
+    teacher = job.teacher(device, vocabulary=student.vocabulary)
     segments = [torch.zeros(1, device=device)] * (len(settings.candidates) + 1)
     for batch in step_batches(probe, plan, job.first_step):
         found = segment_sketches(
@@ -56,6 +58,7 @@ def audit(job: TrainJob) -> WindowAudit | None:
             objectives=objectives,
             merge_terminators=merge,
             scales=scales,
+            teacher=teacher,
         )
         segments = [one + other for one, other in zip(segments, found, strict=True)]
     earlier = job.earlier_decision
@@ -95,6 +98,7 @@ def segment_sketches(
     objectives: Sequence[Objective] = (SampledPg(),),
     merge_terminators: bool = True,
     scales: list[torch.Tensor] | None = None,
+    teacher: TeacherHead | None = None,
 ) -> list[torch.Tensor]:
     """Sketches of the gradient of tokens in (0, c_1], (c_1, c_2], ..., and beyond the last one.
 
@@ -105,7 +109,9 @@ def segment_sketches(
     leaf_BLH = hidden_BLH.detach().requires_grad_()
     head = output_head(student.model)
     head = replace(head, weight_VH=head.weight_VH.detach())
-    found = batch_loss(leaf_BLH, head, batch, objectives, merge_terminators=merge_terminators)
+    found = batch_loss(
+        leaf_BLH, head, batch, objectives, merge_terminators=merge_terminators, teacher=teacher
+    )
     (grad_BLH,) = torch.autograd.grad(found.loss, leaf_BLH)
     edges = torch.tensor(candidates, device=batch.positions_N.device)
     segment_N = torch.bucketize(batch.positions_N, edges, right=True)

@@ -19,6 +19,7 @@ from opd_stream.config import Train
 from opd_stream.drift import NAMES, named
 from opd_stream.loss import BatchLoss
 from opd_stream.objectives import Objective
+from opd_stream.rebuilt import TeacherHead
 from opd_stream.store.reader import ScoredRows, epoch_order
 from opd_stream.weighting import Weighting
 from stages.master_weights import MasterWeights
@@ -53,6 +54,7 @@ class Learner:
     weighting: Weighting | None
     merge_terminators: bool
     soft_clamp: float | None  # in mean losses of the step before
+    teacher: TeacherHead | None  # of cached hidden states
     state: TrainState
 
     @property
@@ -76,6 +78,7 @@ class Learner:
             merge_terminators=self.merge_terminators,
             limit=limit,
             weighting=self.weighting if self.state.is_gated else None,
+            teacher=self.teacher,
         )
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -166,6 +169,7 @@ def open_learner(job: TrainJob, fabric: Fabric, checkpoint: TrainCheckpoint | No
         weighting=job.weighting(),
         merge_terminators=settings.guards.merge_terminators,
         soft_clamp=settings.guards.soft_clamp,
+        teacher=job.teacher(fabric.device, vocabulary=student.vocabulary),
         state=TrainState() if checkpoint is None else checkpoint.state,
     )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from opd_stream.config import Config, Evaluation, Model, counts_rounds
 from opd_stream.engines import engine_recipe
+from opd_stream.store.codecs import HiddenCodec
 from opd_stream.store.recipe import Recipe
 from opd_stream.tasks.distance import EDGES
 from opd_stream.tasks.judges import judge_recipe
@@ -18,6 +19,9 @@ from stages.prompts import every_prompt, held_out_prompts, round_prompts
 
 if TYPE_CHECKING:
     from stages.cross_tokenizer import AlignmentRecipe
+
+
+BASIS_TOKENS = 2048  # states that a basis is fitted on, at most
 
 
 def rollouts_recipe(
@@ -201,6 +205,7 @@ def scores_recipe(
     vocabulary: int | None,
     extends: str | None = None,
     alignment: "AlignmentRecipe | None" = None,
+    prompts: str,
     teacher_prompts: str | None = None,
 ) -> Recipe:
     """Teacher scores of a rollouts artifact; `rollouts` is its fingerprint.
@@ -208,14 +213,21 @@ def scores_recipe(
     `vocabulary` is the first id that is no candidate, None where the teacher's head has none;
     `extends` is that of the scores of what an extension continues; `alignment` is what a teacher
     with another tokenizer adds, and its scores continue none: they are all made anew;
-    `teacher_prompts` is the fingerprint of the prompts in the teacher's own rendering, if any.
+    `prompts` is the fingerprint of the prompts; `teacher_prompts` of those in the teacher's own
+    rendering, if any.
     """
     scores, continued = config.scores, {} if extends is None else {"scores": extends}
     assert config.teacher is not None  # the config asks for one wherever scores are made
+    states = dict[str, str]()
+    if isinstance(scores.codec, HiddenCodec):
+        head = head_recipe(teacher, config.teacher)
+        states["head"] = head.fingerprint
+        if scores.codec.max_kl is not None:
+            states["basis"] = basis_recipe(head, teacher_prompts or prompts).fingerprint
     return Recipe(
         kind="scores",
         settings={
-            "top_k": scores.top_k,
+            "top_k": scores.stored_candidates,
             "forced_ids": list(forced_ids),
             "codec": scores.codec.model_dump(mode="json"),
             "seed": config.seed if scores.codec.kind == "sampled" else 0,
@@ -230,6 +242,7 @@ def scores_recipe(
             "teacher": teacher.identity.fingerprint,
             **(continued if alignment is None else alignment.inputs),
             **({} if teacher_prompts is None else {"prompts": teacher_prompts}),
+            **states,
         },
     )
 
@@ -251,6 +264,18 @@ def head_beside(made: Recipe) -> Recipe:
         if name == "dtype" or name.startswith("engine")
     }
     return Recipe(kind="heads", settings=engine, inputs={"teacher": made.inputs["teacher"]})
+
+
+def basis_recipe(head: Recipe, prompts: str) -> Recipe:
+    """The basis in which hidden states of a teacher are rounded, fitted on its states on prompts.
+
+    `prompts` is the fingerprint of the prompts as the teacher reads them.
+    """
+    return Recipe(
+        kind="bases",
+        settings={**head.settings, "tokens": BASIS_TOKENS},
+        inputs={**head.inputs, "head": head.fingerprint, "prompts": prompts},
+    )
 
 
 _TRAIN_FIELDS = {

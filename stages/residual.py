@@ -32,10 +32,11 @@ def make_residual(
     rollouts = store.scored_rollouts(scores)
     refuse_aligned(scores, "the residual")
     codec = codec_of(scores.recipe.settings["codec"])
-    if scores.recipe.settings["codec"]["kind"] == "sampled":
+    uncorrectable = {"sampled": "ids drawn from the teacher", "hidden": "hidden states"}
+    if (held := uncorrectable.get(codec.kind)) is not None:
         raise UserError(
-            f"{scores.name} holds ids drawn from the teacher, whose counts cannot be corrected; "
-            "score with codec exact or compact"
+            f"{scores.name} holds {held}, which cannot be corrected; score with codec exact or "
+            "compact"
         )
     target = store.artifact(
         Recipe(

@@ -5,6 +5,7 @@ what it continues, as they were stored.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from opd_stream.engines.base import Engine, ScoringSettings
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, Commit
 from opd_stream.store.codecs import SampledCodec, codec_of, encode_scores, scores_batch
+from opd_stream.store.codecs.fidelity import StateErrors
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.types import RolloutBatch, ScoreBatch
@@ -34,6 +36,9 @@ from stages.workers import Task, TaskResult, Worker
 
 if TYPE_CHECKING:
     from opd_stream.cross_tokenizer.aligner import Aligner
+    from stages.teacher_states import StateScorer
+
+Scoring = Callable[[RolloutBatch, ScoringSettings], tuple[ScoreBatch, StateErrors | None]]
 
 _COLUMNS = (
     "teacher_logprobs",
@@ -51,6 +56,7 @@ class _Scored:
 
     batch: ScoreBatch
     counts: dict[str, float]
+    errors: StateErrors | None = None  # of hidden states, where they were rounded
 
 
 class ScoreWorker(Worker):
@@ -58,6 +64,7 @@ class ScoreWorker(Worker):
 
     _aligner: "tuple[str, Aligner] | None" = None  # with the fingerprint of the scores it is for
     _prompts: tuple[str, dict[str, Ids]] | None = None  # with their fingerprint
+    _scorer: "tuple[str, StateScorer] | None" = None  # with the fingerprint of the scores
 
     def prepare(self, task: Task) -> None:
         if task.scores is None or task.teacher is None:
@@ -101,6 +108,7 @@ class ScoreWorker(Worker):
         scored = self._scored(task, rollouts, scores, batch)
         try:
             table, fidelity = encode_scores(codec, scored.batch, batch)
+            fidelity = fidelity.model_copy(update={"states": scored.errors})
         except ValueError as error:
             raise UserError(
                 f"unit {task.unit} of {scores.name} cannot be stored: {error}; raise "
@@ -166,10 +174,24 @@ class ScoreWorker(Worker):
         if "alignment" in recipe.settings:
             return self._scored_aligned(engine, asked, rollouts, scores, task, batch)
         batch = self._as_read(recipe, batch)
+        score = self._scoring(task, rollouts, scores, engine)
         if "extends" in rollouts.recipe.settings:
-            return self._scored_extension(engine, asked, rollouts, scores, task.unit, batch)
-        scored = engine.score(batch, asked)
-        return _Scored(scored, token_counts(batch, without=scored.refused))
+            return self._scored_extension(score, asked, rollouts, scores, task.unit, batch)
+        scored, errors = score(batch, asked)
+        return _Scored(scored, token_counts(batch, without=scored.refused), errors)
+
+    def _scoring(self, task: Task, rollouts: Artifact, scores: Artifact, engine: Engine) -> Scoring:
+        """How rollouts are scored: by the engine, or with hidden states; one scorer serves all."""
+        if "head" not in scores.recipe.inputs:
+            return lambda batch, asked: (engine.score(batch, asked), None)
+        from stages.teacher_states import StateScorer
+
+        if self._scorer is None or self._scorer[0] != scores.fingerprint:
+            prompts = scores.recipe.inputs.get("prompts") or rollouts.recipe.inputs["prompts"]
+            opened = partial(self._open, task, scores.recipe)
+            scorer = StateScorer(self.store, scores.recipe, prompts, opened, task.made_by)
+            self._scorer = (scores.fingerprint, scorer)
+        return self._scorer[1].score
 
     def _as_read(self, scores: Recipe, batch: RolloutBatch) -> RolloutBatch:
         """Rollouts behind the prompts that the teacher reads: the student's, or its own rendering.
@@ -204,7 +226,7 @@ class ScoreWorker(Worker):
 
     def _scored_extension(
         self,
-        engine: Engine,
+        score: Scoring,
         asked: ScoringSettings,
         rollouts: Artifact,
         scores: Artifact,
@@ -220,8 +242,8 @@ class ScoreWorker(Worker):
         counts = extension_counts(before, batch)
         if not rows:
             return _Scored(old, counts)
-        new = engine.score(new_parts(before, batch, rows), asked)
-        return _Scored(append_scores(old, new, rows), counts)
+        new, errors = score(new_parts(before, batch, rows), asked)
+        return _Scored(append_scores(old, new, rows), counts, errors)
 
 
 def append_scores(old: ScoreBatch, new: ScoreBatch, rows: list[int]) -> ScoreBatch:
@@ -240,7 +262,8 @@ def append_scores(old: ScoreBatch, new: ScoreBatch, rows: list[int]) -> ScoreBat
             parts.append(part)
         return tuple(parts)
 
-    return replace(old, **{name: column(name) for name in _COLUMNS}, refused=refused)
+    names = _COLUMNS if old.teacher_states is None else (*_COLUMNS, "teacher_states")
+    return replace(old, **{name: column(name) for name in names}, refused=refused)
 
 
 def _appended(old: NDArray[Any], new: NDArray[Any], *, fill: float) -> NDArray[Any]:

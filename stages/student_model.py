@@ -21,6 +21,7 @@ from opd_stream.errors import UserError
 from opd_stream.loss import BatchLoss, batch_loss
 from opd_stream.model_config import read_model_config
 from opd_stream.objectives import Objective
+from opd_stream.rebuilt import TeacherHead
 from opd_stream.store.files import INDEX
 from opd_stream.store.policy import EXACT, NAMED_TEMPLATES
 from opd_stream.store.tree import save_tree
@@ -70,6 +71,7 @@ class StudentModel(torch.nn.Module):
         merge_terminators: bool,
         limit: float | None,
         weighting: Weighting | None = None,
+        teacher: TeacherHead | None = None,
     ) -> BatchLoss:
         """See `batch_loss`."""
         decoder = decoder_of(self.model)
@@ -82,7 +84,13 @@ class StudentModel(torch.nn.Module):
             merge_terminators=merge_terminators,
             limit=limit,
             weighting=weighting,
+            teacher=teacher,
         )
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids that its head has."""
+        return len(self.model.get_output_embeddings().weight)
 
     def shard(self, mesh: Any) -> None:
         """FSDP2: one group a decoder layer, and one for embeddings, norm and head."""

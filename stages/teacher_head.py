@@ -21,7 +21,7 @@ from opd_stream.engines.head import from_numpy
 from opd_stream.errors import UserError
 from opd_stream.fused import OutputHead
 from opd_stream.store.artifact import Artifact
-from opd_stream.store.codecs.columns import list_rows
+from opd_stream.store.codecs.columns import list_rows, unrounded, widened
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rows_of
 from opd_stream.store.store import Store
@@ -130,23 +130,6 @@ def hidden_of(table: pa.Table) -> HiddenStates:
         states=tuple(widened(row).reshape(-1, width) for row in states),
         logprobs=rows_of(table["logprobs"], np.float32),
     )
-
-
-def unrounded(values: NDArray[np.float32]) -> NDArray[np.generic]:
-    """The same numbers, in two bytes where all have room: bfloat16 bits (uint16), or float16."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    if not (bits & 0xFFFF).any():
-        return (bits >> 16).astype(np.uint16)
-    with np.errstate(over="ignore"):
-        half = values.astype(np.float16)
-    return half if np.array_equal(half.astype(np.float32), values) else values
-
-
-def widened(stored: NDArray[np.generic]) -> NDArray[np.float32]:
-    """The numbers that `unrounded` stored."""
-    if stored.dtype == np.uint16:
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32, copy=False)
 
 
 def check_bound(

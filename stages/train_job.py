@@ -9,8 +9,11 @@ import torch
 from opd_stream.config import Config
 from opd_stream.config.sections import unserved_by_chunks
 from opd_stream.errors import UserError
+from opd_stream.hidden_states import exact_head
 from opd_stream.objectives import Objective
 from opd_stream.outcome import WindowAudit
+from opd_stream.rebuilt import TeacherHead
+from opd_stream.store.artifact import DamagedUnit
 from opd_stream.store.policy import EXACT, OPTIMIZER, PolicyArtifact
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.recipe import Recipe
@@ -21,6 +24,7 @@ from opd_stream.windows import AdaptiveWindow, FixedWindow, Window
 from stages.checkpoints import Vocabulary
 from stages.step import CacheUnits
 from stages.student_model import ADAPTER, StudentModel, load_student
+from stages.teacher_head import read_head
 from stages.train_data import BatchPlan
 from stages.train_state import load_weights
 
@@ -127,6 +131,8 @@ class TrainJob:
         ]
         asked = self.config.train.top_k
         for _, scores in artifacts:
+            if "head" in scores.recipe.inputs:  # any number can be rebuilt of hidden states
+                continue
             cached = scores.recipe.settings.get("top_k", asked)  # unknown of imported rows
             if asked is not None and scores.recipe.settings["codec"]["kind"] == "sampled":
                 raise UserError(
@@ -150,6 +156,43 @@ class TrainJob:
                 "look at the teacher's checkpoint, then run the score stage again"
             )
         return rows
+
+    def teacher(self, device: torch.device, *, vocabulary: int) -> TeacherHead | None:
+        """What rebuilds the teacher's distributions of cached hidden states; None: none are cached.
+
+        Args:
+            device: of training.
+            vocabulary: ids that the student's head has.
+
+        Raises:
+            UserError: caches hold states of several heads, or some hold none; the store lacks it.
+        """
+        store, asked = self.store(), self.config.train.top_k
+        scores = [store.by_fingerprint("scores", cache.scores) for cache in self.caches]
+        heads = {each.recipe.inputs.get("head") for each in scores}
+        if heads == {None}:
+            return None
+        (fingerprint, *others) = heads
+        if others or fingerprint is None:
+            raise UserError(
+                f"{', '.join(sorted(each.name for each in scores))} hold hidden states of several "
+                "teachers, or some hold none; expected one teacher and codec hidden in all; train "
+                "on them apart"
+            )
+        try:
+            head = exact_head(read_head(store.by_fingerprint("heads", fingerprint), str(device)))
+        except DamagedUnit as error:
+            raise UserError(
+                f"{error}; restore it, or remove {scores[0].name} from the store to score again"
+            ) from error
+        known = scores[0].recipe.settings.get("vocabulary", len(head.weight_VH))
+        candidates = min(known, vocabulary, len(head.weight_VH))
+        if asked is not None and asked > candidates:
+            raise UserError(
+                f"train.top_k is {asked} but there are {candidates} tokens; lower it, or leave it "
+                "out to train on the whole vocabulary"
+            )
+        return TeacherHead(head=head, top_k=asked, vocabulary=candidates)
 
     def window(self) -> Window:
         """The training window; an adaptive one is what the audit before the round decided."""

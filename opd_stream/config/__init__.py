@@ -26,7 +26,7 @@ from opd_stream.config.sections import (
 from opd_stream.section import Section, later
 from opd_stream.sources import Prompts
 from opd_stream.staleness import Staleness
-from opd_stream.store.codecs import SampledCodec
+from opd_stream.store.codecs import HiddenCodec, SampledCodec
 from opd_stream.windows import AdaptiveWindow, LinearWindow
 
 __all__ = [
@@ -243,6 +243,11 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
             "drawn from the teacher and no others; use codec compact or exact, or leave "
             "student_top_k out"
         )
+    if own and isinstance(codec, HiddenCodec) and config.replay is None:
+        yield (
+            f"rollouts.student_top_k is {own} with scores.codec hidden, which gives the teacher's "
+            "log-probability of every id; leave student_top_k out"
+        )
     reads_draws = any(part.reads == "draws" for part in objectives)
     if reads_draws and config.replay is None and not config.rollouts.extra_draws:
         yield (
@@ -254,6 +259,8 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
             f"train.top_k is {train.top_k} with scores.codec sampled, whose ids have no ranks; "
             "leave train.top_k out, or score again with fewer draws"
         )
+    elif isinstance(codec, HiddenCodec):
+        return  # any number of candidates can be rebuilt
     elif train.top_k is not None and config.replay is None and train.top_k > config.scores.top_k:
         yield (
             f"train.top_k is {train.top_k} but scores.top_k is {config.scores.top_k}; lower the "
@@ -394,6 +401,11 @@ def _alignment_conflicts(config: Config) -> Iterator[str]:
         yield (
             "scores.alignment is set with codec sampled, whose draws may be no token of the "
             "student's; use codec exact or compact"
+        )
+    if isinstance(config.scores.codec, HiddenCodec):
+        yield (
+            "scores.alignment is set with codec hidden, whose distributions are over the teacher's "
+            "tokens; use codec exact or compact"
         )
     reads_token = any(part.reads == "token" for part in config.train.objective)
     if config.staleness.student_top_mass and reads_token:

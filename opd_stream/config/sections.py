@@ -16,7 +16,7 @@ from opd_stream.objectives import AnyObjective, SampledPg
 from opd_stream.rendering import ChatTemplate, Template
 from opd_stream.section import Section, is_object, later
 from opd_stream.sources import DatasetPrompts, EmbeddedPrompts, FilePrompts, Prompts
-from opd_stream.store.codecs import Codec, ExactCodec
+from opd_stream.store.codecs import Codec, ExactCodec, HiddenCodec
 from opd_stream.tasks.judges import AnyJudge
 from opd_stream.weighting import DriftGate, Freshness
 from opd_stream.windows import AnyWindow
@@ -165,6 +165,11 @@ class Scores(Section):
         description="for a teacher with another tokenizer; null: such a teacher is refused",
     )
 
+    @property
+    def stored_candidates(self) -> int:
+        """Teacher candidates that a token has in the cache."""
+        return self.codec.candidates if isinstance(self.codec, HiddenCodec) else self.top_k
+
 
 class Guards(Section):
     """Protections against known failures; docs/objectives.md says which."""
@@ -257,7 +262,10 @@ class Train(Section):
         BeforeValidator(_as_tuple, json_schema_input_type=AnyObjective | tuple[AnyObjective, ...]),
     ] = Field(description="one, or a list whose weighted sum is the loss")
     top_k: int | None = Field(
-        default=None, ge=1, description="use only so many of the cached candidates; null: all"
+        default=None,
+        ge=1,
+        description="use only so many of the cached candidates; null: all (of codec hidden: the "
+        "whole vocabulary)",
     )
     guards: Guards = Guards()
     gate: DriftGate | None = Field(default=None, description="left out: every block counts")

@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError
 from opd_stream.errors import UserError
 from opd_stream.section import Record
 from opd_stream.store.artifact import Artifact
-from opd_stream.store.codecs import Codec, decode_scores, encode_scores
+from opd_stream.store.codecs import Codec, HiddenCodec, decode_scores, encode_scores
 from opd_stream.store.files import sha256_file
 from opd_stream.store.lines import lines_of
 from opd_stream.store.recipe import Recipe
@@ -138,6 +138,11 @@ def import_scores(
     Raises:
         UserError: a row is missing a column, or its lengths do not agree (file and row named).
     """
+    if isinstance(codec, HiddenCodec):
+        raise UserError(
+            "codec hidden stores a teacher's hidden states, which files of scores do not hold; "
+            "expected --codec {kind: exact} or {kind: compact}"
+        )
     files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
     if not files or not all(file.is_file() for file in files):
         raise UserError(

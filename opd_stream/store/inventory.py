@@ -26,7 +26,7 @@ from opd_stream.store.policy import PolicyArtifact, PolicyManifest
 from opd_stream.store.recipe import KINDS, RecipeRecord
 from opd_stream.store.store import RunRecord, Store
 
-SHARDED = ("prompts", "rollouts", "scores", "heads", "hidden", "distances")
+SHARDED = ("prompts", "rollouts", "scores", "heads", "bases", "hidden", "distances")
 GRACE_SECONDS = 24 * 3600.0  # whatever is younger may still be in the making
 RUN_SECONDS = 30 * 24 * 3600.0  # a run that nobody went on with for so long may be gone
 

@@ -23,8 +23,11 @@ from numpy.typing import NDArray
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, Commit, DamagedUnit
-from opd_stream.store.codecs import ScoreBlock, decode_scores
+from opd_stream.store.codecs import ScoreBlock, StateBasis, StoredStates, decode_scores
 from opd_stream.store.codecs.columns import is_among
+from opd_stream.store.codecs.hidden import basis_of
+from opd_stream.store.files import load_record
+from opd_stream.store.recipe import RecipeRecord
 from opd_stream.store.shards import ROWS_PER_PART, rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
@@ -62,6 +65,7 @@ class ScoredRow:
     chunk_ids: NDArray[np.int32] | None = None  # [T], of a teacher with another tokenizer; -1: none
     same_tokens: NDArray[np.bool_] | None = None  # [T], where that teacher has the same token
     student_top_ids: NDArray[np.integer[Any]] | None = None  # [T, S], all among the K
+    teacher_states: StoredStates | None = None  # of T tokens, of codec hidden
 
     def first_candidates(self, top_k: int) -> "ScoredRow":
         """The row as a smaller K of the teacher would have given it: the rest joins the tail.
@@ -158,6 +162,7 @@ class ScoredRows:
                 index.append(self._trainable(cache, unit))
         self._index = np.concatenate(index)  # cache, unit, row of the unit
         self._terminators = [_terminators(rollouts, scores) for rollouts, scores in caches]
+        self._bases = [state_basis(scores) for _, scores in caches]
 
     def __len__(self) -> int:
         return len(self._index)
@@ -190,6 +195,7 @@ class ScoredRows:
             chunk_ids=chunk_ids,
             same_tokens=_row_of(scores.same_tokens, tokens),
             student_top_ids=_row_of(rollouts.student_top_ids, row),
+            teacher_states=_row_of(scores.teacher_states, row),
         )
 
     def sampled(self, cache: int, unit: int) -> Commit:
@@ -268,8 +274,31 @@ class ScoredRows:
         schemas = self._schemas[cache, unit]
         source_batch = rollouts.read_part(source, number, schemas[0])
         batch = rollouts_batch(pa.Table.from_batches([source_batch]))
-        block = decode_scores(scores.read_part(commit, number, schemas[1]))
+        try:
+            scored = scores.read_part(commit, number, schemas[1])
+            block = decode_scores(scored, self._bases[cache])
+        except ValueError as error:
+            raise DamagedUnit(scores, unit, str(error)) from error
         return _Part(batch, block, _bytes_of(batch) + _bytes_of(block))
+
+
+def state_basis(scores: Artifact) -> StateBasis | None:
+    """The basis of the hidden states that scores hold rounded; None: they hold none.
+
+    Raises:
+        UserError: the store does not have it.
+    """
+    fingerprint = scores.recipe.inputs.get("basis")
+    if fingerprint is None:
+        return None
+    root = scores.folder.parent.parent
+    path = root / "bases" / fingerprint[:16] / "recipe.json"
+    if not path.exists():
+        raise UserError(
+            f"{scores.name} needs bases/{fingerprint[:16]}, which the store does not have; restore "
+            "it, or score again"
+        )
+    return basis_of(Artifact(root, load_record(RecipeRecord, path).recipe).read_unit(0))
 
 
 def _terminators(rollouts: Artifact, scores: Artifact) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -299,6 +328,8 @@ def _bytes_of(batch: RolloutBatch | ScoreBlock) -> int:
     for field in fields(batch):
         value: Any = getattr(batch, field.name)
         for item in cast(tuple[Any, ...], value) if isinstance(value, tuple) else (value,):
+            if isinstance(item, StoredStates):
+                bases[id(item)] = item.nbytes
             if isinstance(item, np.ndarray):
                 array = cast(NDArray[Any], item)
                 base: Any = array if array.base is None else array.base

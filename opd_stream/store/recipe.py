@@ -18,6 +18,7 @@ Kind = Literal[
     "rollouts",
     "scores",
     "heads",  # of a teacher, for hidden states
+    "bases",  # in which hidden states are rounded
     "hidden",  # a teacher's hidden states on rollouts
     "distances",  # of a policy to them
     "evaluations",

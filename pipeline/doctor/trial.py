@@ -34,7 +34,15 @@ from opd_stream.drift import ratio_error
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import ScoringSettings
 from opd_stream.store.artifact import Artifact
-from opd_stream.store.codecs import Codec, CompactCodec, ExactCodec, SampledCodec, codec_of
+from opd_stream.store.codecs import (
+    HIDDEN_MAX_ERROR,
+    Codec,
+    CompactCodec,
+    ExactCodec,
+    HiddenCodec,
+    SampledCodec,
+    codec_of,
+)
 from opd_stream.store.reader import ScoredRow, ScoredRows
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
@@ -334,6 +342,10 @@ def _scored_rollouts(
 ) -> ScoredRows:
     """Rollouts of a student with the teacher's scores, as a run makes them."""
     setup, teacher = subject.setup, subject.model("teacher")
+    if isinstance(config.scores.codec, HiddenCodec):  # what it rounds is checked in every unit
+        codec = ExactCodec(dtype="float32")
+        scores = config.scores.model_copy(update={"codec": codec})
+        config = config.model_copy(update={"scores": scores})
     assert config.teacher is not None
     rollouts, store = _sampled(folder, setup, config, few, student), Store(folder)
     key, forced_ids = rollouts.fingerprint, setup.forced_ids
@@ -344,6 +356,7 @@ def _scored_rollouts(
             teacher=teacher,
             forced_ids=forced_ids,
             vocabulary=setup.candidates,
+            prompts=rollouts.recipe.inputs["prompts"],
         )
     )
     scores.create(rows=few.num_rows, rows_per_unit=few.num_rows)
@@ -532,6 +545,8 @@ def rounding(codec: Codec, logprobs: Floats) -> NDArray[np.float64]:
     match codec:
         case CompactCodec(max_error=error):
             return np.full_like(values, error)
+        case HiddenCodec():
+            return np.full_like(values, HIDDEN_MAX_ERROR)
         case ExactCodec(dtype="float16"):
             return np.abs(values) * HALF_UNIT
         case _:
@@ -539,7 +554,9 @@ def rounding(codec: Codec, logprobs: Floats) -> NDArray[np.float64]:
 
 
 def drawn_rounding(codec: Codec) -> float:
-    """Largest error of a drawn token's stored log-probability, nats; only `compact` rounds it."""
+    """Largest error of a drawn token's stored log-probability, nats."""
+    if isinstance(codec, HiddenCodec):
+        return HIDDEN_MAX_ERROR
     return codec.max_error if isinstance(codec, CompactCodec) else 0.0
 
 

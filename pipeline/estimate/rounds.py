@@ -98,17 +98,20 @@ class RunCosts:
         self.teacher = None if setup.teacher is None else model_shape(setup.teacher)
         self.unknown = unknown_costs(student=self.student, teacher=self.teacher)
         self.reads: list[TokenCounts] = []  # of training, by round
-        vocabulary = (setup.teacher or setup.student).config.vocabulary
+        read = (setup.teacher or setup.student).config
         self._completions: Completions | None = None
         self._answers: Completions | None = None
         self._rollouts_sizes = rollouts_sizes(
             self.config.rollouts.extra_draws,
             student_top_k=self.config.rollouts.student_top_k,
-            vocabulary=vocabulary,
+            vocabulary=read.vocabulary,
         )
         self._answers_sizes = rollouts_sizes()
         self._scores_sizes = scores_sizes(
-            self.config, forced=len(setup.forced_ids), vocabulary=vocabulary
+            self.config,
+            forced=len(setup.forced_ids),
+            vocabulary=read.vocabulary,
+            width=read.settings.get("hidden_size", 0),
         )
         self._units: dict[str, dict[int, UnitRows]] = {}  # name of rollouts -> unit -> its rows
         self._texts: dict[str, dict[int, UnitRows]] = {}  # name of prompts -> the teacher's text

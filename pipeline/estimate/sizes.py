@@ -14,14 +14,14 @@ A shard that nothing like it was measured for is taken as large as its columns b
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import log2, prod
 from pathlib import Path
 
 from opd_stream.config import Config
 from opd_stream.config.sections import Lora, Train
 from opd_stream.costs import TokenCounts
 from opd_stream.store.artifact import Commit, summed_counts
-from opd_stream.store.codecs import CompactCodec, ExactCodec, SampledCodec
+from opd_stream.store.codecs import CompactCodec, ExactCodec, HiddenCodec, SampledCodec
 from opd_stream.store.shards import ROWS_PER_PART
 from stages.checkpoints import published_dtype, weight_shapes
 
@@ -31,6 +31,7 @@ ROW_BYTES = 192  # names and offsets of a row
 RECORD_BYTES = 4_096  # commit record of a unit
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FLOAT32 = BYTES["float32"]
+STATE_KL = 0.0005  # bound at which a channel of a hidden state takes at most a byte
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,19 +172,22 @@ def rollouts_sizes(
     return ShardSizes(per_token=4, per_completion_token=8 * (1 + extra_draws) + own)
 
 
-def scores_sizes(config: Config, *, forced: int, vocabulary: int) -> ShardSizes:
-    """Before zstd, every candidate stored."""
-    top_k, id_bytes = config.scores.top_k, _planes(vocabulary)
+def scores_sizes(config: Config, *, forced: int, vocabulary: int, width: int) -> ShardSizes:
+    """Before zstd, every candidate stored; `width` is that of the teacher's hidden states."""
+    top_k, id_bytes = config.scores.stored_candidates, _planes(vocabulary)
     top_k = min(top_k + config.rollouts.student_top_k, vocabulary)  # where no id is of both
     match config.scores.codec:
         case ExactCodec(dtype=dtype):
-            width = {"float16": 2, "float32": 4}[dtype]
-            each, unit = 4 + top_k * (4 + width) + 4 + forced * width, 0
+            size = {"float16": 2, "float32": 4}[dtype]
+            each, unit = 4 + top_k * (4 + size) + 4 + forced * size, 0
         case CompactCodec():
             each = 2 + top_k * (id_bytes + 2) + 2 + 2 + 2 * forced
             unit = 2 * 4 * vocabulary  # its dictionary, in schema and footer
         case SampledCodec(draws=draws):
             each, unit = 4 + 2 + draws * (id_bytes + _planes(draws + 1)) + 2 * forced, 0
+        case HiddenCodec(max_kl=max_kl):
+            each = 8 + top_k * (id_bytes + 2) + 2 * forced + width * _state_bytes(max_kl)
+            unit = 2 * 4 * vocabulary + width
     return ShardSizes(
         per_token=0,
         per_completion_token=each + 4 * config.rollouts.extra_draws,
@@ -199,6 +203,11 @@ def hidden_sizes(width: int, *, is_narrow: bool) -> ShardSizes:
 def distance_sizes() -> ShardSizes:
     """Of four figures a token."""
     return ShardSizes(per_token=0, per_completion_token=4 * FLOAT32)
+
+
+def _state_bytes(max_kl: float | None) -> float:
+    """Of a channel: float32, or a byte at the default bound; half a bit for each halving of it."""
+    return FLOAT32 if max_kl is None else max(0.25, 1 + log2(STATE_KL / max_kl) / 16)
 
 
 def _planes(values: int) -> int:

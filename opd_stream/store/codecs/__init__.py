@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter
 
 from opd_stream.errors import UserError
@@ -29,6 +30,13 @@ from opd_stream.store.codecs.columns import (
 from opd_stream.store.codecs.compact import decode_compact, encode_compact
 from opd_stream.store.codecs.exact import decode_exact, encode_exact
 from opd_stream.store.codecs.fidelity import Fidelity
+from opd_stream.store.codecs.hidden import (
+    StateBasis,
+    StoredStates,
+    encode_states,
+    integers_of,
+    stored_states,
+)
 from opd_stream.store.codecs.sampled import decode_sampled, encode_sampled
 from opd_stream.store.files import canonical_json
 from opd_stream.types import RolloutBatch, ScoreBatch
@@ -38,8 +46,11 @@ __all__ = [
     "CompactCodec",
     "ExactCodec",
     "Fidelity",
+    "HiddenCodec",
     "SampledCodec",
     "ScoreBlock",
+    "StateBasis",
+    "StoredStates",
     "codec_of",
     "decode_scores",
     "encode_scores",
@@ -47,6 +58,7 @@ __all__ = [
 ]
 
 METADATA_KEY = b"opd_stream"
+HIDDEN_MAX_ERROR = 1 / 32  # of the few log-probabilities beside hidden states, nats
 ALIGNED = ("chunk_ids", "same_tokens")  # columns of scores with alignment, whatever the codec
 
 
@@ -80,7 +92,27 @@ class SampledCodec(Section):
     draws: int = Field(default=50, ge=1, le=1024, description="draws per completion token")
 
 
-Codec = Annotated[ExactCodec | CompactCodec | SampledCodec, Field(discriminator="kind")]
+class HiddenCodec(Section):
+    """The teacher's hidden states, of which training makes its whole distributions again."""
+
+    kind: Literal["hidden"] = "hidden"
+    max_kl: float | None = Field(
+        default=0.0005,
+        gt=0,
+        description="KL of the true to the rebuilt distributions, nats: the mean over the tokens "
+        "of a unit, at most; null: states are kept unrounded",
+    )
+    max_kl_p99: float = Field(default=0.004, gt=0, description="the 99th percentile of it, at most")
+    candidates: int = Field(
+        default=4,
+        ge=1,
+        description="that are stored as well, for what reads a cache without a head",
+    )
+
+
+Codec = Annotated[
+    ExactCodec | CompactCodec | SampledCodec | HiddenCodec, Field(discriminator="kind")
+]
 _CODEC: TypeAdapter[Codec] = TypeAdapter(Codec)
 
 
@@ -115,6 +147,13 @@ def encode_scores(
             )
         case SampledCodec(draws=draws):
             columns, fidelity = encode_sampled(scores, draws=draws)
+        case HiddenCodec(candidates=candidates):
+            assert scores.teacher_states is not None  # whoever scores for this codec gives them
+            columns, extra, fidelity = encode_compact(
+                scores, max_error=HIDDEN_MAX_ERROR, mass=None, min_k=candidates
+            )
+            states, more = encode_states(scores.teacher_states)
+            columns, extra = columns | states, extra | more
     keys = {
         "prompt_id": pa.array(rollouts.prompt_id, pa.string()),
         "sample_index": pa.array(rollouts.sample_index, pa.int32()),
@@ -132,11 +171,16 @@ def encode_scores(
     return table.replace_schema_metadata(metadata), fidelity
 
 
-def decode_scores(batch: pa.RecordBatch) -> ScoreBlock:
-    """The arrays of a record batch, whatever codec wrote it.
+def decode_scores(batch: pa.RecordBatch, basis: StateBasis | None = None) -> ScoreBlock:
+    """The arrays of a record batch, whatever codec wrote it; hidden states stay packed.
+
+    Args:
+        batch: of a shard of scores.
+        basis: that the recipe of the scores names; None: hidden states are not unpacked.
 
     Raises:
         UserError: the codec is not known here.
+        ValueError: hidden states are not those of the batch's tokens.
     """
     metadata: dict[bytes, bytes] = batch.schema.metadata or {}
     settings = json.loads(metadata.get(METADATA_KEY, b"{}")).get("codec", {})
@@ -147,10 +191,14 @@ def decode_scores(batch: pa.RecordBatch) -> ScoreBlock:
             block = decode_compact(batch, max_error=settings["max_error"])
         case "sampled":
             block = decode_sampled(batch, draws=settings["draws"])
+        case "hidden":
+            block = decode_compact(batch, max_error=HIDDEN_MAX_ERROR)
+            states = stored_states(batch, np.diff(block.offsets), basis)
+            block = replace(block, teacher_states=states)
         case other:
             raise UserError(
                 f"a shard was written by codec {other!r}; this opd-stream reads exact, "
-                "compact and sampled; update opd-stream"
+                "compact, sampled and hidden; update opd-stream"
             )
     if ALIGNED[0] in batch.schema.names:
         aligned = {name: flat_values(batch.column(name)) for name in ALIGNED}
@@ -174,9 +222,15 @@ def scores_batch(table: pa.Table) -> ScoreBatch:
             for first, last in pairwise(block.offsets.tolist())
         )
 
+    def states() -> tuple[NDArray[Any], ...] | None:
+        packed = [row for block in blocks for row in block.teacher_states or ()]
+        return tuple(integers_of(packed)) if packed else None
+
     refused = enumerate(reason for block in blocks for reason in block.refused)
-    names = [field.name for field in fields(ScoreBatch) if field.name != "refused"]
+    apart = ("refused", "teacher_states")
+    names = [field.name for field in fields(ScoreBatch) if field.name not in apart]
     return ScoreBatch(
+        teacher_states=states(),
         **{name: rows(name) for name in names},
         refused={row: reason for row, reason in refused if reason is not None},
     )

@@ -7,11 +7,14 @@ bytes what it cannot see between the noise of low ones.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from opd_stream.store.codecs.hidden import StoredStates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,7 @@ class ScoreBlock:
     teacher_tail_logprobs: NDArray[np.float32]  # [N]
     teacher_forced_logprobs: NDArray[np.float32]  # [N, F]
     candidate_teacher_logprobs: NDArray[np.float32] | None = None  # [N, M], the student's ids
+    teacher_states: "tuple[StoredStates, ...] | None" = None  # R, of codec hidden
     chunk_ids: NDArray[np.int32] | None = None  # [N], of scores with alignment
     same_tokens: NDArray[np.bool_] | None = None  # [N], the same
 
@@ -148,3 +152,20 @@ def _planes(name: str, batch: pa.RecordBatch) -> list[NDArray[np.uint8]]:
     while (field := f"{name}_{len(found)}") in columns:
         found.append(flat_values(batch.column(columns[field])))
     return found
+
+
+def unrounded(values: NDArray[np.float32]) -> NDArray[np.generic]:
+    """The same numbers, in two bytes where all have room: bfloat16 bits (uint16), or float16."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    if not (bits & 0xFFFF).any():
+        return (bits >> 16).astype(np.uint16)
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    return half if np.array_equal(half.astype(np.float32), values) else values
+
+
+def widened(stored: NDArray[np.generic]) -> NDArray[np.float32]:
+    """The numbers that `unrounded` stored."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32, copy=False)

@@ -1,6 +1,7 @@
 """What an encoder kept and lost, as sums that add over units."""
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -11,6 +12,23 @@ from pydantic import BaseModel, ConfigDict
 BINS_PER_DECADE = 8
 DECADES = 8  # lost mass from 1e-8 to 1
 BINS = BINS_PER_DECADE * DECADES
+
+
+class StateErrors(BaseModel):
+    """KL of the true to the rebuilt distributions of tokens that were checked, nats."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
+
+    tokens: int
+    kl: float  # sum
+    kl_bins: tuple[int, ...]  # log-spaced, 1e-8 to 1
+
+    def __add__(self, other: "StateErrors") -> "StateErrors":
+        return StateErrors(
+            tokens=self.tokens + other.tokens,
+            kl=self.kl + other.kl,
+            kl_bins=tuple(a + b for a, b in zip(self.kl_bins, other.kl_bins, strict=True)),
+        )
 
 
 class Fidelity(BaseModel):
@@ -30,6 +48,7 @@ class Fidelity(BaseModel):
     error: float = 0.0  # sum over finite entries of |stored - true| log-probability, nats
     max_error: float = 0.0  # largest of them
     bound: float | None = None  # what the codec promises for it; None: no promise
+    states: StateErrors | None = None  # of rounded hidden states
 
     def __add__(self, other: "Fidelity") -> "Fidelity":
         bounds = [bound for bound in (self.bound, other.bound) if bound is not None]
@@ -43,6 +62,7 @@ class Fidelity(BaseModel):
             error=self.error + other.error,
             max_error=max(self.max_error, other.max_error),
             bound=max(bounds) if bounds else None,
+            states=_added(self.states, other.states),
         )
 
     def report(self) -> dict[str, Any]:
@@ -57,20 +77,43 @@ class Fidelity(BaseModel):
             "tokens": self.tokens,
             "candidates_per_token": self.entries / tokens,
             "retained_mass_mean": self.mass / tokens,
-            "retained_mass_p1": 1 - self._lost_mass_quantile(0.99),
+            "retained_mass_p1": 1 - _quantile(self.lost_mass_bins, 0.99),
             "logprob_error_mean": self.error / entries,
             "logprob_error_max": self.max_error,
             "logprob_error_bound": self.bound,
-            "kl_error_bound": self.max_error,
+            **self._of_candidates_alone(),
         }
 
-    def _lost_mass_quantile(self, share: float) -> float:
-        """Upper edge of the bin in which the quantile of the lost mass lies."""
-        counts = list(accumulate(self.lost_mass_bins))
-        if not counts[-1]:
-            return 0.0
-        place = bisect_left(counts, share * counts[-1])
-        return float(10 ** ((place + 1) / BINS_PER_DECADE - DECADES))
+    def _of_candidates_alone(self) -> dict[str, Any]:
+        if self.states is None:
+            return {"kl_error_bound": self.max_error}
+        return {
+            "state_kl_mean": self.states.kl / max(1, self.states.tokens),
+            "state_kl_p99": _quantile(self.states.kl_bins, 0.99),
+        }
+
+
+def _added(left: StateErrors | None, right: StateErrors | None) -> StateErrors | None:
+    return right if left is None else left if right is None else left + right
+
+
+def _quantile(bins: Sequence[int], share: float) -> float:
+    """Upper edge of the bin in which a quantile lies."""
+    counts = list(accumulate(bins))
+    if not counts[-1]:
+        return 0.0
+    place = bisect_left(counts, share * counts[-1])
+    return float(10 ** ((place + 1) / BINS_PER_DECADE - DECADES))
+
+
+def state_errors(kl_N: NDArray[np.float64]) -> StateErrors:
+    """The errors of tokens that were checked."""
+    return StateErrors(tokens=len(kl_N), kl=float(kl_N.sum()), kl_bins=_bins(kl_N))
+
+
+def _bins(values_N: NDArray[np.float64]) -> tuple[int, ...]:
+    place = (np.log10(np.maximum(values_N, 1e-300)) + DECADES) * BINS_PER_DECADE
+    return tuple(np.bincount(place.clip(0, BINS - 1).astype(np.int64), minlength=BINS).tolist())
 
 
 def measure(
@@ -99,13 +142,11 @@ def measure(
             f"a stored log-probability would be {largest:.6g} nats off; "
             f"the codec promises {bound:g}"
         )
-    place = (np.log10(np.maximum(lost_N, 1e-300)) + DECADES) * BINS_PER_DECADE
-    bins = np.bincount(place.clip(0, BINS - 1).astype(np.int64), minlength=BINS)
     return Fidelity(
         tokens=len(mass_N),
         entries=int(finite.sum()),  # where a position has fewer candidates, -inf fills up
         mass=float(mass_N.sum()),
-        lost_mass_bins=tuple(bins.tolist()),
+        lost_mass_bins=_bins(lost_N),
         error=float(error.sum()),
         max_error=largest,
         bound=bound,
