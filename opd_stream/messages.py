@@ -95,8 +95,9 @@ def turns_text(turns: tuple[Turn, ...]) -> str:
 
 def _turn(turn: Turn, place: str) -> Turn:
     if "role" not in turn:
-        speaker = str(turn["from"])
-        turn = {"role": _SPEAKERS.get(speaker, speaker), "content": turn.get("value")}
+        speaker = turn["from"]
+        role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+        turn = {"role": role, "content": turn.get("value")}
     if not isinstance(turn["role"], str):
         raise UserError(
             f"{place} has the role {turn['role']!r}; expected text such as user; mend it"
@@ -105,7 +106,10 @@ def _turn(turn: Turn, place: str) -> Turn:
     content = kept.get("content")
     if is_list(content):
         content = kept["content"] = _joined(content, place)
-    is_call = content is None and kept["role"] == "assistant" and bool(kept.get("tool_calls"))
+    calls = kept.get("tool_calls")
+    if calls is not None and not (is_list(calls) and all(map(is_object, calls))):
+        raise UserError(f"{place} has tool_calls that are no list of objects; mend it")
+    is_call = content is None and kept["role"] == "assistant" and bool(calls)
     if not isinstance(content, str) and not is_call:
         found = "has no content" if content is None else f"holds a {type(content).__name__}"
         raise UserError(f"{place} {found}; expected text; mend it")

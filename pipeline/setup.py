@@ -16,6 +16,7 @@ from opd_stream.config.sections import DISTANCE
 from opd_stream.engines import engine_recipe, gives_hidden
 from opd_stream.errors import UserError, named
 from opd_stream.fetching import fetch, local_folder
+from opd_stream.prompts import shuffled_rows
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.codecs import HiddenCodec
 from opd_stream.store.store import Store
@@ -91,7 +92,9 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
     if make:
         check_weights(config, setup.student, setup.teacher)
         check_prompt_ids(setup.prompts.read_unit(0), setup.vocabulary)
-        longest, rendered = max(prompt_lengths(setup.prompts)), setup.teacher_prompts
+        lengths, rendered = prompt_lengths(setup.prompts), setup.teacher_prompts
+        check_rounds(config, len(lengths))
+        longest = max(lengths)
         teachers = None if rendered is None else max(prompt_lengths(rendered))
         check_context(config, setup.student, setup.teacher, longest, teachers)
         lost = [*rows_left_out(setup.prompts, "prompts"), *_check_reward(config, setup.prompts)]
@@ -378,6 +381,13 @@ def check_weights(config: Config, student: Checkpoint, teacher: Checkpoint | Non
     settings = config.teacher
     if teacher is not None and settings is not None and settings.engine == "transformers":
         check_files(teacher.folder)
+
+
+def check_rounds(config: Config, rows: int) -> None:
+    """Refuse rounds of more prompts than there are; a replay draws none."""
+    if config.replay is None:
+        per_round = config.rollouts.prompts_per_round
+        shuffled_rows(rows=rows, seed=0, round_index=0, per_round=per_round)
 
 
 def check_prompt_ids(prompts: pa.Table, vocabulary: Vocabulary) -> None:

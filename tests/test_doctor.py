@@ -98,7 +98,8 @@ def test_quick_loads_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_another_tokenizer(tmp_path: Path) -> None:
     def other(folder: Path) -> None:
         tokenizer = json.loads((folder / "tokenizer.json").read_text())
-        tokenizer["added_tokens"][0]["content"] = "<other>"
+        known = tokenizer["model"]["vocab"]
+        known["A"], known["B"] = known["B"], known["A"]
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
     teacher = changed_model(tmp_path, "ledger-teacher", other)
@@ -106,7 +107,8 @@ def test_another_tokenizer(tmp_path: Path) -> None:
     assert "different tokenizers" in found.found
 
 
-def test_heads_of_different_sizes(tmp_path: Path) -> None:
+def test_heads_of_different_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opd_stream.engines.loading.check_files", lambda _: None)  # of old sizes
     longer = changed_model(tmp_path, "ledger-teacher", with_json("config.json", vocab_size=640))
     report = quick(tmp_path, f"teacher.path={longer}")
     assert not [finding for finding in report.findings if finding.level != "ok"]
@@ -181,6 +183,13 @@ def test_a_turn_that_ends_without_a_terminator(tmp_path: Path) -> None:
     assert "none of the ids the run stops on" in only(report, "warning", inputs.templates).found
 
 
+@pytest.mark.parametrize("change", [{"num_key_value_heads": 7}, {"model_type": "t5"}])
+def test_weights_of_another_config(tmp_path: Path, change: dict[str, Any]) -> None:
+    teacher = changed_model(tmp_path, "ledger-teacher", with_json("config.json", **change))
+    report = quick(tmp_path, f"teacher.path={teacher}")
+    assert {found.check for found in report.findings if found.level == "error"} == {"weights"}
+
+
 def test_nothing_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fetch(*given: object) -> None:
         raise AssertionError("fetched")
@@ -189,6 +198,14 @@ def test_nothing_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("opd_stream.fetching._download", fetch)
     found = only(quick(tmp_path, "teacher.path=org/none"), "error", inputs.weights)
     assert "hf download org/none" in found.found
+
+
+def test_rounds_of_more_prompts_than_there_are_are_refused_before_any_work(tmp_path: Path) -> None:
+    """The initial student's evaluation would be paid for."""
+    config = small_config(tmp_path, "prompts.count=2")
+    for look in (open_setup, read_inputs):
+        with pytest.raises(UserError, match="prompts_per_round is 8 but there are 2 prompts"):
+            look(config)
 
 
 def test_answers_that_do_not_fit_are_refused_before_any_work(tmp_path: Path) -> None:
@@ -230,9 +247,9 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 0))
     report = quick(tmp_path)
     assert {f.check for f in report.findings if f.level == "error"} == {"disk"}
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 19_500_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 16_500_000))
     found = only(quick(tmp_path, "rollouts.samples_per_prompt=64"), "warning", machine.disk)
-    assert "19.5 MB free" in found.found
+    assert "16.5 MB free" in found.found
 
 
 def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
@@ -407,17 +424,18 @@ def test_findings_are_written_as_they_are_known(
 
     def looked_at_late(config: Config, folder: RunFolder) -> SimpleNamespace:
         before.append(capsys.readouterr().out)
-        return SimpleNamespace(disk=())
+        return SimpleNamespace(disk=(), training=None)
 
     monkeypatch.setattr(machine, "estimate", looked_at_late)
     small_config(tmp_path)
     command = ["doctor", str(tmp_path / "small.yaml"), "--quick"]
     app(command, standalone_mode=False)
-    seen = {line.split()[1] for line in before[0].splitlines()}
+    seen = {line.split()[1] for line in "".join(before).splitlines()}
     assert {"packages", "weights", "prompts", "memory"} <= seen
     capsys.readouterr()
+    before.clear()
     app([*command, "--json"], standalone_mode=False)
-    assert before[1] == ""
+    assert not any(before)
     assert json.loads(capsys.readouterr().out)["may_start"]
 
 
@@ -709,6 +727,7 @@ def test_models_that_only_fit_in_16_bits_are_not_compared(
 ) -> None:
     small = Gpu(name="small", bytes=1_700_000, capability=(9, 0))
     monkeypatch.setattr(machine, "this_machine", lambda: having(small, small, small))
+    monkeypatch.setattr(machine, "_forecast", lambda _: None)  # of activations, which do not fit
     half = ("student.dtype=bfloat16", "teacher.dtype=bfloat16", "train.lora={}")
     apart = ("executor=ray", "pools.student.gpus=1", "pools.teacher.gpus=1")
     report = examine(small_config(tmp_path, *half, *apart), quick=False)

@@ -87,6 +87,11 @@ def test_a_day_that_is_none_is_one_line(tmp_path: Path) -> None:
         load_config(MODELS.parent / "quickstart.yaml", ["prompts.template.date=2024-02-30"])
 
 
+def test_a_broken_pattern_of_modules_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"'\(' is no pattern .*expected module names"):
+        load_config(MODELS.parent / "quickstart.yaml", ["train.lora={targets: '('}"])
+
+
 def test_what_looks_like_a_hub_model() -> None:
     assert is_hub_id("org/name-1.5B")
     for path in ("name", "a/b/c", "./a/b", "../a", "/a/b", "~/b", "configs/models"):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from opd_stream.engines import decoding, head, loading
 from opd_stream.engines.loading import check_engine, check_files, check_training, load_model
 from opd_stream.errors import UserError
 from opd_stream.store.files import indexed_files
-from opd_stream.store.policy import identify
+from opd_stream.store.policy import identify, known_identity
 from stages.checkpoints import weight_shapes
 from stages.student_model import check_lora, load_student, save_student
 from tests.conftest import MODELS
@@ -82,6 +83,20 @@ def test_a_model_that_computes_no_numbers_is_refused(tmp_path: Path) -> None:
     model = load_model(folder, dtype=torch.float32)
     with pytest.raises(UserError, match="not finite on plain texts"):
         check_engine(model, folder)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("link", "a link to a file"), ("folder", "no file")])
+def test_weights_that_are_no_file_are_one_line(tmp_path: Path, kind: str, said: str) -> None:
+    """A snapshot of a hub cache that was copied without its blobs has links alone."""
+    shutil.copytree(MODELS / "ledger-student", tmp_path / "model")
+    weights(tmp_path / "model").unlink()
+    if kind == "link":
+        weights(tmp_path / "model").symlink_to("blobs/none")
+    else:
+        weights(tmp_path / "model").mkdir()
+    for look in (identify, partial(known_identity, cache=tmp_path, most_bytes=1)):
+        with pytest.raises(UserError, match=f"model.safetensors is {said}"):
+            look(tmp_path / "model")
 
 
 @pytest.mark.parametrize("name", ["../other/model.safetensors", "part/a.safetensors", "a.bin"])

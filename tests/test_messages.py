@@ -326,9 +326,17 @@ def test_bad_messages_in_a_file_name_the_line(tmp_path: Path) -> None:
             read_prompts(FilePrompts(kind="jsonl", path=rows_file(tmp_path, row)))
 
 
-RULED = {
-    1: "91036a6720e1438ae268469a403cab246631960c7efb09a05ae4e84d106d6e08"
-}  # `RULES` -> digest of what they make of the rows below
+ODD = [{"from": None, "value": "a"}, *({**ANSWER, "tool_calls": calls} for calls in (5, ["f"]))]
+
+
+@pytest.mark.parametrize("turn", ODD)
+def test_turns_of_odd_shapes_are_refused(turn: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"the role None|tool_calls that are no list"):
+        turns_of([turn], "rows.jsonl line 1")
+
+
+# `RULES` -> digest of what they make of the rows below
+RULED = {1: "91036a6720e1438ae268469a403cab246631960c7efb09a05ae4e84d106d6e08"}
 
 
 def test_prompts_change_only_with_the_number_of_the_rules(tmp_path: Path) -> None:

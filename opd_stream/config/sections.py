@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from opd_stream.engines import EngineName
 from opd_stream.engines.base import VllmOptions
@@ -197,6 +197,17 @@ class Lora(Section):
     targets: str | tuple[str, ...] = Field(
         default="all-linear", description="module names, or all-linear: all but the head"
     )
+
+    @field_validator("targets")
+    @classmethod
+    def _pattern(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        try:
+            re.compile(targets if isinstance(targets, str) else "")
+        except re.error as error:
+            raise ValueError(
+                f"{targets!r} is no pattern ({error}); expected module names or all-linear"
+            ) from error
+        return targets
 
 
 class Extrapolation(Section):

@@ -105,7 +105,7 @@ def known_identity(folder: Path, *, cache: Path, most_bytes: int) -> Identity:
     Raises:
         UserError: the folder is no checkpoint (says what is missing).
     """
-    weights = folder.glob("*.safetensors")
+    weights = _weight_files(folder)
     new = [path for path in weights if not _remembered(path, cache, sha256_file).exists()]
     too_much = sum(path.stat().st_size for path in new) > most_bytes
 
@@ -119,8 +119,22 @@ def known_identity(folder: Path, *, cache: Path, most_bytes: int) -> Identity:
     return replace(identity, weights_sha256=UNREAD) if too_much else identity
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a folder.
+
+    Raises:
+        UserError: one is no file.
+    """
+    found = sorted(folder.glob("*.safetensors"))
+    for path in found:
+        if not path.is_file():
+            what = "a link to a file that is not there" if path.is_symlink() else "no file"
+            raise UserError(f"{path} is {what}; copy the checkpoint again, with its files")
+    return found
+
+
 def _identity(folder: Path, digest: Callable[[Path, Reads], str]) -> Identity:
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = _weight_files(folder)
     has_tokenizer = any((folder / name).exists() for name in (TOKENIZER, *OLDER_TOKENIZERS))
     missing = [
         what

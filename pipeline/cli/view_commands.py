@@ -51,7 +51,8 @@ def doctor(
     from pipeline.setup import fetch_checkpoints
 
     settings = load_config(config, overrides or [])
-    fetch_checkpoints(settings)
+    if not quick:
+        fetch_checkpoints(settings)
     with Screen(as_json=as_json) as screen:
         screen.begin("libraries")  # importing them takes seconds on a cold disk
         from pipeline.doctor.examination import examine

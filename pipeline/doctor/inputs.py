@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from opd_stream.config import Evaluation
 from opd_stream.errors import UserError
-from opd_stream.prompts import lost_rows, shuffled_rows
+from opd_stream.prompts import lost_rows
 from opd_stream.rendering import ChatTemplate, Prompt, Renderer
 from opd_stream.store.tokenizer_folder import misread_line
 from opd_stream.store.tokenizer_identity import TokenizerComparison
@@ -16,7 +16,13 @@ from opd_stream.tasks.references import right_answer
 from pipeline.doctor.findings import Finding, check
 from pipeline.doctor.subject import Subject
 from pipeline.rounds import named_checkpoint, rounds
-from pipeline.setup import ContextUse, evaluation_context, stop_token_ids, training_contexts
+from pipeline.setup import (
+    ContextUse,
+    check_rounds,
+    evaluation_context,
+    stop_token_ids,
+    training_contexts,
+)
 from stages.checkpoints import Checkpoint, check_pair, compare_pair, tokenizer_size
 from stages.evaluate import SHOWN, judged_rows, unjudged_line
 from stages.prompts import table_lengths
@@ -25,9 +31,13 @@ from stages.prompts import table_lengths
 @check("a cut off or missing file of a checkpoint ends a worker when it loads it")
 def weights(subject: Subject) -> Iterator[Finding]:
     """Folders that are no checkpoint, and files of weights that are missing or cut off."""
+    from opd_stream.engines.loading import check_files
+
     for role in subject.roles:
         try:
             folder, count = subject.model(role).folder, subject.parameters(role)
+            if role == "student" or subject.engines[role].engine == "transformers":
+                check_files(folder)  # as the run does, which trains the student with transformers
             yield weights.ok(f"{role}: {count:,} parameters in {folder}")
         except UserError as error:
             yield weights.refused(error)
@@ -238,9 +248,8 @@ def prompts(subject: Subject) -> Iterator[Finding]:
             yield prompts.ok(f"{name}: {said}")
             for line in lost_rows(name, len(lengths), subject.prompts(name).lost):
                 yield prompts.warning(line)
-            if name == "prompts" and config.replay is None:
-                per_round = config.rollouts.prompts_per_round
-                shuffled_rows(rows=len(lengths), seed=0, round_index=0, per_round=per_round)
+            if name == "prompts":
+                check_rounds(config, len(lengths))
         except UserError as error:
             yield prompts.refused(error)
     try:

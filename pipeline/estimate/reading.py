@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from opd_stream.config import Config, Evaluation
 from opd_stream.errors import UserError
-from opd_stream.prompts import shuffled_rows
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import is_remote
 from opd_stream.store.policy import UNREAD, known_identity
@@ -29,6 +28,7 @@ from pipeline.setup import (
     check_extras,
     check_problems,
     check_prompt_ids,
+    check_rounds,
     setup_of,
     with_default_distance,
 )
@@ -93,9 +93,8 @@ def read_inputs(config: Config) -> RunInputs:
         compared = setup.teacher or _checkpoint(store, notes, config.teacher.folder)
     prompts = measure_prompts("prompts", setup.prompts, config.prompts, setup.student.folder, notes)
     check_prompt_ids(prompts.table, setup.vocabulary)
-    if config.replay is None and (rows := prompts.lengths.rows) is not None:
-        per_round = config.rollouts.prompts_per_round
-        shuffled_rows(rows=rows, seed=0, round_index=0, per_round=per_round)  # there are as many
+    if (rows := prompts.lengths.rows) is not None:
+        check_rounds(config, rows)
     settled, line = with_default_distance(config, prompts.lengths.rows)
     notes += [] if line is None else [line]
     if settled is not config and settled.evaluation is not None:
