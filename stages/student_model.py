@@ -22,7 +22,7 @@ from opd_stream.loss import BatchLoss, batch_loss
 from opd_stream.model_config import read_model_config
 from opd_stream.objectives import Objective
 from opd_stream.rebuilt import TeacherHead
-from opd_stream.store.files import INDEX
+from opd_stream.store.files import INDEX, WEIGHTS
 from opd_stream.store.policy import EXACT, NAMED_TEMPLATES
 from opd_stream.store.tree import save_tree
 from opd_stream.weighting import Weighting
@@ -36,7 +36,6 @@ OTHER_WEIGHTS = (
 )
 ADAPTER = "adapter"  # folder of the LoRA adapter inside a policy
 CONFIG, GENERATION = "config.json", "generation_config.json"
-WEIGHTS = "model.safetensors"
 TRAINED, KEPT = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 

@@ -327,3 +327,19 @@ def test_a_quantised_base_of_adapters_is_published_whole(tmp_path: Path) -> None
     assert "quantization_config" not in (tmp_path / "policy" / "config.json").read_text()
     ids = torch.arange(10)[None]
     assert torch.allclose(published(ids).logits, student.model.eval()(ids).logits, atol=1e-5)
+
+
+def test_what_lies_beside_whole_weights_is_not_read(tmp_path: Path) -> None:
+    """transformers takes model.safetensors alone; a policy would publish what else is counted."""
+    base, policy = tmp_path / "base", tmp_path / "policy"
+    shutil.copytree(MODELS / "ledger-student", base)
+    whole = weight_shapes(base)
+    other = {name: torch.zeros(2) for name in ("model.norm.weight", "output.weight")}
+    save_file(other, base / "consolidated.safetensors")
+    index = {"weight_map": {"output.weight": "consolidated.safetensors", "a": "gone.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert weight_shapes(base) == whole
+    student = load_student(base, lora=None, initial=base, gradient_checkpointing=False)
+    policy.mkdir()
+    save_student(student, base, policy)
+    assert weight_shapes(policy) == whole

@@ -92,6 +92,7 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of a checkpoint with several files of weights
 
 
@@ -117,11 +118,15 @@ def checkpoint_json(path: Path) -> dict[str, Any]:
 
 
 def indexed_files(folder: Path) -> set[str]:
-    """Names of the files of weights that a checkpoint's index lists; none where it has no index.
+    """Names of the files of weights that transformers reads; none where nothing names them.
+
+    A whole `model.safetensors` comes before an index, and neither brings what lies beside it.
 
     Raises:
-        UserError: it is no index, or leads out of the folder.
+        UserError: the index is none, or leads out of the folder.
     """
+    if (folder / WEIGHTS).is_file():
+        return {WEIGHTS}
     path = folder / INDEX
     if not path.exists():
         return set()
