@@ -12,6 +12,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _TERM = re.compile(r"-?[\d.,]*\d|\\?[A-Za-z]+|\S")  # what a box without braces holds
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|hbox)\s*\{([^{}]*)\}")
+_POWER = r"(?:\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d))?"  # of a unit
 _MINUS = str.maketrans(dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d", "-"))
 
 
@@ -95,8 +96,8 @@ def in_plain_signs(text: str) -> str:
 
 
 def without_words(latex: str) -> str:
-    r"""The same without `\text{...}`."""
-    return _WORDS.sub(" ", latex)
+    r"""The same without `\text{...}` and the power of a unit, as in `5 \text{ cm}^2`."""
+    return re.sub(_WORDS.pattern + _POWER, " ", latex)
 
 
 def words_opened(latex: str) -> str:

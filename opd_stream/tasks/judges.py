@@ -23,7 +23,7 @@ from opd_stream.tasks.isolation import Isolation, Limits, check_isolation, passe
 from opd_stream.tasks.numbers import final_number
 from opd_stream.tasks.references import judge_of_lists, reader_of_lists
 
-RULES = 2  # how answers and references are read; verdicts by other rules are no verdicts of these
+RULES = 3  # how answers and references are read; verdicts by other rules are no verdicts of these
 CODE_RULES = 3  # the same, of programs
 _RULED = ("final_number", "exact", "math")
 _VERDICTS: Any = (bool, int, float, np.bool_)

@@ -94,7 +94,7 @@ def in_one_notation(text: str) -> str:
         text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\[,;: ])(?=\d{3}(?!\d))", ",", text)
         text = re.sub(r"\\!", "", text)
         text = re.sub(
-            rf"\\[dtc]?frac\s*\{{\s*(-?{_INTEGER})\s*\}}\s*\{{\s*({_INTEGER})\s*\}}",
+            rf"\\[dtc]?frac\s*\{{\s*(-?{_INTEGER})\s*\}}\s*\{{\s*(-?{_INTEGER})\s*\}}",
             rf"{_FRACTION}\1/\2 ",
             text,
         )
@@ -118,6 +118,7 @@ def _numbers(text: str) -> Iterator[NumberIn]:
         if _NAME_BEFORE.search(before):
             continue
         is_part = _PART_BEFORE.search(before) or _PART_AFTER.match(text, found.end())
+        is_part = is_part or before.endswith("-(")
         yield NumberIn(
             start=found.start(), end=found.end(), value=None if is_part else _value(found)
         )
