@@ -176,6 +176,7 @@ def test_nothing_that_was_planted_is_unpickled(small_runs: SmallRuns, tmp_path: 
         (folder / "data.pkl").write_bytes(bomb)
         for attempt in folder.glob("attempt-*"):
             (attempt / "pytorch_model.bin").write_bytes(bomb)
+            (attempt / "optimizer").mkdir(exist_ok=True)
             (attempt / "optimizer" / "state.pt").write_bytes(bomb)
     for policy in store.folders("policies"):
         if policy != store.folders("policies")[0]:
