@@ -23,7 +23,8 @@ from opd_stream.model_config import read_model_config
 from opd_stream.objectives import Objective
 from opd_stream.rebuilt import TeacherHead
 from opd_stream.store.files import INDEX, WEIGHTS
-from opd_stream.store.policy import EXACT, NAMED_TEMPLATES
+from opd_stream.store.policy import EXACT
+from opd_stream.store.tokenizer_folder import NAMED_TEMPLATES
 from opd_stream.store.tree import save_tree
 from opd_stream.weighting import Weighting
 from stages.checkpoints import published_dtype, weight_files

@@ -410,6 +410,14 @@ def test_folders_of_one_identity_give_the_same_ids(
     assert len(ids) > len(folders) + 8  # most fields change one of the two digests
 
 
+def test_an_edited_template_is_read_again(tmp_path: Path) -> None:
+    folder = with_settings(STUDENT, tmp_path / "student")
+    turns = [{"role": "user", "content": "Hi"}]
+    for text in ("one", "two"):
+        (folder / "chat_template.jinja").write_text(text)
+        assert open_tokenizer(folder).apply_chat_template(turns, tokenize=False) == text
+
+
 def test_a_token_that_only_the_settings_name_is_part_of_the_pair(tmp_path: Path) -> None:
     store, token = tmp_path / "store", {**TOKEN, "single_word": False, "special": False}
     one, other = (

@@ -46,6 +46,7 @@ from opd_stream.store.tokenizer_folder import (
     TOKENIZER,
     library_versions,
     read_settings,
+    template_files,
     tokenizer_digest,
     tokenizer_files,
 )
@@ -54,8 +55,6 @@ RENDERING = (
     *("chat_template", "bos_token", "eos_token", "add_bos_token", "add_eos_token"),
     *("add_prefix_space", "split_special_tokens"),
 )
-TEMPLATES = ("chat_template.jinja", "chat_template.json")
-NAMED_TEMPLATES = "additional_chat_templates"  # folder
 OPTIMIZER = "optimizer"  # folder of the optimizer's moments
 EXACT = "exact"  # folder of the weights in float32, where they are published in fewer bits
 BASE = "extrapolation"  # folder of the point that the next extrapolation starts from
@@ -182,13 +181,11 @@ def _finite(value: Any) -> Any:
 def _rendering(folder: Path) -> str:
     settings = read_settings(folder)
     found: dict[str, Any] = {name: settings.get(name) or None for name in RENDERING}
-    named = sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))
-    for file in (*(folder / name for name in TEMPLATES), *named):
-        if file.is_file():
-            try:
-                found[file.relative_to(folder).as_posix()] = file.read_text(encoding="utf-8")
-            except ValueError as error:
-                raise UserError(f"{file} is not UTF-8 text; copy the checkpoint again") from error
+    for file in template_files(folder):
+        try:
+            found[file.relative_to(folder).as_posix()] = file.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise UserError(f"{file} is not UTF-8 text; copy the checkpoint again") from error
     return sha256(canonical_json(found))
 
 

@@ -25,6 +25,8 @@ from opd_stream.store.tokenizer_identity import (
 
 TOKENIZER = "tokenizer.json"
 OLDER_TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt")  # where there is none
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+NAMED_TEMPLATES = "additional_chat_templates"  # folder
 READ_WITH = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 
 
@@ -85,6 +87,12 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [path for name in names if (path := folder / name).is_file()]
 
 
+def template_files(folder: Path) -> list[Path]:
+    """The files that hold chat templates."""
+    named = sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))
+    return [path for path in (*(folder / name for name in TEMPLATES), *named) if path.is_file()]
+
+
 def library_versions() -> list[str]:
     """Of the libraries that turn the files into a tokenizer."""
     return [version("transformers"), version("tokenizers")]
@@ -105,7 +113,7 @@ def open_tokenizer(folder: Path) -> Any:
     Raises:
         UserError: there is none that can be read.
     """
-    return _tokenizer(folder.resolve(), _content(folder))[0]
+    return _tokenizer(folder.resolve(), _content(folder, *template_files(folder)))[0]
 
 
 def folder_meaning(folder: Path) -> TokenizerMeaning | None:
@@ -122,7 +130,7 @@ def folder_meaning(folder: Path) -> TokenizerMeaning | None:
 
 def misread_line(folder: Path) -> Iterator[str]:
     """What to know of a tokenizer that transformers misreads."""
-    reader = _tokenizer(folder.resolve(), _content(folder))[1]
+    reader = _tokenizer(folder.resolve(), _content(folder, *template_files(folder)))[1]
     if reader is not None:
         yield (
             f"AutoTokenizer reads {folder} as {reader}, which cuts texts otherwise than its "
@@ -148,9 +156,10 @@ def open_vocabulary(folder: Path) -> Any:
     return _opened(PreTrainedTokenizerFast, folder)
 
 
-def _content(folder: Path) -> str:
+def _content(folder: Path, *more: Path) -> str:
     """One digest of the files that decide, so that an edit in place is seen."""
-    return sha256(canonical_json([[p.name, sha256_file(p)] for p in tokenizer_files(folder)]))
+    files = [*tokenizer_files(folder), *more]
+    return sha256(canonical_json([[path.name, sha256_file(path)] for path in files]))
 
 
 @lru_cache(maxsize=64)
