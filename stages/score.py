@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from opd_stream.engines import hidden_engine
 from opd_stream.engines.base import Engine, ScoringSettings
 from opd_stream.errors import UserError
-from opd_stream.store.artifact import Artifact, Commit
+from opd_stream.store.artifact import Artifact, Commit, DamagedUnit
 from opd_stream.store.codecs import SampledCodec, codec_of, encode_scores, scores_batch
 from opd_stream.store.codecs.fidelity import StateErrors
 from opd_stream.store.recipe import Recipe
@@ -36,6 +36,7 @@ from stages.workers import Task, TaskResult, Worker
 
 if TYPE_CHECKING:
     from opd_stream.cross_tokenizer.aligner import Aligner
+    from opd_stream.store.codecs import StateBasis
     from stages.teacher_states import StateScorer
 
 Scoring = Callable[[RolloutBatch, ScoringSettings], tuple[ScoreBatch, StateErrors | None]]
@@ -107,7 +108,7 @@ class ScoreWorker(Worker):
         codec = codec_of(scores.recipe.settings["codec"])
         scored = self._scored(task, rollouts, scores, batch)
         try:
-            table, fidelity = encode_scores(codec, scored.batch, batch)
+            table, fidelity = encode_scores(codec, scored.batch, batch, basis=self._basis)
             fidelity = fidelity.model_copy(update={"states": scored.errors})
         except ValueError as error:
             raise UserError(
@@ -180,6 +181,11 @@ class ScoreWorker(Worker):
         scored, errors = score(batch, asked)
         return _Scored(scored, token_counts(batch, without=scored.refused), errors)
 
+    @property
+    def _basis(self) -> "StateBasis | None":
+        """That of rounded hidden states, where scores have them."""
+        return None if self._scorer is None else self._scorer[1].basis
+
     def _scoring(self, task: Task, rollouts: Artifact, scores: Artifact, engine: Engine) -> Scoring:
         """How rollouts are scored: by the engine, or with hidden states; one scorer serves all."""
         if "head" not in scores.recipe.inputs:
@@ -237,7 +243,11 @@ class ScoreWorker(Worker):
         before = self._as_read(scores.recipe, base_rollouts(self.store, rollouts.recipe, unit))
         base = self.store.by_fingerprint("scores", scores.recipe.inputs["scores"])
         rows = grown_rows(before, batch)
-        old = scores_batch(base.read_unit(rollouts.recipe.settings["extends"][unit]))
+        number = rollouts.recipe.settings["extends"][unit]
+        try:
+            old = scores_batch(base.read_unit(number), self._basis)
+        except ValueError as error:
+            raise DamagedUnit(base, number, str(error)) from error
         old = replace(old, candidate_teacher_logprobs=None)  # an extension keeps no candidates
         counts = extension_counts(before, batch)
         if not rows:

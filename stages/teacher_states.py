@@ -49,10 +49,12 @@ class StateScorer:
         self._codec, self._engine = codec, hidden_engine(opened())
         self._head = exact_head(self._engine.head())
         self._rounding: StateRounding | None = None
+        self.basis: StateBasis | None = None  # of rounded states
         if codec.max_kl is not None:
             artifact = store.artifact(basis_recipe(head_beside(scores), prompts))
-            basis = _made_basis(artifact, self._engine, prompt_ids_of(store, prompts), made_by)
-            self._rounding = StateRounding(basis, self._head)
+            prompt_ids = prompt_ids_of(store, prompts)
+            self.basis = _made_basis(artifact, self._engine, prompt_ids, made_by)
+            self._rounding = StateRounding(self.basis, self._head)
 
     def score(
         self, rollouts: RolloutBatch, settings: ScoringSettings

@@ -1,6 +1,8 @@
 """Whole runs on a cache of codec hidden: resumed, replayed, refused."""
 
 import random
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -10,7 +12,8 @@ import torch
 
 from opd_stream.errors import UserError
 from opd_stream.store import open_scores
-from opd_stream.store.codecs.hidden import states_of
+from opd_stream.store.artifact import DamagedUnit
+from opd_stream.store.codecs.hidden import basis_of, basis_table, states_of
 from opd_stream.store.store import Store
 from pipeline.run_folder import RunFolder
 from stages.step import Silent
@@ -179,3 +182,31 @@ def test_head_and_basis_stay_while_their_scores_do(small_runs: SmallRuns, tmp_pa
     folder = small_runs.copy(tmp_path / "made", *HIDDEN)
     found = garbage(Store(str(folder / "store")), grace_seconds=-1)
     assert not [path for path in found if path.parent.name in ("heads", "bases")]
+
+
+def test_units_of_a_basis_that_was_made_again_are_scored_again(
+    small_runs: SmallRuns, tmp_path: Path
+) -> None:
+    """Signs and order of axes are another library's choice: a basis is named by its numbers."""
+    folder = small_runs.copy(tmp_path / "again", *HIDDEN)
+    store = Store(folder / "store")
+    (recipe,) = store.recipes("bases")
+    artifact = store.by_fingerprint("bases", recipe.fingerprint)
+    basis = basis_of(artifact.read_unit(0))
+    artifact.invalidate(0)
+    turned = replace(basis, inverse_HH=-basis.inverse_HH)
+    artifact.commit(0, basis_table(turned), counts={"rows": 1})
+    artifact.finish()
+    name = scores_of(folder)
+    rows = open_scores(name)
+    with pytest.raises(DamagedUnit, match="a basis that was made again since"):
+        rows[0]
+    for policy in (folder / "store" / "policies").iterdir():
+        shutil.rmtree(policy)
+    run(small_config(folder, *HIDDEN), RunFolder(folder / "run2"), Silent())
+    before, after = (
+        states_of([row.teacher_states])[0]
+        for row in (open_scores(scores_of(small_runs(*HIDDEN)))[0], open_scores(name)[0])
+        if row.teacher_states is not None
+    )
+    assert abs(before - after).max() < 0.1 * before.std()

@@ -126,9 +126,9 @@ def codec_of(settings: Mapping[str, Any]) -> Codec:
 
 
 def encode_scores(
-    codec: Codec, scores: ScoreBatch, rollouts: RolloutBatch
+    codec: Codec, scores: ScoreBatch, rollouts: RolloutBatch, *, basis: StateBasis | None = None
 ) -> tuple[pa.Table, Fidelity]:
-    """The columns of a unit's scores, and what was lost in them.
+    """The columns of a unit's scores, and what was lost in them; `basis` is that of hidden states.
 
     Raises:
         ValueError: a stored value would be further from the true one than the codec promises.
@@ -152,7 +152,7 @@ def encode_scores(
             columns, extra, fidelity = encode_compact(
                 scores, max_error=HIDDEN_MAX_ERROR, mass=None, min_k=candidates
             )
-            states, more = encode_states(scores.teacher_states)
+            states, more = encode_states(scores.teacher_states, basis)
             columns, extra = columns | states, extra | more
     keys = {
         "prompt_id": pa.array(rollouts.prompt_id, pa.string()),
@@ -209,9 +209,13 @@ def decode_scores(batch: pa.RecordBatch, basis: StateBasis | None = None) -> Sco
     return replace(block, candidate_teacher_logprobs=candidates)
 
 
-def scores_batch(table: pa.Table) -> ScoreBatch:
-    """The rows of a unit's scores, as they were stored."""
-    blocks = [decode_scores(batch) for batch in table.to_batches()]
+def scores_batch(table: pa.Table, basis: StateBasis | None = None) -> ScoreBatch:
+    """The rows of a unit's scores, as they were stored.
+
+    Raises:
+        ValueError: hidden states were rounded in another basis than this one.
+    """
+    blocks = [decode_scores(batch, basis) for batch in table.to_batches()]
 
     def rows(name: str) -> Any:
         if any(getattr(block, name) is None for block in blocks):

@@ -30,11 +30,13 @@ from opd_stream.store.codecs.columns import (
     widened,
 )
 from opd_stream.store.codecs.rans import Coded, decode, encode
+from opd_stream.store.files import sha256
 
 LANE = 2304  # integers of a lane, about
 AT_ONCE = 2**21  # integers that are packed or unpacked together
 SCALES_KEY = b"hidden_scales"  # int8 of each channel: its spread in quarter octaves
 WIDTH_KEY = b"hidden_width"
+BASIS_KEY = b"hidden_basis"  # digest of the basis that rounded ones stand in
 PER_OCTAVE = 4  # codes of steps and spreads
 
 
@@ -44,6 +46,11 @@ class StateBasis:
 
     mean_H: NDArray[np.float32]
     inverse_HH: NDArray[np.float32]  # a row for each coordinate
+
+    @property
+    def digest(self) -> str:
+        """Names its numbers: one that is made again has others, as signs and order of axes do."""
+        return sha256(self.mean_H.tobytes() + self.inverse_HH.tobytes())
 
 
 class PackedStates(NamedTuple):
@@ -98,12 +105,15 @@ def step_of(codes: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
     return np.exp2(codes.astype(np.float32) / PER_OCTAVE)
 
 
-def encode_states(rows: Sequence[NDArray[Any]]) -> tuple[dict[str, Any], dict[bytes, bytes]]:
+def encode_states(
+    rows: Sequence[NDArray[Any]], basis: StateBasis | None = None
+) -> tuple[dict[str, Any], dict[bytes, bytes]]:
     """Columns and schema metadata.
 
     Args:
         rows: R x [T, H] float32, kept unrounded; or R x [T, 1 + H] int32, the code of a token's
             step before its integers.
+        basis: of the integers.
     """
     offsets, whole = offsets_of(lengths_of(rows)), np.concatenate(rows)
     if not np.issubdtype(whole.dtype, np.integer):
@@ -134,7 +144,8 @@ def encode_states(rows: Sequence[NDArray[Any]]) -> tuple[dict[str, Any], dict[by
         "hidden_places": list_column(within, of_places),
         "hidden_values": list_column(coded.values, of_places),
     }
-    return columns, {WIDTH_KEY: str(width).encode(), SCALES_KEY: scales_H.tobytes()}
+    metadata = {WIDTH_KEY: str(width).encode(), SCALES_KEY: scales_H.tobytes()}
+    return columns, metadata if basis is None else {**metadata, BASIS_KEY: basis.digest.encode()}
 
 
 def stored_states(
@@ -143,7 +154,8 @@ def stored_states(
     """The states of each row of a record batch, still packed.
 
     Raises:
-        ValueError: a column does not have what rows of these lengths need.
+        ValueError: a column does not have what rows of these lengths need, or states were rounded
+            in another basis.
     """
     metadata: dict[bytes, bytes] = batch.schema.metadata or {}
     width = int(metadata[WIDTH_KEY])
@@ -165,6 +177,9 @@ def stored_states(
     scales_H = np.frombuffer(metadata[SCALES_KEY], np.int8)
     if len(scales_H) != width or (basis is not None and basis.inverse_HH.shape != (width, width)):
         raise ValueError(f"hidden states of width {width} with a basis of another")
+    written = metadata.get(BASIS_KEY)
+    if basis is not None and written is not None and written.decode() != basis.digest:
+        raise ValueError("hidden states were rounded in a basis that was made again since")
     parts = [rows(f"hidden_{name}") for name in ("words", "lanes", "places", "values")]
     return tuple(
         StoredStates(

@@ -9,7 +9,7 @@ Source: asymmetric numeral systems (1311.2540); interleaved streams (1402.3392).
 Shapes: L lanes, N integers of all lanes, one lane after another.
 """
 
-import math
+from decimal import Context, Decimal, localcontext
 from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -22,6 +22,9 @@ WORD = 16  # bits
 LARGEST = 63  # coarse part with a symbol; those beyond stand apart, behind a symbol that says so
 BEYOND = 2 * LARGEST + 1
 NARROWEST, WIDEST = -12, 11  # quarter octaves of a coarse part: 1 / 8 to 6.7 steps
+
+PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494")
+SURE = 7  # from here on 1 - erf is below 1e-22, which no frequency sees
 
 Integers = NDArray[np.integer[Any]]
 
@@ -43,19 +46,37 @@ class _Tables(NamedTuple):
 
 @cache
 def _tables() -> _Tables:
-    """Frequencies of the coarse parts of normal channels; every symbol has one."""
+    """Frequencies of the coarse parts of normal channels; every symbol has one.
+
+    In decimals, since libraries differ in the last bit of a floating-point erf: one frequency that
+    is another on another machine, and what was written here means something else there.
+    """
     rows: list[list[int]] = []
     for width in range(NARROWEST, WIDEST + 1):
-        spread = 2 ** (width / 4) * math.sqrt(2)
-        edges = [math.erf((place - LARGEST - 0.5) / spread) for place in range(BEYOND + 1)]
-        free = (1 << PRECISION) - BEYOND - 1
-        row = [1 + int(free * (high - low) / 2) for low, high in pairwise(edges)] + [1]
+        with localcontext(Context(prec=60)):
+            spread = Decimal(2) ** ((Decimal(width) + 2) / 4)
+            above = [_erf((place + Decimal("0.5")) / spread) for place in range(LARGEST + 1)]
+            edges = [*(-edge for edge in reversed(above)), *above]
+            free = (1 << PRECISION) - BEYOND - 1
+            row = [1 + int(free * (high - low) / 2) for low, high in pairwise(edges)] + [1]
         row[LARGEST] += (1 << PRECISION) - sum(row)  # what rounding down left goes to 0
         rows.append(row)
     frequency = np.array(rows, np.uint32)
     symbols = [np.repeat(np.arange(BEYOND + 1), row).astype(np.uint8) for row in rows]
     start = frequency.cumsum(1, dtype=np.uint32) - frequency
     return _Tables(frequency, start, np.stack(symbols))
+
+
+def _erf(z: Decimal) -> Decimal:
+    """2 / sqrt(pi) times the sum of (-1)^n z^(2n + 1) / (n! (2n + 1)), for z of at least 0."""
+    if z > SURE:
+        return Decimal(1)
+    power, total, n = z, z, 0
+    while abs(power) > Decimal("1e-30"):
+        n += 1
+        power *= -z * z / n
+        total += power / (2 * n + 1)
+    return 2 / PI.sqrt() * total
 
 
 def encode(values: Integers, widths: Integers, lengths: Integers) -> Coded:
