@@ -52,17 +52,17 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=48)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    prompts = _prompts(arguments.prompts)
+    prompts = chat_prompts(arguments.prompts)
     lines: list[dict[str, Any]] = []
     for name in STUDENTS:
-        student = _engine(name)
+        student = open_real(name)
         settings = SamplingSettings(
             window_tokens=arguments.window, stop_ids=(2,), seed=arguments.seed
         )
         batch = student.sample(prompts, settings)
         own = _dense(student, batch)
         del student
-        theirs = _dense(_engine("teacher"), batch)
+        theirs = _dense(open_real("teacher"), batch)
         shares = support_shares(np.concatenate(own), np.concatenate(theirs), SUPPORTS)
         for share in shares:
             line = {
@@ -79,7 +79,7 @@ def main() -> None:
     arguments.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _prompts(count: int) -> PromptBatch:
+def chat_prompts(count: int) -> PromptBatch:
     """Chat questions, rendered by the teacher's template."""
     from transformers import AutoTokenizer
 
@@ -97,7 +97,7 @@ def _prompts(count: int) -> PromptBatch:
     return PromptBatch(prompt_id=names, prompt_ids=tuple(ids))
 
 
-def _engine(name: str) -> TransformersEngine:
+def open_real(name: str) -> TransformersEngine:
     found = open_engine(engine="transformers", folder=MODELS / name, dtype="float32", batch_rows=24)
     assert isinstance(found, TransformersEngine)
     return found

@@ -152,7 +152,7 @@ def coverage_text(found: Coverage) -> str:
     return (
         f"{seen}hold {found.student_mass:.0%} of the student's mass, {found.teacher_mass:.0%} of "
         f"the teacher's, on {found.tokens:,} tokens; raise scores.top_k or "
-        "rollouts.student_top_k (doctor says to what), or use objective hybrid"
+        "rollouts.student_top_k (doctor says to what), or use codec hidden or objective hybrid"
     )
 
 

@@ -22,17 +22,16 @@ from opd_stream.store.codecs.hidden import PER_OCTAVE, StateBasis, step_of
 from opd_stream.types import RolloutBatch, ScoreBatch
 
 RIDGE = 1e-4  # of the mean of F's diagonal: directions that no token needs are kept all the same
-LARGEST_STEP = 1.0  # in spreads of a typical channel: beyond, the second order says nothing
-AIMED = 0.8  # of the bound, so that a unit of a few tokens holds it, too
-CHECKED_TOKENS = 256  # of a unit, evenly spread
-HALVINGS = 2  # of what is aimed at, before a unit is refused
+LARGEST_STEP = 0.5  # in root mean square spreads: beyond, the second order says little
+AIMED = 0.8  # of the bound of the mean, so that a unit of a few tokens holds it, too
+HALVINGS = 4  # of the step of a token that loses too much, before a unit is refused
 
 
 class Rounded(NamedTuple):
     """Rounded states, and what that cost."""
 
     integers_NH: NDArray[np.int32]  # [N, 1 + H], the code of the step first
-    kl_M: NDArray[np.float64]  # KL(true | rebuilt) of the tokens that were checked, nats
+    kl_N: NDArray[np.float64]  # KL(true | rebuilt), nats
 
 
 def exact_head(head: OutputHead) -> OutputHead:
@@ -55,7 +54,9 @@ def fit_basis(states_NH: NDArray[np.float32], head: OutputHead) -> StateBasis:
     _, axes = _eigh(spread.t() @ spread)
     inverse_HH = axes.t() @ (vectors * values.rsqrt() @ vectors.t())
     return StateBasis(
-        mean_H=mean_H.float().cpu().numpy(), inverse_HH=inverse_HH.float().cpu().numpy()
+        mean_H=mean_H.float().cpu().numpy(),
+        inverse_HH=inverse_HH.float().cpu().numpy(),
+        largest_step=max(LARGEST_STEP * float(spread.square().mean().sqrt()), 1e-6),
     )
 
 
@@ -81,6 +82,7 @@ class StateRounding:
     @torch.inference_mode()
     def __init__(self, basis: StateBasis, head: OutputHead) -> None:
         self._head, device = head, head.weight_VH.device
+        self._largest_step = basis.largest_step
         inverse = torch.tensor(basis.inverse_HH, device=device)
         self._forward_HH = cast("torch.Tensor", torch.linalg.inv(inverse.double())).float()  # pyright: ignore
         self._inverse_HH, self._mean_H = inverse, torch.tensor(basis.mean_H, device=device)
@@ -91,50 +93,58 @@ class StateRounding:
     def rounded(
         self, states_NH: NDArray[np.float32], *, max_kl: float, max_kl_p99: float
     ) -> Rounded:
-        """States whose distributions are, in the mean, at most `max_kl` nats from the true ones.
+        """States whose distributions are at most so far from the true ones, as far as steps help.
 
-        Both bounds are held on the tokens that are checked, if steps that are a little finer than
-        expected can hold them; if not, the result says what was reached.
+        What rounding costs is measured for every token. One that loses more than `max_kl_p99` is
+        rounded again, finer, and where the mean is above `max_kl` those above it are, too: only
+        few tokens or a very curved head need that.
         """
-        if not len(states_NH):
-            empty = np.zeros((0, 1 + states_NH.shape[1]), np.int32)
-            return Rounded(empty, np.zeros(0))
         states = torch.as_tensor(states_NH, device=self._head.weight_VH.device)
-        every = max(1, -(-len(states) // CHECKED_TOKENS))
-        true = states[::every]
-        coordinates = (states - self._mean_H) @ self._forward_HH
-        costs_N = self._costs(states)
-        largest = LARGEST_STEP * float(coordinates.std(0, correction=0).median())
-        for halving in range(HALVINGS + 1):
-            aimed = AIMED * max_kl / 2**halving
-            steps = (aimed / costs_N.clamp(min=1e-30)).sqrt().clamp(max=max(largest, 1e-6))
-            codes_N = (PER_OCTAVE * steps.log2()).round().clamp(-127, 127)
-            widths = torch.as_tensor(step_of(codes_N.cpu().numpy()), device=states.device)
-            integers = (coordinates / widths[:, None]).round().clamp(-(2**30), 2**30)
-            scaled = integers[::every] * widths[::every, None]
-            kl_M = self._kl(true, scaled @ self._inverse_HH + self._mean_H)
-            if kl_M.mean() <= max_kl and np.quantile(kl_M, 0.99) <= max_kl_p99:
-                break
-        whole = torch.cat([codes_N[:, None], integers], dim=1)  # pyright: ignore
-        return Rounded(whole.to(torch.int32).cpu().numpy(), kl_M)  # pyright: ignore
+        integers, kl_N = self._rounded(states, aimed=AIMED * max_kl)
+        for limit, is_mean in ((max_kl_p99, False), (max_kl, True)):
+            for _ in range(HALVINGS):
+                is_worse = kl_N > limit
+                if not is_worse.any() or (is_mean and kl_N.mean() <= max_kl):
+                    break
+                finer = integers[is_worse, 0] - PER_OCTAVE
+                integers[is_worse], kl_N[is_worse] = self._rounded(states[is_worse], codes_N=finer)
+        return Rounded(integers.cpu().numpy(), kl_N.double().clamp(min=0).cpu().numpy())
 
-    def _costs(self, states_NH: torch.Tensor) -> torch.Tensor:
-        """Nats that a step of 1 costs each token: 1/24 of the trace of F times the noise."""
-        found: list[torch.Tensor] = []
-        for states in torch.split(states_NH, self._head.chunk_rows):
-            p = torch.softmax(self._head(states), 1)
-            mean = p @ self._head.weight_VH
-            found.append(p @ self._noise_V - ((mean @ self._noise_HH) * mean).sum(1))
-        return torch.cat(found).clamp(min=0) / 24
+    def _rounded(
+        self,
+        states_NH: torch.Tensor,
+        *,
+        aimed: float = 0.0,
+        codes_N: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Integers behind the codes of steps [N, 1 + H], and what they cost [N], nats.
 
-    def _kl(self, true_NH: torch.Tensor, rebuilt_NH: torch.Tensor) -> NDArray[np.float64]:
-        found: list[torch.Tensor] = []
-        rows = max(1, self._head.chunk_rows // 2)
-        pairs = zip(torch.split(true_NH, rows), torch.split(rebuilt_NH, rows), strict=True)
-        for true, rebuilt in pairs:
-            left, right = (self._head(side).log_softmax(1) for side in (true, rebuilt))
-            found.append((left.exp() * (left - right)).sum(1))
-        return torch.cat(found).double().clamp(min=0).cpu().numpy()
+        The codes are given, or those at which each token is expected to lose what is aimed at.
+        """
+        tokens, width = states_NH.shape
+        found = torch.empty(tokens, 1 + width, dtype=torch.int32, device=states_NH.device)
+        kl_N = torch.empty(tokens, device=states_NH.device)
+        rows = max(1, self._head.chunk_rows // 2)  # both distributions at one time
+        for start in range(0, tokens, rows):
+            chunk = slice(start, start + rows)
+            true = self._head(states_NH[chunk]).log_softmax(1)
+            p = true.exp()
+            codes = self._codes(p, aimed) if codes_N is None else codes_N[chunk].float()
+            codes = codes.clamp(-127, 127)
+            steps = torch.as_tensor(step_of(codes.cpu().numpy()), device=codes.device)[:, None]
+            coordinates = (states_NH[chunk] - self._mean_H) @ self._forward_HH
+            integers = (coordinates / steps).round().clamp(-(2**30), 2**30)
+            rebuilt = integers * steps @ self._inverse_HH + self._mean_H
+            kl_N[chunk] = p.mul_(true - self._head(rebuilt).log_softmax(1)).sum(1)
+            found[chunk, 0], found[chunk, 1:] = codes.int(), integers.int()
+        return found, kl_N
+
+    def _codes(self, p_NV: torch.Tensor, aimed: float) -> torch.Tensor:
+        """Codes of steps [N]: one of 1 costs a token 1/24 of the trace of F times the noise."""
+        mean = p_NV @ self._head.weight_VH
+        traces_N = p_NV @ self._noise_V - ((mean @ self._noise_HH) * mean).sum(1)
+        steps = (24 * aimed / traces_N.clamp(min=1e-30)).sqrt().clamp(max=self._largest_step)
+        return (PER_OCTAVE * steps.log2()).round()
 
 
 def scores_of_states(

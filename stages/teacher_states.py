@@ -78,21 +78,21 @@ class StateScorer:
         states_NH = np.concatenate(scored.teacher_states)
         bounds = (self._codec.max_kl, self._codec.max_kl_p99)
         rounded = self._rounding.rounded(states_NH, max_kl=bounds[0], max_kl_p99=bounds[1])
-        check_rounding(rounded.kl_M, *bounds)
+        check_rounding(rounded.kl_N, *bounds)
         ends = np.cumsum([len(row) for row in scored.teacher_states])[:-1]
         rows = tuple(np.split(rounded.integers_NH, ends))
-        return replace(scored, teacher_states=rows), state_errors(rounded.kl_M)
+        return replace(scored, teacher_states=rows), state_errors(rounded.kl_N)
 
 
-def check_rounding(kl_M: NDArray[np.float64], max_kl: float, max_kl_p99: float) -> None:
-    """Refuse what rounding cost (nats, of the tokens that were checked), if it is too much.
+def check_rounding(kl_N: NDArray[np.float64], max_kl: float, max_kl_p99: float) -> None:
+    """Refuse what rounding cost (nats, of each token), if it is too much.
 
     Raises:
         UserError: names both bounds and what was reached.
     """
-    if not len(kl_M):
+    if not len(kl_N):
         return
-    mean, p99 = float(kl_M.mean()), float(np.quantile(kl_M, 0.99))
+    mean, p99 = float(kl_N.mean()), float(np.quantile(kl_N, 0.99))
     if mean <= max_kl and p99 <= max_kl_p99:
         return
     raise UserError(

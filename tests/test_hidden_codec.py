@@ -176,15 +176,35 @@ def test_rounding_costs_what_is_allowed_and_says_what_it_cost(max_kl: float) -> 
     back = states_of(stored_states(batch, np.array([600]), basis))[0]
     kl = true_kl(states, back)
     assert 0.4 * max_kl < kl.mean() <= max_kl
-    np.testing.assert_allclose(rounded.kl_M, kl[::3], rtol=0.2, atol=0.05 * max_kl)
+    np.testing.assert_allclose(rounded.kl_N, kl, rtol=0.2, atol=0.05 * max_kl)
     finer = rounding.rounded(states, max_kl=max_kl / 64, max_kl_p99=1.0).integers_NH
     octaves = np.median(rounded.integers_NH[:, 0] - finer[:, 0]) / 4
     assert octaves == pytest.approx(3)  # a quarter of the error is half a step
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 5, 400])
+def test_every_token_holds_the_bound_of_the_percentile_and_few_the_mean(tokens: int) -> None:
+    """Steps are finer where the second order of a cost misleads; other tokens stay as they were."""
+    rounding = StateRounding(fit_basis(random_states(300, 4), HEAD), HEAD)
+    states = random_states(tokens, 6)
+    tight = rounding.rounded(states, max_kl=1e-3, max_kl_p99=1.2e-3)
+    loose = rounding.rounded(states, max_kl=1e-3, max_kl_p99=1.0)
+    assert tight.kl_N.max() <= 1.2e-3
+    assert max(tight.kl_N.mean(), loose.kl_N.mean()) <= 1e-3
+    is_other = (tight.integers_NH != loose.integers_NH).any(1)
+    assert (loose.kl_N[is_other] > 1e-3).all()
+    if tokens == 400:
+        assert is_other.any()
+        halves = np.split(states, [150])  # units of another size
+        parts = [rounding.rounded(half, max_kl=1e-3, max_kl_p99=1.2e-3) for half in halves]
+        np.testing.assert_array_equal(
+            np.concatenate([part.integers_NH[:, 0] for part in parts]), tight.integers_NH[:, 0]
+        )
+
+
 def test_a_bound_that_rounding_does_not_hold_is_refused() -> None:
     rounding = StateRounding(fit_basis(random_states(300, 4), HEAD), HEAD)
-    kl = rounding.rounded(random_states(100, 5), max_kl=1e-3, max_kl_p99=1e-7).kl_M
+    kl = rounding.rounded(random_states(100, 5), max_kl=1e-3, max_kl_p99=1e-7).kl_N
     with pytest.raises(
         UserError, match=r"max_kl_p99 1e-07; raise them, or set scores.codec.max_kl"
     ):

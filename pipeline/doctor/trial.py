@@ -239,6 +239,11 @@ def coverage(subject: Subject) -> Iterator[Finding]:
         raise NotChecked("the teacher reads a rendering of its own")
     if isinstance(config.scores.codec, SampledCodec):
         raise NotChecked("candidates are drawn from the teacher")
+    where, top_k, whole = "scores.top_k", config.scores.top_k, "scores.codec={kind: hidden}"
+    if isinstance(config.scores.codec, HiddenCodec):
+        if config.train.top_k is None:
+            raise NotChecked("training rebuilds the whole vocabulary")
+        where, top_k, whole = "train.top_k", config.train.top_k, "train.top_k=null"
     with tempfile.TemporaryDirectory() as folder:
         rollouts = _sampled(Path(folder), setup, config, _first_prompts(subject), setup.student)
         batch = rollouts_batch(rollouts.read_unit(0))
@@ -247,10 +252,10 @@ def coverage(subject: Subject) -> Iterator[Finding]:
         for model in (setup.student, subject.model("teacher"))
     )
     shared = min(student.shape[1], teacher.shape[1])
-    own = Support(min(config.scores.top_k, shared), min(config.rollouts.student_top_k, shared))
+    own = Support(min(top_k, shared), min(config.rollouts.student_top_k, shared))
     now, *others = support_shares(student[:, :shared], teacher[:, :shared], (own, *SUPPORTS))
     said = (
-        f"scores.top_k={own.top_k} with rollouts.student_top_k={own.student_top_k} sees "
+        f"{where}={own.top_k} with rollouts.student_top_k={own.student_top_k} sees "
         f"{now.share:.0%} ± {now.error:.0%} of the reverse KL and holds {now.student_mass:.0%} of "
         f"the student's mass, {now.teacher_mass:.0%} of the teacher's, on {len(student)} tokens"
     )
@@ -262,7 +267,9 @@ def coverage(subject: Subject) -> Iterator[Finding]:
     todo = f"to see {ENOUGH:.0%}: {', or '.join(enough)}"
     if not enough:
         todo = f"the most of what was tried is {_support_text(best)}"
-    yield coverage.warning(said, f"{todo}; objective hybrid learns the rest from drawn tokens")
+    yield coverage.warning(
+        said, f"{todo}; all of it: {whole}; objective hybrid learns the rest from drawn tokens"
+    )
 
 
 def _support_text(of: SupportShare) -> str:

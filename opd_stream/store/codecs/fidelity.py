@@ -15,7 +15,7 @@ BINS = BINS_PER_DECADE * DECADES
 
 
 class StateErrors(BaseModel):
-    """KL of the true to the rebuilt distributions of tokens that were checked, nats."""
+    """KL of the true to the rebuilt distributions of tokens, nats."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
@@ -107,7 +107,7 @@ def _quantile(bins: Sequence[int], share: float) -> float:
 
 
 def state_errors(kl_N: NDArray[np.float64]) -> StateErrors:
-    """The errors of tokens that were checked."""
+    """The errors of tokens."""
     return StateErrors(tokens=len(kl_N), kl=float(kl_N.sum()), kl_bins=_bins(kl_N))
 
 

@@ -46,6 +46,7 @@ class StateBasis:
 
     mean_H: NDArray[np.float32]
     inverse_HH: NDArray[np.float32]  # a row for each coordinate
+    largest_step: float = 1.0  # beyond, what a step costs a token is not known
 
     @property
     def digest(self) -> str:
@@ -85,7 +86,11 @@ class StoredStates:
 
 def basis_table(basis: StateBasis) -> pa.Table:
     """A basis as a shard of one row."""
-    parts = {"mean": basis.mean_H, "inverse": basis.inverse_HH.reshape(-1)}
+    parts = {
+        "mean": basis.mean_H,
+        "inverse": basis.inverse_HH.reshape(-1),
+        "largest_step": [basis.largest_step],
+    }
     return pa.table(
         {name: pa.array([part], pa.list_(pa.float32())) for name, part in parts.items()}
     )
@@ -93,11 +98,15 @@ def basis_table(basis: StateBasis) -> pa.Table:
 
 def basis_of(table: pa.Table) -> StateBasis:
     """The basis of a shard."""
-    mean_H, inverse = (
+    mean_H, inverse, steps = (
         table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        for name in ("mean", "inverse")
+        for name in ("mean", "inverse", "largest_step")
     )
-    return StateBasis(mean_H=mean_H, inverse_HH=inverse.reshape(len(mean_H), len(mean_H)))
+    return StateBasis(
+        mean_H=mean_H,
+        inverse_HH=inverse.reshape(len(mean_H), len(mean_H)),
+        largest_step=float(steps[0]),
+    )
 
 
 def step_of(codes: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
