@@ -89,7 +89,7 @@ def test_the_import_path_of_a_config_file_is_no_file_path(tmp_path: Path) -> Non
 def test_a_config_of_two_forms_or_none_is_one_line(tmp_path: Path) -> None:
     entry = "{gsm8k: {format: gsm8k, prompts: {kind: jsonl, path: x.jsonl}}}"
     cases = {
-        f"evaluation.benchmarks={entry}": "stands beside prompts or judge",
+        f"evaluation.benchmarks={entry}": "stands beside kind, prompts or judge",
         "evaluation.judge=null": r"'evaluation\.judge' is missing; expected prompts and judge",
         "evaluation={max_new_tokens: 8, benchmarks: {}}": "is empty; expected named entries",
         "evaluation.pass_at=[4]": r"asks for pass@4 but ledger has 2 samples",
@@ -107,7 +107,7 @@ def test_a_config_of_two_forms_or_none_is_one_line(tmp_path: Path) -> None:
 
 def test_the_config_of_the_page_is_one() -> None:
     page = (ROOT / "docs" / "evaluation.md").read_text()
-    block, _, programs = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    block, _, programs, distance = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     parts = Evaluation.model_validate(yaml.safe_load(block)["evaluation"]).parts()
     assert [part.samples_per_prompt for part in parts.values()] == [1, 8, 32]
     for part in parts.values():
@@ -116,3 +116,4 @@ def test_the_config_of_the_page_is_one() -> None:
         assert part.prompts.template.text.endswith("within \\boxed{}.")
     for part in Evaluation.model_validate(yaml.safe_load(programs)["evaluation"]).parts().values():
         assert part.judge == CodeJudge(kind="code", allow_code_execution=True)
+    assert Evaluation.model_validate(yaml.safe_load(distance)["evaluation"]).kind == "distance"

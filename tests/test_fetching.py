@@ -69,6 +69,7 @@ def test_a_model_that_is_not_here_says_how_to_fetch_it(revision: str | None) -> 
 
 def test_half_a_fetched_model_is_none(hub: Path) -> None:
     (hub / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
+    (hub / "model.safetensors").unlink()
     with pytest.raises(UserError, match="hf download example/student"):
         local_folder(Path("example/student"))
 

@@ -245,7 +245,9 @@ def test_an_unmeasured_shard_is_no_larger_than_planned(
         scores = replace(scores, teacher_top_logprobs=even)
     size = len(shard_bytes(encode_scores(codec, scores, rollouts_of(scores))[0])[0])
     counts = TokenCounts(tokens=sum(lengths), completion_tokens=sum(lengths), pairs=0)
-    planned = scores_sizes(config, forced=2, vocabulary=50_000).bytes(counts, len(lengths), 1)
+    planned = scores_sizes(config, forced=2, vocabulary=50_000, width=64).bytes(
+        counts, len(lengths), 1
+    )
     assert size <= planned <= 5 * size + 800_000
 
 

@@ -448,7 +448,7 @@ def test_a_store_of_scores_is_planned_with_the_students_ids(tmp_path: Path) -> N
     from pipeline.estimate.sizes import rollouts_sizes, scores_sizes
 
     plain, union = small_config(tmp_path), small_config(tmp_path, *UNION)
-    sizes = [scores_sizes(each, forced=1, vocabulary=606) for each in (plain, union)]
+    sizes = [scores_sizes(each, forced=1, vocabulary=606, width=96) for each in (plain, union)]
     assert sizes[1].per_completion_token - sizes[0].per_completion_token == 5 * (4 + 2)
     own = rollouts_sizes(student_top_k=5, vocabulary=606)
     assert own.per_completion_token - rollouts_sizes().per_completion_token == 10

@@ -132,6 +132,16 @@ def _weight_files(folder: Path) -> list[Path]:
     return found
 
 
+def known_tokenizer(folder: Path, *, cache: Path) -> str:
+    """`tokenizer_sha256` of a folder's identity; nothing is written, and a known one is not read.
+
+    Raises:
+        UserError: it is no tokenizer that the libraries read.
+    """
+    remembered = _remembered(folder, cache, tokenizer_digest)
+    return _read_digest(remembered) if remembered.exists() else tokenizer_digest(folder)
+
+
 def _identity(folder: Path, digest: Callable[[Path, Reads], str]) -> Identity:
     weights = _weight_files(folder)
     has_tokenizer = any((folder / name).exists() for name in (TOKENIZER, *OLDER_TOKENIZERS))

@@ -122,10 +122,12 @@ def folder_meaning(folder: Path) -> TokenizerMeaning | None:
     Raises:
         UserError: there is none that can be read.
     """
-    if (folder / TOKENIZER).is_file():
-        read_meaning(folder / TOKENIZER)  # refuses what the library passes over
+    path, named = folder / TOKENIZER, None
+    if path.is_file():
+        read_meaning(path)  # refuses what the library passes over
+        named = checkpoint_json(path).get("added_tokens")
     backend = getattr(open_tokenizer(folder), "backend_tokenizer", None)
-    return None if backend is None else tokenizer_meaning(backend)
+    return None if backend is None else tokenizer_meaning(backend, named=named)
 
 
 def misread_line(folder: Path) -> Iterator[str]:

@@ -12,9 +12,10 @@ from typing import NamedTuple
 from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, DamagedUnit
+from opd_stream.store.policy import known_tokenizer
 from opd_stream.store.reader import ScoredRow
 from opd_stream.store.store import Store
-from opd_stream.store.tokenizer_folder import open_vocabulary, tokenizer_digest
+from opd_stream.store.tokenizer_folder import open_vocabulary
 from opd_stream.tokens import FIGURES, TokenText, quoted
 from pipeline.inspect.view import LocatedRow, RolloutView, RoundCache, RoundReader, mean_of
 from pipeline.records import RoundPlanRecord
@@ -131,8 +132,10 @@ def _tokenizer_folder(config: Config, store: Store, cache: RoundCache) -> Path:
     if prompts is not None:
         expected = store.by_fingerprint("prompts", prompts).recipe.inputs["tokenizer"]
     student = config.student.folder if config.student.is_here else config.student.path
-    if student.is_dir() and expected in (None, tokenizer_digest(student)):
-        return student
+    if student.is_dir():
+        own = known_tokenizer(student, cache=store.digests)
+        if expected in (None, own):
+            return student
     for policy in map(store.policy, store.recipes("policies")):
         if policy.is_complete() and policy.manifest().tokenizer_sha256 == expected:
             return policy.folder("texts")
