@@ -10,7 +10,7 @@ BENCH_READY := .venv-bench/.ready
 
 .PHONY: real-models help quickstart test test-architectures test-slow test-vllm lint models bench-cache bench-engines bench-engines-memory \
 	bench-engines-vllm bench-generation bench-loss bench-overlap bench-reload \
-	bench-intervals bench-methods bench-quickstart bench-ray-share bench-train \
+	bench-intervals bench-methods bench-quickstart bench-ray-share bench-real bench-train \
 	bench-truncated bench-windows-audit clean
 
 help: ## list the targets
@@ -100,6 +100,12 @@ $(BENCH_READY): pyproject.toml constraints.txt
 
 models/text-teacher: | $(READY)
 	$(BIN)/python benchmarks/text_teacher.py --out $@
+
+bench-real: $(READY) models/real/teacher ## what a real pair of 135 M parameters learns; hours, stored lines are reused
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.real run
+
+models/real/teacher: | $(READY)
+	$(MAKE) real-models
 
 bench-quickstart: $(READY) ## the quickstart over three seeds of problems and training
 	$(BIN)/python benchmarks/quickstart.py
