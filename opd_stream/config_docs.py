@@ -1,5 +1,6 @@
 """docs/config.md from the config's own descriptions: `python -m opd_stream.config_docs`."""
 
+from collections.abc import Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -8,7 +9,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from opd_stream.config import PLACEMENT, Config
-from opd_stream.section import Kinds
+from opd_stream.section import LARGEST_INTEGER, Kinds
 
 
 def config_markdown() -> str:
@@ -17,8 +18,9 @@ def config_markdown() -> str:
         "# Configuration",
         "One YAML file is one run. `--set a.b=c` overrides a field on the command line; "
         "`base: OTHER.yaml` starts from another file's fields. A path in a file is relative to "
-        "the file, a path on the command line to where the command is called. Unknown keys are "
-        "refused.",
+        "the file, a path on the command line to where the command is called. Unknown keys, and "
+        "keys that stand twice, are refused; numbers are finite, and integers without bounds "
+        f"below lie within {LARGEST_INTEGER:,} of 0.",
         "A `kind` chooses between forms of a section. These fields are placement: they may change "
         "between two calls of a run and name no other artifact: "
         + ", ".join(f"`{name}`" for name in PLACEMENT)
@@ -49,15 +51,28 @@ def _section(section: type[BaseModel]) -> str:
         if isinstance(field.default, BaseModel):
             default = "see there"
         meaning = field.description or ""
-        lines.append(f"| `{name}` | {_type(_whole(field))} | {default} | {meaning} |")
+        kind = _type(_whole(field)) + _bounds(field.metadata)
+        lines.append(f"| `{name}` | {kind} | {default} | {meaning} |")
     return "\n".join(lines)
+
+
+def _bounds(metadata: Sequence[Any]) -> str:
+    """The bounds that a field states, in words."""
+    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    found: list[str] = []
+    for each in (part for whole in metadata for part in getattr(whole, "metadata", (whole,))):
+        for name, word in words.items():
+            if (limit := getattr(each, name, None)) is not None:
+                found.append(f", {word} {limit:,}")
+    return "".join(found)
 
 
 def _type(annotation: Any) -> str:
     origin = get_origin(annotation)
     if origin is Annotated:
         kinds = _kinds(annotation)
-        return " or ".join(map(_type, kinds)) if kinds else _type(get_args(annotation)[0])
+        inner, *metadata = get_args(annotation)
+        return " or ".join(map(_type, kinds)) if kinds else _type(inner) + _bounds(metadata)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if origin in (Union, UnionType):

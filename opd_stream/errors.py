@@ -18,6 +18,12 @@ class UserError(ValueError):
     """
 
 
+def shortened(value: object, most: int = 80) -> str:
+    """A value as code writes it, in one line; what is longer than `most` characters is cut off."""
+    text = repr(str(value) if isinstance(value, Path) else value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 @contextlib.contextmanager
 def named(section: str) -> Generator[None]:
     """Say of errors inside which section of the config their fields are in."""

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
+from pydantic_core import PydanticCustomError
 
 from opd_stream.errors import UserError
 from opd_stream.messages import ControlTokens, Turn, said_by_others, with_objects
@@ -29,6 +30,17 @@ _OURS = {  # arguments of templates that other settings decide
 }
 
 
+def _around_prompt(text: str) -> str:
+    if "{prompt}" not in text:
+        raise PydanticCustomError(
+            "no_prompt", "expected text with {{prompt}} in it, where the prompt goes"
+        )
+    return text
+
+
+AroundPrompt = Annotated[str, AfterValidator(_around_prompt)]
+
+
 class RawTemplate(Section):
     """The prompt text as it is, with the ids of `tokenizer(text)`; BOS never twice, no EOS behind.
 
@@ -37,7 +49,7 @@ class RawTemplate(Section):
     """
 
     kind: Literal["raw"] = "raw"
-    text: str = Field(
+    text: AroundPrompt = Field(
         default="{prompt}", description="text around the prompt; {prompt} is replaced"
     )
     bos: Literal["tokenizer", "always"] = Field(
@@ -51,7 +63,7 @@ class ChatTemplate(Section):
     """A chat template, with the prompt as the user's turn, or with the row's own messages."""
 
     kind: Literal["chat"] = "chat"
-    text: str = Field(
+    text: AroundPrompt = Field(
         default="{prompt}", description="text of the (last) user's turn; {prompt} is replaced"
     )
     system: str | None = Field(

@@ -6,22 +6,27 @@ the user's own, or by the name of an entry point that stands for such a path; re
 """
 
 import importlib
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar, get_args
+from typing import Annotated, Any, TypeGuard, TypeVar, cast, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
     SerializationInfo,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from opd_stream.errors import UserError
 
@@ -77,16 +82,107 @@ def read_record(kind: type[R], value: object, where: str) -> R:
         ) from error
 
 
+def _checked_path(text: str) -> str:
+    if (flaw := path_flaw(text)) is not None:
+        raise _error(flaw)
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_checked_path)]  # a path, or the address of a store
+
 IMPORT_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+
+
+def _checked_import(path: str) -> str:
+    if not re.match(IMPORT_PATH, path):
+        raise _error("expected the import path package.module:Name")
+    return path
+
+
+ImportPath = Annotated[str, AfterValidator(_checked_import)]
+
+
+SEEDS = 2**32  # fits 64 bits with a step beside it
+LARGEST_INTEGER = 2**31 - 1  # of a field that states no other bound
+LARGEST_NUMBER = 1e30  # a float32 holds it
+LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, of Linux
 
 
 class Section(BaseModel):
     """A part of the config, and the value that the library computes with: immutable and checked.
 
-    It is declared once, beside the functions that read it.
+    It is declared once, beside the functions that read it. Every field is finite and in range, also
+    where it states no bound.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_flaws(cls, raw: Any) -> Any:
+        """Refuse values that would become others, or that no file system takes."""
+        found: list[InitErrorDetails] = []
+        for name, value in raw.items() if is_object(raw) else ():
+            if name not in cls.model_fields:
+                continue
+            kinds = _kinds_in(cls.model_fields[name].annotation)
+            flaws = (_flaw(item, kinds) for item in _items(value))
+            if (flaw := next(filter(None, flaws), None)) is not None:
+                found.append(InitErrorDetails(type=_error(flaw), loc=(name,), input=value))
+        if found:
+            raise ValidationError.from_exception_data(cls.__name__, found)
+        return raw
+
+    @field_validator("*")
+    @classmethod
+    def _is_bounded(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse numbers that nothing means, of a field without a bound of its own."""
+        field = cls.model_fields[str(info.field_name)]
+        if any(hasattr(each, "le") or hasattr(each, "lt") for each in field.metadata):
+            return value
+        for number in _items(value):
+            largest = LARGEST_NUMBER if isinstance(number, float) else LARGEST_INTEGER
+            if isinstance(number, int | float) and abs(number) > largest:
+                raise _error(f"expected at most {largest:,}")
+        return value
+
+
+def _items(value: Any) -> Sequence[Any]:
+    """What a list or tuple holds; of another value itself."""
+    return cast(Sequence[Any], value) if isinstance(value, list | tuple) else (value,)
+
+
+def _error(flaw: str) -> PydanticCustomError:
+    return PydanticCustomError("flaw", "{flaw}", {"flaw": flaw})
+
+
+def _kinds_in(annotation: Any) -> set[Any]:
+    """The plain types that an annotation is made of."""
+    inner = get_args(annotation)
+    return {annotation} if not inner else set[Any]().union(*map(_kinds_in, inner))
+
+
+def _flaw(value: Any, kinds: set[Any]) -> str | None:
+    """What is wrong with a value of a field of these types, beside its bounds; None: nothing."""
+    if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+        return "expected a number, and yes and no are none"
+    if not isinstance(value, str | Path):
+        return None
+    if Path in kinds:
+        return path_flaw(str(value))
+    return "expected text without the character NUL" if "\0" in str(value) else None
+
+
+def path_flaw(path: str) -> str | None:
+    """Why a text cannot be the path of a file, in words; None: it can."""
+    if "\0" in path:
+        return "expected text without the character NUL"
+    if not path:
+        return "expected a path, and the empty text is none"
+    longest = max(len(os.fsencode(name)) for name in path.split("/"))
+    if longest > LONGEST_NAME or len(os.fsencode(path)) > LONGEST_PATH:
+        return f"expected a path of at most {LONGEST_PATH:,} bytes, {LONGEST_NAME} a name"
+    return None
 
 
 def later(*, default: Any, **options: Any) -> Any:

@@ -25,7 +25,7 @@ from opd_stream.rows import (
     source_files,
     value_of,
 )
-from opd_stream.section import Section, is_list, is_object, later
+from opd_stream.section import SEEDS, PathText, Section, is_list, is_object, later
 from opd_stream.store.files import canonical_json, sha256, sha256_file
 from opd_stream.store.lines import opened
 from opd_stream.tasks.ledger import make_problems
@@ -45,8 +45,10 @@ class EmbeddedPrompts(Section):
     kind: Literal["ledger", "routine"] = Field(
         description="ledger: a few days, solutions of 170 tokens; routine: some weeks, of 600"
     )
-    count: int = Field(ge=1, description="number of problems")
-    seed: int = Field(description="seed of the problems; keep training and evaluation apart")
+    count: int = Field(ge=1, le=10_000_000, description="number of problems")
+    seed: int = Field(
+        ge=0, lt=SEEDS, description="seed of the problems; keep training and evaluation apart"
+    )
     template: Template = RawTemplate(text="{prompt}\n", bos="always")
     max_prompt_tokens: int = Field(default=512, ge=1, description="a longer prompt is refused")
 
@@ -106,7 +108,9 @@ class DatasetPrompts(RowPrompts):
     """A Hugging Face dataset: a hub name, a saved folder, or a builder with local files."""
 
     kind: Literal["datasets"]
-    path: str = Field(description="hub name, save_to_disk folder, or builder (json, parquet, ...)")
+    path: PathText = Field(
+        description="hub name, save_to_disk folder, or builder (json, parquet, ...)"
+    )
     name: str | None = Field(default=None, description="configuration of the dataset")
     revision: str | None = later(
         default=None, description="of a hub name: branch, tag or commit; name a commit to fix it"

@@ -68,7 +68,7 @@ def test_all_problems_are_told_at_once_with_suggestions(tmp_path: Path) -> None:
         ("rounds.deep=1", "rounds is a value, not a section"),
         ("teacher=null", "'teacher' is missing"),
         ("scores.top_k=5000", "'scores.top_k' is 5000"),
-        ("train.learning_rate=.inf", "'train.learning_rate' is inf; input should be a finite"),
+        ("train.learning_rate=.inf", "'train.learning_rate' is inf; expected a finite"),
         ("seed=-1", "'seed' is -1"),
         ("seed=99999999999999999999", "'seed' is 99999999999999999999"),
     ],
@@ -139,11 +139,33 @@ def test_conflicts_between_fields_are_told_at_once(tmp_path: Path) -> None:
     assert first.startswith("4 problems in ")
     for found in (
         "rollouts.temperature is 0 with objective hybrid",
-        "replay has run and scores, or neither",
+        "replay.run and replay.scores are both set, or neither",
         "staleness.gated_from 0.5 is above staleness.policy_drift 0.1",
         "staleness.gated_from is 0.5 but nothing weighs tokens",
     ):
         assert any(line.startswith(found) for line in lines), found
+
+
+def test_conflicts_are_told_beside_fields_that_are_wrong_or_missing(tmp_path: Path) -> None:
+    fields = {name: value for name, value in SMALL.items() if name != "rounds"}
+    overrides = [
+        "student.path=''",
+        "prompts.count=0",
+        "rollouts.temperature=0",
+        "train={objective: {kind: hybrid}, learning_rate: .inf, gate: {}}",
+        "staleness.policy_drift=0",  # gated_from is held against no bound that is wrong
+        "staleness.gated_from=0.5",
+        "replay={}",
+        "seed",
+    ]
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, fields), overrides)
+    first, *lines = str(caught.value).splitlines()
+    assert first.startswith("8 problems in ")
+    assert [line.split()[0].strip("',;") for line in sorted(lines)] == [
+        *("prompts.count", "rounds", "staleness.policy_drift", "student.path"),
+        *("train.learning_rate", "--set", "replay.run", "rollouts.temperature"),
+    ]
 
 
 def test_a_misspelt_key_of_the_student_gets_a_suggestion(tmp_path: Path) -> None:

@@ -114,7 +114,10 @@ def test_an_entry_point_stands_for_an_import_path(own_parts: Path, tmp_path: Pat
         ({"objective": {"kind": "no_such:It"}}, "cannot be imported .*ModuleNotFoundError"),
         ({"objective": {"kind": "my_script:It"}}, r"cannot be imported \(SystemExit: 3\)"),
         ({"objective": {**LINES["objective"], "shar": 1}}, "unknown key 'train.objective.shar'"),
-        ({"objective": {**LINES["objective"], "share": 2}}, "'train.objective.share' is 2; input"),
+        (
+            {"objective": {**LINES["objective"], "share": 2}},
+            "'train.objective.share' is 2; expected",
+        ),
         ({"objective": {"kind": "jeffrey"}}, "expected a kind: bucket, .*import path"),
         ({"window": {"kind": "my_window:Field"}}, "expected a subclass of opd_stream.windows"),
         ({"window": {"kind": "my_window:DoublingWindow"}}, "h0' is missing"),
@@ -122,7 +125,7 @@ def test_an_entry_point_stands_for_an_import_path(own_parts: Path, tmp_path: Pat
         ({"engine": "my_window:DoublingWindow"}, "expected a class with load, sample, extend"),
         ({"engine": "nothing"}, "'student.engine' is 'nothing'; expected transformers, vllm"),
         ({"judge": {"kind": "my_judge:first_line"}}, "has nothing under the name first_line"),
-        ({"judge": {"kind": "lines"}}, "'evaluation.judge'"),
+        ({"judge": {"kind": "lines"}}, "'evaluation.judge.kind'"),
     ],
 )
 def test_a_wrong_part_is_one_line_before_any_work(

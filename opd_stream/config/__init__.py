@@ -5,15 +5,15 @@ default store and run folder, are relative to where the command is called. Unkno
 Nothing here needs torch.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from opd_stream.config.sections import (
-    SEEDS,
     Evaluation,
     Model,
     Rollouts,
@@ -23,10 +23,10 @@ from opd_stream.config.sections import (
     Train,
     unserved_by_chunks,
 )
-from opd_stream.section import Section, later
+from opd_stream.section import SEEDS, PathText, Section, later
 from opd_stream.sources import Prompts
 from opd_stream.staleness import Staleness
-from opd_stream.store.codecs import HiddenCodec, SampledCodec
+from opd_stream.store.codecs import CompactCodec, HiddenCodec, SampledCodec
 from opd_stream.windows import AdaptiveWindow, LinearWindow
 
 __all__ = [
@@ -48,32 +48,76 @@ __all__ = [
 ]
 
 
+def _scores_name(name: str) -> str:
+    if not re.fullmatch(r"scores/[0-9a-f]{16,64}", name):
+        raise PydanticCustomError("flaw", "expected scores/FINGERPRINT, as cache ls shows it")
+    return name
+
+
 class Replay(Section):
     """Train from what is in the store: nothing is sampled or scored."""
 
     run: Path | None = Field(default=None, description="folder of the earlier run")
-    scores: tuple[str, ...] = Field(
+    scores: tuple[Annotated[str, AfterValidator(_scores_name)], ...] = Field(
         default=(), description="or scores/FINGERPRINT in the store, one for each round"
     )
+
+
+LONGEST_WAIT = 30 * 86_400  # seconds
+
+
+def _divided(amount: float) -> float:
+    """Ray divides one CPU or GPU, and not several."""
+    if amount > 1 and amount % 1:
+        raise PydanticCustomError("flaw", "expected a share of one, or a whole number")
+    return amount
+
+
+def _resource(name: str) -> str:
+    """Ray has other ways to ask for what it knows itself."""
+    if name in ("CPU", "GPU", "memory", "object_store_memory"):
+        raise PydanticCustomError("flaw", "expected a custom resource, or cpus and gpus instead")
+    return name
+
+
+Amount = Annotated[float, Field(ge=0, le=1_000_000), AfterValidator(_divided)]
+
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise PydanticCustomError("flaw", "expected text without the character NUL")
+    return text
+
+
+def _variable(name: str) -> str:
+    if not name or "=" in name:
+        raise PydanticCustomError("flaw", "expected the name of a variable, without =")
+    return name
+
+
+Text = Annotated[str, AfterValidator(_without_nul)]
+Variable = Annotated[Text, AfterValidator(_variable)]
+Resource = Annotated[str, Field(min_length=1), AfterValidator(_resource)]
 
 
 class Placement(Section):
     """What a process asks of the node that runs it."""
 
-    cpus: float = Field(default=1, gt=0, description="logical CPUs of one process")
+    cpus: Amount = Field(default=1, gt=0, description="logical CPUs of one process")
     accelerator: str | None = Field(
         default=None, description="kind of GPU as Ray names it, such as H100"
     )
-    resources: dict[str, float] = Field(
+    resources: dict[Resource, Amount] = Field(
         default={}, description="custom Ray resources of one process"
     )
-    labels: dict[str, str] = Field(
+    labels: dict[Text, Text] = Field(
         default={}, description="labels of the nodes that may run the processes"
     )
-    env: dict[str, str] = Field(default={}, description="environment of the processes")
+    env: dict[Variable, Text] = Field(default={}, description="environment of the processes")
     start_seconds: int = Field(
         default=60,
         ge=1,
+        le=LONGEST_WAIT,
         description="the run ends if the pool has no worker, or training not all of its "
         "processes, by then",
     )
@@ -82,12 +126,13 @@ class Placement(Section):
 class Pool(Placement):
     """Where the workers of a role run (placement only)."""
 
-    workers: int = Field(default=1, ge=1, description="processes")
-    gpus: float = Field(default=0, ge=0, description="GPUs of one process")
-    threads: int = Field(default=1, ge=1, description="CPU threads of one process")
+    workers: int = Field(default=1, ge=1, le=100_000, description="processes")
+    gpus: Amount = Field(default=0, description="GPUs of one process")
+    threads: int = Field(default=1, ge=1, le=1024, description="CPU threads of one process")
     unit_seconds: int | None = Field(
         default=None,
         ge=1,
+        le=LONGEST_WAIT,
         description="a worker that takes longer over a unit, with loading its engine, counts as "
         "hung and is started again; null: never",
     )
@@ -96,12 +141,14 @@ class Pool(Placement):
 class TrainerPool(Placement):
     """Where training runs (placement only): in the run's process, or on workers of Ray Train."""
 
-    devices: int = Field(default=1, ge=1, description="processes, each with one GPU or the CPU")
+    devices: int = Field(
+        default=1, ge=1, le=100_000, description="processes, each with one GPU or the CPU"
+    )
     strategy: Literal["ddp", "fsdp2"] = Field(
         default="ddp", description="of several devices: whole copies, or shards of the weights"
     )
-    gpus: float | None = Field(
-        default=None, ge=0, description="GPUs of one process; null: one where there are any"
+    gpus: Amount | None = Field(
+        default=None, description="GPUs of one process; null: one where there are any"
     )
 
     @property
@@ -125,6 +172,7 @@ class Config(Section):
     seed: int = Field(default=0, ge=0, lt=SEEDS, description="of prompts, sampling and batch order")
     rounds: int = Field(
         ge=1,
+        le=100_000,
         description="rounds of generate, score, train; docs/store.md: adding some later",
     )
     student: Student
@@ -151,12 +199,13 @@ class Config(Section):
     prompts_per_unit: int = Field(
         default=64, ge=1, description="prompts of a shard; placement only"
     )
-    store: str = Field(
+    store: PathText = Field(
         default="store", description="folder of artifacts, or s3://BUCKET/PATH; shared by runs"
     )
     store_seconds: float = Field(
         default=120,
         ge=0,
+        le=LONGEST_WAIT,
         description="retry timeout of a store in S3; without an answer by then the run stops",
     )
     keep_optimizers: int | None = later(
@@ -188,7 +237,7 @@ def _conflicts(config: Config) -> Iterator[str]:
             "add teacher, or set replay.run to train from the scores of an earlier run"
         )
     if (replay := config.replay) is not None and (replay.run is None) == (not replay.scores):
-        yield "replay has run and scores, or neither; expected one of the two"
+        yield "replay.run and replay.scores are both set, or neither; expected one of the two"
     for role, model in (("student", config.student), ("teacher", config.teacher)):
         if model is not None and model.engine == "vllm" and config.executor == "local":
             yield (
@@ -259,6 +308,11 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
             f"train.top_k is {train.top_k} with scores.codec sampled, whose ids have no ranks; "
             "leave train.top_k out, or score again with fewer draws"
         )
+    elif isinstance(codec, CompactCodec) and codec.min_k > config.scores.top_k:
+        yield (
+            f"scores.codec.min_k is {codec.min_k} but scores.top_k is {config.scores.top_k}, and "
+            "no more candidates are scored; lower min_k or raise top_k"
+        )
     elif isinstance(codec, HiddenCodec):
         return  # any number of candidates can be rebuilt
     elif train.top_k is not None and config.replay is None and train.top_k > config.scores.top_k:
@@ -326,6 +380,11 @@ def _window_conflicts(config: Config) -> Iterator[str]:
             f"{window.max_window_tokens}; lower h0 or raise max_window_tokens"
         )
     if isinstance(window, AdaptiveWindow):
+        if (window.start or 1) > window.max_window_tokens:
+            yield (
+                f"rollouts.window.start {window.start} is larger than max_window_tokens "
+                f"{window.max_window_tokens}; lower start or raise max_window_tokens"
+            )
         rising = list(window.candidates)
         if rising != sorted(set(rising)):
             yield (

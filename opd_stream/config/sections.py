@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from opd_stream.engines import EngineName
 from opd_stream.engines.base import VllmOptions
@@ -14,14 +15,14 @@ from opd_stream.errors import UserError
 from opd_stream.fetching import local_folder
 from opd_stream.objectives import AnyObjective, SampledPg
 from opd_stream.rendering import ChatTemplate, Template
-from opd_stream.section import Section, is_object, later
+from opd_stream.section import SEEDS, Section, is_object, later
 from opd_stream.sources import DatasetPrompts, EmbeddedPrompts, FilePrompts, Prompts
 from opd_stream.store.codecs import Codec, ExactCodec, HiddenCodec
 from opd_stream.tasks.judges import AnyJudge
 from opd_stream.weighting import DriftGate, Freshness
 from opd_stream.windows import AnyWindow
 
-SEEDS = 2**32  # fits 64 bits with a step beside it
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Model(Section):
@@ -112,7 +113,7 @@ class Rollouts(Section):
     )
     samples_per_prompt: int = Field(default=1, ge=1, description="rollouts of one prompt")
     temperature: float = Field(
-        default=1.0, ge=0, description="1 keeps the objectives' gradients exact"
+        default=1.0, ge=0, le=100, description="1 keeps the objectives' gradients exact"
     )
     extra_draws: int = Field(
         default=0,
@@ -191,7 +192,7 @@ class Guards(Section):
 class Lora(Section):
     """Low-rank adapters instead of all weights (needs the extra `lora`)."""
 
-    rank: int = Field(default=32, ge=1, description="of each adapter")
+    rank: int = Field(default=32, ge=1, le=65536, description="of each adapter")
     alpha: float = Field(default=64, gt=0, description="the adapters' scale is alpha / rank")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="on the adapters' input")
     targets: str | tuple[str, ...] = Field(
@@ -205,8 +206,12 @@ class Lora(Section):
             re.compile(targets if isinstance(targets, str) else "")
         except re.error as error:
             raise ValueError(
-                f"{targets!r} is no pattern ({error}); expected module names or all-linear"
+                f"train.lora.targets is {targets!r}, which is no pattern ({error}); expected "
+                "module names or all-linear; change it"
             ) from error
+        names = (targets,) if isinstance(targets, str) else targets
+        if not all(names) or not names:
+            raise PydanticCustomError("no_targets", "expected module names or all-linear")
         return targets
 
 
@@ -282,7 +287,7 @@ class Train(Section):
     gate: DriftGate | None = Field(default=None, description="left out: every block counts")
     freshness: Freshness | None = Field(default=None, description="left out: every row counts")
     extrapolation: Extrapolation | None = Field(default=None, description="left out: none")
-    learning_rate: float = Field(gt=0, description="peak")
+    learning_rate: float = Field(gt=0, le=100, description="peak")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="over the whole run; linear and cosine: down to 0"
     )
@@ -295,8 +300,8 @@ class Train(Section):
         description="first optimizer steps of a run with a rising rate, where warmup is 0: AdamW "
         "makes a full step of the least gradient",
     )
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="AdamW")
+    weight_decay: float = Field(default=0.0, ge=0, le=100, description="AdamW")
     clip_norm: float = Field(default=1.0, gt=0, description="largest gradient norm")
     rows_per_step: int = Field(default=16, ge=1, description="rollouts of an optimizer step")
     precision: Literal["float32", "bf16-mixed", "bf16-true"] = Field(
@@ -323,7 +328,9 @@ class Train(Section):
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         default=(), description="beside metrics.jsonl and metrics.csv"
     )
-    threads: int = Field(default=1, ge=1, description="CPU threads; more help on idle cores only")
+    threads: int = Field(
+        default=1, ge=1, le=1024, description="CPU threads; more help on idle cores only"
+    )
     checkpoint_steps: int = Field(
         default=50, ge=1, description="optimizer steps between two checkpoints"
     )
@@ -382,7 +389,7 @@ class Benchmark(Section):
     judge: AnyJudge | None = Field(default=None, description="of answers; needed by kind judged")
     samples_per_prompt: int | None = Field(default=None, ge=1, description="answers a problem")
     max_new_tokens: int | None = Field(default=None, ge=1, description="of an answer")
-    temperature: float | None = Field(default=None, ge=0, description="0 is greedy")
+    temperature: float | None = Field(default=None, ge=0, le=100, description="0 is greedy")
     top_p: float | None = Field(default=None, gt=0, le=1, description="nucleus; 1: all tokens")
     top_k: int | None = Field(default=None, ge=0, description="most probable tokens; 0: all")
     min_p: float | None = Field(
@@ -432,10 +439,10 @@ class Evaluation(Section):
     )
     samples_per_prompt: int = Field(default=8, ge=1, description="for pass@k up to this k")
     pass_at: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
-        default=None, min_length=1, description="k of pass@k; null: 1, 2, 4, ... 64"
+        default=None, description="k of pass@k; null: 1, 2, 4, ... 64"
     )
     max_new_tokens: int = Field(ge=1, description="never shortened by the training window")
-    temperature: float = Field(default=1.0, ge=0, description="0 is greedy")
+    temperature: float = Field(default=1.0, ge=0, le=100, description="0 is greedy")
     top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus; 1: all tokens")
     top_k: int = Field(default=0, ge=0, description="most probable tokens; 0: all")
     min_p: float = Field(
@@ -472,6 +479,8 @@ class Evaluation(Section):
                 f"evaluation.benchmarks {found}; expected named entries, each with prompts and "
                 "judge of its own, or only evaluation.prompts and evaluation.judge; keep one form"
             )
+        if self.pass_at == ():
+            yield "evaluation.pass_at is empty; expected numbers of samples; leave it out"
         largest = max(self.pass_at or (1,))
         for name, part in self.parts().items():
             if not _NAME.fullmatch(name):

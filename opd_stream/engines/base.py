@@ -80,12 +80,15 @@ class VllmOptions(Section):
         default=0.8, gt=0, le=1, description="of the device; logits need some of the rest"
     )
     kv_cache_bytes: int | None = Field(
-        default=None, ge=1, description="for keys and values, instead of what the share leaves"
+        default=None,
+        ge=1,
+        le=2**50,
+        description="for keys and values, instead of what the share leaves",
     )
     max_context: int | None = Field(
         default=None, ge=2, description="tokens of prompt and completion; null: the model's"
     )
-    tensor_parallel: int = Field(default=1, ge=1, description="devices of one worker")
+    tensor_parallel: int = Field(default=1, ge=1, le=1024, description="devices of one worker")
     batched_tokens: int = Field(
         default=8192, ge=64, description="of a forward pass; bounds the logits in scoring"
     )

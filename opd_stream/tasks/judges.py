@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from opd_stream.errors import UserError
-from opd_stream.section import IMPORT_PATH, Section, import_path, is_object, own_path, source_sha256
+from opd_stream.section import ImportPath, Section, import_path, is_object, own_path, source_sha256
 from opd_stream.tasks import ledger, mathematics
 from opd_stream.tasks.algebra import Algebra
 from opd_stream.tasks.answers import in_plain_signs, marked, spoken
@@ -86,12 +86,20 @@ class CodeJudge(Section):
         description="namespaces: no network, other processes or files; limits: no network, and the "
         "limits below, where a container may make no namespaces (docs/evaluation.md)",
     )
-    cpu_seconds: int = Field(default=10, ge=1, description="of each process of a program")
-    wall_seconds: int = Field(default=60, ge=1, description="of a program and its tests")
-    memory_mib: int = Field(default=1024, ge=64, description="address space of each process")
-    files_mib: int = Field(default=64, ge=1, description="of all files; of each, with limits")
-    processes: int = Field(default=16, ge=1, description="and threads, of a program")
-    at_once: int = Field(default=4, ge=1, description="programs that run at once; placement only")
+    cpu_seconds: int = Field(
+        default=10, ge=1, le=86_400, description="of each process of a program"
+    )
+    wall_seconds: int = Field(default=60, ge=1, le=86_400, description="of a program and its tests")
+    memory_mib: int = Field(
+        default=1024, ge=64, le=2**20, description="address space of each process"
+    )
+    files_mib: int = Field(
+        default=64, ge=1, le=2**20, description="of all files; of each, with limits"
+    )
+    processes: int = Field(default=16, ge=1, le=4096, description="and threads, of a program")
+    at_once: int = Field(
+        default=4, ge=1, le=1024, description="programs that run at once; placement only"
+    )
 
 
 class FunctionJudge(Section):
@@ -101,7 +109,7 @@ class FunctionJudge(Section):
     """
 
     kind: Literal["function"] = "function"
-    path: str = Field(pattern=IMPORT_PATH, description="as my_package.my_module:my_function")
+    path: ImportPath = Field(description="as my_package.my_module:my_function")
 
 
 def _function(raw: Any) -> Any:

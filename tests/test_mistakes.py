@@ -1,0 +1,70 @@
+"""Mistakes of tests/mistakes.yaml: each is one line that names the field and what to do."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from opd_stream.config_file import load_config
+from opd_stream.errors import UserError
+
+TABLE: dict[str, list[list[Any]]] = yaml.load(
+    (Path(__file__).parent / "mistakes.yaml").read_text(), yaml.CSafeLoader
+)
+SMALL = """
+rounds: 1
+student: {path: student}
+teacher: {path: teacher}
+prompts: {kind: ledger, count: 8, seed: 0}
+rollouts: {prompts_per_round: 4, window: {kind: fixed, tokens: 8}}
+train: {objective: {kind: lsm}, learning_rate: 0.001}
+"""
+BESIDE = {"small.yaml": SMALL, "loop.yaml": "base: run.yaml"}
+WRITTEN_OUT = {  # what the table only names
+    "LONG": "folder/" * 600,
+    "DEEP": "f" * 300,
+    "LEDGER": "{kind: ledger, count: 4, seed: 1}",
+    "BOMB": "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n"
+    + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefgh")),
+    "NESTED": "[" * 5000,
+    "HUGE": "# \n" * 500_000,
+}
+
+
+def written_out(text: str) -> str:
+    for name, stands_for in WRITTEN_OUT.items():
+        text = text.replace(name, stands_for)
+    return text
+
+
+def check(line: str, field: str, words: str) -> None:
+    assert "\n" not in line, line
+    assert len(line) < 600, line
+    assert field in line, line
+    assert words in line, line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mistakes")
+    for name, text in BESIDE.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(("sets", "field", "words"), TABLE["config"], ids=str)
+def test_of_a_config(sets: str | list[str], field: str, words: str, folder: Path) -> None:
+    overrides = [sets] if isinstance(sets, str) else sets
+    with pytest.raises(UserError) as caught:
+        load_config(folder / "small.yaml", list(map(written_out, overrides)))
+    check(str(caught.value), field, words)
+
+
+@pytest.mark.parametrize(("text", "field", "words"), TABLE["files"], ids=str)
+def test_of_a_file(text: str, field: str, words: str, folder: Path) -> None:
+    (folder / "run.yaml").write_text(written_out(text))
+    with pytest.raises(UserError) as caught:
+        load_config(folder / "run.yaml", [])
+    check(str(caught.value), field, words)
