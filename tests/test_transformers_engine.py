@@ -253,13 +253,25 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path, missing: str)
         engine_of(tmp_path)
 
 
-def test_a_checkpoint_in_half_precision_decodes_through_the_library(tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_config(CONFIGS["qwen3"]).save_pretrained(tmp_path)
-    engine = TransformersEngine(tmp_path, dtype="bfloat16", batch_rows=8)
-    batch = sampled(engine)
-    scores = engine.score(batch, ScoringSettings(top_k=4, forced_ids=()))
-    for mine, other in zip(scores.teacher_logprobs, batch.behavior_logprobs, strict=True):
-        np.testing.assert_allclose(mine, other, atol=0.2)
+def test_decoding_in_half_precision_is_as_near_to_its_weights_as_the_plain_model(
+    checkpoint: Path,
+) -> None:
+    batch = sampled(TransformersEngine(checkpoint, dtype="bfloat16", batch_rows=8))
+    half = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).float().eval()
+    gaps: dict[str, list[float]] = {"engine": [], "plain": []}
+    for row, completion in enumerate(batch.completion_ids):
+        ids = torch.from_numpy(np.concatenate([batch.prompt_ids[row], completion])).long()
+        with torch.inference_mode():
+            right, plain = (
+                model(ids[None]).logits[0, :-1].float().log_softmax(1).gather(1, ids[1:, None])
+                for model in (whole, half)
+            )
+        place = len(batch.prompt_ids[row]) - 1
+        mine = torch.from_numpy(batch.behavior_logprobs[row])
+        gaps["engine"].append(float((mine - right[place:, 0]).abs().mean()))
+        gaps["plain"].append(float((plain - right)[place:].abs().mean()))
+    assert 0 < np.mean(gaps["engine"]) < 1.5 * np.mean(gaps["plain"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

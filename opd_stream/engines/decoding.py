@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import linear, pad, rms_norm, silu
+from torch.nn.functional import linear, pad, rms_norm, scaled_dot_product_attention, silu
 from transformers.cache_utils import DynamicLayer
 
 from opd_stream.engines.base import SamplingSettings
@@ -59,12 +59,15 @@ def is_plain_llama(model: Any) -> bool:
         and model.model.layers[0].self_attn.o_proj.bias is None
         and rope.get("rope_type", "default") in STATIC_ROPE
         and getattr(model, "hf_quantizer", None) is None
-        and model.dtype == torch.float32
     )
 
 
 class LlamaDecoder:
-    """Llama, Qwen2, Qwen3 and Mistral with full attention, in float32."""
+    """Llama, Qwen2, Qwen3 and Mistral with full attention.
+
+    In half precision the library's attention reads the cache, because products of that size are
+    slower in it than in float32, and sums are kept in float32.
+    """
 
     def __init__(self, model: Any) -> None:
         self._decoder, config = model.get_decoder(), model.config
@@ -79,7 +82,7 @@ class LlamaDecoder:
         hidden_BH = rows.prefill(ids_BC, mask_BC)
         self._filled = ids_BC.shape[1]
         self._positions = mask_BC.sum(1)
-        blocked_BC = torch.zeros(mask_BC.shape, device=mask_BC.device)
+        blocked_BC = torch.zeros(mask_BC.shape, device=mask_BC.device, dtype=hidden_BH.dtype)
         blocked_BC = blocked_BC.masked_fill(mask_BC == 0, -torch.inf)
         self._blocked = blocked_BC.repeat_interleave(self._key_heads, 0)[:, None]  # [B*M, 1, C]
         layers = cast(list[DynamicLayer], rows.cache.layers)
@@ -131,10 +134,13 @@ class LlamaDecoder:
         keys[:, self._filled] = turned[:, self._queries :].flatten(0, 1)
         values[:, self._filled] = heads[:, self._queries + self._key_heads :].flatten(0, 1)
         queries = turned[:, : self._queries].reshape(rows * self._key_heads, -1, size)
-        weights = torch.baddbmm(
-            self._blocked[:, :, :end], queries, keys[:, :end].transpose(1, 2), alpha=layer.scale
-        )
-        return torch.bmm(torch.softmax(weights, dim=2), values[:, :end]).view(rows, -1)
+        keys, values, blocked = keys[:, :end], values[:, :end], self._blocked[:, :, :end]
+        if queries.dtype != torch.float32:
+            mask = blocked.expand(-1, queries.shape[1], -1)
+            four = (each[:, None] for each in (queries, keys, values, mask))  # [B*M, 1, ., .]
+            return scaled_dot_product_attention(*four, scale=layer.scale).view(rows, -1)
+        weights = torch.baddbmm(blocked, queries, keys.transpose(1, 2), alpha=layer.scale)
+        return torch.bmm(torch.softmax(weights, dim=2), values).view(rows, -1)
 
     def _rotation(self) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and signed sin [B, 1, D]: x * cos + swapped halves of x * sin turns x."""
