@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opd_stream.engines import head
+from opd_stream.engines import head, reading
 from opd_stream.engines.base import ScoringSettings, rows_per_chunk
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.types import RolloutBatch
@@ -150,9 +150,9 @@ def _compare_shared(name: str, engine: TransformersEngine, arguments: Any) -> No
         engine.score(rollouts, ScoringSettings(top_k=arguments.top_k, forced_ids=(1, 2)))
 
     def separately() -> None:
-        kept, head.MIN_SAVING = head.MIN_SAVING, 0.0
+        kept, reading.MIN_SAVING = reading.MIN_SAVING, 0.0
         score()
-        head.MIN_SAVING = kept
+        reading.MIN_SAVING = kept
 
     together, apart = interleaved(arguments.repeats, score, separately)
     print(f"| {name} | {together:.2f} | {apart:.2f} | {apart / together:.2f} |", flush=True)

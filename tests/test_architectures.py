@@ -59,6 +59,17 @@ def test_a_slow_way_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert "OpenAIGPTModel has no cache that goes on exactly" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("model_type", "shares"),
+    [("llama", True), ("gpt2", True), ("mpt", False), ("gpt_neo", False), ("gemma3_text", False)],
+)
+def test_padding_behind_a_shared_beginning_is_left_out_where_columns_count(
+    model_type: str, shares: bool
+) -> None:
+    reading = reading_of(decoder_of(build(model_type)))
+    assert (reading.continues, reading.shares) == (True, shares)
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "mpt"])
 def test_layers_are_found_by_any_name(model_type: str) -> None:
     model = build(model_type)

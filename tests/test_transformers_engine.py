@@ -23,7 +23,7 @@ from opd_stream.engines.decoding import is_plain_llama
 from opd_stream.engines.reading import _parameters
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
-from opd_stream.types import PromptBatch, RolloutBatch
+from opd_stream.types import PromptBatch, RolloutBatch, ScoreBatch
 
 VOCAB = 61
 BASE = {
@@ -89,6 +89,30 @@ def sampled(engine: TransformersEngine, *, temperature: float = 1.0) -> RolloutB
             window_tokens=24, temperature=temperature, seed=4, stop_ids=(11, 12, 13, 14)
         ),
         samples_per_prompt=2,
+    )
+
+
+def tokens_read(engine: TransformersEngine) -> list[int]:
+    """Filled by every pass of the decoder over several columns, until the engine is gone."""
+    read: list[int] = []
+
+    def count(module: object, args: object, named: dict[str, torch.Tensor]) -> None:
+        if named["input_ids"].shape[1] > 1:
+            read.append(named["input_ids"].numel())
+
+    engine._model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
+    return read
+
+
+def alike(lengths: tuple[int, ...] = (3, 14, 1, 8, 5, 20)) -> PromptBatch:
+    """Prompts that begin with the same 40 ids."""
+    random = np.random.default_rng(5)
+    first = random.integers(15, VOCAB, 40)
+    return PromptBatch(
+        prompt_id=tuple(f"p{n}" for n in range(len(lengths))),
+        prompt_ids=tuple(
+            np.concatenate([first, random.integers(15, VOCAB, n)]).astype(np.int32) for n in lengths
+        ),
     )
 
 
@@ -287,20 +311,89 @@ def test_shared_prompts_are_read_once_and_change_no_score(
     settings = SamplingSettings(window_tokens=9, seed=1, stop_ids=(11, 12, 13, 14))
     rollouts = engine.sample(prompts, settings, samples_per_prompt=4)
     assert len({len(ids) for ids in rollouts.completion_ids}) > 1
-    read: list[int] = []
-    decoder = engine._model.get_decoder()
-    hook = decoder.register_forward_pre_hook(
-        lambda module, args, named: read.append(named["input_ids"].numel()), with_kwargs=True
-    )
+    read = tokens_read(engine)
     once = engine.score(rollouts, ScoringSettings(top_k=5, forced_ids=(5,)))
     shared = sum(read)
-    monkeypatch.setattr("opd_stream.engines.head.MIN_SAVING", 0.0)
+    monkeypatch.setattr("opd_stream.engines.reading.MIN_SAVING", 0.0)
     read.clear()
     apart = engine.score(rollouts, ScoringSettings(top_k=5, forced_ids=(5,)))
-    hook.remove()
     assert shared < 0.5 * sum(read)
     tolerance = 1e-4 if dtype == "float32" else 0.15
     for row in range(len(rollouts)):
         for name in ("teacher_logprobs", "teacher_top_logprobs", "teacher_forced_logprobs"):
             mine, other = getattr(once, name)[row], getattr(apart, name)[row]
             np.testing.assert_allclose(mine, other, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_beginning_that_prompts_share_is_read_once_and_changes_no_rollout(
+    checkpoint: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TransformersEngine(checkpoint, dtype=dtype, batch_rows=64)
+    read = tokens_read(engine)
+    settings = SamplingSettings(window_tokens=9, seed=1, stop_ids=(11, 12, 13, 14))
+    once = engine.sample(alike(), settings, samples_per_prompt=2)
+    shared = sum(read)
+    monkeypatch.setattr("opd_stream.engines.reading.MIN_SHARED", 1000)
+    read.clear()
+    apart = engine.sample(alike(), settings, samples_per_prompt=2)
+    has_windows = checkpoint.name in ("gemma2", "qwen3-windowed")
+    assert shared == sum(read) if has_windows else shared < 0.6 * sum(read)
+    pairs = zip(once.completion_ids, apart.completion_ids, strict=True)
+    same = [
+        int((mine[: len(other)] == other[: len(mine)]).cumprod().sum()) for mine, other in pairs
+    ]
+    if dtype == "float32":
+        assert same == [len(ids) for ids in once.completion_ids]
+    assert sum(same) >= 0.5 * sum(map(len, apart.completion_ids))
+    for row, count in enumerate(same):
+        mine, other = once.behavior_logprobs[row][:count], apart.behavior_logprobs[row][:count]
+        np.testing.assert_allclose(mine, other, atol=1e-4 if dtype == "float32" else 0.2)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_beginning_that_prompts_share_is_read_once_and_changes_no_score(
+    checkpoint: Path, dtype: str, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TransformersEngine(checkpoint, dtype=dtype, batch_rows=64)
+    settings = SamplingSettings(window_tokens=9, seed=1, stop_ids=(11, 12, 13, 14))
+    rollouts = engine.sample(alike(), settings, samples_per_prompt=samples)
+    read = tokens_read(engine)
+    once = engine.score(rollouts, ScoringSettings(top_k=5, forced_ids=(5,)))
+    shared = sum(read)
+    monkeypatch.setattr("opd_stream.engines.reading.MIN_SAVING", 0.0)
+    read.clear()
+    apart = engine.score(rollouts, ScoringSettings(top_k=5, forced_ids=(5,)))
+    assert shared < 0.6 * sum(read)
+    tolerance = 1e-4 if dtype == "float32" else 0.2
+    for row in range(len(rollouts)):
+        for name in ("teacher_logprobs", "teacher_top_logprobs", "teacher_forced_logprobs"):
+            mine, other = getattr(once, name)[row], getattr(apart, name)[row]
+            np.testing.assert_allclose(mine, other, atol=tolerance, err_msg=name)
+
+
+def test_several_passes_without_the_padding_give_the_same(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SamplingSettings(window_tokens=9, seed=1, stop_ids=(11, 12, 13, 14))
+    found: list[tuple[RolloutBatch, ScoreBatch]] = []
+    counts: list[int] = []
+    for least in (1000, 1):
+        monkeypatch.setattr("opd_stream.engines.reading.MIN_PADDING", least)
+        monkeypatch.setattr("opd_stream.engines.reading.ROWS_OF_A_PASS", 2)
+        engine = engine_of(checkpoint, batch_rows=64)
+        read = tokens_read(engine)
+        batches = [engine.sample(each, settings) for each in (prompts(), alike((2, 40, 9, 1, 30)))]
+        scores = [engine.score(each, ScoringSettings(top_k=5)) for each in batches]
+        found.extend(zip(batches, scores, strict=True))
+        counts.append(sum(read))
+    assert counts[1] < 0.9 * counts[0]
+    for (batch, scores), (other, expected) in zip(found[:2], found[2:], strict=True):
+        for row in range(len(batch)):
+            assert batch.completion_ids[row].tolist() == other.completion_ids[row].tolist()
+            for mine, right in (
+                (batch.behavior_logprobs[row], other.behavior_logprobs[row]),
+                (scores.teacher_top_logprobs[row], expected.teacher_top_logprobs[row]),
+            ):
+                np.testing.assert_allclose(mine, right, atol=1e-4)

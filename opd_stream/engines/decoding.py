@@ -27,7 +27,11 @@ from opd_stream.engines.reading import (
     CachedRows,
     Decoder,
     decoder_of,
+    first_tokens,
+    passes_of,
     reading_of,
+    shared_tokens,
+    without_first,
 )
 
 MAX_UNIFORM = 1 - 2**-50
@@ -77,19 +81,46 @@ class LlamaDecoder:
         self._epsilon = config.rms_norm_eps
 
     def prefill(self, ids_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
-        """One pass of the library's forward; its keys and values start ours."""
-        rows = CachedRows(self._decoder, FASTEST)
-        hidden_BH = rows.prefill(ids_BC, mask_BC)
-        self._filled = ids_BC.shape[1]
+        """Passes of the library's forward; their keys and values start ours.
+
+        Those of a beginning that all rows share are held once.
+        """
         self._positions = mask_BC.sum(1)
-        blocked_BC = torch.zeros(mask_BC.shape, device=mask_BC.device, dtype=hidden_BH.dtype)
+        shared = shared_tokens(ids_BC, mask_BC)
+        beginning = CachedRows(self._decoder, FASTEST)
+        if shared:
+            beginning.read_once(first_tokens(ids_BC, mask_BC, shared), 1)
+            ids_BC, mask_BC = without_first(ids_BC, mask_BC, shared)
+        self._shared = [_shared(layer) for layer in beginning.cache.layers] if shared else []
+        self._filled = ids_BC.shape[1]
+        self._keys, self._values = [], []
+        passes = passes_of(cast("list[int]", mask_BC.sum(1).tolist()))  # pyright: ignore
+        hidden: list[torch.Tensor] = []
+        for chosen in passes:
+            width = int(mask_BC[chosen].sum(1).max())
+            rows = beginning if chosen == passes[-1] else beginning.copy()
+            if shared:
+                rows.select(torch.zeros_like(self._positions[chosen]))
+            hidden.append(rows.prefill(ids_BC[chosen, -width:], mask_BC[chosen, -width:]))
+            self._hold(rows, chosen, width, len(ids_BC))
+        blocked_BC = torch.zeros(mask_BC.shape, device=mask_BC.device, dtype=hidden[0].dtype)
         blocked_BC = blocked_BC.masked_fill(mask_BC == 0, -torch.inf)
         self._blocked = blocked_BC.repeat_interleave(self._key_heads, 0)[:, None]  # [B*M, 1, C]
-        layers = cast(list[DynamicLayer], rows.cache.layers)
-        self._keys = [_tensor(layer.keys).flatten(0, 1) for layer in layers]  # [B*M, C, D]
-        self._values = [_tensor(layer.values).flatten(0, 1) for layer in layers]
-        self._reserve(COLUMNS_PER_GROWTH)
-        return hidden_BH
+        self._blocked = pad(self._blocked, (0, COLUMNS_PER_GROWTH))
+        return torch.cat(hidden)
+
+    def _hold(self, read: CachedRows, chosen: slice, width: int, rows: int) -> None:
+        """Keep keys and values of the columns that a pass read, with room for more."""
+        layers = cast(list[DynamicLayer], read.cache.layers)
+        shape = (rows * self._key_heads, self._filled + COLUMNS_PER_GROWTH, self._size)
+        places = slice(chosen.start * self._key_heads, chosen.stop * self._key_heads)
+        columns = slice(self._filled - width, self._filled)
+        for held, name in ((self._keys, "keys"), (self._values, "values")):
+            for number, layer in enumerate(layers):
+                own = _tensor(getattr(layer, name))[:, :, -width:]
+                if number == len(held):
+                    held.append(own.new_zeros(shape))
+                held[number][places, columns] = own.flatten(0, 1)
 
     def step(self, ids_B: torch.Tensor) -> torch.Tensor:
         if self._filled == self._keys[0].shape[1]:
@@ -135,12 +166,40 @@ class LlamaDecoder:
         values[:, self._filled] = heads[:, self._queries + self._key_heads :].flatten(0, 1)
         queries = turned[:, : self._queries].reshape(rows * self._key_heads, -1, size)
         keys, values, blocked = keys[:, :end], values[:, :end], self._blocked[:, :, :end]
+        if self._shared:
+            return self._attend_shared(number, queries, keys, values, blocked, layer.scale)
         if queries.dtype != torch.float32:
-            mask = blocked.expand(-1, queries.shape[1], -1)
-            four = (each[:, None] for each in (queries, keys, values, mask))  # [B*M, 1, ., .]
-            return scaled_dot_product_attention(*four, scale=layer.scale).view(rows, -1)
+            mask = blocked.expand(-1, queries.shape[1], -1)[:, None]
+            found = scaled_dot_product_attention(
+                queries[:, None], keys[:, None], values[:, None], mask, scale=layer.scale
+            )
+            return found.view(rows, -1)
         weights = torch.baddbmm(blocked, queries, keys.transpose(1, 2), alpha=layer.scale)
         return torch.bmm(torch.softmax(weights, dim=2), values).view(rows, -1)
+
+    def _attend_shared(
+        self,
+        number: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        blocked: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """The same where rows share a beginning: its keys meet the queries of all rows at once."""
+        shared_keys, shared_values = self._shared[number]  # [M, P, D], float32
+        heads, size, dtype = self._key_heads, self._size, queries.dtype
+        queries, keys, values = queries.float(), keys.float(), values.float()
+        by_head = queries.view(-1, heads, queries.shape[1], size).transpose(0, 1)  # [M, B, G, D]
+        first = torch.bmm(by_head.flatten(1, 2), shared_keys.transpose(1, 2)) * scale
+        first = first.view(*by_head.shape[:3], -1).transpose(0, 1).flatten(0, 1)  # [B*M, G, P]
+        own = torch.baddbmm(blocked.float(), queries, keys.transpose(1, 2), alpha=scale)
+        weights = torch.softmax(torch.cat([first, own], dim=2), dim=2)
+        first, own = weights[..., : first.shape[2]], weights[..., first.shape[2] :]
+        by_head = first.view(-1, heads, *first.shape[1:]).transpose(0, 1)  # [M, B, G, P]
+        found = torch.bmm(by_head.flatten(1, 2), shared_values)
+        found = found.view(heads, -1, first.shape[1], size).transpose(0, 1).flatten(0, 1)
+        return torch.baddbmm(found, own, values).to(dtype).view(-1, self._queries * size)
 
     def _rotation(self) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and signed sin [B, 1, D]: x * cos + swapped halves of x * sin turns x."""
@@ -193,6 +252,11 @@ def _joined(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
         for parameter, view in zip(parameters, torch.split(whole, sizes), strict=True):
             parameter.data = view
     return whole
+
+
+def _shared(layer: DynamicLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of one row [M, P, D], float32."""
+    return _tensor(layer.keys)[0].float(), _tensor(layer.values)[0].float()
 
 
 def _tensor(filled: torch.Tensor | None) -> torch.Tensor:

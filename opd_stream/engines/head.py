@@ -12,12 +12,17 @@ import torch
 from numpy.typing import NDArray
 
 from opd_stream.engines.base import Ids
-from opd_stream.engines.reading import CachedRows, reading_of, rows_hidden
+from opd_stream.engines.reading import (
+    CachedRows,
+    is_worth_it,
+    passes_of,
+    reading_of,
+    rows_hidden,
+    saves_enough,
+)
 from opd_stream.errors import UserError
 from opd_stream.fused import OutputHead
 from opd_stream.logprobs import Head, completion_rows
-
-MIN_SAVING = 0.9  # share of the tokens from which reading shared prompts once is worth a cache
 
 FACTOR = "lm_head_multiplier"  # Falcon H1; Cohere's logit_scale is an attribute of the model
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite, MiniCPM; Inkling
@@ -91,10 +96,41 @@ def completion_hidden(
     completion_tokens = sum(map(len, completions))
     separately = sum(map(len, prompts)) + completion_tokens
     together = sum(map(len, unique)) + completion_tokens
-    saves = together <= MIN_SAVING * separately and max(map(len, completions)) > 1
-    if not saves or not reading_of(decoder).continues:
+    if max(map(len, completions)) <= 1 or not (reading := reading_of(decoder)).continues:
         return _hidden_of_whole_rows(decoder, prompts, completions, device)
-    return _hidden_after_shared_prompts(decoder, unique, shared_R, completions, device)
+    beginning = _common_beginning(unique)
+    shared, of_prompts = len(beginning), sum(map(len, unique))
+    if reading.shares and is_worth_it(shared, len(unique), of_prompts):
+        together -= shared * (len(unique) - 1)
+    after_beginning = separately - shared * (len(prompts) - 1)
+    if saves_enough(together, separately) and together <= after_beginning:
+        return _hidden_after_shared_prompts(decoder, unique, shared_R, completions, device)
+    if is_worth_it(shared, len(prompts), separately):
+        return _hidden_after_beginning(decoder, beginning, prompts, completions, device)
+    return _hidden_of_whole_rows(decoder, prompts, completions, device)
+
+
+def _common_beginning(rows: Sequence[Ids]) -> Ids:
+    """The ids that all rows begin with."""
+    shortest = min(map(len, rows))
+    differs = np.stack([row[:shortest] != rows[0][:shortest] for row in rows]).any(0)
+    return rows[0][: int(differs.argmax()) if differs.any() else shortest]
+
+
+def _hidden_after_beginning(
+    decoder: Any,
+    beginning: Ids,
+    prompts: Sequence[Ids],
+    completions: Sequence[Ids],
+    device: torch.device,
+) -> torch.Tensor:
+    """What all prompts begin with once; then the rest of each row as if it were a completion."""
+    rests = [ids[len(beginning) :] for ids in prompts]
+    texts = [np.concatenate(pair) for pair in zip(rests, completions, strict=True)]
+    hidden = _hidden_after_shared_prompts(decoder, [beginning], [0] * len(texts), texts, device)
+    counts = [(len(rest), len(each)) for rest, each in zip(rests, completions, strict=True)]
+    is_completion = np.repeat([[False, True]] * len(texts), np.ravel(counts))
+    return hidden[from_numpy(is_completion, device)]
 
 
 def _hidden_of_whole_rows(
@@ -102,14 +138,17 @@ def _hidden_of_whole_rows(
 ) -> torch.Tensor:
     """Each row whole, padded on the right."""
     rows = [np.concatenate(pair) for pair in zip(prompts, completions, strict=True)]
-    ids, mask = padded(rows, device, side="right")
-    hidden = rows_hidden(decoder, ids, mask)
-    places = completion_rows(
-        torch.tensor([len(prompt) for prompt in prompts]),
-        torch.tensor([len(completion) for completion in completions]),
-        padded_length=ids.shape[1],
-    )
-    return hidden.flatten(0, 1)[places.to(device)]
+    found: list[torch.Tensor] = []
+    for chosen in passes_of([len(row) for row in rows]):
+        ids, mask = padded(rows[chosen], device, side="right")
+        hidden = rows_hidden(decoder, ids, mask)
+        places = completion_rows(
+            torch.tensor([len(prompt) for prompt in prompts[chosen]]),
+            torch.tensor([len(completion) for completion in completions[chosen]]),
+            padded_length=ids.shape[1],
+        )
+        found.append(hidden.flatten(0, 1)[places.to(device)])
+    return torch.cat(found)
 
 
 def _hidden_after_shared_prompts(
@@ -120,15 +159,25 @@ def _hidden_after_shared_prompts(
     device: torch.device,
 ) -> torch.Tensor:
     """Prompts once, padded on the left; then completions on their keys and values."""
-    read = CachedRows(decoder, reading_of(decoder))
+    reading = reading_of(decoder)
+    read = CachedRows(decoder, reading)
     of_prompts = read.prefill(*padded(prompts, device, side="left"))
-    rows = torch.tensor(shared_R, device=device)
-    read.select(rows)
-    new = [completion[:-1] for completion in completions]
-    hidden = read.read(*padded(new, device, side="right"))
-    hidden = torch.cat([of_prompts[rows][:, None], hidden], dim=1)
-    counts = torch.tensor([len(completion) for completion in completions], device=device)
-    return hidden[torch.arange(hidden.shape[1], device=device) < counts[:, None]]
+    found: list[torch.Tensor] = []
+    passes = passes_of([len(completion) for completion in completions])
+    if reading.rereads:  # one column alone is not exact, which a pass of short rows would be
+        passes = [slice(0, len(completions))]
+    for chosen in passes:
+        part = read if chosen == passes[-1] else read.copy()
+        rows = torch.tensor(shared_R[chosen], device=device)
+        part.select(rows)
+        new = [completion[:-1] for completion in completions[chosen]]
+        hidden = of_prompts[rows][:, None]
+        if any(map(len, new)):
+            more = part.read(*padded(new, device, side="right"))
+            hidden = torch.cat([hidden, more], dim=1)
+        counts = torch.tensor([len(each) for each in completions[chosen]], device=device)
+        found.append(hidden[torch.arange(hidden.shape[1], device=device) < counts[:, None]])
+    return torch.cat(found)
 
 
 def padded(

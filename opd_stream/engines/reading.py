@@ -5,6 +5,9 @@ states of recurrent layers may read the padding on the left, positions may be th
 a cache may know only its own model, or there may be none. So three short texts are read in each
 way, the fastest first, and the first way whose hidden states are those of each text alone is taken.
 
+What all rows of a batch begin with (a system prompt, examples) is read once, as one row. The rest
+of them is padded on the left again, where a trial found that this changes nothing.
+
 Shapes: B rows, C columns, L new columns, H hidden.
 """
 
@@ -27,8 +30,14 @@ from opd_stream.errors import UserError
 CACHE_NAMES = ("past_key_values", "cache_params", "cache", "state", "mems")
 LLAMA_FAMILY = ("llama", "qwen2", "qwen3", "mistral")  # known: not tried
 BLOCKS = ("chunk", "compressed", "sparse", "indexed")  # in a layer's type: columns are counted
+WINDOWS = ("window", "local", "chunk", "block", "sparse")  # in settings: attention by distance
 MOST_REREAD = 8  # tokens of a row that stand outside such a cache
+MIN_SAVING = 0.9  # share of the tokens from which reading what is shared once is worth a cache
+MIN_SHARED = 16  # tokens of a beginning that is read once
+MIN_PADDING = 1024  # tokens of it that are worth several passes
+ROWS_OF_A_PASS = 8
 PROMPTS, NEW = (9, 5, 5), 6  # tokens of the texts' beginnings, and after them
+SHARED = 3  # of the first of them, read once
 NOISE_EPSILONS, NOISE_GAPS = 100, 30  # of the dtype; of what a batch changes: still rounding
 CHOSEN = (2, 0, 1, 2)  # rows that read on
 
@@ -68,6 +77,7 @@ class Reading:
     masks_steps: bool = True  # a step is told which columns are padding, too
     rereads: bool = False  # the latest tokens together, where one alone is not exact
     continues: bool = False  # several tokens at once may follow what the cache holds
+    shares: bool = False  # padding may stand behind a beginning that all rows share
 
     def open(self, decoder: Any) -> Decoder:
         """A batch of rows in decoding."""
@@ -112,6 +122,59 @@ def left_positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
+def shared_tokens(ids_BC: torch.Tensor, mask_BC: torch.Tensor) -> int:
+    """Tokens that all rows begin with, if reading them once saves enough, else 0.
+
+    At least one token of every row is left. Rows are padded on the left.
+    """
+    rows, width = ids_BC.shape
+    lengths_B = mask_BC.sum(1)
+    most = int(lengths_B.min()) - 1
+    if most < MIN_SHARED or rows == 1:
+        return 0
+    places_BP = torch.arange(most, device=ids_BC.device) + (width - lengths_B)[:, None]
+    first_BP = ids_BC.gather(1, places_BP)
+    shared = int((first_BP == first_BP[:1]).all(0).long().cumprod(0).sum())
+    return shared if is_worth_it(shared, rows, int(lengths_B.sum())) else 0
+
+
+def is_worth_it(shared: int, rows: int, tokens: int) -> bool:
+    """Whether a beginning of so many tokens is read once for so many rows with so many tokens."""
+    return shared >= MIN_SHARED and saves_enough(tokens - shared * (rows - 1), tokens)
+
+
+def saves_enough(tokens: int, separately: int) -> bool:
+    """Whether reading so many tokens in place of others is worth a cache."""
+    return tokens <= MIN_SAVING * separately
+
+
+def first_tokens(ids_BC: torch.Tensor, mask_BC: torch.Tensor, count: int) -> torch.Tensor:
+    """The first tokens of the first row [count], which is padded on the left."""
+    start = ids_BC.shape[1] - int(mask_BC[0].sum())
+    return ids_BC[0, start : start + count]
+
+
+def without_first(
+    ids_BC: torch.Tensor, mask_BC: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask of what follows the first tokens of every row, padded on the left."""
+    width = int(mask_BC.sum(1).max()) - count
+    is_left_BC = mask_BC.cumsum(1) > count
+    return ids_BC[:, -width:], (mask_BC * is_left_BC)[:, -width:]
+
+
+def passes_of(lengths: Sequence[int]) -> list[slice]:
+    """The rows of each forward pass: all at once, unless fewer would save much padding.
+
+    Rows of similar length should stand beside each other.
+    """
+    count, tokens = len(lengths), sum(lengths)
+    padding = count * max(lengths) - tokens
+    if padding < max(MIN_PADDING, tokens // 10):
+        return [slice(0, count)]
+    return [slice(start, start + ROWS_OF_A_PASS) for start in range(0, count, ROWS_OF_A_PASS)]
+
+
 class CachedRows:
     """Rows on one cache; padded on the left, or of equal length."""
 
@@ -125,7 +188,16 @@ class CachedRows:
             self.cache = DynamicCache(config=decoder.config)
 
     def prefill(self, ids_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
+        shared = shared_tokens(ids_BC, mask_BC) if self._reading.shares else 0
+        if shared:
+            self.read_once(first_tokens(ids_BC, mask_BC, shared), len(ids_BC))
+            ids_BC, mask_BC = without_first(ids_BC, mask_BC, shared)
         return self.read(ids_BC, mask_BC)[:, -1]
+
+    def read_once(self, ids_P: torch.Tensor, rows: int) -> None:
+        """The beginning of so many rows."""
+        self.read(ids_P[None], torch.ones_like(ids_P[None]))
+        self.select(torch.zeros(rows, dtype=torch.long, device=ids_P.device))
 
     def step(self, ids_B: torch.Tensor) -> torch.Tensor:
         return self.read(ids_B[:, None], torch.ones_like(ids_B[:, None]))[:, -1]
@@ -302,7 +374,9 @@ def reading_of(decoder: Any) -> Reading:
     if decoder not in _found:
         is_plain = getattr(decoder.config, "model_type", None) in LLAMA_FAMILY
         _found[decoder] = (
-            replace(FASTEST, continues=True) if is_plain else _Trial(decoder).reading()
+            replace(FASTEST, continues=True, shares=not _has_windows(decoder.config))
+            if is_plain
+            else _Trial(decoder).reading()
         )
         if _found[decoder].cache == "none":
             log.warning(
@@ -354,7 +428,9 @@ class _Trial:
         for way in _ways(self._decoder):
             if self._is_exact(self._by_steps, way):
                 continues = way in (FASTEST, REREADING) and self._is_exact(self._at_once, way)
-                return replace(way, continues=continues)
+                shares = continues and way == FASTEST and not _has_windows(self._decoder.config)
+                shares = shares and self._is_exact(self._after_a_beginning, way)
+                return replace(way, continues=continues, shares=shares)
         raise UserError(
             f"{self._name} does not read a text from left to right ({self._problem}); expected a "
             "causal language model (of an encoder, one with is_decoder: true)"
@@ -403,6 +479,28 @@ class _Trial:
         read = rows.read(*_padded(new, left=False))
         for place, (row, count) in enumerate(zip(CHOSEN, counts, strict=True)):
             yield row, len(self._texts[row]) - NEW, read[place, :count]
+
+    def _after_a_beginning(self, way: Reading) -> Iterator[Read]:
+        """The first text's beginning before all of it and before a part: padding between them."""
+        text = self._texts[0]
+        rows = CachedRows(self._decoder, way)
+        rows.read_once(text[:SHARED], len(CHOSEN))
+        ends = [len(text) - NEW - place for place in range(len(CHOSEN))]
+        read = rows.read(*_padded([text[SHARED:end] for end in ends], left=True))
+        for place, end in enumerate(ends):
+            yield 0, SHARED, read[place, SHARED - end :]
+        step = rows.step(torch.stack([text[end] for end in ends]))
+        for place, end in enumerate(ends):
+            yield 0, end, step[place : place + 1]
+
+
+def _has_windows(config: Any) -> bool:
+    """Whether some layer may look at distances between columns; then none may be left empty."""
+    kinds: list[str] | None = getattr(config, "layer_types", None)
+    if kinds:
+        return set(kinds) != {"full_attention"}
+    settings = cast("dict[str, Any]", config.to_dict())
+    return any(value and any(word in name for word in WINDOWS) for name, value in settings.items())
 
 
 def _ways(decoder: Any) -> Iterator[Reading]:
