@@ -8,7 +8,7 @@ VLLM_READY := .venv-vllm/.ready
 BENCH := .venv-bench/bin
 BENCH_READY := .venv-bench/.ready
 
-.PHONY: real-models help quickstart test test-architectures test-slow test-vllm lint models bench-cache bench-engines bench-engines-memory \
+.PHONY: real-models help quickstart test test-architectures test-slow test-vllm lint models bench-cache bench-engines bench-engines-memory bench-engines-real \
 	bench-engines-vllm bench-generation bench-loss bench-overlap bench-reload \
 	bench-intervals bench-methods bench-quickstart bench-ray-share bench-real bench-train \
 	bench-truncated bench-windows-audit clean
@@ -66,6 +66,9 @@ bench-generation: $(READY) ## tokens per second against stock generate
 
 bench-engines: $(READY) ## scoring beside the bare forward pass, and with shared prompts
 	$(BIN)/python -m benchmarks.engines
+
+bench-engines-real: $(READY) models/real/teacher ## sampling and scoring of a real pair beside the plain library
+	$(BIN)/python -m benchmarks.engines_real
 
 bench-engines-memory: $(READY) ## peak memory of scoring when sequences and batches grow
 	$(BIN)/python -m benchmarks.engines_memory

@@ -52,8 +52,10 @@ def main() -> None:
                     SamplingSettings(window_tokens=arguments.tokens, stop_ids=stops, seed=seed),
                 ).completion_tokens
             ),
-            "stock": lambda seed, stops=stops: _stock(model, prompts, arguments.tokens, stops, {}),
-            "static": lambda seed, stops=stops: _stock(
+            "stock": lambda seed, stops=stops: stock_tokens(
+                model, prompts, arguments.tokens, stops, {}
+            ),
+            "static": lambda seed, stops=stops: stock_tokens(
                 model,
                 prompts,
                 arguments.tokens,
@@ -79,7 +81,7 @@ def _prompts(tokenizer: object, rows: int) -> PromptBatch:
 
 
 @torch.inference_mode()
-def _stock(
+def stock_tokens(
     model: torch.nn.Module,
     prompts: PromptBatch,
     tokens: int,
