@@ -17,7 +17,7 @@ _PACKAGES = ("stages", "pipeline")
 
 def main() -> None:
     """The command line."""
-    call("pipeline.cli:main")
+    call("pipeline.cli:start")
 
 
 def find_own_packages() -> None:

@@ -14,9 +14,10 @@ from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.memory import give_back
 from opd_stream.store.artifact import Artifact, DamagedUnit
-from opd_stream.store.inventory import drop_states
+from opd_stream.store.garbage import drop_states
 from opd_stream.store.store import Store
 from pipeline.accounting import Accounts, Span, busy_seconds, inputs_of
+from pipeline.lease import lease
 from pipeline.plan import is_due
 from pipeline.records import RunSummary
 from pipeline.rounds import Round, checkpoint_of, rounds
@@ -76,12 +77,13 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> RunSummary:
     """
     started = time.time()
     setup = open_setup(config)
-    run_id = folder.open(config)
+    folder.check(config)
     for line in setup.warnings:
         progress.warn(line)
-    earlier = folder.calls()
-    accounts = Accounts(setup=setup, folder=folder, run_id=run_id, warn=progress.warn)
-    with setup.store.watched(), open_executor(config) as executor:
+    with lease(folder.path), setup.store.watched(), open_executor(config) as executor:
+        run_id = folder.open(config)
+        earlier = folder.calls()
+        accounts = Accounts(setup=setup, folder=folder, run_id=run_id, warn=progress.warn)
         session = Session(
             config=setup.config,
             store=setup.store,
@@ -114,7 +116,7 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> RunSummary:
             accounts.write_round(round_, is_changed=len(session.spans) > worked)
             accounts.write_summary(session.call_seconds(earlier))
         setup.store.record_run(run_id, folder.path, session.reached)  # and no more
-    return accounts.write_summary(session.call_seconds(earlier))
+        return accounts.write_summary(session.call_seconds(earlier))
 
 
 def is_trained(session: Session, round_: Round) -> bool:

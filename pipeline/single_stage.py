@@ -8,6 +8,7 @@ at once; several machines on one stage take the units in orders of their own and
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from opd_stream.store.files import publish
 from opd_stream.store.store import Store
 from pipeline.accounting import Accounts
 from pipeline.evaluation import evaluation_record, evaluation_steps, figure_lines, open_policy
+from pipeline.lease import lease
 from pipeline.plan import plan_ahead
 from pipeline.records import Answers, EvaluationFile
 from pipeline.rounds import Round, checkpoint_of, named_checkpoint, rounds
@@ -66,8 +68,10 @@ def run_stage(
         UserError: an earlier stage has not been run yet, or anything else the user can mend.
     """
     setup = open_setup(config)
-    run_id = folder.open(config)
-    with setup.store.watched(), open_executor(config, _ROLES.get(stage, ("student",))) as executor:
+    folder.check(config)
+    alone, roles = lease(folder.path) if stage == "train" else nullcontext(), _ROLES.get(stage)
+    with alone, setup.store.watched(), open_executor(config, roles or ("student",)) as executor:
+        run_id = folder.open(config)
         session = Session(
             config=config,
             store=setup.store,
@@ -90,7 +94,7 @@ def run_stage(
             _score(session, round_, follow=follow)
             return _completed(round_, stage)
         line = _train(session, setup, round_, follow=follow)
-    accounts.write(changed=round_index)
+        accounts.write(changed=round_index)
     return line
 
 

@@ -34,16 +34,13 @@ def table_of(status: RunStatus, *, height: int | None = None) -> RenderableType:
 
 def watch(read: Callable[[], RunStatus], console: Console, *, seconds: float) -> None:
     """Keep the table up to date until the run is finished or Ctrl-C."""
-    try:
-        with Live(console=console, auto_refresh=False) as live:
-            while True:
-                status = read()
-                live.update(table_of(status, height=console.height), refresh=True)
-                if status.is_finished:
-                    return
-                time.sleep(seconds)
-    except KeyboardInterrupt:
-        return
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            status = read()
+            live.update(table_of(status, height=console.height), refresh=True)
+            if status.is_finished:
+                return
+            time.sleep(seconds)
 
 
 def print_status(setup: Setup, folder: RunFolder, *, as_json: bool, every: float | None) -> None:

@@ -18,15 +18,9 @@ from typer.testing import CliRunner
 from opd_stream.errors import UserError
 from opd_stream.store import Store, inventory, open_scores
 from opd_stream.store.artifact import Artifact, DamagedUnit
-from opd_stream.store.files import remove_stale_temporaries
-from opd_stream.store.inventory import (
-    RUN_SECONDS,
-    collect_garbage,
-    damages,
-    entries,
-    fidelity_report,
-    garbage,
-)
+from opd_stream.store.files import stale_temporaries
+from opd_stream.store.garbage import RUN_SECONDS, garbage, remove_garbage
+from opd_stream.store.inventory import damages, entries, fidelity_report
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_table
 from pipeline.cli import app
@@ -311,7 +305,7 @@ def test_only_old_temporary_files_are_cleaned_up(tmp_path: Path) -> None:
     for path in (old, young):
         path.write_text("half")
     os.utime(old, (0, 0))
-    assert remove_stale_temporaries(tmp_path, older_than_seconds=3600, now=time.time()) == [old]
+    assert stale_temporaries(tmp_path, (), before=time.time() - 3600) == [old]
     assert young.exists()
 
 
@@ -331,12 +325,12 @@ def test_gc_frees_what_no_run_and_no_pin_reaches(small_runs: SmallRuns, tmp_path
     others = names_in(tmp_path) - kept
     store = str(tmp_path / "store")
     pinned = next(name for name in sorted(others) if name.startswith("scores/"))
-    assert said("gc", store, "--delete", *NOW).startswith("0 folders")
+    assert said("gc", store, "--delete", *NOW).startswith("0 paths")
     shutil.rmtree(tmp_path / "other")
     said("pin", store, pinned)
     assert "would remove" in said("gc", store, *NOW)
     assert names_in(tmp_path) == kept | others
-    assert said("gc", store, "--delete", *GONE).startswith("0 folders")  # all of it is young
+    assert said("gc", store, "--delete", *GONE).startswith("0 paths")  # all of it is young
     said("gc", store, "--delete", *NOW)
     assert kept <= names_in(tmp_path)
     assert pinned in names_in(tmp_path)
@@ -345,7 +339,7 @@ def test_gc_frees_what_no_run_and_no_pin_reaches(small_runs: SmallRuns, tmp_path
     said("gc", store, "--delete", *NOW)
     assert names_in(tmp_path) == kept
     assert finish(tmp_path, "run")["tokens"]["teacher_scored"] > 0  # of the run's own, before
-    with pytest.raises(UserError, match="is not pinned"):
+    with pytest.raises(UserError, match="is not there; expected KIND/FINGERPRINT of one pin"):
         said("unpin", store, pinned)
 
 
@@ -356,6 +350,7 @@ def test_a_run_is_gone_when_its_record_is_old_and_its_folder_away(
     artifact = store.artifact(Recipe(kind="rollouts", settings={}, inputs={}))
     artifact.create(rows=1, rows_per_unit=1)
     folder = tmp_path / "run"
+    store.check_writable()
     store.record_run("a", folder, {artifact.name})
     record = store.root / "runs" / "a.json"
 
@@ -400,15 +395,90 @@ def test_a_killed_gc_leaves_no_unit_without_its_recipe(
         shutil.rmtree(folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inventory, "remove_tree", stops)
+    monkeypatch.setattr("opd_stream.store.garbage.remove_tree", stops)
     store = Store(tmp_path / "store")
+    first, *_ = garbage(store, grace_seconds=0, run_seconds=0)
     with pytest.raises(KeyboardInterrupt):
-        collect_garbage(store, garbage(store, grace_seconds=0, run_seconds=0), grace_seconds=0)
+        remove_garbage(first)
     (gone,) = removed
     assert gone.name in ("units", "attempts") or gone.name.startswith("attempt")
     assert (gone.parent / "recipe.json").exists()
     finish(tmp_path, "run")
     assert list(damages(Store(tmp_path / "store"))) == []
+
+
+@pytest.fixture
+def gone(small_runs: SmallRuns, tmp_path: Path) -> Path:
+    """The store of a small run whose folder is away."""
+    small_runs.copy(tmp_path)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    return tmp_path / "store"
+
+
+def removed_from(store: Path) -> set[Path]:
+    """What gc says it removed."""
+    lines = said("gc", str(store), "--delete", *NOW).splitlines()
+    return {Path(line.split(" ")[-3]) for line in lines if line.startswith("removed")}
+
+
+def test_gc_removes_what_it_lists_and_follows_no_link(gone: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    scores, *_ = (gone / "scores").iterdir()
+    scores.rename(outside)
+    scores.symlink_to(outside)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    rollouts, *_ = (gone / "rollouts").iterdir()
+    (rollouts / "units" / "link").symlink_to(foreign)
+    (gone / "mine").mkdir()
+    temporaries = [gone / "runs" / ".a.tmp", gone / ".b.tmp"]
+    others = [gone / "mine" / ".c.tmp", foreign / ".d.tmp", outside / ".e.tmp"]
+    for path in (*temporaries, *others):
+        path.write_text("half")
+    text = said("gc", gone, *NOW)
+    assert f"left {scores}: a link" in text
+    removed = removed_from(gone)
+    assert {path for path in removed if f"would remove {path} (" not in text} == set()
+    assert set(temporaries) < removed
+    assert all(path.exists() for path in (*others, outside / "recipe.json"))
+    assert not any(path.exists() for path in removed)
+
+
+def test_gc_refuses_what_is_no_store(gone: Path, tmp_path: Path) -> None:
+    (gone / "store.json").unlink()
+    with pytest.raises(UserError, match=r"no store\.json.*expected a store"):
+        said("gc", gone, "--delete", *NOW)
+    assert sorted((gone / "scores").iterdir())
+
+
+def test_gc_removes_nothing_while_the_recipe_of_what_is_kept_is_damaged(gone: Path) -> None:
+    names = sorted(f"policies/{path.name}" for path in (gone / "policies").iterdir())
+    said("pin", gone, names[0])
+    (gone / names[0] / "recipe.json").write_text("{")
+    with pytest.raises(UserError, match=f"{names[0]} is kept.*nothing is removed"):
+        said("gc", gone, "--delete", *NOW)
+    (pin,) = (gone / "pins").iterdir()
+    pin.unlink()
+    assert f"left {gone / names[0]}: " in said("gc", gone, "--delete", *NOW)
+    assert not list((gone / "scores").iterdir())
+    assert (gone / names[0]).exists()
+
+
+def test_pins_take_paths_and_beginnings_of_names(
+    gone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, *others = sorted((gone / "scores").iterdir())
+    name = f"scores/{folder.name}"
+    monkeypatch.chdir(gone.parent)
+    shortest = next(n for n in range(1, 17) if all(o.name[:n] != folder.name[:n] for o in others))
+    given = (name, f"{name}/", f"{folder}/", f"./store/{name}", f"scores/{folder.name[:shortest]}")
+    for text in given:
+        assert said("pin", "store", text) == f"pinned {name}\n"
+        assert said("unpin", "store", text) == f"unpinned {name}\n"
+    for text in ("", "scores", "scores/", "scores/zz", "../store", f"other/{folder.name}"):
+        with pytest.raises(UserError, match="is not there; expected KIND/FINGERPRINT"):
+            said("pin", "store", text)
+    assert not list((gone / "pins").iterdir())
 
 
 # Exchange

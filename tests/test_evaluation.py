@@ -16,7 +16,7 @@ from rich.console import Console
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import EvaluationManifest
 from opd_stream.store.files import load_record
-from opd_stream.store.inventory import garbage
+from opd_stream.store.garbage import garbage
 from opd_stream.store.store import Store
 from opd_stream.tasks.pass_at_k import Bootstrap, Counts, differences, estimates
 from pipeline.cli.run_commands import print_run

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from opd_stream.store.inventory import collect_garbage, garbage
+from opd_stream.store.garbage import garbage, remove_garbage
 from opd_stream.store.store import Store
 from pipeline.run_folder import RunFolder
 from stages.step import Silent
@@ -23,7 +23,8 @@ class Collecting(Silent):
         found = garbage(self._store, grace_seconds=0.0, run_seconds=0.0)
         self.stages.append(stage)
         self.removed += [f"{path.parent.name}/{path.name}" for path in found]
-        collect_garbage(self._store, found, grace_seconds=0.0)
+        for path in found:
+            remove_garbage(path)
 
 
 def collected(folder: Path, name: str, *overrides: str) -> Collecting:

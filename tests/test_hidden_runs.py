@@ -177,7 +177,7 @@ def test_a_cache_is_shown_exported_and_not_made_of_files(
 
 
 def test_head_and_basis_stay_while_their_scores_do(small_runs: SmallRuns, tmp_path: Path) -> None:
-    from opd_stream.store.inventory import garbage
+    from opd_stream.store.garbage import garbage
 
     folder = small_runs.copy(tmp_path / "made", *HIDDEN)
     found = garbage(Store(str(folder / "store")), grace_seconds=-1)

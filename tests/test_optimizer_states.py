@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from opd_stream.store import policy as policy_module
-from opd_stream.store.inventory import damages, garbage, pin
+from opd_stream.store.garbage import garbage, pin
+from opd_stream.store.inventory import damages
 from opd_stream.store.policy import STATE, PolicyArtifact
 from opd_stream.store.store import Store
 from opd_stream.store.tree import load_tree

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from opd_stream.errors import UserError
-from opd_stream.store.inventory import garbage
+from opd_stream.store.garbage import garbage
 from opd_stream.store.store import Store
 from opd_stream.tasks.pass_at_k import Bootstrap
 from pipeline.comparison import compare

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from opd_stream.config import Config
-from opd_stream.store.inventory import garbage
+from opd_stream.store.garbage import garbage
 from opd_stream.store.policy import PolicyArtifact
 from opd_stream.store.recipe import Recipe
 from pipeline import rounds as rounds_module

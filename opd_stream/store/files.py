@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -286,18 +286,16 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def remove_stale_temporaries(root: Path, *, older_than_seconds: float, now: float) -> list[Path]:
-    """Remove what killed writers left; a writer that is still at work is younger than that."""
+def stale_temporaries(root: Path, names: Iterable[str], *, before: float) -> list[Path]:
+    """What killed writers left in a folder and in those of its folders that have these names.
+
+    A writer that is still at work is younger. Links are not followed.
+    """
     if is_remote(root):
         return []  # a put leaves nothing behind
-    stale = [
-        path
-        for path in root.rglob(".*.tmp")
-        if path.is_file() and now - path.stat().st_mtime > older_than_seconds
-    ]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return stale
+    folders = [root / name for name in names if not (root / name).is_symlink()]
+    found = [*root.glob(".*.tmp"), *(path for each in folders for path in each.rglob(".*.tmp"))]
+    return [path for path in found if path.is_file() and path.lstat().st_mtime < before]
 
 
 @contextlib.contextmanager

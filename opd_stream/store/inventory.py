@@ -1,34 +1,22 @@
 """What a store holds, whether it is whole, and what nobody needs any more."""
 
-import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from opd_stream.errors import UserError
 from opd_stream.outcome import Coverage
-from opd_stream.section import Record
 from opd_stream.store.artifact import Artifact, summed_counts
 from opd_stream.store.codecs.fidelity import Fidelity
 from opd_stream.store.files import (
-    inside,
-    is_remote,
-    json_files,
     load_record,
-    publish,
     read_json,
-    record_bytes,
-    remove_stale_temporaries,
-    remove_tree,
 )
-from opd_stream.store.policy import PolicyArtifact, PolicyManifest
+from opd_stream.store.policy import PolicyManifest
 from opd_stream.store.recipe import KINDS, RecipeRecord
-from opd_stream.store.store import RunRecord, Store
+from opd_stream.store.store import Store
 
 SHARDED = ("prompts", "rollouts", "scores", "heads", "bases", "hidden", "distances")
-GRACE_SECONDS = 24 * 3600.0  # whatever is younger may still be in the making
-RUN_SECONDS = 30 * 24 * 3600.0  # a run that nobody went on with for so long may be gone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +42,6 @@ class Damage:
     def __str__(self) -> str:
         unit = "" if self.unit is None else f"unit {self.unit} is damaged: "
         return f"{self.artifact}: {unit}{self.reason}"
-
-
-class Pin(Record):
-    """`pins/NAME.json`: an artifact that stays."""
-
-    format_version: Literal[1] = 1
-    name: str
 
 
 def started(store: Store) -> list[str]:
@@ -96,15 +77,54 @@ def entries(store: Store) -> Iterator[Entry]:
         )
 
 
+def named(
+    store: Store, text: str, *, among: Sequence[str] | None = None, what: str = "artifact"
+) -> str:
+    """The artifact that a text names: KIND/FINGERPRINT, the path of its folder, or a beginning.
+
+    Args:
+        store: to look in.
+        text: the name; one of its beginnings is enough, with or without the kind.
+        among: names; None: of all artifacts that were started.
+        what: they are, for the error.
+
+    Raises:
+        UserError: none is meant, or several.
+
+    Example:
+        >>> named(store, "scores/3f0c")
+        'scores/3f0c9a1b2d4e5f60'
+    """
+    path, root = str(Path(text.rstrip("/"))) if "://" not in text else text, str(store.root)
+    for place in (root, str(Path(root).resolve())):
+        path = path.removeprefix(f"{place}/")
+    kind, _, beginning = path.rstrip("/").rpartition("/")
+    names = started(store) if among is None else among
+    found = [
+        name
+        for name in names
+        if name.startswith(f"{kind}/" if kind else "")
+        and name.partition("/")[2].startswith(beginning[:16])
+        and beginning
+    ]
+    if len(found) == 1:
+        return found[0]
+    several = f"is the beginning of {', '.join(found[:3])}" if found else "is not there"
+    raise UserError(
+        f"{text!r} {several}; expected KIND/FINGERPRINT of one {what}, or the beginning of its "
+        "fingerprint; `opd-stream cache ls` lists them"
+    )
+
+
 def open_artifact(store: Store, name: str) -> Artifact:
     """A sharded artifact by its name, KIND/FINGERPRINT.
 
     Raises:
         UserError: the store has no such artifact, or it has no shards.
     """
-    kind, slash, fingerprint = name.strip("/").partition("/")
+    kind, _, fingerprint = named(store, name).partition("/")
     for sharded in SHARDED:
-        if slash and kind == sharded:
+        if kind == sharded:
             return store.by_fingerprint(sharded, fingerprint)
     raise UserError(
         f"{name!r} is no artifact with shards; expected KIND/FINGERPRINT with one of "
@@ -177,160 +197,16 @@ def _damaged_units(artifact: Artifact) -> Iterator[Damage]:
                 yield Damage(artifact=artifact.name, unit=None, reason=reason)
 
 
-def pin(store: Store, name: str) -> None:
-    """Keep an artifact, and what it was made from, whatever the runs do."""
-    if not (store.root / name / "recipe.json").exists():
-        raise UserError(f"the store has no {name}; `opd-stream cache ls` lists what it has")
-    publish(_pin_path(store, name), record_bytes(Pin(name=name)))
+def bytes_below(place: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    return sum(path.stat().st_size for path in files_below(place))
 
 
-def unpin(store: Store, name: str) -> None:
-    """Take a pin away."""
-    if not _pin_path(store, name).exists():
-        raise UserError(f"{name} is not pinned")
-    _pin_path(store, name).unlink()
-
-
-def _pin_path(store: Store, name: str) -> Path:
-    return store.root / "pins" / f"{name.replace('/', '-')}.json"
-
-
-def gone_runs(store: Store, *, run_seconds: float = RUN_SECONDS) -> list[RunRecord]:
-    """Runs whose folder this machine cannot see and that nobody went on with for a long time.
-
-    A folder that is away alone says nothing: the run may be at work on another machine, or in a
-    container. Every command of a run refreshes its record.
-    """
-    now = time.time()
-    return [
-        record
-        for path, record in store.runs().items()
-        if now - path.stat().st_mtime > run_seconds and not Path(record.folder).exists()
-    ]
-
-
-def garbage(
-    store: Store, *, grace_seconds: float = GRACE_SECONDS, run_seconds: float = RUN_SECONDS
-) -> list[Path]:
-    """Folders of artifacts that no run and no pin reaches, and unpublished checkpoints.
-
-    What is younger than the grace time is never garbage: somebody may be making it.
-    """
-    recipes = {name: _recipe(store.root / name) for name in started(store)}
-    gone = {record.id for record in gone_runs(store, run_seconds=run_seconds)}
-    named = {name for run in store.runs().values() if run.id not in gone for name in run.artifacts}
-    pinned = {load_record(Pin, path).name for path in json_files(store.root / "pins")}
-    needed = _needed(store, recipes, named | pinned)
-    now = time.time()
-    found = [
-        store.root / name
-        for name in recipes
-        if name not in needed and now - _youngest(store.root / name) > grace_seconds
-    ]
-    for name in needed:
-        if name.startswith("policies/") and not is_remote(store.root):
-            found += _unpublished(store.root / name, now - grace_seconds)
-    return found
-
-
-def collect_garbage(store: Store, found: list[Path], *, grace_seconds: float) -> None:
-    """Remove folders from `garbage`, and temporary files that killed writers left."""
-    for folder in found:
-        (folder / "manifest.json").unlink(missing_ok=True)  # from here on it does not exist
-        for part in folder.iterdir():  # recipe.json last: while units are there, it says how many
-            if part.is_dir():
-                remove_tree(part)
-        remove_tree(folder)
-    if not is_remote(store.root) and store.root.exists():
-        remove_stale_temporaries(store.root, older_than_seconds=grace_seconds, now=time.time())
-
-
-def drop_states(
-    store: Store, latest: PolicyArtifact, *, keep: int, made_by: Collection[str]
-) -> list[str]:
-    """Drop the training state of all but the last policies of a run; returns their names.
-
-    The state of a policy stays that is pinned, that another run made, or that another run trains on
-    from. The oldest goes first, so that what a kill leaves is found by the next call.
-
-    Args:
-        store: of the run.
-        latest: policy of the last complete round.
-        keep: policies, the latest one included, whose state stays.
-        made_by: ids of the run.
-    """
-    chain = [latest]
-    while (before := chain[-1].recipe.inputs.get("optimizer")) is not None:
-        policy = store.policy_by_fingerprint(before)
-        if not policy.is_complete() or (len(chain) > keep and not chain[-1].has_state()):
-            break
-        chain.append(policy)
-    others = [run for run in store.runs().values() if run.id not in made_by]
-    pinned = {load_record(Pin, path).name for path in json_files(store.root / "pins")}
-    dropped: list[str] = []
-    for policy in reversed(chain[keep:]):
-        is_ours = policy.manifest().outcome.made_by in made_by
-        if is_ours and policy.name not in pinned and not _is_last_of_any(store, policy, others):
-            dropped += [policy.name] if policy.has_state() else []
-            policy.drop_state()
-    return dropped
-
-
-def _is_last_of_any(store: Store, policy: PolicyArtifact, runs: Iterable[RunRecord]) -> bool:
-    """Whether a run has the policy, and no complete one that was trained on from it."""
-    for run in runs:
-        if policy.name in run.artifacts:
-            names = [name for name in run.artifacts if name.startswith("policies/")]
-            later = [name for name in names if (store.root / name / "manifest.json").exists()]
-            recipes = (_recipe(store.root / name) for name in later)
-            if all(recipe.inputs.get("optimizer") != policy.fingerprint for recipe in recipes):
-                return True
-    return False
-
-
-def bytes_below(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def files_below(place: Path) -> Iterator[Path]:
+    """The files below a folder, links left out; of a file itself."""
+    paths = [place] if place.is_file() else place.rglob("*")
+    return (path for path in paths if path.is_file() and not path.is_symlink())
 
 
 def _recipe(folder: Path) -> RecipeRecord:
     return load_record(RecipeRecord, folder / "recipe.json")
-
-
-def _needed(store: Store, recipes: dict[str, RecipeRecord], named: Iterable[str]) -> set[str]:
-    """The named artifacts, what they were made from, and verdicts on what is kept."""
-    makers = {record.fingerprint: name for name, record in recipes.items()}
-    for name in recipes:
-        manifest = store.root / name / "manifest.json"
-        if name.startswith("policies/") and manifest.exists():
-            makers.setdefault(load_record(PolicyManifest, manifest).identity, name)
-    needed: set[str] = set()
-    waiting = [name for name in named if name in recipes]
-    while waiting:
-        name = waiting.pop()
-        if name not in needed:
-            needed.add(name)
-            inputs = recipes[name].inputs.values()
-            waiting += [makers[each] for each in inputs if each in makers]
-    for name, record in recipes.items():
-        sources = {makers.get(each) for each in record.inputs.values()}
-        if name.startswith("evaluations/") and sources <= needed:
-            needed.add(name)
-    return needed
-
-
-def _unpublished(folder: Path, before: float) -> list[Path]:
-    """Attempts that lost or were cut short."""
-    manifest = folder / "manifest.json"
-    published = load_record(PolicyManifest, manifest).folder if manifest.exists() else None
-    if published is not None:
-        inside(folder, published)
-    return [
-        attempt
-        for attempt in folder.glob("attempt-*")
-        if attempt.name != published and _youngest(attempt) < before
-    ]
-
-
-def _youngest(folder: Path) -> float:
-    return max((path.stat().st_mtime for path in folder.rglob("*") if path.is_file()), default=0.0)

@@ -22,13 +22,22 @@ from opd_stream.store.files import (
     load_record,
     place,
     publish,
+    publish_new,
     record_bytes,
     sha256,
 )
 from opd_stream.store.policy import Identity, PolicyArtifact, identify
 from opd_stream.store.recipe import Kind, Recipe, RecipeRecord, differing_fields
 
+MARKER = "store.json"
 REFRESH_SECONDS = 3600.0  # a run that goes on writes its record again after so long
+
+
+class StoreRecord(Record):
+    """`store.json`: this folder is a store, so `gc` may remove what is in it."""
+
+    format_version: Literal[1] = 1
+    kind: Literal["opd-stream store"] = "opd-stream store"
 
 
 class RunRecord(Record):
@@ -58,8 +67,12 @@ class Store:
         self.address = self.location if is_remote(self.root) else str(self.root.resolve())
         self.digests = self.local / "digests"  # of files that did not change since
 
+    def is_marked(self) -> bool:
+        """Whether somebody wrote here as to a store."""
+        return (self.root / MARKER).exists()
+
     def check_writable(self) -> None:
-        """Refuse a store that cannot be written, before any work.
+        """Mark this place as a store, and refuse one that cannot be written, before any work.
 
         Raises:
             UserError: says why.
@@ -68,6 +81,7 @@ class Store:
         if is_remote(self.root):
             publish(probe, b"")
             probe.unlink()
+            publish_new(self.root / MARKER, record_bytes(StoreRecord()))
             return
         with explained(self.root):
             try:
@@ -78,6 +92,8 @@ class Store:
                 ) from error
             probe.touch()
             probe.unlink()
+            if not self.is_marked():
+                publish_new(self.root / MARKER, record_bytes(StoreRecord()))
 
     @contextlib.contextmanager
     def watched(self) -> Generator[None]:

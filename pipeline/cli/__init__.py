@@ -2,14 +2,26 @@
 
 import sys
 
+from pipeline import interrupts
 from pipeline.cli import run_commands, view_commands
 from pipeline.cli.cache_commands import cache
 from pipeline.cli.options import app
 from pipeline.console import LOG, is_json, print_error
 
-__all__ = ["app", "main", "run_commands", "view_commands"]
+__all__ = ["app", "main", "run_commands", "start", "view_commands"]
 
 app.add_typer(cache, name="cache")
+
+
+def start() -> None:
+    """Run the command line in a process of its own, which signals may end."""
+    interrupts.listen()
+    try:
+        main()
+    except BaseException:
+        if interrupts.is_interrupted():
+            interrupts.leave()
+        raise
 
 
 def main() -> None:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 cache = typer.Typer(help="Look at a store, verify it, free it, share it.", no_args_is_help=True)
 StorePlace = Annotated[str, typer.Argument(metavar="STORE", help="Folder or s3://BUCKET/PATH.")]
-ArtifactName = Annotated[str, typer.Argument(metavar="NAME", help="KIND/FINGERPRINT.")]
+ArtifactName = Annotated[
+    str, typer.Argument(metavar="NAME", help="KIND/FINGERPRINT, or its beginning.")
+]
 _ROW = "{:30} {:9} {:>10} {:>9} {:>12} {:>14} {:>8}"
 
 
@@ -94,40 +96,49 @@ def gc(
     ] = 30.0,
 ) -> None:
     """Free what no run and no pin reaches."""
-    from opd_stream.store.inventory import bytes_below, collect_garbage, garbage, gone_runs
+    from opd_stream.errors import UserError
+    from opd_stream.store.garbage import garbage, gone_runs, remove_garbage
+    from opd_stream.store.inventory import bytes_below
 
-    store, grace, run_seconds = _existing(location), 3600 * hours, 24 * 3600 * run_days
-    found, size = garbage(store, grace_seconds=grace, run_seconds=run_seconds), 0
-    names = {f"{folder.parent.name}/{folder.name}" for folder in found}
+    store, run_seconds = _existing(location), 24 * 3600 * run_days
+    if not store.is_marked():
+        raise UserError(
+            f"{location} has no store.json, which every run writes to its store; expected a store; "
+            "name another folder, or continue a run on this one"
+        )
+    found = garbage(store, grace_seconds=3600 * hours, run_seconds=run_seconds, warn=typer.echo)
+    names, size, count = {f"{path.parent.name}/{path.name}" for path in found}, 0, 0
     for run in gone_runs(store, run_seconds=run_seconds):
         if not names.isdisjoint(run.artifacts):
             typer.echo(f"run {run.id} is gone: {run.folder} on {run.host}, {run_days:g} days old")
-    for folder in found:
-        folder_bytes = bytes_below(folder)
-        size += folder_bytes
-        typer.echo(f"{'removed' if delete else 'would remove'} {folder} ({folder_bytes:,} bytes)")
-    if delete:
-        collect_garbage(store, found, grace_seconds=grace)
+    for path in found:
+        path_bytes = bytes_below(path)
+        try:
+            if delete:
+                remove_garbage(path)
+        except OSError as error:
+            typer.echo(f"left {path}: {error.strerror}")
+            continue
+        size, count = size + path_bytes, count + 1
+        typer.echo(f"{'removed' if delete else 'would remove'} {path} ({path_bytes:,} bytes)")
     end = "" if delete else "; --delete removes them"
-    typer.echo(f"{len(found)} folders, {size:,} bytes{end}")
+    typer.echo(f"{count} paths, {size:,} bytes{end}")
 
 
 @cache.command()
 def pin(location: StorePlace, name: ArtifactName) -> None:
     """Keep an artifact whatever the runs do."""
-    from opd_stream.store import inventory
+    from opd_stream.store import garbage
 
-    inventory.pin(_existing(location), name)
-    typer.echo(f"pinned {name}")
+    typer.echo(f"pinned {garbage.pin(_existing(location), name)}")
 
 
 @cache.command()
 def unpin(location: StorePlace, name: ArtifactName) -> None:
     """Take a pin away."""
-    from opd_stream.store import inventory
+    from opd_stream.store import garbage
 
-    inventory.unpin(_existing(location), name)
-    typer.echo(f"unpinned {name}")
+    typer.echo(f"unpinned {garbage.unpin(_existing(location), name)}")
 
 
 @cache.command("export")

@@ -1,0 +1,161 @@
+"""One process writes in a run's folder: `lease.json` says which, and is touched while it works.
+
+A process of this machine is looked up. Of another machine, or another container, whose processes
+cannot be seen, the age of the file decides, by the clock of the file system that both share.
+"""
+
+import contextlib
+import os
+import platform
+import threading
+import uuid
+from collections.abc import Generator
+from pathlib import Path
+from typing import Literal
+
+from opd_stream.errors import UserError
+from opd_stream.section import Record
+from opd_stream.store.files import explained, load_record, record_bytes
+from pipeline.interrupts import end_process
+
+BEAT_SECONDS = 10.0
+STALE_SECONDS = 60.0
+
+
+class LeaseRecord(Record):
+    """`lease.json`: who writes in this folder."""
+
+    format_version: Literal[1] = 1
+    host: str
+    process: int
+    place: str  # where the number of the process means something
+    started: str  # when the process began, as the place counts it: numbers are used again
+    token: str
+
+
+@contextlib.contextmanager
+def lease(folder: Path) -> Generator[None]:
+    """Be the one process that writes in a run's folder.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        UserError: another process is at work there (says which).
+    """
+    path, token = folder / "lease.json", uuid.uuid4().hex
+    own = LeaseRecord(
+        host=platform.node(),
+        process=os.getpid(),
+        place=_place(),
+        started=_start_of(os.getpid()) or "",
+        token=token,
+    )
+    with explained(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        _take(path, own)
+    done = threading.Event()
+    beat = threading.Thread(target=_keep, args=(path, token, done), name="lease", daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if _token(path) == token:
+            path.unlink(missing_ok=True)
+
+
+def _take(path: Path, own: LeaseRecord) -> None:
+    temporary = path.with_name(f".lease.{own.token}.tmp")
+    temporary.write_bytes(record_bytes(own))
+    try:
+        while True:
+            try:
+                os.link(temporary, path)
+                return
+            except FileExistsError:
+                _remove_stale(path, own, now=temporary.stat().st_mtime)
+    finally:
+        temporary.unlink()
+
+
+def _remove_stale(path: Path, own: LeaseRecord, *, now: float) -> None:
+    """Take away the lease of a process that is gone, or refuse."""
+    try:
+        age = now - path.stat().st_mtime
+        other = load_record(LeaseRecord, path)
+    except FileNotFoundError:
+        return
+    if is_held(other, age, own.place):
+        seconds = (
+            f", which was seen there {max(age, 0):.0f} s ago" if own.place != other.place else ""
+        )
+        raise UserError(
+            f"{path.parent} is in use by process {other.process} on {other.host}{seconds}; "
+            "expected one process in a run's folder; wait until it ends, or stop it, or use "
+            "another --run-dir: what both share is found in the store"
+        )
+    aside = path.with_name(f".lease.{uuid.uuid4().hex}.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(aside)
+        if _token(aside) != other.token:  # somebody was faster, and this lease is theirs
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+        aside.unlink()
+
+
+def is_held(other: LeaseRecord, age: float, place: str) -> bool:
+    """Whether the holder of a lease is at work.
+
+    Args:
+        other: the lease.
+        age: seconds since it was touched.
+        place: of this process.
+    """
+    if other.place == place:
+        return _start_of(other.process) == other.started
+    return age < STALE_SECONDS
+
+
+def _keep(path: Path, token: str, done: threading.Event) -> None:
+    while not done.wait(BEAT_SECONDS):
+        found = _token(path)
+        if found is not None and found != token and not done.is_set():
+            end_process(
+                f"another process took {path.parent} over, because this one was not seen for "
+                f"{STALE_SECONDS:.0f} s; wait until that one ends, then run the same command",
+                code=2,
+            )
+        with contextlib.suppress(OSError):  # the folder is away: what writes there will say so
+            os.utime(path)
+
+
+def _token(path: Path) -> str | None:
+    try:
+        return load_record(LeaseRecord, path).token
+    except (OSError, UserError):
+        return None
+
+
+def _place() -> str:
+    """This host since it was started, and its process namespace: a container has its own."""
+    parts = [platform.node()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return " ".join(parts)
+
+
+def _start_of(process: int) -> str | None:
+    """When a process of this place began; None: there is none. Empty where no one tells."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    try:
+        state, *rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return None if state == "Z" else rest[18]
