@@ -218,6 +218,9 @@ def check_extras(config: Config) -> None:
     wanted = [("train.loggers", name, name) for name in config.train.loggers]
     if config.train.lora is not None:
         wanted.append(("train.lora", "peft", "peft"))
+        if config.train.lora.base != "stored":
+            field = f"train.lora.base={config.train.lora.base}"
+            wanted.append((field, "bitsandbytes", "bitsandbytes"))
     if config.train.optimizer == "adamw-8bit":
         wanted.append(("train.optimizer=adamw-8bit", "bitsandbytes", "bitsandbytes"))
     for field, library, package in wanted:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stages.cross_tokenizer import AlignmentRecipe
 
 
-BASIS_TOKENS = 2048  # states that a basis is fitted on, at most
+BASIS_TOKENS = 2048  # states that a basis is fitted on, of wide teachers more; fewer of few prompts
 
 
 def rollouts_recipe(

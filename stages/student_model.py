@@ -28,7 +28,14 @@ from opd_stream.store.tokenizer_folder import NAMED_TEMPLATES
 from opd_stream.store.tree import save_tree
 from opd_stream.weighting import Weighting
 from stages.checkpoints import published_dtype, weight_files
-from stages.frozen_base import load_frozen, seen_as_float32
+from stages.frozen_base import (
+    check_quantised,
+    is_quantised,
+    load_frozen,
+    make_whole,
+    quantise,
+    seen_as_float32,
+)
 from stages.train_state import trained_weights
 
 OTHER_WEIGHTS = (
@@ -135,6 +142,8 @@ def load_student(
         _leave_out_dropout(model)
     model.config.use_cache = False
     if lora is not None:
+        if lora.base != "stored":
+            quantise(model, lora.base)
         model = _adapted(model, lora, adapter)
     _freeze_unread(model)
     if gradient_checkpointing:
@@ -147,7 +156,8 @@ def check_lora(folder: Path, lora: Lora) -> None:
     """Refuse adapters that a checkpoint cannot have, without its weights.
 
     Raises:
-        UserError: no module has such a name, or the policy could not be published.
+        UserError: no module has such a name, the policy could not be published, or the library
+            of a quantised base does not work here.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -155,6 +165,8 @@ def check_lora(folder: Path, lora: Lora) -> None:
     auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
         _adapted(auto.from_config(config.from_pretrained(folder)), lora, None)
+    if lora.base != "stored":
+        check_quantised(lora.base, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def save_student(student: StudentModel, base: Path, folder: Path) -> None:
@@ -198,10 +210,12 @@ def _merged(model: Any, dtype: torch.dtype) -> Any:
     """The base with its adapters added in float32, one matrix at a time."""
     for module in model.modules():
         if hasattr(module, "base_layer"):
-            weight, is_narrow = module.base_layer.weight, module.base_layer.weight.itemsize == 2
-            weight.data = weight.data.float()
+            is_narrow, weight = make_whole(module.base_layer), module.base_layer.weight
             module.merge()
             weight.data = weight.data.to(dtype if is_narrow else torch.float32)
+        elif is_quantised(module):  # and without an adapter
+            make_whole(module)
+            module.weight.data = module.weight.data.to(dtype)
     return model.unload()
 
 

@@ -27,6 +27,8 @@ from stages.prompts import Ids, prompt_ids_of
 from stages.recipes import basis_recipe, head_beside
 from stages.teacher_head import check_bound, make_head
 
+STATES_PER_CHANNEL = 4  # of those that a basis is fitted on, where the prompts hold as many
+
 
 class StateScorer:
     """An engine that scores rollouts for one recipe of codec hidden."""
@@ -121,7 +123,8 @@ def _states_on_prompts(
     engine: HiddenEngine, prompts: Sequence[Ids], recipe: Recipe
 ) -> NDArray[np.float32]:
     """States at the first places of prompts, each prefix once [N, H]."""
-    wanted, seen = recipe.settings["tokens"], set[bytes]()
+    width = engine.head().weight_VH.shape[1]
+    wanted, seen = max(recipe.settings["tokens"], STATES_PER_CHANNEL * width), set[bytes]()
     chosen: list[Ids] = []
     new: list[NDArray[np.bool_]] = []
     for ids in prompts:

@@ -7,16 +7,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
 
+from opd_stream.engines.base import HiddenEngine
 from opd_stream.errors import UserError
 from opd_stream.store import open_scores
 from opd_stream.store.artifact import DamagedUnit
 from opd_stream.store.codecs.hidden import basis_of, basis_table, states_of
+from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
+from opd_stream.types import RolloutBatch
 from pipeline.run_folder import RunFolder
+from stages.recipes import basis_recipe
 from stages.step import Silent
+from stages.teacher_states import _states_on_prompts
 from stages.train_job import TrainJob
 from tests.conftest import Command, SmallRuns, run, small_config
 from tests.test_resume import attempt, fingerprints
@@ -39,6 +45,24 @@ def test_a_run_trains_on_hidden_states(small_runs: SmallRuns) -> None:
     assert states.shape == (len(row.completion_ids), row.teacher_states.width)
     assert len(list((folder / "store" / "heads").iterdir())) == 1
     assert len(list((folder / "store" / "bases").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("width", "fitted"), [(2, 2048), (600, 2400)])
+def test_a_basis_of_a_wide_teacher_is_fitted_on_more_states(width: int, fitted: int) -> None:
+    read: list[int] = []
+
+    def hidden(texts: RolloutBatch) -> SimpleNamespace:
+        states = [np.zeros((len(ids), width), np.float32) for ids in texts.completion_ids]
+        read.append(sum(map(len, states)))
+        return SimpleNamespace(states=states)
+
+    head = SimpleNamespace(weight_VH=torch.zeros(5, width))
+    engine = cast(HiddenEngine, SimpleNamespace(hidden=hidden, head=lambda: head))
+    prompts = [np.full(100, number) for number in range(40)]
+    recipe = basis_recipe(Recipe(kind="heads", settings={}, inputs={}), "prompts")
+    assert len(_states_on_prompts(engine, prompts, recipe)) == fitted
+    assert len(_states_on_prompts(engine, prompts[:3], recipe)) == 300
+    assert read[0] < fitted + 100
 
 
 @pytest.mark.slow
@@ -164,6 +188,8 @@ def test_a_cache_is_shown_exported_and_not_made_of_files(
     code, said, _ = opd_stream("cache", "show", store, name)
     assert code == 0
     assert "state_kl_mean" in said
+    assert "hidden states, which give the whole distribution" in said
+    assert "retained_mass" not in said
     code, _, _ = opd_stream("cache", "export", store, name, str(tmp_path / "out"))
     assert code == 0
     code, _, said = opd_stream(

@@ -1,5 +1,6 @@
 """The forecast of training's memory against what a forward pass leaves behind."""
 
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from opd_stream.engines.reading import decoder_of, rows_hidden
-from pipeline.estimate.memory import activation_numbers, training_memory
+from opd_stream.model_config import read_model_config
+from pipeline.estimate.memory import activation_numbers, states_bytes, training_memory
+from stages.checkpoints import weight_files
 from tests.conftest import MODELS, small_config
 
 SHAPE = {
@@ -37,6 +40,35 @@ def test_activations_are_those_that_autograd_saves() -> None:
     found = sum(saved.values()) / 4 / ids.numel()
     assert activation_numbers(SHAPE, recomputes=False) == pytest.approx(found, rel=0.25)
     assert activation_numbers(SHAPE, recomputes=True) < found / 2
+
+
+def test_a_quantised_base_is_forecast_by_its_bits(tmp_path: Path) -> None:
+    folder, found = MODELS / "ledger-student", list[int]()
+    for base in ("stored", "8bit", "4bit"):
+        config = small_config(tmp_path, f"train.lora={{base: {base}}}")
+        forecast = training_memory(config, folder, row_tokens=100.0)
+        assert forecast is not None
+        found.append(forecast.parts["weights"])
+    tensors = {name: tensor.shape for name, tensor in weight_files(folder).items()}
+    packed = sum(prod(s) for n, s in tensors.items() if len(s) == 2 and "layers" in n)
+    assert found[0] - found[1] == pytest.approx(packed * (2 - 1.0625), abs=2)
+    assert found[1] - found[2] == pytest.approx(packed / 2, abs=2)
+
+
+def test_the_teachers_head_of_codec_hidden_is_forecast(tmp_path: Path) -> None:
+    folder, plain = MODELS / "ledger-student", small_config(tmp_path)
+    config = small_config(tmp_path, "scores.codec={kind: hidden}")
+    teacher = read_model_config(config.teacher.folder) if config.teacher else None
+    assert teacher is not None
+    width = teacher.settings["hidden_size"]
+    head, basis = 4 * teacher.vocabulary * width, 4 * width**2
+    both = [training_memory(each, folder, row_tokens=100.0) for each in (config, plain)]
+    assert both[0] is not None
+    assert both[1] is not None
+    assert both[0].bytes - both[1].bytes == head + basis == both[0].parts["teacher_head"]
+    assert config.teacher is not None
+    copies = 0 if config.teacher.dtype == "float32" else head
+    assert states_bytes(config, scoring=True) == copies + 3 * basis
 
 
 def test_settings_that_save_memory_are_forecast_to(tmp_path: Path) -> None:

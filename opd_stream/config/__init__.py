@@ -360,6 +360,11 @@ def _precision_conflicts(config: Config) -> Iterator[str]:
                 "train.precision is bf16-true with strategy fsdp2, whose shards have one dtype; "
                 "set train.precision=bf16-mixed, or strategy ddp"
             )
+    if is_sharded and train.lora is not None and train.lora.base != "stored":
+        yield (
+            f"train.lora.base is {train.lora.base} with strategy fsdp2, whose shards have one "
+            "dtype; leave base out, or set strategy ddp"
+        )
     reads_moments = isinstance(window, AdaptiveWindow) and window.metric == "adam"
     resets = train.extrapolation is not None and train.extrapolation.reset_moments
     if train.optimizer != "adamw" and (reads_moments or resets or is_sharded):

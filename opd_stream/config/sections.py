@@ -198,6 +198,11 @@ class Lora(Section):
     targets: str | tuple[str, ...] = Field(
         default="all-linear", description="module names, or all-linear: all but the head"
     )
+    base: Literal["stored", "8bit", "4bit"] = later(
+        default="stored",
+        description="the frozen weights under the adapters: as they are stored, or linear layers "
+        "of the decoder in 8 or 4 bits (bitsandbytes), with which policies are published",
+    )
 
     @field_validator("targets")
     @classmethod

@@ -132,12 +132,16 @@ def open_artifact(store: Store, name: str) -> Artifact:
     )
 
 
-def fidelity_report(artifact: Artifact) -> dict[str, float | None]:
+def fidelity_report(artifact: Artifact) -> dict[str, float | str | None]:
     """The size of a scores artifact, and what its codec kept and lost in the committed units."""
     commits = artifact.commits().values()
     whole = sum((commit.fidelity for commit in commits if commit.fidelity), Fidelity())
     size = sum(commit.bytes for commit in commits)
-    return {"bytes": size, "bytes_per_token": size / max(1, whole.tokens), **whole.report()}
+    report = whole.report()
+    if "head" in artifact.recipe.inputs:  # the mass of the candidates beside them says nothing
+        report = {name: value for name, value in report.items() if "mass" not in name}
+        report = {"kept": "hidden states, which give the whole distribution", **report}
+    return {"bytes": size, "bytes_per_token": size / max(1, whole.tokens), **report}
 
 
 def coverage_of(store: Store, scores: Artifact) -> Coverage | None:

