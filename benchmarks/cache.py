@@ -33,9 +33,9 @@ from opd_stream.store.codecs import (
     decode_scores,
     encode_scores,
 )
-from opd_stream.store.files import publish, record_bytes
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.recipe import Recipe
+from opd_stream.store.sealed import publish_record
 from opd_stream.store.shards import batch_of, rollouts_table, schema_of, shard_bytes
 from opd_stream.types import RolloutBatch, ScoreBatch
 from opd_stream.windows import FixedWindow
@@ -231,7 +231,7 @@ def _memory(family: Family) -> None:
                 name = f"units/{unit:05d}-{record.sha256[:8]}.arrow"
                 (artifact.folder / name).hardlink_to(artifact.folder / record.file)
                 copy = record.model_copy(update={"unit": unit, "file": name})
-                publish(artifact.folder / "units" / f"{unit:05d}.json", record_bytes(copy))
+                publish_record(artifact.folder / "units" / f"{unit:05d}.json", copy)
             artifact.finish()
             size += 1600 * record.bytes
         code = (

@@ -24,6 +24,10 @@ def shortened(value: object, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+class Unreachable(UserError):
+    """An object store that does not answer, or refuses."""
+
+
 @contextlib.contextmanager
 def named(section: str) -> Generator[None]:
     """Say of errors inside which section of the config their fields are in."""

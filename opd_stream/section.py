@@ -65,12 +65,7 @@ def read_record(kind: type[R], value: object, where: str) -> R:
     Raises:
         UserError: another format version wrote it, or it is no such record (says where).
     """
-    version = value.get("format_version", 1) if is_object(value) else 1
-    if version != 1 and "format_version" in kind.model_fields:
-        raise UserError(
-            f"{where} has format version {version}; this opd-stream reads version 1; "
-            "update opd-stream, or use another store or run folder"
-        )
+    check_version(kind, value, where)
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -89,6 +84,21 @@ def _checked_path(text: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(_checked_path)]  # a path, or the address of a store
+
+
+def check_version(kind: type[Record], value: object, where: str) -> None:
+    """Refuse what a later opd-stream wrote.
+
+    Raises:
+        UserError: it has another format version.
+    """
+    version = value.get("format_version", 1) if is_object(value) else 1
+    if version != 1 and "format_version" in kind.model_fields:
+        raise UserError(
+            f"{where} has format version {version}; this opd-stream reads version 1; "
+            "update opd-stream, or use another store or run folder"
+        )
+
 
 IMPORT_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 

@@ -66,6 +66,7 @@ class Accounts:
     run_id: str
     warn: Callable[[str], None]
     _reports: dict[int, RoundReport] = field(default_factory=dict)
+    _metrics: dict[int, bytes | None] = field(default_factory=dict)
 
     @cached_property
     def models(self) -> "Models":
@@ -91,6 +92,7 @@ class Accounts:
             or known.policy.folder != str(round_.policy.folder("name"))
             or (known.evaluation is None and is_due(config, round_.index))
             or not self.folder.metrics.exists()
+            or not self.folder.is_planned(round_.index)
         ):
             self.folder.write_plan(round_)
             self.folder.add_metrics(round_)
@@ -101,6 +103,14 @@ class Accounts:
             for line in (*untrained_line(known), *uncovered_line(known, config)):
                 self.warn(line)
         self._reports[round_.index] = known
+        self._metrics[round_.index] = round_.policy.metrics()
+
+    def mend_metrics(self) -> None:
+        """Once all rounds are written: metrics.jsonl has the lines of their policies."""
+        if None not in self._metrics.values():
+            self.folder.mend_metrics(
+                b"".join(self._metrics[index] or b"" for index in sorted(self._metrics))
+            )
 
     def write_summary(self, calls: dict[str, float]) -> RunSummary:
         """The run so far.

@@ -12,10 +12,9 @@ from pathlib import Path
 
 from opd_stream.errors import UserError
 from opd_stream.outcome import TrainOutcome, UnitRecord
-from opd_stream.section import read_record
 from opd_stream.staleness import UnitDecision, UnitState, decide_unit
 from opd_stream.store.artifact import Commit
-from opd_stream.store.files import read_json
+from opd_stream.store.sealed import load_record
 from pipeline.plan import RoundPlan
 from pipeline.records import CacheRecord, Origin, RunSummary, UnitDecisionRecord
 from pipeline.setup import Setup
@@ -364,7 +363,7 @@ def _caches_of_run(setup: Setup, run: Path, rounds: int) -> list[list[Cache]]:
             f"replay.run {run} has no summary.json; expected the folder of an earlier run; "
             "check the path"
         )
-    summary = read_record(RunSummary, read_json(path), str(path))
+    summary = load_record(RunSummary, path)
     return [
         [
             _replayed(

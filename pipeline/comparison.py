@@ -7,8 +7,8 @@ from typing import Any
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import EvaluationManifest
-from opd_stream.store.files import load_record
 from opd_stream.store.recipe import Kind, Recipe, differing_fields
+from opd_stream.store.sealed import load_record
 from opd_stream.store.store import Store
 from opd_stream.tasks.distance import (
     FIGURE_NAMES,

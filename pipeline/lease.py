@@ -11,20 +11,21 @@ import threading
 import uuid
 from collections.abc import Generator
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from opd_stream.errors import UserError
-from opd_stream.section import Record
-from opd_stream.store.files import explained, load_record, record_bytes
+from opd_stream.store.files import explained
+from opd_stream.store.sealed import Sealed, load_record, record_bytes
 from pipeline.interrupts import end_process
 
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 
 
-class LeaseRecord(Record):
+class LeaseRecord(Sealed):
     """`lease.json`: who writes in this folder."""
 
+    NAMED_BY: ClassVar[int] = 0
     format_version: Literal[1] = 1
     host: str
     process: int
@@ -67,7 +68,7 @@ def lease(folder: Path) -> Generator[None]:
 
 def _take(path: Path, own: LeaseRecord) -> None:
     temporary = path.with_name(f".lease.{own.token}.tmp")
-    temporary.write_bytes(record_bytes(own))
+    temporary.write_bytes(record_bytes(own, temporary))
     try:
         while True:
             try:

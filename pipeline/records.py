@@ -4,13 +4,14 @@
 where everything lies.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_serializer, model_validator
 
 from opd_stream.drift import DriftSums
 from opd_stream.outcome import Coverage, EpochRecord, ExtrapolationRecord, StartDrift, WindowAudit
 from opd_stream.section import Record, later
+from opd_stream.store.sealed import Sealed
 from opd_stream.tasks.distance import TextDistance
 
 Origin = Literal["fresh", "ahead", "extended", "kept", "replayed"]
@@ -27,7 +28,7 @@ class CacheRecord(Record):
     units: tuple[int, ...] | None  # None: all
 
 
-class MadeBy(Record):
+class MadeBy(Sealed):
     """Who made a run, and with what: `run.json`."""
 
     id: str
@@ -51,8 +52,10 @@ class UnitDecisionRecord(Record):
     reason: str
 
 
-class RoundPlanRecord(Record):
+class RoundPlanRecord(Sealed):
     """A round before it runs: `plan.json`."""
+
+    NAMED_BY: ClassVar[int] = 3  # rounds/NUMBER/FILE
 
     format_version: Literal[1] = 1
     round_index: int
@@ -143,8 +146,10 @@ class SummaryEvaluation(Answers):
     policy_version: int | None = None
 
 
-class EvaluationFile(Answers):
+class EvaluationFile(Answers, Sealed):
     """A policy's evaluation as `evaluate --out` writes it and `compare` reads it."""
+
+    NAMED_BY: ClassVar[int] = 0
 
     policy: str  # folder
     fingerprint: str
@@ -206,8 +211,10 @@ class AlignmentShares(Record):
     chunk_share: float  # in a chunk that trains
 
 
-class RoundReport(Record):
+class RoundReport(Sealed):
     """What a round did: `report.json`."""
+
+    NAMED_BY: ClassVar[int] = 3
 
     format_version: Literal[1] = 1
     round: int
@@ -248,7 +255,7 @@ class RoundReport(Record):
     evaluation: EvaluationRecord | None = None
 
 
-class RunSummary(Record):
+class RunSummary(Sealed):
     """The whole run so far: `summary.json`."""
 
     format_version: Literal[1] = 1

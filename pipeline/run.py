@@ -8,13 +8,16 @@ import importlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
+from pathlib import Path
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.memory import give_back
 from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.garbage import drop_states
+from opd_stream.store.policy import DamagedPolicy, Part, identify
 from opd_stream.store.store import Store
 from pipeline.accounting import Accounts, Span, busy_seconds, inputs_of
 from pipeline.lease import lease
@@ -54,6 +57,7 @@ class Session:
     spans: list[Span] = field(default_factory=list)
     started: float = field(default_factory=time.time)
     reached: set[str] = field(default_factory=set)  # names of artifacts
+    checked: set[tuple[Checkpoint, Part]] = field(default_factory=set)  # that were read whole
 
     def reach(self, names: set[str]) -> None:
         """Tell the store what is about to be read or made, so that `gc` leaves it."""
@@ -95,39 +99,110 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> RunSummary:
         )
         session.reach(inputs_of(setup))
         evaluate_policy(session, setup.student, setup.vocabulary, version=0, step=0)
-        if folder.summary() is None:
+        if not folder.has_summary():
             accounts.write_summary(session.call_seconds(earlier))
-        for round_ in rounds(setup):
-            session.reach(round_.names())
-            worked = len(session.spans)
-            if not is_trained(session, round_):
-                folder.write_plan(round_)
-                train_round(session, setup, round_)
-            drop_optimizers(session, round_)
-            if is_due(setup.config, round_.index):
-                policy = checkpoint_of(round_.policy)
-                evaluate_policy(
-                    session,
-                    policy,
-                    setup.vocabulary,
-                    version=round_.index + 1,
-                    step=round_.plan.first_step + round_.policy.manifest().outcome.steps,
-                )
-            accounts.write_round(round_, is_changed=len(session.spans) > worked)
-            accounts.write_summary(session.call_seconds(earlier))
+        damaged_before: set[str] = set()
+        while not make_rounds(session, setup, accounts, earlier, damaged_before):
+            pass
         setup.store.record_run(run_id, folder.path, session.reached)  # and no more
         return accounts.write_summary(session.call_seconds(earlier))
 
 
-def is_trained(session: Session, round_: Round) -> bool:
-    """Whether the round's policy is there and whole; a damaged one is named and taken out."""
+def make_rounds(
+    session: Session,
+    setup: Setup,
+    accounts: Accounts,
+    earlier: dict[str, float],
+    damaged_before: set[str],
+) -> bool:
+    """Make what is missing of all rounds; False: a policy was found damaged, and taken out.
+
+    `damaged_before` names those that this was found of already.
+
+    Raises:
+        UserError: a policy is damaged again, right after it was trained again.
+    """
+    try:
+        for round_ in rounds(setup):
+            session.reach(round_.names())
+            worked = len(session.spans)
+            make_round(session, setup, round_)
+            accounts.write_round(round_, is_changed=len(session.spans) > worked)
+            accounts.write_summary(session.call_seconds(earlier))
+        accounts.mend_metrics()
+    except DamagedPolicy as damaged:
+        name = damaged.policy.name
+        if name in damaged_before:
+            raise UserError(
+                f"{name} is damaged ({damaged.reason}), right after it was trained again; the "
+                "store does not return what is written to it: check its disk, memory and network, "
+                "then run again"
+            ) from damaged
+        damaged_before.add(name)
+        session.progress.warn(f"{name} is damaged ({damaged.reason}); it is trained again")
+        damaged.policy.invalidate()
+        return False
+    return True
+
+
+def make_round(session: Session, setup: Setup, round_: Round) -> None:
+    """Make what is missing of a round, and mend what its records say wrongly."""
+    for step in round_.steps:
+        step.artifact.mend()
+    if not is_trained(session, round_, cache=session.store.digests):
+        session.folder.write_plan(round_)
+        train_round(session, setup, round_)
+    elif any(not step.is_complete() for step in round_.steps[:-1]) and all(
+        step.shards.is_started() or step.is_void() for step in round_.steps[:-1]
+    ):  # units were taken out as damaged
+        make_shards(session, round_)
+    drop_optimizers(session, round_)
+    if is_due(setup.config, round_.index):
+        evaluate_policy(
+            session,
+            checkpoint_of(round_.policy),
+            setup.vocabulary,
+            version=round_.index + 1,
+            step=round_.plan.first_step + round_.policy.manifest().outcome.steps,
+        )
+
+
+def is_trained(session: Session, round_: Round, *, cache: Path | None) -> bool:
+    """Whether the round's policy is there and whole; a damaged one is named and taken out.
+
+    `cache` as in `PolicyArtifact.damage`; `check_loaded` reads whole what is about to be loaded.
+    """
     if not round_.policy.is_complete():
         return False
-    reason = round_.policy.damage(cache=session.store.digests)
+    reason = round_.policy.damage(cache=cache)
     if reason is not None:
         session.progress.warn(f"{round_.policy.name} is damaged ({reason}); it is trained again")
         round_.policy.invalidate()
     return reason is None
+
+
+def check_loaded(session: Session, model: Checkpoint, part: Part = "model") -> None:
+    """Read a checkpoint that is about to be loaded whole: remembered digests only name it.
+
+    `part` of a policy is what is loaded.
+
+    Raises:
+        DamagedPolicy: a file of a policy is not what was published.
+        UserError: the files of another checkpoint are not those that were remembered.
+    """
+    if (model, part) in session.checked:
+        return
+    if model.policy is not None:
+        policy = session.store.policy_by_fingerprint(model.policy)
+        reason = policy.damage(cache=None, part=part)
+        if reason is not None:
+            raise DamagedPolicy(policy, reason)
+    elif identify(model.folder) != model.identity:
+        raise UserError(
+            f"the files of {model.folder} changed since they were first read, though their time "
+            "stamps did not; restore them; if the change is meant, touch them and run again"
+        )
+    session.checked.add((model, part))
 
 
 def drop_optimizers(session: Session, round_: Round) -> None:
@@ -172,7 +247,8 @@ def train_round(session: Session, setup: Setup, round_: Round, *, again: bool = 
         except DamagedUnit as damaged:
             if session.config.replay is not None:
                 raise UserError(
-                    f"{damaged}; a replay only reads: resume the run that made it, then this one"
+                    f"{damaged}; a replay only reads: take it out with `opd-stream cache verify "
+                    f"{session.config.store} --repair`, resume the run that made it, then this"
                 ) from damaged
             make_again(damaged, made_again, session.progress)
 
@@ -224,6 +300,7 @@ def streams(steps: list[Step]) -> Iterator[tuple[Step, list[Step]]]:
 
 def start_shards(session: Session, step: Step) -> Artifact:
     """Join or start the artifact of a step of shards."""
+    step.shards.mend()
     recipe, store = step.artifact.recipe, session.store
     if recipe.kind != "rollouts":
         return start_scores(store, recipe, step.rollouts.shards)
@@ -258,6 +335,7 @@ def _submit(
         generate=generate,
         shuffle=shuffle,
         author=author,
+        check=partial(check_loaded, session),
     )
 
 
@@ -292,6 +370,7 @@ def train_policy(session: Session, setup: Setup, round_: Round, *, again: bool =
         from stages.train_ray import train_on_ray as train
     else:
         from stages.train import train
+    check_loaded(session, round_.student, "training")
     if round_.previous is not None:
         restore_state(session, setup, round_)
         round_.previous.folder("training")
@@ -406,10 +485,11 @@ def _measure_distance(session: Session, steps: dict[str, Step]) -> None:
 
     First whatever text and side of the teacher is missing, then the policy's side.
     """
-    from stages.distance import distance_result, write_figures
+    from stages.distance import distance_result, mend_figures, write_figures
 
     session.reach({step.artifact.name for step in with_needs(steps.values())})
     artifacts = {text: step.shards for text, step in steps.items()}
+    mend_figures(session.store, artifacts)
     if distance_result(session.store, artifacts) is not None:
         return
     for step in steps.values():
@@ -425,5 +505,6 @@ def _measure_distance(session: Session, steps: dict[str, Step]) -> None:
             student=step.model,
             made_by=session.run_id,
             progress=session.progress,
+            check=partial(check_loaded, session),
         )
     write_figures(session.store, artifacts)

@@ -10,7 +10,6 @@
 Deleting it loses no teacher work: the artifacts are in the store.
 """
 
-import json
 import platform
 import uuid
 from collections.abc import Iterable
@@ -25,13 +24,24 @@ from opd_stream.config import PLACEMENT, Config, counts_rounds
 from opd_stream.config_file import problems_of
 from opd_stream.errors import UserError
 from opd_stream.outcome import read_metrics
-from opd_stream.section import read_record
-from opd_stream.store.files import explained, load_record, publish, publish_new, read_json
+from opd_stream.store.files import explained, publish
 from opd_stream.store.recipe import differing_fields
+from opd_stream.store.sealed import (
+    DamagedRecord,
+    load_record,
+    pretty_json,
+    publish_new_record,
+    publish_record,
+    read_json,
+    say_mended,
+    sealed,
+    unsealed,
+)
 from pipeline.records import MadeBy, RoundPlanRecord, RoundReport, RunSummary
 from pipeline.rounds import Round
 
 LIBRARIES = ("opd-stream", "torch", "transformers", "lightning", "ray", "pyarrow")
+CONFIG = "config.json"
 SHOWN = 3  # settings named in a refusal
 
 
@@ -51,7 +61,8 @@ class RunFolder:
         with explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         self.check(config)
-        publish(self.path / "config.json", _pretty(config.model_dump(mode="json")))
+        value = sealed(config.model_dump(mode="json"), CONFIG)
+        publish(self.path / CONFIG, pretty_json(value))
         return self._record()
 
     def join(self, config: Config) -> str:
@@ -72,7 +83,9 @@ class RunFolder:
             python=platform.python_version(),
             versions={name: version(name) for name in LIBRARIES},
         )
-        publish_new(self.path / "run.json", _pretty(record.as_json()))
+        if publish_new_record(self.path / "run.json", record, is_pretty=True) and self.has_rounds():
+            what = "the run has a new id; what it made before counts as another run's"
+            say_mended(self.path / "run.json", "is missing", what)
         return self.made_by().id
 
     def check(self, config: Config, *without: str) -> None:
@@ -112,7 +125,7 @@ class RunFolder:
                 f"{self.path} has no config.json; expected the folder of a run; name one below "
                 "runs/ that opd-stream made"
             )
-        found = read_json(stored)
+        found = unsealed(read_json(stored), stored, CONFIG)
         try:
             return Config.model_validate(found)
         except ValidationError as error:
@@ -137,12 +150,23 @@ class RunFolder:
                 f"{self.path} has no round {round_index}; it has {known}; choose --round, or "
                 "continue the run (of stages on several machines: where one of it was run)"
             )
-        return read_record(RoundPlanRecord, read_json(path), str(path))
+        return load_record(RoundPlanRecord, path)
 
     def plans(self) -> list[RoundPlanRecord]:
         """The plans of the rounds that have one, in order."""
         paths = sorted(self.path.glob("rounds/*/plan.json"))
-        return [read_record(RoundPlanRecord, read_json(path), str(path)) for path in paths]
+        return [load_record(RoundPlanRecord, path) for path in paths]
+
+    def is_planned(self, round_index: int) -> bool:
+        """Whether a round has a plan; a damaged one is named."""
+        path = self._round(round_index) / "plan.json"
+        try:
+            return bool(load_record(RoundPlanRecord, path))
+        except FileNotFoundError:
+            return False
+        except DamagedRecord as damaged:
+            say_mended(path, damaged.reason)
+            return False
 
     def last_round(self) -> int:
         """The last finished round.
@@ -162,9 +186,14 @@ class RunFolder:
         """Who made an existing run.
 
         Raises:
-            UserError: the record is damaged.
+            UserError: the record is damaged or missing.
         """
-        return load_record(MadeBy, self.path / "run.json")
+        path = self.path / "run.json"
+        if not path.exists():
+            raise UserError(
+                f"{path} is missing; expected a run's id; continue the run: it gets one"
+            )
+        return load_record(MadeBy, path)
 
     def write_plan(self, round_: Round) -> None:
         """What the round will do, and the artifacts it names."""
@@ -174,17 +203,20 @@ class RunFolder:
             unit_decisions=round_.unit_decisions,
             policy=round_.policy.fingerprint,
         )
-        publish(self._round(round_.index) / "plan.json", _pretty(record.as_json()))
+        publish_record(self._round(round_.index) / "plan.json", record, is_pretty=True)
 
     def write_report(self, report: RoundReport) -> None:
         """What a round did."""
-        publish(self._round(report.round) / "report.json", _pretty(report.as_json()))
+        publish_record(self._round(report.round) / "report.json", report, is_pretty=True)
 
     def report(self, round_index: int) -> RoundReport | None:
         """What a round did; None where no report that this version reads is there."""
         path = self._round(round_index) / "report.json"
         try:
-            return RoundReport.model_validate_json(path.read_bytes())
+            return load_record(RoundReport, path)
+        except DamagedRecord as damaged:
+            say_mended(path, damaged.reason)
+            return None
         except (OSError, ValueError):
             return None
 
@@ -195,11 +227,11 @@ class RunFolder:
             UserError: one was written by another version.
         """
         paths = sorted(self.path.glob("rounds/*/report.json"))
-        return [read_record(RoundReport, read_json(path), str(path)) for path in paths]
+        return [load_record(RoundReport, path) for path in paths]
 
     def write_summary(self, summary: RunSummary) -> None:
         """The run so far."""
-        publish(self.path / "summary.json", _pretty(summary.as_json()))
+        publish_record(self.path / "summary.json", summary, is_pretty=True)
 
     def summary(self) -> RunSummary | None:
         """The summary; None before the first.
@@ -208,11 +240,28 @@ class RunFolder:
             UserError: another version wrote it.
         """
         path = self.path / "summary.json"
-        return read_record(RunSummary, read_json(path), str(path)) if path.exists() else None
+        return load_record(RunSummary, path) if path.exists() else None
+
+    def sound_summary(self) -> RunSummary | None:
+        """The summary; a damaged one is named and removed, for a run writes it again."""
+        try:
+            return self.summary()
+        except DamagedRecord as damaged:
+            say_mended(damaged.path, damaged.reason, "it is written again, without earlier seconds")
+            damaged.path.unlink()
+            return None
+
+    def has_rounds(self) -> bool:
+        """Whether a round was planned."""
+        return (self.path / "rounds").exists()
+
+    def has_summary(self) -> bool:
+        """Whether a summary was written."""
+        return (self.path / "summary.json").exists()
 
     def calls(self) -> dict[str, float]:
         """Seconds of the calls of `run` so far, as the summary has them; empty before the first."""
-        summary = self.summary()
+        summary = self.sound_summary()
         if summary is None or summary.seconds.wall is None or summary.seconds.other is None:
             return {}
         return {"wall": summary.seconds.wall, "other": summary.seconds.other}
@@ -230,6 +279,12 @@ class RunFolder:
         wanted = "".join([*before, *(line for line, _ in published), *after]).encode()
         if not self.metrics.exists() or wanted != self.metrics.read_bytes():
             publish(self.metrics, wanted)
+
+    def mend_metrics(self, lines: bytes) -> None:
+        """Write metrics.jsonl again where it is not the lines of all rounds."""
+        if not self.metrics.exists() or self.metrics.read_bytes() != lines:
+            say_mended(self.metrics, "is not what its rounds' policies have")
+            publish(self.metrics, lines)
 
     def training_lines(self, round_: Round) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl of a round, as far as it has been trained on this machine.
@@ -257,7 +312,8 @@ class RunFolder:
 
     def _differing(self, config: Config, *without: str) -> dict[str, tuple[Any, Any]]:
         """Fields in which the folder's run is another one, with both values."""
-        found = read_json(self.path / "config.json")
+        path = self.path / CONFIG
+        found = unsealed(read_json(path), path, CONFIG)
         free = [*PLACEMENT, *without]
         if not counts_rounds(config) and found["rounds"] <= config.rounds:
             free.append("rounds")  # it goes on
@@ -268,7 +324,3 @@ class RunFolder:
 def is_below(field: str, names: Iterable[str]) -> bool:
     """Whether a dotted field of a config is one of the named ones, or a part of one."""
     return any(field == name or field.startswith(f"{name}.") for name in names)
-
-
-def _pretty(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, default=str) + "\n").encode()

@@ -116,9 +116,8 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
 def open_to_look(config: Config) -> Setup:
     """As `open_setup`, for commands that work on nothing: prompts are named and not made.
 
-    What only training reads is left out, and so is torch."""
-    store = Store(config.store)
-    store.check_writable()
+    What only training reads is left out, and so is torch; nothing is written."""
+    store = Store(config.store, remembers=False)
     return setup_of(config, store, partial(open_checkpoint, store), token_id_of, make=False)
 
 

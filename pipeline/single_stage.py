@@ -16,6 +16,7 @@ from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit
 from opd_stream.store.files import publish
+from opd_stream.store.sealed import publish_record
 from opd_stream.store.store import Store
 from pipeline.accounting import Accounts
 from pipeline.evaluation import evaluation_record, evaluation_steps, figure_lines, open_policy
@@ -201,7 +202,7 @@ def _write_out(out: Path, evaluation: Answers, student: Checkpoint, store: Store
         store=store.address,
         **{name: getattr(evaluation, name) for name in Answers.model_fields},
     )
-    publish(out, (json.dumps(record.as_json(), indent=2) + "\n").encode())
+    publish_record(out, record, is_pretty=True)
 
 
 def _write_answers(
@@ -304,7 +305,7 @@ def _train(session: Session, setup: Setup, round_: Round, *, follow: bool) -> st
             _wait(session, step.is_complete, f"{step.artifact.name} to be complete")
         what = "scores" if step.kind.stage == "score" else "rollouts"
         _need(step.is_complete(), round_, step.kind.stage, what)
-    if not is_trained(session, round_):
+    if not is_trained(session, round_, cache=None):
         damaged = [
             f"unit {unit} of {step.artifact.name}"
             for step in shards

@@ -5,6 +5,7 @@ every rollout committed it is the score stage; without scores it is the generate
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,12 +82,16 @@ def missing_units(artifact: Artifact, progress: Progress, *, verify: bool = True
     """
     missing: list[int] = []
     for unit in artifact.units():
-        if artifact.commit_record(unit) is None:
-            missing.append(unit)
-        elif verify and (reason := artifact.damage(unit)) is not None:
+        reason = artifact.damage(unit) if verify else artifact.record_damage(unit)
+        if reason is not None and artifact.record_damage(unit) and artifact.restore_record(unit):
+            progress.warn(f"unit {unit} of {artifact.name}: {reason}; the manifest has it")
+            reason = artifact.damage(unit)
+        if reason is None:
+            continue
+        if artifact.has_unit(unit):
             progress.warn(f"unit {unit} of {artifact.name} is damaged ({reason}); it is made again")
             artifact.invalidate(unit)
-            missing.append(unit)
+        missing.append(unit)
     return missing
 
 
@@ -120,6 +125,7 @@ def submit_missing(
     shuffle: bool = False,
     verify: bool = True,
     author: Role = "student",
+    check: Callable[[Checkpoint], None] | None = None,
 ) -> SubmittedWork:
     """Submit a task for every missing unit of started rollouts and scores or hidden states.
 
@@ -135,6 +141,7 @@ def submit_missing(
         shuffle: in random order, so that several machines on one artifact share the work.
         verify: read what is committed; False: that was done before.
         author: the pool whose model samples the rollouts.
+        check: called with the student that is about to sample.
     """
     to_generate = missing_units(rollouts, progress, verify=verify) if generate else []
     to_score: list[int] = []
@@ -158,6 +165,8 @@ def submit_missing(
     ]
     if shuffle:
         random.shuffle(tasks)
+    if to_generate and check is not None:
+        check(student)
     if tasks:
         executor.submit(tasks)
     return SubmittedWork(
@@ -198,10 +207,11 @@ def measure_missing(
     student: Checkpoint,
     made_by: str,
     progress: Progress,
+    check: Callable[[Checkpoint], None],
 ) -> list[Span]:
     """Measure every missing unit of started distances, whose teacher's side is complete.
 
-    Returns when the workers were busy.
+    Returns when the workers were busy. `check` is called with a student that is about to work.
 
     Raises:
         UserError: a worker met a user's mistake.
@@ -222,6 +232,7 @@ def measure_missing(
         for unit in missing_units(distances, progress)
     ]
     if tasks:
+        check(student)
         executor.submit(tasks)
     progress.start("evaluate", len(tasks))
     spans: list[Span] = []

@@ -17,8 +17,7 @@ from opd_stream.engines import hidden_engine
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.codecs.columns import list_rows
-from opd_stream.store.files import load_record, publish, publish_new, record_bytes
-from opd_stream.store.recipe import RecipeRecord
+from opd_stream.store.sealed import load_record
 from opd_stream.store.shards import rollouts_batch, rows_of
 from opd_stream.store.store import Store
 from opd_stream.tasks.distance import (
@@ -170,12 +169,13 @@ def _measured(
 
 
 def write_figures(store: Store, distances: Mapping[str, Artifact]) -> None:
-    """The figures of complete distances, unless the store has them.
+    """The figures of complete distances, unless the store has them; damaged ones are taken again.
 
     Raises:
         UserError: no completion has a finite distance.
         DamagedUnit: a shard is not what was committed.
     """
+    mend_figures(store, distances)
     if distance_result(store, distances) is not None:
         return
     texts, sums = {}, {}
@@ -189,8 +189,12 @@ def write_figures(store: Store, distances: Mapping[str, Artifact]) -> None:
             ) from error
     artifact = _figures_artifact(store, distances)
     manifest = DistanceManifest.of(artifact.recipe, result=DistanceResult(texts=texts, sums=sums))
-    publish_new(artifact.folder / "recipe.json", record_bytes(RecipeRecord.of(artifact.recipe)))
-    publish(artifact.folder / "manifest.json", record_bytes(manifest))
+    artifact.publish_figures(manifest)
+
+
+def mend_figures(store: Store, distances: Mapping[str, Artifact]) -> None:
+    """Take out damaged figures of distances."""
+    _figures_artifact(store, distances).mend_figures(DistanceManifest)
 
 
 def distance_result(

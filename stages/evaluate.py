@@ -13,8 +13,8 @@ import pyarrow as pa
 from opd_stream.config import Config, Evaluation
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, EvaluationManifest, EvaluationResult
-from opd_stream.store.files import load_record, publish, publish_new, record_bytes
-from opd_stream.store.recipe import Recipe, RecipeRecord
+from opd_stream.store.recipe import Recipe
+from opd_stream.store.sealed import load_record
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.tasks.judges import Judge, open_judge
@@ -123,14 +123,12 @@ def evaluate(store: Store, evaluation: Evaluation, rollouts: Artifact, student: 
     Raises:
         UserError: the judge cannot be opened, or cannot judge.
     """
+    recipe = evaluation_recipe(evaluation, rollouts.recipe)
+    store.artifact(recipe).mend_figures(EvaluationManifest)
     if evaluation_result(store, evaluation, rollouts) is not None:
         return
-    recipe = evaluation_recipe(evaluation, rollouts.recipe)
-    artifact = store.artifact(recipe)
     result = _judged(store, evaluation, rollouts, student)
-    publish_new(artifact.folder / "recipe.json", record_bytes(RecipeRecord.of(recipe)))
-    manifest = EvaluationManifest.of(recipe, result=result)
-    publish(artifact.folder / "manifest.json", record_bytes(manifest))
+    store.artifact(recipe).publish_figures(EvaluationManifest.of(recipe, result=result))
 
 
 def _with_more_samples(store: Store, recipe: Recipe) -> Artifact | None:

@@ -4,6 +4,7 @@ The selection stands in the recipe as parameters, not as a list, so that two run
 the same prompts name the same artifact.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
 from stages.checkpoints import Checkpoint
 
+LOG = logging.getLogger("opd_stream")
 Ids = NDArray[np.integer[Any]]
 
 # How rows become ids, here and in opd_stream: raised when any prompt would come out otherwise, so
@@ -70,6 +72,7 @@ def make_prompts(
         UserError: the source cannot be read or a prompt does not fit.
     """
     artifact = prompts_artifact(store, source, student, field=field)
+    artifact.mend()
     if artifact.is_complete() and artifact.damage(0) is None:
         return artifact
     with named(field):
@@ -108,6 +111,7 @@ def make_teacher_prompts(
         UserError: the source cannot be read, or the template does not take a prompt.
     """
     artifact = teacher_prompts_artifact(store, template, prompts, teacher)
+    artifact.mend()
     if artifact.is_complete() and artifact.damage(0) is None:
         return artifact
     names: list[str] = prompts.read_unit(0)["prompt_id"].to_pylist()
@@ -118,7 +122,8 @@ def make_teacher_prompts(
 def _commit(artifact: Artifact, table: pa.Table, lost: Mapping[str, int]) -> None:
     """Publish a prompts artifact, in place of a damaged one."""
     artifact.create(rows=table.num_rows, rows_per_unit=table.num_rows)
-    if artifact.commit_record(0) is not None and artifact.damage(0) is not None:
+    if artifact.has_unit(0) and (reason := artifact.damage(0)) is not None:
+        LOG.warning("%s is damaged (%s); it is made again", artifact.name, reason)
         artifact.invalidate(0)
     artifact.commit(0, table, counts={"rows": table.num_rows, **lost})
     artifact.finish()

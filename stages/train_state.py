@@ -1,13 +1,15 @@
 """What a round's training leaves on disk while it runs, so that any number of processes can resume.
 
-A checkpoint is a folder `STEPS/` with the state of the loop, weights, and optimizer moments. They
-are gathered to whole tensors by parameter name before they are written, so a run may resume with
-another number of processes or another strategy.
+A checkpoint is a folder `STEPS/` with the state of the loop, weights, optimizer moments, and the
+digests of these files. They are gathered to whole tensors by parameter name before they are
+written, so a run may resume with another number of processes or another strategy. The two latest
+ones stay; the newest that is what was written is resumed from.
 """
 
 import csv
 import io
 import json
+import logging
 import shutil
 import time
 import uuid
@@ -22,9 +24,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opd_stream.drift import NAMES
 from opd_stream.outcome import EpochRecord, ExtrapolationRecord, StartDrift, read_metrics
-from opd_stream.store.files import publish, sync_tree
+from opd_stream.store.files import publish, sha256_file, sync_tree
+from opd_stream.store.sealed import DamagedRecord, Sealed, load_record, publish_record
 from opd_stream.store.tree import load_tree, save_tree
 
+LOG = logging.getLogger("opd_stream")
+RECORD = "checkpoint.json"
 COUNTED = ("tokens", "row_tokens", "row_pairs")  # sums the cost of training follows from
 
 
@@ -114,10 +119,28 @@ class TrainCheckpoint:
     base: dict[str, torch.Tensor] | None  # of the next extrapolation
 
 
+class CheckpointRecord(Sealed):
+    """`checkpoint.json` of a checkpoint."""
+
+    policy: str  # that is trained: the name of the folder of its checkpoints
+    steps: int
+    files: dict[str, str]  # name -> SHA-256
+
+    def misplaced(self, path: Path) -> str | None:
+        """A record of another checkpoint."""
+        expected = f"{self.policy}/{self.steps:08d}"
+        return None if expected == "/".join(path.parts[-3:-1]) else f"it is of {expected}"
+
+
 def save_checkpoint(scratch: Path, checkpoint: TrainCheckpoint) -> None:
-    """Write a checkpoint, named by the steps of the round; it appears whole, earlier ones go."""
+    """Write a checkpoint, named by the steps of the round; it appears whole.
+
+    All but one go before, so that the disk never holds more than two that are whole.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
     target = scratch / f"{checkpoint.state.steps:08d}"
+    for older in [path for path in _checkpoints(scratch) if path != target][:-1]:
+        shutil.rmtree(older, ignore_errors=True)
     temporary = scratch / f".{target.name}.{uuid.uuid4().hex}.tmp"
     tree = {
         "state": checkpoint.state.model_dump(),
@@ -126,30 +149,49 @@ def save_checkpoint(scratch: Path, checkpoint: TrainCheckpoint) -> None:
         "base": checkpoint.base,
     }
     save_tree(tree, temporary)
+    record = CheckpointRecord(
+        policy=scratch.name,
+        steps=checkpoint.state.steps,
+        files={path.name: sha256_file(path) for path in sorted(temporary.iterdir())},
+    )
+    publish_record(temporary / RECORD, record)
     sync_tree(temporary)
+    shutil.rmtree(target, ignore_errors=True)  # a damaged one of as many steps
     temporary.rename(target)
-    for older in _checkpoints(scratch)[:-1]:
-        shutil.rmtree(older, ignore_errors=True)
 
 
 def latest_checkpoint(scratch: Path) -> TrainCheckpoint | None:
-    """The checkpoint to resume from, if there is one."""
+    """The checkpoint to resume from: the newest that is what was written; None: there is none.
+
+    Each other one is named in the log.
+    """
     found = _checkpoints(scratch)
-    if not found:
-        return None
-    tree = load_tree(found[-1])
-    state, base = tree.get("state"), tree.get("base")
-    if state is None:  # of the layout before TrainState
-        jumps = tree["extrapolation"] or {"base": None, "done": []}
-        base, old = jumps["base"], tree["keeper"]
-        state = {**old, **old.get("spent", {}), "epochs": old["decisions"]}
-        state |= {"mean_loss": tree["mean_loss"], "extrapolations": jumps["done"]}
-    return TrainCheckpoint(
-        state=TrainState.model_validate(state),
-        weights=tree["weights"],
-        optimizer=tree["optimizer"],
-        base=base,
-    )
+    for number, folder in enumerate(reversed(found)):
+        reason = _damage(folder)
+        if reason is None:
+            tree = load_tree(folder)
+            return TrainCheckpoint(
+                state=TrainState.model_validate(tree["state"]),
+                weights=tree["weights"],
+                optimizer=tree["optimizer"],
+                base=tree["base"],
+            )
+        is_last = number == len(found) - 1
+        then = "the round is trained from its start" if is_last else "the one before is used"
+        LOG.warning("checkpoint %s/%s is damaged (%s); %s", scratch.name, folder.name, reason, then)
+    return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None; every byte is read."""
+    try:
+        files = load_record(CheckpointRecord, checkpoint / RECORD).files
+        changed = [name for name, each in files.items() if sha256_file(checkpoint / name) != each]
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except DamagedRecord as damaged:
+        return f"{RECORD} {damaged.reason}"
+    return f"{changed[0]} is not what was written" if changed else None
 
 
 def _checkpoints(scratch: Path) -> list[Path]:

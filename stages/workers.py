@@ -202,8 +202,9 @@ class Worker:
         found = identify(folder).fingerprint
         if found != fingerprint:
             raise UserError(
-                f"checkpoint {folder} is {found[:12]}; the recipe asks for {fingerprint[:12]}; "
-                "the folder changed during the run: restore it or start the run again"
+                f"checkpoint {folder} is {found[:12]}; the recipe asks for {fingerprint[:12]}; its "
+                "files changed since they were first read: restore them, or, if the change is "
+                "meant, touch them and run again"
             )
         if self._engine is None:
             self._engine = open_engine(

@@ -19,6 +19,7 @@ from hypothesis import settings
 
 from opd_stream.config import Config
 from opd_stream.config_file import load_config
+from opd_stream.store.sealed import sealed
 from pipeline.cli import main
 from pipeline.run import run as run_pipeline
 from pipeline.run_folder import RunFolder
@@ -140,8 +141,7 @@ class SmallRuns:
         known = {"folder": folder / "run"}, (folder / "store" / "runs").iterdir()
         for fields, paths in (moved, known):
             for path in paths:
-                found = json.loads(path.read_text())
-                path.write_text(json.dumps(found | {k: str(v) for k, v in fields.items()}))
+                rewrite(path, **{k: str(v) for k, v in fields.items()})
         small_config(folder)
         return folder
 
@@ -151,6 +151,14 @@ class SmallRuns:
             now = _files(folder)
             written = [path for path in {*files, *now} if files.get(path) != now.get(path)]
             assert not written, f"a test wrote to a run that it shares, copy it: {written}"
+
+
+def rewrite(path: Path, **fields: Any) -> None:
+    """Change fields of a record as its writer would have written them."""
+    value = json.loads(path.read_text()) | fields
+    name = value.pop("record")
+    value.pop("digest")
+    path.write_text(json.dumps(sealed(value, name)))
 
 
 def _files(folder: Path) -> dict[str, int]:

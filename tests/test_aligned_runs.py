@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
-from opd_stream.store.files import read_json
 from opd_stream.store.reader import open_scores
+from opd_stream.store.sealed import read_json
 from opd_stream.store.store import Store
 from pipeline.cli import app
 from pipeline.rounds import rounds

@@ -20,13 +20,14 @@ from opd_stream.store import Store, inventory, open_scores
 from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.files import stale_temporaries
 from opd_stream.store.garbage import RUN_SECONDS, garbage, remove_garbage
-from opd_stream.store.inventory import damages, entries, fidelity_report
+from opd_stream.store.inventory import entries, fidelity_report
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_table
+from opd_stream.store.verification import damages
 from pipeline.cli import app
 from pipeline.run_folder import RunFolder
 from stages.step import Silent
-from tests.conftest import MODELS, SmallRuns, run, small_config
+from tests.conftest import MODELS, SmallRuns, rewrite, run, small_config
 from tests.test_store import batch_of
 
 PAGE = (Path(__file__).parent.parent / "docs" / "cache-format.md").read_text()
@@ -190,7 +191,7 @@ def test_a_commit_record_that_points_out_of_the_store_is_refused(
     shutil.copytree(finished / "store", tmp_path / "store")
     scores = scores_names(finished)[0]
     path = tmp_path / "store" / scores / "units" / "00000.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "file": name}))
+    rewrite(path, file=name)
     with pytest.raises(UserError, match="expected a name inside that folder"):
         open_scores(tmp_path / "store" / scores)[0]
     assert "inside that folder" in said("verify", str(tmp_path / "store"))

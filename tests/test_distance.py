@@ -39,7 +39,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.single_stage import run_evaluation
 from stages.prompts import prompt_ids_of
 from stages.step import Silent
-from tests.conftest import MODELS, Command, SmallRuns, run, small_config, summary_of
+from tests.conftest import MODELS, Command, SmallRuns, rewrite, run, small_config, summary_of
 
 PARTS = (
     "evaluation={kind: distance, prompts: {kind: ledger, count: 6, seed: 12}, "
@@ -361,8 +361,7 @@ def test_table_compare_and_report_show_it(
     for text, figure in (("samples", "reverse_kl"), ("teacher_text", "forward_kl")):
         low, high = found[text]["intervals"][figure]
         assert f"{found[text][figure]:.3f} [{low:.3f}, {high:.3f}]" in said
-    moved = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(moved | {"store": str(store)}))
+    rewrite(directory / "config.json", store=str(store))
     code, said, _ = opd_stream("compare", f"{directory}@0", str(directory))
     assert code == 0
     before = distances_of(folder, 0)["texts"]["samples"]["reverse_kl"]

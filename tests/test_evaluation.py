@@ -15,8 +15,8 @@ from rich.console import Console
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import EvaluationManifest
-from opd_stream.store.files import load_record
 from opd_stream.store.garbage import garbage
+from opd_stream.store.sealed import load_record
 from opd_stream.store.store import Store
 from opd_stream.tasks.pass_at_k import Bootstrap, Counts, differences, estimates
 from pipeline.cli.run_commands import print_run
@@ -24,7 +24,7 @@ from pipeline.comparison import compare
 from pipeline.run_folder import RunFolder
 from pipeline.single_stage import run_evaluation
 from stages.step import Silent
-from tests.conftest import MODELS, Command, run, small_config
+from tests.conftest import MODELS, Command, rewrite, run, small_config
 from tests.test_judges import function_judge
 
 WHOLE = ("evaluation.max_new_tokens=208", "evaluation.prompts.count=12")
@@ -315,7 +315,7 @@ def test_a_run_is_compared_with_its_own_start(tmp_path: Path) -> None:
     evaluation = {"max_new_tokens": 16, "samples_per_prompt": 2, "benchmarks": benchmarks}
     folder = tmp_path / "run"
     config = small_config(tmp_path, "rounds=1", f"evaluation={json.dumps(evaluation)}")
-    summary = run(config, RunFolder(folder), Silent())
+    run(config, RunFolder(folder), Silent())
     console = Console(width=140, file=io.StringIO(), record=True)
     written = RunFolder(folder).summary()
     assert written is not None
@@ -327,8 +327,7 @@ def test_a_run_is_compared_with_its_own_start(tmp_path: Path) -> None:
     assert [line.split("  ")[0] for line in lines[2::2]] == ["one", "two", "mean of 2"]
     with pytest.raises(UserError, match="has no evaluation of policy version 7"):
         list(compare(f"{folder}@7", str(folder), Bootstrap()))
-    stopped = {**summary, "finished": False, "rounds": 0}
-    (folder / "summary.json").write_text(json.dumps(stopped))
+    rewrite(folder / "summary.json", finished=False, rounds=0)
     with pytest.raises(UserError, match="is not finished \\(0 of 1 rounds\\)"):
         list(compare(f"{folder}@0", str(folder), Bootstrap()))
 

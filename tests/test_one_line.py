@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from opd_stream.store.store import Store
-from tests.conftest import Command, SmallRuns, small_config
+from tests.conftest import Command, SmallRuns, rewrite, small_config
 
 PROGRESS = ("export:", "residual:")
 
@@ -39,7 +39,7 @@ def test_a_damaged_shard(command: str, finished: Path, tmp_path: Path, opd_strea
     out = [str(tmp_path / "out")] if command == "export" else []
     line = only_line(opd_stream("cache", command, str(tmp_path / "store"), scores.name, *out))
     assert f"unit 1 of {scores.name} is damaged" in line
-    assert "continue the run that made it" in line
+    assert "then continue the run that made it" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -54,8 +54,7 @@ def test_a_run_of_another_version(
     shutil.copytree(finished / "run", tmp_path / "run")
     path = tmp_path / "run" / "config.json"
     config = json.loads(path.read_text())
-    config["train"]["momentum_of_a_later_version"] = 0.5
-    path.write_text(json.dumps(config))
+    rewrite(path, train=config["train"] | {"momentum_of_a_later_version": 0.5})
     folder = str(tmp_path / "run")
     line = only_line(opd_stream(*(folder if word == "RUN" else word for word in words)))
     assert f"{path} was made by another version" in line
@@ -81,7 +80,6 @@ def test_a_config_that_is_not_utf_8(tmp_path: Path, opd_stream: Command) -> None
         ("metrics.jsonl", b'{"round": 0, "step": \xff}\n', "report"),
         ("metrics.jsonl", b'{"rounx": 0}\n', "status"),
         ("rounds/0000/plan.json", b"{}", "status"),
-        ("../store/digests/*.json", b"{}", "status"),
     ],
 )
 def test_a_damaged_file_of_a_run(

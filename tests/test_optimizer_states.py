@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from opd_stream.store import policy as policy_module
 from opd_stream.store.garbage import garbage, pin
-from opd_stream.store.inventory import damages
 from opd_stream.store.policy import STATE, PolicyArtifact
 from opd_stream.store.store import Store
 from opd_stream.store.tree import load_tree
+from opd_stream.store.verification import damages
 from pipeline.rounds import rounds
 from pipeline.run_folder import RunFolder
 from pipeline.setup import open_setup

@@ -20,7 +20,7 @@ from pipeline.setup import open_to_look
 from pipeline.single_stage import run_evaluation, run_stage
 from pipeline.status import status_lines
 from stages.step import Silent
-from tests.conftest import MODELS, run, small_config, summary_of
+from tests.conftest import MODELS, rewrite, run, small_config, summary_of
 
 
 class Lines(Silent):
@@ -246,7 +246,7 @@ def test_a_replay_counts_the_units_that_it_reads(copied_run: Path) -> None:
     path = copied_run / "run" / "summary.json"
     summary = json.loads(path.read_text())
     summary["caches"][1][0]["units"] = [0]  # as where a round kept a part of an artifact
-    path.write_text(json.dumps(summary))
+    rewrite(path, **summary)
     overrides = (f"replay.run={copied_run / 'run'}", "evaluation=null")
     replayed = run_small(copied_run, *overrides, name="replay")
     assert replayed["reused"] == {"rollout_units": 3, "score_units": 3}

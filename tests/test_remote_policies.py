@@ -1,5 +1,6 @@
 """Policies of a store that is not a folder: every machine has copies of what it needs."""
 
+import os
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,10 +11,10 @@ pytest.importorskip("upath", reason="pip install 'opd-stream[s3]' brings remote 
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
-from opd_stream.store.inventory import damages
 from opd_stream.store.policy import PolicyArtifact
-from pipeline.rounds import Round, named_checkpoint, rounds
-from pipeline.run import Session, is_trained, make_shards
+from opd_stream.store.verification import damages
+from pipeline.rounds import Round, checkpoint_of, named_checkpoint, rounds
+from pipeline.run import Session, check_loaded, is_trained, make_shards
 from pipeline.run_folder import RunFolder
 from pipeline.setup import open_setup
 from pipeline.single_stage import run_stage
@@ -116,26 +117,30 @@ def test_a_damaged_copy_is_fetched_again_and_the_policy_stays(
         copy = here.policy.folder("name") / name
         good = copy.read_bytes()
         spoil(copy)
-        assert is_trained(session, here)
+        assert list(damages(session.store)) == []  # what is here is no part of the store
+        assert is_trained(session, here, cache=session.store.digests)
         assert copy.read_bytes() == good
+        times = copy.stat()
         spoil(copy)
-        assert list(damages(session.store)) == []
+        os.utime(copy, ns=(times.st_atime_ns, times.st_mtime_ns))
+        check_loaded(session, checkpoint_of(here.policy, "name"), "training")
         assert copy.read_bytes() == good
+        session.checked.clear()
     (here.policy.folder("name") / "model.safetensors").unlink()
-    assert is_trained(session, here)
+    assert is_trained(session, here, cache=session.store.digests)
 
 
 def test_a_policy_damaged_in_the_store_is_taken_out(trained: Config, tmp_path: Path) -> None:
     session, here = first_round(trained, tmp_path)
     folder = here.policy.folder("name")
     spoil(here.policy.artifact_folder / folder.name / "model.safetensors")
-    assert is_trained(session, here)  # this machine's copy is whole
-    spoil(folder / "model.safetensors")
+    assert is_trained(session, here, cache=None)  # this machine's copy is whole
     (problem,) = damages(session.store)
     assert "model.safetensors" in problem.reason
+    (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"is damaged in the store \(model.safetensors"):
         here.policy.folder()
-    assert not is_trained(session, here)
+    assert not is_trained(session, here, cache=session.store.digests)
     assert not here.policy.is_complete()
 
 

@@ -42,9 +42,6 @@ def half(small_runs: SmallRuns, tmp_path: Path) -> Path:
     """A small run before the second unit of round 1 was scored, and without its policy."""
     folder = small_runs.copy(tmp_path / "half")
     report = json.loads((folder / "run" / "rounds" / "0001" / "report.json").read_text())
-    config = json.loads((folder / "run" / "config.json").read_text())
-    moved = {**config, "store": str(folder / "store")}
-    (folder / "run" / "config.json").write_text(json.dumps(moved))
     scores = folder / "store" / "scores" / report["caches"][0]["scores"][:16]
     (scores / "manifest.json").unlink()
     (scores / "units" / "00001.json").unlink()

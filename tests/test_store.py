@@ -1,6 +1,5 @@
 """The store: shards, commits, recipes and trees."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,12 +11,13 @@ from hypothesis import strategies as st
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, DamagedUnit
-from opd_stream.store.files import inside, publish, publish_new
+from opd_stream.store.files import inside, publish_new
 from opd_stream.store.recipe import Recipe, differing_fields
 from opd_stream.store.shards import rollouts_batch, rollouts_table, shard_bytes, table_of
 from opd_stream.store.store import Store
 from opd_stream.store.tree import load_tree, save_tree
 from opd_stream.types import RolloutBatch
+from tests.conftest import rewrite
 
 
 def batch_of(lengths: list[int], seed: int = 0) -> RolloutBatch:
@@ -126,7 +126,7 @@ def test_a_newer_format_version_is_refused_by_name(tmp_path: Path) -> None:
     artifact = rollouts_artifact(tmp_path)
     for name in ("manifest.json", "recipe.json"):
         path = artifact.folder / name
-        publish(path, json.dumps({**json.loads(path.read_text()), "format_version": 99}).encode())
+        rewrite(path, format_version=99)
     with pytest.raises(
         UserError, match=r"manifest\.json has format version 99; .* reads version 1"
     ):

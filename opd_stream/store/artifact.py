@@ -10,28 +10,28 @@ manifest is written; the artifact exists if and only if its manifest does.
     rollouts/3f0c…/manifest.json        all commit records, written last
 """
 
+import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 from pydantic import model_serializer, model_validator
 
 from opd_stream.errors import UserError
-from opd_stream.section import Record
+from opd_stream.section import Record, later
 from opd_stream.store.codecs.fidelity import Fidelity
-from opd_stream.store.files import (
-    check_there,
-    inside,
+from opd_stream.store.files import check_there, inside, json_files, publish, sha256, verified_bytes
+from opd_stream.store.recipe import Recipe, RecipeRecord, mend_recipe
+from opd_stream.store.sealed import (
+    DamagedRecord,
+    Sealed,
     load_record,
-    publish,
-    publish_new,
-    record_bytes,
-    sha256,
-    verified_bytes,
+    publish_new_record,
+    publish_record,
+    say_mended,
 )
-from opd_stream.store.recipe import Recipe, RecipeRecord
 from opd_stream.store.shards import Part, batch_of, schema_of, shard_bytes, table_of
 
 
@@ -48,7 +48,7 @@ class ArtifactRecord(RecipeRecord):
     layout: Layout
 
 
-class Commit(Record):
+class Commit(Sealed):
     """The record that makes a unit exist.
 
     Example:
@@ -57,6 +57,8 @@ class Commit(Record):
         ...        made_at=1_760_000_000.0, source_sha256="77c0…",
         ...        parts=(Part(offset=8, length=704, rows=0, sha256="1b…"),))
     """
+
+    NAMED_BY: ClassVar[int] = 4  # KIND/FINGERPRINT/units/FILE
 
     unit: int
     file: str  # relative to the artifact's folder
@@ -70,6 +72,11 @@ class Commit(Record):
     parts: tuple[Part, ...] = ()  # the schema, then each record batch
     skipped_rows: tuple[int, ...] = ()  # refused, or without a token that may train; scores only
     fidelity: Fidelity | None = None  # of the codec that wrote it; scores only
+    layout: Layout | None = later(default=None)  # of the artifact, as recipe.json has it
+
+    def misplaced(self, path: Path) -> str | None:
+        """A record of another unit."""
+        return None if path.stem == f"{self.unit:05d}" else f"it is of unit {self.unit}"
 
 
 class Manifest(RecipeRecord):
@@ -132,7 +139,7 @@ class Artifact:
         """Join or start the artifact; the first caller fixes how many rows a unit holds."""
         layout = Layout(rows=rows, rows_per_unit=rows_per_unit)
         record = ArtifactRecord.of(self.recipe, layout=layout)
-        publish_new(self.folder / "recipe.json", record_bytes(record))
+        publish_new_record(self.folder / "recipe.json", record)
         self.layout()
 
     def units(self) -> range:
@@ -163,9 +170,20 @@ class Artifact:
         return load_record(Manifest, self.folder / "manifest.json")
 
     def commit_record(self, unit: int) -> Commit | None:
-        """The commit record of a unit, if it has one."""
+        """The commit record of a unit, if it has one.
+
+        Raises:
+            DamagedUnit: the record is not what was written.
+        """
         path = self._commit_path(unit)
-        return load_record(Commit, path) if path.exists() else None
+        try:
+            return load_record(Commit, path) if path.exists() else None
+        except DamagedRecord as damaged:
+            raise DamagedUnit(self, unit, f"its commit record {damaged.reason}") from damaged
+
+    def has_unit(self, unit: int) -> bool:
+        """Whether a unit has a commit record, sound or not."""
+        return self._commit_path(unit).exists()
 
     def commits(self) -> dict[int, Commit]:
         """Unit -> commit record, for the units that are committed."""
@@ -176,9 +194,11 @@ class Artifact:
 
     def listed_commits(self) -> dict[int, Commit]:
         """The same as `commits`, with one read where the artifact is complete."""
-        if not self.is_complete():
-            return self.commits()
-        return {record.unit: record for record in self.manifest().units}
+        try:
+            listed = self.manifest().units if self.is_complete() else None
+        except DamagedRecord:  # `cache verify` names it, and the next run writes it again
+            listed = None
+        return self.commits() if listed is None else {record.unit: record for record in listed}
 
     def commit(
         self,
@@ -211,8 +231,9 @@ class Artifact:
             parts=tuple(parts),
             skipped_rows=tuple(skipped_rows),
             fidelity=fidelity,
+            layout=self.layout(),
         )
-        publish_new(self._commit_path(unit), record_bytes(commit))
+        publish_new_record(self._commit_path(unit), commit)
         standing = self.commit_record(unit)
         assert standing is not None
         if standing.sha256 != digest:
@@ -251,6 +272,14 @@ class Artifact:
             return damaged.reason
         return None
 
+    def record_damage(self, unit: int) -> str | None:
+        """What is wrong with the commit record of a unit, or None."""
+        try:
+            self._committed(unit)
+        except DamagedUnit as damaged:
+            return damaged.reason
+        return None
+
     def _committed(self, unit: int) -> Commit:
         commit = self.commit_record(unit)
         if commit is None:
@@ -271,10 +300,84 @@ class Artifact:
     def invalidate(self, unit: int) -> None:
         """Take a unit out of the artifact, so that the next stage makes it again, alone."""
         (self.folder / "manifest.json").unlink(missing_ok=True)
-        commit = self.commit_record(unit)
+        try:
+            commit = self.commit_record(unit)
+            shards = [] if commit is None else [inside(self.folder, commit.file)]
+        except DamagedUnit:
+            shards = list((self.folder / "units").glob(f"{unit:05d}-*.arrow"))
         self._commit_path(unit).unlink(missing_ok=True)
-        if commit is not None:
-            inside(self.folder, commit.file).unlink(missing_ok=True)
+        for shard in shards:
+            shard.unlink(missing_ok=True)
+
+    def restore_record(self, unit: int) -> bool:
+        """Write a unit's commit record again as the manifest has it; returns whether it does."""
+        try:
+            manifest = self.manifest() if self.is_complete() else None
+        except DamagedRecord:
+            return False
+        for commit in () if manifest is None else manifest.units:
+            if commit.unit == unit:
+                is_checked = manifest is not None and manifest.digest is not None
+                publish_record(self._commit_path(unit), commit, is_checked=is_checked)
+                return True
+        return False
+
+    def mend(self) -> None:
+        """Write recipe and manifest again where they are damaged, with a line for each.
+
+        The recipe is known, and how many rows a unit has stands in manifest and commit records.
+
+        Raises:
+            UserError: it does not, as in those of older versions.
+        """
+        recipe, manifest = self.folder / "recipe.json", self.folder / "manifest.json"
+        reason = self._reason(recipe, ArtifactRecord)
+        if reason is not None:
+            say_mended(recipe, reason)
+            self._restore_recipe()
+        reason = self._reason(manifest, Manifest)
+        if reason is not None:
+            say_mended(manifest, reason)
+            manifest.unlink(missing_ok=True)
+            with contextlib.suppress(DamagedUnit, FileNotFoundError):  # who makes units, finishes
+                self.finish()
+
+    def _reason(self, path: Path, kind: type[RecipeRecord]) -> str | None:
+        """What is wrong with a record of the artifact, or None."""
+        try:
+            load_record(kind, path)
+        except DamagedRecord as damaged:
+            return damaged.reason
+        except FileNotFoundError:
+            is_left = path.name == "recipe.json" and json_files(self.folder / "units")
+            return "is missing" if is_left else None
+        return None
+
+    def _restore_recipe(self) -> None:
+        """Write recipe.json with the layout that other records have; of none, start anew."""
+        layout = self._recorded_layout()
+        if layout is not None:
+            record = ArtifactRecord.of(self.recipe, layout=layout)
+            publish_record(self.folder / "recipe.json", record)
+        elif json_files(self.folder / "units"):
+            raise UserError(
+                f"{self.folder / 'recipe.json'} is damaged, and its units were written by a "
+                "version whose records do not say how many rows a unit has; restore it, or remove "
+                "the folder to have the artifact made again"
+            )
+        else:
+            (self.folder / "recipe.json").unlink(missing_ok=True)
+
+    def _recorded_layout(self) -> Layout | None:
+        """The layout that commit records say, in the manifest or by themselves."""
+        with contextlib.suppress(DamagedRecord, FileNotFoundError):
+            listed = load_record(Manifest, self.folder / "manifest.json").units
+            return next((commit.layout for commit in listed), None)
+        for path in json_files(self.folder / "units"):
+            with contextlib.suppress(DamagedRecord, FileNotFoundError):
+                if (layout := load_record(Commit, path).layout) is not None:
+                    return layout
+        return None
 
     def finish(self) -> None:
         """Write the manifest when every unit is committed."""
@@ -288,7 +391,22 @@ class Artifact:
             units=tuple(commits[unit] for unit in self.units()),
             counts=summed_counts(commits.values()),
         )
-        publish(self.folder / "manifest.json", record_bytes(manifest))
+        is_checked = all(commit.digest is not None for commit in commits.values())
+        publish_record(self.folder / "manifest.json", manifest, is_checked=is_checked)
+
+    def publish_figures(self, manifest: RecipeRecord) -> None:
+        """Make an artifact that has no shards."""
+        publish_new_record(self.folder / "recipe.json", RecipeRecord.of(self.recipe))
+        publish_record(self.folder / "manifest.json", manifest)
+
+    def mend_figures(self, kind: type[RecipeRecord]) -> None:
+        """Of an artifact without shards, mend the recipe and remove a damaged manifest."""
+        mend_recipe(self.folder, RecipeRecord.of(self.recipe))
+        manifest = self.folder / "manifest.json"
+        reason = self._reason(manifest, kind)
+        if reason is not None:
+            say_mended(manifest, reason, "its figures are taken again")
+            manifest.unlink(missing_ok=True)
 
     def _commit_path(self, unit: int) -> Path:
         return self.folder / "units" / f"{unit:05d}.json"
@@ -297,15 +415,15 @@ class Artifact:
         """How many rows (prompts) the artifact covers, and how many a unit holds.
 
         Raises:
-            UserError: a newer format version wrote it, or the folder belongs to another recipe.
+            UserError: it is damaged, or a newer format version wrote it.
         """
-        record = load_record(ArtifactRecord, self.folder / "recipe.json")
-        if record.fingerprint != self.fingerprint:
-            raise UserError(
-                f"{self.name}/recipe.json belongs to {record.fingerprint[:16]}…; expected "
-                f"{self.fingerprint[:16]}…; the store was altered: move that folder away"
-            )
-        return record.layout
+        try:
+            return load_record(ArtifactRecord, self.folder / "recipe.json").layout
+        except DamagedRecord:
+            layout = self._recorded_layout()
+            if layout is None:
+                raise
+            return layout
 
 
 def summed_counts(commits: Iterable[Commit]) -> dict[str, float]:

@@ -20,8 +20,8 @@ from collections.abc import Generator, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from opd_stream.errors import UserError, unreachable
-from opd_stream.section import R, Record, is_object, read_record
+from opd_stream.errors import Unreachable, UserError, unreachable
+from opd_stream.section import is_object
 
 RETRY_TIMEOUT = 5.0  # seconds, with a store that has not answered yet
 READS = 3  # of an object that arrives torn, before it is called damaged
@@ -74,22 +74,6 @@ def sha256_file(path: Path) -> str:
     """Hexadecimal SHA-256 of a local file's bytes, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-        UserError: the file is not JSON (names it).
-    """
-    data = path.read_bytes()
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}); expected a file written by opd-stream; "
-            "delete it and run the same command again"
-        ) from error
 
 
 WEIGHTS = "model.safetensors"
@@ -146,20 +130,6 @@ def indexed_files(folder: Path) -> set[str]:
 def json_files(folder: Path) -> list[Path]:
     """The JSON files in a folder that may not be there."""
     return sorted(folder.glob("*.json"), key=str) if folder.exists() else []
-
-
-def load_record(kind: type[R], path: Path) -> R:
-    """The record in a JSON file.
-
-    Raises:
-        UserError: another format version wrote it, or it is no such record (says where).
-    """
-    return read_record(kind, read_json(path), str(path))
-
-
-def record_bytes(record: Record) -> bytes:
-    """The canonical JSON of a record."""
-    return canonical_json(record.as_json())
 
 
 def verified_bytes(
@@ -235,9 +205,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make every file below a folder durable, before something points at the folder."""
+    """Make every file below a folder durable, before something points at the folder.
+
+    Files that libraries made for their writer alone get the permissions of any new file.
+    """
+    probe = folder / f".{uuid.uuid4().hex}.tmp"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
     for file in sorted(folder.rglob("*")):
         if file.is_file():
+            file.chmod(mode)
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
     for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
@@ -322,11 +300,11 @@ def explained(path: Path) -> Generator[None]:
                 "choose another one (--set store=DIR, --run-dir DIR)"
             ) from error
         if is_remote(path) and not isinstance(error, FileNotFoundError | FileExistsError):
-            raise UserError(unreachable(path, error)) from error
+            raise Unreachable(unreachable(path, error)) from error
         raise
     except Exception as error:
         if is_remote(path) and is_of_client(error):
-            raise UserError(unreachable(path, error)) from error
+            raise Unreachable(unreachable(path, error)) from error
         raise
 
 

@@ -3,32 +3,30 @@
 import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from opd_stream.errors import UserError
-from opd_stream.section import Record
 from opd_stream.store.files import (
     inside,
     is_remote,
     json_files,
-    load_record,
-    publish,
-    record_bytes,
     remove_tree,
     stale_temporaries,
 )
 from opd_stream.store.inventory import files_below, named, started
 from opd_stream.store.policy import PolicyArtifact, PolicyManifest
 from opd_stream.store.recipe import KINDS, RecipeRecord
+from opd_stream.store.sealed import Sealed, load_record, publish_record
 from opd_stream.store.store import RunRecord, Store
 
 GRACE_SECONDS = 24 * 3600.0  # whatever is younger may still be in the making
 RUN_SECONDS = 30 * 24 * 3600.0  # a run that nobody went on with for so long may be gone
 
 
-class Pin(Record):
+class Pin(Sealed):
     """`pins/NAME.json`: an artifact that stays."""
 
+    NAMED_BY: ClassVar[int] = 2
     format_version: Literal[1] = 1
     name: str
 
@@ -40,7 +38,7 @@ def pin(store: Store, text: str) -> str:
         UserError: the store has none of this name (`inventory.named`).
     """
     name = named(store, text)
-    publish(_pin_path(store, name), record_bytes(Pin(name=name)))
+    publish_record(_pin_path(store, name), Pin(name=name))
     return name
 
 

@@ -6,14 +6,11 @@ from pathlib import Path
 
 from opd_stream.errors import UserError
 from opd_stream.outcome import Coverage
-from opd_stream.store.artifact import Artifact, summed_counts
+from opd_stream.store.artifact import Artifact, DamagedUnit, summed_counts
 from opd_stream.store.codecs.fidelity import Fidelity
-from opd_stream.store.files import (
-    load_record,
-    read_json,
-)
 from opd_stream.store.policy import PolicyManifest
 from opd_stream.store.recipe import KINDS, RecipeRecord
+from opd_stream.store.sealed import DamagedRecord, load_record
 from opd_stream.store.store import Store
 
 SHARDED = ("prompts", "rollouts", "scores", "heads", "bases", "hidden", "distances")
@@ -29,19 +26,7 @@ class Entry:
     bytes: int
     rows: int
     tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Damage:
-    """Something in the store that is not what was written."""
-
-    artifact: str  # KIND/FINGERPRINT
-    unit: int | None  # None: not one of its shards
-    reason: str
-
-    def __str__(self) -> str:
-        unit = "" if self.unit is None else f"unit {self.unit} is damaged: "
-        return f"{self.artifact}: {unit}{self.reason}"
+    is_damaged: bool = False  # its records cannot be read; `cache verify` says which
 
 
 def started(store: Store) -> list[str]:
@@ -58,16 +43,21 @@ def entries(store: Store) -> Iterator[Entry]:
     """Every artifact that was started."""
     for name in started(store):
         folder, kind = store.root / name, name.partition("/")[0]
-        is_complete = (folder / "manifest.json").exists()
+        is_complete, is_damaged = (folder / "manifest.json").exists(), False
         units, size, counts = None, 0, dict[str, float]()
-        if kind in SHARDED:
-            artifact = Artifact(store.root, _recipe(folder).recipe)
-            commits = artifact.commits()
-            units, counts = (len(commits), len(artifact.units())), summed_counts(commits.values())
-            size = sum(commit.bytes for commit in commits.values())
-        elif kind == "policies" and is_complete:
-            size = bytes_below(folder)
+        try:
+            if kind in SHARDED:
+                artifact = Artifact(store.root, _recipe(folder).recipe)
+                commits = artifact.commits()
+                units = (len(commits), len(artifact.units()))
+                counts = summed_counts(commits.values())
+                size = sum(commit.bytes for commit in commits.values())
+            elif kind == "policies" and is_complete:
+                size = bytes_below(folder)
+        except (DamagedRecord, DamagedUnit):
+            is_damaged = True
         yield Entry(
+            is_damaged=is_damaged,
             name=name,
             is_complete=is_complete,
             units=units,
@@ -158,47 +148,6 @@ def coverage_of(store: Store, scores: Artifact) -> Coverage | None:
         if manifest.outcome.start.coverage is not None:
             found.append((len(manifest.recipe.inputs), manifest.outcome.start.coverage))
     return min(found, key=lambda each: each[0], default=(0, None))[1]
-
-
-def damages(store: Store) -> Iterator[Damage]:
-    """Everything in the store that is not what was written."""
-    for name in started(store):
-        yield from damages_of(store, name)
-
-
-def damages_of(store: Store, name: str) -> Iterator[Damage]:
-    """The same of one artifact."""
-    folder, kind = store.root / name, name.partition("/")[0]
-    reason: str | None = None
-    try:
-        recipe = _recipe(folder).recipe
-        if recipe.fingerprint[:16] != folder.name:
-            reason = f"its recipe belongs to {recipe.fingerprint[:16]}"
-        elif kind in SHARDED:
-            yield from _damaged_units(Artifact(store.root, recipe))
-        elif kind == "policies":
-            policy = store.policy(recipe)
-            reason = policy.damage(cache=store.digests) if policy.is_complete() else None
-        elif (folder / "manifest.json").exists():
-            read_json(folder / "manifest.json")
-    except UserError as error:
-        reason = " ".join(str(error).split())
-    if reason is not None:
-        yield Damage(artifact=name, unit=None, reason=reason)
-
-
-def _damaged_units(artifact: Artifact) -> Iterator[Damage]:
-    commits = artifact.commits()
-    for unit in commits:
-        if (reason := artifact.damage(unit)) is not None:
-            yield Damage(artifact=artifact.name, unit=unit, reason=reason)
-    if artifact.is_complete():
-        listed = {record.unit: record.sha256 for record in artifact.manifest().units}
-        for unit in artifact.units():
-            committed = commits[unit].sha256 if unit in commits else None
-            if listed.get(unit) != committed:
-                reason = f"unit {unit} is not the one its manifest lists"
-                yield Damage(artifact=artifact.name, unit=None, reason=reason)
 
 
 def bytes_below(place: Path) -> int:

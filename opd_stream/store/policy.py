@@ -11,17 +11,18 @@ What only the next round's training reads (`STATE`) may be dropped later: the ma
 before a file goes, so that a policy without its state is not taken for a damaged one.
 """
 
+import contextlib
 import math
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from opd_stream.errors import UserError
 from opd_stream.outcome import TrainOutcome
-from opd_stream.section import Record, is_list, is_object, later
+from opd_stream.section import is_list, is_object, later
 from opd_stream.store.files import (
     canonical_json,
     check_there,
@@ -29,10 +30,7 @@ from opd_stream.store.files import (
     indexed_files,
     inside,
     is_remote,
-    load_record,
     publish,
-    publish_new,
-    record_bytes,
     remove_tree,
     sha256,
     sha256_file,
@@ -40,7 +38,14 @@ from opd_stream.store.files import (
     upload,
     verified_bytes,
 )
-from opd_stream.store.recipe import Recipe, RecipeRecord
+from opd_stream.store.recipe import Recipe, RecipeRecord, mend_recipe
+from opd_stream.store.sealed import (
+    DamagedRecord,
+    Sealed,
+    load_record,
+    publish_new_record,
+    publish_record,
+)
 from opd_stream.store.tokenizer_folder import (
     OLDER_TOKENIZERS,
     TOKENIZER,
@@ -59,6 +64,7 @@ OPTIMIZER = "optimizer"  # folder of the optimizer's moments
 EXACT = "exact"  # folder of the weights in float32, where they are published in fewer bits
 BASE = "extrapolation"  # folder of the point that the next extrapolation starts from
 STATE = (OPTIMIZER, EXACT, BASE)  # what only the next round's training reads
+METRICS = "metrics.jsonl"
 UNREAD = "unread"  # digest of weights that were not read
 VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
@@ -105,14 +111,13 @@ def known_identity(folder: Path, *, cache: Path, most_bytes: int) -> Identity:
         UserError: the folder is no checkpoint (says what is missing).
     """
     weights = _weight_files(folder)
-    new = [path for path in weights if not _remembered(path, cache, sha256_file).exists()]
+    new = [path for path in weights if not _read_digest(_remembered(path, cache, sha256_file))]
     too_much = sum(path.stat().st_size for path in new) > most_bytes
 
     def digest(path: Path, reads: Reads) -> str:
         if path in new and too_much:
             return UNREAD
-        remembered = _remembered(path, cache, reads)
-        return _read_digest(remembered) if remembered.exists() else reads(path)
+        return _read_digest(_remembered(path, cache, reads)) or reads(path)
 
     identity = _identity(folder, digest)
     return replace(identity, weights_sha256=UNREAD) if too_much else identity
@@ -138,8 +143,7 @@ def known_tokenizer(folder: Path, *, cache: Path) -> str:
     Raises:
         UserError: it is no tokenizer that the libraries read.
     """
-    remembered = _remembered(folder, cache, tokenizer_digest)
-    return _read_digest(remembered) if remembered.exists() else tokenizer_digest(folder)
+    return _read_digest(_remembered(folder, cache, tokenizer_digest)) or tokenizer_digest(folder)
 
 
 def _identity(folder: Path, digest: Callable[[Path, Reads], str]) -> Identity:
@@ -200,19 +204,20 @@ def _rendering(folder: Path) -> str:
 
 
 class DamagedPolicy(UserError):
-    """A published file of a policy in an object store that is missing or not the published one."""
+    """A published file of a policy that is missing or not the published one."""
 
-    def __init__(self, name: str, reason: str) -> None:
+    def __init__(self, policy: "PolicyArtifact", reason: str) -> None:
         super().__init__(
-            f"{name} is damaged in the store ({reason}); run `train` of its round again, or the "
-            "whole run: it is trained again"
+            f"{policy.name} is damaged in the store ({reason}); run `train` of its round again, or "
+            "the whole run: it is trained again"
         )
-        self.reason = reason
+        self.policy, self.reason = policy, reason
 
 
-class FileDigest(Record):
-    """Of a file that is digested once."""
+class FileDigest(Sealed):
+    """Of a file that did not change since, as far as its size and time say: for listings."""
 
+    NAMED_BY: ClassVar[int] = 2
     file: str
     sha256: str
 
@@ -241,8 +246,9 @@ class PolicyManifest(RecipeRecord):
         )
 
 
-# Files of a policy: none; all but weights; what an engine loads; that and what only training reads.
-Part = Literal["name", "texts", "model", "training"]
+# Files of a policy: none; its metrics; all but weights; what an engine loads; that and what only
+# training reads.
+Part = Literal["name", "metrics", "texts", "model", "training"]
 
 
 class PolicyArtifact:
@@ -291,14 +297,23 @@ class PolicyArtifact:
         except UserError:
             raise
         except ValueError as error:
-            raise DamagedPolicy(self.name, f"{name}: {error}") from error
+            raise DamagedPolicy(self, f"{name}: {error}") from error
         publish(inside(folder, name), data)
+
+    def metrics(self) -> bytes | None:
+        """The lines of metrics.jsonl of its training; None: they are not what was published."""
+        manifest = self.manifest()
+        try:
+            data = inside(self.folder("metrics"), METRICS).read_bytes()
+        except (FileNotFoundError, DamagedPolicy):
+            return None
+        return data if sha256(data) == manifest.files.get(METRICS) else None
 
     def new_attempt(self) -> Path:
         """An empty local folder to fill before `publish`."""
         check_there(self.artifact_folder.parent.parent)
         record = RecipeRecord.of(self.recipe)
-        publish_new(self.artifact_folder / "recipe.json", record_bytes(record))
+        publish_new_record(self.artifact_folder / "recipe.json", record)
         folder = self._local_folder / f"attempt-{uuid.uuid4().hex[:12]}"
         folder.mkdir(parents=True)
         return folder
@@ -318,7 +333,7 @@ class PolicyArtifact:
         )
         if is_remote(self.artifact_folder):
             upload(attempt, self.artifact_folder / attempt.name)
-        if not publish_new(self.artifact_folder / "manifest.json", record_bytes(manifest)):
+        if not publish_new_record(self.artifact_folder / "manifest.json", manifest):
             self._take_state(attempt, manifest.files)
             shutil.rmtree(attempt)
             if is_remote(self.artifact_folder):
@@ -357,24 +372,52 @@ class PolicyArtifact:
         self._replace_manifest(manifest.model_copy(update=changed))
 
     def _replace_manifest(self, manifest: PolicyManifest) -> None:
-        publish(self.artifact_folder / "manifest.json", record_bytes(manifest))
+        is_checked = manifest.digest is not None
+        publish_record(self.artifact_folder / "manifest.json", manifest, is_checked=is_checked)
 
-    def damage(self, *, cache: Path) -> str | None:
-        """What is wrong with the published files, or None; `cache` as in `identify`.
+    def mend(self) -> None:
+        """Write the recipe again where it is damaged, with a line."""
+        mend_recipe(self.artifact_folder, RecipeRecord.of(self.recipe))
+
+    def stored_damages(self) -> Iterator[str]:
+        """What is wrong with files in the store; every byte is read."""
+        manifest = self.manifest()
+        folder = inside(self.artifact_folder, manifest.folder)
+        for name, expected in manifest.files.items():
+            path = inside(folder, name)
+            try:
+                if is_remote(path):
+                    verified_bytes(path, expected)
+                elif sha256_file(path) != expected:
+                    yield f"{name} is not the published file"
+            except FileNotFoundError:
+                yield f"{name} is missing"
+            except UserError:
+                raise
+            except (ValueError, OSError) as error:
+                yield f"{name}: {error}"
+
+    def damage(self, *, cache: Path | None, part: Part = "training") -> str | None:
+        """What is wrong with the published files of a part, or None; `cache` as in `identify`.
 
         Of a remote store what lies here is a copy: a damaged one is fetched again.
         """
-        manifest, folder = self.manifest(), self.folder("name")
+        try:
+            manifest = self.manifest()
+        except DamagedRecord as damaged:
+            return f"its manifest.json {damaged.reason}"
+        folder = self.folder("name")
+        files = {name: sha for name, sha in manifest.files.items() if _is_of(part, name)}
         if is_remote(self.artifact_folder):
-            for name, expected in manifest.files.items():
+            for name, expected in files.items():
                 copy = inside(folder, name)
                 if copy.is_file() and _digest_file(copy, cache) != expected:
                     copy.unlink()
             try:
-                self.folder("training")
+                self.folder(part)
             except DamagedPolicy as damaged:
                 return damaged.reason
-        for name, expected in manifest.files.items():
+        for name, expected in files.items():
             path = inside(folder, name)
             if not path.is_file():
                 return f"{name} is missing"
@@ -384,16 +427,19 @@ class PolicyArtifact:
 
     def invalidate(self) -> None:
         """Take the policy out of the store, so that the next train stage makes it again."""
-        folder = inside(self._local_folder, self.manifest().folder)
+        folders = list(self._local_folder.glob("attempt-*"))
         (self.artifact_folder / "manifest.json").unlink(missing_ok=True)
         if is_remote(self.artifact_folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_of(part: Part, name: str) -> bool:
     """Whether a file, by its name in the folder, is of a part."""
     if part in ("name", "training"):
         return part == "training"
+    if part == "metrics":
+        return name == METRICS
     return "/" not in name and (part == "model" or not name.endswith(".safetensors"))
 
 
@@ -412,13 +458,21 @@ def _digest_file(path: Path, cache: Path | None, reads: Reads = sha256_file) -> 
     if cache is None:
         return reads(path)
     remembered = _remembered(path, cache, reads)
-    if not remembered.exists():
-        publish(remembered, record_bytes(FileDigest(file=path.name, sha256=reads(path))))
-    return _read_digest(remembered)
+    known = _read_digest(remembered)
+    if known is None:
+        known = reads(path)
+        with contextlib.suppress(UserError):  # a store that is only read remembers nothing
+            publish_record(remembered, FileDigest(file=path.name, sha256=known))
+    return known
 
 
-def _read_digest(remembered: Path) -> str:
-    return load_record(FileDigest, remembered).sha256
+def _read_digest(remembered: Path) -> str | None:
+    """A remembered digest; None: there is none that says what was remembered."""
+    try:
+        record = load_record(FileDigest, remembered)
+    except (FileNotFoundError, UserError):
+        return None
+    return None if record.digest is None else record.sha256
 
 
 def _remembered(path: Path, cache: Path, reads: Reads) -> Path:

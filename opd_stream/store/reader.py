@@ -26,8 +26,8 @@ from opd_stream.store.artifact import Artifact, Commit, DamagedUnit
 from opd_stream.store.codecs import ScoreBlock, StateBasis, StoredStates, decode_scores
 from opd_stream.store.codecs.columns import is_among
 from opd_stream.store.codecs.hidden import basis_of
-from opd_stream.store.files import load_record
 from opd_stream.store.recipe import RecipeRecord
+from opd_stream.store.sealed import load_record
 from opd_stream.store.shards import ROWS_PER_PART, rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch

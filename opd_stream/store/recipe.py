@@ -5,10 +5,17 @@ change between two calls of the same command without making another artifact.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self, cast, get_args
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, cast, get_args
 
-from opd_stream.section import Record
 from opd_stream.store.files import canonical_json, sha256
+from opd_stream.store.sealed import (
+    DamagedRecord,
+    Sealed,
+    load_record,
+    publish_record,
+    say_mended,
+)
 
 FORMAT_VERSION: Literal[1] = 1
 
@@ -53,8 +60,10 @@ class Recipe:
         return sha256(canonical_json(self.as_json()))
 
 
-class RecipeRecord(Record):
+class RecipeRecord(Sealed):
     """A file of an artifact: its recipe, in full, beside what else the file says."""
+
+    NAMED_BY: ClassVar[int] = 3  # KIND/FINGERPRINT/FILE
 
     format_version: Literal[1]
     kind: Kind
@@ -71,6 +80,32 @@ class RecipeRecord(Record):
     def recipe(self) -> Recipe:
         """The recipe of the artifact."""
         return Recipe(kind=self.kind, settings=self.settings, inputs=self.inputs)
+
+    def misplaced(self, path: Path) -> str | None:
+        """A recipe whose digest is not the name of its folder is not the one written there."""
+        found, folder = self.recipe.fingerprint, path.parent
+        if found == self.fingerprint and (self.kind, found[:16]) == (
+            folder.parent.name,
+            folder.name,
+        ):
+            return None
+        return f"its recipe belongs to {self.kind}/{found[:16]}"
+
+
+def mend_recipe(folder: Path, record: RecipeRecord) -> None:
+    """Write the recipe.json of a started artifact again where it is damaged, with a line."""
+    path = folder / "recipe.json"
+    try:
+        load_record(RecipeRecord, path)
+        return
+    except DamagedRecord as damaged:
+        reason = damaged.reason
+    except FileNotFoundError:
+        if not (folder / "manifest.json").exists():
+            return
+        reason = "is missing"
+    say_mended(path, reason)
+    publish_record(path, record)
 
 
 def differing_fields(left: Any, right: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -20,7 +20,7 @@ from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
 from s3fs import S3FileSystem
 from upath.implementations.cloud import S3Path
 
-from opd_stream.errors import UserError, unreachable
+from opd_stream.errors import Unreachable, unreachable
 
 TOLD_AFTER = 5.0  # seconds of silence
 LONGEST_PAUSE = 5.0  # seconds between two attempts; the first is a tenth of one
@@ -80,7 +80,7 @@ class RetryingS3(S3FileSystem):
                     raise
                 waited = time.monotonic() - start
                 if waited >= self.retry_timeout:
-                    raise UserError(unreachable(place, error, waited)) from error
+                    raise Unreachable(unreachable(place, error, waited)) from error
             if waited >= TOLD_AFTER and not is_told:
                 is_told = True
                 logging.getLogger("opd_stream").warning(

@@ -3,14 +3,14 @@
 import contextlib
 import os
 import platform
+import sys
 import time
 import uuid
 from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from opd_stream.errors import UserError, unreachable
-from opd_stream.section import Record
+from opd_stream.errors import Unreachable, UserError, unreachable
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.files import (
     RETRY_TIMEOUT,
@@ -19,30 +19,36 @@ from opd_stream.store.files import (
     is_of_client,
     is_remote,
     json_files,
-    load_record,
     place,
     publish,
-    publish_new,
-    record_bytes,
     sha256,
 )
-from opd_stream.store.policy import Identity, PolicyArtifact, identify
+from opd_stream.store.policy import Identity, PolicyArtifact, identify, known_identity
 from opd_stream.store.recipe import Kind, Recipe, RecipeRecord, differing_fields
+from opd_stream.store.sealed import (
+    DamagedRecord,
+    Sealed,
+    load_record,
+    publish_new_record,
+    publish_record,
+    say_mended,
+)
 
 MARKER = "store.json"
 REFRESH_SECONDS = 3600.0  # a run that goes on writes its record again after so long
 
 
-class StoreRecord(Record):
+class StoreRecord(Sealed):
     """`store.json`: this folder is a store, so `gc` may remove what is in it."""
 
     format_version: Literal[1] = 1
     kind: Literal["opd-stream store"] = "opd-stream store"
 
 
-class RunRecord(Record):
+class RunRecord(Sealed):
     """`runs/ID.json`: the artifacts that a run reaches."""
 
+    NAMED_BY: ClassVar[int] = 2
     format_version: Literal[1] = 1
     id: str
     host: str
@@ -56,10 +62,17 @@ class Store:
 
     `local` is a folder on this machine for what cannot live in an object store: checkpoints while
     they are read or written, and remembered digests. `retry_timeout` is how many seconds an object
-    store is asked again that does not answer.
+    store is asked again that does not answer. Unless it `remembers`, new digests are not kept.
     """
 
-    def __init__(self, location: str | Path, *, retry_timeout: float = RETRY_TIMEOUT) -> None:
+    def __init__(
+        self,
+        location: str | Path,
+        *,
+        retry_timeout: float = RETRY_TIMEOUT,
+        remembers: bool = True,
+    ) -> None:
+        self.remembers = remembers
         self.location = str(location)
         self.root = place(self.location, retry_timeout)
         self.local = _local_folder(self.location) if is_remote(self.root) else self.root
@@ -81,7 +94,7 @@ class Store:
         if is_remote(self.root):
             publish(probe, b"")
             probe.unlink()
-            publish_new(self.root / MARKER, record_bytes(StoreRecord()))
+            publish_new_record(self.root / MARKER, StoreRecord())
             return
         with explained(self.root):
             try:
@@ -93,7 +106,7 @@ class Store:
             probe.touch()
             probe.unlink()
             if not self.is_marked():
-                publish_new(self.root / MARKER, record_bytes(StoreRecord()))
+                publish_new_record(self.root / MARKER, StoreRecord())
 
     @contextlib.contextmanager
     def watched(self) -> Generator[None]:
@@ -104,7 +117,7 @@ class Store:
             raise
         except Exception as error:
             if is_remote(self.root) and is_of_client(error):
-                raise UserError(unreachable(self.root, error)) from error
+                raise Unreachable(unreachable(self.root, error)) from error
             check_there(self.root)
             raise
 
@@ -146,6 +159,11 @@ class Store:
 
     def _recipe_of(self, kind: Kind, fingerprint: str) -> Recipe:
         path = self.root / kind / fingerprint[:16] / "recipe.json"
+        manifest = path.with_name("manifest.json")  # has it, too
+        with contextlib.suppress(DamagedRecord, FileNotFoundError):
+            return load_record(RecipeRecord, path).recipe
+        if manifest.exists():
+            return load_record(RecipeRecord, manifest).recipe
         if not path.exists():
             check_there(self.root)
             raise UserError(
@@ -155,14 +173,16 @@ class Store:
         return load_record(RecipeRecord, path).recipe
 
     def identify(self, checkpoint: Path) -> Identity:
-        """The identity of a checkpoint folder, remembering digests of unchanged files."""
-        return identify(checkpoint, cache=self.digests)
+        """The identity of a checkpoint folder, by remembered digests of unchanged files."""
+        if self.remembers:
+            return identify(checkpoint, cache=self.digests)
+        return known_identity(checkpoint, cache=self.digests, most_bytes=sys.maxsize)
 
     def recipes(self, kind: Kind) -> Iterator[Recipe]:
-        """The recipes of a kind for which a folder was started."""
+        """The recipes of a kind for which a folder was started; a damaged one is none."""
         for folder in self.folders(kind):
             path = folder / "recipe.json"
-            if path.exists():
+            with contextlib.suppress(DamagedRecord, FileNotFoundError):
                 yield load_record(RecipeRecord, path).recipe
 
     def folders(self, kind: Kind) -> list[Path]:
@@ -171,7 +191,13 @@ class Store:
         return sorted(parent.iterdir(), key=str) if parent.exists() else []
 
     def record_run(
-        self, run_id: str, folder: Path, artifacts: Collection[str], shared: str | None = None
+        self,
+        run_id: str,
+        folder: Path,
+        artifacts: Collection[str],
+        shared: str | None = None,
+        *,
+        keeps: bool = False,
     ) -> None:
         """Say what a run reaches, so that `gc` leaves it.
 
@@ -181,8 +207,15 @@ class Store:
             artifacts: names as KIND/FINGERPRINT, the fingerprint's first 16 characters.
             shared: what this folder works on together with the folders of other machines; None
                 leaves what was recorded before.
+            keeps: what was recorded before counts, too.
         """
-        path, before = self._run_path(run_id), self.run(run_id)
+        path = self._run_path(run_id)
+        try:
+            before = self.run(run_id)
+        except DamagedRecord as damaged:
+            say_mended(path, damaged.reason)
+            before = None
+        artifacts = {*artifacts, *(before.artifacts if keeps and before else ())}
         record = RunRecord(
             id=run_id,
             host=platform.node(),
@@ -191,16 +224,15 @@ class Store:
             shared=shared or (before and before.shared),
         )
         check_there(self.root)
-        if before != record or time.time() - path.stat().st_mtime > REFRESH_SECONDS:
-            publish(path, record_bytes(record))
+        is_new = before is None or before.as_json() != record.as_json()
+        if is_new or time.time() - path.stat().st_mtime > REFRESH_SECONDS:
+            publish_record(path, record)
 
     def add_to_run(
         self, run_id: str, folder: Path, artifacts: Collection[str], shared: str | None = None
     ) -> None:
         """As `record_run`, keeping what was recorded under this id before."""
-        before = self.run(run_id)
-        kept = () if before is None else before.artifacts
-        self.record_run(run_id, folder, {*kept, *artifacts}, shared)
+        self.record_run(run_id, folder, artifacts, shared, keeps=True)
 
     def run(self, run_id: str) -> RunRecord | None:
         """What a run reaches, if it was recorded."""

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
 from opd_stream.section import is_list, is_object
-from opd_stream.store.files import canonical_json, explained, publish, read_json
+from opd_stream.store.files import canonical_json, explained, publish
+from opd_stream.store.sealed import read_json
 
 
 def save_tree(tree: Any, folder: Path) -> None:

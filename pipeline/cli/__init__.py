@@ -37,7 +37,10 @@ def main() -> None:
         from opd_stream.store.artifact import DamagedUnit
 
         if isinstance(error, DamagedUnit):
-            print_error(f"{error}; continue the run that made it: only that unit is made again")
+            print_error(
+                f"{error}; `opd-stream cache verify STORE --repair` takes it out; then continue "
+                "the run that made it: only that unit is made again"
+            )
             sys.exit(2)
         if not is_json():
             raise

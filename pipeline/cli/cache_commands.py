@@ -31,7 +31,7 @@ def list_artifacts(location: StorePlace) -> None:
     for entry in entries(_existing(location)):
         row = _ROW.format(
             entry.name,
-            "complete" if entry.is_complete else "partial",
+            "damaged" if entry.is_damaged else "complete" if entry.is_complete else "partial",
             "" if entry.units is None else f"{entry.units[0]} of {entry.units[1]}",
             f"{entry.rows:,}",
             f"{entry.tokens:,}",
@@ -66,23 +66,40 @@ def show(location: StorePlace, name: ArtifactName) -> None:
 
 
 @cache.command()
-def verify(location: StorePlace) -> None:
+def verify(
+    location: StorePlace,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Take out what is damaged: its run makes it again.")
+    ] = False,
+) -> None:
     """Read everything and say what is damaged; exit code 1 if anything is."""
-    from opd_stream.store.inventory import damages_of, started
+    from opd_stream.store import verification
 
-    store, found = _existing(location), 0
-    names = started(store)
+    store, damaged, old = _existing(location), 0, 0
+    names = verification.names(store)
     with TerminalProgress() as progress:
         progress.start("verify", len(names))
         for name in names:
-            for damage in damages_of(store, name):
-                found += 1
-                progress.result(f"damaged: {damage}")
+            found = verification.examine(store, name)
+            for finding in found:
+                damaged, old = damaged + finding.is_damage, old + (not finding.is_damage)
+                progress.result(f"{'damaged' if finding.is_damage else 'old'}: {finding}")
+            if repair and any(finding.is_damage for finding in found):
+                verification.repair(store, name, found)
             progress.advance("verify", 1)
-    if found:
-        typer.echo(f"{found} damaged; the next run that needs one makes it again, alone")
+    if damaged and repair:
+        typer.echo(
+            f"{damaged} damaged, taken out; call the run that made them: it makes them again"
+        )
+    elif damaged:
+        typer.echo(
+            f"{damaged} damaged; the next run that needs one makes it again, alone; --repair takes "
+            "them out, so that any call of the run that made them does"
+        )
+    if damaged:
         raise typer.Exit(1)
-    typer.echo(f"everything in {location} is what was written")
+    unless = ", as far as it can be checked" if old else ""
+    typer.echo(f"everything in {location} is what was written{unless}")
 
 
 @cache.command()
@@ -216,12 +233,19 @@ def _existing(location: str) -> "Store":
     from opd_stream.errors import UserError
     from opd_stream.store import Store
     from opd_stream.store.files import is_folder, is_remote
+    from opd_stream.store.recipe import KINDS
+    from opd_stream.store.store import MARKER
 
     store = Store(location)
     if not store.root.exists():
         raise UserError(f"store {location} does not exist; expected a store of an earlier run")
     if not is_remote(store.root) and not is_folder(store.root):
         raise UserError(f"store {location} is a file; expected the folder of a store")
+    if not any((store.root / name).exists() for name in (MARKER, *KINDS, "runs")):
+        raise UserError(
+            f"{location} is no store: it has none of {', '.join(KINDS)}, runs; expected the "
+            "folder of an earlier run's `store`"
+        )
     return store
 
 

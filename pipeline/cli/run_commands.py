@@ -50,7 +50,7 @@ def run(config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None)
 
     settings, folder = open_run(config, overrides, run_dir)
     with TerminalProgress() as progress:
-        before = folder.summary()
+        before = folder.sound_summary()
         summary = run_rounds(settings, folder, progress)
     page = console()
     if before is not None and before.finished and before.policies == summary.policies:
