@@ -52,6 +52,7 @@ from opd_stream.staleness import (
     divergence,
     is_look_due,
 )
+from opd_stream.store.files import whole_or_gone
 from opd_stream.store.policy import OPTIMIZER
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.tree import save_tree
@@ -450,13 +451,14 @@ def publish(training: Training, units: tuple[UnitRecord, ...], audited: WindowAu
         load_weights(student, trained)
     policy = job.target()
     attempt = policy.new_attempt()
-    save_tree(moments, attempt / OPTIMIZER)
-    if learner.masters is not None:
-        learner.masters.put_back()
-    save_student(student, Path(job.base), attempt)
-    if base is not None:
-        save_base(base, attempt)
-    write_round_metrics(Path(job.metrics), job.round_index, attempt)
+    with whole_or_gone(attempt):
+        save_tree(moments, attempt / OPTIMIZER)
+        if learner.masters is not None:
+            learner.masters.put_back()
+        save_student(student, Path(job.base), attempt)
+        if base is not None:
+            save_base(base, attempt)
+        write_round_metrics(Path(job.metrics), job.round_index, attempt)
     assert state.start is not None
     outcome = TrainOutcome(
         steps=state.steps,

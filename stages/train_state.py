@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opd_stream.drift import NAMES
 from opd_stream.outcome import EpochRecord, ExtrapolationRecord, StartDrift, read_metrics
-from opd_stream.store.files import publish, sha256_file, sync_tree
+from opd_stream.store.files import publish, sha256_file, sync_tree, whole_or_gone
 from opd_stream.store.sealed import DamagedRecord, Sealed, load_record, publish_record
 from opd_stream.store.tree import load_tree, save_tree
 
@@ -148,16 +148,17 @@ def save_checkpoint(scratch: Path, checkpoint: TrainCheckpoint) -> None:
         "optimizer": checkpoint.optimizer,
         "base": checkpoint.base,
     }
-    save_tree(tree, temporary)
-    record = CheckpointRecord(
-        policy=scratch.name,
-        steps=checkpoint.state.steps,
-        files={path.name: sha256_file(path) for path in sorted(temporary.iterdir())},
-    )
-    publish_record(temporary / RECORD, record)
-    sync_tree(temporary)
-    shutil.rmtree(target, ignore_errors=True)  # a damaged one of as many steps
-    temporary.rename(target)
+    with whole_or_gone(temporary):
+        save_tree(tree, temporary)
+        record = CheckpointRecord(
+            policy=scratch.name,
+            steps=checkpoint.state.steps,
+            files={path.name: sha256_file(path) for path in sorted(temporary.iterdir())},
+        )
+        publish_record(temporary / RECORD, record)
+        sync_tree(temporary)
+        shutil.rmtree(target, ignore_errors=True)  # a damaged one of as many steps
+        temporary.rename(target)
 
 
 def latest_checkpoint(scratch: Path) -> TrainCheckpoint | None:

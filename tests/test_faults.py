@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -12,9 +13,12 @@ from typing import Any
 
 import pytest
 
+from opd_stream.errors import UserError
+from opd_stream.store import Store
+from opd_stream.store.inventory import damages
 from pipeline.run_folder import RunFolder
 from stages.step import Silent
-from tests.conftest import run, small_config
+from tests.conftest import SmallRuns, run, small_config
 from tests.test_ray import ray_command, summary_of, wait_for_unit
 
 pytestmark = pytest.mark.slow
@@ -142,3 +146,35 @@ def test_a_lost_node_costs_a_run_nothing_but_time(tmp_path: Path, cluster: Any) 
     local = RunFolder(tmp_path / "r").summary()
     assert local is not None
     assert summary_of(tmp_path / "ray")["policies"] == local.as_json()["policies"]
+
+
+@pytest.mark.parametrize("place", ["store", "run"])
+def test_a_disk_that_is_full_anywhere_is_one_line_and_loses_nothing(
+    place: str, small_runs: SmallRuns, tmp_path: Path
+) -> None:
+    small, kilobytes = tmp_path / "small", 16
+    lines: list[str] = []
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(small)]
+    if shutil.which("mount") is None or subprocess.run(mount, check=False).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    folder = RunFolder((small if place == "run" else tmp_path) / "run")
+    store = (small if place == "store" else tmp_path) / "store"
+    try:
+        while True:
+            try:
+                run(small_config(tmp_path, f"store={store}"), folder, Silent())
+                break
+            except UserError as error:
+                lines.append(str(error))
+            assert list(small.rglob(".*.tmp")) == []
+            kilobytes = int(1.5 * kilobytes)
+            resized = f"remount,size={kilobytes}k"
+            subprocess.run(["mount", "-o", resized, str(small)], check=True)
+        assert len(lines) > 5
+        assert all("no space left while writing" in line for line in lines)
+        whole = RunFolder(small_runs() / "run")
+        assert folder.summary().policies == whole.summary().policies
+        assert list(damages(Store(store))) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)

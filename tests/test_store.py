@@ -17,6 +17,7 @@ from opd_stream.store.shards import rollouts_batch, rollouts_table, shard_bytes,
 from opd_stream.store.store import Store
 from opd_stream.store.tree import load_tree, save_tree
 from opd_stream.types import RolloutBatch
+from stages.train_state import TrainCheckpoint, TrainState, save_checkpoint
 from tests.conftest import rewrite
 
 
@@ -204,6 +205,23 @@ def test_a_small_file_system_that_fills_up_loses_nothing(tmp_path: Path) -> None
         assert not list(small.rglob("*.tmp"))
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    import resource
+
+    weights = {"a": torch.zeros(10_000)}
+    checkpoint = TrainCheckpoint(
+        state=TrainState(steps=1), weights=weights, optimizer={}, base=None
+    )
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(UserError, match="no space left while writing"):
+            save_checkpoint(tmp_path, checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tree_round_trips_optimizer_state_exactly(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Generator, Iterable
@@ -284,11 +285,7 @@ def explained(path: Path) -> Generator[None]:
     except UserError:
         raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(
-                f"no space left while writing {path}; nothing half-written was kept; "
-                "free space and run the same command again"
-            ) from error
+        refuse_full(path, error)
         if error.errno == errno.EISDIR:
             raise UserError(
                 f"{path} is a folder; expected the name of a file; name another one"
@@ -303,9 +300,35 @@ def explained(path: Path) -> Generator[None]:
             raise Unreachable(unreachable(path, error)) from error
         raise
     except Exception as error:
+        refuse_full(path, error)
         if is_remote(path) and is_of_client(error):
             raise Unreachable(unreachable(path, error)) from error
         raise
+
+
+@contextlib.contextmanager
+def whole_or_gone(folder: Path) -> Generator[None]:
+    """Remove a folder if what writes it fails; refusals as in `explained`."""
+    try:
+        with explained(folder):
+            yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def refuse_full(path: Path, error: BaseException) -> None:
+    """Raise the one line of a disk that is full, if that is what an exception says.
+
+    safetensors tells the system's error in words.
+    """
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise UserError(
+            f"no space left while writing {path}; nothing half-written was kept; "
+            "free space and run the same command again"
+        ) from error
 
 
 def is_of_client(error: BaseException) -> bool:

@@ -21,6 +21,7 @@ from opd_stream.store.files import (
     json_files,
     place,
     publish,
+    refuse_full,
     sha256,
 )
 from opd_stream.store.policy import Identity, PolicyArtifact, identify, known_identity
@@ -119,6 +120,7 @@ class Store:
             if is_remote(self.root) and is_of_client(error):
                 raise Unreachable(unreachable(self.root, error)) from error
             check_there(self.root)
+            refuse_full(self.root, error)
             raise
 
     def artifact(self, recipe: Recipe) -> Artifact:
