@@ -15,7 +15,7 @@ import pytest
 
 from opd_stream.errors import UserError
 from opd_stream.store import Store
-from opd_stream.store.inventory import damages
+from opd_stream.store.verification import damages
 from pipeline.run_folder import RunFolder
 from stages.step import Silent
 from tests.conftest import SmallRuns, run, small_config
