@@ -3,7 +3,8 @@
     python -m tests.s3_server PORT
 
 Every request counts up; with `S3_FAULT_EVERY=n` each n-th one is answered by 503 Slow Down, each
-(n + 1)-th is slow, and each (n + 2)-th download of a shard breaks off in the middle.
+(n + 1)-th is slow, and if they are downloads each (n + 2)-th breaks off in the middle and each
+(n + 3)-th has a wrong byte.
 """
 
 import os
@@ -38,7 +39,10 @@ class Faults:
         if place == 1:
             time.sleep(SLOW_SECONDS)
         body = b"".join(self._app(environ, start_response))
-        is_object = environ["REQUEST_METHOD"] == "GET" and ".arrow" in environ.get("PATH_INFO", "")
+        is_object = environ["REQUEST_METHOD"] == "GET" and not environ.get("QUERY_STRING")
+        if is_object and body and place == 3:
+            middle = len(body) // 2
+            return [body[:middle], bytes([body[middle] ^ 1]), body[middle + 1 :]]
         return _cut(body) if place == 2 and is_object else [body]
 
 

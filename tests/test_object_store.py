@@ -1,12 +1,14 @@
 """A store in S3: a whole run, faults, races, and the same bytes as on a disk."""
 
 import contextlib
+import http.server
 import json
 import os
 import pickle
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +30,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.setup import open_setup
 from pipeline.status import StatusReader
 from stages.step import Silent
-from tests.conftest import run, small_config
+from tests.conftest import Command, SmallRuns, run, small_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,7 +44,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module", params=[pytest.param("healthy", marks=pytest.mark.slow), "faulty"])
 def server(request: pytest.FixtureRequest) -> Iterator[int]:
     """The port of a server, which fails now and then or never."""
-    with served(53 if request.param == "faulty" else 0) as port:
+    with served(40 if request.param == "faulty" else 0) as port:
         yield port
 
 
@@ -157,3 +159,58 @@ def test_other_code_keeps_its_own_s3(bucket: str) -> None:
     copies = (store, store.parent, pickle.loads(pickle.dumps(store)))
     for path in (*copies, *store.parent.iterdir()):
         assert type(path.fs) is RetryingS3
+
+
+class Forbidding(http.server.BaseHTTPRequestHandler):
+    """Answers every request as S3 answers a credential that is not valid any more."""
+
+    def _answer(self) -> None:
+        body = b"<Error><Code>InvalidAccessKeyId</Code><Message>no such key id</Message></Error>"
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _answer
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+COMMANDS = [
+    *(f"cache {each} STORE" for each in ("ls", "verify", "gc")),
+    *(f"cache {each} STORE scores/3f" for each in ("show", "pin", "unpin")),
+    "run CONFIG --run-dir RUN",
+    "evaluate CONFIG --policy-version 0 --run-dir RUN",
+    *(f"{each} CONFIG --round 0 --run-dir RUN" for each in ("generate", "score", "train")),
+    "plan CONFIG",
+]
+
+
+@pytest.mark.parametrize("answer", ["no bucket", "403"])
+def test_a_store_that_refuses_is_one_line_in_every_command(
+    answer: str,
+    server: int,
+    small_runs: SmallRuns,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    opd_stream: Command,
+) -> None:
+    forbidding = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Forbidding)
+    threading.Thread(target=forbidding.serve_forever, daemon=True).start()
+    port = server if answer == "no bucket" else forbidding.server_address[1]
+    use_server(int(port), tmp_path, monkeypatch)
+    store = "s3://nowhere/store"
+    small_config(tmp_path)
+    config = tmp_path / "small.yaml"
+    config.write_text(config.read_text().replace(str(tmp_path / "store"), store))
+    run_folder = tmp_path / "run"
+    wrong: list[str] = []
+    for command in COMMANDS:
+        words = {"STORE": store, "CONFIG": str(config), "RUN": str(run_folder)}
+        code, out, error = opd_stream(*(words.get(word, word) for word in command.split()))
+        if code != 2 or error.count("\n") != 1 or "s3://nowhere" not in error:
+            wrong.append(f"{command}: {code} {out} {error}")
+    forbidding.shutdown()
+    assert "\n".join(wrong) == ""

@@ -16,7 +16,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Self
 
 import aiohttp
-from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
+from botocore.exceptions import (
+    ClientError,
+    ConnectionError,
+    FlexibleChecksumError,
+    HTTPClientError,
+)
 from s3fs import S3FileSystem
 from upath.implementations.cloud import S3Path
 
@@ -27,6 +32,7 @@ LONGEST_PAUSE = 5.0  # seconds between two attempts; the first is a tenth of one
 _SILENCE = (
     ConnectionError,  # botocore's: refused, no route, no such host, no handshake
     HTTPClientError,  # broken off, or no byte in time
+    FlexibleChecksumError,  # other bytes than were sent
     aiohttp.ClientError,
     OSError,
     asyncio.TimeoutError,
@@ -76,6 +82,8 @@ class RetryingS3(S3FileSystem):
             try:
                 return await ask()
             except Exception as error:
+                if is_refusal(error):
+                    raise Unreachable(unreachable(place, error)) from error
                 if not is_silence(error):
                     raise
                 waited = time.monotonic() - start
@@ -101,6 +109,13 @@ def is_silence(error: BaseException) -> bool:
     return True
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Whether the store answered that there is no such bucket, or no right to it."""
+    cause = error.__cause__
+    code = cause.response.get("Error", {}).get("Code") if isinstance(cause, ClientError) else None
+    return isinstance(error, PermissionError) or code == "NoSuchBucket"
+
+
 class StorePath(S3Path):
     """A place in S3 that is reached through `RetryingS3`."""
 
@@ -108,6 +123,10 @@ class StorePath(S3Path):
 
     def __new__(cls, *parts: Any, **options: Any) -> Self:
         return object.__new__(cls)  # UPath's own would look up the class of the process
+
+    def read_bytes(self) -> bytes:
+        """All of it by one request, which is asked again as a whole."""
+        return self.fs.cat_file(self.path)
 
     @classmethod
     def _fs_factory(

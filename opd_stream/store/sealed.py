@@ -7,6 +7,7 @@ record copied over that of another unit are all the same finding. A record witho
 written before records had them: it is read, and `cache verify` says that it cannot be checked.
 """
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -16,7 +17,7 @@ from pydantic import Field
 
 from opd_stream.errors import UserError
 from opd_stream.section import Record, check_version, is_object, read_record
-from opd_stream.store.files import canonical_json, publish, publish_new, sha256
+from opd_stream.store.files import READS, canonical_json, is_remote, publish, publish_new, sha256
 
 NAME, DIGEST = "record", "digest"
 
@@ -53,6 +54,13 @@ def load_record(kind: type[S], path: Path) -> S:
         DamagedRecord: it is not what was written there.
         UserError: another format version wrote it, or it is no such record (says where).
     """
+    for _ in range(READS - 1 if is_remote(path) else 0):  # an answer may arrive torn
+        with contextlib.suppress(DamagedRecord):
+            return _load(kind, path)
+    return _load(kind, path)
+
+
+def _load(kind: type[S], path: Path) -> S:
     value = read_json(path)
     check_version(kind, value, str(path))
     unsealed(value, path, _name(kind, path))
