@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +20,18 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from opd_stream.errors import UserError
+from opd_stream.errors import UserError, shortened
 from opd_stream.section import Record
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.codecs import Codec, HiddenCodec, decode_scores, encode_scores
+from opd_stream.store.codecs.columns import block_of
+from opd_stream.store.codecs.laws import (
+    MOST_CANDIDATES,
+    BrokenLaw,
+    check_expansion,
+    check_rollouts,
+    check_scores,
+)
 from opd_stream.store.files import sha256_file
 from opd_stream.store.lines import lines_of
 from opd_stream.store.recipe import Recipe
@@ -55,22 +63,23 @@ UnitReport = Callable[[int, int, int], object]  # units done, of how many, token
 
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 Logprob = Annotated[float, Field(lt=math.inf)]
+Candidates = Annotated[list[Logprob], Field(max_length=MOST_CANDIDATES)]
 
 
 class ImportedRow(Record):
     """A row that another program wrote; lists of a refused row's scores are empty."""
 
     prompt_id: str | int | float | None = None
-    sample_index: int | None = None
+    sample_index: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     prompt_ids: list[TokenId]
     completion_ids: list[TokenId]
     behavior_logprobs: list[Logprob]
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     teacher_logprobs: list[Logprob]
     teacher_top_ids: list[list[TokenId]]
-    teacher_top_logprobs: list[list[Logprob]]
+    teacher_top_logprobs: list[Candidates]
     teacher_tail_logprobs: list[Logprob] | None = None
-    teacher_forced_logprobs: list[list[Logprob]] | None = None
+    teacher_forced_logprobs: list[Candidates] | None = None
     refused: str | None = None
 
 
@@ -128,15 +137,18 @@ def import_scores(
     codec: Codec,
     *,
     stop_ids: Sequence[int] = (),
+    vocabulary: int | None = None,
     after_unit: UnitReport = _silent,
 ) -> Artifact:
     """Make rollouts and scores artifacts of a JSONL(.zst) or Parquet file, or a folder of Parquet.
 
-    `stop_ids` are the terminators that the first columns of teacher_forced_logprobs speak of;
-    `after_unit` is called before the first unit and after each.
+    `stop_ids` are the terminators that the first columns of teacher_forced_logprobs speak of, ids
+    are below `vocabulary` (None: it is not known), and `after_unit` is called before the first unit
+    and after each. Every row is checked before anything is written.
 
     Raises:
-        UserError: a row is missing a column, or its lengths do not agree (file and row named).
+        UserError: a row is missing a column, its lengths do not agree, or it holds values that no
+            reader takes (file, row, column and value named).
     """
     if isinstance(codec, HiddenCodec):
         raise UserError(
@@ -150,10 +162,13 @@ def import_scores(
             ".parquet; check the path"
         )
     digests = [sha256_file(file) for file in files]
-    rows = sum(1 for file in files for _ in _rows_of(file))
+    ids = list(stop_ids)
+    rows = 0
+    for chunk in _chunks(files):
+        _checked_batches(chunk, len(ids), vocabulary)
+        rows += len(chunk)
     if rows == 0:
         raise UserError(f"{source} holds no rows; expected one scored rollout a row")
-    ids = list(stop_ids)
     settings = {"imported": digests, **({"stop_ids": ids} if ids else {})}
     rollouts = store.artifact(Recipe(kind="rollouts", settings=settings, inputs={}))
     settings = {"imported": digests, "codec": codec.model_dump(), "forced_ids": ids}
@@ -161,11 +176,9 @@ def import_scores(
     scores = store.artifact(Recipe(kind="scores", settings=settings, inputs=inputs))
     for artifact in (rollouts, scores):
         artifact.create(rows=rows, rows_per_unit=ROWS_PER_UNIT)
-    every_row = (item for file in files for item in _rows_of(file))
     units = scores.units()
     after_unit(0, len(units), 0)
-    for unit in units:
-        chunk = list(islice(every_row, ROWS_PER_UNIT))
+    for unit, chunk in zip(units, _chunks(files), strict=True):
         tokens = _import_unit((rollouts, scores), unit, chunk, codec, len(ids))
         after_unit(unit + 1, len(units), tokens)
     for artifact in (rollouts, scores):
@@ -182,12 +195,7 @@ def _import_unit(
 ) -> int:
     """Commit rows as a unit of (rollouts, scores); returns their completion tokens."""
     rollouts, scores = artifacts
-    batch, scored = _batches(chunk)
-    if any(row.shape[1] < forced for row in scored.teacher_forced_logprobs if len(row)):
-        raise UserError(
-            f"{chunk[0][0]} has fewer teacher_forced_logprobs than the {forced} "
-            "terminators named; add their log-probabilities, or name no terminators"
-        )
+    batch, scored = _checked_batches(chunk, forced, None)
     try:
         table, fidelity = encode_scores(codec, scored, batch)
     except ValueError as error:
@@ -204,6 +212,32 @@ def _import_unit(
         fidelity=fidelity,
     )
     return batch.completion_tokens
+
+
+def _chunks(files: Sequence[Path]) -> Iterator[list[PlacedRow]]:
+    """The rows of all files, a unit at a time."""
+    every_row = (item for file in files for item in _rows_of(file))
+    while chunk := list(islice(every_row, ROWS_PER_UNIT)):
+        yield chunk
+
+
+def _checked_batches(
+    chunk: list[PlacedRow], forced: int, vocabulary: int | None
+) -> tuple[RolloutBatch, ScoreBatch]:
+    """Rows as batches that obey every law of `codecs.laws`, with at least so many forced ids."""
+    batch, scored = _batches(chunk)
+    if any(row.shape[1] < forced for row in scored.teacher_forced_logprobs if len(row)):
+        raise UserError(
+            f"{chunk[0][0]} has fewer teacher_forced_logprobs than the {forced} "
+            "terminators named; add their log-probabilities, or name no terminators"
+        )
+    try:
+        check_rollouts(batch, vocabulary=vocabulary)
+        check_scores(block_of(scored), is_ranked=True, vocabulary=vocabulary)
+    except BrokenLaw as error:
+        place = chunk[error.row or 0][0]
+        raise UserError(f"{place}: {error.text}; mend the row") from error
+    return batch, scored
 
 
 def _plain(rollouts: pa.Table, scores: pa.Table) -> pa.Table:
@@ -245,7 +279,7 @@ def _rows_of(file: Path) -> Iterator[PlacedRow]:
     """The rows of a file, as they are."""
     if file.suffix == ".parquet":
         number = 0
-        for batch in pq.ParquetFile(file).iter_batches(256):
+        for batch in _parquet_batches(file):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{file} row {number}", row
@@ -255,9 +289,27 @@ def _rows_of(file: Path) -> Iterator[PlacedRow]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file} line {number} is not JSON ({error}); mend it") from error
         yield f"{file} line {number}", row
+
+
+def _parquet_batches(file: Path) -> Iterator[pa.RecordBatch]:
+    """The rows of a Parquet file, as far as its own sizes allow."""
+    try:
+        opened: Any = pq.ParquetFile(file)  # not typed as a whole
+        for number in range(opened.num_row_groups):
+            group = opened.metadata.row_group(number)
+            columns = [group.column(each) for each in range(group.num_columns)]
+            for column in columns:
+                claimed = max(column.total_uncompressed_size, 4 * column.num_values)
+                check_expansion(column.total_compressed_size, claimed, column.path_in_schema)
+        yield from opened.iter_batches(256)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{file} cannot be read ({reason}); expected a Parquet file; copy it again"
+        ) from error
 
 
 def _checked(place: str, value: object) -> ImportedRow:
@@ -278,7 +330,11 @@ def _checked(place: str, value: object) -> ImportedRow:
         kind = f"such ({first['msg']})"
         if "logprobs" in name:
             kind = "log-probabilities (null, NaN or infinite)"
-        raise UserError(f"{place} has {name} that are no {kind}; mend the row") from error
+        where = "".join(f"[{part}]" for part in first["loc"][1:])
+        raise UserError(
+            f"{place} has {name} that are no {kind}: {name}{where} is {shortened(first['input'])}; "
+            "mend the row"
+        ) from error
     tokens = len(row.completion_ids)
     scored = 0 if row.refused else tokens
     for name, values, wanted in (
@@ -333,7 +389,7 @@ def _batches(chunk: list[PlacedRow]) -> tuple[RolloutBatch, ScoreBatch]:
         prompt_ids=arrays((row.prompt_ids for row in rows), np.int64),
         completion_ids=arrays((row.completion_ids for row in rows), np.int64),
         behavior_logprobs=arrays((row.behavior_logprobs for row in rows), np.float32),
-        finish_reason=tuple(cast(FinishReason, row.finish_reason or "length") for row in rows),
+        finish_reason=tuple(row.finish_reason or "length" for row in rows),
     )
     return rollouts, ScoreBatch(
         teacher_logprobs=arrays((row.teacher_logprobs for row in rows), np.float32),

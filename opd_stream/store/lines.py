@@ -13,6 +13,8 @@ import zstandard
 from opd_stream.errors import UserError
 
 CHUNK_BYTES = 1 << 16
+ZSTD_BYTES = 1 << 11  # read at once: a block of 4 bytes may stand for 2**17
+MOST_CHARACTERS = 2**29  # of a line
 
 
 def lines_of(path: Path) -> Iterator[str]:
@@ -26,14 +28,22 @@ def lines_of(path: Path) -> Iterator[str]:
     with opened(path) as file:
         unpack = {".gz": _gunzipped, ".zst": _unpacked}.get(path.suffix, _chunks)
         rest: list[str] = []  # of a line that may be long, such as a whole array
+        characters = 0
         try:
             for text in codecs.iterdecode(unpack(path, file), "utf-8-sig"):
                 first, *lines = text.split("\n")
                 rest.append(first)
+                characters += len(first)
+                if characters > MOST_CHARACTERS:
+                    raise UserError(
+                        f"{path} has a line of more than {MOST_CHARACTERS:,} characters; expected "
+                        "one row a line; write it so"
+                    )
                 if lines:
                     yield "".join(rest)
                     yield from lines[:-1]
                     rest = lines[-1:]
+                    characters = len(rest[0])
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text ({error}); convert it") from error
         if last := "".join(rest):
@@ -70,7 +80,7 @@ def _unpacked(path: Path, file: BinaryIO) -> Iterator[bytes]:
     """The content of a file of zstd frames; the last has to end where the file does."""
     frame = zstandard.ZstdDecompressor().decompressobj()
     try:
-        while chunk := file.read(CHUNK_BYTES):
+        while chunk := file.read(ZSTD_BYTES):
             while chunk:
                 if frame.eof:
                     frame = zstandard.ZstdDecompressor().decompressobj()

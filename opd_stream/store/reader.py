@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import Artifact, Commit, DamagedUnit
-from opd_stream.store.codecs import ScoreBlock, StateBasis, StoredStates, decode_scores
-from opd_stream.store.codecs.columns import is_among
+from opd_stream.store.codecs import ScoreBlock, StateBasis, StoredStates, checked_scores
+from opd_stream.store.codecs.columns import is_among, lengths_of
 from opd_stream.store.codecs.hidden import basis_of
+from opd_stream.store.codecs.laws import BrokenLaw
 from opd_stream.store.recipe import RecipeRecord
 from opd_stream.store.sealed import load_record
-from opd_stream.store.shards import ROWS_PER_PART, rollouts_batch
+from opd_stream.store.shards import ROWS_PER_PART, checked_rollouts
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
 
@@ -146,9 +147,14 @@ class ScoredRows:
         *,
         units: Sequence[Sequence[int] | None] = (),
         memory_bytes: int = MEMORY_BYTES,
+        vocabulary: int | None = None,
     ) -> None:
-        """Open caches; `units` names those that are read of each, None or nothing: all."""
+        """Open caches; `units` names those that are read of each, None or nothing: all.
+
+        Ids are below `vocabulary`; None: it is not known.
+        """
         self._caches, self._memory_bytes = caches, memory_bytes
+        self._vocabulary = vocabulary
         self._commits: list[tuple[dict[int, Commit], dict[int, Commit]]] = []
         self._schemas: dict[tuple[int, int], tuple[pa.Schema, pa.Schema]] = {}
         self._decoded: OrderedDict[tuple[int, int, int], _Part] = OrderedDict()
@@ -272,14 +278,48 @@ class ScoredRows:
         if (cache, unit) not in self._schemas:
             self._schemas[cache, unit] = (rollouts.read_schema(source), scores.read_schema(commit))
         schemas = self._schemas[cache, unit]
-        source_batch = rollouts.read_part(source, number, schemas[0])
-        batch = rollouts_batch(pa.Table.from_batches([source_batch]))
+        artifact = rollouts
         try:
-            scored = scores.read_part(commit, number, schemas[1])
-            block = decode_scores(scored, self._bases[cache])
+            texts = pa.Table.from_batches([rollouts.read_part(source, number, schemas[0])])
+            batch = checked_rollouts(texts, vocabulary=self._vocabulary)
+            artifact = scores
+            block = checked_scores(
+                scores.read_part(commit, number, schemas[1]),
+                lengths_of(batch.completion_ids),
+                self._bases[cache],
+                vocabulary=self._vocabulary,
+            )
+        except UserError:
+            raise
+        except BrokenLaw as error:
+            raise DamagedUnit(artifact, unit, error.at(number * ROWS_PER_PART)) from error
         except ValueError as error:
-            raise DamagedUnit(scores, unit, str(error)) from error
+            raise DamagedUnit(artifact, unit, str(error)) from error
         return _Part(batch, block, _bytes_of(batch) + _bytes_of(block))
+
+
+def broken_law(store: Store, artifact: Artifact, unit: int) -> str | None:
+    """What no reader takes of a committed unit of rollouts or scores, or None.
+
+    Raises:
+        DamagedUnit: its bytes, or those of its rollouts, are not the committed ones.
+        UserError: the store lacks what it was made from.
+    """
+    table, rows = artifact.read_unit(unit), 0
+    try:
+        if artifact.recipe.kind == "rollouts":
+            checked_rollouts(table)
+            return None
+        fingerprint = artifact.recipe.inputs["rollouts"]
+        texts = store.by_fingerprint("rollouts", fingerprint).read_unit(unit)
+        tokens_R = lengths_of(checked_rollouts(texts).completion_ids)
+        basis = state_basis(artifact)
+        for batch in table.to_batches():
+            checked_scores(batch, tokens_R[rows : rows + batch.num_rows], basis)
+            rows += batch.num_rows
+        return None if rows == len(tokens_R) else f"{rows} rows; expected {len(tokens_R)}"
+    except BrokenLaw as error:
+        return error.at(rows)
 
 
 def state_basis(scores: Artifact) -> StateBasis | None:

@@ -8,6 +8,7 @@ One row is one prompt or one rollout; per-token fields are lists. The scores sha
 same rows in the same order as its rollouts shard; its columns are the codecs' affair.
 """
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,6 +27,14 @@ from opd_stream.store.codecs.columns import (
     offsets_of,
     plane_columns,
     plane_values,
+)
+from opd_stream.store.codecs.laws import (
+    BrokenLaw,
+    Column,
+    check_columns,
+    check_expansion,
+    check_rollouts,
+    row_lengths,
 )
 from opd_stream.store.files import sha256
 from opd_stream.types import PromptBatch, RolloutBatch
@@ -68,8 +77,16 @@ def shard_bytes(table: pa.Table) -> tuple[bytes, list[Part]]:
 
 
 def table_of(data: bytes) -> pa.Table:
-    """The table of a verified shard."""
-    return pa.ipc.open_file(pa.py_buffer(data)).read_all()
+    """The table of a verified shard.
+
+    Raises:
+        BrokenLaw: it claims to be far larger than its bytes.
+    """
+    ipc: Any = pa.ipc  # not typed as a whole
+    messages = ipc.MessageReader.open_stream(pa.py_buffer(memoryview(data)[len(MAGIC) :]))
+    schema = ipc.read_schema(messages.read_next_message())
+    batches = [_expanded(message, schema) for message in messages]
+    return pa.Table.from_batches(batches, schema)
 
 
 def schema_of(data: bytes) -> pa.Schema:
@@ -78,8 +95,38 @@ def schema_of(data: bytes) -> pa.Schema:
 
 
 def batch_of(data: bytes, schema: pa.Schema) -> pa.RecordBatch:
-    """The record batch of a verified part."""
-    return pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(data)), schema)
+    """The record batch of a verified part; raises as `table_of`."""
+    return _expanded(pa.ipc.read_message(pa.py_buffer(data)), schema)
+
+
+def _expanded(message: Any, schema: pa.Schema) -> pa.RecordBatch:
+    """The record batch of a message; each compressed buffer begins with its size in whole."""
+    if message.type != "record batch":
+        raise BrokenLaw(None, f"a message is a {message.type}; expected record batches alone")
+    body = memoryview(message.body)
+    claimed = sum(
+        int.from_bytes(bytes(body[start : start + 8]), "little", signed=True)
+        for start, length in _buffers(bytes(message.metadata))
+        if length >= 8
+    )
+    check_expansion(body.nbytes, claimed, "a record batch")
+    return pa.ipc.read_record_batch(message, schema)
+
+
+def _buffers(metadata: bytes) -> list[tuple[int, int]]:
+    """(offset, length) of each buffer in the body of a record batch, from its flatbuffer."""
+
+    def field(table: int, number: int) -> int:
+        at = table - struct.unpack_from("<i", metadata, table)[0] + 4 + 2 * number
+        return table + struct.unpack_from("<H", metadata, at)[0]
+
+    def followed(at: int) -> int:
+        return at + struct.unpack_from("<I", metadata, at)[0]
+
+    header = followed(field(followed(0), 2))
+    vector = followed(field(header, 2))
+    (number,) = struct.unpack_from("<I", metadata, vector)
+    return [struct.unpack_from("<qq", metadata, vector + 4 + 16 * each) for each in range(number)]
 
 
 PROMPTS = pa.schema(
@@ -90,6 +137,38 @@ PROMPTS = pa.schema(
         ("answer", pa.string()),
     ]
 )
+
+
+COLUMNS = {  # of rollouts
+    "prompt_id": Column(types=("string",), entries="value"),
+    "sample_index": Column(types=("int32",), entries="value"),
+    "prompt_ids": Column(types=("uint32",), entries="any"),
+    "completion_ids": Column(types=("uint32",)),
+    "behavior_logprobs": Column(types=("float",)),
+    "finish_reason": Column(types=("string",), entries="value"),
+    "loss_mask": Column(types=("bool",), is_optional=True),
+    "candidate_ids": Column(types=("uint32",), is_matrix=True, is_optional=True),
+    "candidate_behavior_logprobs": Column(types=("float",), is_matrix=True, is_optional=True),
+    TOP_IDS: Column(types=("uint8",), entries="multiple", is_planes=True, is_optional=True),
+}
+
+
+def checked_rollouts(table: pa.Table, *, vocabulary: int | None = None) -> RolloutBatch:
+    """The rollout batch of a table that anybody may have written.
+
+    Raises:
+        BrokenLaw: names row, column and value.
+    """
+    for batch in table.to_batches():
+        if "completion_ids" not in batch.schema.names:
+            raise BrokenLaw(None, "there is no column completion_ids")
+        column = batch.column("completion_ids")
+        is_list = pa.types.is_list(column.type)
+        lengths = row_lengths(column) if is_list else np.zeros(batch.num_rows, np.int64)
+        check_columns(batch, COLUMNS, lengths)
+    found = rollouts_batch(table)
+    check_rollouts(found, vocabulary=vocabulary)
+    return found
 
 
 def rollouts_table(batch: RolloutBatch) -> pa.Table:

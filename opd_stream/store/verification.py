@@ -15,6 +15,7 @@ from opd_stream.store.files import inside, json_files, verified_bytes
 from opd_stream.store.garbage import Pin
 from opd_stream.store.inventory import SHARDED
 from opd_stream.store.policy import FileDigest, PolicyArtifact, PolicyManifest
+from opd_stream.store.reader import broken_law
 from opd_stream.store.recipe import KINDS, RecipeRecord, mend_recipe
 from opd_stream.store.sealed import DamagedRecord, S, Sealed, load_record
 from opd_stream.store.store import RunRecord, Store
@@ -47,14 +48,14 @@ def names(store: Store) -> list[str]:
     return artifacts + [name for name in BESIDE if _beside(store, name).exists()]
 
 
-def damages(store: Store) -> Iterator[Finding]:
+def damages(store: Store, *, deep: bool = False) -> Iterator[Finding]:
     """Everything in the store that is not what was written."""
     for name in names(store):
-        yield from (finding for finding in examine(store, name) if finding.is_damage)
+        yield from (finding for finding in examine(store, name, deep=deep) if finding.is_damage)
 
 
-def examine(store: Store, name: str) -> list[Finding]:
-    """What is found in one of `names`.
+def examine(store: Store, name: str, *, deep: bool = False) -> list[Finding]:
+    """What is found in one of `names`; deep: also rows that no reader takes, as they were written.
 
     Raises:
         Unreachable: an object store does not answer.
@@ -66,6 +67,8 @@ def examine(store: Store, name: str) -> list[Finding]:
                 examined.load(BESIDE[name], path)
         else:
             examined.read_artifact()
+            if deep and name.startswith(("rollouts/", "scores/")) and not examined.found:
+                examined.check_rows()
     except Unreachable:
         raise
     except Exception as error:  # what a damaged file does to its reader is a finding, too
@@ -139,6 +142,14 @@ class _Examination:
             if recipe is not None and commit.layout not in (None, recipe.layout):
                 self.add("its commit record is of units of another size", unit=unit)
             self.read_shard(commit)
+
+    def check_rows(self) -> None:
+        artifact = Artifact(
+            self.store.root, load_record(ArtifactRecord, self.folder / "recipe.json").recipe
+        )
+        for unit in artifact.commits():
+            if (reason := broken_law(self.store, artifact, unit)) is not None:
+                self.add(reason, unit=unit)
 
     def read_shard(self, commit: Commit) -> None:
         try:

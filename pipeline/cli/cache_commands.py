@@ -71,6 +71,9 @@ def verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Take out what is damaged: its run makes it again.")
     ] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also check the values, whoever wrote them.")
+    ] = False,
 ) -> None:
     """Read everything and say what is damaged; exit code 1 if anything is."""
     from opd_stream.store import verification
@@ -80,7 +83,7 @@ def verify(
     with TerminalProgress() as progress:
         progress.start("verify", len(names))
         for name in names:
-            found = verification.examine(store, name)
+            found = verification.examine(store, name, deep=deep)
             for finding in found:
                 damaged, old = damaged + finding.is_damage, old + (not finding.is_damage)
                 progress.result(f"{'damaged' if finding.is_damage else 'old'}: {finding}")

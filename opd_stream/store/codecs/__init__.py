@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter
 
-from opd_stream.errors import UserError
+from opd_stream.errors import UserError, shortened
 from opd_stream.section import Section
 from opd_stream.store.codecs.columns import (
     ScoreBlock,
@@ -27,16 +27,22 @@ from opd_stream.store.codecs.columns import (
     matrix_rows,
     matrix_values,
 )
+from opd_stream.store.codecs.compact import COLUMNS as COMPACT_COLUMNS
 from opd_stream.store.codecs.compact import decode_compact, encode_compact
+from opd_stream.store.codecs.exact import COLUMNS as EXACT_COLUMNS
 from opd_stream.store.codecs.exact import decode_exact, encode_exact
 from opd_stream.store.codecs.fidelity import Fidelity
+from opd_stream.store.codecs.hidden import COLUMNS as HIDDEN_COLUMNS
 from opd_stream.store.codecs.hidden import (
+    PLAIN_COLUMNS,
     StateBasis,
     StoredStates,
     encode_states,
     integers_of,
     stored_states,
 )
+from opd_stream.store.codecs.laws import BrokenLaw, Column, check_columns, check_scores
+from opd_stream.store.codecs.sampled import COLUMNS as SAMPLED_COLUMNS
 from opd_stream.store.codecs.sampled import decode_sampled, encode_sampled
 from opd_stream.store.files import canonical_json
 from opd_stream.types import RolloutBatch, ScoreBatch
@@ -58,6 +64,12 @@ __all__ = [
 ]
 
 METADATA_KEY = b"opd_stream"
+_COLUMNS = {
+    "exact": EXACT_COLUMNS,
+    "compact": COMPACT_COLUMNS,
+    "sampled": SAMPLED_COLUMNS,
+    "hidden": COMPACT_COLUMNS,
+}
 HIDDEN_MAX_ERROR = 1 / 32  # of the few log-probabilities beside hidden states, nats
 ALIGNED = ("chunk_ids", "same_tokens")  # columns of scores with alignment, whatever the codec
 
@@ -207,6 +219,62 @@ def decode_scores(batch: pa.RecordBatch, basis: StateBasis | None = None) -> Sco
         return block
     candidates = matrix_values(batch, "candidate_teacher_logprobs")
     return replace(block, candidate_teacher_logprobs=candidates)
+
+
+_KEYS = {
+    "prompt_id": Column(types=("string",), entries="value"),
+    "sample_index": Column(types=("int32",), entries="value"),
+    "refused": Column(types=("string",), entries="value", is_nullable=True),
+    "candidate_teacher_logprobs": Column(types=("float",), is_matrix=True, is_optional=True),
+    "chunk_ids": Column(types=("int32",), is_optional=True),
+    "same_tokens": Column(types=("bool",), is_optional=True),
+}
+
+
+def checked_scores(
+    batch: pa.RecordBatch,
+    tokens_R: NDArray[np.int64],
+    basis: StateBasis | None = None,
+    *,
+    vocabulary: int | None = None,
+) -> ScoreBlock:
+    """As `decode_scores`, of a record batch that anybody may have written.
+
+    Args:
+        batch: of a shard of scores.
+        tokens_R: completion tokens of each row.
+        basis: as of `decode_scores`.
+        vocabulary: ids are below it; None: it is not known.
+
+    Raises:
+        BrokenLaw: names row, column and value.
+        UserError: the codec is not known here.
+    """
+    metadata: dict[bytes, bytes] = batch.schema.metadata or {}
+    try:
+        settings = json.loads(metadata.get(METADATA_KEY, b"{}")).get("codec", {})
+        codec = codec_of(settings) if settings.get("kind") in _COLUMNS else None
+    except (ValueError, AttributeError) as error:
+        raise BrokenLaw(None, f"its codec cannot be read ({shortened(str(error))})") from error
+    columns = _KEYS | (_COLUMNS[codec.kind] if codec is not None else {})
+    if isinstance(codec, HiddenCodec):
+        columns = columns | (PLAIN_COLUMNS if "hidden" in batch.schema.names else HIDDEN_COLUMNS)
+    if "refused" in batch.schema.names and len(tokens_R) == batch.num_rows:
+        tokens_R = np.where(batch.column("refused").is_valid(), 0, tokens_R)
+    check_columns(batch, columns, tokens_R)
+    try:
+        block = decode_scores(batch, basis)
+    except (KeyError, IndexError, pa.ArrowInvalid) as error:  # metadata that is not there
+        raise BrokenLaw(None, f"it cannot be decoded ({shortened(error)})") from error
+    check_scores(
+        block,
+        error=HIDDEN_MAX_ERROR
+        if isinstance(codec, HiddenCodec)
+        else getattr(codec, "max_error", 0),
+        is_ranked=not isinstance(codec, SampledCodec),
+        vocabulary=vocabulary,
+    )
+    return block
 
 
 def scores_batch(table: pa.Table, basis: StateBasis | None = None) -> ScoreBatch:

@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from opd_stream.types import ScoreBatch
+
 if TYPE_CHECKING:
     from opd_stream.store.codecs.hidden import StoredStates
 
@@ -37,6 +39,26 @@ class ScoreBlock:
     teacher_states: "tuple[StoredStates, ...] | None" = None  # R, of codec hidden
     chunk_ids: NDArray[np.int32] | None = None  # [N], of scores with alignment
     same_tokens: NDArray[np.bool_] | None = None  # [N], the same
+
+
+def block_of(scores: ScoreBatch) -> ScoreBlock:
+    """Rows of scores behind one another, without hidden states."""
+
+    def values(name: str, dtype: Any) -> NDArray[Any]:
+        return flat(getattr(scores, name), dtype)
+
+    own, chunks = scores.candidate_teacher_logprobs, scores.chunk_ids
+    return ScoreBlock(
+        offsets=offsets_of(lengths_of(scores.teacher_logprobs)),
+        refused=tuple(scores.refused.get(row) for row in range(len(scores))),
+        teacher_logprobs=values("teacher_logprobs", np.float32),
+        teacher_top_ids=values("teacher_top_ids", np.uint32),
+        teacher_top_logprobs=values("teacher_top_logprobs", np.float32),
+        teacher_tail_logprobs=values("teacher_tail_logprobs", np.float32),
+        teacher_forced_logprobs=values("teacher_forced_logprobs", np.float32),
+        candidate_teacher_logprobs=None if own is None else flat(own, np.float32),
+        chunk_ids=None if chunks is None else flat(chunks, np.int32),
+    )
 
 
 def is_among(ids_NK: NDArray[np.integer[Any]], of_NS: NDArray[np.integer[Any]]) -> NDArray[Any]:

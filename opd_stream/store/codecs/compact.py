@@ -31,12 +31,28 @@ from opd_stream.store.codecs.columns import (
     row_offsets,
 )
 from opd_stream.store.codecs.fidelity import Fidelity, measure
+from opd_stream.store.codecs.laws import (
+    MOST_CANDIDATES,
+    BrokenLaw,
+    Column,
+    check_expansion,
+)
 from opd_stream.types import ScoreBatch
 
 INFINITE_STEPS = 65_535
 STEP_PER_ERROR = 1.998  # a thousandth of the bound is left for float32
 DICTIONARY_KEY = b"dictionary"
 LARGEST_COUNTED_ID = 2**24  # ids above are sorted instead of counted in an array
+
+
+COLUMNS = {
+    "top_counts": Column(types=("uint16",), most=MOST_CANDIDATES),
+    "top_codes": Column(types=("uint8",), entries="top_counts", is_planes=True),
+    "top_steps": Column(types=("uint8",), entries="top_counts", is_planes=True),
+    "sampled_steps": Column(types=("uint8",), is_planes=True),
+    "tail_steps": Column(types=("uint8",), is_planes=True),
+    "forced_steps": Column(types=("uint8",), entries="multiple", is_planes=True),
+}
 
 
 def encode_compact(
@@ -108,7 +124,10 @@ def decode_compact(batch: pa.RecordBatch, *, max_error: float) -> ScoreBlock:
     tokens = len(counts_N)
     metadata: dict[bytes, bytes] = batch.schema.metadata or {}
     dictionary = unpacked_dictionary(metadata[DICTIONARY_KEY])
-    ids = dictionary[plane_values("top_codes", batch)]
+    codes = plane_values("top_codes", batch)
+    if len(codes) and int(codes.max()) >= len(dictionary):
+        raise BrokenLaw(None, f"top_codes is {codes.max()}; expected below {len(dictionary)}")
+    ids = dictionary[codes]
     differences = plane_values("top_steps", batch).view(np.int32)
     most = int(counts_N.max()) if tokens else 0
     forced = len(flat_values(batch.column("forced_steps_0"))) // max(1, tokens)
@@ -148,6 +167,7 @@ def packed_dictionary(ids: NDArray[np.uint32]) -> bytes:
 def unpacked_dictionary(data: bytes) -> NDArray[np.uint32]:
     """The ids of a shard, most frequent first."""
     size = int.from_bytes(data[:8], "little")
+    check_expansion(len(data), 4 * size, "a dictionary")
     planes = pa.Codec("zstd").decompress(data[8:], decompressed_size=4 * size, asbytes=True)
     return joined(list(np.frombuffer(planes, np.uint8).reshape(4, size)))
 

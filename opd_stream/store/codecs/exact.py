@@ -18,7 +18,16 @@ from opd_stream.store.codecs.columns import (
     row_offsets,
 )
 from opd_stream.store.codecs.fidelity import Fidelity, measure
+from opd_stream.store.codecs.laws import Column
 from opd_stream.types import ScoreBatch
+
+COLUMNS = {
+    "teacher_logprobs": Column(types=("float",)),
+    "teacher_top_ids": Column(types=("uint32",), is_matrix=True),
+    "teacher_top_logprobs": Column(types=("halffloat", "float"), is_matrix=True),
+    "teacher_tail_logprobs": Column(types=("float",)),
+    "teacher_forced_logprobs": Column(types=("halffloat", "float"), is_matrix=True),
+}
 
 
 def encode_exact(scores: ScoreBatch, *, dtype: str) -> tuple[dict[str, Any], Fidelity]:

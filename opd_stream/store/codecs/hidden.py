@@ -29,6 +29,7 @@ from opd_stream.store.codecs.columns import (
     unrounded,
     widened,
 )
+from opd_stream.store.codecs.laws import Column
 from opd_stream.store.codecs.rans import Coded, decode, encode
 from opd_stream.store.files import sha256
 
@@ -38,6 +39,18 @@ SCALES_KEY = b"hidden_scales"  # int8 of each channel: its spread in quarter oct
 WIDTH_KEY = b"hidden_width"
 BASIS_KEY = b"hidden_basis"  # digest of the basis that rounded ones stand in
 PER_OCTAVE = 4  # codes of steps and spreads
+
+
+PLAIN_COLUMNS = {
+    "hidden": Column(types=("float", "halffloat", "uint16"), entries="multiple"),
+}
+COLUMNS = {
+    "hidden_steps": Column(types=("int8",)),
+    "hidden_words": Column(types=("uint16",), entries="any"),
+    "hidden_lanes": Column(types=("uint16",), entries="any"),
+    "hidden_places": Column(types=("uint32",), entries="any"),
+    "hidden_values": Column(types=("int32",), entries="any"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

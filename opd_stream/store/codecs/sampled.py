@@ -25,7 +25,16 @@ from opd_stream.store.codecs.columns import (
     row_offsets,
 )
 from opd_stream.store.codecs.fidelity import Fidelity, measure
+from opd_stream.store.codecs.laws import MOST_CANDIDATES, Column
 from opd_stream.types import ScoreBatch
+
+COLUMNS = {
+    "teacher_logprobs": Column(types=("float",)),
+    "draw_unique": Column(types=("uint16",), most=MOST_CANDIDATES),
+    "draw_ids": Column(types=("uint8",), entries="draw_unique", is_planes=True),
+    "draw_counts": Column(types=("uint8",), entries="draw_unique", is_planes=True),
+    "teacher_forced_logprobs": Column(types=("halffloat",), is_matrix=True),
+}
 
 
 def encode_sampled(scores: ScoreBatch, *, draws: int) -> tuple[dict[str, Any], Fidelity]:
