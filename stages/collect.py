@@ -133,8 +133,7 @@ def submit_missing(
         executor: runs the tasks; Ray's workers start at once.
         rollouts: made by the student.
         scores: made by the teacher; None: only sample.
-        student: checkpoint of the rollouts' recipe.
-        teacher: checkpoint of the scores' recipe.
+        student, teacher: checkpoints of the recipes of rollouts and scores.
         made_by: id of the run.
         progress: warned of damaged units.
         generate: False: score only what is published.
@@ -147,8 +146,8 @@ def submit_missing(
     to_score: list[int] = []
     if scores is not None:
         to_score = _units_to_score(rollouts, scores, to_generate, progress, verify=verify)
-        if not generate:
-            to_score = [unit for unit in to_score if rollouts.commit_record(unit) is not None]
+    if not generate:
+        to_score = [unit for unit in to_score if rollouts.commit_record(unit) is not None]
     tasks = [
         Task(
             unit=unit,
@@ -169,12 +168,9 @@ def submit_missing(
         check(student)
     if tasks:
         executor.submit(tasks)
+    made, scored = frozenset(to_generate), frozenset(to_score)
     return SubmittedWork(
-        rollouts=rollouts,
-        scores=scores,
-        tasks=tuple(tasks),
-        to_generate=frozenset(to_generate),
-        to_score=frozenset(to_score),
+        rollouts=rollouts, scores=scores, tasks=tuple(tasks), to_generate=made, to_score=scored
     )
 
 

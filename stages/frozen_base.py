@@ -74,7 +74,7 @@ def make_whole(layer: torch.nn.Module) -> bool:
     is_narrow = weight.itemsize <= 2
     if isinstance(layer, _Quantised):
         weight.data = layer.whole(torch.float32)
-        layer.__class__ = torch.nn.Linear
+        cast(Any, layer).__class__ = torch.nn.Linear
     weight.data = weight.data.float()
     return is_narrow
 

@@ -126,7 +126,8 @@ class StorePath(S3Path):
 
     def read_bytes(self) -> bytes:
         """All of it by one request, which is asked again as a whole."""
-        return self.fs.cat_file(self.path)
+        data: bytes = self.fs.cat_file(self.path)
+        return data
 
     @classmethod
     def _fs_factory(
