@@ -63,14 +63,17 @@ def quantise(model: Any, bits: Bits) -> None:
         if type(module) in (torch.nn.Linear, _Linear):
             module.__class__ = _Quantised
             module.pack(bits)
+    for parameter in model.parameters():  # of which one would keep the whole file mapped
+        if parameter.dtype != torch.uint8:
+            parameter.data = parameter.data.clone()
 
 
-def make_whole(layer: torch.nn.Module) -> bool:
+def make_whole(layer: Any) -> bool:
     """Give a linear layer of a frozen base its weight in float32; whether it had 16 bits or fewer.
 
     A quantised one becomes a plain one.
     """
-    weight: Any = layer.weight
+    weight = layer.weight
     is_narrow = weight.itemsize <= 2
     if isinstance(layer, _Quantised):
         weight.data = layer.whole(torch.float32)
