@@ -16,7 +16,7 @@ from stages.audit import audited_parameters, segment_sketches
 from stages.step import Silent
 from stages.student_model import load_student
 from stages.train_data import BatchPlan, step_batches
-from tests.conftest import MODELS, reports_of, run, small_config
+from tests.conftest import MODELS, SmallRuns, reports_of, run, small_config
 
 CANDIDATES = (64, 128)
 
@@ -65,13 +65,10 @@ def test_a_sketch_keeps_cosines() -> None:
 
 
 @pytest.mark.parametrize("objective", [SampledPg(), Bucket(direction="reverse")])
-def test_segments_add_up_to_the_gradient_of_the_whole(tmp_path: Path, objective: Objective) -> None:
-    run(
-        small_config(tmp_path, "rounds=1", "evaluation=null"),
-        RunFolder(tmp_path / "r"),
-        Silent(),
-    )
-    (scores,) = (tmp_path / "store" / "scores").iterdir()
+def test_segments_add_up_to_the_gradient_of_the_whole(
+    small_runs: SmallRuns, objective: Objective
+) -> None:
+    (scores,) = (small_runs("rounds=1", "evaluation=null") / "store" / "scores").iterdir()
     rows = open_scores(scores)
     plan = BatchPlan(
         rows_per_step=8,
@@ -155,7 +152,9 @@ def test_units_kept_from_a_longer_window_train_at_the_decided_one(tmp_path: Path
     assert [each.get("window_tokens") for each in settings] == [None, 8]
 
 
-@pytest.mark.parametrize("objective", ["sampled_pg", "bucket"])
+@pytest.mark.parametrize(
+    "objective", ["bucket", pytest.param("sampled_pg", marks=pytest.mark.slow)]
+)
 def test_an_audit_can_read_the_objective_that_trains(tmp_path: Path, objective: str) -> None:
     found: dict[str, list[float]] = {}
     for audited in ("sampled", "trained"):

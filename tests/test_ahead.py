@@ -64,7 +64,10 @@ BARELY_MOVED = ("rounds=5", "staleness.policy_drift=0.02", "train.learning_rate=
 
 
 @pytest.mark.usefixtures("rough_engine")
-@pytest.mark.parametrize("how", ["rollouts.ahead=true", "staleness.max_policies=9"])
+@pytest.mark.parametrize(
+    "how",
+    ["staleness.max_policies=9", pytest.param("rollouts.ahead=true", marks=pytest.mark.slow)],
+)
 def test_a_round_without_fresh_rows_reads_drift_above_the_last_floor(
     how: str, tmp_path: Path
 ) -> None:
@@ -102,7 +105,7 @@ def test_the_sampler_never_waits_for_the_scores_of_a_round(
 
     monkeypatch.setattr(pipeline_run, "submit_missing", submit_missing)
     monkeypatch.setattr(pipeline_run, "wait_for", wait_for)
-    found = reports(tmp_path, "rounds=5")
+    found = reports(tmp_path, "rounds=4")
     names = [report["caches"][0]["rollouts"][:16] for report in found]
     for before, after in pairwise(names[2:]):
         assert told.index(("submitted", f"rollouts/{after}")) < told.index(
@@ -129,6 +132,7 @@ def test_a_window_schedule_is_read_as_if_every_planned_step_were_taken(tmp_path:
     assert [report["window_tokens"] for report in found] == [22, 30, 38]
 
 
+@pytest.mark.slow
 def test_the_next_round_can_be_made_on_another_machine_before_this_one_trains(
     tmp_path: Path,
 ) -> None:

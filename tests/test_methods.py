@@ -22,7 +22,9 @@ import transformers
 from opd_stream.config import Config
 from opd_stream.config_file import load_config
 from opd_stream.store.store import Store
+from pipeline.rounds import rounds
 from pipeline.run_folder import RunFolder
+from pipeline.setup import open_setup
 from stages.step import Silent
 from tests.conftest import run
 
@@ -62,6 +64,7 @@ MORE = {  # what no method's config has: name -> (config, settings)
     ),
 }
 CASES = {path.stem: (f"methods/{path.name}", ()) for path in METHODS} | MORE
+QUICK = ("adwin", "ahead", "effopd", "esr", "hybrid", "lora", "refresh_windows", "sampled")
 
 
 def machine() -> str:
@@ -120,6 +123,22 @@ def record_of(config: Config, summary: dict[str, Any], folder: Path) -> dict[str
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_a_method_begins_as_it_began_before(name: str, tmp_path: Path) -> None:
+    """The names of its first artifacts, which follow from the config and the code alone."""
+    here = next(rounds(open_setup(tiny_config(name, tmp_path))))
+    caches = [
+        [cache.rollouts.artifact.fingerprint, cache.scores.artifact.fingerprint]
+        for cache in here.caches
+    ]
+    for recorded in json.loads(GOLDEN.read_text()).values():
+        assert recorded[name]["first_round"]["policy"] == here.policy.fingerprint
+        assert recorded[name]["first_round"]["caches"] == caches
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in CASES],
+)
 def test_a_method_gives_what_it_gave_before(name: str, tmp_path: Path) -> None:
     config = tiny_config(name, tmp_path)
     summary = run(config, RunFolder(tmp_path / "run"), Silent())

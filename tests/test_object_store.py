@@ -92,16 +92,26 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [("rounds=1", "evaluation=null"), pytest.param((), marks=pytest.mark.slow)],
+    ids=["one round", "two"],
+)
 def test_a_run_in_s3_ends_where_one_on_a_disk_does(
-    bucket: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: tuple[str, ...],
+    bucket: str,
+    small_runs: SmallRuns,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = small_config(tmp_path, f"store={bucket}")
+    finished_run = small_runs(*settings)
+    config = small_config(tmp_path, *settings, f"store={bucket}")
     run(config, RunFolder(tmp_path / "s3"), Silent())
     disk, remote = summary_of(finished_run / "run"), summary_of(tmp_path / "s3")
     for key in ("policies", "caches", "tokens"):
         assert disk[key] == remote[key]
     again = RunFolder(tmp_path / "again")
-    run(small_config(tmp_path, f"store={bucket}"), again, Silent())
+    run(config, again, Silent())
     assert summary_of(again.path)["tokens"]["teacher_scored"] == 0
     assert summary_of(again.path)["policies"] == disk["policies"]
     caches = disk["caches"][0][0]

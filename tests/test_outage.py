@@ -90,7 +90,10 @@ class At(Silent):
             self._action()
 
 
-@pytest.mark.parametrize("stage", ["generate", "score", "train"])
+@pytest.mark.parametrize(
+    "stage",
+    ["score", *(pytest.param(name, marks=pytest.mark.slow) for name in ("generate", "train"))],
+)
 def test_a_folder_that_goes_away_is_not_made_again_elsewhere(
     stage: str, tmp_path: Path, expected: Any
 ) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import MODELS, SMALL_RUN, START, clash
+from pipeline.run_folder import RunFolder
+from stages.step import Silent
+from tests.conftest import MODELS, SMALL_RUN, START, SmallRuns, clash, run, small_config
 
 
 def ray_command(folder: Path, *overrides: str) -> list[str]:
@@ -27,6 +29,15 @@ def ray_command(folder: Path, *overrides: str) -> list[str]:
 
 def summary_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run" / "summary.json").read_text())
+
+
+def test_ray_ends_where_the_local_loop_does(small_runs: SmallRuns, tmp_path: Path) -> None:
+    settings = ("rounds=1", "evaluation=null")
+    local = summary_of(small_runs(*settings))
+    run(small_config(tmp_path, *settings, "executor=ray"), RunFolder(tmp_path / "run"), Silent())
+    ray = summary_of(tmp_path)
+    for name in ("policies", "caches", "tokens"):
+        assert ray[name] == local[name]
 
 
 @pytest.mark.slow
@@ -51,6 +62,7 @@ def test_ray_killed_in_the_middle_ends_where_the_local_loop_does(
     assert summary_of(ray)["tokens"] == summary_of(local)["tokens"]
 
 
+@pytest.mark.slow
 def test_a_teacher_that_a_ray_worker_refuses_is_one_line_before_the_student_samples(
     tmp_path: Path,
 ) -> None:
@@ -77,6 +89,7 @@ def wait_for_unit(folder: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_pool_that_no_node_can_run_ends_the_run_with_what_is_missing(tmp_path: Path) -> None:
     pool = "{labels: {pool: nowhere}, resources: {slot: 1}, start_seconds: 8}"
     command = ray_command(tmp_path, f"pools.teacher={pool}", "evaluation=null")

@@ -105,6 +105,38 @@ EVERY_METHOD = (
 )
 
 
+class Deadly(Silent):
+    """Kills its own process at the given sign of a stage."""
+
+    def __init__(self, stage: str, signs: int) -> None:
+        self._stage, self._left = stage, signs
+
+    def advance(self, stage: str, count: int, tokens: int = 0, **facts: float) -> None:
+        self._left -= bool(count and stage == self._stage)
+        if not self._left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_run_killed_in_every_stage_ends_in_the_same_place(
+    small_runs: SmallRuns, tmp_path: Path
+) -> None:
+    expected = fingerprints(small_runs(*EVERY_METHOD))
+    config = small_config(tmp_path, *EVERY_METHOD)
+    for stage, signs in (("evaluate", 1), ("generate", 2), ("score", 1), ("train", 5)):
+        child = os.fork()
+        if child == 0:
+            try:
+                run(config, RunFolder(tmp_path / "run"), Deadly(stage, signs))
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status), stage
+    run(config, RunFolder(tmp_path / "run"), Silent())
+    assert fingerprints(tmp_path) == expected
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 @pytest.mark.parametrize("overrides", [(), EVERY_METHOD], ids=["plain", "every method"])
 def test_a_run_killed_many_times_ends_in_the_same_place(
@@ -132,15 +164,23 @@ def test_a_run_killed_many_times_ends_in_the_same_place(
     assert fingerprints(folder) == expected
 
 
-@pytest.mark.parametrize("overrides", [(), ("rollouts.ahead=true",)], ids=["plain", "ahead"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        pytest.param(("rounds=3",), marks=pytest.mark.slow),
+        pytest.param(("rounds=3", "rollouts.ahead=true"), marks=pytest.mark.slow),
+    ],
+    ids=["plain", "longer", "ahead"],
+)
 def test_a_finished_run_goes_on_with_more_rounds(
     overrides: tuple[str, ...], small_runs: SmallRuns, tmp_path: Path
 ) -> None:
-    small_runs.copy(tmp_path / "grown", "rounds=1", *overrides)
-    config = small_config(tmp_path / "grown", "rounds=3", *overrides)
+    small_runs.copy(tmp_path / "grown", *overrides, "rounds=1")
+    config = small_config(tmp_path / "grown", *overrides)
     run(config, RunFolder(tmp_path / "grown" / "run"), Silent())
     grown = fingerprints(tmp_path / "grown")
-    whole = fingerprints(small_runs("rounds=3", *overrides))
+    whole = fingerprints(small_runs(*overrides))
     evaluated = grown.pop("evaluations")
     assert evaluated[1]["round"] == 1  # it was the last
     assert [evaluated[0], *evaluated[2:]] == whole.pop("evaluations")
@@ -176,7 +216,9 @@ def test_two_runs_on_one_store_at_the_same_time_both_finish(
     finished_run: Path, tmp_path: Path
 ) -> None:
     children: list[int] = []
-    for name, overrides in (("first", []), ("second", []), ("third", ["rounds=1"])):
+    plain = ["evaluation=null"]
+    runs = (("first", plain), ("second", plain), ("third", [*plain, "rounds=1"]))
+    for name, overrides in runs:
         child = os.fork()
         if child == 0:
             status = 1

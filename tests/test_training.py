@@ -132,7 +132,7 @@ def test_a_stopped_round_goes_on_with_another_number_of_processes(
     assert [line["step"] for line in lines(collected, "broken")] == list(range(whole["steps"]))
 
 
-@pytest.mark.parametrize("steps", [2, 4])
+@pytest.mark.parametrize("steps", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_last_step_of_an_epoch_is_a_checkpoint_too(
     collected: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
@@ -205,8 +205,8 @@ def test_an_adapter_is_trained_merged_and_continued(tmp_path: Path) -> None:
     "overrides",
     [
         ("train.gradient_checkpointing=true", "train.weight_decay=0.002"),
-        ("train.precision=bf16-mixed",),
-        ("train.guards.soft_clamp=3",),
+        pytest.param(("train.precision=bf16-mixed",), marks=pytest.mark.slow),
+        pytest.param(("train.guards.soft_clamp=3",), marks=pytest.mark.slow),
         ("train.objective={kind: hybrid}", "train.schedule=cosine", "train.warmup=0.1"),
         ("train.objective={kind: mc}",),
         ("train.gate={blocks: spans, statistic: abs}", "train.freshness={alpha: 2}"),
@@ -315,7 +315,9 @@ def test_a_report_says_what_was_measured(collected: Path) -> None:
     assert sum(place["tokens"] for place in places) == report["tokens"]["generated"]
 
 
-@pytest.mark.parametrize("signal", ["kl", "reward", "both"])
+@pytest.mark.parametrize(
+    "signal", ["kl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reward", "both"))]
+)
 def test_an_extrapolation_is_searched_recorded_and_continued(tmp_path: Path, signal: str) -> None:
     settings = (
         f"train.extrapolation={{signal: {signal}, rows: 8, prompts: 4, candidates: 2}}",
