@@ -34,7 +34,11 @@ ALIGNED = "scores.alignment={kind: bytes}"
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "objective"), [("byte_level", "bucket"), ("metaspace", "sampled_pg")]
+    ("tokenizer", "objective"),
+    [
+        ("byte_level", "bucket"),
+        pytest.param("metaspace", "sampled_pg", marks=pytest.mark.slow),
+    ],
 )
 def test_a_round_with_another_tokenizers_teacher(
     tmp_path: Path, tokenizer: str, objective: str

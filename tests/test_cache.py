@@ -37,7 +37,10 @@ NOW = ("--hours", "0", *GONE)
 CODECS = ["{kind: exact}", "{kind: exact, dtype: float32}", "{kind: compact, mass: 0.99}"]
 
 
-@pytest.fixture(scope="module", params=CODECS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(codec, marks=[pytest.mark.slow] * ("32" in codec)) for codec in CODECS],
+)
 def finished(request: pytest.FixtureRequest, small_runs: SmallRuns) -> Path:
     """A folder with a finished small run in `run` and its store in `store`."""
     return small_runs(f"scores.codec={request.param}")
@@ -200,13 +203,14 @@ def test_a_commit_record_that_points_out_of_the_store_is_refused(
 # Order and reading
 
 
-def test_the_order_of_an_epoch_depends_on_nothing_but_seed_epoch_and_rows(tmp_path: Path) -> None:
-    for name, per_unit in (("small", 1), ("large", 8)):
-        settings = ("rounds=1", "evaluation=null", f"prompts_per_unit={per_unit}")
-        finish(tmp_path / name, "run", *settings)
+def test_the_order_of_an_epoch_depends_on_nothing_but_seed_epoch_and_rows(
+    small_runs: SmallRuns, tmp_path: Path
+) -> None:
+    settings = ("rounds=1", "evaluation=null")
+    plain, other = small_runs(*settings), tmp_path
+    finish(other, "run", *settings, "prompts_per_unit=1")
     small, large = (
-        open_scores(tmp_path / name / "store" / scores_names(tmp_path / name)[0])
-        for name in ("small", "large")
+        open_scores(folder / "store" / scores_names(folder)[0]) for folder in (other, plain)
     )
     keys = [[row.prompt_id for row in rows.epoch(seed=4, epoch=1)] for rows in (small, large)]
     assert keys[0] == keys[1]

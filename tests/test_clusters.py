@@ -78,6 +78,7 @@ def test_three_machines_that_follow_each_other_make_the_policies_of_one(tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*")
+@pytest.mark.slow
 def test_two_machines_on_one_stage_share_its_units(tmp_path: Path) -> None:
     config = small_config(
         tmp_path, "evaluation=null", "prompts_per_unit=1", "rollouts.window.tokens=160"

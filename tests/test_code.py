@@ -311,7 +311,13 @@ def limited() -> Iterator[None]:
     check_isolation.cache_clear()
 
 
-@pytest.mark.parametrize("name", [*HOSTILE, *ENDLESS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("fork bomb", "raise") else [pytest.mark.slow])
+        for name in (*HOSTILE, *ENDLESS)
+    ],
+)
 def test_without_namespaces_a_hostile_program_is_survived_too(
     limited: None, nothing_left: None, name: str
 ) -> None:

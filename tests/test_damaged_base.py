@@ -105,6 +105,7 @@ def test_a_run_mends_what_it_continues(finished: Path, damaged: Path) -> None:
     assert_mended(finished, damaged, summary["policies"][-1]["weights_sha256"])
 
 
+@pytest.mark.slow
 def test_stages_mend_what_they_continue(finished: Path, damaged: Path) -> None:
     config = small_config(damaged, *GROWING)
 

@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -364,11 +363,13 @@ def test_what_cannot_be_compared_is_one_line(measured: Path, tmp_path: Path) -> 
         assert "\n" not in str(caught.value)
 
 
-def test_the_commands_tell_a_mistake_in_one_line(tmp_path: Path) -> None:
+def test_the_commands_tell_a_mistake_in_one_line(
+    opd_stream: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     config = str(MODELS.parent / "quickstart.yaml")
     for arguments in (["evaluate", config], ["compare", "none-a", "none-b"]):
-        command = [sys.executable, "-m", "pipeline", *arguments]
-        found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-        assert found.returncode == 2, found.stderr
-        assert len(found.stderr.splitlines()) == 1
+        code, _, said = opd_stream(*arguments)
+        assert code == 2, said
+        assert len(said.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []

@@ -57,7 +57,9 @@ def config_of(folder: Path, **changes: Any) -> Config:
     return load_config(folder / "run.yaml", [])
 
 
+@pytest.mark.slow
 def test_the_tests_of_the_page_pass(own_parts: Path) -> None:
+    """As a user starts them; `tests/test_snippets.py` calls them, too."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(own_parts)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=own_parts)
     assert done.returncode == 0, done.stdout

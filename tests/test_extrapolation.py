@@ -94,7 +94,7 @@ def test_a_score_that_is_not_finite_is_worse_than_any_other(
     assert (outcome.kept, weight.tolist()) == (0, [1.0] * 3)
 
 
-@pytest.mark.parametrize("acceptance", ["strict", "equal"])
+@pytest.mark.parametrize("acceptance", ["strict", pytest.param("equal", marks=pytest.mark.slow)])
 def test_a_round_with_a_score_that_is_not_finite_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, acceptance: str
 ) -> None:

@@ -96,9 +96,9 @@ def test_units_that_are_extended_and_kept_train_like_those_of_other_codecs(
 @pytest.mark.parametrize(
     ("objective", "top_k"),
     [
-        ("{kind: skew, direction: forward}", "null"),
         ("{kind: lsm}", "7"),
-        ("{kind: sampled_pg}", "1"),
+        pytest.param("{kind: skew, direction: forward}", "null", marks=pytest.mark.slow),
+        pytest.param("{kind: sampled_pg}", "1", marks=pytest.mark.slow),
     ],
 )
 def test_a_cache_serves_an_objective_that_was_chosen_later(

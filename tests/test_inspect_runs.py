@@ -40,7 +40,13 @@ def test_windows_and_masks_are_marked_and_left_out_of_the_mean(tmp_path: Path) -
     assert view.mean == pytest.approx(np.delete(view.values[:20], stop).mean())
 
 
-@pytest.mark.parametrize("codec", ["{kind: compact, mass: 0.9999}", "{kind: sampled, draws: 8}"])
+@pytest.mark.parametrize(
+    "codec",
+    [
+        "{kind: sampled, draws: 8}",
+        pytest.param("{kind: compact, mass: 0.9999}", marks=pytest.mark.slow),
+    ],
+)
 def test_other_codecs_say_what_they_know(tmp_path: Path, codec: str) -> None:
     overrides = [f"scores.codec={codec}", "rounds=1", "evaluation=null"]
     if "sampled" in codec:

@@ -15,17 +15,26 @@ ROOT = Path(__file__).parent.parent
 FAKES = ("evaluation=null", "student.engine=fake", "teacher.engine=fake", "rounds=1")
 
 
-def run_in(folder: Path, executor: str, start: str) -> subprocess.CompletedProcess[str]:
+def run_in(
+    folder: Path, executor: str, start: str, *, command: str = "run"
+) -> subprocess.CompletedProcess[str]:
     """A tiny run in a folder with a user's `stages` and `pipeline`, which is first on the path."""
     config = {**SMALL_RUN, "executor": executor, "store": "store"}
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     settings = [part for field in FAKES for part in ("--set", field)]
-    command = [sys.executable, "-c", start, "run", "run.yaml", "--run-dir", "out", *settings]
+    words = [sys.executable, "-c", start, command, "run.yaml", "--run-dir", "out", *settings]
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=folder, env=clash(folder)
+        words, capture_output=True, text=True, check=False, cwd=folder, env=clash(folder)
     )
 
 
+def test_a_plan_leaves_a_users_stages_and_pipeline_alone(tmp_path: Path) -> None:
+    found = run_in(tmp_path, "local", START, command="plan")
+    assert found.returncode == 0, found.stderr
+    assert "teacher" in found.stdout
+
+
+@pytest.mark.slow
 def test_a_local_run_needs_no_ray_and_leaves_a_users_stages_and_pipeline_alone(
     tmp_path: Path,
 ) -> None:

@@ -113,6 +113,7 @@ def test_a_state_that_is_needed_again_is_made_again(small_runs: SmallRuns, tmp_p
     assert [len(list(each.artifact_folder.glob("attempt-*"))) for each in found[:2]] == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_state_goes_leaves_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +161,13 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.mark.parametrize("method", [(), ("train.lora={rank: 4}",)], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param((), id="full"),
+        pytest.param(("train.lora={rank: 4}",), id="lora", marks=pytest.mark.slow),
+    ],
+)
 def test_policies_of_a_16_bit_base_have_16_bits_and_train_as_float32(
     narrow: dict[str, Path], tmp_path: Path, method: tuple[str, ...]
 ) -> None:

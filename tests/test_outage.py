@@ -55,12 +55,13 @@ def door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
         yield opened
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "request_line",
     [
         f"PUT /{BUCKET}/store/scores/",
-        pytest.param(f"HEAD /{BUCKET}/store/policies/", marks=pytest.mark.slow),
-        pytest.param(f"PUT /{BUCKET}/store/policies/", marks=pytest.mark.slow),
+        f"HEAD /{BUCKET}/store/policies/",
+        f"PUT /{BUCKET}/store/policies/",
     ],
 )
 def test_an_outage_is_waited_for_or_ends_in_a_line_and_loses_nothing(

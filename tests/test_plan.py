@@ -36,7 +36,7 @@ from pipeline.estimate.sizes import (
 from pipeline.run_folder import RunFolder
 from stages.checkpoints import weight_shapes
 from stages.step import Silent
-from tests.conftest import MODELS, SmallRuns, loaded_by, run, small_config
+from tests.conftest import MODELS, SmallRuns, loaded_by, run, small_config, summary_of
 from tests.test_codecs import random_scores, rollouts_of
 
 ADAPTIVE = "rollouts.window={kind: adaptive, candidates: [16, 32], max_window_tokens: 48}"
@@ -57,16 +57,25 @@ def plan(folder: Path, *overrides: str, name: str = "run") -> Estimate:
     return estimate(small_config(folder, *overrides), RunFolder(folder / name))
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name == "adaptive" else []) for name in CASES
+    ],
+    ids=str,
+)
 def planned(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    small_runs: SmallRuns,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
     """A plan before a run, the run's summary, and the plan after it."""
     folder, overrides = tmp_path_factory.mktemp("planned"), CASES[request.param]
     before = plan(folder, *overrides)
     found = {"case": request.param, "folder": folder, "before": before.as_json()}
     assert sorted(path.name for path in folder.iterdir()) == ["small.yaml"]  # nothing is written
-    found["summary"] = run(small_config(folder, *overrides), RunFolder(folder / "run"), Silent())
+    small_runs.copy(folder, *overrides)
+    found["summary"] = summary_of(RunFolder(folder / "run"))
     found["after"] = plan(folder, *overrides).as_json()
     return found
 

@@ -164,7 +164,7 @@ HAS_8BIT = importlib.util.find_spec("bitsandbytes") is not None
 @pytest.mark.parametrize(
     "setting",
     [
-        "train.precision=bf16-true",
+        pytest.param("train.precision=bf16-true", marks=pytest.mark.slow),
         "train.optimizer=adafactor",
         pytest.param(
             "train.optimizer=adamw-8bit",

@@ -33,7 +33,7 @@ from pipeline.run_folder import RunFolder
 from stages import train
 from stages.score import append_scores
 from stages.step import Silent
-from tests.conftest import reports_of, run, small_config
+from tests.conftest import SmallRuns, reports_of, run, small_config
 
 BOUNDS = Staleness(
     max_epochs=3,
@@ -129,8 +129,13 @@ def finished_run(folder: Path, *overrides: str) -> list[dict[str, Any]]:
     return reports_of(RunFolder(folder / "run"))
 
 
-def test_units_live_as_long_as_they_may_and_tokens_are_counted_once(tmp_path: Path) -> None:
-    reports = finished_run(tmp_path, *KEPT)
+def shared_reports(folder: Path) -> list[dict[str, Any]]:
+    """The reports of a finished run that tests share, or of its copy."""
+    return reports_of(RunFolder(folder / "run"))
+
+
+def test_units_live_as_long_as_they_may_and_tokens_are_counted_once(small_runs: SmallRuns) -> None:
+    reports = shared_reports(small_runs(*KEPT))
     assert [[c["origin"] for c in report["caches"]] for report in reports] == [
         ["fresh"],
         ["kept"],
@@ -159,9 +164,9 @@ def test_a_unit_that_is_too_old_is_retired_for_new_prompts(tmp_path: Path) -> No
     assert {d["action"] for d in reports[2]["unit_decisions"]} == {"retire"}
 
 
-def test_only_the_units_that_drifted_are_made_again(tmp_path: Path) -> None:
+def test_only_the_units_that_drifted_are_made_again(small_runs: SmallRuns, tmp_path: Path) -> None:
     """A bound between the two units' drift takes one of them."""
-    reports = finished_run(tmp_path / "probe", *KEPT)
+    reports = shared_reports(small_runs(*KEPT))
     drifts = sorted(
         float(d["reason"].split("policy_drift ")[1].split()[0])
         for d in reports[1]["unit_decisions"]
@@ -187,9 +192,9 @@ def test_only_the_units_that_drifted_are_made_again(tmp_path: Path) -> None:
     assert reports[1]["tokens"]["generated"] < reports[0]["tokens"]["generated"]
 
 
-def test_a_unit_kept_to_be_weighed_turns_the_gate_on(tmp_path: Path) -> None:
+def test_a_unit_kept_to_be_weighed_turns_the_gate_on(small_runs: SmallRuns, tmp_path: Path) -> None:
     """Between the units' mean drift and the larger one: only the decision about a unit can."""
-    plain = outcome_of(finished_run(tmp_path / "plain", *KEPT, "rounds=2")[0])
+    plain = outcome_of(shared_reports(small_runs(*KEPT, "rounds=2"))[0])
     units = [DriftSums.from_dict(unit["drift"]) for unit in plain["units"]]
     highest = max(unit.policy_drift for unit in units)
     mean = sum(units, DriftSums()).policy_drift
@@ -400,8 +405,8 @@ def scores_of(rows: int, *, tokens: int, refused: dict[int, str] | None = None) 
     )
 
 
-def test_decisions_follow_from_the_report_alone(tmp_path: Path) -> None:
-    reports = finished_run(tmp_path, *KEPT, *GROWING)
+def test_decisions_follow_from_the_report_alone(small_runs: SmallRuns) -> None:
+    reports = shared_reports(small_runs(*KEPT, *GROWING))
     bounds = Staleness(
         max_epochs=1,
         policy_drift=0.1,
@@ -426,9 +431,9 @@ def test_decisions_follow_from_the_report_alone(tmp_path: Path) -> None:
 
 
 def test_a_damaged_unit_of_an_earlier_round_is_made_again_by_the_policy_that_wrote_it(
-    tmp_path: Path,
+    small_runs: SmallRuns, tmp_path: Path
 ) -> None:
-    reports = finished_run(tmp_path, *KEPT, "rounds=2")
+    reports = shared_reports(small_runs.copy(tmp_path, *KEPT, "rounds=2"))
     cache, policy = reports[1]["caches"][0], reports[1]["policy"]
     store = Store(tmp_path / "store")
     rollouts = store.by_fingerprint("rollouts", cache["rollouts"])
@@ -446,8 +451,10 @@ def test_a_damaged_unit_of_an_earlier_round_is_made_again_by_the_policy_that_wro
     assert shard.read_bytes() == good
 
 
-def test_a_replay_of_mixed_rounds_trains_on_the_same_rows(tmp_path: Path) -> None:
-    finished_run(tmp_path, *KEPT, *GROWING)
+def test_a_replay_of_mixed_rounds_trains_on_the_same_rows(
+    small_runs: SmallRuns, tmp_path: Path
+) -> None:
+    small_runs.copy(tmp_path, *KEPT, *GROWING)
     config = small_config(
         tmp_path,
         f"replay.run={tmp_path / 'run'}",
