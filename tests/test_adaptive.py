@@ -152,9 +152,8 @@ def test_units_kept_from_a_longer_window_train_at_the_decided_one(tmp_path: Path
     assert [each.get("window_tokens") for each in settings] == [None, 8]
 
 
-@pytest.mark.parametrize(
-    "objective", ["bucket", pytest.param("sampled_pg", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["sampled_pg", "bucket"])
 def test_an_audit_can_read_the_objective_that_trains(tmp_path: Path, objective: str) -> None:
     found: dict[str, list[float]] = {}
     for audited in ("sampled", "trained"):

@@ -89,6 +89,7 @@ def test_a_round_without_fresh_rows_reads_drift_above_the_last_floor(
     assert bool(decided) == (late == "kept")
 
 
+@pytest.mark.slow
 def test_the_sampler_never_waits_for_the_scores_of_a_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,7 +106,7 @@ def test_the_sampler_never_waits_for_the_scores_of_a_round(
 
     monkeypatch.setattr(pipeline_run, "submit_missing", submit_missing)
     monkeypatch.setattr(pipeline_run, "wait_for", wait_for)
-    found = reports(tmp_path, "rounds=4")
+    found = reports(tmp_path, "rounds=5")
     names = [report["caches"][0]["rollouts"][:16] for report in found]
     for before, after in pairwise(names[2:]):
         assert told.index(("submitted", f"rollouts/{after}")) < told.index(
@@ -125,6 +126,7 @@ def test_the_bound_is_on_drift_above_the_floor() -> None:
     assert may_run_ahead(0.11, bounds=bounds, floor=0.02)
 
 
+@pytest.mark.slow
 def test_a_window_schedule_is_read_as_if_every_planned_step_were_taken(tmp_path: Path) -> None:
     window = "rollouts.window={kind: linear, h0: 16, delta: 2, every: 1, max_window_tokens: 64}"
     found = reports(tmp_path, window)

@@ -130,6 +130,7 @@ def test_stages_mend_what_they_continue(finished: Path, damaged: Path) -> None:
     assert again.is_complete()
 
 
+@pytest.mark.slow
 def test_scores_of_other_bytes_are_made_again_by_their_stage(tmp_path: Path) -> None:
     config, folder = small_config(tmp_path, "evaluation=null"), RunFolder(tmp_path / "run")
 

@@ -621,6 +621,7 @@ def test_the_distance_says_what_there_is_to_learn(tmp_path: Path) -> None:
     assert "the student is as its teacher already" in same.todo
 
 
+@pytest.mark.slow
 def test_the_doctor_says_which_candidates_see_the_distance(tmp_path: Path) -> None:
     few = first(trial.coverage, small_config(tmp_path, "scores.top_k=1"))
     assert few.level == "warning"

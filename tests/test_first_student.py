@@ -52,6 +52,7 @@ def test_an_adapter_of_another_run_is_not_applied_again(earlier: Path, tmp_path:
     assert 0 < torch.linalg.matrix_rank(after - before, rtol=1e-3) <= 2
 
 
+@pytest.mark.slow
 def test_an_extrapolation_of_another_run_gives_no_direction(earlier: Path, tmp_path: Path) -> None:
     _, report = trained(tmp_path, "run", f"student.path={earlier}", "train.lora=null")
     assert report["sampler_gap"] < 1e-5

@@ -210,6 +210,7 @@ def test_head_and_basis_stay_while_their_scores_do(small_runs: SmallRuns, tmp_pa
     assert not [path for path in found if path.parent.name in ("heads", "bases")]
 
 
+@pytest.mark.slow
 def test_units_of_a_basis_that_was_made_again_are_scored_again(
     small_runs: SmallRuns, tmp_path: Path
 ) -> None:

@@ -151,6 +151,7 @@ def copied(copies: Path, policy: PolicyArtifact) -> set[str]:
     return {path.as_posix().partition("/attempt-")[2].partition("/")[2] for path in own}
 
 
+@pytest.mark.slow
 def test_a_stage_copies_the_policy_it_loads_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,6 +154,7 @@ def test_units_live_as_long_as_they_may_and_tokens_are_counted_once(small_runs: 
     assert recipe["settings"]["units"] == [[0, 1]]
 
 
+@pytest.mark.slow
 def test_a_unit_that_is_too_old_is_retired_for_new_prompts(tmp_path: Path) -> None:
     reports = finished_run(tmp_path, *KEPT, "staleness.max_policies=1")
     assert [[c["origin"] for c in report["caches"]] for report in reports] == [
@@ -324,7 +325,13 @@ GROWING = (
 )
 
 
-@pytest.mark.parametrize("codec", ["{kind: exact, dtype: float32}", "{kind: compact, mass: 0.9}"])
+@pytest.mark.parametrize(
+    "codec",
+    [
+        "{kind: compact, mass: 0.9}",
+        pytest.param("{kind: exact, dtype: float32}", marks=pytest.mark.slow),
+    ],
+)
 def test_a_longer_window_continues_rows_and_scores_only_what_is_new(
     codec: str, tmp_path: Path
 ) -> None:

@@ -54,7 +54,13 @@ def test_small_groups_shrink_to_the_common_mean() -> None:
     np.testing.assert_allclose(np.concatenate(found.rows), 0.7, atol=1e-6)
 
 
-@pytest.mark.parametrize("codec", ["{kind: exact, dtype: float32}", "{kind: compact, mass: 0.999}"])
+@pytest.mark.parametrize(
+    "codec",
+    [
+        "{kind: compact, mass: 0.999}",
+        pytest.param("{kind: exact, dtype: float32}", marks=pytest.mark.slow),
+    ],
+)
 def test_the_residual_is_scores_that_a_run_trains_on(tmp_path: Path, codec: str) -> None:
     settings = ("rounds=1", "evaluation=null", f"scores.codec={codec}")
     run(small_config(tmp_path, *settings), RunFolder(tmp_path / "source"), Silent())

@@ -157,6 +157,7 @@ def test_the_last_step_of_an_epoch_is_a_checkpoint_too(
     )
 
 
+@pytest.mark.slow
 def test_a_new_adapter_does_not_depend_on_what_the_process_did_before(tmp_path: Path) -> None:
     digests = set[str]()
     for seed in (1, 2):

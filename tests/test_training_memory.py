@@ -16,7 +16,11 @@ JUMPS = "train.extrapolation={rows: 4, candidates: 1}"
 
 
 @pytest.mark.parametrize(
-    "method", [("train.gradient_checkpointing=true", JUMPS), ("train.lora={}",)]
+    "method",
+    [
+        ("train.gradient_checkpointing=true", JUMPS),
+        pytest.param(("train.lora={}",), marks=pytest.mark.slow),
+    ],
 )
 def test_student_and_optimizer_of_a_round_are_gone_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: tuple[str, ...]
