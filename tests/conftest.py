@@ -103,6 +103,32 @@ def no_waiting_for_disks() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def embedded_models_are_checked_once() -> Iterator[None]:
+    """What is compared when a model is loaded stays so for files that no test writes to."""
+    from opd_stream.engines import transformers_engine
+    from stages import student_model
+
+    def once(check: Callable[[Any, Path], None]) -> Callable[[Any, Path], None]:
+        done = set[tuple[Path, Any]]()
+
+        def checked(model: Any, folder: Path) -> None:
+            if (folder, model.dtype) not in done:
+                check(model, folder)
+            if MODELS in Path(folder).parents:
+                done.add((folder, model.dtype))
+
+        return checked
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in (
+            (transformers_engine, "check_engine"),
+            (student_model, "check_training"),
+        ):
+            patch.setattr(module, name, once(getattr(module, name)))
+        yield
+
+
 Command = Callable[..., tuple[int, str, str]]
 
 
