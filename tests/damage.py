@@ -1,6 +1,6 @@
 """Damage to each kind of file that a run leaves, in each way, and what becomes of it.
 
-    python -m tests.damage 1000          # so many cases; prints the figures of docs/store.md
+    python -m tests.damage 150 20000     # so many cases, from that seed on: prints the figures
 
 A case damages one file of a copied run, reads it as every command would, runs `cache verify` and
 `run`, and takes out what is still damaged (`cache verify --repair`). It ends as one of
@@ -322,9 +322,10 @@ def main_cases() -> None:
     folder = root / "run"
     run(small_config(folder), RunFolder(folder / "run"), Silent())
     figures: Counter[tuple[str, str]] = Counter()
-    for found in try_all(pinned(folder), cases(list(KINDS), int(sys.argv[1]))):
+    number, seed, *shown = sys.argv[1:]
+    for found in try_all(pinned(folder), cases(list(KINDS), int(number), int(seed))):
         figures[found.case.kind, found.ends] += 1
-        if found.ends in sys.argv[2:]:
+        if found.ends in shown:
             said = " ".join(found.said.split())[-400:]
             print(found.ends, "|", found.case, "|", found.file, "|", said, flush=True)
     for (kind, ends), number in sorted(figures.items()):

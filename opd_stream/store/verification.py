@@ -168,17 +168,17 @@ def _beside(store: Store, name: str) -> Path:
     return store.digests if name == "digests" else store.root / name
 
 
-def repair(store: Store, name: str, found: list[Finding]) -> None:
+def repair(store: Store, name: str, found: list[Finding]) -> bool:
     """Take what was found damaged out of the store; what other records say is written again.
 
-    Records of runs and pins stay: what they keep is not to go.
+    False: it stays. Records of runs and pins do, because what they keep is not to go, and units of
+    an artifact of which no record says what it is.
     """
     folder, kind = store.root / name, name.partition("/")[0]
-    if name == "digests":
-        for path in json_files(store.digests):
+    if name in BESIDE:
+        for path in json_files(store.digests) if name == "digests" else ():
             path.unlink(missing_ok=True)
-    if "/" not in name:
-        return
+        return name == "digests"
     recipe = next(
         filter(None, (_recipe(folder / n) for n in ("recipe.json", "manifest.json"))), None
     )
@@ -188,11 +188,14 @@ def repair(store: Store, name: str, found: list[Finding]) -> None:
         for unit in {each.unit for each in found if each.unit is not None}:
             if not artifact.restore_record(unit) or artifact.damage(unit) is not None:
                 artifact.invalidate(unit)
-    elif kind not in SHARDED:
-        if recipe is not None:
-            mend_recipe(folder, RecipeRecord.of(recipe.recipe))
-        if any(each.is_damage for each in examine(store, name)):
-            (folder / "manifest.json").unlink(missing_ok=True)
+        return True
+    if kind in SHARDED:
+        return False
+    if recipe is not None:
+        mend_recipe(folder, RecipeRecord.of(recipe.recipe))
+    if any(each.is_damage for each in examine(store, name)):
+        (folder / "manifest.json").unlink(missing_ok=True)
+    return True
 
 
 def _recipe(path: Path) -> RecipeRecord | None:

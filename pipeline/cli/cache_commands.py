@@ -78,7 +78,7 @@ def verify(
     """Read everything and say what is damaged; exit code 1 if anything is."""
     from opd_stream.store import verification
 
-    store, damaged, old = _existing(location), 0, 0
+    store, damaged, old, taken = _existing(location), 0, 0, 0
     names = verification.names(store)
     with TerminalProgress() as progress:
         progress.start("verify", len(names))
@@ -87,12 +87,14 @@ def verify(
             for finding in found:
                 damaged, old = damaged + finding.is_damage, old + (not finding.is_damage)
                 progress.result(f"{'damaged' if finding.is_damage else 'old'}: {finding}")
-            if repair and any(finding.is_damage for finding in found):
-                verification.repair(store, name, found)
+            wrong = sum(finding.is_damage for finding in found)
+            if repair and wrong and verification.repair(store, name, found):
+                taken += wrong
             progress.advance("verify", 1)
     if damaged and repair:
         typer.echo(
-            f"{damaged} damaged, taken out; call the run that made them: it makes them again"
+            f"{damaged} damaged, {taken} of them taken out or written again; call the run that "
+            "made them: it makes the rest again"
         )
     elif damaged:
         typer.echo(
