@@ -88,6 +88,7 @@ def stock_tokens(
     stops: tuple[int, ...],
     options: dict[str, object],
 ) -> int:
+    """What the library's own `generate` makes of prompts: the number of new tokens."""
     longest = max(len(ids) for ids in prompts.prompt_ids)
     ids = torch.zeros(len(prompts.prompt_ids), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)

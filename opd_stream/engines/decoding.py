@@ -3,12 +3,14 @@
 `library_decoder` drives any causal language model through the library's own forward pass, in the
 way that `reading.py` found for it. `LlamaDecoder` has the same three verbs. It is a step of its own
 for the plain Llama family, where a small model spends most of its time between the matrix products:
-keys and values are written in place, the projections that read the same input are one product, and
-the query heads that share a key head are laid side by side so that keys are never repeated.
+keys and values are written in place, those of a beginning that all rows share are held once, the
+projections that read the same input are one product, and the query heads that share a key head are
+laid side by side so that keys are never repeated.
 
 Every rollout has its own random numbers, and a number decides one token. Prompts are padded on the
-left, so all rows write the same column. Shapes: B rows, C filled columns, H hidden, D head size, N
-query heads, M key heads or draws of a position, G = N / M, V vocabulary, T tokens.
+left, so all rows write the same column. Shapes: B rows, C filled columns, P columns that all rows
+share, H hidden, D head size, N query heads, M key heads or draws of a position, G = N / M,
+V vocabulary, T tokens.
 """
 
 import hashlib

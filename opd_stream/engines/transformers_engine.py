@@ -1,8 +1,9 @@
 """The reference engine: any Hugging Face causal language model, CPU or one GPU.
 
 Sampling is a loop of its own: no logits processors, the head only at the last position, ended rows
-taken out, prompts read once for all their samples. Scoring reads them once, too, and runs the head
-only over completion tokens, in chunks, so no [B, T, V] tensor ever exists.
+taken out, prompts read once for all their samples, and what all of them begin with once. Scoring
+reads both once, too, and runs the head only over completion tokens, in chunks, so no [B, T, V]
+tensor ever exists.
 """
 
 from collections.abc import Iterator, Sequence
