@@ -178,3 +178,22 @@ def test_a_disk_that_is_full_anywhere_is_one_line_and_loses_nothing(
         assert list(damages(Store(store))) == []
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_on_ray_that_is_ended_leaves_no_worker(number: int, tmp_path: Path) -> None:
+    command = ray_command(tmp_path, *FAKES, "prompts_per_unit=1")
+    environment = {**os.environ, **SLOW}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as going:
+        wait_for_unit(tmp_path / "store" / "rollouts", going)
+        started = workers("", going.pid) - {going.pid}
+        agents = workers("ray::DashboardAgent", going.pid) | workers("RuntimeEnvAgent", going.pid)
+        going.send_signal(number)
+        said = going.communicate()[1].decode()
+    is_killed = number == signal.SIGKILL
+    assert going.returncode == (-number if is_killed else 128 + number)
+    assert is_killed or said.endswith("opd-stream: interrupted; the same command resumes\n")
+    assert "Traceback" not in said
+    left = started - agents if is_killed else started  # Ray's agents end by themselves
+    while any(Path(f"/proc/{process}").exists() for process in left):
+        time.sleep(0.1)

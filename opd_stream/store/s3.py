@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import aiohttp
 from botocore.exceptions import (
@@ -126,8 +126,7 @@ class StorePath(S3Path):
 
     def read_bytes(self) -> bytes:
         """All of it by one request, which is asked again as a whole."""
-        data: bytes = self.fs.cat_file(self.path)
-        return data
+        return cast(bytes, self.fs.cat_file(self.path))
 
     @classmethod
     def _fs_factory(
