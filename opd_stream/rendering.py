@@ -1,7 +1,10 @@
 """From a prompt to token ids: as raw text, or as turns that a chat template writes."""
 
+import contextlib
 import datetime
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +21,7 @@ from opd_stream.section import Section, is_object, later
 from opd_stream.store.files import sha256_file
 from opd_stream.store.lines import opened
 
+TEMPLATE_SECONDS = 20.0  # of processor time, for one prompt
 _OURS = {  # arguments of templates that other settings decide
     "messages": "the prompts",
     "tools": "the prompts' tools_field",
@@ -213,12 +217,18 @@ class Renderer:
                 tokenize=False,
                 **{**template.arguments, "strftime_now": _clock(template.date)},
             )
-            try:
-                text: str = apply(with_objects(turns))
-            except TypeError:  # a template that writes arguments as the text that they are
-                text = apply(turns)
+            with _limited(TEMPLATE_SECONDS):
+                try:
+                    text: str = apply(with_objects(turns))
+                except TypeError:  # a template that writes arguments as the text that they are
+                    text = apply(turns)
         except UserError:
             raise
+        except _EndlessError as error:
+            raise UserError(
+                f"the chat template ran for {TEMPLATE_SECONDS:g} s of processor time on prompt "
+                f"{prompt.prompt_id!r}; expected an end; set template.file to another template"
+            ) from error
         except Exception as error:  # a template may raise anything
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             cause = "" if template.system is None else "leave out template.system, or "
@@ -258,6 +268,29 @@ class Renderer:
             text = template.text.replace("{prompt}", turns[users[-1]]["content"])
             turns[users[-1]] = {**turns[users[-1]], "content": text}
         return turns, goes_on
+
+
+class _EndlessError(BaseException):
+    """Not an Exception: templates' own handlers catch these."""
+
+
+@contextlib.contextmanager
+def _limited(cpu_seconds: float) -> Generator[None]:
+    """End what a template does for so long; a signal can interrupt the main thread alone."""
+
+    def stop(*_: Any) -> None:
+        raise _EndlessError
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # a worker's, whose rows the main thread has rendered before
+        return
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, cpu_seconds, 0.1)  # again, if it is swallowed
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _turns(prompt: Prompt) -> list[Turn]:

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -64,7 +65,7 @@ class PlainLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         prefix = "warning: " if record.levelno == logging.WARNING else ""
-        return prefix + super().format(record)
+        return prefix + visible(super().format(record))
 
 
 class _StderrHandler(logging.Handler):
@@ -106,12 +107,22 @@ def set_up(level: Level, *, as_json: bool) -> None:
         sys.stderr = _JsonStderr(sys.stderr)
 
 
+_UNSEEN = re.compile(  # all controls but the end of a line, and marks that turn text around
+    r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
+
+
+def visible(text: str) -> str:
+    """Text from anywhere for a terminal: characters that would command it are escaped."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def print_error(message: str) -> None:
     """A mistake of the user, in one line."""
     if is_json():
         LOG.error("%s", message)
     else:
-        sys.stderr.write(f"opd-stream: {message}\n")
+        sys.stderr.write(f"opd-stream: {visible(message)}\n")
 
 
 def is_json() -> bool:
@@ -184,7 +195,7 @@ class Live:
         if self._live:
             self._bars.stop()
         for line in lines:
-            sys.stdout.write(line + "\n")
+            sys.stdout.write(visible(line) + "\n")
         sys.stdout.flush()
         if self._live:
             self._bars.start()

@@ -1,5 +1,6 @@
 """Everything that is the same in all rounds, checked before any work."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -228,6 +229,20 @@ def check_extras(config: Config) -> None:
                 f"{field} needs the library {library}, which is not installed; "
                 f"pip install {package}, or take it out"
             )
+    if "wandb" in config.train.loggers:
+        _check_wandb()
+
+
+def _check_wandb() -> None:
+    """Refuse logger wandb without credentials, which would be asked for after paid work."""
+    offline = ("offline", "disabled", "dryrun")
+    known = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in offline
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    if not known and not (netrc.is_file() and "wandb" in netrc.read_text(errors="replace")):
+        raise UserError(
+            "train.loggers names wandb, and there are no credentials (no WANDB_API_KEY, nothing in "
+            f"{netrc}); call `wandb login`, set WANDB_MODE=offline, or leave it out"
+        )
 
 
 def check_distance(config: Config) -> None:

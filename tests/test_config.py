@@ -8,6 +8,7 @@ import yaml
 
 from opd_stream.config_file import json_schema, load_config
 from opd_stream.errors import UserError
+from pipeline import setup
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -206,3 +207,17 @@ def test_the_schema_accepts_every_config_of_the_project(path: Path) -> None:
 def test_the_schema_finds_a_misspelt_field() -> None:
     with pytest.raises(jsonschema.ValidationError, match="rouds"):
         jsonschema.validate({"base": "quickstart.yaml", "rouds": 3}, json_schema())
+
+
+def test_logger_wandb_without_credentials_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(setup, "find_spec", lambda _: True)  # as if every library were there
+    config = load_config(write(tmp_path, SMALL), ["train.loggers=[wandb]"])
+    with pytest.raises(UserError, match=r"train\.loggers names wandb, .* call `wandb login`"):
+        setup.check_extras(config)
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x")
+    setup.check_extras(config)

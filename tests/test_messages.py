@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
+from opd_stream import rendering
 from opd_stream.config_file import load_config
 from opd_stream.errors import UserError
 from opd_stream.messages import turns_of
@@ -376,3 +377,15 @@ def test_prompts_change_only_with_the_number_of_the_rules(tmp_path: Path) -> Non
         )
         found.append(tokenised_prompts(source, reader).table.to_pylist())
     assert sha256(canonical_json(found)) == RULED[RULES]
+
+
+def test_an_endless_template_is_ended_and_one_that_reaches_out_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rendering, "TEMPLATE_SECONDS", 0.2)  # of processor time
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UserError, match=r"the chat template ran for 0\.2 s .* expected an end"):
+        Renderer(ChatTemplate(), tokenizer(loop)).ids(prompt(USER))
+    for reaching in ("{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}"):
+        with pytest.raises(UserError, match=r"does not take prompt .* template\.file"):
+            Renderer(ChatTemplate(), tokenizer(reaching)).ids(prompt(USER))

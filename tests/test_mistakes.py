@@ -9,6 +9,8 @@ import yaml
 
 from opd_stream.config_file import load_config
 from opd_stream.errors import UserError
+from pipeline.console import visible
+from tests.conftest import Command
 
 TABLE: dict[str, list[list[Any]]] = yaml.load(
     (Path(__file__).parent / "mistakes.yaml").read_text(), yaml.CSafeLoader
@@ -68,3 +70,31 @@ def test_of_a_file(text: str, field: str, words: str, folder: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_config(folder / "run.yaml", [])
     check(str(caught.value), field, words)
+
+
+@pytest.mark.parametrize(("words", "field", "remedy"), TABLE["commands"], ids=str)
+def test_of_a_command(
+    words: str,
+    field: str,
+    remedy: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    opd_stream: Command,
+) -> None:
+    """Refused at once: in the folder stands what stood there before."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no rows")
+    (tmp_path / "store" / "scores").mkdir(parents=True)
+    places = {"CONFIG": str(folder / "small.yaml"), "FILE": "file", "STORE": "store", "EMPTY": ""}
+    code, _, said = opd_stream(*(places.get(word, written_out(word)) for word in words.split()))
+    assert code == 2, said
+    line = said.removesuffix("\n")
+    assert line.startswith("opd-stream: "), said
+    check(line, field, remedy)
+    assert not list((tmp_path / "store").glob("rollouts/*"))
+
+
+def test_what_would_command_a_terminal_is_escaped() -> None:
+    assert visible("a\x1b[31mb\x9bc\u202ed\re\tf\x00") == (r"a\x1b[31mb\x9bc\u202ed\re\tf\x00")
+    assert visible("naïve 漢字 🙂\nnext") == "naïve 漢字 🙂\nnext"

@@ -20,8 +20,20 @@ ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a config field.")
 ]
+
+
+def _folder(text: str | Path) -> Path:
+    """A folder that the command line names."""
+    from opd_stream.errors import UserError, shortened
+    from opd_stream.section import path_flaw
+
+    if (flaw := path_flaw(str(text))) is not None:
+        raise UserError(f"the folder of the run is {shortened(text)}; {flaw}; name a folder")
+    return Path(text)
+
+
 RunDir = Annotated[
-    Path | None, typer.Option("--run-dir", help="Folder of the run. Default: runs/NAME of config.")
+    str | None, typer.Option("--run-dir", help="Folder of the run. Default: runs/NAME of config.")
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")]
 
@@ -38,14 +50,14 @@ def options(
 
 
 def open_run(
-    config: Path, overrides: list[str] | None, run_dir: Path | None
+    config: Path, overrides: list[str] | None, run_dir: str | None
 ) -> "tuple[Config, RunFolder]":
     """Config and folder of a run that a config file describes."""
     from opd_stream.config_file import load_config
     from pipeline.run_folder import RunFolder
 
     settings = load_config(config, overrides or [])
-    return settings, RunFolder(run_dir or Path("runs") / config.stem)
+    return settings, RunFolder(Path("runs") / config.stem if run_dir is None else _folder(run_dir))
 
 
 def open_folder(run_dir: Path, overrides: list[str] | None) -> "tuple[Config, RunFolder]":
@@ -53,7 +65,7 @@ def open_folder(run_dir: Path, overrides: list[str] | None) -> "tuple[Config, Ru
     from opd_stream.config_file import override_config
     from pipeline.run_folder import RunFolder
 
-    folder = RunFolder(run_dir)
+    folder = RunFolder(_folder(run_dir))
     return override_config(folder.config(), overrides or []), folder
 
 
