@@ -92,7 +92,9 @@ def _rows() -> Iterator[Row]:
             f"rollouts.prompts_per_round={prompts}",
         )
     for k in (8, 32, 256):
-        yield _noisy(f"K {k}", "support", f"scores.top_k={k}", "scores.codec={kind: exact}")
+        yield _noisy(f"K {k}", "support", f"scores.top_k={k}")
+    yield _noisy("K 32 + 32", "support", "scores.top_k=32", "rollouts.student_top_k=32")
+    yield _noisy("hidden", "support", "scores.codec={kind: hidden}")
     yield _noisy("hybrid, K 64", "support", "train.objective={kind: hybrid}")
     yield _noisy("LoRA r 16", "weights", "train.lora={rank: 16, alpha: 32}")
     yield _noisy("bf16-mixed", "weights", "train.precision=bf16-mixed")
