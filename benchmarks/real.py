@@ -33,6 +33,8 @@ MODELS = ROOT / "models" / "real"
 LINES = ROOT / "benchmarks" / "results" / "real.jsonl"
 SEEDS = (1, 2, 3)  # 0 is for tuning
 TEXT_TOKENS, TEXT_SEED = 48, 7
+CONTROLS = "benchmarks.real_controls"
+NOISY = ("train.rows_per_step=4",)
 BASE = {
     "rollouts.prompts_per_round": 32,
     "rollouts.window": "{kind: fixed, tokens: 48}",
@@ -67,13 +69,13 @@ class Row:
 
 
 def _rows() -> Iterator[Row]:
-    yield Row(name="noisy", group="pairs", student="noisy", rounds=2)
+    yield Row(name="noisy", group="pairs", student="noisy", rounds=2, settings=NOISY)
     yield Row(
         name="pruned26",
         group="pairs",
         student="pruned26",
         rounds=3,
-        settings=("rollouts.prompts_per_round=64",),
+        settings=("rollouts.prompts_per_round=64", "train.learning_rate=1e-4"),
     )
     yield Row(
         name="the teacher itself",
@@ -102,11 +104,8 @@ def _rows() -> Iterator[Row]:
         yield _noisy(name.lower(), "controls", f"train.objective={{kind: {CONTROLS}:{name}}}")
 
 
-CONTROLS = "benchmarks.real_controls"
-
-
 def _noisy(name: str, group: str, *settings: str) -> Row:
-    return Row(name=name, group=group, student="noisy", rounds=2, settings=settings)
+    return Row(name=name, group=group, student="noisy", rounds=2, settings=(*NOISY, *settings))
 
 
 ROWS = {row.name: row for row in _rows()}
