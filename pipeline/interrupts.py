@@ -23,7 +23,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _heard: list[int] = []
 _started: list[int] = []  # processes
 _ending = threading.Lock()
+_answered = threading.Event()
+_pipe = os.pipe()
 _STDERR = os.dup(2)
+_QUESTION = 0  # no signal has this number
 
 
 class Interrupted(BaseException):
@@ -32,7 +35,7 @@ class Interrupted(BaseException):
 
 def listen() -> None:
     """From here on, end this process in one line when it is interrupted."""
-    read_end, write_end = os.pipe()
+    read_end, write_end = _pipe
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     for number in SIGNALS:
@@ -42,6 +45,8 @@ def listen() -> None:
 
 def is_interrupted() -> bool:
     """Whether a signal came, whatever exception then ended the command."""
+    os.write(_pipe[1], bytes([_QUESTION]))  # behind a signal that was not read yet
+    _answered.wait()
     return bool(_heard)
 
 
@@ -69,12 +74,18 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 
 
 def _wait(read_end: int) -> None:
-    signals = (n for n in iter(lambda: os.read(read_end, 1)[0], None) if n in SIGNALS)
-    _heard.append(next(signals))
-    _started.extend(_descendants())
-    threading.Timer(GRACE_SECONDS, leave).start()
-    next(signals)  # asked twice
-    leave()
+    is_first = True
+    while True:
+        number = os.read(read_end, 1)[0]
+        if number == _QUESTION:
+            _answered.set()
+        elif number in SIGNALS and is_first:
+            is_first = False
+            _heard.append(number)
+            _started.extend(_descendants())
+            threading.Timer(GRACE_SECONDS, leave).start()
+        elif number in SIGNALS:
+            leave()  # asked twice
 
 
 def _descendants() -> list[int]:

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 
 from opd_stream.errors import UserError
 from opd_stream.store.files import explained
-from opd_stream.store.sealed import Sealed, load_record, record_bytes
+from opd_stream.store.sealed import DamagedRecord, Sealed, load_record, record_bytes
 from pipeline.interrupts import end_process
 
 BEAT_SECONDS = 10.0
@@ -83,39 +83,41 @@ def _take(path: Path, own: LeaseRecord) -> None:
 def _remove_stale(path: Path, own: LeaseRecord, *, now: float) -> None:
     """Take away the lease of a process that is gone, or refuse."""
     try:
-        age = now - path.stat().st_mtime
-        other = load_record(LeaseRecord, path)
+        age = now - path.lstat().st_mtime
+        other = None if path.is_symlink() else load_record(LeaseRecord, path)
     except FileNotFoundError:
         return
+    except DamagedRecord:
+        other = None
     if is_held(other, age, own.place):
-        seconds = (
-            f", which was seen there {max(age, 0):.0f} s ago" if own.place != other.place else ""
-        )
+        who = f"process {other.process} on {other.host}" if other else "a process without a name"
+        is_far = other is None or other.place != own.place
+        seen = f", which was seen there {max(age, 0):.0f} s ago" if is_far else ""
         raise UserError(
-            f"{path.parent} is in use by process {other.process} on {other.host}{seconds}; "
-            "expected one process in a run's folder; wait until it ends, or stop it, or use "
-            "another --run-dir: what both share is found in the store"
+            f"{path.parent} is in use by {who}{seen}; expected one process in a run's folder; wait "
+            "until it ends, or stop it, or use another --run-dir: what both share is found in the "
+            "store"
         )
     aside = path.with_name(f".lease.{uuid.uuid4().hex}.tmp")
     with contextlib.suppress(FileNotFoundError):
         path.rename(aside)
-        if _token(aside) != other.token:  # somebody was faster, and this lease is theirs
+        if _token(aside) != (other and other.token):  # somebody was faster: this lease is theirs
             with contextlib.suppress(FileExistsError):
                 os.link(aside, path)
         aside.unlink()
 
 
-def is_held(other: LeaseRecord, age: float, place: str) -> bool:
+def is_held(other: LeaseRecord | None, age: float, place: str) -> bool:
     """Whether the holder of a lease is at work.
 
     Args:
-        other: the lease.
+        other: the lease; None: it cannot be read.
         age: seconds since it was touched.
         place: of this process.
     """
-    if other.place == place:
+    if other is not None and other.place == place:
         return _start_of(other.process) == other.started
-    return age < STALE_SECONDS
+    return abs(age) < STALE_SECONDS
 
 
 def _keep(path: Path, token: str, done: threading.Event) -> None:
@@ -151,7 +153,7 @@ def _start_of(process: int) -> str | None:
     """When a process of this place began; None: there is none. Empty where no one tells."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return None
     except PermissionError:
         pass

@@ -147,8 +147,11 @@ class TrainJob:
             problem = unserved_by_chunks(self.config.train)
             if "alignment" in scores.recipe.settings and problem is not None:
                 raise UserError(f"{scores.name} was scored across tokenizers: {problem}")
+        is_aligned = any("alignment" in scores.recipe.settings for _, scores in artifacts)
         rows = ScoredRows(
-            artifacts, units=[[slot.unit for slot in cache.slots] for cache in self.caches]
+            artifacts,
+            units=[[slot.unit for slot in cache.slots] for cache in self.caches],
+            vocabulary=None if is_aligned else self.vocabulary.head,
         )
         if not len(rows):
             raise UserError(

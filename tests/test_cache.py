@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -447,6 +448,56 @@ def test_gc_removes_what_it_lists_and_follows_no_link(gone: Path, tmp_path: Path
     assert set(temporaries) < removed
     assert all(path.exists() for path in (*others, outside / "recipe.json"))
     assert not any(path.exists() for path in removed)
+
+
+def test_gc_leaves_what_a_link_in_a_policy_leads_to(gone: Path, tmp_path: Path) -> None:
+    policy, *_ = (gone / "policies").iterdir()
+    said("pin", gone, f"policies/{policy.name}")
+    outside = tmp_path / "outside"
+    shutil.copytree(policy, outside)
+    (policy / "attempt-x").symlink_to(outside)
+    before = sorted(outside.rglob("*"))
+    said("gc", gone, "--delete", *NOW)
+    assert sorted(outside.rglob("*")) == before
+
+
+def test_gc_removes_nothing_while_what_is_pinned_has_lost_its_recipe(gone: Path) -> None:
+    scores, *_ = (gone / "scores").iterdir()
+    said("pin", gone, f"scores/{scores.name}")
+    (scores / "recipe.json").unlink()
+    before = sorted(gone.rglob("*"))
+    with pytest.raises(UserError, match=f"scores/{scores.name} is kept.*nothing is removed"):
+        said("gc", gone, "--delete", *NOW)
+    assert sorted(gone.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["runs", "pins"])
+def test_gc_removes_nothing_where_nobody_says_what_is_kept(gone: Path, name: str) -> None:
+    shutil.rmtree(gone / name, ignore_errors=True)
+    (gone / name).write_text("")
+    with pytest.raises(UserError, match="is a file; expected the folder of what is kept"):
+        said("gc", gone, "--delete", *NOW)
+
+
+@pytest.mark.parametrize("words", [("--hours", "-1"), ("--hours", "nan"), ("--run-days", "inf")])
+def test_gc_takes_times_from_0_on(gone: Path, words: tuple[str, str]) -> None:
+    with pytest.raises(UserError, match="expected numbers from 0 on"):
+        said("gc", gone, *words)
+
+
+def test_a_pipe_in_place_of_a_file_is_a_finding_and_not_waited_for(gone: Path) -> None:
+    scores, *_ = (gone / "scores").iterdir()
+    (record,) = list((scores / "units").glob("00000.json"))
+    shard = next((scores / "units").glob("00001-*.arrow"))
+    for path in (record, shard):
+        path.unlink()
+        os.mkfifo(path)
+    (gone / "evaluations").rename(gone / "moved")
+    (gone / "evaluations").write_text("")
+    found = CliRunner().invoke(app, ["cache", "verify", str(gone)])
+    assert found.exit_code == 1
+    assert found.output.count(f"damaged: scores/{scores.name}") == 2
+    assert "damaged: evaluations" in found.output
 
 
 def test_gc_refuses_what_is_no_store(gone: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from opd_stream.errors import UserError
 from pipeline.lease import STALE_SECONDS, LeaseRecord, is_held, lease
 from pipeline.run_folder import RunFolder
 from stages.step import Silent
-from tests.conftest import SmallRuns, run, small_config
+from tests.conftest import SmallRuns, rewrite, run, small_config
 
 LINE = "opd-stream: interrupted; the same command resumes\n"
 WAITS = "time.sleep(600)"
@@ -77,15 +77,26 @@ def test_the_second_process_in_a_run_folder_is_refused_and_writes_nothing(
     assert not (tmp_path / "run" / "lease.json").exists()
 
 
-@pytest.mark.parametrize("place", ["own", "another host"])
+PLACES: dict[str, dict[str, str]] = {"own": {}, "far": {"place": "another host"}, "unknown": {}}
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_the_lease_of_a_killed_process_is_taken_over(place: str, tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
     with lease(tmp_path):
-        record = json.loads(path.read_text())
+        data = path.read_bytes()
     killed = subprocess.Popen(["true"])
     killed.wait()
-    record |= {"process": killed.pid, "token": "killed"}
-    path.write_text(json.dumps(record | ({} if place == "own" else {"place": place})))
+    path.write_bytes(data)
+    rewrite(path, process=killed.pid, token="killed", **PLACES[place])
+    if place == "unknown":
+        path.write_bytes(data[:40])
+    if place != "own":
+        with (
+            pytest.raises(UserError, match=r"in use by .* seen there 0 s ago"),
+            lease(tmp_path),
+        ):
+            pass
     old = time.time() - STALE_SECONDS - 5
     os.utime(path, (old, old))
     with lease(tmp_path):

@@ -40,6 +40,10 @@ def place(location: str, retry_timeout: float = RETRY_TIMEOUT) -> Path:
     """
     if "://" not in location:
         return Path(location)
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://.", location):
+        raise UserError(
+            f"store {location} is no address; expected a folder or s3://BUCKET/PATH; mend it"
+        )
     try:
         if location.startswith("s3://"):
             from opd_stream.store.s3 import StorePath, options
@@ -160,9 +164,20 @@ def _read(path: Path, stretch: tuple[int, int] | None) -> bytes:
         start, end = (None, None) if stretch is None else (stretch[0], sum(stretch))
         with explained(path):
             return cast(Any, path).fs.cat_file(cast(Any, path).path, start=start, end=end)
+    check_regular(path)
     with path.open("rb") as file:
         file.seek(0 if stretch is None else stretch[0])
         return file.read(-1 if stretch is None else stretch[1])
+
+
+def check_regular(path: Path) -> None:
+    """Refuse a pipe or a device in place of a file, which would be waited for.
+
+    Raises:
+        OSError: it is one.
+    """
+    if not path.is_file() and path.exists() and not path.is_dir():
+        raise OSError(errno.EINVAL, "no regular file", str(path))
 
 
 def publish(path: Path, data: bytes) -> None:

@@ -13,7 +13,7 @@ from opd_stream.store.files import (
     remove_tree,
     stale_temporaries,
 )
-from opd_stream.store.inventory import files_below, named, started
+from opd_stream.store.inventory import files_below, named
 from opd_stream.store.policy import PolicyArtifact, PolicyManifest
 from opd_stream.store.recipe import KINDS, RecipeRecord
 from opd_stream.store.sealed import Sealed, load_record, publish_record
@@ -144,11 +144,20 @@ def _read_recipes(store: Store) -> tuple[dict[str, RecipeRecord], dict[str, str]
     """The recipes of all artifacts by name, and why others cannot be read."""
     recipes: dict[str, RecipeRecord] = {}
     unreadable: dict[str, str] = {}
-    for name in started(store):
+    for kind in ("runs", "pins"):
+        if (store.root / kind).exists() and not (store.root / kind).is_dir():
+            raise UserError(
+                f"{store.root / kind} is a file; expected the folder of what is kept, without "
+                "which nothing is removed; restore it"
+            )
+    for name in [f"{kind}/{folder.name}" for kind in KINDS for folder in store.folders(kind)]:
         folder = store.root / name
         try:
             if not is_remote(store.root) and folder.resolve() != store.root.resolve() / name:
                 unreadable[name] = "a link"
+                continue
+            if not (folder / "recipe.json").exists():
+                unreadable[name] = "it has no recipe.json"
                 continue
             recipes[name] = load_record(RecipeRecord, folder / "recipe.json")
             if name.startswith("policies/") and (folder / "manifest.json").exists():
@@ -234,7 +243,7 @@ def _unpublished(folder: Path, before: float) -> list[Path]:
     return [
         attempt
         for attempt in folder.glob("attempt-*")
-        if attempt.name != published and _youngest(attempt) < before
+        if attempt.name != published and not attempt.is_symlink() and _youngest(attempt) < before
     ]
 
 

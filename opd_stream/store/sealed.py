@@ -122,6 +122,8 @@ def read_json(path: Path) -> Any:
     Raises:
         DamagedRecord: the file is not JSON (names it).
     """
+    if not is_remote(path) and not path.is_file() and path.exists():
+        raise DamagedRecord(path, "is no file")
     data = path.read_bytes()
     try:
         return json.loads(data)

@@ -190,7 +190,7 @@ class Store:
     def folders(self, kind: Kind) -> list[Path]:
         """The folders of a kind, whether an artifact was started in them or not."""
         parent = self.root / kind
-        return sorted(parent.iterdir(), key=str) if parent.exists() else []
+        return sorted(parent.iterdir(), key=str) if parent.is_dir() else []
 
     def record_run(
         self,

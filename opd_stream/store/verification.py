@@ -45,7 +45,8 @@ def names(store: Store) -> list[str]:
         for folder in store.folders(kind)
         if any(not path.name.endswith(".tmp") for path in folder.rglob("*") if path.is_file())
     ]
-    return artifacts + [name for name in BESIDE if _beside(store, name).exists()]
+    files = [kind for kind in KINDS if (store.root / kind).is_file()]  # in place of a folder
+    return artifacts + files + [name for name in BESIDE if _beside(store, name).exists()]
 
 
 def damages(store: Store, *, deep: bool = False) -> Iterator[Finding]:

@@ -1,6 +1,7 @@
 """Commands on a store: `opd-stream cache …`."""
 
 import json
+import math
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -122,6 +123,11 @@ def gc(
     from opd_stream.store.garbage import garbage, gone_runs, remove_garbage
     from opd_stream.store.inventory import bytes_below
 
+    if not (0 <= hours < math.inf and 0 <= run_days < math.inf):
+        raise UserError(
+            f"--hours is {hours:g} and --run-days {run_days:g}; expected numbers from 0 on; give "
+            "other ones"
+        )
     store, run_seconds = _existing(location), 24 * 3600 * run_days
     if not store.is_marked():
         raise UserError(
@@ -209,6 +215,10 @@ def import_artifact(
         list[int] | None,
         typer.Option(help="A terminator; in the order of teacher_forced_logprobs' columns."),
     ] = None,
+    vocabulary: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ids of the student's model: rows with others are refused."),
+    ] = None,
 ) -> None:
     """Make artifacts of rollouts and scores that another program wrote."""
     import yaml
@@ -224,12 +234,23 @@ def import_artifact(
     except (ValidationError, yaml.YAMLError) as error:
         reason = textwrap.shorten(" ".join(str(error).split()), 160)
         raise UserError(f"--codec {codec!r} is no codec ({reason}); see docs/config.md") from error
+    wrong = [each for each in stop_id or () if each < 0 or each >= (vocabulary or 2**31)]
+    if wrong or len({*(stop_id or ())}) < len(stop_id or ()):
+        raise UserError(
+            f"--stop-id is {', '.join(map(str, stop_id or ()))}; expected different ids of the "
+            "student's vocabulary; give each once"
+        )
     store = Store(location)
     store.check_writable()
     with TerminalProgress() as progress:
         after_unit = _bar(progress, "import")
         scores = import_scores(
-            source, store, settings, stop_ids=stop_id or (), after_unit=after_unit
+            source,
+            store,
+            settings,
+            stop_ids=stop_id or (),
+            vocabulary=vocabulary,
+            after_unit=after_unit,
         )
     typer.echo(f"{scores.name}: train on it with replay: {{scores: [{scores.name}]}}")
 
