@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 
 from opd_stream.errors import UserError
 from opd_stream.store.files import explained
-from opd_stream.store.sealed import DamagedRecord, Sealed, load_record, record_bytes
+from opd_stream.store.sealed import Sealed, load_record, record_bytes
 from pipeline.interrupts import end_process
 
 BEAT_SECONDS = 10.0
@@ -62,7 +62,7 @@ def lease(folder: Path) -> Generator[None]:
         yield
     finally:
         done.set()
-        if _token(path) == token:
+        if (found := _record(path)) is not None and found.token == token:
             path.unlink(missing_ok=True)
 
 
@@ -84,11 +84,9 @@ def _remove_stale(path: Path, own: LeaseRecord, *, now: float) -> None:
     """Take away the lease of a process that is gone, or refuse."""
     try:
         age = now - path.lstat().st_mtime
-        other = None if path.is_symlink() else load_record(LeaseRecord, path)
     except FileNotFoundError:
         return
-    except DamagedRecord:
-        other = None
+    other = _record(path)
     if is_held(other, age, own.place):
         who = f"process {other.process} on {other.host}" if other else "a process without a name"
         is_far = other is None or other.place != own.place
@@ -101,7 +99,7 @@ def _remove_stale(path: Path, own: LeaseRecord, *, now: float) -> None:
     aside = path.with_name(f".lease.{uuid.uuid4().hex}.tmp")
     with contextlib.suppress(FileNotFoundError):
         path.rename(aside)
-        if _token(aside) != (other and other.token):  # somebody was faster: this lease is theirs
+        if _record(aside) != other:  # somebody was faster: this lease is theirs
             with contextlib.suppress(FileExistsError):
                 os.link(aside, path)
         aside.unlink()
@@ -122,8 +120,8 @@ def is_held(other: LeaseRecord | None, age: float, place: str) -> bool:
 
 def _keep(path: Path, token: str, done: threading.Event) -> None:
     while not done.wait(BEAT_SECONDS):
-        found = _token(path)
-        if found is not None and found != token and not done.is_set():
+        found = _record(path)
+        if found is not None and found.token != token and not done.is_set():
             end_process(
                 f"another process took {path.parent} over, because this one was not seen for "
                 f"{STALE_SECONDS:.0f} s; wait until that one ends, then run the same command",
@@ -133,9 +131,10 @@ def _keep(path: Path, token: str, done: threading.Event) -> None:
             os.utime(path)
 
 
-def _token(path: Path) -> str | None:
+def _record(path: Path) -> LeaseRecord | None:
+    """The lease, if it can be read; a link is none."""
     try:
-        return load_record(LeaseRecord, path).token
+        return None if path.is_symlink() else load_record(LeaseRecord, path)
     except (OSError, UserError):
         return None
 

@@ -82,10 +82,10 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> RunSummary:
     started = time.time()
     setup = open_setup(config)
     folder.check(config)
-    for line in setup.warnings:
-        progress.warn(line)
     with lease(folder.path), setup.store.watched(), open_executor(config) as executor:
         run_id = folder.open(config)
+        for line in setup.warnings:
+            progress.warn(line)
         earlier = folder.calls()
         accounts = Accounts(setup=setup, folder=folder, run_id=run_id, warn=progress.warn)
         session = Session(

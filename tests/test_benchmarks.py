@@ -93,8 +93,8 @@ def test_a_config_of_two_forms_or_none_is_one_line(tmp_path: Path) -> None:
         "evaluation.judge=null": r"'evaluation\.judge' is missing; expected prompts and judge",
         "evaluation={max_new_tokens: 8, benchmarks: {}}": "is empty; expected named entries",
         "evaluation.pass_at=[4]": r"asks for pass@4 but ledger has 2 samples",
-        "evaluation.judge.kind=maths": "'evaluation.judge' is",
-        "evaluation.judge={kind: function, path: own_judge}": "should match pattern",
+        "evaluation.judge.kind=maths": r"'evaluation\.judge\.kind' is 'maths'; expected",
+        "evaluation.judge={kind: function, path: own_judge}": "expected the import path package",
         f"evaluation={{max_new_tokens: 8, benchmarks: {entry.replace('gsm8k:', 'a b:', 1)}}}": (
             "has the name 'a b'"
         ),

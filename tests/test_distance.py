@@ -268,7 +268,7 @@ def test_gc_leaves_what_a_runs_distances_are_made_of(
 
     before = names()
     code, said, _ = opd_stream("cache", "gc", str(folder / "store"), "--delete", "--hours=0")
-    assert (code, said[:9]) == (0, "0 folders")
+    assert (code, said[:7]) == (0, "0 paths")
     assert names() == before
 
 
@@ -295,7 +295,7 @@ def test_one_evaluation_may_have_a_judge_and_a_distance(tmp_path: Path) -> None:
         ((*PARTS, "evaluation.temperature=0.5"), r"evaluation\.temperature is 0\.5 with kind dist"),
         ((*PARTS, "evaluation.top_p=0.9"), r"evaluation\.top_p is 0\.9 with kind distance"),
         ((*PARTS, "evaluation.judge={kind: ledger}"), r"evaluation has a judge with kind distance"),
-        ((*PARTS, "evaluation.kind=near"), r"evaluation\.kind"),
+        ((*PARTS, "evaluation.judge={kind: ledger}", "evaluation.kind=near"), r"evaluation\.kind"),
         ((*PARTS, "teacher.engine=fake"), r"hidden states, which teacher\.engine fake does not"),
         ((*PARTS, "student.engine=fake"), r"hidden states, which student\.engine fake does not"),
         (

@@ -89,7 +89,7 @@ def test_a_day_that_is_none_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_broken_pattern_of_modules_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"'\(' is no pattern .*expected module names"):
+    with pytest.raises(UserError, match=r"is '\(', which is no pattern .*expected module names"):
         load_config(MODELS.parent / "quickstart.yaml", ["train.lora={targets: '('}"])
 
 

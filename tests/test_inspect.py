@@ -1,7 +1,6 @@
 """A rollout seen with its scores: the numbers are those of the cache, the page is safe to open."""
 
 import io
-import json
 import math
 import shutil
 from dataclasses import replace
@@ -24,7 +23,7 @@ from pipeline.inspect.terminal import print_rollout
 from pipeline.inspect.view import RolloutView
 from pipeline.run_folder import RunFolder
 from stages.step import Silent
-from tests.conftest import MODELS, Command, SmallRuns, loaded_by, run, small_config
+from tests.conftest import MODELS, Command, SmallRuns, loaded_by, rewrite, run, small_config
 
 
 def run_small(folder: Path, *overrides: str) -> tuple[RunFolder, Config]:
@@ -255,8 +254,7 @@ def test_a_refused_rollout_says_why(copied: tuple[RunFolder, Config]) -> None:
     rows = rows_of(directory, config)
     left_out, kept = rows[0], rows[1]
     (record,) = (Path(config.store) / "scores").glob("*/units/00000.json")
-    commit = json.loads(record.read_text())
-    record.write_text(json.dumps({**commit, "skipped_rows": [0]}))
+    rewrite(record, skipped_rows=[0])
     with pytest.raises(UserError, match="is left out of training"):
         inspect_rollout(directory, config, round_index=0, prompt_id=left_out.prompt_id)
     view = inspect_rollout(directory, config, round_index=0, prompt_id=kept.prompt_id)

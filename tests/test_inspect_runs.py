@@ -14,7 +14,7 @@ from opd_stream.store.store import Store
 from pipeline.inspect.command import inspect_rollout, inspect_worst
 from pipeline.inspect.page import page
 from pipeline.run_folder import RunFolder
-from tests.conftest import SmallRuns, small_config
+from tests.conftest import SmallRuns, rewrite, small_config
 from tests.test_inspect import printed, rows_of, run_small
 
 
@@ -76,9 +76,9 @@ def test_a_round_with_several_caches_shows_the_newest_and_names_the_other(tmp_pa
     directory, config = run_small(tmp_path, "prompts.count=8", "evaluation=null")
     path = directory.path / "rounds" / "0001" / "plan.json"
     plan = json.loads(path.read_text())
-    plan["caches"] = [*directory.plan(0).as_json()["caches"], *plan["caches"]]
+    caches = [*directory.plan(0).as_json()["caches"], *plan["caches"]]
     rows = [rows_of(directory, config, round_index) for round_index in (0, 1)]
-    path.write_text(json.dumps(plan))
+    rewrite(path, caches=caches)
     name = rows[0][0].prompt_id
 
     def drawn_with(cache: int | None) -> list[float]:
