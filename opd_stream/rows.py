@@ -9,18 +9,14 @@ import csv
 import difflib
 import json
 import math
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from opd_stream.errors import UserError
 from opd_stream.section import is_list, is_object
-from opd_stream.store.lines import lines_of, opened
-
-if TYPE_CHECKING:
-    from pyarrow.parquet import ParquetFile
+from opd_stream.store.lines import lines_of, parse_json
 
 PlacedRow = tuple[str, dict[str, Any]]  # "file:line" or "file row N", and the row
 Format = Literal["json", "csv", "tsv", "parquet"]
@@ -100,7 +96,9 @@ def rows_of_file(path: Path, kind: Format) -> Iterator[PlacedRow]:
         UserError: it is damaged, or a row is none (names file and line or row).
     """
     if kind == "parquet":
-        yield from _parquet_rows(path)
+        from opd_stream.store.parquet import parquet_rows  # loads pyarrow
+
+        yield from ((f"{path} row {n}", row) for n, row in enumerate(parquet_rows(path)))
     elif kind == "json":
         yield from _json_rows(path)
     else:
@@ -114,8 +112,9 @@ def count_rows(path: Path, kind: Format) -> int:
         UserError: it is damaged.
     """
     if kind == "parquet":
-        with _parquet(path) as file:
-            return file.metadata.num_rows
+        from opd_stream.store.parquet import parquet_length  # loads pyarrow
+
+        return parquet_length(path)
     lines = (line for line in lines_of(path) if line.strip())
     first = next(lines, "")
     if kind == "json" and not first.lstrip().startswith("["):
@@ -141,7 +140,7 @@ def _json_rows(path: Path) -> Iterator[PlacedRow]:
 def _parsed(text: str, path: str, line: int) -> Any:
     """The value of a text that begins at a line of a file."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         is_placed = isinstance(error, json.JSONDecodeError)
         place = f"{path}:{line + error.lineno - 1}" if is_placed else f"{path}:{line}"
@@ -190,31 +189,6 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[PlacedRow]:
             yield place, dict(row)
     except csv.Error as error:
         raise UserError(f"{path}:{line} is not valid CSV ({error}); mend the file") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[PlacedRow]:
-    number = 0
-    with _parquet(path) as file:
-        for batch in file.iter_batches(1024):
-            for row in batch.to_pylist():
-                yield f"{path} row {number}", row
-                number += 1
-
-
-@contextmanager
-def _parquet(path: Path) -> Generator["ParquetFile"]:
-    """A Parquet file, to be read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with opened(path) as file:
-        try:
-            yield pq.ParquetFile(file)
-        except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{path} is not a whole Parquet file ({reason}); copy it again"
-            ) from error
 
 
 def value_of(row: dict[str, Any], name: str, place: str, setting: str) -> Any:

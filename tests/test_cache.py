@@ -583,7 +583,7 @@ ROW = {
     "prompt_ids": [2, 3],
     "completion_ids": [4, 5],
     "behavior_logprobs": [-0.5, -0.25],
-    "teacher_logprobs": [-0.5, -1.0],
+    "teacher_logprobs": [-0.5, -2.0],
     "teacher_top_ids": [[4, 9], [7]],
     "teacher_top_logprobs": [[-0.5, -1.5], [-0.25]],
 }

@@ -1,5 +1,6 @@
 """Rows that another program wrote are checked at one border, before anything reads them."""
 
+import gzip
 import json
 import shutil
 import tempfile
@@ -29,6 +30,7 @@ from opd_stream.store.codecs import (
 from opd_stream.store.codecs.compact import DICTIONARY_KEY
 from opd_stream.store.codecs.laws import BrokenLaw
 from opd_stream.store.exchange import import_scores
+from opd_stream.store.parquet import parquet_rows
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import (
     _buffers,  # pyright: ignore[reportPrivateUsage]
@@ -92,7 +94,8 @@ def refusal(table: pa.Table) -> str:
         (last("teacher_top_ids", (1, 1), 7), "row 2: teacher_top_ids is 7 at token 1; expected no"),
         (last("teacher_top_logprobs", (0, 0), 0.5), "teacher_top_logprobs is 0.5 at token 0"),
         (last("teacher_top_logprobs", (0, 0), np.nan), "teacher_top_logprobs is nan at token 0"),
-        (last("teacher_top_logprobs", (0, 0), -2), "expected the most probable first"),
+        (last("teacher_top_logprobs", (0, slice(2)), TOP[1::-1]), "expected the most probable fi"),
+        (last("teacher_top_logprobs", (0, 0), -2), "with the tail) is 0.635335 at token 0"),
         (last("teacher_top_logprobs", (0, 1), -0.7), "mass, with the tail) is 1.2"),
         (last("teacher_tail_logprobs", 1, 0), "mass, with the tail) is 1.875 at token 1"),
         (last("teacher_tail_logprobs", 1, np.inf), "teacher_tail_logprobs is inf at token 1"),
@@ -253,6 +256,27 @@ def test_a_line_of_a_packed_file_is_bounded(
         list(lines.lines_of(path))
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("rows.jsonl.zst", b"\n" * 2**21, "has more than 1,048,576 empty lines"),
+        ("rows.jsonl", b" \n" * 2**21, "has more than 1,048,576 empty lines"),
+        ("rows.jsonl.zst", b"[" * 2**23, "holds more than 65,536 and 256 times that"),
+        ("rows.jsonl.gz", b"[" * 2**23, "holds more than 65,536 and 256 times that"),
+    ],
+)
+def test_a_file_that_keeps_a_reader_busy(
+    name: str, text: bytes, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = {".zst": zstandard.ZstdCompressor().compress, ".gz": gzip.compress}
+    path = tmp_path / name
+    path.write_bytes(packed.get(path.suffix, bytes)(text))
+    if "65,536" in line:
+        monkeypatch.setattr(lines, "SMALLEST_BOUND", 2**16)
+    with pytest.raises(UserError, match=line):
+        list(lines.lines_of(path))
+
+
 def test_a_parquet_file_of_one_value_is_not_expanded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,10 +330,10 @@ ROW: dict[str, Any] = {
     "completion_ids": [4, 5],
     "behavior_logprobs": [-0.5, -0.25],
     "finish_reason": "stop",
-    "teacher_logprobs": [-0.5, -1.0],
+    "teacher_logprobs": [-0.5, -2.0],
     "teacher_top_ids": [[4, 9], [7]],
     "teacher_top_logprobs": [[-0.5, -1.5], [-0.25]],
-    "teacher_tail_logprobs": [-2.0, -2.0],
+    "teacher_tail_logprobs": [-1.75, -1.5],
     "teacher_forced_logprobs": [[-3.0], [-4.0]],
     "refused": None,
 }
@@ -326,19 +350,72 @@ ROW: dict[str, Any] = {
         ({"finish_reason": "eos"}, "finish_reason is 'eos'; mend the row"),
         ({"sample_index": 2**40}, "sample_index is 1099511627776; mend the row"),
         ({"prompt_ids": []}, "prompt_ids is empty; expected at least one token"),
+        ({"prompt_ids": [True, 3]}, "prompt_ids[0] is True; mend the row"),
+        ({"completion_ids": ["4", 5]}, "completion_ids[0] is '4'; mend the row"),
+        ({"prompt_ids": [2.0, 3]}, "prompt_ids[0] is 2.0; mend the row"),
+        ({"sample_index": "7"}, "sample_index is '7'; mend the row"),
+        ({"sample_index": False}, "sample_index is False; mend the row"),
+        ({"prompt_id": True}, "prompt_id[str] is True; mend the row"),
+        ({"prompt_id": float("nan")}, "prompt_id[str] is nan; mend the row"),
+        ({"prompt_id": "\ud800"}, "cannot be stored: 'utf-8' codec can't encode character"),
+        ({"behavior_logprobs": ["-0.5", -0.25]}, "behavior_logprobs[0] is '-0.5'; mend the row"),
+        ({"sample_index": 5}, "has prompt_id 'p' and sample_index 5, as a row before it"),
+        ({"teacher_logprobs": [-1.0, -2.0]}, "teacher_logprobs is -1 at token 0; expected that of"),
+        ({"teacher_logprobs": [-0.5, -0.1]}, "teacher_logprobs is -0.1 at token 1; expected that"),
+        ({"teacher_forced_logprobs": [[-3.0], [-0.1]]}, "forced_logprobs is -0.1 at token 1; e"),
+        ({"teacher_forced_logprobs": [[-1e39], [-4.0]]}, "has -1e+39 in teacher_forced_logprobs"),
+        ({"teacher_top_logprobs": [[-0.5, -1e39], [-0.25]]}, "has -1e+39 in teacher_top_logprobs"),
+        ({"teacher_top_logprobs": [[-3, -4], [-0.25]]}, "mass, with the tail) is 0.241877 at"),
     ],
 )
 def test_a_row_that_no_reader_takes_is_named_before_anything_is_written(
     tmp_path: Path, changes: dict[str, Any], line: str
 ) -> None:
     source = tmp_path / "rows.jsonl"
-    rows = [ROW] * 600 + [{**ROW, **changes}]
+    rows = [{**ROW, "sample_index": row} for row in range(600)]
+    rows.append({**ROW, "sample_index": 600, **changes})
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError) as caught:
-        import_scores(source, Store(tmp_path / "store"), ExactCodec(), vocabulary=100)
-    assert str(caught.value).startswith(f"{source} line 601")
+        import_scores(source, Store(tmp_path / "store"), ExactCodec(), stop_ids=[8], vocabulary=100)
+    assert f"{source} line {513 if 'stored' in line else 601}" in str(caught.value)
     assert line in str(caught.value)
     assert not (tmp_path / "store").exists()
+
+
+def test_what_cannot_be_stored_leaves_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps({**ROW, "teacher_forced_logprobs": [[-1e30], [-4]]}))
+    with pytest.raises(UserError, match=r"line 1 and after cannot be stored: .* is below -4091"):
+        import_scores(source, Store(tmp_path / "store"), CompactCodec())
+    assert not (tmp_path / "store").exists()
+    made = import_scores(source, Store(tmp_path / "store"), ExactCodec())
+    row = open_scores(f"{tmp_path}/store/{made.name}")[0]
+    assert row.teacher_forced_logprobs.tolist() == [[-np.inf], [-4]]  # of no probability
+
+
+def test_a_key_or_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps(ROW)[:-1] + ', "prompt_ids": [9]}')
+    with pytest.raises(UserError, match=r"line 1 is not JSON \(the key 'prompt_ids' stands twice"):
+        import_scores(source, Store(tmp_path / "store"), ExactCodec())
+    table = pa.Table.from_pylist([ROW])
+    twice = pa.table([*table.columns, table["prompt_ids"]], [*table.column_names, "prompt_ids"])
+    pq.write_table(twice, tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="two columns 'prompt_ids'"):
+        import_scores(tmp_path / "rows.parquet", Store(tmp_path / "store"), ExactCodec())
+
+
+def test_a_parquet_column_that_python_cannot_hold(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "rows.parquet"
+    table = pa.Table.from_pylist([ROW]).append_column("far", pa.array([2**62], pa.duration("s")))
+    pq.write_table(table, path)
+    with pytest.raises(UserError, match=r"is not a whole Parquet file \(.* too large"):
+        list(parquet_rows(path))
+    import_scores(path, Store(tmp_path / "store"), ExactCodec())  # which does not read it
 
 
 ODD = st.one_of(
@@ -382,7 +459,8 @@ def border(row: dict[str, Any], codec: Codec) -> None:
     folder = Path(tempfile.mkdtemp(prefix="border-"))
     try:
         source = folder / "rows.jsonl"
-        source.write_text(json.dumps(row) + "\n" + json.dumps(ROW) + "\n")
+        rows = (row, {**ROW, "prompt_id": "another"})
+        source.write_text("".join(json.dumps(each) + "\n" for each in rows))
         store = Store(folder / "store")
         made = refused = None
         try:

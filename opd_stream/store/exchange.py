@@ -5,12 +5,11 @@ that was exported and imported again holds the same values.
 """
 
 import importlib
-import json
 import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,28 +17,37 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from opd_stream.errors import UserError, shortened
 from opd_stream.section import Record
 from opd_stream.store.artifact import Artifact
-from opd_stream.store.codecs import Codec, HiddenCodec, decode_scores, encode_scores
-from opd_stream.store.codecs.columns import block_of
+from opd_stream.store.codecs import (
+    Codec,
+    HiddenCodec,
+    SampledCodec,
+    decode_scores,
+    encode_scores,
+)
+from opd_stream.store.codecs.columns import ScoreBlock, block_of
+from opd_stream.store.codecs.fidelity import Fidelity
 from opd_stream.store.codecs.laws import (
     MOST_CANDIDATES,
     BrokenLaw,
-    check_expansion,
+    check_agreement,
     check_rollouts,
     check_scores,
 )
 from opd_stream.store.files import sha256_file
-from opd_stream.store.lines import lines_of
+from opd_stream.store.lines import lines_of, parse_json
+from opd_stream.store.parquet import parquet_rows
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_table
 from opd_stream.store.store import Store
 from opd_stream.types import FinishReason, RolloutBatch, ScoreBatch
 
 ROWS_PER_UNIT = 512
+LOWEST = float(np.finfo(np.float32).min)
 LISTS = pa.list_(pa.float32())
 COLUMNS = pa.schema(
     [
@@ -67,9 +75,14 @@ Candidates = Annotated[list[Logprob], Field(max_length=MOST_CANDIDATES)]
 
 
 class ImportedRow(Record):
-    """A row that another program wrote; lists of a refused row's scores are empty."""
+    """A row that another program wrote; lists of a refused row's scores are empty.
 
-    prompt_id: str | int | float | None = None
+    Nothing is converted: neither text nor `true` is a number, and 4.0 is no id.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    prompt_id: str | int | Annotated[float, Field(allow_inf_nan=False)] | None = None
     sample_index: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     prompt_ids: list[TokenId]
     completion_ids: list[TokenId]
@@ -163,9 +176,9 @@ def import_scores(
         )
     digests = [sha256_file(file) for file in files]
     ids = list(stop_ids)
-    rows = 0
+    rows, keys = 0, set[tuple[str, int]]()
     for chunk in _chunks(files):
-        _checked_batches(chunk, len(ids), vocabulary)
+        _encoded(chunk, codec, ids, vocabulary, keys)
         rows += len(chunk)
     if rows == 0:
         raise UserError(f"{source} holds no rows; expected one scored rollout a row")
@@ -179,7 +192,7 @@ def import_scores(
     units = scores.units()
     after_unit(0, len(units), 0)
     for unit, chunk in zip(units, _chunks(files), strict=True):
-        tokens = _import_unit((rollouts, scores), unit, chunk, codec, len(ids))
+        tokens = _import_unit((rollouts, scores), unit, chunk, codec, ids)
         after_unit(unit + 1, len(units), tokens)
     for artifact in (rollouts, scores):
         artifact.finish()
@@ -191,15 +204,11 @@ def _import_unit(
     unit: int,
     chunk: list[PlacedRow],
     codec: Codec,
-    forced: int,
+    stop_ids: Sequence[int],
 ) -> int:
     """Commit rows as a unit of (rollouts, scores); returns their completion tokens."""
     rollouts, scores = artifacts
-    batch, scored = _checked_batches(chunk, forced, None)
-    try:
-        table, fidelity = encode_scores(codec, scored, batch)
-    except ValueError as error:
-        raise UserError(f"rows of {chunk[0][0]} and after cannot be stored: {error}") from error
+    batch, scored, table, fidelity = _encoded(chunk, codec, stop_ids, None, set())
     counts = {"rows": len(batch), "completion_tokens": batch.completion_tokens}
     record = rollouts.commit(unit, rollouts_table(batch), counts=counts)
     empty = [row for row, ids in enumerate(batch.completion_ids) if not len(ids)]
@@ -221,23 +230,60 @@ def _chunks(files: Sequence[Path]) -> Iterator[list[PlacedRow]]:
         yield chunk
 
 
-def _checked_batches(
-    chunk: list[PlacedRow], forced: int, vocabulary: int | None
-) -> tuple[RolloutBatch, ScoreBatch]:
-    """Rows as batches that obey every law of `codecs.laws`, with at least so many forced ids."""
+def _encoded(
+    chunk: list[PlacedRow],
+    codec: Codec,
+    stop_ids: Sequence[int],
+    vocabulary: int | None,
+    keys: set[tuple[str, int]],
+) -> tuple[RolloutBatch, ScoreBatch, pa.Table, Fidelity]:
+    """Rows that obey every law of `codecs.laws`, and the scores as the codec stores them.
+
+    `keys` are of the rows before, and theirs are added.
+    """
     batch, scored = _batches(chunk)
-    if any(row.shape[1] < forced for row in scored.teacher_forced_logprobs if len(row)):
+    if any(row.shape[1] < len(stop_ids) for row in scored.teacher_forced_logprobs if len(row)):
         raise UserError(
-            f"{chunk[0][0]} has fewer teacher_forced_logprobs than the {forced} "
+            f"{chunk[0][0]} has fewer teacher_forced_logprobs than the {len(stop_ids)} "
             "terminators named; add their log-probabilities, or name no terminators"
         )
+    for row, key in enumerate(zip(batch.prompt_id, batch.sample_index.tolist(), strict=True)):
+        if key in keys:
+            raise UserError(
+                f"{chunk[row][0]} has prompt_id {shortened(key[0])} and sample_index {key[1]}, as "
+                "a row before it; expected each pair once; number the samples of a prompt"
+            )
+        keys.add(key)
     try:
         check_rollouts(batch, vocabulary=vocabulary)
-        check_scores(block_of(scored), is_ranked=True, vocabulary=vocabulary)
+        block = block_of(scored)
+        check_scores(block, is_ranked=True, vocabulary=vocabulary)
+        if not isinstance(codec, SampledCodec):
+            _check_agreement(batch, scored, block, stop_ids)
     except BrokenLaw as error:
         place = chunk[error.row or 0][0]
         raise UserError(f"{place}: {error.text}; mend the row") from error
-    return batch, scored
+    try:
+        table, fidelity = encode_scores(codec, scored, batch)
+    except ValueError as error:
+        raise UserError(f"rows of {chunk[0][0]} and after cannot be stored: {error}") from error
+    return batch, scored, table, fidelity
+
+
+def _check_agreement(
+    batch: RolloutBatch, scored: ScoreBatch, block: ScoreBlock, stop_ids: Sequence[int]
+) -> None:
+    """What is said twice of a drawn token, or of a terminator, has to be the same."""
+    read = [ids for row, ids in enumerate(batch.completion_ids) if row not in scored.refused]
+    tokens = len(block.teacher_logprobs)
+    if not tokens:
+        return
+    check_agreement(
+        block, np.concatenate(read).astype(np.int64), block.teacher_logprobs, "teacher_logprobs"
+    )
+    for place, stop_id in enumerate(stop_ids):
+        forced = block.teacher_forced_logprobs[:, place]
+        check_agreement(block, np.full(tokens, stop_id), forced, "teacher_forced_logprobs")
 
 
 def _plain(rollouts: pa.Table, scores: pa.Table) -> pa.Table:
@@ -278,38 +324,17 @@ def _plain(rollouts: pa.Table, scores: pa.Table) -> pa.Table:
 def _rows_of(file: Path) -> Iterator[PlacedRow]:
     """The rows of a file, as they are."""
     if file.suffix == ".parquet":
-        number = 0
-        for batch in _parquet_batches(file):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file} row {number}", row
+        for number, row in enumerate(parquet_rows(file, COLUMNS.names), 1):
+            yield f"{file} row {number}", row
         return
     for number, line in enumerate(lines_of(file), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file} line {number} is not JSON ({error}); mend it") from error
         yield f"{file} line {number}", row
-
-
-def _parquet_batches(file: Path) -> Iterator[pa.RecordBatch]:
-    """The rows of a Parquet file, as far as its own sizes allow."""
-    try:
-        opened: Any = pq.ParquetFile(file)  # not typed as a whole
-        for number in range(opened.num_row_groups):
-            group = opened.metadata.row_group(number)
-            columns = [group.column(each) for each in range(group.num_columns)]
-            for column in columns:
-                claimed = max(column.total_uncompressed_size, 4 * column.num_values)
-                check_expansion(column.total_compressed_size, claimed, column.path_in_schema)
-        yield from opened.iter_batches(256)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{file} cannot be read ({reason}); expected a Parquet file; copy it again"
-        ) from error
 
 
 def _checked(place: str, value: object) -> ImportedRow:
@@ -335,6 +360,13 @@ def _checked(place: str, value: object) -> ImportedRow:
             f"{place} has {name} that are no {kind}: {name}{where} is {shortened(first['input'])}; "
             "mend the row"
         ) from error
+    for name, values in _logprobs(row):
+        lowest = min((value for value in values if value > -math.inf), default=0.0)
+        if lowest < LOWEST:
+            raise UserError(
+                f"{place} has {lowest:g} in {name}; expected {LOWEST:g} or more, the lowest of a "
+                "float32, or -Infinity; mend the row"
+            )
     tokens = len(row.completion_ids)
     scored = 0 if row.refused else tokens
     for name, values, wanted in (
@@ -363,6 +395,15 @@ def _checked(place: str, value: object) -> ImportedRow:
                 "at a position; expected as many of one as of the other; mend the row"
             )
     return row
+
+
+def _logprobs(row: ImportedRow) -> Iterator[tuple[str, Iterable[float]]]:
+    """The log-probabilities of a row, by column."""
+    yield "behavior_logprobs", row.behavior_logprobs
+    yield "teacher_logprobs", row.teacher_logprobs
+    yield "teacher_tail_logprobs", row.teacher_tail_logprobs or ()
+    yield "teacher_top_logprobs", chain.from_iterable(row.teacher_top_logprobs)
+    yield "teacher_forced_logprobs", chain.from_iterable(row.teacher_forced_logprobs or ())
 
 
 def _batches(chunk: list[PlacedRow]) -> tuple[RolloutBatch, ScoreBatch]:

@@ -76,7 +76,8 @@ def flat(rows: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
     """All rows behind one another, [N] or [N, K]; [0, 0] without rows."""
     if not rows:
         return np.zeros((0, 0), dtype)
-    return np.concatenate(rows).astype(dtype, copy=False)
+    with np.errstate(over="ignore"):  # what lies below a float16 is -inf: of no probability
+        return np.concatenate(rows).astype(dtype, copy=False)
 
 
 def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:

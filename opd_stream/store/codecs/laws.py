@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 MOST_CANDIDATES = 2048  # of a token: 1,024 of the teacher and as many of the student
 TOLERANCE = 0.01  # of a log-probability above 0, nats: rounding
-MASS_TOLERANCE = 0.05  # of a mass above 1: what codec compact keeps, after export and import, too
+MASS_TOLERANCE = 0.05  # of a mass away from 1: what codec compact keeps, exported and imported too
+AGREEMENT = 0.25  # between two log-probabilities of one token in one row, nats: rounding
 LARGEST_SHARE, SMALLEST_BOUND = 256, 2**28  # bytes that compressed ones may become
 
 Entries = Literal["value", "tokens", "multiple", "any"]
@@ -239,12 +240,39 @@ def _score_values(
     most = float(np.exp(error)) * (1 + MASS_TOLERANCE)
     name = "teacher_top_logprobs (their mass, with the tail)"
     yield _Values(name, whole, whole > most, at, f"at most 1, or {most:.2f} by rounding")
+    if not has_chunks:
+        least = float(np.exp(-error)) * (1 - MASS_TOLERANCE)
+        yield _Values(name, whole, whole < least, at, f"1, or {least:.2f} by rounding")
     if is_ranked:
         is_wrong = np.zeros_like(is_there)
         is_wrong[:, 1:] = logprobs[:, 1:] > logprobs[:, :-1]
         yield _Values("teacher_top_logprobs", logprobs, is_wrong, at, "the most probable first")
     if block.chunk_ids is not None:
         yield _Values("chunk_ids", block.chunk_ids, block.chunk_ids < -1, at, "-1 or more")
+
+
+def check_agreement(
+    block: "ScoreBlock", ids_N: NDArray[np.int64], logprobs_N: NDArray[np.float32], column: str
+) -> None:
+    """Refuse log-probabilities of ids that the candidates or the tail contradict.
+
+    Args:
+        block: rows without alignment, whose candidates are no draws.
+        ids_N: an id of each token.
+        logprobs_N: its log-probability, by the column.
+        column: its name.
+
+    Raises:
+        BrokenLaw: names row, column and value.
+    """
+    is_it = (block.teacher_top_ids == ids_N[:, None]) & (block.teacher_top_logprobs > -np.inf)
+    is_candidate = is_it.any(1)
+    theirs = np.where(is_it, block.teacher_top_logprobs, -np.inf).max(1, initial=-np.inf)
+    away = np.abs(np.where(is_candidate, logprobs_N, 0) - np.where(is_candidate, theirs, 0))
+    excess = np.exp(logprobs_N, dtype=np.float64) - np.exp(block.teacher_tail_logprobs)
+    is_wrong = np.where(is_candidate, ~(away <= AGREEMENT), excess > MASS_TOLERANCE)
+    expected = f"that of the same id among the candidates, by {AGREEMENT}, or a part of the tail"
+    _refuse(iter([_Values(column, logprobs_N, is_wrong, block.offsets, expected)]))
 
 
 def _refuse(found: Iterator[_Values]) -> None:
