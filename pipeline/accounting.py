@@ -5,6 +5,7 @@ a kill counts its own work once, and a run that finds a unit made by another cou
 does not matter on which machine a stage ran: whoever finishes a round writes the same report.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -21,6 +22,7 @@ from opd_stream.costs import (
 )
 from opd_stream.coverage import coverage_text, is_low
 from opd_stream.errors import UserError
+from opd_stream.filters import dropped_of, dropped_text
 from opd_stream.outcome import TrainOutcome
 from opd_stream.section import Record
 from opd_stream.store.artifact import Commit, summed_counts
@@ -100,7 +102,11 @@ class Accounts:
             if known is None:
                 return
             self.folder.write_report(known)
-            for line in (*untrained_line(known), *uncovered_line(known, config)):
+            for line in (
+                *dropped_line(known),
+                *untrained_line(known),
+                *uncovered_line(known, config),
+            ):
                 self.warn(line)
         self._reports[round_.index] = known
         self._metrics[round_.index] = round_.policy.metrics()
@@ -233,6 +239,7 @@ def round_report(
         rows=outcome.rows,
         tokens=work.tokens(),
         refused_rows=int(scores.get("refused_rows", 0)),
+        dropped_rows=dropped_of(scores),
         length_share=length_share,
         terminator_rate=1 - length_share,
         repeat_ratio=repeated,
@@ -286,6 +293,12 @@ def untrained_line(report: RoundReport) -> Iterator[str]:
     else:
         why = "the rest is left out by train.guards.mask_first"
     yield f"round {report.round}: {share:.0%} of its scored tokens were trained; {why}"
+
+
+def dropped_line(report: RoundReport) -> Iterator[str]:
+    """What `rollouts.keep` left out of a round."""
+    if report.dropped_rows:
+        yield f"round {report.round}: {dropped_text(report.dropped_rows)}; {report.rows:,} train"
 
 
 def uncovered_line(report: RoundReport, config: Config) -> Iterator[str]:
@@ -429,6 +442,7 @@ def run_summary(
         caches=tuple(report.caches for report in reports),
         steps=sum(report.steps for report in reports),
         refused_rows=sum(report.refused_rows for report in reports),
+        dropped_rows=dict(sum((Counter(r.dropped_rows) for r in reports), Counter[str]())),
         cache_bytes=sum(report.cache_bytes for report in reports),
         decisions=tuple(report.decision for report in reports),
     )

@@ -135,6 +135,7 @@ def scores_step(
         alignment=setup.alignment,
         prompts=rollouts.artifact.recipe.inputs["prompts"],
         teacher_prompts=None if rendered is None else rendered.fingerprint,
+        keep=setup.config.rollouts.keep if kind == SCORE else None,  # probes train nothing
     )
     return Step(
         kind=kind,

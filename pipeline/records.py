@@ -224,6 +224,7 @@ class RoundReport(Sealed):
     rows: int
     tokens: RoundTokens
     refused_rows: int = 0
+    dropped_rows: dict[str, int] = later(default={})  # by rollouts.keep: reason -> rows
     length_share: float
     terminator_rate: float
     repeat_ratio: float
@@ -274,5 +275,6 @@ class RunSummary(Sealed):
     caches: tuple[tuple[CacheRecord, ...], ...] = ()
     steps: int = 0
     refused_rows: int = 0
+    dropped_rows: dict[str, int] = later(default={})
     cache_bytes: int = 0
     decisions: tuple[str, ...] = ()

@@ -98,7 +98,7 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
         longest = max(lengths)
         teachers = None if rendered is None else max(prompt_lengths(rendered))
         check_context(config, setup.student, setup.teacher, longest, teachers)
-        lost = [*rows_left_out(setup.prompts, "prompts"), *_check_reward(config, setup.prompts)]
+        lost = [*rows_left_out(setup.prompts, "prompts"), *_check_judged(config, setup.prompts)]
         asked = check_evaluation(config, store, setup.student, setup.vocabulary)
         setup = replace(setup, warnings=(*setup.warnings, *lost, *asked), lost=tuple(asked))
     if config.train.lora is not None:
@@ -360,20 +360,22 @@ def check_evaluation(
     return lost
 
 
-def _check_reward(config: Config, prompts: Artifact) -> list[str]:
-    """The same of the training prompts, where a reward judges answers to them."""
-    extrapolation = config.train.extrapolation
-    if config.evaluation is None or extrapolation is None or extrapolation.signal == "kl":
-        return []
-    from opd_stream.tasks.judges import open_judge
-    from stages.evaluate import unjudged_line
+def _check_judged(config: Config, prompts: Artifact) -> list[str]:
+    """The same of the training prompts, where a reward or a filter judges answers to them."""
+    keep, extrapolation = config.rollouts.keep, config.train.extrapolation
+    judges = [] if keep is None or config.replay is not None else [keep.judge]
+    if config.evaluation is not None and extrapolation is not None and extrapolation.signal != "kl":
+        judged = config.evaluation.judged()
+        assert judged is not None  # the config asks for one
+        judges.append(judged.judge)
+    lines: list[str] = []
+    for judge in filter(None, judges):
+        from opd_stream.tasks.judges import open_judge
+        from stages.evaluate import unjudged_line
 
-    judged = config.evaluation.judged()
-    assert judged is not None  # the config asks for one
-    assert judged.judge is not None
-    settings = judged.judge
-    line = unjudged_line("prompts", prompts.read_unit(0), open_judge(settings), settings.kind)
-    return [] if line is None else [line]
+        line = unjudged_line("prompts", prompts.read_unit(0), open_judge(judge), judge.kind)
+        lines += [] if line is None else [line]
+    return lines
 
 
 def _check_top_k(config: Config, teacher: Checkpoint) -> None:

@@ -20,6 +20,7 @@ from opd_stream.store.store import Store
 from opd_stream.tasks.judges import Judge, open_judge
 from opd_stream.tasks.pass_at_k import default_ks, pass_at_k, standard_error
 from stages.checkpoints import Checkpoint, Vocabulary
+from stages.filtering import completion_texts
 from stages.prompts import make_prompts, prompts_of
 from stages.recipes import evaluation_recipe, evaluation_rollouts_recipe
 
@@ -209,11 +210,7 @@ def _judged_answers(
     }
     for unit in rollouts.units():
         batch = rollouts_batch(rollouts.read_unit(unit))
-        texts = tokenizer.batch_decode(
-            [row.tolist() for row in batch.completion_ids],
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
+        texts = completion_texts(tokenizer, batch.completion_ids)
         rows = [
             row
             for row, name in enumerate(batch.prompt_id)

@@ -9,14 +9,13 @@ import time
 from collections.abc import Callable, Container
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from opd_stream.costs import TokenCounts, counts_of
 from opd_stream.engines.base import Engine, SamplingSettings
 from opd_stream.errors import UserError
+from opd_stream.filters import repeated_tokens
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import prompts_batch, rollouts_batch, rollouts_table
@@ -51,7 +50,7 @@ def sample_unit(worker: Worker, result: TaskResult, folder: Callable[[], Path]) 
         **work,
         "rows": len(batch),
         "length_rows": sum(reason == "length" for reason in batch.finish_reason),
-        "repeated_tokens": sum(_repeated_tokens(ids) for ids in batch.completion_ids),
+        "repeated_tokens": sum(repeated_tokens(ids) for ids in batch.completion_ids),
         "cpu_seconds": round(time.process_time() - cpu, 3),
     }
     end = time.time()
@@ -161,11 +160,3 @@ def token_counts(batch: RolloutBatch, *, without: Container[int] = ()) -> dict[s
 def extension_counts(before: RolloutBatch, after: RolloutBatch) -> dict[str, float]:
     """The same of an extension: rows that grew are read whole, only their new tokens are made."""
     return token_counts(new_parts(before, after, grown_rows(before, after)))
-
-
-def _repeated_tokens(ids: NDArray[np.integer[Any]]) -> int:
-    """Tokens of a completion that end a stretch of 4 which occurred before."""
-    if len(ids) < 5:
-        return 0
-    stretches = np.lib.stride_tricks.sliding_window_view(ids, 4)
-    return len(stretches) - len(np.unique(stretches, axis=0))

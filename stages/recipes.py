@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from opd_stream.config import Config, Evaluation, Model, counts_rounds
 from opd_stream.engines import engine_recipe
+from opd_stream.filters import Keep
 from opd_stream.store.codecs import HiddenCodec
 from opd_stream.store.recipe import Recipe
 from opd_stream.tasks.distance import EDGES
 from opd_stream.tasks.judges import judge_recipe
 from opd_stream.windows import AdaptiveWindow
 from stages.checkpoints import Checkpoint, Vocabulary
+from stages.filtering import keep_recipe
 from stages.prompts import every_prompt, held_out_prompts, round_prompts
 
 if TYPE_CHECKING:
@@ -207,6 +209,7 @@ def scores_recipe(
     alignment: "AlignmentRecipe | None" = None,
     prompts: str,
     teacher_prompts: str | None = None,
+    keep: Keep | None = None,
 ) -> Recipe:
     """Teacher scores of a rollouts artifact; `rollouts` is its fingerprint.
 
@@ -214,9 +217,10 @@ def scores_recipe(
     `extends` is that of the scores of what an extension continues; `alignment` is what a teacher
     with another tokenizer adds, and its scores continue none: they are all made anew;
     `prompts` is the fingerprint of the prompts; `teacher_prompts` of those in the teacher's own
-    rendering, if any.
+    rendering, if any; `keep` leaves rollouts out, and then scores continue none either: an
+    extended row may be one that was left out.
     """
-    scores, continued = config.scores, {} if extends is None else {"scores": extends}
+    scores, continued = config.scores, {} if extends is None or keep else {"scores": extends}
     assert config.teacher is not None  # the config asks for one wherever scores are made
     states = dict[str, str]()
     if isinstance(scores.codec, HiddenCodec):
@@ -236,6 +240,7 @@ def scores_recipe(
             "dtype": config.teacher.dtype,
             **({} if vocabulary is None else {"vocabulary": vocabulary}),
             **({} if alignment is None else {"alignment": alignment.settings}),
+            **({} if keep is None else {"keep": keep_recipe(keep)}),
         },
         inputs={
             "rollouts": rollouts,

@@ -6,7 +6,7 @@ what it continues, as they were stored.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_stream.engines import hidden_engine
-from opd_stream.engines.base import Engine, ScoringSettings
+from opd_stream.engines.base import Engine, ScoringSettings, score_batch
 from opd_stream.errors import UserError
+from opd_stream.filters import Reason
 from opd_stream.store.artifact import Artifact, Commit, DamagedUnit
 from opd_stream.store.codecs import SampledCodec, codec_of, encode_scores, scores_batch
 from opd_stream.store.codecs.fidelity import StateErrors
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.types import RolloutBatch, ScoreBatch
+from stages.filtering import RolloutFilter, chosen_rows, dropped_counts, in_places
 from stages.generate import (
     base_rollouts,
     extension_counts,
@@ -58,6 +60,7 @@ class _Scored:
     batch: ScoreBatch
     counts: dict[str, float]
     errors: StateErrors | None = None  # of hidden states, where they were rounded
+    dropped: dict[int, Reason] = field(default_factory=dict)  # rows that were not read
 
 
 class ScoreWorker(Worker):
@@ -66,6 +69,7 @@ class ScoreWorker(Worker):
     _aligner: "tuple[str, Aligner] | None" = None  # with the fingerprint of the scores it is for
     _prompts: tuple[str, dict[str, Ids]] | None = None  # with their fingerprint
     _scorer: "tuple[str, StateScorer] | None" = None  # with the fingerprint of the scores
+    _filter: tuple[str, RolloutFilter] | None = None  # with the fingerprint of the scores
 
     def prepare(self, task: Task) -> None:
         if task.scores is None or task.teacher is None:
@@ -106,7 +110,7 @@ class ScoreWorker(Worker):
         start, cpu = time.time(), time.process_time()
         batch = rollouts_batch(rollouts.read_unit(task.unit))
         codec = codec_of(scores.recipe.settings["codec"])
-        scored = self._scored(task, rollouts, scores, batch)
+        scored = self._scored_kept(task, rollouts, scores, batch)
         try:
             table, fidelity = encode_scores(codec, scored.batch, batch, basis=self._basis)
             fidelity = fidelity.model_copy(update={"states": scored.errors})
@@ -118,7 +122,8 @@ class ScoreWorker(Worker):
         counts = {
             **scored.counts,
             "rows": len(batch),
-            "refused_rows": len(scored.batch.refused),
+            "refused_rows": len(scored.batch.refused) - len(scored.dropped),
+            **dropped_counts(scored.dropped),
             "cpu_seconds": round(time.process_time() - cpu, 3),
         }
         end = time.time()
@@ -165,6 +170,36 @@ class ScoreWorker(Worker):
             result, score_span=(start, end), scored_tokens=int(counts["completion_tokens"])
         )
 
+    def _dropped(
+        self, task: Task, rollouts: Artifact, scores: Recipe, batch: RolloutBatch
+    ) -> dict[int, Reason]:
+        """Rows that are not scored, and why."""
+        if "keep" not in scores.settings:
+            return {}
+        if self._filter is None or self._filter[0] != scores.fingerprint:
+            folder = self.student_folder(task, "texts")
+            opened = RolloutFilter(self.store, scores, rollouts.recipe, folder)
+            self._filter = (scores.fingerprint, opened)
+        return self._filter[1].dropped(batch)
+
+    def _scored_kept(
+        self, task: Task, rollouts: Artifact, scores: Artifact, batch: RolloutBatch
+    ) -> _Scored:
+        """The scores of a unit without its dropped rows, in the places of all."""
+        if not (dropped := self._dropped(task, rollouts, scores.recipe, batch)):
+            return self._scored(task, rollouts, scores, batch)
+        rows = [row for row in range(len(batch)) if row not in dropped]
+        rest, states = chosen_rows(batch, rows), None
+        if rows:
+            scored = self._scored(task, rollouts, scores, rest)
+        else:
+            scored = _Scored(score_batch((), rest), token_counts(rest))
+            if "head" in scores.recipe.inputs:
+                self._scoring(task, rollouts, scores, self._open(task, scores.recipe))
+                states = None if self._scorer is None else self._scorer[1].width
+        whole = in_places(scored.batch, rows, dropped, states=states)
+        return replace(scored, batch=whole, dropped=dropped)
+
     def _scored(
         self, task: Task, rollouts: Artifact, scores: Artifact, batch: RolloutBatch
     ) -> _Scored:
@@ -176,7 +211,7 @@ class ScoreWorker(Worker):
             return self._scored_aligned(engine, asked, rollouts, scores, task, batch)
         batch = self._as_read(recipe, batch)
         score = self._scoring(task, rollouts, scores, engine)
-        if "extends" in rollouts.recipe.settings:
+        if "scores" in recipe.inputs:
             return self._scored_extension(score, asked, rollouts, scores, task.unit, batch)
         scored, errors = score(batch, asked)
         return _Scored(scored, token_counts(batch, without=scored.refused), errors)

@@ -50,6 +50,7 @@ class StateScorer:
         assert isinstance(codec, HiddenCodec)
         self._codec, self._engine = codec, hidden_engine(opened())
         self._head = exact_head(self._engine.head())
+        self.width = self._head.weight_VH.shape[1]  # of a state
         self._rounding: StateRounding | None = None
         self.basis: StateBasis | None = None  # of rounded states
         if codec.max_kl is not None:

@@ -9,11 +9,12 @@ import torch
 from opd_stream.config import Config
 from opd_stream.config.sections import unserved_by_chunks
 from opd_stream.errors import UserError
+from opd_stream.filters import dropped_of, dropped_text
 from opd_stream.hidden_states import exact_head
 from opd_stream.objectives import Objective
 from opd_stream.outcome import WindowAudit
 from opd_stream.rebuilt import TeacherHead
-from opd_stream.store.artifact import DamagedUnit
+from opd_stream.store.artifact import DamagedUnit, summed_counts
 from opd_stream.store.policy import EXACT, OPTIMIZER, PolicyArtifact
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.recipe import Recipe
@@ -154,6 +155,14 @@ class TrainJob:
             vocabulary=None if is_aligned else self.vocabulary.head,
         )
         if not len(rows):
+            scored = (commit for _, each in artifacts for commit in each.commits().values())
+            dropped = dropped_of(summed_counts(scored))
+            if dropped:
+                raise UserError(
+                    f"no rollout of round {self.round_index} can be trained on: "
+                    f"{dropped_text(dropped)}; loosen its conditions, or raise "
+                    "rollouts.samples_per_prompt"
+                )
             raise UserError(
                 "no rollout can be trained on: every one is empty or was refused by the teacher; "
                 "look at the teacher's checkpoint, then run the score stage again"

@@ -24,7 +24,7 @@ from opd_stream.engines.base import Engine, VllmOptions
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit
 from opd_stream.store.files import RETRY_TIMEOUT
-from opd_stream.store.policy import identify
+from opd_stream.store.policy import Part, identify
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
 
@@ -180,11 +180,11 @@ class Worker:
         """Make the task's unit, or pass the result on if the unit is committed."""
         raise NotImplementedError
 
-    def student_folder(self, task: Task) -> Path:
-        """The student's checkpoint on this node; a policy of a remote store is fetched."""
+    def student_folder(self, task: Task, part: Part = "model") -> Path:
+        """The student's checkpoint on this node; that part of a remote policy is fetched."""
         if task.policy is None:
             return Path(task.student)
-        return self.store.policy_by_fingerprint(task.policy).folder()
+        return self.store.policy_by_fingerprint(task.policy).folder(part)
 
     def release(self) -> None:
         """Give up the engine; the next unit opens it again."""

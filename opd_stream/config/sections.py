@@ -13,6 +13,7 @@ from opd_stream.engines import EngineName
 from opd_stream.engines.base import VllmOptions
 from opd_stream.errors import UserError
 from opd_stream.fetching import local_folder
+from opd_stream.filters import Keep
 from opd_stream.objectives import AnyObjective, SampledPg
 from opd_stream.rendering import ChatTemplate, Template
 from opd_stream.section import SEEDS, Section, is_object, later
@@ -134,6 +135,10 @@ class Rollouts(Section):
         "stands in the vocabulary, or as a text that is one token",
     )
     window: AnyWindow
+    keep: Keep | None = later(
+        default=None,
+        description="which rollouts are scored and train; left out: all (docs/rollouts.md)",
+    )
     ahead: bool = Field(
         default=False,
         description="sample and score the next round's rollouts while a round trains, by the "

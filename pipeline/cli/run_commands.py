@@ -182,6 +182,10 @@ def _lines(summary: "RunSummary") -> "Iterator[str]":
         yield from figure_lines(last)
     if summary.refused_rows:
         yield f"rows refused by the teacher (not finite): {summary.refused_rows}"
+    if summary.dropped_rows:
+        from opd_stream.filters import dropped_text
+
+        yield dropped_text(summary.dropped_rows)
     yield f"final policy: {summary.final_policy}"
 
 

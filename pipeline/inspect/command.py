@@ -187,7 +187,7 @@ def _scored(cache: RoundCache, unit: int, row: int) -> ScoredRow:
         reason = cache.scores.read_unit(unit)["refused"][row].as_py()
         why = "no token of it may train"
         if reason is not None:
-            why = f"the teacher refused it: {quoted(reason)}"
+            why = f"it has no scores: {quoted(reason)}"
         raise UserError(
             f"row {row} of unit {unit} of {cache.scores.name} is left out of training ({why}); "
             "choose another rollout"
