@@ -2,6 +2,9 @@
 
 import contextlib
 import datetime
+import random
+import re
+import resource
 import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
@@ -16,12 +19,16 @@ from pydantic import AfterValidator, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from opd_stream.errors import UserError
-from opd_stream.messages import ControlTokens, Turn, said_by_others, with_objects
+from opd_stream.messages import ControlTokens, Turn, said_by_others, turns_text, with_objects
 from opd_stream.section import Section, is_object, later
 from opd_stream.store.files import sha256_file
 from opd_stream.store.lines import opened
 
-TEMPLATE_SECONDS = 20.0  # of processor time, for one prompt
+TEMPLATE_SECONDS = 5.0  # of processor time, for one prompt
+TEMPLATE_BYTES = 2**30  # of memory beside what the process has, for one prompt
+MOST_CHARACTERS = 2**24  # that a template writes
+_HALF = re.compile(r"[\ud800-\udfff]")
+_ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]{8,}>")  # as Python writes what has no text
 _OURS = {  # arguments of templates that other settings decide
     "messages": "the prompts",
     "tools": "the prompts' tools_field",
@@ -217,13 +224,20 @@ class Renderer:
                 tokenize=False,
                 **{**template.arguments, "strftime_now": _clock(template.date)},
             )
-            with _limited(TEMPLATE_SECONDS):
+            drawn = random.getstate()
+            with _LIMITS, _little_memory(TEMPLATE_BYTES), _limited(TEMPLATE_SECONDS):
                 try:
                     text: str = apply(with_objects(turns))
                 except TypeError:  # a template that writes arguments as the text that they are
                     text = apply(turns)
+            is_random = random.getstate() != drawn
         except UserError:
             raise
+        except MemoryError as error:
+            raise UserError(
+                f"the chat template needs more than {TEMPLATE_BYTES:,} bytes of memory on prompt "
+                f"{prompt.prompt_id!r}; expected a few lines; set template.file to another template"
+            ) from error
         except _EndlessError as error:
             raise UserError(
                 f"the chat template ran for {TEMPLATE_SECONDS:g} s of processor time on prompt "
@@ -236,6 +250,7 @@ class Renderer:
                 f"the chat template does not take prompt {prompt.prompt_id!r}: {reason}; {cause}"
                 "set template.file to a template that does"
             ) from error
+        _check_settled(prompt, turns, text, is_random=is_random)
         _check_whole(prompt, turns, text)
         return text
 
@@ -270,19 +285,25 @@ class Renderer:
         return turns, goes_on
 
 
+_LIMITS = threading.Lock()  # of the process, which one template at a time may lower
+
+
 class _EndlessError(BaseException):
     """Not an Exception: templates' own handlers catch these."""
 
 
 @contextlib.contextmanager
 def _limited(cpu_seconds: float) -> Generator[None]:
-    """End what a template does for so long; a signal can interrupt the main thread alone."""
+    """End what a template does for so long; a signal can interrupt the main thread alone.
+
+    No command renders in another one: prompts are made before workers start.
+    """
 
     def stop(*_: Any) -> None:
         raise _EndlessError
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # a worker's, whose rows the main thread has rendered before
+        yield
         return
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, cpu_seconds, 0.1)  # again, if it is swallowed
@@ -291,6 +312,24 @@ def _limited(cpu_seconds: float) -> Generator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+@contextlib.contextmanager
+def _little_memory(most: int) -> Generator[None]:
+    """Let the process have so many bytes more, where the system says how many it has."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    bound = pages * resource.getpagesize() + most
+    bound = bound if soft == resource.RLIM_INFINITY else min(bound, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (bound, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _turns(prompt: Prompt) -> list[Turn]:
@@ -337,6 +376,25 @@ def _clock(today: datetime.date | None) -> Callable[[str], str]:
         return datetime.datetime.combine(today, datetime.time()).strftime(form)
 
     return strftime
+
+
+def _check_settled(prompt: Prompt, turns: Sequence[Turn], text: str, *, is_random: bool) -> None:
+    """Refuse what would be another text tomorrow, or is none to speak of."""
+    found = _ADDRESS.search(text)
+    flaw = None
+    if is_random:
+        flaw = "draws at random (filter random, or lipsum)"
+    elif found and found[0] not in turns_text((*turns, *(prompt.tools or ()))):
+        flaw = f"writes {found[0][:80]!r}, which is another text in each process"
+    elif not text.isascii() and (half := _HALF.search(text)):
+        flaw = f"writes {half[0]!r}, half a surrogate pair,"
+    elif len(text) > MOST_CHARACTERS:
+        flaw = f"writes {len(text):,} characters, more than {MOST_CHARACTERS:,},"
+    if flaw is not None:
+        raise UserError(
+            f"the chat template {flaw} on prompt {prompt.prompt_id!r}; expected the same few lines "
+            "each time; set template.file to another template"
+        )
 
 
 def _check_whole(prompt: Prompt, turns: Sequence[Turn], text: str) -> None:

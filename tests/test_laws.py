@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from opd_stream.errors import UserError
@@ -467,6 +467,7 @@ def border(row: dict[str, Any], codec: Codec) -> None:
             made = import_scores(source, store, codec)
         except UserError as error:
             refused = str(error)
+        event("refused" if made is None else "accepted")
         if refused is not None or made is None:
             assert "\n" not in str(refused)
             assert str(source) in str(refused)

@@ -1,6 +1,9 @@
 """Messages and chat templates: what is written, what is refused, and that no day changes it."""
 
 import json
+import re
+import resource
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -384,8 +387,44 @@ def test_an_endless_template_is_ended_and_one_that_reaches_out_is_refused(
 ) -> None:
     monkeypatch.setattr(rendering, "TEMPLATE_SECONDS", 0.2)  # of processor time
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(UserError, match=r"the chat template ran for 0\.2 s .* expected an end"):
-        Renderer(ChatTemplate(), tokenizer(loop)).ids(prompt(USER))
+    for endless in (loop, "{{ 9 ** (9 ** 9) }}"):
+        with pytest.raises(UserError, match=r"the chat template ran for 0\.2 s .* expected an end"):
+            Renderer(ChatTemplate(), tokenizer(endless)).ids(prompt(USER))
     for reaching in ("{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}"):
         with pytest.raises(UserError, match=r"does not take prompt .* template\.file"):
             Renderer(ChatTemplate(), tokenizer(reaching)).ids(prompt(USER))
+
+
+@pytest.mark.parametrize(
+    ("template", "line"),
+    [
+        ("{{ 'a'.center(3000000000) }}", "needs more than 1,073,741,824 bytes of memory"),
+        ("{{ '%3000000000d' % 1 }}", "needs more than 1,073,741,824 bytes of memory"),
+        ("{{ messages|tojson(indent=3000000000) }}", "needs more than 1,073,741,824 bytes of mem"),
+        ("{% for _ in range(999) %}{{ 'a' * 99999 }}{% endfor %}", "writes 99,899,001 characters"),
+        ("{{ [1, 2]|random }}", "draws at random"),
+        ("{{ lipsum() }}", "draws at random"),
+        ("{{ messages[0].items }}", "writes '<built-in method items of dict object at 0x"),
+        ("{{ messages|map(attribute='role') }}", "writes '<generator object sync_do_map at 0x"),
+        ("{{ '\\ud800' }}", "writes '\\ud800', half a surrogate pair"),
+        ("{{ raise_exception() }}", "does not take prompt 'row-0'"),
+    ],
+)
+def test_a_template_that_is_large_or_another_text_each_time_is_refused(
+    template: str, line: str
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(UserError, match=re.escape(line)) as refused:
+        Renderer(ChatTemplate(), tokenizer(template)).ids(prompt(USER))
+    assert "\n" not in str(refused.value)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_memory_is_bounded_in_a_thread_too_and_an_address_in_a_prompt_is_text() -> None:
+    said = prompt({"role": "user", "content": "What is <object object at 0x7f784de5e900>?"})
+    with ThreadPoolExecutor(1) as threads:
+        large = Renderer(ChatTemplate(), tokenizer("{{ 'a'.center(3000000000) }}"))
+        with pytest.raises(UserError, match="bytes of memory"):
+            threads.submit(large.ids, said).result()
+        sound = Renderer(ChatTemplate(), tokenizer())
+        assert len(threads.submit(sound.ids, said).result())

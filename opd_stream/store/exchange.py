@@ -70,7 +70,7 @@ UnitReport = Callable[[int, int, int], object]  # units done, of how many, token
 
 
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
-Logprob = Annotated[float, Field(lt=math.inf)]
+Logprob = Annotated[float, Field(le=-LOWEST)]
 Candidates = Annotated[list[Logprob], Field(max_length=MOST_CANDIDATES)]
 
 
