@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from opd_stream.errors import UserError
-from opd_stream.rendering import ChatTemplate, Prompt, RawTemplate, Renderer
-from opd_stream.sources import EmbeddedPrompts, Prompts, read_prompts
+from opd_stream.errors import UserError, named
+from opd_stream.rendering import ChatTemplate, Prompt, RawTemplate, Renderer, Rendering
+from opd_stream.sources import EmbeddedPrompts, Prompts, read_prompts, read_rows, shown
 from opd_stream.store.shards import PROMPTS, id_lists
 
 
@@ -77,30 +77,36 @@ def tokenised_prompts(source: Prompts, tokenizer: Any) -> TokenisedPrompts:
 
 
 def rendered_prompts(
-    source: Prompts,
-    template: RawTemplate | ChatTemplate,
-    tokenizer: Any,
-    prompt_ids: Sequence[str],
+    source: Prompts, rendering: Rendering, tokenizer: Any, prompt_ids: Sequence[str]
 ) -> pa.Table:
     """Some prompts of a source as the teacher reads them, however long they become.
 
     Raises:
-        UserError: see `read_prompts`; the template does not take one, or one is not there.
+        UserError: see `read_prompts`; the template or the view does not take one, or one is not
+            there.
     """
-    found = {prompt.prompt_id: prompt for prompt in read_prompts(source)}
+    found = {prompt.prompt_id: (prompt, row) for prompt, row in read_rows(source)}
     gone = next((prompt_id for prompt_id in prompt_ids if prompt_id not in found), None)
     if gone is not None:
         raise UserError(
             f"prompt {gone!r} is no longer in the source; expected the same rows as before; "
             "restore it, or name another revision"
         )
-    prompts = [found[prompt_id] for prompt_id in prompt_ids]
-    try:
+    template, view = rendering.template, rendering.view
+    with named(rendering.field):
+        prompts = [found[prompt_id][0] for prompt_id in prompt_ids]
+        if view is not None:
+            asked = (found[prompt_id] for prompt_id in prompt_ids)
+            prompts = [shown(view, source, prompt, row) for prompt, row in asked]
         renderer = Renderer(template, tokenizer)
-        _with_control_tokens(template, renderer, prompts)
+        spelled = _with_control_tokens(template, renderer, prompts)
+        if spelled:  # by the view: prompts that spell them are not among those of the student
+            raise UserError(
+                f"the view of {len(spelled)} prompts spells control tokens, the first "
+                f"{next(iter(spelled))!r}, and the teacher reads every prompt; set "
+                "teacher.template, with control_tokens=escape or allow"
+            )
         return _table(prompts, [renderer.ids(prompt) for prompt in prompts])
-    except UserError as error:
-        raise UserError(f"teacher.template: {error}") from error
 
 
 def _table(prompts: Sequence[Prompt], ids: Sequence[NDArray[np.int32]]) -> pa.Table:

@@ -128,6 +128,28 @@ class ChatTemplate(Section):
 Template = Annotated[RawTemplate | ChatTemplate, Field(discriminator="kind")]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendering:
+    """How a teacher reads prompts, where it does not read what the student reads.
+
+    Example:
+        >>> Rendering(template=RawTemplate(), view="{prompt}\\nThe answer is {answer}.")
+    """
+
+    template: RawTemplate | ChatTemplate
+    view: str | None = None  # text in place of the prompt, with {field} of its row; None: none
+
+    @property
+    def field(self) -> str:
+        """The setting that asks for it."""
+        return "teacher.template" if self.view is None else "teacher.view"
+
+    def settings(self) -> dict[str, Any]:
+        """What of it goes into the recipe."""
+        shown = {} if self.view is None else {"view": self.view}
+        return {"template": template_settings(self.template), **shown}
+
+
 def template_settings(template: RawTemplate | ChatTemplate) -> dict[str, Any]:
     """What of a template goes into the recipe: the digest of a file instead of its path.
 

@@ -4,9 +4,10 @@ import importlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from datetime import date
 from decimal import Decimal
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -32,7 +33,7 @@ from opd_stream.tasks.ledger import make_problems
 from opd_stream.tasks.references import Match, reference_text
 
 HUB_SECONDS = 10  # for the hub's first answer
-_FIELD = re.compile(r"\{([\w.]+)\}")
+FIELD = re.compile(r"\{([\w.]+)\}")
 
 
 class UnreadableDataset(UserError):
@@ -163,10 +164,16 @@ def read_prompts(source: Prompts) -> list[Prompt]:
     Raises:
         UserError: no prompts, a malformed line, a missing field or a duplicate id.
     """
+    return [prompt for prompt, _ in read_rows(source)]
+
+
+def read_rows(source: Prompts) -> Iterator[tuple[Prompt, PlacedRow]]:
+    """The prompts of a source with their rows; raises as `read_prompts` does."""
     if isinstance(source, EmbeddedPrompts):
-        problems = make_problems(count=source.count, seed=source.seed, task=source.kind)
-        return [Prompt(prompt_id=p.problem_id, text=p.question, answer=p.answer) for p in problems]
-    prompts: list[Prompt] = []
+        for found in make_problems(count=source.count, seed=source.seed, task=source.kind):
+            prompt = Prompt(prompt_id=found.problem_id, text=found.question, answer=found.answer)
+            yield prompt, (f"problem {found.problem_id}", asdict(found))
+        return
     place_of: dict[str, str] = {}
     for number, (place, row) in enumerate(islice(_rows(source), source.limit)):
         prompt = _prompt(source, number, place, row)
@@ -176,11 +183,49 @@ def read_prompts(source: Prompts) -> list[Prompt]:
                 "expected unique ids; mend the file or choose another id_field"
             )
         place_of[prompt.prompt_id] = place
-        prompts.append(prompt)
-    if not prompts:
+        yield prompt, (place, row)
+    if not place_of:
         name = source.data_files if isinstance(source, DatasetPrompts) else source.path
         raise UserError(f"{name or source.path} holds no prompts; expected at least one; check it")
-    return prompts
+
+
+def shown(view: str, source: Prompts, prompt: Prompt, placed: PlacedRow) -> Prompt:
+    """A prompt with the text of a view in place of its own; of messages, of the last user's turn.
+
+    Args:
+        view: text in which {prompt} is the prompt's text, {answer} its reference answer, where
+            `answer_field` names one, and {field} any field of its row.
+        source: of the prompt.
+        prompt: as the student reads it.
+        placed: its row, and where that stands.
+
+    Raises:
+        UserError: the row has no such field, or its messages have no user's turn.
+    """
+    place, row = placed
+    users = [n for n, turn in enumerate(prompt.turns or ()) if turn["role"] == "user"]
+    if prompt.turns is not None and not users:
+        raise UserError(
+            f"{place}: the messages have no user's turn, in which a view could stand; leave "
+            "teacher.view out, or mend the row"
+        )
+    own = prompt.text if prompt.turns is None else prompt.turns[users[-1]]["content"]
+    answer = None if isinstance(source, EmbeddedPrompts) else source.answer_field
+
+    def written(found: re.Match[str]) -> str:
+        name = found.group(1)
+        if name == "prompt":
+            return own
+        name = answer or name if name == "answer" else name
+        return _written(row, name, place, "teacher.view")
+
+    text = FIELD.sub(written, view)
+    _check_unicode(place, text)
+    if prompt.turns is None:
+        return replace(prompt, text=text)
+    turns = list(prompt.turns)
+    turns[users[-1]] = {**turns[users[-1]], "content": text}
+    return replace(prompt, turns=tuple(turns))
 
 
 def row_count(source: Prompts) -> int | None:
@@ -313,7 +358,8 @@ def _text_or_turns(
     elif name == "prompt" and name not in row:
         name = next((known for known in ("messages", "conversations") if known in row), name)
     if "{" in name:
-        return _FIELD.sub(lambda field: _written(row, field.group(1), place), name), None
+        written = partial(_written, row, place=place, setting="prompt_field")
+        return FIELD.sub(lambda field: written(field.group(1)), name), None
     found = value_of(row, name, place, setting)
     if isinstance(found, str) and source.messages_field is None:
         return found, None
@@ -326,10 +372,10 @@ def _text_or_turns(
     return turns_text(turns), turns
 
 
-def _written(row: dict[str, Any], name: str, place: str) -> str:
+def _written(row: dict[str, Any], name: str, place: str, setting: str) -> str:
     """A field as text: of a list, a line for each item."""
-    found = value_of(row, name, place, "prompt_field")
-    return "\n".join(_texts(found, f"{place}: field {name!r}", "mend it, or set prompt_field"))
+    found = value_of(row, name, place, setting)
+    return "\n".join(_texts(found, f"{place}: field {name!r}", f"mend it, or set {setting}"))
 
 
 def _check_unicode(place: str, text: str) -> None:

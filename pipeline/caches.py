@@ -123,12 +123,12 @@ def scores_step(
     setup: Setup, rollouts: Step, *, kind: StepKind = SCORE, extends: Step | None = None
 ) -> Step:
     """The teacher's scores of rollouts; of an extension they continue those of its base."""
-    assert setup.teacher is not None
-    rendered = setup.teacher_prompts
+    teacher, rendered = _teacher_of(setup, rollouts), setup.teacher_prompts
+    assert teacher is not None
     recipe = scores_recipe(
         setup.config,
         rollouts=rollouts.artifact.fingerprint,
-        teacher=setup.teacher,
+        teacher=teacher,
         forced_ids=setup.forced_ids,
         vocabulary=setup.candidates,
         extends=None if extends is None else extends.artifact.fingerprint,
@@ -141,10 +141,16 @@ def scores_step(
         kind=kind,
         round_index=rollouts.round_index,
         artifact=setup.store.artifact(recipe),
-        model=setup.teacher,
+        model=teacher,
         needs=(rollouts,) if extends is None else (rollouts, extends),
         is_new=rollouts.is_new,
     )
+
+
+def _teacher_of(setup: Setup, rollouts: Step) -> Checkpoint | None:
+    """Who scores rollouts: the config's teacher, or the policy that sampled them."""
+    settings = setup.config.teacher
+    return rollouts.model if settings is not None and settings.follows_student else setup.teacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,7 +309,7 @@ def _stored(
         kind=SCORE,
         round_index=made_in,
         artifact=scored,
-        model=setup.teacher,
+        model=_teacher_of(setup, made),
         needs=(made, *continued),
         is_new=False,
     )
@@ -338,7 +344,8 @@ def replayed_caches(setup: Setup) -> list[tuple[Cache, ...]] | None:
         raise UserError(
             f"{where} has {len(found)} finished rounds; the config asks for {rounds}; lower rounds"
         )
-    expected = setup.replayed_teacher
+    settings, expected = setup.config.teacher, setup.replayed_teacher
+    may_follow = settings is None or settings.follows_student
     for cache in (cache for caches in found[:rounds] for cache in caches):
         for step in (cache.rollouts, cache.scores):
             if not step.is_complete():
@@ -346,6 +353,9 @@ def replayed_caches(setup: Setup) -> list[tuple[Cache, ...]] | None:
                     f"{step.artifact.name} of {where} is not complete; finish that run first"
                 )
         teacher = cache.scores.artifact.recipe.inputs.get("teacher")  # imported rows have none
+        author = cache.rollouts.artifact.recipe.inputs.get("student")
+        if may_follow and teacher == author:
+            continue  # each round's policy scored its own rollouts
         expected = expected or teacher
         if teacher is not None and teacher != expected:
             raise UserError(

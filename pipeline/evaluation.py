@@ -94,8 +94,9 @@ def distance_steps(
     teacher = teacher or open_teacher(config, store, policy, vocabulary)
     own = prompts_artifact(store, part.prompts, policy)
     theirs = own
-    if settings.template is not None:
-        theirs = teacher_prompts_artifact(store, settings.template, own, teacher)
+    rendering = settings.rendering(part.prompts)
+    if rendering is not None:
+        theirs = teacher_prompts_artifact(store, rendering, own, teacher)
     recipe = teacher_text_recipe(
         config, part, prompts=theirs.fingerprint, teacher=teacher, vocabulary=vocabulary
     )
@@ -126,15 +127,15 @@ def distance_steps(
 def make_rendering(
     config: Config, store: Store, part: Evaluation, prompts: Artifact, teacher: Checkpoint
 ) -> None:
-    """Make held-out prompts as the teacher reads them, where it has a template of its own.
+    """Make held-out prompts as the teacher reads them, where it has a rendering of its own.
 
     Raises:
-        UserError: the template does not take a prompt.
+        UserError: the template or the view does not take a prompt.
     """
-    template = None if config.teacher is None else config.teacher.template
-    if template is not None:
-        assert part.prompts is not None
-        make_teacher_prompts(store, part.prompts, template, prompts, teacher)
+    assert part.prompts is not None
+    rendering = None if config.teacher is None else config.teacher.rendering(part.prompts)
+    if rendering is not None:
+        make_teacher_prompts(store, part.prompts, rendering, prompts, teacher)
 
 
 def open_teacher(

@@ -189,7 +189,7 @@ def setup_of(
         teacher=teacher,
         alignment=alignment,
         replayed_teacher=_replayed_teacher(opened, config),
-        warnings=_warnings(opened, config, teacher),
+        warnings=_warnings(opened, config, student, teacher),
         vocabulary=vocabulary,
         forced_ids=tuple(sorted({*vocabulary.stop_ids, *forced})),
         masked_ids=(),
@@ -203,12 +203,12 @@ def _teacher_prompts(
     config: Config, store: Store, prompts: Artifact, teacher: Checkpoint, *, make: bool
 ) -> Artifact | None:
     """The prompts in the teacher's own rendering, if it has one."""
-    template = None if config.teacher is None else config.teacher.template
-    if template is None:
+    rendering = None if config.teacher is None else config.teacher.rendering(config.prompts)
+    if rendering is None:
         return None
     if not make:
-        return teacher_prompts_artifact(store, template, prompts, teacher)
-    rendered = make_teacher_prompts(store, config.prompts, template, prompts, teacher)
+        return teacher_prompts_artifact(store, rendering, prompts, teacher)
+    rendered = make_teacher_prompts(store, config.prompts, rendering, prompts, teacher)
     check_prompt_ids(rendered.read_unit(0), shared_vocabulary([teacher]))
     return rendered
 
@@ -288,6 +288,8 @@ def with_default_distance(config: Config, rows: int | None) -> tuple[Config, str
     why = None
     if config.scores.alignment is not None:
         why = "the teacher has another tokenizer"
+    elif config.teacher is not None and config.teacher.follows_student:
+        why = "the teacher is another one each round"
     elif mute:
         why = f"{mute[0]}.engine gives no hidden states"
     elif read + wanted > rows:
@@ -487,9 +489,11 @@ def _replayed_teacher(opened: Opener, config: Config) -> str | None:
     return opened(config.teacher.folder).identity.fingerprint
 
 
-def _warnings(opened: Opener, config: Config, teacher: Checkpoint | None) -> tuple[str, ...]:
+def _warnings(
+    opened: Opener, config: Config, student: Checkpoint, teacher: Checkpoint | None
+) -> tuple[str, ...]:
     """Offline distillation inherits a bias if another model taught the student (Lightning OPD)."""
-    if config.rounds > 1 or teacher is None:
+    if config.rounds > 1 or teacher is None or teacher.identity == student.identity:
         return ()
     taught_by = config.student.taught_by
     if taught_by is None:

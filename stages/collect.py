@@ -143,9 +143,7 @@ def submit_missing(
         check: called with the student that is about to sample.
     """
     to_generate = missing_units(rollouts, progress, verify=verify) if generate else []
-    to_score: list[int] = []
-    if scores is not None:
-        to_score = _units_to_score(rollouts, scores, to_generate, progress, verify=verify)
+    to_score = _units_to_score(rollouts, scores, to_generate, progress, verify=verify)
     if not generate:
         to_score = [unit for unit in to_score if rollouts.commit_record(unit) is not None]
     tasks = [
@@ -157,6 +155,7 @@ def submit_missing(
             teacher=None if teacher is None else str(teacher.folder),
             made_by=made_by,
             policy=student.policy,
+            teacher_policy=None if teacher is None else teacher.policy,
             author=author,
             teacher_side=_kind_of(scores),
         )
@@ -179,9 +178,11 @@ def _kind_of(scores: Artifact | None) -> Literal["scores", "hidden"]:
 
 
 def _units_to_score(
-    rollouts: Artifact, scores: Artifact, new: list[int], progress: Progress, *, verify: bool
+    rollouts: Artifact, scores: Artifact | None, new: list[int], progress: Progress, *, verify: bool
 ) -> list[int]:
     """Units that lack their scores, or were scored from other bytes; `new` ones are sampled now."""
+    if scores is None:
+        return []
     missing = missing_units(scores, progress, verify=verify)
     stale, lost = _scored_from_other_bytes(rollouts, scores), _for_head(scores, progress, verify)
     return sorted({*missing, *stale, *new, *lost})

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from opd_stream.errors import named
 from opd_stream.prompts import lost_rows, rendered_prompts, shuffled_rows, tokenised_prompts
-from opd_stream.rendering import ChatTemplate, RawTemplate, template_settings
+from opd_stream.rendering import Rendering
 from opd_stream.sources import Prompts, source_settings
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.recipe import Recipe
@@ -82,17 +82,17 @@ def make_prompts(
 
 
 def teacher_prompts_artifact(
-    store: Store, template: RawTemplate | ChatTemplate, prompts: Artifact, teacher: Checkpoint
+    store: Store, rendering: Rendering, prompts: Artifact, teacher: Checkpoint
 ) -> Artifact:
     """The prompts of a run as its teacher reads them, row for row, whether it exists or not.
 
     Raises:
         UserError: the template's file cannot be read.
     """
-    rendering = teacher.identity.rendering_sha256
+    digest = teacher.identity.rendering_sha256
     recipe = Recipe(
         kind="prompts",
-        settings={"template": template_settings(template), "rendering": rendering, **_rules()},
+        settings={**rendering.settings(), "rendering": digest, **_rules()},
         inputs={"prompts": prompts.fingerprint, "tokenizer": teacher.identity.tokenizer_sha256},
     )
     return store.artifact(recipe)
@@ -101,21 +101,21 @@ def teacher_prompts_artifact(
 def make_teacher_prompts(
     store: Store,
     source: Prompts,
-    template: RawTemplate | ChatTemplate,
+    rendering: Rendering,
     prompts: Artifact,
     teacher: Checkpoint,
 ) -> Artifact:
     """As `teacher_prompts_artifact`, made if it is missing; `prompts` are complete.
 
     Raises:
-        UserError: the source cannot be read, or the template does not take a prompt.
+        UserError: the source cannot be read, or the template or the view does not take a prompt.
     """
-    artifact = teacher_prompts_artifact(store, template, prompts, teacher)
+    artifact = teacher_prompts_artifact(store, rendering, prompts, teacher)
     artifact.mend()
     if artifact.is_complete() and artifact.damage(0) is None:
         return artifact
     names: list[str] = prompts.read_unit(0)["prompt_id"].to_pylist()
-    _commit(artifact, rendered_prompts(source, template, teacher.tokenizer(), names), {})
+    _commit(artifact, rendered_prompts(source, rendering, teacher.tokenizer(), names), {})
     return artifact
 
 

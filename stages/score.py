@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,12 +78,12 @@ class ScoreWorker(Worker):
             self._open(task, scores.recipe)
 
     def _open(self, task: Task, scores: Recipe) -> Engine:
-        return self.engine(lambda: Path(task.teacher or ""), scores.inputs["teacher"], scores)
+        return self.engine(lambda: self.teacher_folder(task), scores.inputs["teacher"], scores)
 
     def work(self, result: TaskResult) -> TaskResult:
         task = result.task
         if task.author == "teacher":
-            result = sample_unit(self, result, lambda: Path(task.teacher or ""))
+            result = sample_unit(self, result, lambda: self.teacher_folder(task))
         if task.scores is None or task.teacher is None:
             return result
         scores = self.store.by_fingerprint(task.teacher_side, task.scores)
@@ -259,7 +258,7 @@ class ScoreWorker(Worker):
         from stages.cross_tokenizer import aligned_counts, open_aligner, score_aligned
 
         if self._aligner is None or self._aligner[0] != scores.fingerprint:
-            folders = {"student": self.student_folder(task), "teacher": Path(task.teacher or "")}
+            folders = {"student": self.student_folder(task), "teacher": self.teacher_folder(task)}
             aligner = open_aligner(self.store, scores.recipe, rollouts.recipe, **folders)
             self._aligner = (scores.fingerprint, aligner)
         scored, read = score_aligned(engine, self._aligner[1], batch, asked)

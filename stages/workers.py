@@ -48,6 +48,7 @@ class Task:
     teacher: str | None  # checkpoint folder
     made_by: str  # id of the run
     policy: str | None = None  # fingerprint of the student, where it is a policy of the store
+    teacher_policy: str | None = None  # the same of the teacher
     author: Role = "student"  # samples the rollouts
     teacher_side: Literal["scores", "hidden"] = "scores"  # the kind of `scores`
     distances: str | None = None  # fingerprint; the student is only compared with the teacher
@@ -182,9 +183,16 @@ class Worker:
 
     def student_folder(self, task: Task, part: Part = "model") -> Path:
         """The student's checkpoint on this node; that part of a remote policy is fetched."""
-        if task.policy is None:
-            return Path(task.student)
-        return self.store.policy_by_fingerprint(task.policy).folder(part)
+        return self._folder(task.policy, task.student, part)
+
+    def teacher_folder(self, task: Task) -> Path:
+        """The teacher's checkpoint on this node, likewise."""
+        return self._folder(task.teacher_policy, task.teacher or "", "model")
+
+    def _folder(self, policy: str | None, folder: str, part: Part) -> Path:
+        if policy is None:
+            return Path(folder)
+        return self.store.policy_by_fingerprint(policy).folder(part)
 
     def release(self) -> None:
         """Give up the engine; the next unit opens it again."""

@@ -257,6 +257,7 @@ def _conflicts(config: Config) -> Iterator[str]:
     yield from _window_conflicts(config)
     yield from _staleness_conflicts(config)
     yield from _alignment_conflicts(config)
+    yield from _following_conflicts(config)
     if config.evaluation is not None:
         yield from config.evaluation.conflicts()
 
@@ -477,6 +478,28 @@ def _alignment_conflicts(config: Config) -> Iterator[str]:
             f"scores.alignment is set with staleness.student_top_mass "
             f"{config.staleness.student_top_mass:g} and sampled_pg, whose tokens have no "
             "candidates where the tokenizers differ; set staleness.student_top_mass=0"
+        )
+
+
+def _following_conflicts(config: Config) -> Iterator[str]:
+    """A teacher that is each round's policy has to be the student, and to read something else."""
+    teacher, student = config.teacher, config.student
+    if teacher is None or not teacher.follows_student:
+        return
+    if (teacher.path, teacher.revision) != (student.path, student.revision):
+        yield (
+            f"teacher.follows_student is set with teacher.path {teacher.path}, which is not "
+            f"student.path {student.path}; set the same path, or leave follows_student out"
+        )
+    if not teacher.is_rendering:
+        yield (
+            "teacher.follows_student is set without teacher.view, so that the teacher would read "
+            "what the student reads and agree with it; add teacher.view"
+        )
+    if config.evaluation is not None and config.evaluation.has_distance():
+        yield (
+            "evaluation of kind distance with teacher.follows_student, which is another teacher "
+            "each round; use a judge"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from opd_stream.engines import EngineName
@@ -15,9 +15,9 @@ from opd_stream.errors import UserError
 from opd_stream.fetching import local_folder
 from opd_stream.filters import Keep
 from opd_stream.objectives import AnyObjective, SampledPg
-from opd_stream.rendering import ChatTemplate, Template
+from opd_stream.rendering import ChatTemplate, Rendering, Template
 from opd_stream.section import SEEDS, Section, is_object, later
-from opd_stream.sources import DatasetPrompts, EmbeddedPrompts, FilePrompts, Prompts
+from opd_stream.sources import FIELD, DatasetPrompts, EmbeddedPrompts, FilePrompts, Prompts
 from opd_stream.store.codecs import Codec, ExactCodec, HiddenCodec
 from opd_stream.tasks.judges import AnyJudge
 from opd_stream.weighting import DriftGate, Freshness
@@ -72,6 +72,17 @@ class Student(Model):
     )
 
 
+def _with_fields(view: str) -> str:
+    if not FIELD.search(view):
+        raise PydanticCustomError(
+            "no_field", "expected text with a field in it, {{prompt}} or another of the row"
+        )
+    return view
+
+
+View = Annotated[str, AfterValidator(_with_fields)]
+
+
 class Teacher(Model):
     """The checkpoint that scores."""
 
@@ -80,6 +91,28 @@ class Teacher(Model):
         description="the teacher's own rendering of the prompts, such as another system turn; "
         "null: it reads what the student reads",
     )
+    view: View | None = later(
+        default=None,
+        description="text that the teacher reads in place of the prompt's, such as a reference "
+        "solution beside it: {prompt}, {answer}, {field} of the prompt's row; the student never "
+        "reads it",
+    )
+    follows_student: bool = later(
+        default=False,
+        description="each round's policy scores its own rollouts, behind `view` or `template`; "
+        "path is the student's",
+    )
+
+    @property
+    def is_rendering(self) -> bool:
+        """Whether it reads anything else than the student."""
+        return self.template is not None or self.view is not None
+
+    def rendering(self, source: Prompts) -> Rendering | None:
+        """How it reads the prompts of a source; None: as the student does."""
+        if not self.is_rendering:
+            return None
+        return Rendering(template=self.template or source.template, view=self.view)
 
     @model_validator(mode="after")
     def _reads_every_prompt(self) -> Self:

@@ -255,7 +255,9 @@ def prompts(subject: Subject) -> Iterator[Finding]:
     try:
         if "prompts" in subject.tables and (rendered := subject.teacher_table()) is not None:
             lengths = table_lengths(rendered)
-            yield prompts.ok(f"teacher.template: {min(lengths)} to {max(lengths)} tokens")
+            has_view = config.teacher is not None and config.teacher.view is not None
+            field = "teacher.view" if has_view else "teacher.template"
+            yield prompts.ok(f"{field}: {min(lengths)} to {max(lengths)} tokens")
     except UserError as error:
         yield prompts.refused(error)
     tables = subject.tables

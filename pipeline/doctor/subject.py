@@ -128,14 +128,14 @@ class Subject:
     def teacher_table(self) -> pa.Table | None:
         """The training prompts in the teacher's own rendering; None: it reads the student's."""
         config = self.config
-        template = None if config.teacher is None else config.teacher.template
-        if template is None or config.replay is not None:
+        rendering = None if config.teacher is None else config.teacher.rendering(config.prompts)
+        if rendering is None or config.replay is not None:
             return None
         names: list[str] = self.table("prompts")["prompt_id"].to_pylist()
         tokenizer = self.model("teacher").tokenizer()
         return self._once(
-            "teacher.template",
-            lambda: rendered_prompts(config.prompts, template, tokenizer, names),
+            rendering.field,
+            lambda: rendered_prompts(config.prompts, rendering, tokenizer, names),
         )
 
     @property

@@ -200,7 +200,7 @@ def _drawn_logprobs(model: Any, prompt: Ids, completion: Ids) -> Any:
 def distance(subject: Subject) -> Iterator[Finding]:
     """KL(student || teacher) on the student's own rollouts, as a run would cache them."""
     _check_one_tokenizer(subject)
-    if subject.config.teacher is not None and subject.config.teacher.template is not None:
+    if subject.config.teacher is not None and subject.config.teacher.is_rendering:
         raise NotChecked("the teacher reads a rendering of its own")
     with tempfile.TemporaryDirectory() as folder:
         scored = _scored_rollouts(
@@ -235,7 +235,7 @@ def coverage(subject: Subject) -> Iterator[Finding]:
     """The share of the reverse KL that the config's candidates see, and what would see enough."""
     _check_one_tokenizer(subject)
     config, setup = subject.config, subject.setup
-    if config.teacher is not None and config.teacher.template is not None:
+    if config.teacher is not None and config.teacher.is_rendering:
         raise NotChecked("the teacher reads a rendering of its own")
     if isinstance(config.scores.codec, SampledCodec):
         raise NotChecked("candidates are drawn from the teacher")
@@ -337,8 +337,8 @@ def teacher_as_student(subject: Subject) -> Iterator[Finding]:
 def _teacher_alone(config: Config) -> Config:
     """The teacher as its own student, in float32 at temperature 1."""
     assert config.teacher is not None
-    # Both read what the student reads: `teacher.template` is left out.
-    fields = {**config.teacher.model_dump(exclude={"template"}), "dtype": "float32"}
+    # Both read what the student reads.
+    fields = {**config.teacher.model_dump(include=set(Model.model_fields)), "dtype": "float32"}
     plain = config.rollouts.model_copy(update={"temperature": 1.0})
     models = {"student": Student(**fields), "teacher": Teacher(**fields)}
     return config.model_copy(update={**models, "rollouts": plain})

@@ -152,20 +152,21 @@ def measure_teacher_prompts(setup: Setup, students: MeasuredPrompts) -> SourceLe
     """The same prompts as the teacher reads them; None: as the student does.
 
     Raises:
-        UserError: the teacher's template does not take them.
+        UserError: the teacher's template or view does not take them.
     """
     artifact, teacher = setup.teacher_prompts, setup.config.teacher
-    if artifact is None or teacher is None or teacher.template is None:
+    rendering = None if teacher is None else teacher.rendering(setup.config.prompts)
+    if artifact is None or rendering is None:
         return None
     assert setup.teacher is not None  # else there is no such artifact
     if artifact.is_complete() and artifact.damage(0) is None:
         return _whole(artifact.read_unit(0))
-    tokenizer = tokenizer_for(setup.teacher.folder, teacher.template)
-    template, names = teacher.template, students.table["prompt_id"].to_pylist()
+    tokenizer = tokenizer_for(setup.teacher.folder, rendering.template)
+    names = students.table["prompt_id"].to_pylist()
 
     def rendered(first: Prompts) -> pa.Table:
         there = {prompt.prompt_id for prompt in read_prompts(first)}
-        return rendered_prompts(first, template, tokenizer, [n for n in names if n in there])
+        return rendered_prompts(first, rendering, tokenizer, [n for n in names if n in there])
 
     found = _whole(_of_first_rows(setup.config.prompts, rendered))
     is_whole = students.lengths.is_whole and len(found.tokens) == len(names)
