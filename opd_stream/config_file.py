@@ -15,7 +15,7 @@ from opd_stream.errors import UserError, shortened
 from opd_stream.fetching import is_hub_id
 from opd_stream.section import Section, is_list, is_object, path_flaw
 from opd_stream.store.lines import opened
-from opd_stream.yaml_text import MOST_CHARACTERS, parse_yaml
+from opd_stream.yaml_text import MOST_CHARACTERS, MOST_DEPTH, parse_yaml
 
 Place = tuple[str, ...]  # keys of a config, from the outermost
 
@@ -220,12 +220,18 @@ def _override(raw: dict[str, Any], override: str) -> None:
         value = parse_yaml(text)
     except ValueError as error:
         raise UserError(
-            f"--set {shortened(override)}: the value is not valid YAML; quote it"
+            f"--set {shortened(override)}: the value is not valid YAML ({str(error)[:160]}); "
+            "quote it"
         ) from error
     *parents, last = field.split(".")
     if "" in (*parents, last):
         raise UserError(
             f"--set {shortened(override)} has an empty name; expected --set field.subfield=value"
+        )
+    if len(parents) > MOST_DEPTH:
+        raise UserError(
+            f"--set {shortened(override)} names {len(parents):,} sections in one another; expected "
+            "--set field.subfield=value"
         )
     here = raw
     for parent in parents:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from opd_stream.errors import UserError
@@ -47,6 +47,14 @@ def _around_prompt(text: str) -> str:
             "no_prompt", "expected text with {{prompt}} in it, where the prompt goes"
         )
     return text
+
+
+def _as_date(value: Any) -> Any:
+    """A number, or the text of one, would be seconds since 1970."""
+    is_text = isinstance(value, str) and not re.match(r"\d{4}-\d\d-\d\d", value)
+    if is_text or isinstance(value, int | float):
+        raise PydanticCustomError("no_date", "expected a date such as 2026-01-31")
+    return value
 
 
 AroundPrompt = Annotated[str, AfterValidator(_around_prompt)]
@@ -83,7 +91,7 @@ class ChatTemplate(Section):
     arguments: dict[str, JsonValue] = later(
         default={}, description="what the template is told, such as {enable_thinking: false}"
     )
-    date: datetime.date | None = later(
+    date: Annotated[datetime.date, BeforeValidator(_as_date)] | None = later(
         default=None,
         description="today, to a template that writes the date; needed for such a template",
     )

@@ -114,7 +114,8 @@ ImportPath = Annotated[str, AfterValidator(_checked_import)]
 
 SEEDS = 2**32  # fits 64 bits with a step beside it
 LARGEST_INTEGER = 2**31 - 1  # of a field that states no other bound
-LARGEST_NUMBER = 1e30  # a float32 holds it
+LARGEST_NUMBER, SMALLEST_NUMBER = 1e30, 1e-30  # a float32 holds them
+LEAST_TEMPERATURE = 0.01  # below it float32 has no differences left; vLLM reads less as this
 LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, of Linux
 
 
@@ -146,7 +147,11 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _is_bounded(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse numbers that nothing means, of a field without a bound of its own."""
+        """Refuse numbers that nothing means, of a field without a bound of its own; -0.0 is 0."""
+        for number in _items(value):
+            if isinstance(number, float) and 0 < abs(number) < SMALLEST_NUMBER:
+                raise _error(f"expected 0, or at least {SMALLEST_NUMBER:g}")
+        value = 0.0 if isinstance(value, float) and not value else value
         field = cls.model_fields[str(info.field_name)]
         if any(hasattr(each, "le") or hasattr(each, "lt") for each in field.metadata):
             return value
@@ -155,6 +160,15 @@ class Section(BaseModel):
             if isinstance(number, int | float) and abs(number) > largest:
                 raise _error(f"expected at most {largest:,}")
         return value
+
+
+def _checked_temperature(value: float) -> float:
+    if 0 < value < LEAST_TEMPERATURE:
+        raise _error(f"expected 0 (the most probable token), or at least {LEAST_TEMPERATURE}")
+    return value
+
+
+Temperature = Annotated[float, AfterValidator(_checked_temperature)]
 
 
 def _items(value: Any) -> Sequence[Any]:

@@ -365,9 +365,11 @@ ROW: dict[str, Any] = {
         ({"teacher_forced_logprobs": [[-3.0], [-0.1]]}, "forced_logprobs is -0.1 at token 1; e"),
         ({"teacher_forced_logprobs": [[-1e39], [-4.0]]}, "has -1e+39 in teacher_forced_logprobs"),
         ({"teacher_top_logprobs": [[-0.5, -1e39], [-0.25]]}, "has -1e+39 in teacher_top_logprobs"),
+        ({"teacher_top_ids": [[4, 9], []], "teacher_top_logprobs": [[-0.5, -1.5], []],
+          "teacher_tail_logprobs": [-1.75, 0]}, "number of teacher_top_ids is 0 at token 1"),
         ({"teacher_top_logprobs": [[-3, -4], [-0.25]]}, "mass, with the tail) is 0.241877 at"),
     ],
-)
+)  # fmt: skip
 def test_a_row_that_no_reader_takes_is_named_before_anything_is_written(
     tmp_path: Path, changes: dict[str, Any], line: str
 ) -> None:

@@ -31,6 +31,9 @@ WRITTEN_OUT = {  # what the table only names
     "BOMB": "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n"
     + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefgh")),
     "NESTED": "[" * 5000,
+    "INNER": "a: " + "{a: " * 80 + "1" + "}" * 80,
+    "HEX": "0x" + "f" * 9000,
+    "DOTS": "a." * 5000 + "b",
     "HUGE": "# \n" * 500_000,
 }
 

@@ -16,7 +16,7 @@ from opd_stream.fetching import local_folder
 from opd_stream.filters import Keep
 from opd_stream.objectives import AnyObjective, SampledPg
 from opd_stream.rendering import ChatTemplate, Rendering, Template
-from opd_stream.section import SEEDS, Section, is_object, later
+from opd_stream.section import SEEDS, Section, Temperature, is_object, later
 from opd_stream.sources import FIELD, DatasetPrompts, EmbeddedPrompts, FilePrompts, Prompts
 from opd_stream.store.codecs import Codec, ExactCodec, HiddenCodec
 from opd_stream.tasks.judges import AnyJudge
@@ -146,7 +146,7 @@ class Rollouts(Section):
         "prompts, a new one for each pass, and the remainder of a pass is left out",
     )
     samples_per_prompt: int = Field(default=1, ge=1, description="rollouts of one prompt")
-    temperature: float = Field(
+    temperature: Temperature = Field(
         default=1.0, ge=0, le=100, description="1 keeps the objectives' gradients exact"
     )
     extra_draws: int = Field(
@@ -432,7 +432,7 @@ class Benchmark(Section):
     judge: AnyJudge | None = Field(default=None, description="of answers; needed by kind judged")
     samples_per_prompt: int | None = Field(default=None, ge=1, description="answers a problem")
     max_new_tokens: int | None = Field(default=None, ge=1, description="of an answer")
-    temperature: float | None = Field(default=None, ge=0, le=100, description="0 is greedy")
+    temperature: Temperature | None = Field(default=None, ge=0, le=100, description="0 is greedy")
     top_p: float | None = Field(default=None, gt=0, le=1, description="nucleus; 1: all tokens")
     top_k: int | None = Field(default=None, ge=0, description="most probable tokens; 0: all")
     min_p: float | None = Field(
@@ -485,7 +485,7 @@ class Evaluation(Section):
         default=None, description="k of pass@k; null: 1, 2, 4, ... 64"
     )
     max_new_tokens: int = Field(ge=1, description="never shortened by the training window")
-    temperature: float = Field(default=1.0, ge=0, le=100, description="0 is greedy")
+    temperature: Temperature = Field(default=1.0, ge=0, le=100, description="0 is greedy")
     top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus; 1: all tokens")
     top_k: int = Field(default=0, ge=0, description="most probable tokens; 0: all")
     min_p: float = Field(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -221,19 +220,22 @@ def import_artifact(
     ] = None,
 ) -> None:
     """Make artifacts of rollouts and scores that another program wrote."""
-    import yaml
     from pydantic import ValidationError
 
-    from opd_stream.errors import UserError
+    from opd_stream.errors import UserError, shortened
     from opd_stream.store import Store
     from opd_stream.store.codecs import codec_of
     from opd_stream.store.exchange import import_scores
+    from opd_stream.yaml_text import parse_yaml
 
     try:
-        settings = codec_of(yaml.safe_load(codec))
-    except (ValidationError, yaml.YAMLError) as error:
-        reason = textwrap.shorten(" ".join(str(error).split()), 160)
-        raise UserError(f"--codec {codec!r} is no codec ({reason}); see docs/config.md") from error
+        settings = codec_of(parse_yaml(codec))
+    except ValueError as error:
+        is_field = isinstance(error, ValidationError)
+        reason = error.errors()[0]["msg"] if is_field else str(error)[:160]
+        raise UserError(
+            f"--codec {shortened(codec)} is no codec ({reason}); see docs/config.md"
+        ) from error
     wrong = [each for each in stop_id or () if each < 0 or each >= (vocabulary or 2**31)]
     if wrong or len({*(stop_id or ())}) < len(stop_id or ()):
         raise UserError(

@@ -64,6 +64,7 @@ __all__ = [
 ]
 
 METADATA_KEY = b"opd_stream"
+LEAST_ERROR = 1 / 512  # with 65,534 steps down to -255 nats, below what teachers give
 _COLUMNS = {
     "exact": EXACT_COLUMNS,
     "compact": COMPACT_COLUMNS,
@@ -89,7 +90,7 @@ class CompactCodec(Section):
 
     kind: Literal["compact"] = "compact"
     max_error: float = Field(
-        default=1 / 32, gt=0, le=1, description="of a stored log-probability, nats"
+        default=1 / 32, ge=LEAST_ERROR, le=1, description="of a stored log-probability, nats"
     )
     mass: float | None = Field(
         default=None, gt=0, le=1, description="stop at this retained mass; null: always top_k"

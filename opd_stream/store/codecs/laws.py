@@ -231,6 +231,9 @@ def _score_values(
     is_there = logprobs > -np.inf
     beyond = is_there & (ids >= vocabulary)
     yield _Values("teacher_top_ids", ids, beyond, at, f"0 to {vocabulary - 1:,}")
+    if not has_chunks:
+        count = is_there.sum(1)
+        yield _Values("the number of teacher_top_ids", count, count == 0, at, "at least 1")
     nothing = 2**33 + np.arange(ids.shape[1], dtype=np.int64)  # is no id, and no other place's
     rising: NDArray[np.int64] = np.sort(np.where(is_there, ids, nothing), axis=1)
     is_twice = rising[:, 1:] == rising[:, :-1]
