@@ -53,6 +53,7 @@ class Batch:
     teacher_states_NG: torch.Tensor | None  # hidden states of the teacher, of codec hidden
     window_tokens: int
     largest_id: int
+    is_given: bool  # the rows are not the student's: nothing of their behavior is known
     names: tuple[str, ...]  # of the rows, for messages
 
     def to(self, device: torch.device) -> "Batch":
@@ -69,6 +70,7 @@ def collate(
     blocks: int | Literal["spans"] = 64,
     newline_ids: Collection[int] = (),
     staleness: Sequence[int] = (),
+    given: Sequence[bool] = (),
 ) -> Batch:
     """One micro-batch of rows from `open_scores`, each used up to the window.
 
@@ -81,18 +83,17 @@ def collate(
         blocks: tokens of a block of the drift gate, or spans between newlines.
         newline_ids: ids of tokens that hold a newline.
         staleness: policies between that of each cache and the current one; none: 0.
+        given: whether the rows of each cache are not the student's, all alike here; none: no.
 
     Raises:
         UserError: the rows come from caches with other terminators.
     """
     part = _Part(rows, [trained_mask(row, window_tokens, masked_ids) for row in rows])
-    padded = max(map(sum, part.lengths))
-    input_ids, attention = _padded(rows, part.lengths, padded)
+    input_ids, attention = _padded(rows, part.lengths, padded := max(map(sum, part.lengths)))
     prompts, completions = (torch.tensor(column) for column in zip(*part.lengths, strict=True))
     trains = torch.as_tensor(np.concatenate(part.masks))
     hidden_rows = completion_rows(prompts, completions, padded_length=padded)[trains]
     row_N = torch.repeat_interleave(torch.arange(len(rows)), completions)[trains]
-    ages = torch.tensor([staleness[row.cache] if staleness else 0 for row in rows])
     tokens = int(trains.sum()) if tokens_of_step is None else tokens_of_step
     top_ids = part.wide("teacher_top_ids", np.int64, 0)
     return Batch(
@@ -102,7 +103,7 @@ def collate(
         positions_N=hidden_rows - row_N * padded - prompts[row_N] + 1,
         row_N=row_N,
         block_N=_blocks(part, blocks, newline_ids)[trains],
-        staleness_N=ages[row_N],
+        staleness_N=_ages(rows, staleness)[row_N],
         weights_N=torch.full((len(row_N),), 1 / max(tokens, 1)),
         completion_ids_N=part.flat("completion_ids", np.int64),
         behavior_logprobs_N=part.flat("behavior_logprobs", np.float32),
@@ -116,9 +117,14 @@ def collate(
         chunk_N=_chunks(part),
         teacher_states_NG=_states(part),
         window_tokens=window_tokens,
+        is_given=bool(given) and given[rows[0].cache],
         largest_id=max(int(input_ids.max()), int(top_ids.max()) if top_ids.numel() else 0),
         names=tuple(f"{row.prompt_id}/{row.sample_index}" for row in rows),
     )
+
+
+def _ages(rows: Sequence[ScoredRow], staleness: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([staleness[row.cache] if staleness else 0 for row in rows])
 
 
 class _Part:

@@ -115,7 +115,11 @@ NAMES = (
     *_ABSOLUTE,
     *(name for names in _POSITIONS.values() for name in names),
     *_WEIGHTS,
+    "given_tokens",
+    "given_loss",
 )
+# What counts of rows that are not the student's, which have no drift and are no draws of it.
+_OF_GIVEN = {"tokens", "row_tokens", "row_pairs", "drift_weight", "drift_weight_squared", "loss"}
 
 
 def drift_sums(student_logprobs_N: Tensor, behavior_logprobs_N: Tensor) -> DriftSums:
@@ -169,6 +173,7 @@ class MeasuredTokens:
     overlap_M: Tensor  # share of the student's own candidates among the teacher's, of a sample
     positions_N: Tensor  # from 0 in each completion
     block_N: Tensor  # of the gate
+    is_given: bool = False  # the rows are not the student's
 
 
 def step_sums(of: MeasuredTokens) -> Tensor:
@@ -201,14 +206,26 @@ def step_sums(of: MeasuredTokens) -> Tensor:
             of.overlap_M.double().sum(),
             counted_N.new_tensor(len(of.overlap_M)),
         ]
-        return torch.cat(
+        sums = torch.cat(
             [
                 torch.stack(totals),
                 torch.where(counted_N > 0, torch.stack(columns).double(), 0.0).sum(1),
                 drift_tensor(of.student_logprobs_N, of.behavior_logprobs_N, counted_N),
                 *_histograms(of, counted_N, d_N.double()),
+                counted_N.new_zeros(2),
             ]
         )
+        return _given_sums(sums) if of.is_given else sums
+
+
+def _given_sums(sums: Tensor) -> Tensor:
+    """What counts of the sums of given rows."""
+    import torch
+
+    counts = torch.tensor([name in _OF_GIVEN for name in NAMES], device=sums.device)
+    sums = torch.where(counts, sums, 0.0)
+    sums[-2], sums[-1] = sums[NAMES.index("tokens")], sums[NAMES.index("loss")]
+    return sums
 
 
 def _histograms(of: MeasuredTokens, counted_N: Tensor, d_N: Tensor) -> list[Tensor]:
@@ -255,12 +272,17 @@ def named(sums: Tensor) -> dict[str, float]:
 
 
 def means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Per token: what a line of metrics or an epoch's record shows."""
-    tokens = max(sums["tokens"], 1.0)
+    """Per token: what a line of metrics or an epoch's record shows.
+
+    Loss and weights are of all tokens, everything else of those that the student wrote.
+    """
+    tokens, given = max(sums["tokens"], 1.0), sums.get("given_tokens", 0.0)
     drift = drift_of(sums)
+    own = max(drift.tokens, 1.0)
     mean_weight = sums["drift_weight"] / tokens
     return {
-        **{name: sums[name] / tokens for name in _MEANS},
+        **{name: sums[name] / (tokens if name == "loss" else own) for name in _MEANS},
+        **({"given_loss": sums["given_loss"] / given} if given else {}),
         **absolute_percentiles(sums),
         "overlap": sums["overlap"] / max(sums["overlap_tokens"], 1.0),
         "mean_drift_weight": mean_weight,

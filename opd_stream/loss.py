@@ -66,6 +66,9 @@ def batch_loss(
     Raises:
         UserError: an objective needs a column the cache lacks, or an id is none of the student's.
     """
+    if batch.is_given:  # no drift, no losses of the step before, perhaps no scores
+        weighting, limit = None, None
+        teacher = None if batch.teacher_states_NG is None else teacher
     _check(batch, objectives, vocabulary=len(head.weight_VH))
     hidden_NH = hidden_BLH.flatten(0, 1)[batch.hidden_rows_N]
     drift_weights_N, shares_N = _before_loss(hidden_NH, head, batch, weighting)
@@ -120,7 +123,7 @@ def _candidate_loss(
         ids_NJ=_asked_ids(batch),
         weights_N=weights_N,
         token_loss=token_loss,
-        top_NK=None if options.is_drawn else batch.teacher_top_logprobs_NK,
+        top_NK=batch.teacher_top_logprobs_NK if options.has_ranks(batch) else None,
     )
     with torch.no_grad():
         inputs = _inputs(fused.logprobs_NJ, batch, slice(None), options)
@@ -208,10 +211,13 @@ def _measured(
 ) -> MeasuredTokens:
     return MeasuredTokens(
         **seen._asdict(),
+        is_given=batch.is_given,
         row_tokens_B=batch.attention_mask_BL.sum(1).double(),
         counted_N=batch.weights_N > 0,
         drift_weights_N=drift_weights_N,
-        behavior_logprobs_N=batch.behavior_logprobs_N,
+        behavior_logprobs_N=(
+            seen.student_logprobs_N if batch.is_given else batch.behavior_logprobs_N
+        ),
         student_entropy_N=fused.entropy_N,
         overlap_M=fused.overlap_M,
         positions_N=batch.positions_N,
@@ -248,6 +254,10 @@ class _Options:
     is_drawn: bool  # candidates were drawn from the teacher
     shares_N: torch.Tensor | None  # the student's share of each token in its chunk, if in chunks
     limit: float | None = None  # of a token's loss
+
+    def has_ranks(self, batch: Batch) -> bool:
+        """Whether the batch has candidates of the teacher, by rank."""
+        return not self.is_drawn and batch.teacher_top_logprobs_NK.shape[1] > 0
 
     def clamped(self, losses_N: torch.Tensor) -> torch.Tensor:
         """Losses that train."""

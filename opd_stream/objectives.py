@@ -29,9 +29,9 @@ SMALLEST_LOGPROB = -60.0
 LARGEST_TOP_LOGPROB = -1e-6  # a head closer to 1 has no tail that float32 can tell from rounding
 LARGEST_LOG_IMPORTANCE = 20.0  # exp(20): nothing trains well from there; keeps float32 finite
 
-Reads = Literal["candidates", "token", "draws", "drawn"]
+Reads = Literal["candidates", "token", "draws", "drawn", "completion"]
 """The teacher's ranked candidates; the student's token alone; its further draws; ids drawn from the
-teacher (codec sampled)."""
+teacher (codec sampled); the completion, and nothing of the teacher."""
 
 
 class Objective(Part):
@@ -364,6 +364,26 @@ class DrawnForward(Objective):
         return -(weights_NK * inputs.student_top_logprobs_NK).sum(1)
 
 
+class CrossEntropy(Objective):
+    """-log p of the completion's tokens: fine-tuning on given rollouts, without a teacher.
+
+    Of rollouts that the student wrote it teaches nothing, so it is for `train.given_objective`.
+    """
+
+    kind: Literal["ce"] = "ce"
+
+    reads: ClassVar[Reads] = "completion"
+
+    @property
+    def tolerates_staleness(self) -> bool:
+        """Nothing of it is the student's."""
+        return True
+
+    def token_losses(self, inputs: ObjectiveInputs) -> Tensor:
+        """-log p [N]."""
+        return -inputs.student_logprobs_N
+
+
 AnyObjective = Annotated[
     Objective,
     Kinds(
@@ -375,6 +395,7 @@ AnyObjective = Annotated[
         MonteCarlo,
         DrawnForward,
         EntropyAware,
+        CrossEntropy,
         group="opd_stream.objectives",
     ),
 ]

@@ -13,7 +13,7 @@ from pydantic import ConfigDict
 
 from opd_stream.drift import DriftSums
 from opd_stream.errors import UserError
-from opd_stream.section import Record, read_record
+from opd_stream.section import Record, later, read_record
 from opd_stream.windows import WindowDecision
 
 EpochAction = Literal["train", "gated", "stop", "regenerate"]
@@ -66,6 +66,7 @@ class EpochRecord(Record):
     mean_d: float | None = None
     mean_absolute_d: float | None = None
     rms_d: float | None = None
+    given_loss: float | None = later(default=None)  # of rows that are not the student's
     by_position: tuple[PositionMeans, ...] = ()
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from opd_stream.errors import UserError, named
 from opd_stream.rendering import ChatTemplate, Prompt, RawTemplate, Renderer, Rendering
 from opd_stream.sources import EmbeddedPrompts, Prompts, read_prompts, read_rows, shown
-from opd_stream.store.shards import PROMPTS, id_lists
+from opd_stream.store.shards import COMPLETIONS, PROMPTS, id_lists
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +70,11 @@ def tokenised_prompts(source: Prompts, tokenizer: Any) -> TokenisedPrompts:
             "limit, or use other prompts"
         )
     lost = {"skipped_long": len(left) - len(kept), "skipped_control_tokens": len(spelled)}
+    table = _table([left[row] for row in kept], [ids[row] for row in kept])
+    if not isinstance(source, EmbeddedPrompts) and source.completion_field is not None:
+        table = _with_completions(table, renderer, [left[row] for row in kept])
     return TokenisedPrompts(
-        table=_table([left[row] for row in kept], [ids[row] for row in kept]),
+        table=table,
         lost={name: rows for name, rows in lost.items() if rows},
     )
 
@@ -117,6 +120,12 @@ def _table(prompts: Sequence[Prompt], ids: Sequence[NDArray[np.int32]]) -> pa.Ta
         pa.array([prompt.answer for prompt in prompts], pa.string()),
     ]
     return pa.Table.from_arrays(columns, schema=PROMPTS)
+
+
+def _with_completions(table: pa.Table, renderer: Renderer, prompts: Sequence[Prompt]) -> pa.Table:
+    """Prompts with the ids of their given answers."""
+    ids = [[renderer.completion_ids(p, text).tolist() for text in p.completions] for p in prompts]
+    return table.append_column(COMPLETIONS, pa.array(ids, pa.list_(pa.list_(pa.uint32()))))
 
 
 def _with_control_tokens(

@@ -184,6 +184,7 @@ class Prompt:
     answer: str | None
     turns: tuple[Turn, ...] | None = None  # of a row that holds messages
     tools: tuple[dict[str, Any], ...] | None = None  # schemas
+    completions: tuple[str, ...] = ()  # given answers
 
 
 class Renderer:
@@ -234,6 +235,36 @@ class Renderer:
         turns, _ = self._conversation(self._template, prompt)
         turns.append({"role": "assistant", "content": answer})
         return self._written(prompt, turns, opened=False, goes_on=False)
+
+    def completion_ids(self, prompt: Prompt, answer: str) -> NDArray[np.int32]:
+        """The ids behind a prompt's own that the template gives for an answer [T].
+
+        Of a chat template with what ends the turn, of raw text without a terminator.
+
+        Raises:
+            UserError: as `ids`; the prompt's ids are not the first ones, so that no rollout could
+                be this answer; or the answer spells a control token.
+        """
+        template, before = self._template, self.text(prompt)
+        if isinstance(template, ChatTemplate):
+            if spelled := self._control.found(answer):
+                raise UserError(
+                    f"the completion of prompt {prompt.prompt_id!r} spells {spelled[0]!r}, which "
+                    "would end or begin turns; expected text alone; mend the row"
+                )
+            text = self.answered(prompt, answer)
+            ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = raw_ids(self._tokenizer, before + answer, bos=template.bos)
+        first = self.ids(prompt)
+        if len(ids) <= len(first) or ids[: len(first)] != first.tolist():
+            raise UserError(
+                f"the ids of prompt {prompt.prompt_id!r} are not the first ones of prompt and "
+                "completion together: the template does not mark where the assistant's turn "
+                "begins; expected a template that writes the same beginning with and without an "
+                "answer; set template.file, template.arguments or template.text"
+            )
+        return np.asarray(ids[len(first) :], np.int32)
 
     def control_tokens(self, prompt: Prompt) -> list[str]:
         """Special tokens that the text of a prompt spells, but for the assistant's turns."""

@@ -82,6 +82,11 @@ class RowPrompts(Section):
         default="any",
         description="of a reference that is a list: any of its answers is right, or all have to be",
     )
+    completion_field: str | None = later(
+        default=None,
+        description="field that holds a given answer, or a list of them, that rollouts.given_share "
+        "trains on (docs/rollouts.md); a row may have none",
+    )
     id_field: str | None = Field(
         default=None, description="field that identifies a prompt; default: the row's number"
     )
@@ -342,8 +347,9 @@ def _prompt(
         answer=_answer(source, place, row),
         turns=turns,
         tools=None if turns is None else tools_of(row.get(source.tools_field), place),
+        completions=_completions(source, place, row),
     )
-    for said in (prompt.prompt_id, prompt.text, prompt.answer or ""):
+    for said in (prompt.prompt_id, prompt.text, prompt.answer or "", *prompt.completions):
         _check_unicode(place, said)
     return prompt
 
@@ -407,6 +413,22 @@ def _answer(source: FilePrompts | DatasetPrompts, place: str, row: dict[str, Any
     remedy = f"set answer_field, such as {source.answer_field}.FIELD for a field of an object"
     answers = _texts(value, f"{place}: field {source.answer_field!r}", remedy)
     return reference_text(answers, source.answers)
+
+
+def _completions(
+    source: FilePrompts | DatasetPrompts, place: str, row: dict[str, Any]
+) -> tuple[str, ...]:
+    """The given answers of a row."""
+    name = source.completion_field
+    if name is None or (value := value_of(row, name, place, "completion_field")) is None:
+        return ()
+    said = f"{place}: field {name!r}"
+    texts = _texts(value, said, "mend the row, or set completion_field")
+    if not all(text.strip() for text in texts):
+        raise UserError(
+            f"{said} holds an empty completion; expected text; mend the row, or set it to null"
+        )
+    return tuple(texts)
 
 
 def _texts(value: Any, said: str, remedy: str) -> list[str]:

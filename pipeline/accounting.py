@@ -49,7 +49,8 @@ from pipeline.rounds import Round, checkpoint_of, rounds
 from pipeline.run_folder import RunFolder, is_below
 from pipeline.setup import Setup
 from stages.checkpoints import Checkpoint, model_shape
-from stages.step import PROBE, PROBE_SCORE, Stage, Step, of_stage
+from stages.step import GIVEN, PROBE, PROBE_SCORE, Stage, Step, of_stage
+from stages.workers import Role
 
 Span = tuple[float, float]
 
@@ -227,7 +228,7 @@ def round_report(
     outcome = round_.policy.manifest().outcome
     last = outcome.epochs[-1]
     work = RoundWork(round_, run_ids, outcome)
-    rollouts = summed_counts(c for cache in round_.caches for c in cache.used(cache.rollouts))
+    rollouts = summed_counts(c for each in round_.own_caches for c in each.used(each.rollouts))
     scores = summed_counts(c for cache in round_.caches for c in cache.used(cache.scores))
     length_share = rollouts.get("length_rows", 0) / max(rollouts.get("rows", 0), 1)
     repeated = rollouts.get("repeated_tokens", 0) / max(rollouts.get("completion_tokens", 0), 1)
@@ -336,8 +337,9 @@ class RoundWork:
 
     def by_stage(self, number: Callable[[list[Commit]], float], train: float) -> StageNumbers:
         """A number of the units of each stage, and that of training."""
+        made = [step for step in of_stage(self.steps, "generate") if step.kind != GIVEN]
         return StageNumbers(
-            generate=number(self.commits(of_stage(self.steps, "generate"))),
+            generate=number(self.commits(made)),
             score=number(self.commits(of_stage(self.steps, "score"))),
             train=train if self.is_trained_here else 0.0,
         )
@@ -361,13 +363,15 @@ class RoundWork:
         recomputed = self.outcome.gradient_checkpointing
         train = train_flops(models.student, read, recomputed=recomputed, frozen=models.adapters)
         return StageNumbers(
-            generate=self._flops("generate", models.student),
+            generate=self._flops("generate", models.student)
+            + self._flops("generate", models.teacher, author="teacher"),
             score=self._flops("score", models.teacher),
             train=train if self.is_trained_here else 0.0,
         )
 
-    def _flops(self, stage: Stage, shape: ModelShape | None) -> float:
-        made = [step for step in of_stage(self.steps, stage) if step.model is not None]
+    def _flops(self, stage: Stage, shape: ModelShape | None, author: Role = "student") -> float:
+        steps = [step for step in of_stage(self.steps, stage) if step.kind != GIVEN]
+        made = [s for s in steps if s.model is not None and s.kind.author == author]
         counts = summed_counts(self.commits(made))
         if shape is None or "pairs" not in counts:
             return 0.0

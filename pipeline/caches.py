@@ -19,8 +19,25 @@ from pipeline.plan import RoundPlan
 from pipeline.records import CacheRecord, Origin, RunSummary, UnitDecisionRecord
 from pipeline.setup import Setup
 from stages.checkpoints import Checkpoint
-from stages.recipes import extension_recipe, rollouts_recipe, scores_recipe
-from stages.step import EXTEND, GENERATE, SCORE, CacheUnits, Slot, Step, StepKind
+from stages.recipes import (
+    extension_recipe,
+    given_recipe,
+    is_given,
+    rollouts_recipe,
+    scores_recipe,
+    unscored_recipe,
+)
+from stages.step import (
+    EXTEND,
+    GENERATE,
+    GIVEN,
+    SCORE,
+    TEACHER_GIVEN,
+    CacheUnits,
+    Slot,
+    Step,
+    StepKind,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +59,11 @@ class Cache:
     def units(self) -> tuple[int, ...] | None:
         """Numbers of the units that train; None: all."""
         return tuple(slot.unit for slot in self.slots) or None
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the student did not write its rollouts."""
+        return is_given(self.rollouts.artifact.recipe)
 
     @property
     def window_tokens(self) -> int | None:
@@ -117,6 +139,37 @@ def fresh_cache(
             for unit, (first, last) in enumerate(ranges or ())
         ),
     )
+
+
+def given_cache(setup: Setup, plan: RoundPlan, student: Checkpoint) -> Cache | None:
+    """The round's rollouts that the student does not write; None: it writes all."""
+    config = setup.config
+    if not config.rollouts.given_prompts:
+        return None
+    assert setup.teacher is not None
+    recipe = given_recipe(
+        config,
+        prompts=setup.prompts.fingerprint,
+        student=setup.student,
+        teacher=setup.teacher,
+        vocabulary=setup.vocabulary,
+        round_index=plan.round_index,
+        window_tokens=plan.window_tokens,
+    )
+    is_sampled = config.rollouts.given_by == "teacher"
+    rollouts = Step(
+        kind=TEACHER_GIVEN if is_sampled else GIVEN,
+        round_index=plan.round_index,
+        artifact=setup.store.artifact(recipe),
+        model=setup.teacher if is_sampled else student,
+    )
+    scores = scores_step(setup, rollouts)
+    if config.train.given_reads_nothing:
+        unscored = unscored_recipe(
+            rollouts=rollouts.artifact.fingerprint, keep=config.rollouts.keep
+        )
+        scores = replace(scores, artifact=setup.store.artifact(unscored))
+    return Cache(rollouts=rollouts, scores=scores, origin="given", policy_version=plan.round_index)
 
 
 def scores_step(

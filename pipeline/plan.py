@@ -23,7 +23,9 @@ def plan_round(
     config: Config, *, round_index: int, first_step: int, decided_window: int | None = None
 ) -> RoundPlan:
     """Plan a round; `decided_window` is that of the round before's audit, if it took one."""
-    rows = config.rollouts.prompts_per_round * config.rollouts.samples_per_prompt
+    rollouts = config.rollouts
+    rows = rollouts.own_prompts * rollouts.samples_per_prompt
+    rows += rollouts.given_prompts * rollouts.given_samples
     steps_per_epoch = -(-rows // config.train.rows_per_step)
     planned = steps_per_epoch * config.staleness.max_epochs
     return RoundPlan(

@@ -14,7 +14,7 @@ from opd_stream.section import Record, later
 from opd_stream.store.sealed import Sealed
 from opd_stream.tasks.distance import TextDistance
 
-Origin = Literal["fresh", "ahead", "extended", "kept", "replayed"]
+Origin = Literal["fresh", "ahead", "extended", "kept", "replayed", "given"]
 
 
 class CacheRecord(Record):

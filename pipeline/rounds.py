@@ -18,6 +18,7 @@ from pipeline.caches import (
     Cache,
     Kept,
     fresh_cache,
+    given_cache,
     kept_caches,
     replayed_caches,
     scores_step,
@@ -53,6 +54,11 @@ class Round:
     def policy(self) -> PolicyArtifact:
         """What it trains."""
         return self.steps[-1].policy
+
+    @property
+    def own_caches(self) -> tuple[Cache, ...]:
+        """Those that the student wrote; all where it wrote none."""
+        return tuple(cache for cache in self.caches if not cache.is_given) or self.caches
 
     @property
     def window_tokens(self) -> int:
@@ -118,10 +124,8 @@ def rounds(
         )
         if replayed is not None:
             kept = Kept(caches=replayed[round_index])
-        elif outcome is not None and outcome.units:
-            kept = kept_caches(setup, plan, students, outcome)
         else:
-            kept = Kept(caches=(ahead or fresh_cache(setup, plan, students[-1]),))
+            kept = _round_caches(setup, plan, students, outcome, ahead)
         ahead = _ahead(setup, plan, students[-1], outcome)
         round_ = Round(
             plan=plan,
@@ -147,6 +151,24 @@ def rounds(
             first_step += plan.planned_steps
         else:
             return
+
+
+def _round_caches(
+    setup: Setup,
+    plan: RoundPlan,
+    students: Sequence[Checkpoint],
+    outcome: TrainOutcome | None,
+    ahead: Cache | None,
+) -> Kept:
+    """What a round trains on, given rollouts first; `outcome` is of the round before."""
+    if outcome is not None and outcome.units:
+        kept = kept_caches(setup, plan, students, outcome)
+    elif setup.config.rollouts.own_prompts:
+        kept = Kept(caches=(ahead or fresh_cache(setup, plan, students[-1]),))
+    else:
+        kept = Kept()
+    given = given_cache(setup, plan, students[-1])
+    return kept if given is None else replace(kept, caches=(given, *kept.caches))
 
 
 def round_steps(
@@ -221,7 +243,8 @@ def _ahead(
     """The next round's cache, by the student of this one; `outcome` is of the round before."""
     config = setup.config
     is_last = plan.round_index == config.rounds - 1
-    if not config.rollouts.ahead or is_last or outcome is None:
+    samples = config.rollouts.ahead and config.rollouts.own_prompts
+    if not samples or is_last or outcome is None:
         return None
     drift, bounds = outcome.epochs[-1].policy_drift, _bounds(config, outcome)
     if not may_run_ahead(drift, bounds=bounds, floor=outcome.floor):

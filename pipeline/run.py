@@ -38,7 +38,7 @@ from stages.collect import (
     wait_for,
 )
 from stages.executors import Executor, open_executor
-from stages.step import PROBE, TEACHER_TEXT, Progress, Step, of_stage, with_needs
+from stages.step import PROBE, Progress, Step, of_stage, with_needs
 from stages.workers import Role
 
 
@@ -254,7 +254,12 @@ def train_round(session: Session, setup: Setup, round_: Round, *, again: bool = 
 
 
 def make_shards(
-    session: Session, round_: Round, *, score: bool = True, shuffle: bool = False
+    session: Session,
+    round_: Round,
+    *,
+    score: bool = True,
+    shuffle: bool = False,
+    author: Role | None = None,
 ) -> None:
     """The generate and score stages of a round, and the begin of the next one's where it may be.
 
@@ -263,6 +268,7 @@ def make_shards(
         round_: the round; a replay has nothing to make.
         score: False: only what the student makes.
         shuffle: in an order of this process's own, to share the work with others.
+        author: only what this one samples; None: everything.
     """
     if session.config.replay is not None:
         return
@@ -277,7 +283,7 @@ def make_shards(
     )
     due = [step for step in round_.steps[:-1] if step.is_new or not step.is_complete()]
     for rollouts, scores in streams(due):
-        if rollouts.is_void():
+        if rollouts.is_void() or author not in (None, rollouts.kind.author):
             continue
         scored = scores if score else []
         work = _submit(session, rollouts, scored[0] if scored else None, shuffle=shuffle)
@@ -320,21 +326,21 @@ def _submit(
     *,
     shuffle: bool = False,
     generate: bool = True,
-    author: Role = "student",
 ) -> SubmittedWork:
     """Submit what is missing of rollouts, and of scores of them."""
     assert rollouts.model is not None
+    is_teachers = rollouts.kind.author == "teacher"
     return submit_missing(
         session.executor,
         start_shards(session, rollouts),
         None if scores is None else start_shards(session, scores),
         student=rollouts.model,
-        teacher=None if scores is None else scores.model,
+        teacher=scores.model if scores is not None else rollouts.model if is_teachers else None,
         made_by=session.run_id,
         progress=session.progress,
         generate=generate,
         shuffle=shuffle,
-        author=author,
+        author=rollouts.kind.author,
         check=partial(check_loaded, session),
     )
 
@@ -494,8 +500,7 @@ def _measure_distance(session: Session, steps: dict[str, Step]) -> None:
         return
     for step in steps.values():
         rollouts, hidden = step.needs
-        author = "teacher" if rollouts.kind == TEACHER_TEXT else "student"
-        work = _submit(session, rollouts, hidden, author=author)
+        work = _submit(session, rollouts, hidden)
         _wait_for(session, work, "evaluate")
     for step in steps.values():
         assert step.model is not None

@@ -20,6 +20,7 @@ from opd_stream.fetching import fetch, local_folder
 from opd_stream.prompts import shuffled_rows
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.codecs import HiddenCodec
+from opd_stream.store.shards import COMPLETIONS
 from opd_stream.store.store import Store
 from opd_stream.store.tokenizer_folder import misread_line, open_vocabulary
 from opd_stream.windows import AdaptiveWindow
@@ -32,11 +33,14 @@ from stages.checkpoints import (
     shared_vocabulary,
 )
 from stages.prompts import (
+    answered_rows,
     make_prompts,
     make_teacher_prompts,
     prompt_lengths,
     prompts_artifact,
+    round_prompts,
     rows_left_out,
+    selected_rows,
     table_lengths,
     teacher_prompts_artifact,
 )
@@ -95,6 +99,7 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
         check_prompt_ids(setup.prompts.read_unit(0), setup.vocabulary)
         lengths, rendered = prompt_lengths(setup.prompts), setup.teacher_prompts
         check_rounds(config, len(lengths))
+        check_given(setup)
         longest = max(lengths)
         teachers = None if rendered is None else max(prompt_lengths(rendered))
         check_context(config, setup.student, setup.teacher, longest, teachers)
@@ -409,6 +414,57 @@ def check_rounds(config: Config, rows: int) -> None:
     if config.replay is None:
         per_round = config.rollouts.prompts_per_round
         shuffled_rows(rows=rows, seed=0, round_index=0, per_round=per_round)
+
+
+def check_given(setup: Setup) -> None:
+    """Refuse given completions that are too few, too long, or do not end as the student ends.
+
+    Raises:
+        UserError: names the prompt, or the round.
+    """
+    config, table = setup.config, setup.prompts.read_unit(0)
+    rollouts = config.rollouts
+    if config.replay is not None or rollouts.given_by == "teacher" or not rollouts.given_prompts:
+        return
+    answered = answered_rows(table)
+    assert answered is not None  # the config names their field
+    for index in range(config.rounds):
+        drawn = selected_rows(
+            round_prompts(
+                seed=config.seed, round_index=index, per_round=rollouts.prompts_per_round
+            ),
+            table.num_rows,
+        )
+        found = sum(answered[row] for row in drawn)
+        if found < rollouts.given_prompts:
+            raise UserError(
+                f"rollouts.given_share asks for {rollouts.given_prompts} given rollouts a round, "
+                f"and {found} of the {len(drawn)} prompts of round {index} have a completion "
+                f"({sum(answered):,} of all {len(answered):,}); lower given_share, or add "
+                "completions"
+            )
+    _check_completions(setup, table)
+
+
+def _check_completions(setup: Setup, table: pa.Table) -> None:
+    """Refuse completions that no model could read whole, or that a chat template does not end."""
+    is_chat = setup.config.prompts.template.kind == "chat"
+    limit = context_of(setup.config, "student", setup.student)
+    columns = (table[name].to_pylist() for name in ("prompt_id", "prompt_ids", COMPLETIONS))
+    for name, prompt, completions in zip(*columns, strict=True):
+        for ids in completions:
+            if limit is not None and len(prompt) + len(ids) > limit:
+                raise UserError(
+                    f"a completion of prompt {name!r} has {len(ids)} tokens and the prompt "
+                    f"{len(prompt)}, together {len(prompt) + len(ids)}; the student reads {limit}; "
+                    "shorten it, or leave the row out"
+                )
+            if is_chat and not set(ids) & set(setup.vocabulary.stop_ids):
+                raise UserError(
+                    f"the chat template ends the completion of prompt {name!r} with no terminator "
+                    f"of the student ({list(setup.vocabulary.stop_ids)}); expected one; set "
+                    "rollouts.stop_tokens, or template.file to a template that writes it"
+                )
 
 
 def check_prompt_ids(prompts: pa.Table, vocabulary: Vocabulary) -> None:

@@ -54,6 +54,7 @@ def run_stage(
     round_index: int,
     progress: Progress,
     follow: bool = False,
+    author: Role = "student",
 ) -> str:
     """Do one stage of a round; returns the line to print.
 
@@ -64,14 +65,16 @@ def run_stage(
         round_index: from 0.
         progress: told of every unit.
         follow: wait for what is missing instead of refusing.
+        author: whose rollouts stage generate samples; this pool is opened.
 
     Raises:
         UserError: an earlier stage has not been run yet, or anything else the user can mend.
     """
     setup = open_setup(config)
     folder.check(config)
+    _check_author(config, author)
     alone, roles = lease(folder.path) if stage == "train" else nullcontext(), _ROLES.get(stage)
-    with alone, setup.store.watched(), open_executor(config, roles or ("student",)) as executor:
+    with alone, setup.store.watched(), open_executor(config, roles or (author,)) as executor:
         run_id = folder.open(config)
         session = Session(
             config=config,
@@ -89,14 +92,26 @@ def run_stage(
         if stage == "train" or all(cache.origin != "ahead" for cache in round_.caches):
             folder.write_plan(round_)  # what is made ahead belongs to no policy yet
         if stage == "generate":
-            make_shards(session, replace(round_, ahead=None), score=False, shuffle=True)
-            return _completed(round_, stage)
+            whole = replace(round_, ahead=None)
+            make_shards(session, whole, score=False, shuffle=True, author=author)
+            return _completed(round_, stage, author)
         if stage == "score":
             _score(session, round_, follow=follow)
             return _completed(round_, stage)
         line = _train(session, setup, round_, follow=follow)
         accounts.write(changed=round_index)
     return line
+
+
+def _check_author(config: Config, author: Role) -> None:
+    """Refuse a teacher that has nothing to write."""
+    if author == "teacher" and not (
+        config.rollouts.given_prompts and config.rollouts.given_by == "teacher"
+    ):
+        raise UserError(
+            "generate --by teacher: the config has no rollouts that the teacher writes; set "
+            "rollouts.given_share and rollouts.given_by=teacher"
+        )
 
 
 def run_evaluation(
@@ -251,7 +266,8 @@ def _score(session: Session, round_: Round, *, follow: bool) -> None:
         if not step.is_new:  # what an extension continues
             _mend_base(session, round_, step, follow=follow)
         if not follow:
-            _need(rollouts.is_complete(), round_, "generate", "rollouts")
+            by = " --by teacher" if rollouts.kind.author == "teacher" else ""
+            _need(rollouts.is_complete(), round_, "generate", "rollouts", by)
         _wait(
             session,
             lambda rollouts=rollouts: rollouts.shards.is_started() or rollouts.is_void(),
@@ -330,8 +346,11 @@ def _wait(session: Session, is_there: Callable[[], bool], what: str) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _completed(round_: Round, stage: Stage) -> str:
-    names = [s.artifact.name for s in of_stage(round_.steps, stage) if not s.is_void()]
+def _completed(round_: Round, stage: Stage, author: Role | None = None) -> str:
+    done = [step for step in of_stage(round_.steps, stage) if not step.is_void()]
+    names = [step.artifact.name for step in done if author in (None, step.kind.author)]
+    if not names:
+        return f"round {round_.index} has nothing for {author} to {stage}"
     return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} complete"
 
 
@@ -389,9 +408,9 @@ def _round_ahead(setup: Setup, round_: Round) -> Round:
     )
 
 
-def _need(there: bool, round_: Round, stage: str, what: str) -> None:
+def _need(there: bool, round_: Round, stage: str, what: str, more: str = "") -> None:
     if not there:
         raise UserError(
             f"round {round_.index} has no complete {what} yet; run {stage} --round "
-            f"{round_.index} first"
+            f"{round_.index}{more} first"
         )

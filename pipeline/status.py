@@ -20,6 +20,7 @@ from pipeline.setup import Setup
 from stages.checkpoints import Checkpoint
 from stages.distance import distance_result
 from stages.evaluate import evaluation_result
+from stages.recipes import is_given
 from stages.step import PROBE, PROBE_SCORE, Step, of_stage, with_needs
 
 QUIET_SECONDS = 60.0  # a stage is quiet when nothing came for this long
@@ -232,7 +233,9 @@ class StatusReader:
         units = settings.get("extends", ranges)
         if units is not None:
             return len(units)
-        return -(-config.rollouts.prompts_per_round // config.prompts_per_unit)
+        rollouts = config.rollouts
+        prompts = rollouts.given_prompts if is_given(step.artifact.recipe) else rollouts.own_prompts
+        return -(-prompts // config.prompts_per_unit)
 
     def _commits(self, step: Step) -> list[Commit]:
         known = self._complete.get(step.artifact.fingerprint)

@@ -21,6 +21,7 @@ from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import prompts_batch, rollouts_batch, rollouts_table
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
+from stages.given import given_batch
 from stages.prompts import probe_rows, prompts_of
 from stages.workers import TaskResult, Worker
 
@@ -42,8 +43,13 @@ def sample_unit(worker: Worker, result: TaskResult, folder: Callable[[], Path]) 
     if rollouts.commit_record(task.unit) is not None:
         return result
     start, cpu = time.time(), time.process_time()
-    engine = worker.engine(folder, rollouts.recipe.inputs["student"], rollouts.recipe)
-    batch, before = _sampled(worker.store, engine, task.unit, rollouts)
+    if "student" in rollouts.recipe.inputs:
+        engine = worker.engine(folder, rollouts.recipe.inputs["student"], rollouts.recipe)
+        batch, before = _sampled(worker.store, engine, task.unit, rollouts)
+    else:
+        rows = rollouts.unit_rows(task.unit)
+        prompts = prompts_of(worker.store, rollouts.recipe).slice(rows.start, len(rows))
+        batch, before = given_batch(prompts, rollouts.recipe), None
     _check_top_ids(batch, rollouts.recipe)
     work = token_counts(batch) if before is None else extension_counts(before, batch)
     counts = {

@@ -51,6 +51,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     masters: MasterWeights | None  # what the optimizer steps on where the student is bfloat16
     objectives: tuple[Objective, ...]
+    given_objectives: tuple[Objective, ...]  # of rows that are not the student's
     weighting: Weighting | None
     merge_terminators: bool
     soft_clamp: float | None  # in mean losses of the step before
@@ -74,7 +75,7 @@ class Learner:
             limit = self.soft_clamp * self.state.mean_loss
         return (model or self.student)(
             batch,
-            self.objectives,
+            self.given_objectives if batch.is_given else self.objectives,
             merge_terminators=self.merge_terminators,
             limit=limit,
             weighting=self.weighting if self.state.is_gated else None,
@@ -166,6 +167,7 @@ def open_learner(job: TrainJob, fabric: Fabric, checkpoint: TrainCheckpoint | No
         optimizer=optimizer,
         masters=masters,
         objectives=job.objectives(),
+        given_objectives=job.config.train.given_objective or job.objectives(),
         weighting=job.weighting(),
         merge_terminators=settings.guards.merge_terminators,
         soft_clamp=settings.guards.soft_clamp,
@@ -207,11 +209,14 @@ def measure_units(
 
     The sample is a function of the plan's seed and of the unit's size, so the rows measured at the
     end of a round are those of the start of the next. All that is stored of a row counts, whatever
-    the window. Every process of a sharded model takes part.
+    the window. Every process of a sharded model takes part. Rows that are not the student's have
+    no drift, and are left out.
     """
     learner.student.eval()
     sums: dict[tuple[int, int], list[dict[str, float]]] = {}
     for (cache, unit), positions in rows.positions_by_unit().items():
+        if plan.given and plan.given[cache]:
+            continue
         order = epoch_order(len(positions), (plan.seed, SAMPLE_KEY + unit))
         size = max(LEAST_ROWS, round(share * len(positions)))
         chosen = [plan.used(rows[positions[place]]) for place in order[:size].tolist()]

@@ -19,7 +19,7 @@ from opd_stream.rendering import Rendering
 from opd_stream.sources import Prompts, source_settings
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.recipe import Recipe
-from opd_stream.store.shards import prompts_batch, rollouts_batch
+from opd_stream.store.shards import COMPLETIONS, prompts_batch, rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
 from stages.checkpoints import Checkpoint
@@ -170,15 +170,30 @@ def held_out_prompts(*, seed: int, rows: int) -> dict[str, Any]:
 
 
 def round_prompts(
-    *, seed: int, round_index: int, per_round: int, ranges: Sequence[tuple[int, int]] | None = None
+    *,
+    seed: int,
+    round_index: int,
+    per_round: int,
+    ranges: Sequence[tuple[int, int]] | None = None,
+    given: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The selection of a round's prompts; `ranges` (first, last) leave out what is kept."""
-    selection = {"order": "shuffled", "seed": seed, "round": round_index, "per_round": per_round}
+    """The selection of a round's prompts; `ranges` (first, last) leave out what is kept.
+
+    `given` parts the prompts: `rows` of them have given completions (`by` the teacher, else of the
+    prompts' rows: the first that have one), and `part` says which of the two parts is selected.
+    """
+    selection: dict[str, Any] = {"order": "shuffled", "seed": seed, "round": round_index}
+    selection |= {"per_round": per_round} | ({} if given is None else {"given": given})
     return selection if ranges is None else {**selection, "ranges": [list(r) for r in ranges]}
 
 
-def selected_rows(selection: dict[str, Any], rows: int) -> list[int]:
-    """Row numbers in a prompts artifact of so many rows."""
+def selected_rows(
+    selection: dict[str, Any], rows: int, answered: Sequence[bool] | None = None
+) -> list[int]:
+    """Row numbers in a prompts artifact of so many rows.
+
+    `answered` says which of them have a completion; None: it is not known, as if all had.
+    """
     if selection["order"] == "all":
         return list(range(rows))
     if selection["order"] == "held_out":
@@ -190,6 +205,11 @@ def selected_rows(selection: dict[str, Any], rows: int) -> list[int]:
         round_index=selection["round"],
         per_round=selection["per_round"],
     )
+    if (given := selection.get("given")) is not None:
+        known = None if given["by"] == "teacher" else answered
+        able = [row for row in drawn if known is None or known[row]][: given["rows"]]
+        left = set(drawn) - set(able)
+        drawn = able if given["part"] == "given" else [row for row in drawn if row in left]
     ranges = selection.get("ranges", [[0, len(drawn)]])
     return [row for first, last in ranges for row in drawn[first:last]]
 
@@ -197,7 +217,17 @@ def selected_rows(selection: dict[str, Any], rows: int) -> list[int]:
 def prompts_of(store: Store, rollouts: Recipe) -> pa.Table:
     """The prompts a rollouts recipe covers, in its order."""
     prompts = store.by_fingerprint("prompts", rollouts.inputs["prompts"]).read_unit(0)
-    return prompts.take(selected_rows(rollouts.settings["selection"], prompts.num_rows))
+    selection = rollouts.settings["selection"]
+    return prompts.take(selected_rows(selection, prompts.num_rows, answered_rows(prompts)))
+
+
+def answered_rows(prompts: pa.Table) -> list[bool] | None:
+    """Which prompts of a table have a given completion; None: the table has no such column."""
+    if COMPLETIONS not in prompts.column_names:
+        return None
+    return [
+        bool(length) for length in prompts[COMPLETIONS].combine_chunks().value_lengths().to_pylist()
+    ]
 
 
 def probe_size(rows: int, probe: dict[str, Any], unfinished: int) -> int:

@@ -5,12 +5,12 @@ batch sizes of engines, unit sizes and paths are missing on purpose.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from opd_stream.config import Config, Evaluation, Model, counts_rounds
 from opd_stream.engines import engine_recipe
 from opd_stream.filters import Keep
-from opd_stream.store.codecs import HiddenCodec
+from opd_stream.store.codecs import ExactCodec, HiddenCodec
 from opd_stream.store.recipe import Recipe
 from opd_stream.tasks.distance import EDGES
 from opd_stream.tasks.judges import judge_recipe
@@ -51,6 +51,7 @@ def rollouts_recipe(
             round_index=round_index,
             per_round=rollouts.prompts_per_round,
             ranges=ranges,
+            given=_part(config, "own"),
         ),
         window_tokens=window_tokens,
         samples_per_prompt=rollouts.samples_per_prompt,
@@ -59,6 +60,77 @@ def rollouts_recipe(
         temperature=rollouts.temperature,
         seed=config.seed * 1_000_003 + round_index,  # another pass over the prompts draws others
     )
+
+
+def _part(config: Config, part: Literal["own", "given"]) -> dict[str, Any] | None:
+    """Which prompts of a round are meant, where some have given completions; None: all of them."""
+    rollouts = config.rollouts
+    if not rollouts.given_prompts:
+        return None
+    return {"rows": rollouts.given_prompts, "by": rollouts.given_by, "part": part}
+
+
+def given_recipe(
+    config: Config,
+    *,
+    prompts: str,
+    student: Checkpoint,
+    teacher: Checkpoint,
+    vocabulary: Vocabulary,
+    round_index: int,
+    window_tokens: int,
+) -> Recipe:
+    """Rollouts of a round that the student does not write: of the prompts' rows, or the teacher's.
+
+    `prompts` is the fingerprint of the prompts artifact. A completion of raw text ends with the
+    lowest of the student's own terminators.
+    """
+    rollouts = config.rollouts
+    settings: dict[str, Any] = {
+        "origin": "given",
+        "selection": round_prompts(
+            seed=config.seed,
+            round_index=round_index,
+            per_round=rollouts.prompts_per_round,
+            given=_part(config, "given"),
+        ),
+        "window_tokens": window_tokens,
+        "samples_per_prompt": rollouts.given_samples,
+        "seed": config.seed * 1_000_003 + round_index,
+        **vocabulary.recipe,
+    }
+    if rollouts.given_by == "rows":
+        own = [token for token in student.terminators() if token in vocabulary.stop_ids]
+        settings["terminator"] = min(own or vocabulary.stop_ids)
+        return Recipe(kind="rollouts", settings=settings, inputs={"prompts": prompts})
+    assert config.teacher is not None
+    settings |= {"extra_draws": 0, "temperature": rollouts.temperature}
+    settings |= {**engine_recipe(config.teacher.engine), "dtype": config.teacher.dtype}
+    inputs = {"prompts": prompts, "student": teacher.identity.fingerprint}
+    return Recipe(kind="rollouts", settings=settings, inputs=inputs)
+
+
+def is_given(rollouts: Recipe) -> bool:
+    """Whether the student did not write them."""
+    return rollouts.settings.get("origin") == "given"
+
+
+def unscored_recipe(*, rollouts: str, keep: Keep | None) -> Recipe:
+    """Stands for the scores of given rollouts whose objective reads none: no teacher is asked."""
+    settings = {
+        "unscored": True,
+        "top_k": 0,
+        "forced_ids": list[int](),
+        "codec": ExactCodec().model_dump(mode="json"),
+        "seed": 0,
+        **({} if keep is None else {"keep": keep_recipe(keep)}),
+    }
+    return Recipe(kind="scores", settings=settings, inputs={"rollouts": rollouts})
+
+
+def is_unscored(scores: Recipe) -> bool:
+    """Whether they hold nothing of a teacher."""
+    return "unscored" in scores.settings
 
 
 def extension_recipe(
@@ -318,6 +390,7 @@ def policy_recipe(
         published: dtype of the published weights.
     """
     train, reward = config.train, _reward(config, vocabulary)
+    given = train.given_objective
     inputs = {"base": base.identity.fingerprint}
     if reward:
         inputs["prompts"] = prompts
@@ -329,6 +402,7 @@ def policy_recipe(
         kind="policies",
         settings={
             "objectives": [part.recipe() for part in train.objective],
+            **({} if given is None else {"given_objectives": [part.recipe() for part in given]}),
             **train.model_dump(mode="json", include=_TRAIN_FIELDS),
             **reward,
             **({} if published == "float32" else {"published": published}),

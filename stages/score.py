@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_stream.engines import hidden_engine
-from opd_stream.engines.base import Engine, ScoringSettings, score_batch
+from opd_stream.engines.base import Engine, RowScores, ScoringSettings, score_batch
 from opd_stream.errors import UserError
 from opd_stream.filters import Reason
 from opd_stream.store.artifact import Artifact, Commit, DamagedUnit
@@ -74,7 +74,7 @@ class ScoreWorker(Worker):
         if task.scores is None or task.teacher is None:
             return
         scores = self.store.by_fingerprint(task.teacher_side, task.scores)
-        if scores.commit_record(task.unit) is None:
+        if scores.commit_record(task.unit) is None and "teacher" in scores.recipe.inputs:
             self._open(task, scores.recipe)
 
     def _open(self, task: Task, scores: Recipe) -> Engine:
@@ -204,6 +204,8 @@ class ScoreWorker(Worker):
     ) -> _Scored:
         """The scores of a unit: by a teacher with other tokens, of new parts, or of every token."""
         recipe = scores.recipe
+        if "teacher" not in recipe.inputs:
+            return unscored(batch)
         engine = self._open(task, recipe)
         asked = _scoring_settings(recipe)
         if "alignment" in recipe.settings:
@@ -288,6 +290,21 @@ class ScoreWorker(Worker):
             return _Scored(old, counts)
         new, errors = score(new_parts(before, batch, rows), asked)
         return _Scored(append_scores(old, new, rows), counts, errors)
+
+
+def unscored(batch: RolloutBatch) -> _Scored:
+    """What stands for scores where no teacher is asked: all of its mass is in the tail."""
+    rows = [
+        RowScores(
+            asked=np.zeros((len(ids), 1), np.float32),
+            top_ids=np.zeros((len(ids), 0), np.int32),
+            top_logprobs=np.zeros((len(ids), 0), np.float32),
+            tail=np.zeros(len(ids), np.float32),
+            forced=np.zeros((len(ids), 0), np.float32),
+        )
+        for ids in batch.completion_ids
+    ]
+    return _Scored(score_batch(rows, batch), token_counts(batch, without=range(len(batch))))
 
 
 def append_scores(old: ScoreBatch, new: ScoreBatch, rows: list[int]) -> ScoreBatch:

@@ -24,16 +24,21 @@ class StepKind:
 
     name: str
     stage: Stage
+    author: Literal["student", "teacher"] = "student"  # whose pool samples, of rollouts
 
 
 GENERATE = StepKind("generate", "generate")  # fresh rollouts
+GIVEN = StepKind("given", "generate")  # completions that the prompts' rows have
+TEACHER_GIVEN = StepKind("teacher's rollouts", "generate", "teacher")  # in place of the student's
 EXTEND = StepKind("extend", "generate")  # cached rollouts, continued to a longer window
 PROBE = StepKind("probe", "generate")  # unfinished rollouts, continued to full length
 SCORE = StepKind("score", "score")
 PROBE_SCORE = StepKind("probe score", "score")
 TRAIN = StepKind("train", "train")
 EVALUATE = StepKind("evaluate", "evaluate")  # answers to held-out problems
-TEACHER_TEXT = StepKind("teacher's text", "evaluate")  # the teacher's, once for all policies
+TEACHER_TEXT = StepKind(
+    "teacher's text", "evaluate", "teacher"
+)  # the teacher's, once for all policies
 HIDDEN = StepKind("teacher's side", "evaluate")  # its hidden states on either
 DISTANCE = StepKind("distance", "evaluate")  # of a policy to the teacher, token by token
 

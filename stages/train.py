@@ -397,7 +397,7 @@ def measure_end(training: Training) -> tuple[UnitRecord, ...]:
     measured = _measure(training)
     units: list[UnitRecord] = []
     for number, cache in enumerate(job.caches):
-        for slot in cache.slots:
+        for slot in () if training.plan.given[number] else cache.slots:
             sums = total_of(measured.get((number, slot.unit), ()))
             units.append(
                 UnitRecord(

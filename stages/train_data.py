@@ -37,10 +37,15 @@ class BatchPlan:
     newline_ids: tuple[int, ...] = ()
     staleness: tuple[int, ...] = ()  # of each cache: policies since it was written; none: 0
     same_tokens_only: bool = False  # of a teacher with another tokenizer
+    given: tuple[bool, ...] = ()  # of each cache: whether its rows are not the student's; none: no
 
     def steps_per_epoch(self, rows: int) -> int:
         """Optimizer steps of an epoch over so many rows."""
         return -(-rows // self.rows_per_step)
+
+    def is_given(self, row: ScoredRow) -> bool:
+        """Whether the student did not write a row."""
+        return bool(self.given) and self.given[row.cache]
 
     def used(self, row: ScoredRow) -> ScoredRow:
         """What of a row trains, of its candidates and tokens."""
@@ -61,7 +66,7 @@ class StepBatches:
     number: int  # from the start of the run
     window_tokens: int
     batches: list[Batch]
-    cached_tokens: int  # completion tokens of the step's rows, for all processes
+    cached_tokens: int  # completion tokens of the step's own rows, for all processes
     cut_tokens: int  # of these, behind the window
 
 
@@ -95,7 +100,15 @@ def step_batches(
     masked = plan.masked_ids
     tokens = sum(int(trained_mask(row, window, masked).sum()) for row in rows)
     lengths = [len(row.prompt_ids) + min(len(row.completion_ids), window) for row in rows]
-    groups = bucketed(lengths, budget=plan.tokens_per_microbatch, multiple=world_size)
+    groups: list[list[int]] = []
+    for is_given in {plan.is_given(row): None for row in rows}:  # a batch has one objective
+        alike = [number for number, row in enumerate(rows) if plan.is_given(row) == is_given]
+        found = bucketed(
+            [lengths[number] for number in alike],
+            budget=plan.tokens_per_microbatch,
+            multiple=world_size,
+        )
+        groups += [[alike[place] for place in group] for group in found]
     batches: list[Batch] = []
     for group in groups[rank::world_size]:
         # A process without rows takes part with one of no weight.
@@ -108,6 +121,7 @@ def step_batches(
             blocks=plan.blocks,
             newline_ids=plan.newline_ids,
             staleness=plan.staleness,
+            given=plan.given,
         )
         if not group:
             batch = replace(batch, weights_N=torch.zeros_like(batch.weights_N))
@@ -130,7 +144,7 @@ def read_epoch(
     ahead = rows.ahead([position for step in steps[skipped:] for position in step])
     for number, step in enumerate(steps[skipped:], start=first):
         whole, window = list(islice(ahead, len(step))), plan.window.tokens_at(number)
-        lengths = [len(row.completion_ids) for row in whole]
+        lengths = [len(row.completion_ids) for row in whole if not plan.is_given(row)]
         chosen = [plan.used(row) for row in whole]
         yield StepBatches(
             number=number,

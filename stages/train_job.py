@@ -23,6 +23,7 @@ from opd_stream.store.tree import load_tree
 from opd_stream.weighting import Weighting
 from opd_stream.windows import AdaptiveWindow, FixedWindow, Window
 from stages.checkpoints import Vocabulary
+from stages.recipes import is_given, is_unscored
 from stages.step import CacheUnits
 from stages.student_model import ADAPTER, StudentModel, load_student
 from stages.teacher_head import read_head
@@ -91,8 +92,13 @@ class TrainJob:
     @property
     def is_plain(self) -> bool:
         """Whether all rows were drawn at temperature 1; of imported ones nothing else is known."""
-        recipes = [self.store().by_fingerprint("rollouts", c.rollouts).recipe for c in self.caches]
-        return all(recipe.settings.get("temperature", 1.0) == 1.0 for recipe in recipes)
+        own = [recipe for recipe in self._rollouts() if not is_given(recipe)]
+        return all(recipe.settings.get("temperature", 1.0) == 1.0 for recipe in own)
+
+    def _rollouts(self) -> list[Recipe]:
+        """The recipes of the rollouts of each cache."""
+        store = self.store()
+        return [store.by_fingerprint("rollouts", cache.rollouts).recipe for cache in self.caches]
 
     @property
     def has_dropout(self) -> bool:
@@ -132,6 +138,8 @@ class TrainJob:
         ]
         asked = self.config.train.top_k
         for _, scores in artifacts:
+            if is_unscored(scores.recipe):
+                continue
             if "head" in scores.recipe.inputs:  # any number can be rebuilt of hidden states
                 continue
             cached = scores.recipe.settings.get("top_k", asked)  # unknown of imported rows
@@ -181,7 +189,8 @@ class TrainJob:
         """
         store, asked = self.store(), self.config.train.top_k
         scores = [store.by_fingerprint("scores", cache.scores) for cache in self.caches]
-        heads = {each.recipe.inputs.get("head") for each in scores}
+        scores = [each for each in scores if not is_unscored(each.recipe)]
+        heads = {each.recipe.inputs.get("head") for each in scores} or {None}
         if heads == {None}:
             return None
         (fingerprint, *others) = heads
@@ -238,4 +247,5 @@ class TrainJob:
             blocks=64 if train.gate is None else train.gate.blocks,
             newline_ids=self.newline_ids,
             staleness=tuple(self.round_index - cache.policy_version for cache in self.caches),
+            given=tuple(map(is_given, self._rollouts())),
         )

@@ -45,7 +45,7 @@ class TrainState(BaseModel):
     cut_tokens: int = 0  # of these, behind the training window
     start: StartDrift | None = None  # None: not measured yet
     is_gated: bool = True  # drift weighs tokens
-    mean_loss: float | None = None  # of the step before, for the soft clamp
+    mean_loss: float | None = None  # of the student's rows in the step before, for the soft clamp
     epoch_sums: dict[str, float] = {}
     recent_sums: dict[str, float] = {}  # since the latest look at drift
     epochs: list[EpochRecord] = []
@@ -66,7 +66,9 @@ class TrainState(BaseModel):
     def add(self, sums: Mapping[str, float]) -> None:
         """Count an optimizer step."""
         self.steps += 1
-        self.mean_loss = sums["loss"] / max(sums["tokens"], 1.0)
+        own = sums["tokens"] - sums.get("given_tokens", 0.0)
+        if own:
+            self.mean_loss = (sums["loss"] - sums.get("given_loss", 0.0)) / own
         add_sums(self.epoch_sums, sums)
         add_sums(self.recent_sums, sums)
         for name in COUNTED:

@@ -252,6 +252,7 @@ def _conflicts(config: Config) -> Iterator[str]:
             "out of pools.trainer"
         )
     yield from _objective_conflicts(config)
+    yield from _given_conflicts(config)
     yield from _extrapolation_conflicts(config)
     yield from _precision_conflicts(config)
     yield from _window_conflicts(config)
@@ -280,7 +281,8 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
             "negative, and so may be the mean that bounds them; leave it out"
         )
     is_drawn = isinstance(codec, SampledCodec)
-    if any(part.reads == ("candidates" if is_drawn else "drawn") for part in objectives):
+    every = (*objectives, *(train.given_objective or ()))
+    if any(part.reads == ("candidates" if is_drawn else "drawn") for part in every):
         yield (
             f"scores.codec is {codec.kind} with train.objective {kinds}; ids drawn from the "
             "teacher serve drawn_forward, ranked ones every other objective (sampled_pg and mc "
@@ -320,6 +322,73 @@ def _objective_conflicts(config: Config) -> Iterator[str]:
         yield (
             f"train.top_k is {train.top_k} but scores.top_k is {config.scores.top_k}; lower the "
             "one or raise the other"
+        )
+
+
+def _given_conflicts(config: Config) -> Iterator[str]:
+    """Rollouts that the student does not write, and what cannot be made of them."""
+    rollouts, train = config.rollouts, config.train
+    share, given = rollouts.given_share, rollouts.given_prompts
+    if config.replay is not None:
+        return
+    if not share:
+        if train.given_objective is not None:
+            yield (
+                "train.given_objective is set and rollouts.given_share is 0, so that no rollout is "
+                "given; set given_share, or leave given_objective out"
+            )
+        if any(part.reads == "completion" for part in train.objective):
+            yield (
+                "train.objective is ce and rollouts.given_share is 0; cross-entropy on the "
+                "student's own rollouts teaches nothing; set given_share, or another objective"
+            )
+        return
+    if not given or (share < 1 and not rollouts.own_prompts):
+        yield (
+            f"rollouts.given_share is {share:g} of {rollouts.prompts_per_round} prompts a round, "
+            f"which is {given} of them; expected some of both kinds; raise prompts_per_round, or "
+            "change given_share"
+        )
+    field = "train.objective" if train.given_objective is None else "train.given_objective"
+    lost = sorted(
+        part.kind
+        for part in train.given_objective or train.objective
+        if part.is_sampled or part.reads == "draws"
+    )
+    if lost:
+        yield (
+            f"rollouts.given_share is {share:g} with {field} {lost[0]}, which needs draws of the "
+            "student, and given rollouts are none; set train.given_objective to a divergence over "
+            "candidates (bucket, skew, lsm, entropy_aware), or to ce"
+        )
+    yield from _given_sources(config)
+
+
+def _given_sources(config: Config) -> Iterator[str]:
+    """Where given rollouts come from, against what else a round may do."""
+    rollouts, share = config.rollouts, config.rollouts.given_share
+    is_named = getattr(config.prompts, "completion_field", None) is not None
+    if rollouts.given_by == "rows" and not is_named:
+        yield (
+            f"rollouts.given_share is {share:g} and the prompts name no completion; expected the "
+            "field that holds them; set prompts.completion_field, or rollouts.given_by=teacher"
+        )
+    if rollouts.given_by == "teacher":
+        teacher = config.teacher
+        against = {
+            "scores.alignment": config.scores.alignment is not None,
+            "a rendering of its own": teacher is not None and teacher.is_rendering,
+        }
+        if found := ", ".join(name for name, is_set in against.items() if is_set):
+            yield (
+                f"rollouts.given_by is teacher with {found}: what it writes behind its own "
+                "prompts is no answer to the student's; use a teacher that reads the same prompts, "
+                "or given_by=rows"
+            )
+    if isinstance(rollouts.window, AdaptiveWindow) and share == 1:
+        yield (
+            "rollouts.given_share is 1 with window adaptive, whose audits continue the student's "
+            "rollouts; lower given_share, or use another window"
         )
 
 

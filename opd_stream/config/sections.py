@@ -168,6 +168,18 @@ class Rollouts(Section):
         "stands in the vocabulary, or as a text that is one token",
     )
     window: AnyWindow
+    given_share: float = later(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of a round's prompts whose rollouts are not the student's "
+        "(docs/rollouts.md)",
+    )
+    given_by: Literal["rows", "teacher"] = later(
+        default="rows",
+        description="who wrote them: rows: prompts.completion_field, one a prompt; teacher: it "
+        "samples them as the student would, samples_per_prompt a prompt",
+    )
     keep: Keep | None = later(
         default=None,
         description="which rollouts are scored and train; left out: all (docs/rollouts.md)",
@@ -177,6 +189,21 @@ class Rollouts(Section):
         description="sample and score the next round's rollouts while a round trains, by the "
         "policy it starts from, where the round before stayed within staleness.policy_drift",
     )
+
+    @property
+    def given_prompts(self) -> int:
+        """Prompts of a round whose rollouts are given."""
+        return round(self.given_share * self.prompts_per_round)
+
+    @property
+    def own_prompts(self) -> int:
+        """Prompts of a round that the student answers."""
+        return self.prompts_per_round - self.given_prompts
+
+    @property
+    def given_samples(self) -> int:
+        """Given rollouts of a prompt that has some."""
+        return self.samples_per_prompt if self.given_by == "teacher" else 1
 
 
 class Alignment(Section):
@@ -320,6 +347,18 @@ class Train(Section):
         tuple[AnyObjective, ...],
         BeforeValidator(_as_tuple, json_schema_input_type=AnyObjective | tuple[AnyObjective, ...]),
     ] = Field(description="one, or a list whose weighted sum is the loss")
+    given_objective: Annotated[
+        tuple[AnyObjective, ...] | None,
+        BeforeValidator(
+            lambda value: None if value is None else _as_tuple(value),
+            json_schema_input_type=AnyObjective | tuple[AnyObjective, ...] | None,
+        ),
+    ] = later(
+        default=None,
+        description="of rollouts.given_share: a divergence over candidates, or ce, which reads no "
+        "teacher; null: `objective`",
+    )
+
     top_k: int | None = Field(
         default=None,
         ge=1,
@@ -377,6 +416,12 @@ class Train(Section):
     checkpoint_steps: int = Field(
         default=50, ge=1, description="optimizer steps between two checkpoints"
     )
+
+    @property
+    def given_reads_nothing(self) -> bool:
+        """Whether given rollouts train without a teacher's scores."""
+        given = self.given_objective or self.objective
+        return all(part.reads == "completion" for part in given)
 
     @property
     def rising_steps(self) -> int:

@@ -139,6 +139,8 @@ PROMPTS = pa.schema(
 )
 
 
+COMPLETIONS = "completions"  # of prompts with given answers: their ids, list<list<uint32>>
+
 COLUMNS = {  # of rollouts
     "prompt_id": Column(types=("string",), entries="value"),
     "sample_index": Column(types=("int32",), entries="value"),

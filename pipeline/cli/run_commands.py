@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from opd_stream.config import Config
     from pipeline.records import (
         Answers,
         Passes,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         StageNumbers,
         TokenNumbers,
     )
+    from pipeline.run_folder import RunFolder
 
 FIGURES = ("pass@1", "pass@8")
 DISTANCES = ("KL own\nsamples", "KL teacher's\ntext", "top-1\nagreement")
@@ -58,31 +60,65 @@ def run(config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None)
     print_run(folder.reports(), summary, str(folder.path), console=page)
 
 
-def _add_stage(stage: Literal["generate", "score", "train"], description: str) -> None:
-    """Add the command of one stage; all stages take the same options."""
+RoundIndex = Annotated[int, typer.Option("--round", help="Number of the round, from 0.")]
+Follow = Annotated[
+    bool, typer.Option("--follow", help="Wait for what other machines have not published yet.")
+]
+
+
+@app.command()
+def generate(
+    config: ConfigFile,
+    round_index: RoundIndex,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    follow: Follow = False,
+    by: Annotated[
+        Literal["student", "teacher"],
+        typer.Option("--by", help="Who samples: the teacher writes those of rollouts.given_by."),
+    ] = "student",
+) -> None:
+    """Sample the rollouts of one round that the student writes, or the teacher."""
+    _run_stage("generate", open_run(config, overrides, run_dir), round_index, follow, by)
+
+
+def _run_stage(
+    stage: Literal["generate", "score", "train"],
+    opened: "tuple[Config, RunFolder]",
+    round_index: int,
+    follow: bool,
+    by: Literal["student", "teacher"] = "student",
+) -> None:
+    from pipeline.single_stage import run_stage
+
+    run, folder = opened
+    with TerminalProgress() as progress:
+        line = run_stage(
+            stage,
+            run,
+            folder,
+            round_index=round_index,
+            progress=progress,
+            follow=follow,
+            author=by,
+        )
+    typer.echo(line)
+
+
+def _add_stage(stage: Literal["score", "train"], description: str) -> None:
+    """Add the command of one stage; both take the same options."""
 
     @app.command(stage, help=description)
     def command(
         config: ConfigFile,
-        round_index: Annotated[int, typer.Option("--round", help="Number of the round, from 0.")],
+        round_index: RoundIndex,
         overrides: Overrides = None,
         run_dir: RunDir = None,
-        follow: Annotated[
-            bool,
-            typer.Option("--follow", help="Wait for what other machines have not published yet."),
-        ] = False,
+        follow: Follow = False,
     ) -> None:
-        from pipeline.single_stage import run_stage
-
-        run, folder = open_run(config, overrides, run_dir)
-        with TerminalProgress() as progress:
-            line = run_stage(
-                stage, run, folder, round_index=round_index, progress=progress, follow=follow
-            )
-        typer.echo(line)
+        _run_stage(stage, open_run(config, overrides, run_dir), round_index, follow)
 
 
-_add_stage("generate", "Sample the student's rollouts of one round.")
 _add_stage("score", "Score the rollouts of one round with the teacher.")
 _add_stage("train", "Train on the scores of one round.")
 

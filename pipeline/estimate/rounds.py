@@ -43,11 +43,13 @@ from pipeline.rounds import Round, named_checkpoint, rounds
 from stages.checkpoints import Checkpoint, model_shape
 from stages.evaluate import evaluation_rollouts
 from stages.prompts import every_prompt, probe_size
+from stages.recipes import is_given, is_unscored
 from stages.step import (
     DISTANCE,
     EVALUATE,
     EXTEND,
     GENERATE,
+    GIVEN,
     HIDDEN,
     PROBE,
     TEACHER_TEXT,
@@ -126,7 +128,7 @@ class RunCosts:
             )
         for each in rounds(self.setup, opened=named_checkpoint, expected=True):
             if each.index == 0 and self.config.replay is None:
-                self._look_at_other_runs(each.caches[0])
+                self._look_at_other_runs(each.caches[-1])
             yield self._round(each)
 
     def _round(self, each: Round) -> RoundCost:
@@ -153,7 +155,12 @@ class RunCosts:
         units, commits = self._units_of(source), _commits(step.shards)
         if not commits and not any(unit.rows for unit in units.values()):
             return None
+        if step.kind == GIVEN or is_unscored(step.shards.recipe):
+            return None  # nothing is sampled, or scored
         shape, sizes = self.student, self._rollouts_sizes
+        if step.kind.author == "teacher":
+            assert self.teacher is not None
+            shape = self.teacher
         if is_scored:
             assert self.teacher is not None  # else nothing is scored
             if source.kind == GENERATE:
@@ -197,10 +204,12 @@ class RunCosts:
         rollouts, settings = step.shards, step.shards.recipe.settings
         window, commits = settings["window_tokens"], _commits(rollouts)
         measured = completions_of(window, summed_counts(commits.values()))
-        self._completions = measured or self._completions
-        self._rollouts_sizes = measured_sizes(commits.values()) or self._rollouts_sizes
+        completions = measured or self._completions
+        if not is_given(rollouts.recipe):
+            self._completions = completions
+            self._rollouts_sizes = measured_sizes(commits.values()) or self._rollouts_sizes
         selection = settings["selection"]
-        ranges = selection.get("ranges", [(0, self.config.rollouts.prompts_per_round)])
+        ranges = selection.get("ranges", [(0, self._prompts(step))])
         # With ranges, a unit has the place of the one it stands for.
         longest = max(last - first for first, last in ranges)
         return _sampled_units(
@@ -211,8 +220,14 @@ class RunCosts:
             prompts_per_unit=longest if "ranges" in selection else self.config.prompts_per_unit,
             samples=settings["samples_per_prompt"],
             lengths=self.inputs.prompts.selected(selection),
-            completions=self._completions,
+            completions=completions,
         )
+
+    def _prompts(self, rollouts: Step) -> int:
+        """Prompts of a round that an artifact of rollouts is on."""
+        settings = self.config.rollouts
+        given = is_given(rollouts.shards.recipe)
+        return settings.given_prompts if given else settings.own_prompts
 
     def _extended(self, step: Step) -> dict[int, UnitRows]:
         """Rows continued to a longer window: new tokens are computed, whole rows are stored."""
@@ -270,7 +285,7 @@ class RunCosts:
             completions = completions_of(window, counts) if is_whole else self._completions
         return TrainedRows(
             rows=rows,
-            prompts=prompts or self.config.rollouts.prompts_per_round,
+            prompts=prompts or self._prompts(cache.rollouts),
             window_tokens=window,
             lengths=self.inputs.prompts.selected(settings.get("selection") or every_prompt()),
             completions=completions,

@@ -298,7 +298,7 @@ def _draw_caches(
         if is_new:
             below = x - SCORES_AT + ROLLOUTS_AT
             _arrow(axis, (below, 0), (x, 1))
-            if cache.origin != "replayed":
+            if cache.origin not in ("replayed", "given"):
                 _arrow(axis, (cache.policy_version, 2), (below, 0))
             axis.plot(below, 0, "^", color=SERIES[2], markersize=7, zorder=3)
             axis.plot(x, 1, "s", color=SERIES[1], markersize=6, zorder=3)
@@ -316,7 +316,8 @@ def _lineage_table(
     rows: list[list[str]] = []
     for round_index, cache in ((r, cache) for r in sorted(caches) for cache in caches[r]):
         version = round_index + 1
-        author = "" if cache.origin == "replayed" else policies.get(cache.policy_version, "")
+        is_ours = cache.origin not in ("replayed", "given")
+        author = policies.get(cache.policy_version, "") if is_ours else ""
         rows.append(
             [
                 str(round_index),

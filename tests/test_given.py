@@ -1,0 +1,259 @@
+"""Rollouts that the student did not write, beside its own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from opd_stream.errors import UserError
+from opd_stream.objectives import CrossEntropy, ObjectiveInputs
+from opd_stream.rendering import ChatTemplate, Prompt, RawTemplate, Renderer
+from opd_stream.store.reader import ScoredRows
+from opd_stream.store.shards import rollouts_batch
+from opd_stream.store.store import Store
+from opd_stream.store.tokenizer_folder import open_tokenizer
+from opd_stream.tasks.ledger import make_problems
+from pipeline.rounds import rounds
+from pipeline.run_folder import RunFolder
+from pipeline.setup import open_setup
+from pipeline.single_stage import run_stage
+from stages.given import ended
+from stages.prompts import round_prompts, selected_rows
+from stages.recipes import is_given, is_unscored
+from stages.step import Silent, Stage
+from stages.workers import Role
+from tests.conftest import MODELS, reports_of, run, small_config, summary_of
+
+STUDENT = MODELS / "ledger-student"
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SHORT = ("evaluation=null", "held_out_prompts=0", "rollouts.window.tokens=24")
+
+
+def problems(folder: Path, *, every: int = 1, count: int = 32) -> str:
+    """A file of ledger problems, every so many with a solution; the setting that names it."""
+    path = folder / "problems.jsonl"
+    lines = [
+        {"prompt": p.question, "answer": p.answer, "solution": None if n % every else p.solution}
+        for n, p in enumerate(make_problems(count=count, seed=11))
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return (
+        f"prompts={{kind: jsonl, path: {path}, answer_field: answer, completion_field: solution, "
+        'template: {kind: raw, text: "{prompt}\\n", bos: always}}'
+    )
+
+
+def test_a_part_of_a_round_is_given_and_the_rest_is_the_students_own() -> None:
+    answered = [row % 3 > 0 for row in range(40)]
+    for index in range(4):
+        whole = selected_rows(round_prompts(seed=5, round_index=index, per_round=10), 40)
+        parts = {
+            part: selected_rows(
+                round_prompts(
+                    seed=5,
+                    round_index=index,
+                    per_round=10,
+                    given={"rows": 4, "by": "rows", "part": part},
+                ),
+                40,
+                answered,
+            )
+            for part in ("own", "given")
+        }
+        assert sorted([*parts["own"], *parts["given"]]) == sorted(whole)
+        assert len(parts["given"]) == 4
+        assert all(answered[row] for row in parts["given"])
+
+
+def test_a_completion_ends_with_its_first_terminator() -> None:
+    assert ended(np.array([4, 5]), [2, 3], 2).tolist() == [4, 5, 2]
+    assert ended(np.array([4, 3, 9]), [2, 3], 2).tolist() == [4, 3]
+
+
+def test_ids_are_those_of_the_chat_template_behind_the_prompts() -> None:
+    tokenizer: Any = open_tokenizer(STUDENT)
+    tokenizer.chat_template = CHAT
+    renderer = Renderer(ChatTemplate(), tokenizer)
+    prompt = Prompt(prompt_id="a", text="12+3", answer=None)
+    turns = [{"role": "user", "content": "12+3"}, {"role": "assistant", "content": "so 15."}]
+    whole = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    ids = renderer.completion_ids(prompt, "so 15.").tolist()
+    assert [*renderer.ids(prompt), *ids] == whole
+    assert ids[-1] == tokenizer.eos_token_id
+    with pytest.raises(UserError, match="spells '<eos>'"):
+        renderer.completion_ids(prompt, "so<eos> 15.")
+
+
+def test_a_template_that_does_not_mark_the_assistants_turn_is_refused() -> None:
+    tokenizer: Any = open_tokenizer(STUDENT)
+    tokenizer.chat_template = CHAT.replace("<assistant>{%", "<assistant><think>{%")
+    renderer = Renderer(ChatTemplate(), tokenizer)
+    with pytest.raises(UserError, match="does not mark where the assistant's turn begins"):
+        renderer.completion_ids(Prompt(prompt_id="a", text="12+3", answer=None), "15.")
+
+
+def test_ids_of_raw_text_go_on_from_the_prompts() -> None:
+    renderer = Renderer(RawTemplate(text="{prompt}\n", bos="always"), open_tokenizer(STUDENT))
+    problem = make_problems(count=1, seed=3)[0]
+    prompt = Prompt(prompt_id="a", text=problem.question, answer=None)
+    ids = renderer.completion_ids(prompt, problem.solution)
+    assert open_tokenizer(STUDENT).decode(ids.tolist()) == problem.solution
+
+
+def test_a_round_of_both_kinds_scores_and_trains_them(tmp_path: Path) -> None:
+    share = (
+        "rollouts.given_share=0.25",
+        "train.given_objective={kind: bucket, direction: forward}",
+    )
+    config = small_config(tmp_path, *SHORT, problems(tmp_path, every=2), *share)
+    summary = run(config, RunFolder(tmp_path / "run"), Silent())
+    reports = reports_of(RunFolder(tmp_path / "run"))
+    store = Store(config.store)
+    assert [[c["origin"] for c in r["caches"]] for r in reports] == [["given", "fresh"]] * 2
+    for report in reports:
+        given, own = report["caches"]
+        batches = [
+            rollouts_batch(artifact.read_unit(unit))
+            for artifact in [store.by_fingerprint("rollouts", given["rollouts"])]
+            for unit in artifact.units()
+        ]
+        solutions = {p.question: p.solution for p in make_problems(count=32, seed=11)}
+        tokenizer = open_tokenizer(STUDENT)
+        for batch in batches:
+            for prompt, ids in zip(batch.prompt_ids, batch.completion_ids, strict=True):
+                question = tokenizer.decode(prompt, skip_special_tokens=True).removesuffix("\n")
+                assert solutions[question].startswith(tokenizer.decode(ids))
+        assert sum(map(len, batches)) == 2
+        scores = store.by_fingerprint("scores", given["scores"])
+        assert len(ScoredRows([(store.by_fingerprint("rollouts", given["rollouts"]), scores)])) == 2
+        assert report["rows"] == 8
+        sampled = store.by_fingerprint("rollouts", own["rollouts"])
+        tokens = sum(c.counts["completion_tokens"] for c in sampled.commits().values())
+        assert report["tokens"]["generated"] == tokens
+        assert report["tokens"]["teacher_scored"] > tokens
+        assert report["epochs"][0]["given_loss"] > 0
+        assert report["trained_share"] == pytest.approx(1.0)
+    assert summary["finished"]
+
+
+@pytest.mark.slow
+def test_stages_one_by_one_come_to_the_same_policy(tmp_path: Path) -> None:
+    """Also where units outlive their policy: those of the student, beside new given ones."""
+    settings = (
+        *SHORT,
+        problems(tmp_path),
+        "rollouts.given_share=0.5",
+        "rollouts.given_by=teacher",
+        "staleness.max_policies=1",
+        "staleness.policy_drift=5",
+    )
+    whole = small_config(tmp_path / "a", *settings)
+    summary = run(whole, RunFolder(tmp_path / "a" / "run"), Silent())
+    parts, folder = small_config(tmp_path / "b", *settings), RunFolder(tmp_path / "b" / "run")
+    stages: list[tuple[Stage, Role]] = [
+        ("generate", "student"),
+        ("generate", "teacher"),
+        ("score", "student"),
+        ("train", "student"),
+    ]
+    for index in range(2):
+        for stage, author in stages:
+            run_stage(stage, parts, folder, round_index=index, progress=Silent(), author=author)
+    found = summary_of(folder)
+    assert [p["weights_sha256"] for p in found["policies"]] == [
+        p["weights_sha256"] for p in summary["policies"]
+    ]
+    assert [c["origin"] for c in found["caches"][1]] == ["given", "kept"]
+
+
+def test_cross_entropy_asks_no_teacher(tmp_path: Path) -> None:
+    settings = ("rollouts.given_share=1", "train.objective={kind: ce}")
+    config = small_config(tmp_path, *SHORT, problems(tmp_path), *settings)
+    summary = run(config, RunFolder(tmp_path / "run"), Silent())
+    assert summary["tokens"]["teacher_scored"] == summary["tokens"]["generated"] == 0
+    first, last = reports_of(RunFolder(tmp_path / "run"))
+    assert first["caches"][0]["origin"] == "given"
+    assert last["epochs"][-1]["loss"] < first["epochs"][0]["loss"]
+    assert first["epochs"][0]["policy_drift"] == 0
+    store = Store(config.store)
+    scores = store.by_fingerprint("scores", first["caches"][0]["scores"])
+    assert is_unscored(scores.recipe)
+    assert is_given(store.by_fingerprint("rollouts", first["caches"][0]["rollouts"]).recipe)
+
+
+def test_the_loss_of_cross_entropy_is_that_of_the_completion() -> None:
+    logprobs = torch.randn(5).abs().neg().requires_grad_()
+    inputs = ObjectiveInputs(
+        student_logprobs_N=logprobs,
+        student_top_logprobs_NK=torch.zeros(5, 0),
+        teacher_top_logprobs_NK=torch.zeros(5, 0),
+        teacher_tail_logprobs_N=torch.zeros(5),
+        behavior_logprobs_N=torch.zeros(5),
+        reverse_kl_N=torch.zeros(5),
+        sampled_in_top_N=torch.zeros(5, dtype=torch.bool),
+    )
+    losses = CrossEntropy().token_losses(inputs)
+    losses.sum().backward()
+    assert torch.equal(losses, -logprobs)
+    assert torch.equal(logprobs.grad, torch.full((5,), -1.0))  # pyright: ignore
+
+
+def test_the_teacher_writes_and_the_best_are_kept(tmp_path: Path) -> None:
+    settings = (
+        "rollouts.given_share=0.5",
+        "rollouts.given_by=teacher",
+        "rollouts.samples_per_prompt=2",
+        "rollouts.keep={min_tokens: 2, per_prompt: 1}",
+        "train.given_objective={kind: ce}",
+    )
+    config = small_config(tmp_path, *SHORT, "rounds=1", *settings)
+    run(config, RunFolder(tmp_path / "run"), Silent())
+    (report,) = reports_of(RunFolder(tmp_path / "run"))
+    given, own = report["caches"]
+    assert (given["origin"], own["origin"]) == ("given", "fresh")
+    assert report["dropped_rows"] == {"per_prompt": 8}
+    recipe = Store(config.store).by_fingerprint("rollouts", given["rollouts"]).recipe
+    setup = open_setup(config)
+    assert setup.teacher is not None
+    assert recipe.inputs["student"] == setup.teacher.identity.fingerprint
+    assert report["tokens"]["generated"] > report["tokens"]["teacher_scored"]
+
+
+def test_rows_are_what_a_config_without_given_ones_has(tmp_path: Path) -> None:
+    """The names of the artifacts of a round do not know that there could be given ones."""
+    plain = small_config(tmp_path)
+    setup = open_setup(plain)
+    recipe = next(rounds(setup)).caches[0].rollouts.artifact.recipe
+    assert set(recipe.settings["selection"]) == {"order", "seed", "round", "per_round"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([{"solution": "   "}], "holds an empty completion"),
+        ([{"solution": 3.5, "prompt": None}], "is null"),
+        ([{"solution": {"a": 1}}], "expected text, a number or a list"),
+        ([{"solution": None}], "0 of the 8 prompts of round 0 have a completion"),
+        ([{"solution": "so 15. " * 2000}], "the student reads"),
+    ],
+    ids=["empty", "prompt", "object", "none", "long"],
+)
+def test_completions_that_cannot_be_used_are_refused_before_work(
+    lines: list[dict[str, Any]], words: str, tmp_path: Path
+) -> None:
+    setting = problems(tmp_path, count=8)
+    path = tmp_path / "problems.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [{**row, **lines[0]} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = small_config(tmp_path, *SHORT, setting, "rollouts.given_share=0.5")
+    with pytest.raises(UserError, match=words) as caught:
+        run(config, RunFolder(tmp_path / "run"), Silent())
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "store").glob("rollouts/*"))
