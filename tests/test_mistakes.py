@@ -1,5 +1,6 @@
 """Mistakes of tests/mistakes.yaml: each is one line that names the field and what to do."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,19 @@ def test_of_a_command(
     assert line.startswith("opd-stream: "), said
     check(line, field, remedy)
     assert not list((tmp_path / "store").glob("rollouts/*"))
+
+
+def test_help_and_json_lines_of_a_wrong_command(opd_stream: Command) -> None:
+    code, out, said = opd_stream("--help")
+    assert code == 0
+    assert "Commands" in out
+    assert not said
+    code, out, said = opd_stream("--log-json", "nope")
+    assert code == 2
+    assert json.loads(said)["message"] == "No such command 'nope'; see opd-stream --help"
+    code, out, said = opd_stream()
+    assert code == 2
+    assert "Commands" in out + said
 
 
 def test_what_would_command_a_terminal_is_escaped() -> None:

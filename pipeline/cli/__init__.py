@@ -1,14 +1,19 @@
 """The commands. Heavy imports happen inside them, so that help answers at once."""
 
 import sys
+from typing import Any
+
+import typer
 
 from pipeline import interrupts
 from pipeline.cli import run_commands, view_commands
 from pipeline.cli.cache_commands import cache
 from pipeline.cli.options import app
-from pipeline.console import LOG, is_json, print_error
+from pipeline.console import LOG, Level, is_json, print_error, set_up
 
 __all__ = ["app", "main", "run_commands", "start", "view_commands"]
+
+_UsageError: Any = typer.BadParameter.__mro__[1]  # of click, which typer brings along
 
 app.add_typer(cache, name="cache")
 
@@ -29,7 +34,14 @@ def main() -> None:
     from opd_stream.errors import UserError
 
     try:
-        app()
+        code = app(standalone_mode=False)
+    except _UsageError as error:
+        if "--log-json" in sys.argv:  # no option has been read yet
+            set_up(Level.INFO, as_json=True)
+        if text := " ".join(error.format_message().split()):  # else the help has been printed
+            command = "opd-stream" if error.ctx is None else error.ctx.command_path
+            print_error(f"{text.removesuffix('.')}; see {command} --help")
+        sys.exit(2)
     except UserError as error:
         print_error(str(error))
         sys.exit(2)
@@ -46,3 +58,4 @@ def main() -> None:
             raise
         LOG.exception("a defect of opd-stream")
         sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
