@@ -9,7 +9,7 @@ BENCH := .venv-bench/bin
 BENCH_READY := .venv-bench/.ready
 
 .PHONY: real-models help quickstart test test-architectures test-slow test-vllm lint models bench-cache bench-engines bench-engines-memory bench-engines-real \
-	bench-engines-vllm bench-generation bench-loss bench-overlap bench-reload \
+	bench-engines-vllm bench-generation bench-given bench-loss bench-overlap bench-reload \
 	bench-intervals bench-methods bench-quickstart bench-ray-share bench-real bench-train \
 	bench-truncated bench-windows-audit clean
 
@@ -79,6 +79,10 @@ bench-engines-vllm: $(VLLM_READY) ## both engines on the same model, sampling an
 
 bench-reload: $(READY) ## seconds from a written policy to its first token
 	$(BIN)/python -m benchmarks.engines_reload
+
+bench-given: $(READY) ## rollouts that are not the student's, as a share of every round
+	$(BIN)/python -m benchmarks.given run
+	$(BIN)/python -m benchmarks.given table
 
 bench-overlap: $(READY) ## a round whose rollouts were made while the one before trained
 	$(BIN)/python benchmarks/overlap.py

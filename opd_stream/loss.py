@@ -123,7 +123,7 @@ def _candidate_loss(
         ids_NJ=_asked_ids(batch),
         weights_N=weights_N,
         token_loss=token_loss,
-        top_NK=batch.teacher_top_logprobs_NK if options.has_ranks(batch) else None,
+        top_NK=None if options.is_drawn else batch.teacher_top_logprobs_NK,
     )
     with torch.no_grad():
         inputs = _inputs(fused.logprobs_NJ, batch, slice(None), options)
@@ -254,10 +254,6 @@ class _Options:
     is_drawn: bool  # candidates were drawn from the teacher
     shares_N: torch.Tensor | None  # the student's share of each token in its chunk, if in chunks
     limit: float | None = None  # of a token's loss
-
-    def has_ranks(self, batch: Batch) -> bool:
-        """Whether the batch has candidates of the teacher, by rank."""
-        return not self.is_drawn and batch.teacher_top_logprobs_NK.shape[1] > 0
 
     def clamped(self, losses_N: torch.Tensor) -> torch.Tensor:
         """Losses that train."""

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from opd_stream.config import Config
+from opd_stream.config.sections import unserved_by_given
 from opd_stream.errors import UserError
 from opd_stream.outcome import TrainOutcome, UnitRecord
 from opd_stream.staleness import UnitDecision, UnitState, decide_unit
@@ -23,6 +25,7 @@ from stages.recipes import (
     extension_recipe,
     given_recipe,
     is_given,
+    is_unscored,
     rollouts_recipe,
     scores_recipe,
     unscored_recipe,
@@ -405,6 +408,8 @@ def replayed_caches(setup: Setup) -> list[tuple[Cache, ...]] | None:
                 raise UserError(
                     f"{step.artifact.name} of {where} is not complete; finish that run first"
                 )
+        if cache.is_given:
+            _check_given(setup.config, cache, where)
         teacher = cache.scores.artifact.recipe.inputs.get("teacher")  # imported rows have none
         author = cache.rollouts.artifact.recipe.inputs.get("student")
         if may_follow and teacher == author:
@@ -417,6 +422,17 @@ def replayed_caches(setup: Setup) -> list[tuple[Cache, ...]] | None:
                 "`teacher` out, or replay scores of one teacher"
             )
     return [tuple(caches) for caches in found[:rounds]]
+
+
+def _check_given(config: Config, cache: Cache, where: str) -> None:
+    """Refuse to replay given rollouts under an objective that they cannot serve."""
+    if (problem := unserved_by_given(config.train)) is not None:
+        raise UserError(f"{where} has given rollouts: {problem}")
+    if is_unscored(cache.scores.artifact.recipe) and not config.train.given_reads_nothing:
+        raise UserError(
+            f"{cache.scores.artifact.name} of {where} has no teacher's scores of its given "
+            "rollouts, which trained with ce; set train.given_objective={kind: ce}"
+        )
 
 
 def _caches_of_run(setup: Setup, run: Path, rounds: int) -> list[list[Cache]]:

@@ -116,10 +116,13 @@ def is_given(rollouts: Recipe) -> bool:
 
 
 def unscored_recipe(*, rollouts: str, keep: Keep | None) -> Recipe:
-    """Stands for the scores of given rollouts whose objective reads none: no teacher is asked."""
+    """Stands for scores of given rollouts whose objective reads none: no teacher is asked.
+
+    They are those of a teacher that is sure of the completion.
+    """
     settings = {
         "unscored": True,
-        "top_k": 0,
+        "top_k": 1,
         "forced_ids": list[int](),
         "codec": ExactCodec().model_dump(mode="json"),
         "seed": 0,

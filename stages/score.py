@@ -293,13 +293,13 @@ class ScoreWorker(Worker):
 
 
 def unscored(batch: RolloutBatch) -> _Scored:
-    """What stands for scores where no teacher is asked: all of its mass is in the tail."""
+    """What stands for scores where no teacher is asked: one that is sure of the completion."""
     rows = [
         RowScores(
             asked=np.zeros((len(ids), 1), np.float32),
-            top_ids=np.zeros((len(ids), 0), np.int32),
-            top_logprobs=np.zeros((len(ids), 0), np.float32),
-            tail=np.zeros(len(ids), np.float32),
+            top_ids=ids[:, None].astype(np.int32),
+            top_logprobs=np.zeros((len(ids), 1), np.float32),
+            tail=np.full(len(ids), -np.inf, np.float32),
             forced=np.zeros((len(ids), 0), np.float32),
         )
         for ids in batch.completion_ids

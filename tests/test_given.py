@@ -25,7 +25,7 @@ from stages.prompts import round_prompts, selected_rows
 from stages.recipes import is_given, is_unscored
 from stages.step import Silent, Stage
 from stages.workers import Role
-from tests.conftest import MODELS, reports_of, run, small_config, summary_of
+from tests.conftest import MODELS, Command, reports_of, run, small_config, summary_of
 
 STUDENT = MODELS / "ledger-student"
 CHAT = (
@@ -185,6 +185,40 @@ def test_cross_entropy_asks_no_teacher(tmp_path: Path) -> None:
     scores = store.by_fingerprint("scores", first["caches"][0]["scores"])
     assert is_unscored(scores.recipe)
     assert is_given(store.by_fingerprint("rollouts", first["caches"][0]["rollouts"]).recipe)
+
+
+def test_a_replay_of_given_rows_needs_an_objective_for_them(tmp_path: Path) -> None:
+    settings = ("rollouts.given_share=1", "train.objective={kind: ce}", "rounds=1")
+    config = small_config(tmp_path, *SHORT, problems(tmp_path), *settings)
+    run(config, RunFolder(tmp_path / "run"), Silent())
+    again = (*SHORT, problems(tmp_path), "rounds=1", f"replay.run={tmp_path / 'run'}")
+    for objective, words in (
+        ("sampled_pg", "needs draws of the student"),
+        ("bucket", "has no teacher's scores"),
+    ):
+        other = small_config(tmp_path, *again, f"train.objective={{kind: {objective}}}")
+        with pytest.raises(UserError, match=words):
+            run(other, RunFolder(tmp_path / objective), Silent())
+    same = small_config(tmp_path, *again, "train.objective={kind: ce}")
+    summary = run(same, RunFolder(tmp_path / "replay"), Silent())
+    first = summary_of(RunFolder(tmp_path / "run"))
+    assert summary["policies"][1]["weights_sha256"] == first["policies"][1]["weights_sha256"]
+
+
+def test_inspect_says_that_a_row_is_not_the_students(tmp_path: Path, opd_stream: Command) -> None:
+    settings = ("rollouts.given_share=0.5", "rounds=1")
+    config = small_config(tmp_path, *SHORT, problems(tmp_path), *settings)
+    run(config, RunFolder(tmp_path / "run"), Silent())
+    (report,) = reports_of(RunFolder(tmp_path / "run"))
+    artifact = Store(config.store).by_fingerprint("rollouts", report["caches"][0]["rollouts"])
+    name = rollouts_batch(artifact.read_unit(0)).prompt_id[0]
+    where = ("inspect", str(tmp_path / "run"), "--round", "0")
+    _, shown, _ = opd_stream(*where, "--prompt", name)
+    assert "given, not the student's" in shown
+    assert "teacher_nll" in shown
+    _, worst, _ = opd_stream(*where, "--worst", "9")
+    assert worst.count("--cache 1") == 4
+    assert "--cache 0" not in worst
 
 
 def test_the_loss_of_cross_entropy_is_that_of_the_completion() -> None:

@@ -22,6 +22,7 @@ from opd_stream.config.sections import (
     Teacher,
     Train,
     unserved_by_chunks,
+    unserved_by_given,
 )
 from opd_stream.section import SEEDS, PathText, Section, later
 from opd_stream.sources import Prompts
@@ -349,18 +350,8 @@ def _given_conflicts(config: Config) -> Iterator[str]:
             f"which is {given} of them; expected some of both kinds; raise prompts_per_round, or "
             "change given_share"
         )
-    field = "train.objective" if train.given_objective is None else "train.given_objective"
-    lost = sorted(
-        part.kind
-        for part in train.given_objective or train.objective
-        if part.is_sampled or part.reads == "draws"
-    )
-    if lost:
-        yield (
-            f"rollouts.given_share is {share:g} with {field} {lost[0]}, which needs draws of the "
-            "student, and given rollouts are none; set train.given_objective to a divergence over "
-            "candidates (bucket, skew, lsm, entropy_aware), or to ce"
-        )
+    if (problem := unserved_by_given(train)) is not None:
+        yield f"rollouts.given_share is {share:g}: {problem}"
     yield from _given_sources(config)
 
 

@@ -335,6 +335,23 @@ def unserved_by_chunks(train: "Train") -> str | None:
     return None
 
 
+def unserved_by_given(train: "Train") -> str | None:
+    """What given rollouts cannot serve of a training section, with the way out; or None."""
+    field = "train.objective" if train.given_objective is None else "train.given_objective"
+    lost = sorted(
+        part.kind
+        for part in train.given_objective or train.objective
+        if part.is_sampled or part.reads == "draws"
+    )
+    if not lost:
+        return None
+    return (
+        f"{field} is {lost[0]}, which needs draws of the student, and given rollouts are none; set "
+        "train.given_objective to a divergence over candidates (bucket, skew, lsm, "
+        "entropy_aware), or to ce"
+    )
+
+
 def _as_tuple(value: Any) -> Any:
     many = isinstance(value, list | tuple)
     return value if many else (value,)  # pyright: ignore[reportUnknownVariableType]

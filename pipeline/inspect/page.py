@@ -63,7 +63,7 @@ def _token(view: RolloutView, place: int) -> dict[str, Any]:
         "value": f"{view.values[place]:.3f}",
         "trains": bool(view.trains[place]),
         "marks": [mark.text for mark in view.marks if mark.place == place],
-        "student": probability(exp(row.behavior_logprobs[place])),
+        "student": probability(view.student_probability(place)),
         "teacher": probability(exp(row.teacher_logprobs[place])),
         "figures": figures,
         "candidates": [

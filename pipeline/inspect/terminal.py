@@ -66,12 +66,9 @@ def print_worst(found: list[WorstRollout], *, console: Console) -> None:
 
 def facts(view: RolloutView) -> Iterator[tuple[str, str]]:
     """What is known of the whole rollout: (name, text)."""
-    row, cache, index = view.row, view.located.cache, view.reader.plan.round_index
+    row = view.row
     yield "rollout", f"{visible(row.prompt_id)}, sample {row.sample_index}"
-    yield (
-        "from",
-        f"round {index}, policy {cache.policy_version}, {cache.scores.name}",
-    )
+    yield "from", view.source
     if (prompt := view.teacher_prompt) is not None:
         yield "teacher", f"read {quoted(prompt)}"
     yield "finish", view.finish
@@ -178,7 +175,7 @@ def _worst_tokens(view: RolloutView, *, is_wide: bool) -> Table:
         table.add_row(
             str(place),
             Text(quoted(view.pieces[place])),
-            probability(exp(row.behavior_logprobs[place])),
+            probability(view.student_probability(place)),
             probability(exp(row.teacher_logprobs[place])),
             *(f"{view.figures[name][place]:.3f}" for name in extra),
             *rank[: len(ranked)],

@@ -29,6 +29,7 @@ from opd_stream.tokens import (
 from opd_stream.weighting import trained_mask
 from opd_stream.windows import AdaptiveWindow
 from pipeline.records import RoundPlanRecord
+from stages.recipes import is_given
 
 WORST_TOKENS = 10
 
@@ -69,6 +70,11 @@ class RoundCache:
     scores: Artifact
     units: tuple[int, ...]
     policy_version: int  # of the oldest tokens in it
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the student did not write its rollouts: it has no log-probabilities of them."""
+        return is_given(self.rollouts.recipe)
 
     def rows(self, units: Sequence[int] | None = None) -> ScoredRows:
         """Its rows, or those of some units."""
@@ -116,6 +122,8 @@ class RoundReader:
         """Every figure of a row that the cache holds; refuses where `by` is not among them."""
         is_drawn = cache.scores.recipe.settings["codec"]["kind"] == "sampled"
         found = token_figures(row, has_ranks=not is_drawn and row.teacher_top_ids.shape[1] > 0)
+        if cache.is_given:
+            found.pop("reverse_kl")
         if by not in found:
             raise UserError(
                 f"{cache.scores.name} holds no ranked candidates, and so no {by}; "
@@ -124,8 +132,12 @@ class RoundReader:
         return found
 
     def view(self, located: LocatedRow, by: str) -> "RolloutView":
-        """A rollout under one figure; raises as `figures`."""
+        """A rollout under one figure; raises as `figures`.
+
+        A given one has no reverse_kl, and shows teacher_nll instead.
+        """
         row = located.row
+        by = "teacher_nll" if by == "reverse_kl" and located.cache.is_given else by
         ids, before = row.completion_ids.tolist(), int(row.prompt_ids[-1])
         return RolloutView(
             reader=self,
@@ -201,6 +213,18 @@ class RolloutView:
         return visible(self.reader.text.whole(table["prompt_ids"][place].as_py()))
 
     @property
+    def source(self) -> str:
+        """Where the rollout comes from."""
+        cache, index = self.located.cache, self.reader.plan.round_index
+        author = "given, not the student's" if cache.is_given else f"policy {cache.policy_version}"
+        return f"round {index}, {author}, {cache.scores.name}"
+
+    def student_probability(self, place: int) -> float | None:
+        """Of the token at a place, when it was drawn; None: nobody drew it."""
+        drawn = self.row.behavior_logprobs[place]
+        return None if self.located.cache.is_given else math.exp(drawn)
+
+    @property
     def mean(self) -> float:
         """Of the chosen figure over the tokens that train; nan if none does."""
         return mean_of(self.values, self.trains)
@@ -217,7 +241,8 @@ class RolloutView:
         window = self.located.cache.rollouts.recipe.settings.get("window_tokens")
         if self.row.finish_reason == "stop":
             last = visible(self.pieces[-1]) if self.pieces else ""
-            return f"stop: the student ended it with {last} after {tokens} tokens"
+            what = "it ends" if self.located.cache.is_given else "the student ended it"
+            return f"stop: {what} with {last} after {tokens} tokens"
         if window is None:
             return f"length: no terminator in {tokens} tokens; imported rows do not say why"
         if tokens >= window:
