@@ -89,13 +89,18 @@ class RunFolder:
         return self.made_by().id
 
     def check(self, config: Config, *without: str) -> None:
-        """Refuse a folder that belongs to another run; writes nothing.
+        """Refuse a folder that belongs to another run, or that can be none; writes nothing.
 
         Sections named in `without` may differ.
 
         Raises:
-            UserError: says which settings differ.
+            UserError: says which settings differ, or which file is in the way.
         """
+        there = next(each for each in (self.path, *self.path.absolute().parents) if each.exists())
+        if not there.is_dir():
+            raise UserError(
+                f"{there} is a file; expected the folder of a run; name another --run-dir"
+            )
         other = self._differing(config, *without) if self.is_run() else {}
         if other:
             fields = [f"{name}: {old!r} -> {new!r}" for name, (old, new) in other.items()]

@@ -46,6 +46,7 @@ from stages.prompts import (
 )
 
 if TYPE_CHECKING:
+    from opd_stream.tasks.judges import AnyJudge
     from stages.cross_tokenizer import AlignmentRecipe
 
 Opener = Callable[[Path], Checkpoint]  # identifies a checkpoint folder
@@ -99,7 +100,7 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
         check_prompt_ids(setup.prompts.read_unit(0), setup.vocabulary)
         lengths, rendered = prompt_lengths(setup.prompts), setup.teacher_prompts
         check_rounds(config, len(lengths))
-        check_given(setup)
+        check_given(setup, setup.prompts.read_unit(0))
         longest = max(lengths)
         teachers = None if rendered is None else max(prompt_lengths(rendered))
         check_context(config, setup.student, setup.teacher, longest, teachers)
@@ -367,16 +368,21 @@ def check_evaluation(
     return lost
 
 
-def _check_judged(config: Config, prompts: Artifact) -> list[str]:
-    """The same of the training prompts, where a reward or a filter judges answers to them."""
+def prompt_judges(config: Config) -> "list[AnyJudge]":
+    """Judges of answers to the training prompts: of a reward, and of a filter."""
     keep, extrapolation = config.rollouts.keep, config.train.extrapolation
     judges = [] if keep is None or config.replay is not None else [keep.judge]
     if config.evaluation is not None and extrapolation is not None and extrapolation.signal != "kl":
         judged = config.evaluation.judged()
         assert judged is not None  # the config asks for one
         judges.append(judged.judge)
+    return [judge for judge in judges if judge is not None]
+
+
+def _check_judged(config: Config, prompts: Artifact) -> list[str]:
+    """As `check_evaluation`, of the training prompts."""
     lines: list[str] = []
-    for judge in filter(None, judges):
+    for judge in prompt_judges(config):
         from opd_stream.tasks.judges import open_judge
         from stages.evaluate import unjudged_line
 
@@ -416,14 +422,15 @@ def check_rounds(config: Config, rows: int) -> None:
         shuffled_rows(rows=rows, seed=0, round_index=0, per_round=per_round)
 
 
-def check_given(setup: Setup) -> None:
+def check_given(setup: Setup, table: pa.Table) -> None:
     """Refuse given completions that are too few, too long, or do not end as the student ends.
+
+    `table` has all prompts of the run.
 
     Raises:
         UserError: names the prompt, or the round.
     """
-    config, table = setup.config, setup.prompts.read_unit(0)
-    rollouts = config.rollouts
+    config, rollouts = setup.config, setup.config.rollouts
     if config.replay is not None or rollouts.given_by == "teacher" or not rollouts.given_prompts:
         return
     answered = answered_rows(table)

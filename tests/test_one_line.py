@@ -106,6 +106,7 @@ def test_a_damaged_file_of_a_run(
     "words",
     [
         ("run", "CONFIG", "--run-dir", "FILE"),
+        ("plan", "CONFIG", "--run-dir", "FILE"),
         ("schema", "--out", "FOLDER"),
         ("evaluate", "CONFIG", "--policy-version", "0", "--out", "FOLDER", "--run-dir", "FOLDER"),
         ("cache", "ls", "FILE"),

@@ -330,6 +330,16 @@ def test_chat_prompts_are_measured_before_a_run_as_the_run_makes_them(tmp_path: 
         ([{"messages": [{"role": "user", "content": "a"}]}], (), "is a list of messages and"),
         ([{"prompt": "a " * 90}], ("prompts.max_prompt_tokens=20",), "the limit is 20"),
         ([{"prompt": "a"}], ("rollouts.prompts_per_round=2",), "is 2 but there are 1 prompts"),
+        (
+            [{"prompt": "a", "answer": "none"}],
+            ("prompts.answer_field=answer", "rollouts.keep={judge: {kind: final_number}}"),
+            "none of 1 prompts has a reference answer that judge final_number can read",
+        ),
+        (
+            [{"prompt": "a", "completion": None}],
+            ("prompts.completion_field=completion", "rollouts.given_share=1"),
+            "asks for 1 given rollouts a round, and 0 of the 1 prompts of round 0 have",
+        ),
         ([{"prompt": "a"}], ("teacher.template={kind: chat}",), "^teacher.template: template.kind"),
         (
             [{"prompt": "a"}],

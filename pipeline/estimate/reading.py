@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from opd_stream.config import Config, Evaluation
 from opd_stream.errors import UserError
@@ -26,14 +26,19 @@ from pipeline.setup import (
     Setup,
     check_context,
     check_extras,
+    check_given,
     check_problems,
     check_prompt_ids,
     check_rounds,
+    prompt_judges,
     setup_of,
     with_default_distance,
 )
 from stages.checkpoints import Checkpoint, weight_shapes
 from stages.prompts import prompts_artifact
+
+if TYPE_CHECKING:
+    from opd_stream.tasks.judges import AnyJudge
 
 MOST_BYTES = 2**30  # of weights, read for their digest
 MOST_ANSWERS = 256  # whose reference the judge has to read
@@ -85,16 +90,15 @@ def read_inputs(config: Config) -> RunInputs:
         measured = measure_prompts(field, held_out, part.prompts, setup.student.folder, notes)
         check_problems(field, config, part, setup.student, measured.table, setup.vocabulary)
         if part.kind == "judged":
-            _check_answers(field, part, measured, notes)
+            assert part.judge is not None  # validated
+            _check_answers(field, part.judge, measured, notes)
         problems.append(Problems(part, held_out, measured.lengths))
     compared = None
     if config.evaluation is not None and config.evaluation.has_distance():
         assert config.teacher is not None  # checked
         compared = setup.teacher or _checkpoint(store, notes, config.teacher.folder)
     prompts = measure_prompts("prompts", setup.prompts, config.prompts, setup.student.folder, notes)
-    check_prompt_ids(prompts.table, setup.vocabulary)
-    if (rows := prompts.lengths.rows) is not None:
-        check_rounds(config, rows)
+    _check_prompts(setup, prompts, notes)
     settled, line = with_default_distance(config, prompts.lengths.rows)
     notes += [] if line is None else [line]
     if settled is not config and settled.evaluation is not None:
@@ -119,18 +123,28 @@ def read_inputs(config: Config) -> RunInputs:
     )
 
 
+def _check_prompts(setup: Setup, prompts: MeasuredPrompts, notes: list[str]) -> None:
+    """Refuse training prompts as the run does, as far as they were read."""
+    check_prompt_ids(prompts.table, setup.vocabulary)
+    if (rows := prompts.lengths.rows) is not None:
+        check_rounds(setup.config, rows)
+    if prompts.lengths.is_whole:
+        check_given(setup, prompts.table)
+    for judge in prompt_judges(setup.config):
+        _check_answers("prompts", judge, prompts, notes)
+
+
 def _check_answers(
-    field: str, part: Evaluation, measured: MeasuredPrompts, notes: list[str]
+    field: str, judge: "AnyJudge", measured: MeasuredPrompts, notes: list[str]
 ) -> None:
     """Refuse a judge that can read no reference, as the run does, and note what it cannot read."""
     from opd_stream.tasks.judges import open_judge
     from stages.evaluate import unjudged_line
 
-    assert part.judge is not None  # validated
     table = measured.table.slice(0, MOST_ANSWERS)
     is_whole = table.num_rows == measured.lengths.rows
     try:
-        line = unjudged_line(field, table, open_judge(part.judge), part.judge.kind)
+        line = unjudged_line(field, table, open_judge(judge), judge.kind)
     except UserError as error:
         if is_whole:
             raise
