@@ -47,7 +47,7 @@ class Batch:
     teacher_top_logprobs_NK: torch.Tensor
     teacher_tail_logprobs_N: torch.Tensor
     terminator_ids_T: torch.Tensor
-    teacher_terminator_logprobs_NT: torch.Tensor
+    teacher_terminator_logprobs_NT: torch.Tensor  # NaN: not known, and in the tail
     draws: StudentDraws | None
     chunk_N: torch.Tensor | None  # chunk of an aligned teacher, numbered through the batch
     teacher_states_NG: torch.Tensor | None  # hidden states of the teacher, of codec hidden
@@ -202,7 +202,10 @@ def _terminator_logprobs(part: _Part) -> torch.Tensor:
                 f"{sorted(expected)} and {sorted(place_of)}; expected the same ids in every cache "
                 "of a round; train on them apart, or score one of them again"
             )
-        columns.append(row.teacher_forced_logprobs[:, [place_of[token] for token in expected]])
+        found = row.teacher_forced_logprobs[:, [place_of[token] for token in expected]]
+        if row.forced_in_tail:
+            found = np.where(np.isneginf(found), np.float32(np.nan), found)
+        columns.append(found)
     logprobs_NT = np.concatenate(part.pieces(columns)).astype(np.float32, copy=False)
     return torch.as_tensor(logprobs_NT)
 

@@ -28,14 +28,16 @@ def is_hub_id(path: Path | str) -> bool:
     return _HUB_ID.fullmatch(str(path)) is not None and not Path(path).exists()
 
 
-def local_folder(path: Path, revision: str | None = None) -> Path:
+def local_folder(path: Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder of a checkpoint on this machine, fetched or converted before.
+
+    Unless `weights`, one with config and tokenizer alone will do.
 
     Raises:
         UserError: it has to be fetched or converted first (says how).
     """
     if is_hub_id(path):
-        found = _in_hub_cache(path, revision)
+        found = _in_hub_cache(path, revision, weights=weights)
         if found is None:
             raise UserError(
                 f"{path} is no local folder, and no model of that name was fetched from the "
@@ -58,25 +60,26 @@ def local_folder(path: Path, revision: str | None = None) -> Path:
     return folder
 
 
-def fetch(path: Path, revision: str | None = None) -> Path:
+def fetch(path: Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """The same, fetched from the hub or converted where that is missing.
 
     Raises:
         UserError: the hub does not give it, or the GGUF file cannot be read.
     """
     if is_hub_id(path):
-        return _in_hub_cache(path, revision) or _download(path, revision)
+        found = _in_hub_cache(path, revision, weights=weights)
+        return found or _download(path, revision, weights=weights)
     file = None if revision is not None else _gguf_file(path)  # refused below
     if file is not None and not _converted(file).is_dir():
         _convert(file, _converted(file))
-    return local_folder(path, revision)
+    return local_folder(path, revision, weights=weights)
 
 
 def _command(path: Path, revision: str | None) -> str:
     return f"hf download {path}" + ("" if revision is None else f" --revision {revision}")
 
 
-def _in_hub_cache(path: Path, revision: str | None) -> Path | None:
+def _in_hub_cache(path: Path, revision: str | None, *, weights: bool) -> Path | None:
     """A fetched snapshot with config and weights; a listing alone may have left some out."""
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -85,15 +88,18 @@ def _in_hub_cache(path: Path, revision: str | None) -> Path | None:
     if not isinstance(found, str):
         return None
     folder = Path(found).parent
+    if not weights:
+        return folder
     is_whole = all((folder / name).exists() for name in indexed_files(folder))
     return folder if is_whole and any(folder.glob("*.safetensors")) else None
 
 
-def _download(path: Path, revision: str | None) -> Path:
+def _download(path: Path, revision: str | None, *, weights: bool) -> Path:
     import huggingface_hub
 
     hub: Any = huggingface_hub
-    wanted = {"revision": revision, "allow_patterns": list(_WANTED)}
+    patterns = [name for name in _WANTED if weights or name != "*.safetensors"]
+    wanted = {"revision": revision, "allow_patterns": patterns}
     log.info("fetching %s from the Hugging Face hub", path)
     try:
         return Path(

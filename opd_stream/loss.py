@@ -270,10 +270,8 @@ def _inputs(
     student, student_top, student_stops, student_draws = torch.split(logprobs_nJ, widths, dim=1)
     stop = None
     if options.merge and len(batch.terminator_ids_T):
-        stop = Terminators(
-            ids_T=batch.terminator_ids_T,
-            student_logprobs_NT=student_stops,
-            teacher_logprobs_NT=batch.teacher_terminator_logprobs_NT[rows],
+        stop = known_terminators(
+            batch.terminator_ids_T, student_stops, batch.teacher_terminator_logprobs_NT[rows]
         )
     teacher_top = batch.teacher_top_logprobs_NK[rows]
     is_there = teacher_top > -torch.inf  # where candidates are fewer than K, id 0 fills up
@@ -363,6 +361,22 @@ class Terminators:
     def teacher_N(self) -> torch.Tensor:
         """log of the teacher's probability to stop."""
         return self.teacher_logprobs_NT.logsumexp(1)
+
+
+def known_terminators(
+    ids_T: torch.Tensor, student_NT: torch.Tensor, teacher_NT: torch.Tensor
+) -> Terminators:
+    """The terminators that are one outcome, each where the teacher's log-probability is known.
+
+    Where it is not (NaN), the terminator is in the tail of both sides: merging fewer outcomes keeps
+    every law of the divergences. A position that knows none has an outcome of probability 0.
+    """
+    is_unknown = teacher_NT.isnan()
+    return Terminators(
+        ids_T=ids_T,
+        student_logprobs_NT=student_NT.masked_fill(is_unknown, SMALLEST_LOGPROB),
+        teacher_logprobs_NT=teacher_NT.masked_fill(is_unknown, SMALLEST_LOGPROB),
+    )
 
 
 def merge_into_candidates(

@@ -24,6 +24,7 @@ from stages.checkpoints import (
     Vocabulary,
     compare_pair,
     open_checkpoint,
+    open_model,
     shared_vocabulary,
 )
 from stages.distance import distance_result
@@ -267,7 +268,7 @@ def open_policy(config: Config, store: Store, folder: Path) -> tuple[Checkpoint,
     """
     policy = open_checkpoint(store, fetch(folder))
     models = [config.student] if config.teacher is None else [config.student, config.teacher]
-    known = [open_checkpoint(store, model.folder) for model in models if model.is_here]
+    known = [open_model(store, model) for model in models if model.is_here]
     same = [
         other
         for other in known

@@ -190,7 +190,7 @@ def check_loaded(session: Session, model: Checkpoint, part: Part = "model") -> N
         DamagedPolicy: a file of a policy is not what was published.
         UserError: the files of another checkpoint are not those that were remembered.
     """
-    if (model, part) in session.checked:
+    if (model, part) in session.checked or model.is_served:
         return
     if model.policy is not None:
         policy = session.store.policy_by_fingerprint(model.policy)

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from opd_stream.config import Config, Evaluation
 from opd_stream.config.sections import DISTANCE
 from opd_stream.engines import engine_recipe, gives_hidden
+from opd_stream.engines.base import ScoringSettings
 from opd_stream.errors import UserError, named
 from opd_stream.fetching import fetch, local_folder
 from opd_stream.prompts import shuffled_rows
@@ -30,6 +31,7 @@ from stages.checkpoints import (
     Vocabulary,
     check_pair,
     open_checkpoint,
+    open_served_checkpoint,
     shared_vocabulary,
 )
 from stages.prompts import (
@@ -46,6 +48,7 @@ from stages.prompts import (
 )
 
 if TYPE_CHECKING:
+    from opd_stream.engines.server_engine import ServerEngine
     from opd_stream.tasks.judges import AnyJudge
     from stages.cross_tokenizer import AlignmentRecipe
 
@@ -137,7 +140,8 @@ def fetch_checkpoints(config: Config) -> None:
     fetch(config.student.path, config.student.revision)
     compares = config.evaluation is not None and config.evaluation.has_distance()
     if config.teacher is not None and (config.replay is None or compares):
-        fetch(config.teacher.path, config.teacher.revision)
+        has_weights = config.teacher.engine != "server"
+        fetch(config.teacher.path, config.teacher.revision, weights=has_weights)
 
 
 def open_store(config: Config) -> Store:
@@ -172,7 +176,7 @@ def setup_of(
     teacher, alignment, rendered = None, None, None
     if config.replay is None:
         assert config.teacher is not None  # validated with the config
-        teacher = opened(config.teacher.folder)
+        teacher = _open_teacher(opened, config, store, make=make)
         check_pair(student, teacher, aligns=config.scores.alignment is not None)
         _check_top_k(config, teacher)
     prompts = (make_prompts if make else prompts_artifact)(store, config.prompts, student)
@@ -194,7 +198,7 @@ def setup_of(
         student=student,
         teacher=teacher,
         alignment=alignment,
-        replayed_teacher=_replayed_teacher(opened, config),
+        replayed_teacher=_replayed_teacher(opened, config, store),
         warnings=_warnings(opened, config, student, teacher),
         vocabulary=vocabulary,
         forced_ids=tuple(sorted({*vocabulary.stop_ids, *forced})),
@@ -203,6 +207,21 @@ def setup_of(
         prompts=prompts,
         teacher_prompts=rendered,
     )
+
+
+def _open_teacher(opened: Opener, config: Config, store: Store, *, make: bool) -> Checkpoint:
+    """The teacher; one that is served is asked who it is, where the store does not know it yet."""
+    teacher = config.teacher
+    assert teacher is not None  # validated with the config
+    if teacher.server is None:
+        return opened(teacher.folder)
+
+    def try_scores(engine: "ServerEngine") -> None:
+        own = config.rollouts.student_top_k or config.rollouts.extra_draws
+        asked = ScoringSettings(top_k=config.scores.stored_candidates, forced_ids=(0,))
+        engine.check(asked, own_ids=bool(own))
+
+    return open_served_checkpoint(store, teacher, first_contact=try_scores if make else None)
 
 
 def _teacher_prompts(
@@ -545,11 +564,11 @@ def _newlines(config: Config, tokenizer: Any) -> tuple[int, ...]:
     )
 
 
-def _replayed_teacher(opened: Opener, config: Config) -> str | None:
+def _replayed_teacher(opened: Opener, config: Config, store: Store) -> str | None:
     """The identity of the teacher that a replay's config names."""
     if config.replay is None or config.teacher is None or not config.teacher.is_here:
         return None
-    return opened(config.teacher.folder).identity.fingerprint
+    return _open_teacher(opened, config, store, make=False).identity.fingerprint
 
 
 def _warnings(
@@ -565,7 +584,8 @@ def _warnings(
             "student's fine-tuning data; that is unknown; set student.taught_by to the folder of "
             "the model that wrote it",
         )
-    if opened(local_folder(taught_by)).identity == teacher.identity:
+    is_named = config.teacher is not None and config.teacher.path == taught_by
+    if is_named or opened(local_folder(taught_by)).identity == teacher.identity:
         return ()
     return (
         f"one round trains offline, and another model ({taught_by}) taught the student: the "
@@ -599,7 +619,7 @@ class ContextUse:
         limit = "names no limit" if self.limit is None else f"reads {self.limit}"
         return (
             f"a prompt has {self.prompt_tokens} tokens and a window {self.window_tokens}, together "
-            f"{together}; the {self.role} {limit}{', of which vLLM keeps one' if self.kept else ''}"
+            f"{together}; the {self.role} {limit}{', of which one is kept' if self.kept else ''}"
         )
 
 
@@ -620,13 +640,13 @@ def training_contexts(
     for role, model in (("student", student), ("teacher", teacher)):
         if model is None or (role == "teacher" and config.scores.alignment is not None):
             continue
-        scores_by_vllm = config.teacher is not None and config.teacher.engine == "vllm"
+        teacher_engine = None if config.teacher is None else config.teacher.engine
         yield ContextUse(
             role=role,
             prompt_tokens=longest if role == "student" or teachers is None else teachers,
             window_tokens=window,
             limit=context_of(config, role, model),
-            kept=int(role == "teacher" and scores_by_vllm),
+            kept=int(role == "teacher" and teacher_engine in ("vllm", "server")),
         )
 
 

@@ -1,13 +1,14 @@
 """A checkpoint in a role: where it lies, what it is, and how it ends a text."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from opd_stream.config.sections import Model, Teacher
 from opd_stream.costs import ModelShape, shape_of
 from opd_stream.errors import UserError
 from opd_stream.model_config import ModelConfig, read_model_config
@@ -27,6 +28,9 @@ from opd_stream.store.tokenizer_identity import (
     compare_tokenizers,
 )
 
+if TYPE_CHECKING:
+    from opd_stream.engines.server_engine import ServerEngine
+
 NARROW = ("bfloat16", "float16")
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
@@ -42,6 +46,7 @@ class Checkpoint:
     folder: Path
     identity: Identity
     policy: str | None = None  # fingerprint of the artifact in the store, if it is one
+    is_served: bool = False  # its weights are a server's, and not in the folder
 
     def tokenizer(self) -> Any:
         """The tokenizer of the folder."""
@@ -101,6 +106,33 @@ def open_checkpoint(store: Store, folder: Path) -> Checkpoint:
         UserError: it is no checkpoint.
     """
     return Checkpoint(folder=folder.resolve(), identity=store.identify(folder))
+
+
+def open_served_checkpoint(
+    store: Store, teacher: Teacher, *, first_contact: "Callable[[ServerEngine], None] | None"
+) -> Checkpoint:
+    """Identify a teacher that a server runs; see `served_identity`.
+
+    Raises:
+        UserError: its folder lacks a file, or the server cannot be asked.
+    """
+    from opd_stream.store.served import served_identity
+
+    assert teacher.server is not None
+    folder = teacher.folder
+    identity = served_identity(store, folder, teacher.server, first_contact=first_contact)
+    return Checkpoint(folder=folder.resolve(), identity=identity, is_served=True)
+
+
+def open_model(store: Store, settings: Model) -> Checkpoint:
+    """The checkpoint of a role; a server is not asked.
+
+    Raises:
+        UserError: it is no checkpoint.
+    """
+    if isinstance(settings, Teacher) and settings.server is not None:
+        return open_served_checkpoint(store, settings, first_contact=None)
+    return open_checkpoint(store, settings.folder)
 
 
 def check_pair(student: Checkpoint, teacher: Checkpoint, *, aligns: bool = False) -> None:
@@ -235,6 +267,8 @@ def _tokenizer_size(folder: Path) -> int:
 def model_shape(checkpoint: Checkpoint) -> ModelShape:
     """What a model's cost follows from; unknown, with the reason, where its files do not say it."""
     config = checkpoint.config
+    if checkpoint.is_served:
+        return ModelShape(unknown="it is served, and its weights are not here")
     if config.is_quantised:
         return ModelShape(unknown="its weights are packed")
     try:

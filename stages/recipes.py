@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from opd_stream.config import Config, Evaluation, Model, counts_rounds
+from opd_stream.config.sections import Teacher
 from opd_stream.engines import engine_recipe
 from opd_stream.filters import Keep
 from opd_stream.store.codecs import ExactCodec, HiddenCodec
@@ -313,6 +314,7 @@ def scores_recipe(
             "temperature": 1.0,
             **engine_recipe(config.teacher.engine),
             "dtype": config.teacher.dtype,
+            **_marked(config.teacher),
             **({} if vocabulary is None else {"vocabulary": vocabulary}),
             **({} if alignment is None else {"alignment": alignment.settings}),
             **({} if keep is None else {"keep": keep_recipe(keep)}),
@@ -325,6 +327,12 @@ def scores_recipe(
             **states,
         },
     )
+
+
+def _marked(teacher: Teacher) -> dict[str, str]:
+    """Of a served teacher: that forced ids may be marked as lying in the tail."""
+    is_marked = teacher.server is not None and teacher.server.forced == "tail"
+    return {"forced": "tail"} if is_marked else {}
 
 
 def head_recipe(teacher: Checkpoint, settings: Model) -> Recipe:

@@ -14,7 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_stream.engines import hidden_engine
-from opd_stream.engines.base import Engine, RowScores, ScoringSettings, score_batch
+from opd_stream.engines.base import (
+    CheckedEngine,
+    Engine,
+    RowScores,
+    ScoringSettings,
+    score_batch,
+)
 from opd_stream.errors import UserError
 from opd_stream.filters import Reason
 from opd_stream.store.artifact import Artifact, Commit, DamagedUnit
@@ -75,7 +81,11 @@ class ScoreWorker(Worker):
             return
         scores = self.store.by_fingerprint(task.teacher_side, task.scores)
         if scores.commit_record(task.unit) is None and "teacher" in scores.recipe.inputs:
-            self._open(task, scores.recipe)
+            engine = self._open(task, scores.recipe)
+            if isinstance(engine, CheckedEngine):
+                rollouts = self.store.by_fingerprint("rollouts", task.rollouts).recipe.settings
+                own = rollouts.get("student_top_k") or rollouts.get("extra_draws")
+                engine.check(_scoring_settings(scores.recipe), own_ids=bool(own))
 
     def _open(self, task: Task, scores: Recipe) -> Engine:
         return self.engine(lambda: self.teacher_folder(task), scores.inputs["teacher"], scores)
@@ -112,7 +122,7 @@ class ScoreWorker(Worker):
         scored = self._scored_kept(task, rollouts, scores, batch)
         try:
             table, fidelity = encode_scores(codec, scored.batch, batch, basis=self._basis)
-            fidelity = fidelity.model_copy(update={"states": scored.errors})
+            fidelity = fidelity.model_copy(update=self._errors(scored))
         except ValueError as error:
             raise UserError(
                 f"unit {task.unit} of {scores.name} cannot be stored: {error}; raise "
@@ -216,6 +226,11 @@ class ScoreWorker(Worker):
             return self._scored_extension(score, asked, rollouts, scores, task.unit, batch)
         scored, errors = score(batch, asked)
         return _Scored(scored, token_counts(batch, without=scored.refused), errors)
+
+    def _errors(self, scored: _Scored) -> dict[str, Any]:
+        """Of rounded hidden states, and of a served teacher's answers."""
+        noise = self._engine.noise if isinstance(self._engine, CheckedEngine) else None
+        return {"states": scored.errors, "teacher_noise": noise}
 
     @property
     def _basis(self) -> "StateBasis | None":

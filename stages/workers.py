@@ -13,20 +13,25 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
 from pydantic import TypeAdapter
 
 from opd_stream.config import Config, Pool
+from opd_stream.config.sections import Teacher
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import Engine, VllmOptions
+from opd_stream.engines.server_client import ServerOptions
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit
 from opd_stream.store.files import RETRY_TIMEOUT
 from opd_stream.store.policy import Part, identify
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
+
+if TYPE_CHECKING:
+    from opd_stream.store.served import ServedTeacher
 
 Role = Literal["student", "teacher"]
 HUNG = 75  # exit status of a worker that gave up its unit
@@ -101,6 +106,7 @@ class WorkerSettings:
     batch_rows: int = 8
     threads: int = 1
     vllm: VllmOptions = field(default_factory=VllmOptions)
+    server: ServerOptions | None = None  # of a served teacher
     unit_seconds: int | None = None  # a unit that takes longer ends the process
     store_seconds: float = RETRY_TIMEOUT  # how long a remote store is asked again
 
@@ -125,6 +131,7 @@ def worker_specs(config: Config, roles: tuple[Role, ...]) -> list[WorkerSpec]:
                 batch_rows=model.batch_rows,
                 threads=pool.threads,
                 vllm=model.vllm,
+                server=model.server if isinstance(model, Teacher) else None,
                 unit_seconds=pool.unit_seconds if config.executor == "ray" else None,
                 store_seconds=config.store_seconds,
             )
@@ -207,7 +214,9 @@ class Worker:
         if self._loaded == fingerprint and self._engine is not None:
             return self._engine
         folder = find_folder()
-        found = identify(folder).fingerprint
+        served = self._served(folder, recipe)
+        digest = None if served is None else served.weights_sha256
+        found = identify(folder, weights_sha256=digest).fingerprint
         if found != fingerprint:
             raise UserError(
                 f"checkpoint {folder} is {found[:12]}; the recipe asks for {fingerprint[:12]}; its "
@@ -221,12 +230,22 @@ class Worker:
                 dtype=recipe.settings["dtype"],
                 batch_rows=self.settings.batch_rows,
                 vllm=self.settings.vllm,
+                server=self.settings.server,
+                expected=None if served is None else served.expected,
             )
         else:
             self._loaded = None  # if reading fails, the engine has no weights
             self._engine.load(folder)
         self._loaded = fingerprint
         return self._engine
+
+    def _served(self, folder: Path, recipe: Recipe) -> "ServedTeacher | None":
+        """What the store knows of a served teacher; None: the recipe's model is a folder's."""
+        if recipe.settings["engine"] != "server" or self.settings.server is None:
+            return None
+        from opd_stream.store.served import served_teacher
+
+        return served_teacher(self.store, folder, self.settings.server)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,13 @@ from opd_stream.batches import Batch, collate
 from opd_stream.drift import NAMES, by_position, means, named
 from opd_stream.errors import UserError
 from opd_stream.fused import OutputHead
-from opd_stream.loss import Terminators, batch_loss, merge_into_candidates, soft_clamp
+from opd_stream.loss import (
+    Terminators,
+    batch_loss,
+    known_terminators,
+    merge_into_candidates,
+    soft_clamp,
+)
 from opd_stream.objectives import (
     Bucket,
     EntropyAware,
@@ -115,6 +121,43 @@ def test_merged_candidates_are_still_a_distribution() -> None:
     assert teacher_top.exp()[0].tolist() == pytest.approx([0.4, 0, 0.15, 0.25])
     assert tail.exp().item() == pytest.approx(0.2)  # the stop outside the candidates left it
     torch.testing.assert_close(student_top, teacher_top)
+
+
+@pytest.mark.parametrize("stops", [(1, 5), (4, 5)])
+def test_a_terminator_that_is_not_known_stays_in_the_tail_of_both_sides(
+    stops: tuple[int, int],
+) -> None:
+    """Id 5 was not asked for, nor was 4: the outcomes are the candidates and the tail."""
+    teacher = torch.tensor([0.4, 0.2, 0.15, 0.1, 0.1, 0.05], dtype=torch.float64)
+    student = torch.tensor([0.1, 0.3, 0.2, 0.1, 0.2, 0.1], dtype=torch.float64)
+    told = torch.tensor([teacher[id].log() if id < 3 else np.nan for id in stops])
+    stop = known_terminators(torch.tensor(stops), student[list(stops)].log()[None], told[None])
+    student_top, teacher_top, tail = merge_into_candidates(
+        stop,
+        top_ids_NK=torch.tensor([[0, 1, 2]]),
+        student_top_NK=student[:3].log()[None],
+        teacher_top_NK=teacher[:3].log()[None],
+        teacher_tail_N=teacher[3:].sum().log()[None],
+    )
+    merged = [0.4, 0, 0.15, 0.2] if 1 in stops else [0.4, 0.2, 0.15, 0]
+    assert teacher_top.exp()[0].tolist() == pytest.approx(merged)
+    merged = [0.1, 0, 0.2, 0.3] if 1 in stops else [0.1, 0.3, 0.2, 0]
+    assert student_top.exp()[0].tolist() == pytest.approx(merged)
+    assert tail.exp().item() == pytest.approx(0.25)
+
+
+def test_only_a_cache_that_says_so_has_terminators_that_are_not_known() -> None:
+    forced = ROWS[0].teacher_forced_logprobs.copy()
+    forced[2] = -np.inf
+    plain = replace(ROWS[0], teacher_forced_logprobs=forced)
+    marked = replace(plain, forced_in_tail=True)
+    found = collate([marked], window_tokens=8).teacher_terminator_logprobs_NT
+    assert found.isnan().any(1).tolist() == [False, False, True, False, False]
+    zero = collate([plain], window_tokens=8).teacher_terminator_logprobs_NT
+    assert zero[2].isneginf().all()
+    loss, gradient, _ = loss_and_gradient([collate([marked], window_tokens=8)], Bucket())
+    assert np.isfinite(loss)
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from opd_stream.config.sections import (
     unserved_by_chunks,
     unserved_by_given,
 )
+from opd_stream.engines.server_client import PLACEMENT as SERVER_PLACEMENT
 from opd_stream.section import SEEDS, PathText, Section, later
 from opd_stream.sources import Prompts
 from opd_stream.staleness import Staleness
@@ -245,6 +246,7 @@ def _conflicts(config: Config) -> Iterator[str]:
                 f"{role}.engine is vllm with executor local, which shares a process with "
                 "training; vLLM changes its process; set executor=ray"
             )
+    yield from _server_conflicts(config)
     trainer = config.pools.trainer
     if trainer.is_on_ray and config.executor == "local":
         yield (
@@ -262,6 +264,35 @@ def _conflicts(config: Config) -> Iterator[str]:
     yield from _following_conflicts(config)
     if config.evaluation is not None:
         yield from config.evaluation.conflicts()
+
+
+def _server_conflicts(config: Config) -> Iterator[str]:
+    """A server that scores: where it stands, and what only the server decides."""
+    teacher = config.teacher
+    if config.student.engine == "server":
+        yield (
+            "student.engine is server, which only scores; the student samples and is trained; set "
+            "student.engine=transformers"
+        )
+    if teacher is None:
+        return
+    if (teacher.engine == "server") != (teacher.server is not None):
+        found = "without" if teacher.server is None else f"{teacher.engine} beside"
+        yield (
+            f"teacher.engine is {'server ' if teacher.server is None else ''}{found} the section "
+            "teacher.server; expected both or neither; add url and model of the server, or leave "
+            "both out"
+        )
+    if teacher.engine == "server" and teacher.follows_student:
+        yield (
+            "teacher.follows_student is set with engine server, which does not run the policy of a "
+            "round; set teacher.engine=transformers"
+        )
+    if teacher.engine == "server" and teacher.dtype != "float32":
+        yield (
+            f"teacher.dtype is {teacher.dtype} with engine server, whose precision the server "
+            "decides; leave it out (teacher.server.revision may name it)"
+        )
 
 
 def _objective_conflicts(config: Config) -> Iterator[str]:
@@ -585,6 +616,7 @@ PLACEMENT = (
     "teacher.batch_rows",
     "student.vllm",
     "teacher.vllm",
+    *(f"teacher.server.{name}" for name in SERVER_PLACEMENT),
     "train.tokens_per_microbatch",
     "train.gradient_checkpointing",
     "train.loggers",

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from opd_stream.engines import EngineName
 from opd_stream.engines.base import VllmOptions
+from opd_stream.engines.server_client import ServerOptions
 from opd_stream.errors import UserError
 from opd_stream.fetching import local_folder
 from opd_stream.filters import Keep
@@ -38,7 +39,8 @@ class Model(Section):
     )
     engine: EngineName = Field(
         default="transformers",
-        description="what runs it: transformers, vllm, fake, or yours: docs/extend.md",
+        description="what runs it: transformers, vllm, server (a teacher that is served: "
+        "docs/served_teacher.md), fake, or yours: docs/extend.md",
     )
     vllm: VllmOptions = Field(default=VllmOptions(), description="settings of engine vllm")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
@@ -51,7 +53,7 @@ class Model(Section):
     @property
     def folder(self) -> Path:
         """Where the checkpoint lies on this machine; see `local_folder`."""
-        return local_folder(self.path, self.revision)
+        return local_folder(self.path, self.revision, weights=self.engine != "server")
 
     @property
     def is_here(self) -> bool:
@@ -101,6 +103,11 @@ class Teacher(Model):
         default=False,
         description="each round's policy scores its own rollouts, behind `view` or `template`; "
         "path is the student's",
+    )
+    server: ServerOptions | None = later(
+        default=None,
+        description="the server that engine server asks; `path` is then a folder with config.json "
+        "and tokenizer of the same model, and needs no weights",
     )
 
     @property

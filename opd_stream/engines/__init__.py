@@ -6,14 +6,18 @@ Torch is loaded when an engine is opened, not before.
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
 from opd_stream.engines.base import Engine, HiddenEngine, VllmOptions
+from opd_stream.engines.server_client import ServerOptions
 from opd_stream.errors import UserError
 from opd_stream.section import import_path, own_path, source_sha256
+
+if TYPE_CHECKING:
+    from opd_stream.engines.server_engine import Probe
 
 __all__ = [
     "Engine",
@@ -24,7 +28,7 @@ __all__ = [
     "open_engine",
 ]
 
-BUILT_IN = ("transformers", "vllm", "fake")
+BUILT_IN = ("transformers", "vllm", "server", "fake")
 VERBS = ("load", "sample", "extend", "score")
 HIDDEN_VERBS = ("hidden", "head")  # that some engines have besides
 
@@ -96,16 +100,20 @@ def open_engine(
     dtype: str,
     batch_rows: int,
     vllm: VllmOptions | None = None,
+    server: ServerOptions | None = None,
+    expected: "Probe | None" = None,
 ) -> Engine:
     """The engine of a name, with the weights of a folder; heavy imports happen here.
 
     Args:
-        engine: transformers, vllm, fake, or the import path of a class whose instances are an
-            `Engine` and which takes (folder, *, dtype, batch_rows).
+        engine: transformers, vllm, server, fake, or the import path of a class whose instances are
+            an `Engine` and which takes (folder, *, dtype, batch_rows).
         folder: Hugging Face checkpoint.
         dtype: of weights and arithmetic.
         batch_rows: rows that transformers runs at once.
         vllm: how vLLM uses its device.
+        server: that scores, of engine server.
+        expected: what it says of the probe; None: it is not compared.
 
     Raises:
         UserError: the folder is no checkpoint, or the engine's library or class is not found.
@@ -114,6 +122,15 @@ def open_engine(
         from opd_stream.engines.vllm_engine import VllmEngine
 
         return VllmEngine(folder, dtype=dtype, options=vllm)
+    if engine == "server":
+        from opd_stream.engines.server_engine import ServerEngine
+
+        if server is None:
+            raise UserError(
+                "engine server without the section server; expected its url and model; add "
+                "teacher.server"
+            )
+        return ServerEngine(folder, server, expected=expected)
     if engine == "fake":
         from opd_stream.engines.fake_engine import FakeEngine
 

@@ -11,7 +11,7 @@ Shapes: T completion tokens, K candidates of the teacher, F forced ids, M candid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -181,6 +181,25 @@ class HiddenEngine(Engine, Protocol):
 
         Raises:
             UserError: the head is no linear layer.
+        """
+        ...
+
+
+@runtime_checkable
+class CheckedEngine(Engine, Protocol):
+    """An engine whose model is not a file: it is asked before work whether it is the right one."""
+
+    noise: float  # mean |difference| of two answers to one question, nats
+
+    def check(self, settings: ScoringSettings, *, own_ids: bool) -> None:
+        """Ask for a few scores as those of rollouts will be asked for.
+
+        Args:
+            settings: of the scores.
+            own_ids: whether rollouts hold ids of the student's own to be scored.
+
+        Raises:
+            UserError: they are not given, or another model answers.
         """
         ...
 

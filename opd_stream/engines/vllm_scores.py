@@ -1,4 +1,4 @@
-"""What vLLM is asked for, and what it returns for a scored prompt as the scores of a row.
+"""What vLLM is asked for, and what it or a server returns for a prompt, as the scores of a row.
 
 Needs no vLLM.
 """
@@ -105,29 +105,50 @@ def scores_of_asked(
     """The scores of one row where vLLM was asked for some ids (model runner V2).
 
     Each of the last T positions of the flat list has the token itself, then as many candidates as
-    `asked_top_k` says; the first `top_k` below `limit` stay. `own_TS` are the student's most
-    probable ids, which were asked for last.
+    `asked_top_k` says; the rest is `scores_of_candidates`.
 
     Raises:
         UserError: too few of them are below `limit`.
     """
-    if not tokens:
-        empty = np.zeros((0, top_k + (0 if own_TS is None else own_TS.shape[1])), np.float32)
-        asked = np.zeros((0, 1 + forced), np.float32)
-        return _row_scores(empty.astype(np.int32), empty, empty[:, :0].sum(1), asked, forced)
-    shape, last = (-1, asked_top_k(top_k, limit, vocabulary) + 1), slice(-tokens, None)
-    ids_TK = np.asarray(output.prompt_logprobs.token_ids, np.int32).reshape(shape)[last, 1:]
-    top_TK = np.asarray(output.prompt_logprobs.logprobs, np.float32).reshape(shape)[last, 1:]
-    if limit is not None:
+    shape, last = (-1, asked_top_k(top_k, limit, vocabulary) + 1), slice(-tokens or None, None)
+    ids_TK, top_TK = np.zeros((0, top_k), np.int32), np.zeros((0, top_k), np.float32)
+    asked = np.zeros((0, 1 + forced + (0 if own_TS is None else own_TS.shape[1])), np.float32)
+    if tokens:
+        ids_TK = np.asarray(output.prompt_logprobs.token_ids, np.int32).reshape(shape)[last, 1:]
+        top_TK = np.asarray(output.prompt_logprobs.logprobs, np.float32).reshape(shape)[last, 1:]
+        asked = np.asarray(output.prompt_token_id_logprobs, np.float32)[last]
+    return scores_of_candidates(
+        ids_TK, top_TK, asked, top_k=top_k, forced=forced, limit=limit, own_TS=own_TS
+    )
+
+
+def scores_of_candidates(
+    ids_TK: NDArray[np.int32],
+    top_TK: NDArray[np.float32],
+    asked_TJ: NDArray[np.float32],
+    *,
+    top_k: int,
+    forced: int,
+    limit: int | None,
+    own_TS: NDArray[np.int32] | None = None,
+) -> RowScores:
+    """The scores of one row from its candidates by rank and the ids of `asked_ids`.
+
+    Of the candidates the first `top_k` below `limit` stay. `own_TS` are the student's most probable
+    ids, which were asked for last.
+
+    Raises:
+        UserError: too few candidates are below `limit`.
+    """
+    if limit is not None and len(ids_TK):
         order_TK = _known_first(ids_TK, top_k, limit, "teacher")
         ids_TK = np.take_along_axis(ids_TK, order_TK, axis=1)
         top_TK = np.take_along_axis(top_TK, order_TK, axis=1)
-    asked = np.asarray(output.prompt_token_id_logprobs, np.float32)[last]
     if own_TS is not None:
-        asked, more_TS = np.split(asked, [asked.shape[1] - own_TS.shape[1]], axis=1)
+        asked_TJ, more_TS = np.split(asked_TJ, [asked_TJ.shape[1] - own_TS.shape[1]], axis=1)
         ids_TK, top_TK = with_own(ids_TK, top_TK, own_TS, more_TS)
     rest_T = 1 - np.exp(top_TK, dtype=np.float64).sum(1)
-    return _row_scores(ids_TK, top_TK, np.log(rest_T.clip(MIN_TAIL)), asked, forced)
+    return _row_scores(ids_TK, top_TK, np.log(rest_T.clip(MIN_TAIL)), asked_TJ, forced)
 
 
 def first_known(ids_TK: NDArray[np.int32], count: int, limit: int | None) -> NDArray[np.int32]:

@@ -93,13 +93,20 @@ class Identity:
         return sha256(canonical_json(model))
 
 
-def identify(folder: Path, *, cache: Path | None = None) -> Identity:
+def identify(
+    folder: Path, *, cache: Path | None = None, weights_sha256: str | None = None
+) -> Identity:
     """Digest a checkpoint folder; `cache` remembers digests of files that did not change.
+
+    With `weights_sha256` the weights lie elsewhere: that stands for them, and the folder need not
+    have any.
 
     Raises:
         UserError: the folder is no checkpoint (says what is missing).
     """
-    return _identity(folder, lambda path, reads: _digest_file(path, cache, reads))
+    return _identity(
+        folder, lambda path, reads: _digest_file(path, cache, reads), weights_sha256=weights_sha256
+    )
 
 
 def known_identity(folder: Path, *, cache: Path, most_bytes: int) -> Identity:
@@ -146,14 +153,16 @@ def known_tokenizer(folder: Path, *, cache: Path) -> str:
     return _read_digest(_remembered(folder, cache, tokenizer_digest)) or tokenizer_digest(folder)
 
 
-def _identity(folder: Path, digest: Callable[[Path, Reads], str]) -> Identity:
+def _identity(
+    folder: Path, digest: Callable[[Path, Reads], str], *, weights_sha256: str | None = None
+) -> Identity:
     weights = _weight_files(folder)
     has_tokenizer = any((folder / name).exists() for name in (TOKENIZER, *OLDER_TOKENIZERS))
     missing = [
         what
         for what, there in (
             ("config.json", (folder / "config.json").exists()),
-            ("*.safetensors", bool(weights)),
+            ("*.safetensors", bool(weights) or weights_sha256 is not None),
             (TOKENIZER, has_tokenizer),
         )
         if not there
@@ -176,7 +185,8 @@ def _identity(folder: Path, digest: Callable[[Path, Reads], str]) -> Identity:
     read = checkpoint_json(folder / "config.json")
     config = _finite({k: v for k, v in read.items() if k not in VOLATILE_CONFIG})
     return Identity(
-        weights_sha256=_digest_files(weights, lambda path: digest(path, sha256_file)),
+        weights_sha256=weights_sha256
+        or _digest_files(weights, lambda path: digest(path, sha256_file)),
         tokenizer_sha256=digest(folder, tokenizer_digest),
         architecture_sha256=sha256(canonical_json(config)),
         rendering_sha256=rendering,

@@ -67,6 +67,7 @@ class ScoredRow:
     same_tokens: NDArray[np.bool_] | None = None  # [T], where that teacher has the same token
     student_top_ids: NDArray[np.integer[Any]] | None = None  # [T, S], all among the K
     teacher_states: StoredStates | None = None  # of T tokens, of codec hidden
+    forced_in_tail: bool = False  # forced ids of -inf were not asked for, and are in the tail
 
     def first_candidates(self, top_k: int) -> "ScoredRow":
         """The row as a smaller K of the teacher would have given it: the rest joins the tail.
@@ -168,6 +169,7 @@ class ScoredRows:
                 index.append(self._trainable(cache, unit))
         self._index = np.concatenate(index)  # cache, unit, row of the unit
         self._terminators = [_terminators(rollouts, scores) for rollouts, scores in caches]
+        self._forced_in_tail = [s.recipe.settings.get("forced") == "tail" for _, s in caches]
         self._bases = [state_basis(scores) for _, scores in caches]
 
     def __len__(self) -> int:
@@ -202,6 +204,7 @@ class ScoredRows:
             same_tokens=_row_of(scores.same_tokens, tokens),
             student_top_ids=_row_of(rollouts.student_top_ids, row),
             teacher_states=_row_of(scores.teacher_states, row),
+            forced_in_tail=self._forced_in_tail[cache],
         )
 
     def sampled(self, cache: int, unit: int) -> Commit:

@@ -18,9 +18,15 @@ from opd_stream.store.policy import FileDigest, PolicyArtifact, PolicyManifest
 from opd_stream.store.reader import broken_law
 from opd_stream.store.recipe import KINDS, RecipeRecord, mend_recipe
 from opd_stream.store.sealed import DamagedRecord, S, Sealed, load_record
+from opd_stream.store.served import FOLDER, ServedTeacher
 from opd_stream.store.store import RunRecord, Store
 
-BESIDE: dict[str, type[Sealed]] = {"runs": RunRecord, "pins": Pin, "digests": FileDigest}
+BESIDE: dict[str, type[Sealed]] = {
+    "runs": RunRecord,
+    "pins": Pin,
+    FOLDER: ServedTeacher,
+    "digests": FileDigest,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

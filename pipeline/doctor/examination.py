@@ -3,7 +3,7 @@
 from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit
-from pipeline.doctor import inputs, machine, trial
+from pipeline.doctor import inputs, machine, served, trial
 from pipeline.doctor.findings import Finding, NotChecked, Report, Screen
 from pipeline.doctor.subject import Subject
 
@@ -22,6 +22,7 @@ CHECKS = (
     machine.memory,
     inputs.setup,
     machine.disk,
+    served.served,
     trial.sampler,
     trial.teacher_as_student,
     trial.distance,

@@ -35,7 +35,11 @@ def weights(subject: Subject) -> Iterator[Finding]:
 
     for role in subject.roles:
         try:
-            folder, count = subject.model(role).folder, subject.parameters(role)
+            folder = subject.model(role).folder
+            if subject.model(role).is_served:
+                yield weights.ok(f"{role}: a server has them; config and tokenizer in {folder}")
+                continue
+            count = subject.parameters(role)
             if role == "student" or subject.engines[role].engine == "transformers":
                 check_files(folder)  # as the run does, which trains the student with transformers
             yield weights.ok(f"{role}: {count:,} parameters in {folder}")

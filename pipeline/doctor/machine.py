@@ -310,7 +310,11 @@ def _trainer(subject: Subject, machine: Machine) -> Iterator[Finding]:
 def precision(subject: Subject) -> Iterator[Finding]:
     """16-bit arithmetic against what the devices of this machine have."""
     machine, found = this_machine(), list[Finding]()
-    wanted = {f"{role}.dtype": (m.dtype, m.engine) for role, m in subject.engines.items()}
+    wanted = {
+        f"{role}.dtype": (m.dtype, m.engine)
+        for role, m in subject.engines.items()
+        if m.engine != "server"
+    }
     if subject.config.train.precision != "float32":
         wanted["train.precision"] = ("bfloat16", "")
     old = [gpu.name for gpu in machine.gpus if gpu.capability < BFLOAT16_FROM]

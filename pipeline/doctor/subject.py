@@ -16,11 +16,11 @@ from opd_stream.config.sections import Model
 from opd_stream.errors import named
 from opd_stream.prompts import TokenisedPrompts, rendered_prompts, tokenised_prompts
 from opd_stream.sources import Prompts, source_settings
-from opd_stream.store.policy import identify
+from opd_stream.store.policy import UNREAD, identify
 from opd_stream.store.store import Store
 from pipeline.doctor.findings import NotChecked
 from pipeline.setup import Setup, open_setup, open_store
-from stages.checkpoints import Checkpoint, open_checkpoint, weight_shapes
+from stages.checkpoints import Checkpoint, open_model, weight_shapes
 
 T = TypeVar("T")
 
@@ -66,9 +66,13 @@ class Subject:
 
         def opened() -> Checkpoint:
             try:
-                return open_checkpoint(self.store, path)
+                return open_model(self.store, self.engines[role])
             except NotChecked:  # the store cannot be written
-                return Checkpoint(folder=path.resolve(), identity=identify(path))
+                served = UNREAD if self.engines[role].engine == "server" else None
+                identity = identify(path, weights_sha256=served)
+                return Checkpoint(
+                    folder=path.resolve(), identity=identity, is_served=served is not None
+                )
 
         return self._once(f"the {role}", opened)
 
@@ -86,6 +90,8 @@ class Subject:
     def parameters(self, role: str) -> int:
         """Numbers in the weights of a role."""
         folder = self.model(role).folder
+        if self.model(role).is_served:
+            raise NotChecked(f"the {role}'s weights are a server's")
         return self._once(
             f"the {role}'s weights", lambda: sum(map(prod, weight_shapes(folder).values()))
         )

@@ -51,7 +51,7 @@ from pipeline.doctor.findings import Finding, NotChecked, check
 from pipeline.doctor.subject import Subject
 from pipeline.rounds import rounds
 from pipeline.setup import Setup, largest_window
-from stages.checkpoints import Checkpoint
+from stages.checkpoints import Checkpoint, open_served_checkpoint
 from stages.generate import GenerateWorker
 from stages.prompts import prompt_ids_of
 from stages.recipes import rollouts_recipe, scores_recipe
@@ -234,6 +234,7 @@ def distance(subject: Subject) -> Iterator[Finding]:
 def coverage(subject: Subject) -> Iterator[Finding]:
     """The share of the reverse KL that the config's candidates see, and what would see enough."""
     _check_one_tokenizer(subject)
+    _check_has_weights(subject)
     config, setup = subject.config, subject.setup
     if config.teacher is not None and config.teacher.is_rendering:
         raise NotChecked("the teacher reads a rendering of its own")
@@ -296,6 +297,7 @@ def _whole_distributions(folder: Path, batch: RolloutBatch) -> Floats:
 def teacher_as_student(subject: Subject) -> Iterator[Finding]:
     """The loss of the teacher's weights on the teacher's cached scores of its own rollouts."""
     _check_one_tokenizer(subject)
+    _check_has_weights(subject)
     config, few, teacher = subject.config, _first_prompts(subject), subject.model("teacher")
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -356,6 +358,8 @@ def _scored_rollouts(
     assert config.teacher is not None
     rollouts, store = _sampled(folder, setup, config, few, student), Store(folder)
     key, forced_ids = rollouts.fingerprint, setup.forced_ids
+    if teacher.is_served:  # this store does not know it
+        teacher = open_served_checkpoint(store, config.teacher, first_contact=lambda engine: None)
     scores = store.artifact(
         scores_recipe(
             config,
@@ -407,6 +411,7 @@ def _loss_at_teacher(
 def cached_scores(subject: Subject) -> Iterator[Finding]:
     """Two rows of the first round, scored again alone and together, against the store."""
     _check_one_tokenizer(subject)
+    _check_has_weights(subject)
     teacher, opened = subject.config.teacher, subject.setup
     if teacher is None:
         raise NotChecked("the config names no teacher")
@@ -579,6 +584,11 @@ def _check_one_tokenizer(subject: Subject) -> None:
         raise NotChecked("the teacher reads the texts in another tokenizer")
 
 
+def _check_has_weights(subject: Subject) -> None:
+    if subject.model("teacher").is_served:
+        raise NotChecked("the teacher's weights are a server's")
+
+
 def _sampled(
     folder: Path, setup: Setup, config: Config, few: pa.Table, student: Checkpoint
 ) -> Artifact:
@@ -614,7 +624,12 @@ def _task(rollouts: Artifact, student: Checkpoint) -> Task:
 
 
 def _work(kind: type[Worker], folder: Path, model: Model, task: Task) -> None:
-    settings = WorkerSettings(store=str(folder), batch_rows=model.batch_rows, vllm=model.vllm)
+    settings = WorkerSettings(
+        store=str(folder),
+        batch_rows=model.batch_rows,
+        vllm=model.vllm,
+        server=model.server if isinstance(model, Teacher) else None,
+    )
     in_own_process(model.engine, _do_task, kind, settings, task)
     gc.collect()  # the engine's weights make room for the next
 

@@ -83,7 +83,7 @@ def _disks(costs: RunCosts, rounds: tuple[RoundCost, ...], folder: Path) -> tupl
 def _logits(costs: RunCosts) -> LogitMemory | None:
     """float32 logits of one chunk; engine vllm holds those of a forward pass."""
     teacher, checkpoint = costs.config.teacher, costs.setup.teacher
-    if checkpoint is None or teacher is None or teacher.engine == "fake":
+    if checkpoint is None or teacher is None or teacher.engine in ("fake", "server"):
         return None
     vocabulary = checkpoint.config.vocabulary
     if teacher.engine == "vllm":

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from opd_stream.section import later
+
 BINS_PER_DECADE = 8
 DECADES = 8  # lost mass from 1e-8 to 1
 BINS = BINS_PER_DECADE * DECADES
@@ -49,9 +51,12 @@ class Fidelity(BaseModel):
     max_error: float = 0.0  # largest of them
     bound: float | None = None  # what the codec promises for it; None: no promise
     states: StateErrors | None = None  # of rounded hidden states
+    # Mean |difference| of two answers of a served teacher to one question, nats; None: of files.
+    teacher_noise: float | None = later(default=None)
 
     def __add__(self, other: "Fidelity") -> "Fidelity":
         bounds = [bound for bound in (self.bound, other.bound) if bound is not None]
+        noises = [each for each in (self.teacher_noise, other.teacher_noise) if each is not None]
         return Fidelity(
             tokens=self.tokens + other.tokens,
             entries=self.entries + other.entries,
@@ -63,6 +68,7 @@ class Fidelity(BaseModel):
             max_error=max(self.max_error, other.max_error),
             bound=max(bounds) if bounds else None,
             states=_added(self.states, other.states),
+            teacher_noise=max(noises) if noises else None,
         )
 
     def report(self) -> dict[str, Any]:
@@ -82,6 +88,7 @@ class Fidelity(BaseModel):
             "logprob_error_max": self.max_error,
             "logprob_error_bound": self.bound,
             **self._of_candidates_alone(),
+            **({} if self.teacher_noise is None else {"teacher_noise": self.teacher_noise}),
         }
 
     def _of_candidates_alone(self) -> dict[str, Any]:
