@@ -50,7 +50,7 @@ def tools_of(value: Any, place: str) -> tuple[dict[str, Any], ...] | None:
     """
     try:
         found = json.loads(value) if isinstance(value, str) and value.strip() else value
-    except ValueError:
+    except (ValueError, RecursionError):
         found = value
     if not found:
         return None
@@ -83,7 +83,7 @@ def _with_object(call: Any) -> Any:
     text = call.get("arguments")
     try:
         found = json.loads(text) if isinstance(text, str) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return call
     return {**call, "arguments": found} if is_object(found) else call
 

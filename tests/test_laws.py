@@ -418,6 +418,11 @@ def test_a_parquet_column_that_python_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not a whole Parquet file \(.* too large"):
         list(parquet_rows(path))
     import_scores(path, Store(tmp_path / "store"), ExactCodec())  # which does not read it
+    lengths = pa.array(["abc"]).buffers()[1]
+    latin = pa.StringArray.from_buffers(1, lengths, pa.py_buffer(b"\xff\xfe\xfd"))
+    pq.write_table(pa.table({"prompt": latin}), path)
+    with pytest.raises(UserError, match=r"is not a whole Parquet file .*can't decode"):
+        list(parquet_rows(path))
 
 
 ODD = st.one_of(

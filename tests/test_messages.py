@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from opd_stream import rendering
 from opd_stream.config_file import load_config
 from opd_stream.errors import UserError
-from opd_stream.messages import turns_of
+from opd_stream.messages import tools_of, turns_of, with_objects
 from opd_stream.prompts import lost_rows, tokenised_prompts
 from opd_stream.rendering import ChatTemplate, Prompt, RawTemplate, Renderer
 from opd_stream.sources import FilePrompts, read_prompts, source_settings
@@ -428,3 +428,10 @@ def test_memory_is_bounded_in_a_thread_too_and_an_address_in_a_prompt_is_text() 
             threads.submit(large.ids, said).result()
         sound = Renderer(ChatTemplate(), tokenizer())
         assert len(threads.submit(sound.ids, said).result())
+
+
+def test_text_that_is_nested_too_deep_is_text() -> None:
+    with pytest.raises(UserError, match="row 1 holds no list of tool schemas"):
+        tools_of("[" * 9999, "row 1")
+    call = {"function": {"name": "f", "arguments": "[" * 9999}}
+    assert with_objects([{"role": "assistant", "tool_calls": [call]}])[0]["tool_calls"] == [call]

@@ -13,6 +13,10 @@ from opd_stream.store.codecs.laws import BrokenLaw, check_expansion
 from opd_stream.store.lines import opened
 
 ROWS_AT_ONCE = 256
+_UNREADABLE = (  # what Arrow and the making of Python's values raise
+    *(pa.ArrowException, OSError, BrokenLaw),
+    *(OverflowError, KeyError, UnicodeDecodeError),
+)
 
 
 def parquet_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -38,7 +42,7 @@ def parquet_rows(path: Path, columns: Collection[str] | None = None) -> Iterator
             while (batch := next(batches, None)) is not None:
                 rows = batch.to_pylist()
                 yield from rows
-        except (pa.ArrowException, OSError, BrokenLaw, OverflowError, KeyError) as error:
+        except _UNREADABLE as error:
             raise _unreadable(path, error) from error
 
 
