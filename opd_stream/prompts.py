@@ -71,7 +71,7 @@ def tokenised_prompts(source: Prompts, tokenizer: Any) -> TokenisedPrompts:
         )
     lost = {"skipped_long": len(left) - len(kept), "skipped_control_tokens": len(spelled)}
     table = _table([left[row] for row in kept], [ids[row] for row in kept])
-    if not isinstance(source, EmbeddedPrompts) and source.completion_field is not None:
+    if not isinstance(source, EmbeddedPrompts) and source.gives_answers:
         table = _with_completions(table, renderer, [left[row] for row in kept])
     return TokenisedPrompts(
         table=table,

@@ -107,10 +107,11 @@ class ChatTemplate(Section):
     prefill: str | None = later(
         default=None, description="beginning of the answer, which the student continues"
     )
-    final_answer: Literal["refuse", "drop", "continue"] = later(
+    final_answer: Literal["refuse", "drop", "continue", "given"] = later(
         default="refuse",
         description="of messages that end with the assistant's turn: drop: it is answered anew; "
-        "continue: the student goes on from its words",
+        "continue: the student goes on from its words; given: as drop, and it is the row's "
+        "completion, for rollouts.given_share",
     )
     control_tokens: Literal["refuse", "escape", "skip", "allow"] = later(
         default="refuse",
@@ -330,7 +331,7 @@ class Renderer:
                 "answer; set template.final_answer=drop to have it answered anew, or continue to "
                 "go on from its words"
             )
-        if goes_on and template.final_answer == "drop":
+        if goes_on and template.final_answer in ("drop", "given"):
             goes_on = False
             while turns and turns[-1]["role"] == "assistant":
                 turns.pop()

@@ -3,7 +3,7 @@
 import importlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import date
 from decimal import Decimal
@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from opd_stream.errors import UserError
 from opd_stream.messages import Turn, is_turns, tools_of, turns_of, turns_text
-from opd_stream.rendering import Prompt, RawTemplate, Template, template_settings
+from opd_stream.rendering import ChatTemplate, Prompt, RawTemplate, Template, template_settings
 from opd_stream.rows import (
     Format,
     PlacedRow,
@@ -97,6 +97,13 @@ class RowPrompts(Section):
         default="refuse",
         description="what to do with a longer prompt; how many were skipped is a warning",
     )
+
+    @property
+    def gives_answers(self) -> bool:
+        """Whether rows may have completions."""
+        template = self.template
+        is_given = isinstance(template, ChatTemplate) and template.final_answer == "given"
+        return is_given or self.completion_field is not None
 
 
 class FilePrompts(RowPrompts):
@@ -347,7 +354,7 @@ def _prompt(
         answer=_answer(source, place, row),
         turns=turns,
         tools=None if turns is None else tools_of(row.get(source.tools_field), place),
-        completions=_completions(source, place, row),
+        completions=_completions(source, place, row, turns or ()),
     )
     for said in (prompt.prompt_id, prompt.text, prompt.answer or "", *prompt.completions):
         _check_unicode(place, said)
@@ -416,10 +423,14 @@ def _answer(source: FilePrompts | DatasetPrompts, place: str, row: dict[str, Any
 
 
 def _completions(
-    source: FilePrompts | DatasetPrompts, place: str, row: dict[str, Any]
+    source: FilePrompts | DatasetPrompts, place: str, row: dict[str, Any], turns: Sequence[Turn]
 ) -> tuple[str, ...]:
-    """The given answers of a row."""
-    name = source.completion_field
+    """The given answers of a row: of its field, or the text of an only turn that ends it."""
+    name, last = source.completion_field, turns[-1:]
+    if name is None and source.gives_answers and last and last[0]["role"] == "assistant":
+        is_one = turns[-2:-1] and turns[-2]["role"] != "assistant"
+        words = last[0].get("content") or ""
+        return (words,) if is_one and words.strip() and "tool_calls" not in last[0] else ()
     if name is None or (value := value_of(row, name, place, "completion_field")) is None:
         return ()
     said = f"{place}: field {name!r}"

@@ -8,14 +8,21 @@ import numpy as np
 import pytest
 import torch
 
+from opd_stream.batches import collate
+from opd_stream.drift import DriftSums, means, named
 from opd_stream.errors import UserError
-from opd_stream.objectives import CrossEntropy, ObjectiveInputs
+from opd_stream.fused import OutputHead
+from opd_stream.loss import batch_loss
+from opd_stream.objectives import Bucket, CrossEntropy, ObjectiveInputs
+from opd_stream.prompts import prompts_table
 from opd_stream.rendering import ChatTemplate, Prompt, RawTemplate, Renderer
-from opd_stream.store.reader import ScoredRows
+from opd_stream.sources import FilePrompts
+from opd_stream.store.reader import ScoredRow, ScoredRows
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.store.tokenizer_folder import open_tokenizer
 from opd_stream.tasks.ledger import make_problems
+from opd_stream.windows import FixedWindow
 from pipeline.rounds import rounds
 from pipeline.run_folder import RunFolder
 from pipeline.setup import open_setup
@@ -24,6 +31,7 @@ from stages.given import ended
 from stages.prompts import round_prompts, selected_rows
 from stages.recipes import is_given, is_unscored
 from stages.step import Silent, Stage
+from stages.train_data import BatchPlan, step_batches
 from stages.workers import Role
 from tests.conftest import MODELS, Command, reports_of, run, small_config, summary_of
 
@@ -88,6 +96,23 @@ def test_ids_are_those_of_the_chat_template_behind_the_prompts() -> None:
     assert ids[-1] == tokenizer.eos_token_id
     with pytest.raises(UserError, match="spells '<eos>'"):
         renderer.completion_ids(prompt, "so<eos> 15.")
+
+
+def test_the_answer_that_ends_messages_is_given(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "12+3"}, {"role": "assistant", "content": "so 15."}]
+    rows = [said, said[:1], [*said, said[0], {"role": "assistant", "content": "again 15."}]]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in rows))
+    template = ChatTemplate(final_answer="given")
+    source = FilePrompts(kind="jsonl", path=path, template=template)
+    tokenizer: Any = open_tokenizer(STUDENT)
+    tokenizer.chat_template = CHAT
+    table = prompts_table(source, tokenizer)
+    found = [[tokenizer.decode(ids) for ids in each] for each in table["completions"].to_pylist()]
+    assert found == [["so 15.<eos>"], [], ["again 15.<eos>"]]
+    prompts = [tokenizer.decode(ids) for ids in table["prompt_ids"].to_pylist()]
+    assert prompts[0] == prompts[1]
+    assert prompts[2].endswith("so 15.<eos><user>12+3<eos><assistant>")
 
 
 def test_a_template_that_does_not_mark_the_assistants_turn_is_refused() -> None:
@@ -291,3 +316,72 @@ def test_completions_that_cannot_be_used_are_refused_before_work(
         run(config, RunFolder(tmp_path / "run"), Silent())
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "store").glob("rollouts/*"))
+
+
+def row_of(cache: int, tokens: int) -> ScoredRow:
+    halves = np.full((tokens, 2), np.log(0.5), np.float32)
+    return ScoredRow(
+        prompt_id=f"{cache}-{tokens}",
+        sample_index=0,
+        prompt_ids=np.array([5, 6]),
+        completion_ids=np.full(tokens, 3),
+        behavior_logprobs=np.full(tokens, -0.5, np.float32),
+        loss_mask=None,
+        finish_reason="stop",
+        teacher_logprobs=halves[:, 0],
+        teacher_top_ids=np.tile(np.array([3, 4], np.uint32), (tokens, 1)),
+        teacher_top_logprobs=halves,
+        teacher_tail_logprobs=np.full(tokens, -np.inf, np.float32),
+        teacher_forced_logprobs=np.zeros((tokens, 0), np.float32),
+        candidate_ids=None,
+        candidate_behavior_logprobs=None,
+        candidate_teacher_logprobs=None,
+        terminators=((), ()),
+        cache=cache,
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_batch_has_rows_of_one_kind_and_the_step_is_one_mean(processes: int) -> None:
+    rows = [row_of(number % 3 // 2, 3 + number) for number in range(7)]
+    plan = BatchPlan(
+        rows_per_step=7,
+        tokens_per_microbatch=24,
+        seed=0,
+        first_step=0,
+        window=FixedWindow(tokens=64),
+        given=(False, True),
+    )
+    found = [
+        batch
+        for rank in range(processes)
+        for batch in step_batches(rows, plan, 0, rank=rank, world_size=processes)
+    ]
+    counted = [batch for batch in found if bool(batch.weights_N.any())]
+    names = sorted(name for batch in counted for name in batch.names)
+    assert names == sorted(f"{row.prompt_id}/0" for row in rows)
+    assert sum(float(batch.weights_N.sum()) for batch in counted) == pytest.approx(1.0)
+    for batch in counted:
+        assert {name[0] for name in batch.names} == ({"1"} if batch.is_given else {"0"})
+
+
+def test_given_tokens_move_no_drift() -> None:
+    def sums(rows: list[ScoredRow]) -> dict[str, float]:
+        batch = collate(rows, window_tokens=64, given=(False, True))
+        hidden = torch.randn(
+            *batch.input_ids_BL.shape, 4, generator=torch.Generator().manual_seed(0)
+        )
+        weight = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+        head = OutputHead(weight_VH=weight, bias_V=None)
+        return named(batch_loss(hidden, head, batch, (Bucket(),)).sums)
+
+    own, given = sums([row_of(0, 5)]), sums([row_of(1, 5)])
+    assert given["loss"] == own["loss"] == given["given_loss"] > 0
+    assert given["tokens"] == given["given_tokens"] == 5
+    assert own["given_tokens"] == 0
+    both = {name: own[name] + given[name] for name in own}
+    assert means(both)["policy_drift"] == means(own)["policy_drift"] > 0
+    assert means(both)["reverse_kl"] == means(own)["reverse_kl"]
+    assert means(both)["given_loss"] == means(own)["loss"]
+    assert "given_loss" not in means(own)
+    assert DriftSums().tokens == means(given)["policy_drift"] == 0

@@ -26,7 +26,7 @@ from opd_stream.config.sections import (
 )
 from opd_stream.engines.server_client import PLACEMENT as SERVER_PLACEMENT
 from opd_stream.section import SEEDS, PathText, Section, later
-from opd_stream.sources import Prompts
+from opd_stream.sources import EmbeddedPrompts, Prompts
 from opd_stream.staleness import Staleness
 from opd_stream.store.codecs import CompactCodec, HiddenCodec, SampledCodec
 from opd_stream.windows import AdaptiveWindow, LinearWindow
@@ -389,11 +389,13 @@ def _given_conflicts(config: Config) -> Iterator[str]:
 def _given_sources(config: Config) -> Iterator[str]:
     """Where given rollouts come from, against what else a round may do."""
     rollouts, share = config.rollouts, config.rollouts.given_share
-    is_named = getattr(config.prompts, "completion_field", None) is not None
+    source = config.prompts
+    is_named = not isinstance(source, EmbeddedPrompts) and source.gives_answers
     if rollouts.given_by == "rows" and not is_named:
         yield (
             f"rollouts.given_share is {share:g} and the prompts name no completion; expected the "
-            "field that holds them; set prompts.completion_field, or rollouts.given_by=teacher"
+            "field that holds them; set prompts.completion_field, template.final_answer=given for "
+            "messages, or rollouts.given_by=teacher"
         )
     if rollouts.given_by == "teacher":
         teacher = config.teacher
