@@ -14,6 +14,7 @@ from opd_stream.store.store import Store
 from opd_stream.style_bias import StyleBias, StyleSettings, style_bias
 from opd_stream.types import RolloutBatch, ScoreBatch
 from stages.cross_tokenizer import refuse_aligned
+from stages.recipes import is_given
 from stages.step import Progress, Silent
 
 
@@ -31,6 +32,11 @@ def make_residual(
     """
     rollouts = store.scored_rollouts(scores)
     refuse_aligned(scores, "the residual")
+    if is_given(rollouts.recipe):
+        raise UserError(
+            f"{scores.name} is of given rollouts, which nobody drew; the residual compares teacher "
+            "and student at drawn tokens; give it scores of the student's rollouts"
+        )
     codec = codec_of(scores.recipe.settings["codec"])
     uncorrectable = {"sampled": "ids drawn from the teacher", "hidden": "hidden states"}
     if (held := uncorrectable.get(codec.kind)) is not None:

@@ -244,6 +244,10 @@ def test_inspect_says_that_a_row_is_not_the_students(tmp_path: Path, opd_stream:
     _, worst, _ = opd_stream(*where, "--worst", "9")
     assert worst.count("--cache 1") == 4
     assert "--cache 0" not in worst
+    scores = f"scores/{report['caches'][0]['scores'][:16]}"
+    code, _, said = opd_stream("cache", "residual", config.store, scores)
+    assert code == 2
+    assert "is of given rollouts" in said
 
 
 def test_the_loss_of_cross_entropy_is_that_of_the_completion() -> None:
