@@ -53,6 +53,7 @@ class Session:
     record: str | None = None  # id under which the store is told what is reached; None: the run's
     executor: Executor
     progress: Progress
+    trains: bool = False  # in this process, which loads what that needs while workers start
     ahead: SubmittedWork | None = None  # of the next round, begun before this one trained
     spans: list[Span] = field(default_factory=list)
     started: float = field(default_factory=time.time)
@@ -80,7 +81,7 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> RunSummary:
         UserError: anything the user can mend, told in one line.
     """
     started = time.time()
-    setup = open_setup(config)
+    setup = open_setup(config, works=not folder.is_finished(config))
     folder.check(config)
     with lease(folder.path), setup.store.watched(), open_executor(config) as executor:
         run_id = folder.open(config)
@@ -95,6 +96,7 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> RunSummary:
             run_id=run_id,
             executor=executor,
             progress=progress,
+            trains=not config.pools.trainer.is_on_ray,
             started=started,
         )
         session.reach(inputs_of(setup))
@@ -352,15 +354,10 @@ def _submit_ahead(session: Session, round_: Round) -> None:
 
 
 def _wait_for(session: Session, work: SubmittedWork, name: str) -> None:
-    """Wait for submitted work; this process gets ready for training while the workers start."""
-    if work.tasks:
-        _import_training()
+    """Wait for submitted work; a process that trains gets ready for it while the workers start."""
+    if work.tasks and session.trains:
+        importlib.import_module("stages.train")
     session.spans += wait_for(session.executor, work, session.progress, name=name)
-
-
-def _import_training() -> None:
-    """Load what training needs while workers start."""
-    importlib.import_module("stages.train")
 
 
 def train_policy(session: Session, setup: Setup, round_: Round, *, again: bool = False) -> None:

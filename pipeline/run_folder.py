@@ -264,6 +264,11 @@ class RunFolder:
         """Whether a summary was written."""
         return (self.path / "summary.json").exists()
 
+    def is_finished(self, config: Config) -> bool:
+        """Whether the run of this config did all of its rounds."""
+        summary = self.sound_summary()
+        return summary is not None and summary.finished and self.is_of(config)
+
     def calls(self) -> dict[str, float]:
         """Seconds of the calls of `run` so far, as the summary has them; empty before the first."""
         summary = self.sound_summary()

@@ -83,12 +83,13 @@ class Setup:
         return known if known < self.teacher.config.vocabulary else None
 
 
-def open_setup(config: Config, *, make: bool = True) -> Setup:
+def open_setup(config: Config, *, make: bool = True, works: bool = True) -> Setup:
     """Open what a run needs.
 
     Args:
         config: the run.
         make: the prompts artifacts; False: only name the run's, and leave evaluation out.
+        works: False: of a finished run, whose models are not looked at; torch stays unloaded.
 
     Raises:
         UserError: the store cannot be written, a checkpoint is none, the pair does not fit
@@ -99,17 +100,21 @@ def open_setup(config: Config, *, make: bool = True) -> Setup:
     store = open_store(config)
     setup = setup_of(config, store, partial(open_checkpoint, store), token_id_of, make=make)
     if make:
-        check_weights(config, setup.student, setup.teacher)
-        check_prompt_ids(setup.prompts.read_unit(0), setup.vocabulary)
-        lengths, rendered = prompt_lengths(setup.prompts), setup.teacher_prompts
+        if works:
+            check_weights(config, setup.student, setup.teacher)
+        table = setup.prompts.read_all()
+        check_prompt_ids(table, setup.vocabulary)
+        lengths, rendered = table_lengths(table), setup.teacher_prompts
         check_rounds(config, len(lengths))
-        check_given(setup, setup.prompts.read_unit(0))
+        check_given(setup, table)
         longest = max(lengths)
         teachers = None if rendered is None else max(prompt_lengths(rendered))
         check_context(config, setup.student, setup.teacher, longest, teachers)
         lost = [*rows_left_out(setup.prompts, "prompts"), *_check_judged(config, setup.prompts)]
         asked = check_evaluation(config, store, setup.student, setup.vocabulary)
         setup = replace(setup, warnings=(*setup.warnings, *lost, *asked), lost=tuple(asked))
+    if not works:
+        return setup
     if config.train.lora is not None:
         from stages.student_model import check_lora
 
@@ -234,7 +239,7 @@ def _teacher_prompts(
     if not make:
         return teacher_prompts_artifact(store, rendering, prompts, teacher)
     rendered = make_teacher_prompts(store, config.prompts, rendering, prompts, teacher)
-    check_prompt_ids(rendered.read_unit(0), shared_vocabulary([teacher]))
+    check_prompt_ids(rendered.read_all(), shared_vocabulary([teacher]))
     return rendered
 
 
@@ -376,7 +381,7 @@ def check_evaluation(
     for name, part in config.evaluation.parts().items():
         field, prompts = evaluation_field(name), evaluation_prompts(store, name, part, student)
         lost += rows_left_out(prompts, field)
-        table = prompts.read_unit(0)
+        table = prompts.read_all()
         check_problems(field, config, part, student, table, vocabulary)
         if part.kind == "distance":
             continue
@@ -405,7 +410,7 @@ def _check_judged(config: Config, prompts: Artifact) -> list[str]:
         from opd_stream.tasks.judges import open_judge
         from stages.evaluate import unjudged_line
 
-        line = unjudged_line("prompts", prompts.read_unit(0), open_judge(judge), judge.kind)
+        line = unjudged_line("prompts", prompts.read_all(), open_judge(judge), judge.kind)
         lines += [] if line is None else [line]
     return lines
 

@@ -15,7 +15,7 @@ from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
 from stages.checkpoints import Checkpoint
 from stages.executors import Executor
-from stages.prompts import probe_size, prompts_of
+from stages.prompts import probe_size, prompt_count
 from stages.recipes import head_beside
 from stages.step import Progress
 from stages.workers import Role, Task
@@ -44,7 +44,7 @@ def start_rollouts(store: Store, recipe: Recipe, *, prompts_per_unit: int) -> Ar
         sizes = [len(base.unit_rows(unit)) for unit in recipe.settings["extends"]]
         artifact.create(rows=sum(sizes), rows_per_unit=max(sizes))
     else:
-        rows = prompts_of(store, recipe).num_rows
+        rows = prompt_count(store, recipe)
         artifact.create(rows=rows, rows_per_unit=prompts_per_unit)
     return artifact
 

@@ -182,7 +182,7 @@ def open_reward(job: TrainJob) -> Reward:
     assert evaluation is not None
     assert evaluation.judge is not None
     judge = open_judge(evaluation.judge)
-    table, _ = judged_rows(job.store().by_fingerprint("prompts", job.prompts).read_unit(0), judge)
+    table, _ = judged_rows(job.store().by_fingerprint("prompts", job.prompts).read_all(), judge)
     table = table.slice(0, settings.prompts)
     return Reward(
         prompts=prompts_batch(table),

@@ -63,7 +63,7 @@ class RolloutFilter:
         )
         self._judge: Judge | None = None if judge is None else open_judge(judge)
         if self._judge is not None:
-            prompts = store.by_fingerprint("prompts", rollouts.inputs["prompts"]).read_unit(0)
+            prompts = store.by_fingerprint("prompts", rollouts.inputs["prompts"]).read_all()
             ids, answers = (prompts[name].to_pylist() for name in ("prompt_id", "answer"))
             unreadable = set(self._judge.unreadable(answers))
             pairs = enumerate(zip(ids, answers, strict=True))

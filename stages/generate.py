@@ -48,7 +48,7 @@ def sample_unit(worker: Worker, result: TaskResult, folder: Callable[[], Path]) 
         batch, before = _sampled(worker.store, engine, task.unit, rollouts)
     else:
         rows = rollouts.unit_rows(task.unit)
-        prompts = prompts_of(worker.store, rollouts.recipe).slice(rows.start, len(rows))
+        prompts = prompts_of(worker.store, rollouts.recipe, rows)
         batch, before = given_batch(prompts, rollouts.recipe), None
     _check_top_ids(batch, rollouts.recipe)
     work = token_counts(batch) if before is None else extension_counts(before, batch)
@@ -82,9 +82,8 @@ def _sampled(
         return engine.extend(before, sampling), before
     if "probe" in recipe.settings:
         return engine.extend(probe_rows(store, recipe), sampling), None
-    rows = rollouts.unit_rows(unit)
     batch = engine.sample(
-        prompts_batch(prompts_of(store, recipe).slice(rows.start, len(rows))),
+        prompts_batch(prompts_of(store, recipe, rollouts.unit_rows(unit))),
         sampling,
         samples_per_prompt=recipe.settings["samples_per_prompt"],
         extra_draws=recipe.settings["extra_draws"],

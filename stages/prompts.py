@@ -4,9 +4,12 @@ The selection stands in the recipe as parameters, not as a list, so that two run
 the same prompts name the same artifact.
 """
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -17,9 +20,10 @@ from opd_stream.errors import named
 from opd_stream.prompts import lost_rows, rendered_prompts, shuffled_rows, tokenised_prompts
 from opd_stream.rendering import Rendering
 from opd_stream.sources import Prompts, source_settings
-from opd_stream.store.artifact import Artifact
+from opd_stream.store.artifact import Artifact, Commit, DamagedUnit
+from opd_stream.store.files import canonical_json
 from opd_stream.store.recipe import Recipe
-from opd_stream.store.shards import COMPLETIONS, prompts_batch, rollouts_batch
+from opd_stream.store.shards import COMPLETIONS, ROWS_PER_PART, prompts_batch, rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
 from stages.checkpoints import Checkpoint
@@ -30,6 +34,7 @@ Ids = NDArray[np.integer[Any]]
 # How rows become ids, here and in opd_stream: raised when any prompt would come out otherwise, so
 # that artifacts of older rules are not taken for it (tests/test_messages.py).
 RULES = 1
+ROWS_PER_SHARD = 16_384
 
 
 def prompts_artifact(
@@ -73,7 +78,7 @@ def make_prompts(
     """
     artifact = prompts_artifact(store, source, student, field=field)
     artifact.mend()
-    if artifact.is_complete() and artifact.damage(0) is None:
+    if is_sound(artifact):
         return artifact
     with named(field):
         prompts = tokenised_prompts(source, student.tokenizer())
@@ -112,26 +117,88 @@ def make_teacher_prompts(
     """
     artifact = teacher_prompts_artifact(store, rendering, prompts, teacher)
     artifact.mend()
-    if artifact.is_complete() and artifact.damage(0) is None:
+    if is_sound(artifact):
         return artifact
-    names: list[str] = prompts.read_unit(0)["prompt_id"].to_pylist()
+    names: list[str] = prompts.read_all()["prompt_id"].to_pylist()
     _commit(artifact, rendered_prompts(source, rendering, teacher.tokenizer(), names), {})
     return artifact
 
 
+def is_sound(artifact: Artifact) -> bool:
+    """Whether a prompts artifact is complete, and every shard of it what was committed."""
+    return artifact.is_complete() and all(
+        artifact.damage(unit) is None for unit in artifact.units()
+    )
+
+
 def _commit(artifact: Artifact, table: pa.Table, lost: Mapping[str, int]) -> None:
-    """Publish a prompts artifact, in place of a damaged one."""
-    artifact.create(rows=table.num_rows, rows_per_unit=table.num_rows)
-    if artifact.has_unit(0) and (reason := artifact.damage(0)) is not None:
-        LOG.warning("%s is damaged (%s); it is made again", artifact.name, reason)
-        artifact.invalidate(0)
-    artifact.commit(0, table, counts={"rows": table.num_rows, **lost})
+    """Publish a prompts artifact; damaged units of an earlier one are made again."""
+    artifact.create(rows=table.num_rows, rows_per_unit=min(table.num_rows, ROWS_PER_SHARD))
+    for unit in artifact.units():
+        if artifact.has_unit(unit):
+            reason = artifact.damage(unit)
+            if reason is None:
+                continue
+            LOG.warning("%s is damaged (%s); it is made again", artifact.name, reason)
+            artifact.invalidate(unit)
+        rows = artifact.unit_rows(unit)
+        part = table.slice(rows.start, len(rows))
+        artifact.commit(unit, part, counts={"rows": len(rows), **({} if unit else lost)})
     artifact.finish()
+
+
+class PromptRows:
+    """The rows of a complete prompts artifact, read with the 64 rows of their record batch.
+
+    Example:
+        >>> PromptRows(store, "9f1c…").read([70_001, 3])
+    """
+
+    def __init__(self, store: Store, fingerprint: str) -> None:
+        self._artifact = store.by_fingerprint("prompts", fingerprint)
+        self._layout = self._artifact.layout()
+        self._units: dict[int, tuple[Commit, pa.Schema]] = {}
+
+    def __len__(self) -> int:
+        return self._layout.rows
+
+    def read(self, rows: Sequence[int]) -> pa.Table:
+        """Verified rows, in the order of their numbers.
+
+        Raises:
+            DamagedUnit: a shard is not what was committed.
+        """
+        places = [divmod(row, self._layout.rows_per_unit) for row in rows]
+        parts = sorted({(unit, row // ROWS_PER_PART) for unit, row in places})
+        batches = [self._part(*part) for part in parts]
+        ends = accumulate((batch.num_rows for batch in batches), initial=0)
+        starts = dict(zip(parts, ends, strict=False))
+        table = pa.Table.from_batches(batches, schema=self._unit(0)[1])
+        numbers = [starts[unit, row // ROWS_PER_PART] + row % ROWS_PER_PART for unit, row in places]
+        return table.take(pa.array(numbers, pa.int64()))
+
+    @cached_property
+    def answered(self) -> list[bool] | None:
+        """As `answered_rows`, of all rows."""
+        is_given = COMPLETIONS in self._unit(0)[1].names
+        return answered_rows(self._artifact.read_all()) if is_given else None
+
+    def _part(self, unit: int, number: int) -> pa.RecordBatch:
+        commit, schema = self._unit(unit)
+        return self._artifact.read_part(commit, number, schema)
+
+    def _unit(self, unit: int) -> tuple[Commit, pa.Schema]:
+        if unit not in self._units:
+            commit = self._artifact.commit_record(unit)
+            if commit is None:
+                raise DamagedUnit(self._artifact, unit, "its commit record is missing")
+            self._units[unit] = commit, self._artifact.read_schema(commit)
+        return self._units[unit]
 
 
 def prompt_ids_of(store: Store, fingerprint: str) -> dict[str, Ids]:
     """Prompt id -> token ids [P], of a complete prompts artifact."""
-    prompts = prompts_batch(store.by_fingerprint("prompts", fingerprint).read_unit(0))
+    prompts = prompts_batch(store.by_fingerprint("prompts", fingerprint).read_all())
     return dict(zip(prompts.prompt_id, prompts.prompt_ids, strict=True))
 
 
@@ -144,7 +211,7 @@ def with_prompts(
 
 def prompt_lengths(prompts: Artifact) -> list[int]:
     """Tokens of each prompt of a complete artifact."""
-    return table_lengths(prompts.read_unit(0))
+    return table_lengths(prompts.read_all())
 
 
 def table_lengths(prompts: pa.Table) -> list[int]:
@@ -156,7 +223,7 @@ def rows_left_out(prompts: Artifact, field: str) -> Iterator[str]:
     """A line for every reason why rows of the source are not in a complete artifact."""
     record = prompts.commit_record(0)
     if record is not None:
-        yield from lost_rows(field, int(record.counts["rows"]), record.counts)
+        yield from lost_rows(field, prompts.layout().rows, record.counts)
 
 
 def every_prompt() -> dict[str, Any]:
@@ -214,11 +281,31 @@ def selected_rows(
     return [row for first, last in ranges for row in drawn[first:last]]
 
 
-def prompts_of(store: Store, rollouts: Recipe) -> pa.Table:
-    """The prompts a rollouts recipe covers, in its order."""
-    prompts = store.by_fingerprint("prompts", rollouts.inputs["prompts"]).read_unit(0)
-    selection = rollouts.settings["selection"]
-    return prompts.take(selected_rows(selection, prompts.num_rows, answered_rows(prompts)))
+def prompts_of(store: Store, rollouts: Recipe, part: range | None = None) -> pa.Table:
+    """The prompts a rollouts recipe covers, in its order; all, or a part of them by place."""
+    rows, selected = _selected_prompts(store, rollouts)
+    return rows.read(selected if part is None else selected[part.start : part.stop])
+
+
+def prompt_count(store: Store, rollouts: Recipe) -> int:
+    """How many prompts a rollouts recipe covers."""
+    return len(_selected_prompts(store, rollouts)[1])
+
+
+def _selected_prompts(store: Store, rollouts: Recipe) -> tuple[PromptRows, list[int]]:
+    """The prompts of a rollouts recipe, and the numbers of the rows that it covers."""
+    prompts = _prompt_rows(store, rollouts.inputs["prompts"])
+    selection = canonical_json(rollouts.settings["selection"])
+    return prompts, _rows_of_selection(selection, prompts)
+
+
+# A worker asks for both once a unit.
+_prompt_rows = lru_cache(maxsize=4)(PromptRows)
+
+
+@lru_cache(maxsize=4)
+def _rows_of_selection(selection: bytes, prompts: PromptRows) -> list[int]:
+    return selected_rows(json.loads(selection), len(prompts), prompts.answered)
 
 
 def answered_rows(prompts: pa.Table) -> list[bool] | None:

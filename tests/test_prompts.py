@@ -18,10 +18,11 @@ from opd_stream.errors import UserError
 from opd_stream.prompts import prompts_table, shuffled_rows
 from opd_stream.rendering import ChatTemplate, raw_ids
 from opd_stream.sources import DatasetPrompts, EmbeddedPrompts, FilePrompts, read_prompts
+from opd_stream.store.artifact import Artifact, Commit
 from opd_stream.store.store import Store
 from pipeline.estimate.prompts import FastTokenizer
 from stages.checkpoints import open_checkpoint
-from stages.prompts import prompts_artifact
+from stages.prompts import PromptRows, make_prompts, prompts_artifact
 
 STUDENT = Path(__file__).parent.parent / "configs" / "models" / "ledger-student"
 ROWS = [{"prompt": "What is 2+2?", "answer": "4"}, {"prompt": "Und 3·3 — naïve?", "answer": "9"}]
@@ -268,3 +269,45 @@ def test_ledger_prompts_carry_their_answers(tokenizer: object) -> None:
     table: pa.Table = prompts_table(source, tokenizer)
     assert table["prompt_id"].to_pylist() == ["ledger-7-0", "ledger-7-1", "ledger-7-2"]
     assert all(len(answer) == 2 for answer in table["answer"].to_pylist())
+
+
+def test_rows_of_prompts_are_read_from_the_parts_that_hold_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four shards; a unit's cost does not grow with the prompts."""
+    monkeypatch.setattr("stages.prompts.ROWS_PER_SHARD", 150)
+    store = Store(tmp_path)
+    source = EmbeddedPrompts(kind="ledger", count=500, seed=0)
+    made = make_prompts(store, source, open_checkpoint(store, STUDENT))
+    assert len(made.units()) == 4
+    whole, rows = made.read_all(), PromptRows(store, made.fingerprint)
+    asked = [499, 3, 150, 149, 3, 64, 63]
+    read: list[tuple[int, int]] = []
+    plain = made.read_part
+
+    def counted(self: Artifact, commit: Commit, number: int, schema: pa.Schema) -> pa.RecordBatch:
+        read.append((commit.unit, number))
+        return plain(commit, number, schema)
+
+    monkeypatch.setattr(Artifact, "read_part", counted)
+    assert rows.read(asked).to_pylist() == whole.take(asked).to_pylist()
+    assert read == [(0, 0), (0, 1), (0, 2), (1, 0), (3, 0)]
+    assert len(rows) == 500
+    assert rows.read([]).num_rows == 0
+
+
+def test_a_damaged_shard_of_prompts_is_made_again_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("stages.prompts.ROWS_PER_SHARD", 4)
+    store, student = Store(tmp_path), open_checkpoint(Store(tmp_path), STUDENT)
+    source = EmbeddedPrompts(kind="ledger", count=10, seed=0)
+    made = make_prompts(store, source, student)
+    before, times = made.read_all(), [made.commit_record(unit) for unit in made.units()]
+    shard = made.folder / made.commits()[1].file
+    shard.write_bytes(shard.read_bytes()[:-1])
+    again = make_prompts(store, source, student)
+    assert again.read_all() == before
+    assert "is damaged" in caplog.text
+    is_kept = [made.commit_record(unit) == old for unit, old in enumerate(times)]
+    assert is_kept == [True, False, True]

@@ -14,7 +14,7 @@ import pytest
 from opd_stream.errors import UserError
 from pipeline.run_folder import RunFolder
 from stages.step import Silent
-from tests.conftest import SmallRuns, run, small_config
+from tests.conftest import SmallRuns, loaded_by, run, small_config
 
 KILLS, KILLS_WITH_METHODS = 10, 6  # at least
 STAGES = {"generate", "score", "train", "evaluate"}
@@ -239,3 +239,11 @@ def test_two_runs_on_one_store_at_the_same_time_both_finish(
     third = json.loads((tmp_path / "shared" / "third" / "summary.json").read_text())
     assert third["caches"][0] == alone["caches"][0]
     assert made + third["tokens"]["generated"] == alone["tokens"]["generated"]
+
+
+def test_a_finished_run_says_so_without_a_model(copied_run: Path) -> None:
+    """No library of models is loaded before work is found."""
+    config, folder = str(copied_run / "small.yaml"), str(copied_run / "run")
+    said, loaded, _ = loaded_by("run", config, "--run-dir", folder)
+    assert "nothing to do" in said
+    assert not loaded & {"torch", "transformers", "ray", "lightning"}

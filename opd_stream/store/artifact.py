@@ -248,6 +248,10 @@ class Artifact:
         """
         return table_of(self._verified(self._committed(unit)))
 
+    def read_all(self) -> pa.Table:
+        """The verified tables of all units, one after the other; raises as `read_unit`."""
+        return pa.concat_tables([self.read_unit(unit) for unit in self.units()])
+
     def read_schema(self, commit: Commit) -> pa.Schema:
         """The verified schema of a committed unit, with the metadata of its codec.
 

@@ -28,7 +28,7 @@ from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.tokenizer_folder import open_vocabulary, read_settings
 from pipeline.estimate.sizes import PromptLengths
 from pipeline.setup import Setup
-from stages.prompts import rows_left_out, selected_rows, table_lengths
+from stages.prompts import is_sound, rows_left_out, selected_rows, table_lengths
 
 MOST_PROMPTS = 2_000  # written and tokenised to measure them
 T = TypeVar("T")
@@ -132,7 +132,7 @@ def measure_prompts(
     """
     if artifact.is_complete():
         try:
-            table = artifact.read_unit(0)
+            table = artifact.read_all()
             notes += rows_left_out(artifact, field)
             return MeasuredPrompts(table=table, lengths=_whole(table))
         except DamagedUnit:
@@ -159,8 +159,8 @@ def measure_teacher_prompts(setup: Setup, students: MeasuredPrompts) -> SourceLe
     if artifact is None or rendering is None:
         return None
     assert setup.teacher is not None  # else there is no such artifact
-    if artifact.is_complete() and artifact.damage(0) is None:
-        return _whole(artifact.read_unit(0))
+    if is_sound(artifact):
+        return _whole(artifact.read_all())
     tokenizer = tokenizer_for(setup.teacher.folder, rendering.template)
     names = students.table["prompt_id"].to_pylist()
 

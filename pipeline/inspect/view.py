@@ -171,7 +171,7 @@ class RoundReader:
         fingerprint = cache.rollouts.recipe.inputs.get("prompts")
         if fingerprint is None:
             return {}
-        table = self.store.by_fingerprint("prompts", fingerprint).read_unit(0)
+        table = self.store.by_fingerprint("prompts", fingerprint).read_all()
         pairs = zip(table["prompt_id"].to_pylist(), table["answer"].to_pylist(), strict=True)
         return dict(pairs)
 
@@ -208,7 +208,7 @@ class RolloutView:
         scores = self.located.cache.scores.recipe
         if "prompts" not in scores.inputs or "alignment" in scores.settings:
             return None
-        table = self.reader.store.by_fingerprint("prompts", scores.inputs["prompts"]).read_unit(0)
+        table = self.reader.store.by_fingerprint("prompts", scores.inputs["prompts"]).read_all()
         place = table["prompt_id"].to_pylist().index(self.row.prompt_id)
         return visible(self.reader.text.whole(table["prompt_ids"][place].as_py()))
 
