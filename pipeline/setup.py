@@ -459,7 +459,7 @@ def check_given(setup: Setup, table: pa.Table) -> None:
         return
     answered = answered_rows(table)
     assert answered is not None  # the config names their field
-    for index in range(config.rounds):
+    for index in () if all(answered) else range(config.rounds):
         drawn = selected_rows(
             round_prompts(
                 seed=config.seed, round_index=index, per_round=rollouts.prompts_per_round
@@ -479,23 +479,30 @@ def check_given(setup: Setup, table: pa.Table) -> None:
 
 def _check_completions(setup: Setup, table: pa.Table) -> None:
     """Refuse completions that no model could read whole, or that a chat template does not end."""
-    is_chat = setup.config.prompts.template.kind == "chat"
+    column = table[COMPLETIONS].combine_chunks()
+    row_C = np.repeat(np.arange(table.num_rows), column.value_lengths().to_pylist())
+    lengths_C = np.array(column.flatten().value_lengths().to_pylist(), np.int64)
+    prompts_C = np.array(table_lengths(table), np.int64)[row_C]
     limit = context_of(setup.config, "student", setup.student)
-    columns = (table[name].to_pylist() for name in ("prompt_id", "prompt_ids", COMPLETIONS))
-    for name, prompt, completions in zip(*columns, strict=True):
-        for ids in completions:
-            if limit is not None and len(prompt) + len(ids) > limit:
-                raise UserError(
-                    f"a completion of prompt {name!r} has {len(ids)} tokens and the prompt "
-                    f"{len(prompt)}, together {len(prompt) + len(ids)}; the student reads {limit}; "
-                    "shorten it, or leave the row out"
-                )
-            if is_chat and not set(ids) & set(setup.vocabulary.stop_ids):
-                raise UserError(
-                    f"the chat template ends the completion of prompt {name!r} with no terminator "
-                    f"of the student ({list(setup.vocabulary.stop_ids)}); expected one; set "
-                    "rollouts.stop_tokens, or template.file to a template that writes it"
-                )
+    too_long = np.flatnonzero(prompts_C + lengths_C > (limit or np.inf))
+    if len(too_long):
+        tokens, prompt = int(lengths_C[too_long[0]]), int(prompts_C[too_long[0]])
+        raise UserError(
+            f"a completion of prompt {table['prompt_id'][int(row_C[too_long[0]])].as_py()!r} has "
+            f"{tokens} tokens and the prompt {prompt}, together {tokens + prompt}; the student "
+            f"reads {limit}; shorten it, or leave the row out"
+        )
+    ids = column.flatten().flatten().to_numpy()
+    stops = np.cumsum(np.append(0, np.isin(ids, setup.vocabulary.stop_ids)))
+    ends = np.cumsum(lengths_C)
+    endless = np.flatnonzero(stops[ends] == stops[ends - lengths_C])
+    if setup.config.prompts.template.kind == "chat" and len(endless):
+        raise UserError(
+            "the chat template ends the completion of prompt "
+            f"{table['prompt_id'][int(row_C[endless[0]])].as_py()!r} with no terminator of the "
+            f"student ({list(setup.vocabulary.stop_ids)}); expected one; set "
+            "rollouts.stop_tokens, or template.file to a template that writes it"
+        )
 
 
 def check_prompt_ids(prompts: pa.Table, vocabulary: Vocabulary) -> None:

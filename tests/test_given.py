@@ -18,6 +18,7 @@ from opd_stream.prompts import prompts_table
 from opd_stream.rendering import ChatTemplate, Prompt, RawTemplate, Renderer
 from opd_stream.sources import FilePrompts
 from opd_stream.store.reader import ScoredRow, ScoredRows
+from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.store.tokenizer_folder import open_tokenizer
@@ -27,8 +28,8 @@ from pipeline.rounds import rounds
 from pipeline.run_folder import RunFolder
 from pipeline.setup import open_setup
 from pipeline.single_stage import run_stage
-from stages.given import ended
-from stages.prompts import round_prompts, selected_rows
+from stages.given import ended, given_batch
+from stages.prompts import prompts_of, round_prompts, selected_rows
 from stages.recipes import is_given, is_unscored
 from stages.step import Silent, Stage
 from stages.train_data import BatchPlan, step_batches
@@ -389,3 +390,25 @@ def test_given_tokens_move_no_drift() -> None:
     assert means(both)["given_loss"] == means(own)["loss"]
     assert "given_loss" not in means(own)
     assert DriftSums().tokens == means(given)["policy_drift"] == 0
+
+
+def test_a_chat_template_without_the_students_terminator_is_refused(tmp_path: Path) -> None:
+    setting = problems(tmp_path, count=8)
+    (tmp_path / "chat.jinja").write_text(CHAT.replace("<eos>", "|"))
+    chat = f"prompts.template={{kind: chat, file: {tmp_path / 'chat.jinja'}}}"
+    shared = (*SHORT, setting, chat, "rollouts.given_share=0.5")
+    with pytest.raises(UserError, match="with no terminator of the student"):
+        open_setup(small_config(tmp_path, *shared))
+    (tmp_path / "chat.jinja").write_text(CHAT)
+    setup = open_setup(small_config(tmp_path, *shared))
+    given, own = (cache.rollouts.artifact.recipe for cache in next(rounds(setup)).caches)
+    batch = given_batch(prompts_of(setup.store, given), given)
+    assert len(batch) == 4
+    assert not set(batch.prompt_id) & set(prompts_of(setup.store, own)["prompt_id"].to_pylist())
+    assert batch.finish_reason == ("length",) * 4
+    longer = Recipe(
+        kind="rollouts", settings={**given.settings, "window_tokens": 500}, inputs=given.inputs
+    )
+    whole = given_batch(prompts_of(setup.store, given), longer)
+    assert whole.finish_reason == ("stop",) * 4
+    assert all(ids[-1] in setup.vocabulary.stop_ids for ids in whole.completion_ids)
