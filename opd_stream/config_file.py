@@ -25,7 +25,7 @@ _PATHS = {  # section -> its fields that hold a path; "" is the file itself
     "teacher": ("path",),
     "template": ("file",),
     "prompts": ("path", "data_files"),
-    "replay": ("run",),
+    "replay": ("run", "store"),
 }
 
 
@@ -98,10 +98,8 @@ def _validated(raw: dict[str, Any], overrides: list[str], where: str) -> Config:
             problems.append(str(error))
     found = _checked(raw, problems)
     if found is None or problems:
-        lines = "\n".join(problems)
-        raise UserError(
-            lines if len(problems) == 1 else f"{len(problems)} problems in {where}:\n{lines}"
-        )
+        head = (f"{len(problems)} problems in {where}:",) if len(problems) > 1 else ()
+        raise UserError(*head, *problems)
     return found
 
 

@@ -13,9 +13,14 @@ from pathlib import Path
 class UserError(ValueError):
     """A mistake in a config, an input file or the environment, told in one line.
 
+    Several mistakes that are told at once are an argument each, and a line each.
+
     Example:
         >>> raise UserError("window_tokens is 0; expected at least 1; set window.tokens=1 or more")
     """
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 def shortened(value: object, most: int = 80) -> str:

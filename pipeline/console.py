@@ -17,8 +17,9 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Self, TextIO
 
+import typer
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -65,7 +66,8 @@ class PlainLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         prefix = "warning: " if record.levelno == logging.WARNING else ""
-        return prefix + visible(super().format(record))
+        text = super().format(record)
+        return prefix + (one_line(text) if record.name == LOG.name else visible(text))
 
 
 class _StderrHandler(logging.Handler):
@@ -117,12 +119,23 @@ def visible(text: str) -> str:
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def print_error(message: str) -> None:
-    """A mistake of the user, in one line."""
+def one_line(text: str) -> str:
+    """The same for a line, in which nothing of data begins another one."""
+    return visible(text).replace("\n", "\\n")
+
+
+def echo(*lines: str) -> None:
+    """Lines of a command's result, on stdout."""
+    for line in lines:
+        typer.echo(one_line(line))
+
+
+def print_error(*lines: str) -> None:
+    """Mistakes of the user, each in one line."""
     if is_json():
-        LOG.error("%s", message)
+        LOG.error("%s", "\n".join(lines))
     else:
-        sys.stderr.write(f"opd-stream: {visible(message)}\n")
+        sys.stderr.write(f"opd-stream: {chr(10).join(map(one_line, lines))}\n")
 
 
 def is_json() -> bool:
@@ -149,9 +162,18 @@ def rate_text(per_second: float) -> str:
     return f"{per_second:.2f}" if per_second >= 0.1 else f"{per_second:.2g}"
 
 
+class ResultTable(Table):
+    """A table whose cells are what they say: nothing of data is marked up or moves the cursor."""
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        """A row; text is shown as it is, in one line."""
+        shown = (Text(one_line(each)) if isinstance(each, str) else each for each in cells)
+        super().add_row(*shown, **options)
+
+
 def result_table(columns: Iterable[str], *, left: Collection[str] = ()) -> Table:
     """An empty table of numbers; columns named in `left` hold words."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = ResultTable(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for name in columns:
         justify = "left" if name in left else "right"
         table.add_column(name, justify=justify, no_wrap=True, vertical="bottom")
@@ -161,6 +183,7 @@ def result_table(columns: Iterable[str], *, left: Collection[str] = ()) -> Table
 def print_lines(console: Console, lines: Iterable[str | Text]) -> None:
     """Lines as they are: nothing in them is marked up or wrapped."""
     for line in lines:
+        line = Text(one_line(line)) if isinstance(line, str) else line
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -195,7 +218,7 @@ class Live:
         if self._live:
             self._bars.stop()
         for line in lines:
-            sys.stdout.write(visible(line) + "\n")
+            sys.stdout.write(one_line(line) + "\n")
         sys.stdout.flush()
         if self._live:
             self._bars.start()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from opd_stream.errors import UserError
-from opd_stream.store.files import explained
+from opd_stream.store.files import explained, make_folder
 from opd_stream.store.sealed import Sealed, load_record, record_bytes
 from pipeline.interrupts import end_process
 
@@ -52,8 +52,8 @@ def lease(folder: Path) -> Generator[None]:
         started=_start_of(os.getpid()) or "",
         token=token,
     )
+    make_folder(folder)
     with explained(path):
-        folder.mkdir(parents=True, exist_ok=True)
         _take(path, own)
     done = threading.Event()
     beat = threading.Thread(target=_keep, args=(path, token, done), name="lease", daemon=True)

@@ -106,7 +106,8 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> RunSummary:
         damaged_before: set[str] = set()
         while not make_rounds(session, setup, accounts, earlier, damaged_before):
             pass
-        setup.store.record_run(run_id, folder.path, session.reached)  # and no more
+        there = session.reached & setup.store.there()  # a probe may turn out not to be needed
+        setup.store.record_run(run_id, folder.path, there)  # and no more
         return accounts.write_summary(session.call_seconds(earlier))
 
 
@@ -150,7 +151,8 @@ def make_rounds(
 def make_round(session: Session, setup: Setup, round_: Round) -> None:
     """Make what is missing of a round, and mend what its records say wrongly."""
     for step in round_.steps:
-        step.artifact.mend()
+        if step.model is not None:  # what a replay reads stays as it is
+            step.artifact.mend()
     if not is_trained(session, round_, cache=session.store.digests):
         session.folder.write_plan(round_)
         train_round(session, setup, round_)
@@ -199,6 +201,7 @@ def check_loaded(session: Session, model: Checkpoint, part: Part = "model") -> N
         reason = policy.damage(cache=None, part=part)
         if reason is not None:
             raise DamagedPolicy(policy, reason)
+        policy.check_alone()
     elif identify(model.folder) != model.identity:
         raise UserError(
             f"the files of {model.folder} changed since they were first read, though their time "
@@ -250,7 +253,8 @@ def train_round(session: Session, setup: Setup, round_: Round, *, again: bool = 
             if session.config.replay is not None:
                 raise UserError(
                     f"{damaged}; a replay only reads: take it out with `opd-stream cache verify "
-                    f"{session.config.store} --repair`, resume the run that made it, then this"
+                    f"{damaged.artifact.folder.parent.parent} --repair`, resume the run that made "
+                    "it, then this"
                 ) from damaged
             make_again(damaged, made_again, session.progress)
 
@@ -504,6 +508,7 @@ def _measure_distance(session: Session, steps: dict[str, Step]) -> None:
         session.spans += measure_missing(
             session.executor,
             start_shards(session, step),
+            hidden=step.needs[1].shards,
             student=step.model,
             made_by=session.run_id,
             progress=session.progress,

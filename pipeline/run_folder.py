@@ -24,7 +24,7 @@ from opd_stream.config import PLACEMENT, Config, counts_rounds
 from opd_stream.config_file import problems_of
 from opd_stream.errors import UserError
 from opd_stream.outcome import read_metrics
-from opd_stream.store.files import explained, publish
+from opd_stream.store.files import make_folder, publish, remove_file
 from opd_stream.store.recipe import differing_fields
 from opd_stream.store.sealed import (
     DamagedRecord,
@@ -58,8 +58,7 @@ class RunFolder:
         Raises:
             UserError: the folder belongs to a run with other settings, or cannot be written.
         """
-        with explained(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         self.check(config)
         value = sealed(config.model_dump(mode="json"), CONFIG)
         publish(self.path / CONFIG, pretty_json(value))
@@ -71,8 +70,7 @@ class RunFolder:
         Raises:
             UserError: as `open`.
         """
-        with explained(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         self.check(config, "evaluation", "held_out_prompts")
         return self._record()
 
@@ -253,7 +251,7 @@ class RunFolder:
             return self.summary()
         except DamagedRecord as damaged:
             say_mended(damaged.path, damaged.reason, "it is written again, without earlier seconds")
-            damaged.path.unlink()
+            remove_file(damaged.path)
             return None
 
     def has_rounds(self) -> bool:

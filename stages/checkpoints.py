@@ -13,7 +13,7 @@ from opd_stream.costs import ModelShape, shape_of
 from opd_stream.errors import UserError
 from opd_stream.model_config import ModelConfig, read_model_config
 from opd_stream.section import is_object
-from opd_stream.store.files import INDEX, checkpoint_json, indexed_files
+from opd_stream.store.files import INDEX, checkpoint_json, indexed_files, real
 from opd_stream.store.policy import Identity
 from opd_stream.store.store import Store
 from opd_stream.store.tokenizer_folder import (
@@ -105,7 +105,7 @@ def open_checkpoint(store: Store, folder: Path) -> Checkpoint:
     Raises:
         UserError: it is no checkpoint.
     """
-    return Checkpoint(folder=folder.resolve(), identity=store.identify(folder))
+    return Checkpoint(folder=real(folder), identity=store.identify(folder))
 
 
 def open_served_checkpoint(

@@ -184,7 +184,7 @@ def _units_to_score(
     if scores is None:
         return []
     missing = missing_units(scores, progress, verify=verify)
-    stale, lost = _scored_from_other_bytes(rollouts, scores), _for_head(scores, progress, verify)
+    stale, lost = _made_of_other_bytes(rollouts, scores), _for_head(scores, progress, verify)
     return sorted({*missing, *stale, *new, *lost})
 
 
@@ -201,6 +201,7 @@ def measure_missing(
     executor: Executor,
     distances: Artifact,
     *,
+    hidden: Artifact,
     student: Checkpoint,
     made_by: str,
     progress: Progress,
@@ -208,12 +209,17 @@ def measure_missing(
 ) -> list[Span]:
     """Measure every missing unit of started distances, whose teacher's side is complete.
 
-    Returns when the workers were busy. `check` is called with a student that is about to work.
+    Returns when the workers were busy. `hidden` is the teacher's side, and `check` is called with
+    a student that is about to work.
 
     Raises:
         UserError: a worker met a user's mistake.
     """
     inputs = distances.recipe.inputs
+    missing = missing_units(distances, progress)
+    stale = _made_of_other_bytes(hidden, distances)
+    for unit in stale:
+        distances.invalidate(unit)
     tasks = [
         Task(
             unit=unit,
@@ -226,7 +232,7 @@ def measure_missing(
             teacher_side="hidden",
             distances=distances.fingerprint,
         )
-        for unit in missing_units(distances, progress)
+        for unit in sorted({*missing, *stale})
     ]
     if tasks:
         check(student)
@@ -268,8 +274,8 @@ def wait_for(
     return spans
 
 
-def _scored_from_other_bytes(rollouts: Artifact, scores: Artifact) -> list[int]:
-    """Units whose rollouts were made again, with other bytes, since they were scored."""
+def _made_of_other_bytes(rollouts: Artifact, scores: Artifact) -> list[int]:
+    """Units whose rollouts or hidden states were made again since, with other bytes."""
     sources = rollouts.commits()
     return [
         unit

@@ -475,7 +475,7 @@ def test_gc_removes_nothing_while_what_is_pinned_has_lost_its_recipe(gone: Path)
 def test_gc_removes_nothing_where_nobody_says_what_is_kept(gone: Path, name: str) -> None:
     shutil.rmtree(gone / name, ignore_errors=True)
     (gone / name).write_text("")
-    with pytest.raises(UserError, match="is a file; expected the folder of what is kept"):
+    with pytest.raises(UserError, match="is no folder; expected the one that runs wrote to"):
         said("gc", gone, "--delete", *NOW)
 
 

@@ -1,12 +1,15 @@
 """What a user can meet is one line and exit code 2, in every command that reads."""
 
+import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from opd_stream.store.store import Store
+from pipeline.console import print_lines, result_table
 from tests.conftest import Command, SmallRuns, rewrite, small_config
 
 PROGRESS = ("export:", "residual:")
@@ -124,3 +127,74 @@ def test_a_file_for_a_folder_and_a_folder_for_a_file(
     only_line(said)
     assert (tmp_path / "file").read_text() == "mine"
     assert not list((tmp_path / "folder").iterdir())
+
+
+@pytest.mark.parametrize(
+    "value", ["a\\nb", "a\\tb", "a\\e[2Jb", "a\\u202eb"], ids=lambda value: value[1:-1]
+)
+def test_nothing_in_a_value_begins_another_line_or_commands_the_terminal(
+    value: str, tmp_path: Path, opd_stream: Command
+) -> None:
+    small_config(tmp_path)
+    config = str(tmp_path / "small.yaml")
+    line = only_line(opd_stream("run", config, "--set", f'student.path="{value}"'))
+    assert "is no checkpoint" in line
+    assert line.isprintable()
+
+
+def test_what_a_shell_passes_raw_is_refused(tmp_path: Path, opd_stream: Command) -> None:
+    small_config(tmp_path)
+    words = ("run", str(tmp_path / "small.yaml"), "--set", "student.path=a\x1b[2J")
+    assert "the value is not valid YAML; quote it" in only_line(opd_stream(*words))
+
+
+def test_mistakes_told_at_once_are_a_line_each(tmp_path: Path, opd_stream: Command) -> None:
+    small_config(tmp_path)
+    words = ("run", str(tmp_path / "small.yaml"), "--set", "rounds=0", "--set", 'seed="a\\nb"')
+    code, _, error = opd_stream(*words)
+    head, *lines = error.splitlines()
+    assert (code, head.split()[:2], len(lines)) == (2, ["opd-stream:", "2"], 2)
+
+
+def test_a_table_shows_text_as_it_is() -> None:
+    table = result_table(["name"], left=["name"])
+    table.add_row("[bold]a\x1b[2J\nb")
+    shown = io.StringIO()
+    page = Console(file=shown, width=80)
+    page.print(table)
+    print_lines(page, ["c\nd"])
+    assert "[bold]a\\x1b[2J\\nb" in shown.getvalue()
+    assert "c\\nd" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("report", "LONG"),
+        ("compare", "LONG", "LONG"),
+        ("status", "LONG"),
+        ("cache", "ls", "LONG"),
+        ("cache", "verify", "LONG"),
+        ("schema", "--out", "LONG"),
+        ("run", "CONFIG", "--run-dir", "LONG"),
+        ("run", "CONFIG", "--run-dir", "PROC"),
+        ("run", "CONFIG", "--set", "store=PROC"),
+        ("schema", "--out", "PROC"),
+        ("cache", "import", "PROC", "CONFIG"),
+        ("cache", "ls", "LOOP"),
+        ("status", "LOOP"),
+        ("run", "CONFIG", "--run-dir", "LOOP"),
+        ("run", "CONFIG", "--set", "store=LOOP"),
+        ("run", "CONFIG", "--set", "student.path=LOOP"),
+    ],
+    ids=" ".join,
+)
+def test_a_place_that_no_file_system_has(
+    words: tuple[str, ...], tmp_path: Path, opd_stream: Command
+) -> None:
+    small_config(tmp_path)
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    places = {"LONG": "/x" * 2500, "CONFIG": str(tmp_path / "small.yaml")}
+    given = (places.get(w, w).replace("PROC", "/proc/x").replace("LOOP", str(loop)) for w in words)
+    assert len(only_line(opd_stream(*given))) < 400

@@ -14,15 +14,24 @@ import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import pyarrow as pa
-from pydantic import model_serializer, model_validator
+from pydantic import Field, FiniteFloat, model_serializer, model_validator
 
 from opd_stream.errors import UserError
-from opd_stream.section import Record, later
+from opd_stream.section import LARGEST_INTEGER, Record, later
 from opd_stream.store.codecs.fidelity import Fidelity
-from opd_stream.store.files import check_there, inside, json_files, publish, sha256, verified_bytes
+from opd_stream.store.files import (
+    check_there,
+    inside,
+    is_there,
+    json_files,
+    publish,
+    remove_file,
+    sha256,
+    verified_bytes,
+)
 from opd_stream.store.recipe import Recipe, RecipeRecord, mend_recipe
 from opd_stream.store.sealed import (
     DamagedRecord,
@@ -38,8 +47,11 @@ from opd_stream.store.shards import Part, batch_of, schema_of, shard_bytes, tabl
 class Layout(Record):
     """How many rows (prompts) an artifact covers, and how many a unit holds."""
 
-    rows: int
-    rows_per_unit: int
+    rows: Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
+    rows_per_unit: Annotated[int, Field(ge=1)]
+
+
+Count = int | Annotated[float, Field(allow_inf_nan=False)]
 
 
 class ArtifactRecord(RecipeRecord):
@@ -63,11 +75,13 @@ class Commit(Sealed):
     unit: int
     file: str  # relative to the artifact's folder
     sha256: str  # of the shard's bytes
-    bytes: int
-    counts: dict[str, int | float]  # additive: rows, completion_tokens, refused_rows, ...
+    bytes: Annotated[int, Field(ge=0)]
+    counts: dict[str, Count]  # additive: rows, completion_tokens, refused_rows, ...
     made_by: str = ""  # id of the run that made it; every other run reuses it
-    seconds: float = 0.0  # it took to make
-    made_at: float = 0.0  # its end, seconds since the epoch by the maker's clock; 0: not known
+    seconds: FiniteFloat = 0.0  # it took to make
+    made_at: FiniteFloat = (
+        0.0  # its end, seconds since the epoch by the maker's clock; 0: not known
+    )
     source_sha256: str | None = None  # the shard of the input artifact this one was made from
     parts: tuple[Part, ...] = ()  # the schema, then each record batch
     skipped_rows: tuple[int, ...] = ()  # refused, or without a token that may train; scores only
@@ -83,7 +97,7 @@ class Manifest(RecipeRecord):
     """`manifest.json` of an artifact made of units."""
 
     units: tuple[Commit, ...]
-    counts: dict[str, int | float]  # of all units together
+    counts: dict[str, Count]  # of all units together
 
 
 class EvaluationResult(Record):
@@ -124,6 +138,16 @@ class DamagedUnit(Exception):
     def __init__(self, artifact: "Artifact", unit: int, reason: str) -> None:
         super().__init__(f"unit {unit} of {artifact.name} is damaged: {reason}")
         self.artifact, self.unit, self.reason = artifact, unit, reason
+
+
+def check_source(scores: "Artifact", commit: Commit, source: Commit | None) -> None:
+    """Refuse scores of rollouts that were made again since.
+
+    Raises:
+        DamagedUnit: they were made of another shard than the committed one.
+    """
+    if source is not None and commit.source_sha256 != source.sha256:
+        raise DamagedUnit(scores, commit.unit, "it scores other bytes than its rollouts unit")
 
 
 class Artifact:
@@ -175,22 +199,30 @@ class Artifact:
         Raises:
             DamagedUnit: the record is not what was written.
         """
-        path = self._commit_path(unit)
         try:
-            return load_record(Commit, path) if path.exists() else None
+            return load_record(Commit, self._commit_path(unit))
+        except FileNotFoundError:
+            return None
         except DamagedRecord as damaged:
             raise DamagedUnit(self, unit, f"its commit record {damaged.reason}") from damaged
 
     def has_unit(self, unit: int) -> bool:
         """Whether a unit has a commit record, sound or not."""
-        return self._commit_path(unit).exists()
+        return is_there(self._commit_path(unit))
 
     def commits(self) -> dict[int, Commit]:
         """Unit -> commit record, for the units that are committed."""
         if not self.is_started():
             return {}
-        records = ((unit, self.commit_record(unit)) for unit in self.units())
+        units = self.units()
+        records = ((unit, self.commit_record(unit)) for unit in self.committed() if unit in units)
         return {unit: record for unit, record in records if record is not None}
+
+    def committed(self) -> list[int]:
+        """The numbers of the units that have a commit record, sound or not."""
+        names = {path.name for path in json_files(self.folder / "units")}
+        numbers = (int(name[:-5]) for name in names if name[:-5].isdecimal())
+        return sorted(unit for unit in numbers if self._commit_path(unit).name in names)
 
     def listed_commits(self) -> dict[int, Commit]:
         """The same as `commits`, with one read where the artifact is complete."""
@@ -303,15 +335,14 @@ class Artifact:
 
     def invalidate(self, unit: int) -> None:
         """Take a unit out of the artifact, so that the next stage makes it again, alone."""
-        (self.folder / "manifest.json").unlink(missing_ok=True)
+        remove_file(self.folder / "manifest.json")
         try:
             commit = self.commit_record(unit)
             shards = [] if commit is None else [inside(self.folder, commit.file)]
-        except DamagedUnit:
+        except (DamagedUnit, UserError):  # a name that leads elsewhere is followed nowhere
             shards = list((self.folder / "units").glob(f"{unit:05d}-*.arrow"))
-        self._commit_path(unit).unlink(missing_ok=True)
-        for shard in shards:
-            shard.unlink(missing_ok=True)
+        for path in (*shards, self._commit_path(unit)):
+            remove_file(path)
 
     def restore_record(self, unit: int) -> bool:
         """Write a unit's commit record again as the manifest has it; returns whether it does."""
@@ -342,7 +373,7 @@ class Artifact:
         reason = self._reason(manifest, Manifest)
         if reason is not None:
             say_mended(manifest, reason)
-            manifest.unlink(missing_ok=True)
+            remove_file(manifest)
             with contextlib.suppress(DamagedUnit, FileNotFoundError):  # who makes units, finishes
                 self.finish()
 
@@ -370,7 +401,7 @@ class Artifact:
                 "the folder to have the artifact made again"
             )
         else:
-            (self.folder / "recipe.json").unlink(missing_ok=True)
+            remove_file(self.folder / "recipe.json")
 
     def _recorded_layout(self) -> Layout | None:
         """The layout that commit records say, in the manifest or by themselves."""
@@ -410,7 +441,7 @@ class Artifact:
         reason = self._reason(manifest, kind)
         if reason is not None:
             say_mended(manifest, reason, "its figures are taken again")
-            manifest.unlink(missing_ok=True)
+            remove_file(manifest)
 
     def _commit_path(self, unit: int) -> Path:
         return self.folder / "units" / f"{unit:05d}.json"

@@ -21,7 +21,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from opd_stream.errors import UserError, shortened
 from opd_stream.section import Record
-from opd_stream.store.artifact import Artifact
+from opd_stream.store.artifact import Artifact, check_source
 from opd_stream.store.codecs import (
     Codec,
     HiddenCodec,
@@ -129,6 +129,7 @@ def export_scores(
         folder.mkdir()
         after_unit(0, len(commits), 0)
         for done, (unit, commit) in enumerate(commits.items(), 1):
+            check_source(scores, commit, rollouts.commit_record(unit))
             table = _plain(rollouts.read_unit(unit), scores.read_unit(unit))
             pq.write_table(table, folder / f"{unit:05d}.parquet", compression="zstd")
             rows += table.num_rows

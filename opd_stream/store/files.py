@@ -137,6 +137,42 @@ def json_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.json"), key=str) if folder.exists() else []
 
 
+def is_there(path: Path) -> bool:
+    """Whether a name is taken, be it by a link that leads nowhere."""
+    return path.exists() or (not is_remote(path) and path.is_symlink())
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file that may be gone.
+
+    Raises:
+        UserError: a folder is in its place, or the system does not let it be removed.
+    """
+    if not is_remote(path) and path.is_dir() and not path.is_symlink():
+        raise UserError(
+            f"{path} is a folder; expected a file that opd-stream wrote; move the folder away, and "
+            "run the same command again"
+        )
+    with explained(path):
+        path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder that may be there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    with explained(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # of a file system without folders of one's own
+            raise UserError(
+                f"cannot make the folder {path}; expected a place on a disk; choose another one "
+                "(--set store=DIR, --run-dir DIR)"
+            ) from error
+
+
 def verified_bytes(
     path: Path, expected_sha256: str, stretch: tuple[int, int] | None = None
 ) -> bytes:
@@ -262,6 +298,11 @@ def remove_tree(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+def real(path: Path) -> Path:
+    """Where a path leads, also where links lead in a circle."""
+    return Path(os.path.realpath(path))
+
+
 def inside(folder: Path, name: str) -> Path:
     """The path of `name` in `folder`, where `name` comes from a manifest.
 
@@ -271,7 +312,7 @@ def inside(folder: Path, name: str) -> Path:
     pure, path = PurePosixPath(name), folder / name
     leads_out = pure.is_absolute() or ".." in pure.parts or "://" in name or "\\" in name
     if not leads_out and not is_remote(folder):
-        leads_out = not path.resolve().is_relative_to(folder.resolve())
+        leads_out = not real(path).is_relative_to(real(folder))
     if leads_out:
         raise UserError(
             f"a manifest in {folder} names the file {name!r}; expected a name inside that folder; "
@@ -306,7 +347,9 @@ def explained(path: Path) -> Generator[None]:
                 f"{path} is a folder; expected the name of a file; name another one"
             ) from error
         refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-        if error.errno in refusals and not (is_remote(path) and isinstance(error, FileExistsError)):
+        is_odd = error.errno == errno.ENOENT and not is_remote(path) and is_folder(path.parent)
+        is_refused = error.errno in refusals or is_odd  # some file systems hold no new files
+        if is_refused and not (is_remote(path) and isinstance(error, FileExistsError)):
             raise UserError(
                 f"cannot write {path} ({error.strerror}); expected a writable folder; "
                 "choose another one (--set store=DIR, --run-dir DIR)"
@@ -380,7 +423,7 @@ def is_folder(path: Path) -> bool:
 def _temporary(path: Path, data: bytes) -> Generator[Path]:
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             with temporary.open("wb") as file:
                 file.write(data)

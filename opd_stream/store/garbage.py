@@ -1,7 +1,7 @@
 """What a store no longer needs, and what is kept for good: `cache gc`, `cache pin`."""
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -9,7 +9,10 @@ from opd_stream.errors import UserError
 from opd_stream.store.files import (
     inside,
     is_remote,
+    is_there,
     json_files,
+    real,
+    remove_file,
     remove_tree,
     stale_temporaries,
 )
@@ -67,12 +70,14 @@ def gone_runs(store: Store, *, run_seconds: float = RUN_SECONDS) -> list[RunReco
     A folder that is away alone says nothing: the run may be at work on another machine, or in a
     container. Every command of a run refreshes its record.
     """
-    now = time.time()
-    return [
-        record
-        for path, record in store.runs().items()
-        if now - path.stat().st_mtime > run_seconds and not Path(record.folder).exists()
-    ]
+    runs = store.runs().items()
+    return [record for path, record in runs if is_gone(path, record, run_seconds)]
+
+
+def is_gone(path: Path, record: RunRecord, run_seconds: float) -> bool:
+    """Whether the run of a record is one of `gone_runs`."""
+    is_old = time.time() - path.stat().st_mtime > run_seconds
+    return is_old and not Path(record.folder).exists()
 
 
 def garbage(
@@ -99,8 +104,9 @@ def garbage(
     """
     recipes, unreadable = _read_recipes(store)
     gone = {record.id for record in gone_runs(store, run_seconds=run_seconds)}
-    runs = [run for run in store.runs().values() if run.id not in gone]
-    kept = {name for run in runs for name in run.artifacts} | _pinned(store)
+    known, pinned = store.runs().values(), _pinned(store)
+    _check_records(store, recipes, has_runs=bool(known), pinned=pinned)
+    kept = {name for run in known if run.id not in gone for name in run.artifacts} | pinned
     needed = _needed(store, recipes, kept)
     inputs = {each[:16] for name in needed for each in recipes[name].inputs.values()}
     for name, reason in unreadable.items():
@@ -124,6 +130,29 @@ def garbage(
     return found + [path for path in inner if not any(path.is_relative_to(each) for each in found)]
 
 
+def _check_records(
+    store: Store, recipes: Mapping[str, RecipeRecord], *, has_runs: bool, pinned: Collection[str]
+) -> None:
+    """Refuse a store that lost what says what is kept.
+
+    Raises:
+        UserError: runs made artifacts, and none has a record; or a pinned artifact is away.
+    """
+    is_made = any("imported" not in record.settings for record in recipes.values())
+    if is_made and not has_runs and not pinned:
+        raise UserError(
+            f"{store.root} holds what runs made, and its folder runs has no record of one, so that "
+            "everything would go; nothing is removed; call the runs again, which write them, or "
+            "pin what is to stay"
+        )
+    for name in sorted(pinned):
+        if name not in recipes and not (store.root / name).exists():
+            raise UserError(
+                f"{name} is pinned and not there, so what it was made from is unknown; nothing is "
+                "removed; restore it, or unpin it"
+            )
+
+
 def remove_garbage(path: Path) -> None:
     """Remove one of the paths of `garbage`.
 
@@ -133,7 +162,7 @@ def remove_garbage(path: Path) -> None:
     if path.suffix == ".tmp":
         path.unlink(missing_ok=True)
         return
-    (path / "manifest.json").unlink(missing_ok=True)  # from here on it does not exist
+    remove_file(path / "manifest.json")  # from here on it does not exist
     for part in path.iterdir():  # recipe.json last: while units are there, it says how many
         if part.is_dir() and not part.is_symlink():
             remove_tree(part)
@@ -144,16 +173,16 @@ def _read_recipes(store: Store) -> tuple[dict[str, RecipeRecord], dict[str, str]
     """The recipes of all artifacts by name, and why others cannot be read."""
     recipes: dict[str, RecipeRecord] = {}
     unreadable: dict[str, str] = {}
-    for kind in ("runs", "pins"):
-        if (store.root / kind).exists() and not (store.root / kind).is_dir():
+    for kind in (*KINDS, "runs", "pins"):
+        if is_there(store.root / kind) and not (store.root / kind).is_dir():
             raise UserError(
-                f"{store.root / kind} is a file; expected the folder of what is kept, without "
+                f"{store.root / kind} is no folder; expected the one that runs wrote to, without "
                 "which nothing is removed; restore it"
             )
     for name in [f"{kind}/{folder.name}" for kind in KINDS for folder in store.folders(kind)]:
         folder = store.root / name
         try:
-            if not is_remote(store.root) and folder.resolve() != store.root.resolve() / name:
+            if not is_remote(store.root) and real(folder) != real(store.root) / name:
                 unreadable[name] = "a link"
                 continue
             if not (folder / "recipe.json").exists():

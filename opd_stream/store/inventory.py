@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd_stream.errors import UserError
+from opd_stream.errors import Unreachable, UserError
 from opd_stream.outcome import Coverage
 from opd_stream.store.artifact import Artifact, DamagedUnit, summed_counts
 from opd_stream.store.codecs.fidelity import Fidelity
 from opd_stream.store.policy import PolicyManifest
 from opd_stream.store.recipe import KINDS, RecipeRecord
-from opd_stream.store.sealed import DamagedRecord, load_record
+from opd_stream.store.sealed import load_record
 from opd_stream.store.store import Store
 
 SHARDED = ("prompts", "rollouts", "scores", "heads", "bases", "hidden", "distances")
@@ -54,7 +54,9 @@ def entries(store: Store) -> Iterator[Entry]:
                 size = sum(commit.bytes for commit in commits.values())
             elif kind == "policies" and is_complete:
                 size = bytes_below(folder)
-        except (DamagedRecord, DamagedUnit):
+        except Unreachable:
+            raise
+        except (UserError, DamagedUnit):
             is_damaged = True
         yield Entry(
             is_damaged=is_damaged,

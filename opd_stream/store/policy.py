@@ -30,7 +30,10 @@ from opd_stream.store.files import (
     indexed_files,
     inside,
     is_remote,
+    is_there,
     publish,
+    real,
+    remove_file,
     remove_tree,
     sha256,
     sha256_file,
@@ -65,6 +68,7 @@ EXACT = "exact"  # folder of the weights in float32, where they are published in
 BASE = "extrapolation"  # folder of the point that the next extrapolation starts from
 STATE = (OPTIMIZER, EXACT, BASE)  # what only the next round's training reads
 METRICS = "metrics.jsonl"
+LOADED = (".safetensors", ".json", ".jinja", ".model", ".py", "vocab.txt", "merges.txt")
 UNREAD = "unread"  # digest of weights that were not read
 VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
@@ -277,7 +281,7 @@ class PolicyArtifact:
 
     def is_complete(self) -> bool:
         """Whether the manifest is there."""
-        return (self.artifact_folder / "manifest.json").exists()
+        return is_there(self.artifact_folder / "manifest.json")
 
     def manifest(self) -> PolicyManifest:
         """Recipe, identity, files and the outcome of the training."""
@@ -407,6 +411,20 @@ class PolicyArtifact:
             except (ValueError, OSError) as error:
                 yield f"{name}: {error}"
 
+    def check_alone(self) -> None:
+        """Refuse files beside the published ones, which a loader might read in place of them.
+
+        Raises:
+            UserError: names one.
+        """
+        manifest = self.manifest()
+        folder = inside(self._local_folder, manifest.folder)
+        for name in unpublished_files(folder, manifest):
+            raise UserError(
+                f"{folder / name} was not published with {self.name}, and may change what is "
+                "loaded; expected the published files alone; move it away"
+            )
+
     def damage(self, *, cache: Path | None, part: Part = "training") -> str | None:
         """What is wrong with the published files of a part, or None; `cache` as in `identify`.
 
@@ -438,10 +456,17 @@ class PolicyArtifact:
     def invalidate(self) -> None:
         """Take the policy out of the store, so that the next train stage makes it again."""
         folders = list(self._local_folder.glob("attempt-*"))
-        (self.artifact_folder / "manifest.json").unlink(missing_ok=True)
+        remove_file(self.artifact_folder / "manifest.json")
         if is_remote(self.artifact_folder):
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def unpublished_files(folder: Path, manifest: PolicyManifest) -> list[str]:
+    """Names of files that a loader of the folder may read and the manifest does not have."""
+    known = {*manifest.files, *manifest.dropped}
+    names = {path.name for path in folder.glob("*") if path.name.endswith(LOADED)}
+    return sorted(names - known)
 
 
 def _is_of(part: Part, name: str) -> bool:
@@ -488,7 +513,7 @@ def _read_digest(remembered: Path) -> str | None:
 def _remembered(path: Path, cache: Path, reads: Reads) -> Path:
     """Where a digest is kept, for as long as no file that it is of changes."""
     files = tokenizer_files(path) if path.is_dir() else [path]
-    stats = [(str(file.resolve()), file.stat()) for file in files]
+    stats = [(str(real(file)), file.stat()) for file in files]
     key: list[Any] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     key += library_versions() if path.is_dir() else ()
     return cache / f"{sha256(canonical_json([reads.__name__, *key]))[:32]}.json"

@@ -22,7 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from opd_stream.errors import UserError
-from opd_stream.store.artifact import Artifact, Commit, DamagedUnit
+from opd_stream.store.artifact import Artifact, Commit, DamagedUnit, check_source
 from opd_stream.store.codecs import ScoreBlock, StateBasis, StoredStates, checked_scores
 from opd_stream.store.codecs.columns import is_among, lengths_of
 from opd_stream.store.codecs.hidden import basis_of
@@ -254,8 +254,7 @@ class ScoredRows:
         if commit is None or source is None:
             artifact = scores if commit is None else rollouts
             raise DamagedUnit(artifact, unit, "its commit record is missing")
-        if commit.source_sha256 != source.sha256:
-            raise DamagedUnit(scores, unit, "it scores other bytes than its rollouts unit")
+        check_source(scores, commit, source)
         rows = np.setdiff1d(np.arange(int(commit.counts["rows"])), np.array(commit.skipped_rows))
         filled = np.empty((len(rows), 3), np.int64)
         filled[:, 0], filled[:, 1], filled[:, 2] = cache, unit, rows

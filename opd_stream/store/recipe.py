@@ -32,6 +32,9 @@ Kind = Literal[
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+# Inputs that are digests of models and tokenizers; all others are fingerprints of artifacts.
+MODELS = ("student", "teacher", "base", "tokenizer", "student_tokenizer", "teacher_tokenizer")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:

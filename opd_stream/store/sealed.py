@@ -8,6 +8,7 @@ written before records had them: it is read, and `cache verify` says that it can
 """
 
 import contextlib
+import errno
 import json
 import logging
 from pathlib import Path
@@ -17,7 +18,15 @@ from pydantic import Field
 
 from opd_stream.errors import UserError
 from opd_stream.section import Record, check_version, is_object, read_record
-from opd_stream.store.files import READS, canonical_json, is_remote, publish, publish_new, sha256
+from opd_stream.store.files import (
+    READS,
+    canonical_json,
+    is_remote,
+    is_there,
+    publish,
+    publish_new,
+    sha256,
+)
 
 NAME, DIGEST = "record", "digest"
 
@@ -120,15 +129,32 @@ def read_json(path: Path) -> Any:
     """Parse a JSON file.
 
     Raises:
-        DamagedRecord: the file is not JSON (names it).
+        DamagedRecord: the file is not JSON, or no file (names it).
+        UserError: the system does not let it be read.
     """
-    if not is_remote(path) and not path.is_file() and path.exists():
-        raise DamagedRecord(path, "is no file")
-    data = path.read_bytes()
+    if not is_remote(path) and not path.is_file() and is_there(path):
+        raise DamagedRecord(path, "is no file, or a link to none")
     try:
-        return json.loads(data)
+        return json.loads(path.read_bytes(), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise DamagedRecord(path, f"is not valid JSON ({str(error)[:120]})") from error
+    except OSError as error:
+        if error.errno == errno.ENOTDIR:
+            raise FileNotFoundError(errno.ENOENT, "its folder is none", str(path)) from error
+        if is_remote(path) or error.errno not in (errno.EACCES, errno.EPERM, errno.EIO):
+            raise
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); expected a file that this user may read; "
+            "look at its permissions and its disk"
+        ) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose keys are different: of two readers each might take another value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands in it twice")
+    return found
 
 
 def say_mended(path: Path, reason: str, what: str = "it is written again") -> None:

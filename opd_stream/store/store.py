@@ -18,14 +18,17 @@ from opd_stream.store.files import (
     explained,
     is_of_client,
     is_remote,
+    is_there,
     json_files,
+    make_folder,
     place,
     publish,
+    real,
     refuse_full,
     sha256,
 )
 from opd_stream.store.policy import Identity, PolicyArtifact, identify, known_identity
-from opd_stream.store.recipe import Kind, Recipe, RecipeRecord, differing_fields
+from opd_stream.store.recipe import KINDS, Kind, Recipe, RecipeRecord, differing_fields
 from opd_stream.store.sealed import (
     DamagedRecord,
     Sealed,
@@ -64,6 +67,7 @@ class Store:
     `local` is a folder on this machine for what cannot live in an object store: checkpoints while
     they are read or written, and remembered digests. `retry_timeout` is how many seconds an object
     store is asked again that does not answer. Unless it `remembers`, new digests are not kept.
+    What an earlier run made is also looked for in the store `replayed`, which is only read.
     """
 
     def __init__(
@@ -72,14 +76,20 @@ class Store:
         *,
         retry_timeout: float = RETRY_TIMEOUT,
         remembers: bool = True,
+        replayed: str | None = None,
     ) -> None:
         self.remembers = remembers
         self.location = str(location)
         self.root = place(self.location, retry_timeout)
         self.local = _local_folder(self.location) if is_remote(self.root) else self.root
         # The same place for a process that works in another folder.
-        self.address = self.location if is_remote(self.root) else str(self.root.resolve())
+        self.address = self.location if is_remote(self.root) else str(real(self.root))
         self.digests = self.local / "digests"  # of files that did not change since
+        self.replayed = (
+            None
+            if replayed is None
+            else Store(replayed, retry_timeout=retry_timeout, remembers=False)
+        )
 
     def is_marked(self) -> bool:
         """Whether somebody wrote here as to a store."""
@@ -95,19 +105,26 @@ class Store:
         if is_remote(self.root):
             publish(probe, b"")
             probe.unlink()
-            publish_new_record(self.root / MARKER, StoreRecord())
+            self.mark()
             return
+        if self.root.is_file():
+            raise UserError(f"store {self.root} is a file; expected a folder; set store=DIR")
+        make_folder(self.root)
         with explained(self.root):
-            try:
-                self.root.mkdir(parents=True, exist_ok=True)
-            except FileExistsError as error:
-                raise UserError(
-                    f"store {self.root} is a file; expected a folder; set store=DIR"
-                ) from error
             probe.touch()
             probe.unlink()
-            if not self.is_marked():
-                publish_new_record(self.root / MARKER, StoreRecord())
+        self.mark()
+
+    def mark(self) -> None:
+        """Write store.json unless it is there, and again where it is damaged."""
+        path = self.root / MARKER
+        try:
+            load_record(StoreRecord, path)
+        except FileNotFoundError:
+            publish_new_record(path, StoreRecord())
+        except DamagedRecord as damaged:
+            say_mended(path, damaged.reason)
+            publish_record(path, StoreRecord())
 
     @contextlib.contextmanager
     def watched(self) -> Generator[None]:
@@ -137,6 +154,10 @@ class Store:
         Raises:
             UserError: the store has none with this fingerprint.
         """
+        folder = self.root / kind / fingerprint[:16]
+        files = ("recipe.json", "manifest.json")
+        if self.replayed is not None and not any(is_there(folder / name) for name in files):
+            return self.replayed.by_fingerprint(kind, fingerprint)
         return self.artifact(self._recipe_of(kind, fingerprint))
 
     def policy_by_fingerprint(self, fingerprint: str) -> PolicyArtifact:
@@ -192,6 +213,10 @@ class Store:
         parent = self.root / kind
         return sorted(parent.iterdir(), key=str) if parent.is_dir() else []
 
+    def there(self) -> set[str]:
+        """The names of all artifacts for which a folder was started, KIND/FINGERPRINT."""
+        return {f"{kind}/{folder.name}" for kind in KINDS for folder in self.folders(kind)}
+
     def record_run(
         self,
         run_id: str,
@@ -221,7 +246,7 @@ class Store:
         record = RunRecord(
             id=run_id,
             host=platform.node(),
-            folder=str(folder.resolve()),
+            folder=str(real(folder)),
             artifacts=tuple(sorted(artifacts)),
             shared=shared or (before and before.shared),
         )

@@ -1,5 +1,6 @@
 """The commands. Heavy imports happen inside them, so that help answers at once."""
 
+import errno
 import sys
 from typing import Any
 
@@ -31,7 +32,7 @@ def start() -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
-    from opd_stream.errors import UserError
+    from opd_stream.errors import UserError, shortened
 
     try:
         code = app(standalone_mode=False)
@@ -43,10 +44,17 @@ def main() -> None:
             print_error(f"{text.removesuffix('.')}; see {command} --help")
         sys.exit(2)
     except UserError as error:
-        print_error(str(error))
+        print_error(*map(str, error.args))
         sys.exit(2)
     except Exception as error:
         from opd_stream.store.artifact import DamagedUnit
+
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            print_error(
+                f"{shortened(str(error.filename))}: {error.strerror}; expected a path that the "
+                "file system takes; name another one"
+            )
+            sys.exit(2)
 
         if isinstance(error, DamagedUnit):
             print_error(

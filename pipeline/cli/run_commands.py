@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipeline.cli.options import ConfigFile, Overrides, RunDir, app, console, open_run
-from pipeline.console import TerminalProgress, print_lines, result_table
+from pipeline.console import TerminalProgress, echo, print_lines, result_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,7 +42,7 @@ def fetch_models(config: ConfigFile, overrides: Overrides = None) -> None:
     fetch_checkpoints(settings)
     for model in (settings.student, settings.teacher):
         if model is not None:
-            typer.echo(f"{model.path}: {model.folder}")
+            echo(f"{model.path}: {model.folder}")
 
 
 @app.command()
@@ -102,7 +102,7 @@ def _run_stage(
             follow=follow,
             author=by,
         )
-    typer.echo(line)
+    echo(line)
 
 
 def _add_stage(stage: Literal["score", "train"], description: str) -> None:
@@ -163,7 +163,7 @@ def evaluate(
             out=out,
             answers=answers,
         )
-    typer.echo(lines)
+    echo(*lines.split("\n"))
 
 
 def print_run(

@@ -16,6 +16,7 @@ from pipeline.cli.options import (
     open_folder,
     open_run,
 )
+from pipeline.console import echo
 
 
 @app.command()
@@ -132,7 +133,7 @@ def inspect(
     if html is not None:
         from pipeline.inspect.page import write_page
 
-        return typer.echo(write_page(view, html))
+        return echo(write_page(view, html))
     terminal.print_rollout(view, console=console())
 
 
@@ -151,7 +152,7 @@ def report(
             f"opd-stream report needs the library {error.name}, which is not installed; "
             "pip install jinja2 matplotlib"
         ) from error
-    typer.echo(write_report(run_dirs, out))
+    echo(write_report(run_dirs, out))
 
 
 @app.command()
@@ -166,7 +167,7 @@ def compare(
     from pipeline.comparison import compare as compare_policies
 
     for line in compare_policies(left, right, Bootstrap(confidence=confidence, seed=seed)):
-        typer.echo(line)
+        echo(line)
 
 
 @app.command()

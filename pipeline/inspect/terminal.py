@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opd_stream.tokens import Figure, quoted, visible
-from pipeline.console import print_lines
+from pipeline.console import ResultTable, one_line, print_lines
 from pipeline.inspect.command import WorstRollout
 from pipeline.inspect.view import RolloutView
 
@@ -28,7 +28,7 @@ def print_rollout(view: RolloutView, *, console: Console) -> None:
     name, unit = view.figure.name, view.figure.unit
     lines: list[Text | str] = [
         *(Text.assemble((f"{name:9}", "dim"), value) for name, value in facts(view)),
-        *("", Text("prompt", "bold"), view.prompt, ""),
+        *("", Text("prompt", "bold"), Text(view.prompt), ""),
         Text.assemble(("completion", "bold"), f", by {f'{name} ({unit})' if unit else name}"),
         *(_completion(view), "", _legend(view.figure)),
         *(Text(note, "dim") for note in notes(view)),
@@ -39,7 +39,7 @@ def print_rollout(view: RolloutView, *, console: Console) -> None:
 
 def print_worst(found: list[WorstRollout], *, console: Console) -> None:
     """The list of rollouts, and the command that opens each."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = ResultTable(box=box.SIMPLE_HEAD, pad_edge=False)
     name = found[0].view.figure.name if found else ""
     for column in ("", "prompt", "sample", "tokens", f"mean {name}", "largest", "at", "finish"):
         is_text = column in ("prompt", "finish")
@@ -50,7 +50,7 @@ def print_worst(found: list[WorstRollout], *, console: Console) -> None:
         place = view.worst(1)[0]
         table.add_row(
             str(number),
-            Text(visible(view.row.prompt_id).replace("\n", "\\n")),
+            view.row.prompt_id,
             str(view.row.sample_index),
             str(len(view.pieces)),
             f"{view.mean:.4f}",
@@ -60,14 +60,14 @@ def print_worst(found: list[WorstRollout], *, console: Console) -> None:
             "" if view.verdict is None else str(view.verdict),
         )
     console.print(table)
-    commands = (visible(entry.command) for entry in found)
-    print_lines(console, (f"{number}: {command}" for number, command in enumerate(commands, 1)))
+    lines = (f"{number}: {entry.command}" for number, entry in enumerate(found, 1))
+    print_lines(console, lines)
 
 
 def facts(view: RolloutView) -> Iterator[tuple[str, str]]:
     """What is known of the whole rollout: (name, text)."""
     row = view.row
-    yield "rollout", f"{visible(row.prompt_id)}, sample {row.sample_index}"
+    yield "rollout", f"{one_line(visible(row.prompt_id))}, sample {row.sample_index}"
     yield "from", view.source
     if (prompt := view.teacher_prompt) is not None:
         yield "teacher", f"read {quoted(prompt)}"
