@@ -7,7 +7,8 @@ A case damages one file of a copied run, reads it as every command would, runs `
 
     harmless  the file says what it said, or nothing reads it and the run wrote it again
     healed    a line named it, and the run and its store are what they were
-    refused   one line and exit code 2, and nothing else happened
+    refused   one line and exit code 2, and nothing else happened; where a folder or a link stood
+              in place of the file, moving it away is what makes the run go on
     silent    none of these, which is a bug
 """
 
@@ -43,6 +44,7 @@ KINDS = {
     "weights of a policy": ("store/policies/*/attempt-*/model.safetensors",),
     "optimizer": ("store/policies/*/attempt-*/optimizer/*",),
     "text of a policy": ("store/policies/*/attempt-*/*.json*",),
+    "mark of the store": ("store/store.json",),
     "run record": ("store/runs/*.json",),
     "pin": ("store/pins/*.json",),
     "remembered digest": ("store/digests/*.json",),
@@ -82,7 +84,7 @@ class Result:
 
 def cases(kinds: list[str], number: int, seed: int = 0) -> Iterator[Case]:
     """So many cases, each kind and way about as often."""
-    pairs = [(kind, way) for kind in kinds for way in WAYS]
+    pairs = [(kind, way) for kind in kinds for way in (*WAYS, *PLACES)]
     for index in range(number):
         kind, way = pairs[index % len(pairs)]
         yield Case(kind=kind, way=way, seed=seed + index, keeps_times=bool(index % 3))
@@ -118,6 +120,12 @@ WAYS: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
 }
 
 
+PLACES: dict[str, Callable[[Path], None]] = {  # what may stand where a file was
+    "folder": Path.mkdir,
+    "link": lambda path: path.symlink_to(path.name),  # to itself
+}
+
+
 def files_of(folder: Path, kind: str) -> list[Path]:
     """The files of a kind."""
     patterns = KINDS[kind]
@@ -137,8 +145,10 @@ def damage(folder: Path, case: Case) -> Path | None:
         return None
     if case.way == "deleted" and case.kind == "pin":
         return None  # that is what `unpin` does
-    if case.way == "deleted" and case.kind == "pin":
-        return None  # that is what `unpin` does
+    if case.way in PLACES:
+        path.unlink()
+        PLACES[case.way](path)
+        return path
     source = chance.choice(others).read_bytes() if case.way == "sibling" else before
     after = WAYS[case.way](source, chance)
     if after == before:
@@ -269,25 +279,31 @@ def outcome(source: Path, place: Path, case: Case, healthy: dict[str, Any]) -> R
     if code not in (0, 1):
         return result("silent", "", f"verify: {said}")
     is_refused = not is_in_store and bool(_read(folder))
-    finder = "verify" if code == 1 else "a reader" if is_refused else ""
+    is_named = code == 1 or "note: " in said
+    finder = "verify" if is_named else "a reader" if is_refused else ""
     code, ran = said_by(*words)
     finder = finder or ("run" if "damaged" in ran or "again" in ran else "")
-    if code == 2 and "TRACEBACK" not in ran:
+    is_refused = code == 2 and "TRACEBACK" not in ran
+    if is_refused and (case.way not in PLACES or case.kind == "pin"):
         return result("refused", finder or "run", ran)
-    if code != 0:
+    if code != 0 and not is_refused:
         return result("silent", finder, f"run: {ran}")
     code, said = said_by("cache", "verify", store) if is_in_store else (0, "")
-    if code == 1:
-        code, more = said_by("cache", "verify", store, "--repair")
+    if code == 1 or is_refused:
+        if case.way in PLACES and (path.is_symlink() or path.is_dir()):
+            path.unlink() if path.is_symlink() else path.rmdir()  # as the line said
+        ran += said_by("cache", "verify", store, "--repair")[1]
         code, again = said_by(*words)
-        ran += more + again
-        if code == 2:
-            return result("refused", finder, ran)
+        ran += again
+        if code != 0:
+            return result("refused" if code == 2 else "silent", finder, ran)
         code, said = said_by("cache", "verify", store)
     now = content(folder) if code == 0 else {}
     if code != 0 or now != healthy:
         other = [key for key in {*now, *healthy} if now.get(key) != healthy.get(key)]
         return result("silent", "", f"{ran} {said} differs: {other}")
+    if is_refused:
+        return result("refused", finder or "run", ran)
     return result("healed" if finder else "harmless", finder, ran)
 
 

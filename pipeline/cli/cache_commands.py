@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.console import TerminalProgress
+from pipeline.console import TerminalProgress, echo
 
 if TYPE_CHECKING:
     from opd_stream.store import Store
@@ -27,7 +27,7 @@ def list_artifacts(location: StorePlace) -> None:
     from opd_stream.store.inventory import entries
 
     total = 0
-    typer.echo(_ROW.format("artifact", "state", "units", "rows", "tokens", "bytes", "B/token"))
+    echo(_ROW.format("artifact", "state", "units", "rows", "tokens", "bytes", "B/token"))
     for entry in entries(_existing(location)):
         row = _ROW.format(
             entry.name,
@@ -38,9 +38,9 @@ def list_artifacts(location: StorePlace) -> None:
             f"{entry.bytes:,}",
             f"{entry.bytes / entry.tokens:.1f}" if entry.tokens else "",
         )
-        typer.echo(row)
+        echo(row)
         total += entry.bytes
-    typer.echo(f"{total:,} bytes in {location}")
+    echo(f"{total:,} bytes in {location}")
 
 
 @cache.command()
@@ -51,18 +51,18 @@ def show(location: StorePlace, name: ArtifactName) -> None:
 
     store = _existing(location)
     artifact = open_artifact(store, name)
-    typer.echo(f"{artifact.name}  {'complete' if artifact.is_complete() else 'not complete'}")
+    echo(f"{artifact.name}  {'complete' if artifact.is_complete() else 'not complete'}")
     typer.echo(json.dumps(artifact.recipe.as_json(), indent=2))
     if artifact.recipe.kind == "scores":
-        typer.echo(f"{'codec':22} {json.dumps(artifact.recipe.settings.get('codec'))}")
+        echo(f"{'codec':22} {json.dumps(artifact.recipe.settings.get('codec'))}")
         for field, value in fidelity_report(artifact).items():
             text = f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
-            typer.echo(f"{field:22} {text}")
+            echo(f"{field:22} {text}")
         found = coverage_of(store, artifact)
         for field, value in found.model_dump().items() if found else ():
-            typer.echo(f"{f'coverage.{field}':22} {value if value is None else f'{value:.6g}'}")
+            echo(f"{f'coverage.{field}':22} {value if value is None else f'{value:.6g}'}")
         if found is not None and is_low(found):
-            typer.echo(f"warning: the candidates {coverage_text(found)}")
+            echo(f"warning: the candidates {coverage_text(found)}")
 
 
 @cache.command()
@@ -78,33 +78,34 @@ def verify(
     """Read everything and say what is damaged; exit code 1 if anything is."""
     from opd_stream.store import verification
 
-    store, damaged, old, taken = _existing(location), 0, 0, 0
-    names = verification.names(store)
+    store, damaged, notes, left = _existing(location), 0, 0, 0
+    names, around = verification.names(store), verification.Surroundings.of(store)
     with TerminalProgress() as progress:
         progress.start("verify", len(names))
         for name in names:
-            found = verification.examine(store, name, deep=deep)
+            found = verification.examine(store, name, around, deep=deep)
             for finding in found:
-                damaged, old = damaged + finding.is_damage, old + (not finding.is_damage)
-                progress.result(f"{'damaged' if finding.is_damage else 'old'}: {finding}")
-            wrong = sum(finding.is_damage for finding in found)
-            if repair and wrong and verification.repair(store, name, found):
-                taken += wrong
+                damaged, notes = damaged + finding.is_damage, notes + (not finding.is_damage)
+                progress.result(f"{'damaged' if finding.is_damage else 'note'}: {finding}")
+            if repair and any(finding.is_damage for finding in found):
+                for finding in verification.repair(store, name, around, deep=deep):
+                    left += 1
+                    progress.result(f"left: {finding}")
             progress.advance("verify", 1)
     if damaged and repair:
-        typer.echo(
-            f"{damaged} damaged, {taken} of them taken out or written again; call the run that "
-            "made them: it makes the rest again"
+        echo(
+            f"{damaged} damaged, {max(damaged - left, 0)} of them taken out or written again, "
+            f"{left} left; call the run that made them: it makes the rest again"
         )
     elif damaged:
-        typer.echo(
+        echo(
             f"{damaged} damaged; the next run that needs one makes it again, alone; --repair takes "
             "them out, so that any call of the run that made them does"
         )
     if damaged:
         raise typer.Exit(1)
-    unless = ", as far as it can be checked" if old else ""
-    typer.echo(f"everything in {location} is what was written{unless}")
+    unless = f", as far as it can be checked; notes: {notes}" if notes else ""
+    echo(f"everything in {location} is what was written{unless}")
 
 
 @cache.command()
@@ -133,23 +134,23 @@ def gc(
             f"{location} has no store.json, which every run writes to its store; expected a store; "
             "name another folder, or continue a run on this one"
         )
-    found = garbage(store, grace_seconds=3600 * hours, run_seconds=run_seconds, warn=typer.echo)
+    found = garbage(store, grace_seconds=3600 * hours, run_seconds=run_seconds, warn=echo)
     names, size, count = {f"{path.parent.name}/{path.name}" for path in found}, 0, 0
     for run in gone_runs(store, run_seconds=run_seconds):
         if not names.isdisjoint(run.artifacts):
-            typer.echo(f"run {run.id} is gone: {run.folder} on {run.host}, {run_days:g} days old")
+            echo(f"run {run.id} is gone: {run.folder} on {run.host}, {run_days:g} days old")
     for path in found:
         path_bytes = bytes_below(path)
         try:
             if delete:
                 remove_garbage(path)
-        except OSError as error:
-            typer.echo(f"left {path}: {error.strerror}")
+        except (OSError, UserError) as error:
+            echo(f"left {path}: {error}")
             continue
         size, count = size + path_bytes, count + 1
-        typer.echo(f"{'removed' if delete else 'would remove'} {path} ({path_bytes:,} bytes)")
+        echo(f"{'removed' if delete else 'would remove'} {path} ({path_bytes:,} bytes)")
     end = "" if delete else "; --delete removes them"
-    typer.echo(f"{count} paths, {size:,} bytes{end}")
+    echo(f"{count} paths, {size:,} bytes{end}")
 
 
 @cache.command()
@@ -157,7 +158,7 @@ def pin(location: StorePlace, name: ArtifactName) -> None:
     """Keep an artifact whatever the runs do."""
     from opd_stream.store import garbage
 
-    typer.echo(f"pinned {garbage.pin(_existing(location), name)}")
+    echo(f"pinned {garbage.pin(_existing(location), name)}")
 
 
 @cache.command()
@@ -165,7 +166,7 @@ def unpin(location: StorePlace, name: ArtifactName) -> None:
     """Take a pin away."""
     from opd_stream.store import garbage
 
-    typer.echo(f"unpinned {garbage.unpin(_existing(location), name)}")
+    echo(f"unpinned {garbage.unpin(_existing(location), name)}")
 
 
 @cache.command("export")
@@ -189,7 +190,7 @@ def export_artifact(
     with TerminalProgress() as progress:
         after_unit = _bar(progress, "export")
         rows = export_scores(store, scores, out, form=form, after_unit=after_unit)
-    typer.echo(f"{rows:,} rows in {out}")
+    echo(f"{rows:,} rows in {out}")
 
 
 @cache.command("residual")
@@ -202,7 +203,7 @@ def residual(location: StorePlace, name: ArtifactName) -> None:
     store = _existing(location)
     with TerminalProgress() as progress:
         target = make_residual(store, open_artifact(store, name), StyleSettings(), progress)
-    typer.echo(f"{target.name}: train on it with replay: {{scores: [{target.name}]}}")
+    echo(f"{target.name}: train on it with replay: {{scores: [{target.name}]}}")
 
 
 @cache.command("import")
@@ -254,16 +255,19 @@ def import_artifact(
             vocabulary=vocabulary,
             after_unit=after_unit,
         )
-    typer.echo(f"{scores.name}: train on it with replay: {{scores: [{scores.name}]}}")
+    echo(f"{scores.name}: train on it with replay: {{scores: [{scores.name}]}}")
 
 
 def _existing(location: str) -> "Store":
-    from opd_stream.errors import UserError
+    from opd_stream.errors import UserError, shortened
+    from opd_stream.section import path_flaw
     from opd_stream.store import Store
     from opd_stream.store.files import is_folder, is_remote
     from opd_stream.store.recipe import KINDS
     from opd_stream.store.store import MARKER
 
+    if (flaw := path_flaw(location)) is not None:
+        raise UserError(f"the store is {shortened(location)}; {flaw}; name a folder")
     store = Store(location)
     if not store.root.exists():
         raise UserError(f"store {location} does not exist; expected a store of an earlier run")
