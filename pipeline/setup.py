@@ -132,7 +132,7 @@ def open_to_look(config: Config) -> Setup:
     """As `open_setup`, for commands that work on nothing: prompts are named and not made.
 
     What only training reads is left out, and so is torch; nothing is written."""
-    store = Store(config.store, remembers=False)
+    store = Store(config.store, remembers=False, replayed=config.replayed_store)
     return setup_of(config, store, partial(open_checkpoint, store), token_id_of, make=False)
 
 
@@ -150,9 +150,22 @@ def fetch_checkpoints(config: Config) -> None:
 
 
 def open_store(config: Config) -> Store:
-    """The store of a run, patient from its first answer on."""
-    Store(config.store).check_writable()
-    return Store(config.store, retry_timeout=config.store_seconds)
+    """The store of a run, patient from its first answer on.
+
+    Raises:
+        UserError: it cannot be written; of a replay, how to read from such a one.
+    """
+    try:
+        Store(config.store).check_writable()
+    except UserError as error:
+        if config.replay is None or config.replayed_store is not None:
+            raise
+        raise UserError(
+            f"{error}; to replay from a store that cannot be written, name it in replay.store, and "
+            "in store one for the new policies"
+        ) from error
+    waits = config.store_seconds
+    return Store(config.store, retry_timeout=waits, replayed=config.replayed_store)
 
 
 def setup_of(

@@ -64,7 +64,8 @@ class TrainJob:
 
     def store(self) -> Store:
         """Where the caches lie and the policy goes."""
-        return Store(self.config.store, retry_timeout=self.config.store_seconds)
+        config, waits = self.config, self.config.store_seconds
+        return Store(config.store, retry_timeout=waits, replayed=config.replayed_store)
 
     def load_student(self, *, gradient_checkpointing: bool = False) -> StudentModel:
         """The student as the round starts with it; a new adapter is the same every time."""

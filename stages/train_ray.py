@@ -209,9 +209,12 @@ class _Sender:
 
 def _absolute(job: TrainJob) -> TrainJob:
     """The same job for processes with another working directory."""
+    store, replay = job.store(), job.config.replay
+    if replay is not None and store.replayed is not None:
+        replay = replay.model_copy(update={"store": store.replayed.address})
     return replace(
         job,
-        config=job.config.model_copy(update={"store": job.store().address}),
+        config=job.config.model_copy(update={"store": store.address, "replay": replay}),
         base=str(Path(job.base).absolute()),
         initial=str(Path(job.initial).absolute()),
         scratch=str(Path(job.scratch).absolute()),

@@ -242,6 +242,25 @@ def test_a_replay_reads_no_more_rounds_than_it_trains(copied_run: Path) -> None:
         assert run_small(copied_run, *overrides, name=f"replay{number}")["rounds"] == 1
 
 
+def test_a_replay_reads_a_store_that_it_does_not_write_to(copied_run: Path, tmp_path: Path) -> None:
+    source = copied_run / "store"
+    min(source.glob("scores/*/manifest.json")).write_text("{")  # another one's to mend
+    before = {path: path.stat().st_mtime_ns for path in source.rglob("*")}
+    overrides = (f"store={tmp_path / 'own'}", f"replay.store={source}", "evaluation=null")
+    overrides += (f"replay.run={copied_run / 'run'}", "train.objective={kind: lsm}", "rounds=1")
+    summary = run_small(copied_run, *overrides, name="replay")
+    assert summary["reused"] == {"rollout_units": 2, "score_units": 2}
+    assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == before
+    assert {path.name for path in (tmp_path / "own").iterdir()} >= {"policies", "prompts"}
+    assert not (tmp_path / "own" / "scores").exists()
+
+
+def test_a_replay_in_a_store_that_cannot_be_written_is_told_of_another(copied_run: Path) -> None:
+    overrides = ("store=/proc/x", f"replay.run={copied_run / 'run'}")
+    with pytest.raises(UserError, match=r"name it in replay\.store, and in store one for the new"):
+        run_small(copied_run, *overrides, name="replay")
+
+
 def test_a_replay_counts_the_units_that_it_reads(copied_run: Path) -> None:
     path = copied_run / "run" / "summary.json"
     summary = json.loads(path.read_text())

@@ -63,6 +63,11 @@ class Replay(Section):
     scores: tuple[Annotated[str, AfterValidator(_scores_name)], ...] = Field(
         default=(), description="or scores/FINGERPRINT in the store, one for each round"
     )
+    store: PathText | None = later(
+        default=None,
+        description="store that has them, where it is not `store`; it is only read, and may be "
+        "one that cannot be written",
+    )
 
 
 LONGEST_WAIT = 30 * 86_400  # seconds
@@ -216,6 +221,11 @@ class Config(Section):
         description="policies of the run, the latest included, that keep the state of training "
         "(optimizer, exact weights); null: all",
     )
+
+    @property
+    def replayed_store(self) -> str | None:
+        """The store of what is replayed, where it is another one."""
+        return None if self.replay is None else self.replay.store
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
@@ -613,6 +623,7 @@ PLACEMENT = (
     "prompts_per_unit",
     "store",
     "store_seconds",
+    "replay.store",
     "keep_optimizers",
     "student.batch_rows",
     "teacher.batch_rows",

@@ -67,7 +67,7 @@ class RunInputs:
 def read_inputs(config: Config) -> RunInputs:
     """Open what a run needs, without changing anything."""
     check_extras(config)
-    store = Store(config.store)
+    store = Store(config.store, replayed=config.replayed_store)
     _check_store(store)
     notes: list[str] = []
     tokenizer = FastTokenizer.of(config.student.folder)

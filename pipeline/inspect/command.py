@@ -88,7 +88,8 @@ def open_reader(folder: RunFolder, config: Config, round_index: int, by: str) ->
     """The caches of a round, as its plan names them, with the tokenizer."""
     if by not in FIGURES:
         raise UserError(f"--by is {by!r}; expected one of {', '.join(FIGURES)}")
-    plan, store = folder.plan(round_index), Store(config.store)
+    plan = folder.plan(round_index)
+    store = Store(config.store, replayed=config.replayed_store)
     caches = _caches(plan, store)
     tokenizer = open_vocabulary(_tokenizer_folder(config, store, caches[0]).resolve())
     return RoundReader(
