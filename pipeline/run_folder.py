@@ -285,12 +285,16 @@ class RunFolder:
         before = [line for line, step in lines if step.round < round_.index]
         after = [line for line, step in lines if step.round > round_.index]
         wanted = "".join([*before, *(line for line, _ in published), *after]).encode()
-        if not self.metrics.exists() or wanted != self.metrics.read_bytes():
+        if wanted != self._metrics_bytes():
             publish(self.metrics, wanted)
+
+    def _metrics_bytes(self) -> bytes | None:
+        """What metrics.jsonl holds; None: there is no such file."""
+        return self.metrics.read_bytes() if self.metrics.is_file() else None
 
     def mend_metrics(self, lines: bytes) -> None:
         """Write metrics.jsonl again where it is not the lines of all rounds."""
-        if not self.metrics.exists() or self.metrics.read_bytes() != lines:
+        if self._metrics_bytes() != lines:
             say_mended(self.metrics, "is not what its rounds' policies have")
             publish(self.metrics, lines)
 

@@ -230,6 +230,7 @@ def _counts(path: Path) -> bool:
 TIMES = ("seconds", "cpu_seconds", "audit_cpu_seconds", "judge_seconds", "wall", "other", "made_at")
 NAMES = (
     "folder",
+    "record",
     "final_policy",
     "files",
     "digest",

@@ -55,7 +55,6 @@ def main() -> None:
                 "file system takes; name another one"
             )
             sys.exit(2)
-
         if isinstance(error, DamagedUnit):
             print_error(
                 f"{error}; `opd-stream cache verify STORE --repair` takes it out; then continue "
