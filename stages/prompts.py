@@ -5,7 +5,6 @@ the same prompts name the same artifact.
 """
 
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -28,7 +27,6 @@ from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
 from stages.checkpoints import Checkpoint
 
-LOG = logging.getLogger("opd_stream")
 Ids = NDArray[np.integer[Any]]
 
 # How rows become ids, here and in opd_stream: raised when any prompt would come out otherwise, so
@@ -135,12 +133,8 @@ def _commit(artifact: Artifact, table: pa.Table, lost: Mapping[str, int]) -> Non
     """Publish a prompts artifact; damaged units of an earlier one are made again."""
     artifact.create(rows=table.num_rows, rows_per_unit=min(table.num_rows, ROWS_PER_SHARD))
     for unit in artifact.units():
-        if artifact.has_unit(unit):
-            reason = artifact.damage(unit)
-            if reason is None:
-                continue
-            LOG.warning("%s is damaged (%s); it is made again", artifact.name, reason)
-            artifact.invalidate(unit)
+        if artifact.has_sound(unit):
+            continue
         rows = artifact.unit_rows(unit)
         part = table.slice(rows.start, len(rows))
         artifact.commit(unit, part, counts={"rows": len(rows), **({} if unit else lost)})

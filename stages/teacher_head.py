@@ -54,10 +54,8 @@ def store_head(artifact: Artifact, head: OutputHead, *, made_by: str = "") -> No
         **({} if head.cap is None else {"cap": repr(float(head.cap))}),
     }
     for unit in artifact.units():
-        if artifact.commit_record(unit) is not None:
-            if artifact.damage(unit) is None:
-                continue
-            artifact.invalidate(unit)
+        if artifact.has_sound(unit):
+            continue
         blocks = [
             slice(row * IDS_PER_ROW, (row + 1) * IDS_PER_ROW) for row in artifact.unit_rows(unit)
         ]

@@ -110,9 +110,7 @@ def _made_basis(
 ) -> StateBasis:
     """The basis that the store has, made if it is missing: always what was read back."""
     artifact.create(rows=1, rows_per_unit=1)
-    if artifact.commit_record(0) is not None and artifact.damage(0) is not None:
-        artifact.invalidate(0)
-    if artifact.commit_record(0) is None:
+    if not artifact.has_sound(0):
         states_NH = _states_on_prompts(engine, list(prompts.values()), artifact.recipe)
         basis = fit_basis(states_NH, exact_head(engine.head()))
         artifact.commit(0, basis_table(basis), counts={"rows": 1}, made_by=made_by)

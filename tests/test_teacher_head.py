@@ -113,14 +113,18 @@ def test_numbers_are_stored_without_rounding() -> None:
         np.testing.assert_array_equal(widened(stored), values)
 
 
-def test_a_damaged_part_of_a_head_is_made_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["00001-*.arrow", "00001.json"])
+def test_a_damaged_part_of_a_head_is_named_and_made_again(
+    file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     artifact = Store(tmp_path / "store").artifact(RECIPE)
     head = OutputHead(weight_VH=torch.randn(20_000, 3), bias_V=torch.randn(20_000), scale=0.5)
     store_head(artifact, head)
     assert len(artifact.units()) == 2
-    shard = next((artifact.folder / "units").glob("00001-*.arrow"))
-    shard.write_bytes(shard.read_bytes()[:-1])
+    path = next((artifact.folder / "units").glob(file))
+    path.write_bytes(path.read_bytes()[:-1])
     store_head(artifact, head)
+    assert f"unit 1 of {artifact.name} is damaged" in caplog.text
     found = read_head(artifact)
     assert torch.equal(found.weight_VH, head.weight_VH)
     assert found.bias_V is not None

@@ -11,6 +11,7 @@ manifest is written; the artifact exists if and only if its manifest does.
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ from opd_stream.store.sealed import (
     say_mended,
 )
 from opd_stream.store.shards import Part, batch_of, schema_of, shard_bytes, table_of
+
+LOG = logging.getLogger("opd_stream")
 
 
 class Layout(Record):
@@ -307,6 +310,16 @@ class Artifact:
         except DamagedUnit as damaged:
             return damaged.reason
         return None
+
+    def has_sound(self, unit: int) -> bool:
+        """Whether a unit is committed and whole; a damaged one is named and taken out."""
+        if not self.has_unit(unit):
+            return False
+        reason = self.damage(unit)
+        if reason is not None:
+            LOG.warning("unit %d of %s is damaged (%s); it is made again", unit, self.name, reason)
+            self.invalidate(unit)
+        return reason is None
 
     def record_damage(self, unit: int) -> str | None:
         """What is wrong with the commit record of a unit, or None."""
