@@ -1,5 +1,13 @@
 """vLLM for real, where it is installed (`make test-vllm`); reading its output, everywhere."""
 
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +26,8 @@ from opd_stream.engines.vllm_scores import (
     whole_distribution,
 )
 from opd_stream.errors import UserError
+from opd_stream.store.reader import ScoredRows
+from opd_stream.store.store import Store
 from opd_stream.tasks.ledger import make_problems, prompt_text
 from opd_stream.types import PromptBatch, RolloutBatch
 from pipeline.run_folder import RunFolder
@@ -244,6 +254,69 @@ def test_what_vllm_cannot_serve_is_refused(
     with pytest.raises(UserError, match=r"use teacher\.engine=transformers"):
         student.score(
             sample(student, prompts, window_tokens=4), ScoringSettings(top_k=1, forced_ids=STOPS)
+        )
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """The address of a vLLM server that runs the teacher."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = {"--model": TEACHER, "--served-model-name": "ledger", "--dtype": "float32"}
+    words |= {"--max-logprobs": -1, "--max-model-len": 512, "--host": "127.0.0.1", "--port": port}
+    small = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "TORCH_COMPILE_DISABLE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+    command += [str(word) for pair in words.items() for word in pair]
+    with (tmp_path / "server.log").open("w") as log:
+        server = subprocess.Popen(command, env={**os.environ, **small}, stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            assert server.poll() is None, (tmp_path / "server.log").read_text()[-2000:]
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health"):
+                break
+            time.sleep(1)
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@needs_vllm
+@pytest.mark.parametrize("forced", ["exact", "tail"])
+def test_a_round_with_a_teacher_that_vllm_serves(forced: str, served: str, tmp_path: Path) -> None:
+    """Its scores are those of the same teacher in this process."""
+    options = f"{{url: '{served}', model: ledger, forced: {forced}}}"
+    teachers = {
+        "served": ["teacher.engine=server", f"teacher.server={options}"],
+        "live": ["teacher.engine=transformers"],
+    }
+    found: dict[str, ScoredRows] = {}
+    for name, overrides in teachers.items():
+        more = ("rounds=1", "evaluation=null", "scores.codec={kind: exact, dtype: float32}")
+        config = small_config(tmp_path / name, *more, *overrides)
+        run(config, RunFolder(tmp_path / name / "run"), Silent())
+        (report,) = reports_of(RunFolder(tmp_path / name / "run"))
+        store = Store(config.store)
+        scores = store.by_fingerprint("scores", report["caches"][0]["scores"])
+        found[name] = ScoredRows([(store.scored_rollouts(scores), scores)])
+    assert len(found["served"]) == len(found["live"]) == 8
+    for mine, other in zip(found["served"], found["live"], strict=True):
+        assert mine.completion_ids.tolist() == other.completion_ids.tolist()
+        np.testing.assert_allclose(mine.teacher_logprobs, other.teacher_logprobs, atol=2e-3)
+        probable = other.teacher_top_logprobs > -7
+        np.testing.assert_allclose(
+            mine.teacher_top_logprobs[probable], other.teacher_top_logprobs[probable], atol=2e-3
+        )
+        known = np.isfinite(mine.teacher_forced_logprobs)
+        assert known.all() == (forced == "exact")
+        np.testing.assert_allclose(
+            mine.teacher_forced_logprobs[known], other.teacher_forced_logprobs[known], atol=1e-2
         )
 
 

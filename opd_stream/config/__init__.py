@@ -298,6 +298,12 @@ def _server_conflicts(config: Config) -> Iterator[str]:
             "teacher.follows_student is set with engine server, which does not run the policy of a "
             "round; set teacher.engine=transformers"
         )
+    is_author = config.rollouts.given_share > 0 and config.rollouts.given_by == "teacher"
+    if teacher.engine == "server" and is_author:
+        yield (
+            "rollouts.given_by is teacher with teacher.engine server, which only scores; set "
+            "teacher.engine=transformers, or given_by=rows"
+        )
     if teacher.engine == "server" and teacher.dtype != "float32":
         yield (
             f"teacher.dtype is {teacher.dtype} with engine server, whose precision the server "

@@ -39,8 +39,8 @@ MAX_WHOLE_VOCABULARY = 8192  # that is read whole where single ids cannot be ask
 PROBE_TOKENS = 64
 PROBE_TOP = 4  # candidates that are compared, by rank
 COPIES = 8  # of the probe at once, when it is first asked for
-MOST_NOISE = 0.1  # nats, of one model
-FLOOR, FACTOR = 2e-3, 4.0  # nats; a probe may be off by the floor, or so many times the noise
+MOST_NOISE = 0.05  # nats, of one model; other precisions are further (benchmarks/served.py)
+FLOOR, FACTOR = 2e-3, 2.0  # nats; a probe may be off by the floor, or so many times the noise
 
 
 class Probe(NamedTuple):

@@ -30,6 +30,7 @@ Floats = NDArray[np.floating[Any]]
 
 LOWEST = -9998.0  # JSON has no infinity: vLLM writes -9999 for it
 ENTRY_BYTES = 300  # of a candidate, with the text of its token
+ECHO_BYTES = 16  # of a token that is named again
 ROOM = 40  # bytes behind an answer that windows may look into
 
 
@@ -207,7 +208,7 @@ def _answer_of_prompt(data: bytes, asked: Question, path: str) -> Answer:
     positions = len(starts) - 1
     if positions not in (asked.tokens, len(asked.ids_L) - 1):
         raise BrokenAnswer(f"log-probabilities of {positions} positions; {_sent(asked)}")
-    echoed = _echoed(data)
+    echoed = _echoed(data, len(asked.ids_L))
     if echoed is not None and not np.array_equal(echoed, asked.ids_L):
         raise BrokenAnswer("it speaks of other ids than were sent")
     starts, widths = starts[:-1][-asked.tokens :], np.diff(starts)[-asked.tokens :]
@@ -255,6 +256,8 @@ def _scan_entries(data: bytes) -> Entries | None:
     Each entry is `"ID":{"logprob":NUMBER,`, without spaces; inside a text of JSON every quote has a
     backslash before it, so no text looks like one. None: there is nothing of this form.
     """
+    if len(data) + ROOM >= 2**31:  # places are of 32 bits
+        return None
     padded = np.frombuffer(data + b" " * ROOM, np.uint8)
     colons = np.flatnonzero((padded[:-1] == ord(":")) & (padded[1:] == ord("{")))
     colons = colons[(colons >= 12) & (colons < len(data))]
@@ -284,8 +287,8 @@ def _numbers(
     lengths: NDArray[np.int64] = ends - starts
     offsets = np.zeros(len(starts) + 1, np.int32)
     np.cumsum(lengths, out=offsets[1:])
-    firsts: NDArray[np.int64] = np.repeat(starts - offsets[:-1], lengths)
-    places = firsts + np.arange(len(firsts))
+    places: NDArray[np.int32] = np.repeat((starts - offsets[:-1]).astype(np.int32), lengths)
+    places += np.arange(len(places), dtype=np.int32)
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(padded[places])]
     return arrow.from_buffers(pa.string(), len(starts), buffers).cast(kind).to_numpy()
 
@@ -315,9 +318,11 @@ def _entries(data: bytes, path: str) -> Entries:
     return np.array(ids, np.int64), np.array(logprobs), np.array([*starts, len(ids)], np.int64)
 
 
-def _echoed(data: bytes) -> NDArray[np.int64] | None:
+def _echoed(data: bytes, tokens: int) -> NDArray[np.int64] | None:
     """The ids that the server says it read, where it does."""
-    place = data.rfind(b'"prompt_token_ids"')
+    name, end = b'"prompt_token_ids"', max(0, len(data) - ECHO_BYTES * tokens - 2**16)
+    place = data.rfind(name, end)  # to find that it is nowhere takes as long as to read it all
+    place = data.find(name, 0, end) if place < 0 else place
     found = re.compile(rb'"prompt_token_ids": ?\[([\d, ]*)\]').match(data, max(place, 0))
     if found is None:
         return None
