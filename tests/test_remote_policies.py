@@ -12,7 +12,8 @@ pytest.importorskip("upath", reason="pip install 'opd-stream[s3]' brings remote 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
 from opd_stream.store.policy import PolicyArtifact
-from opd_stream.store.verification import damages
+from opd_stream.store.store import Store
+from opd_stream.store.verification import Surroundings, damages, examine, names
 from pipeline.rounds import Round, checkpoint_of, named_checkpoint, rounds
 from pipeline.run import Session, check_loaded, is_trained, make_shards
 from pipeline.run_folder import RunFolder
@@ -128,6 +129,17 @@ def test_a_damaged_copy_is_fetched_again_and_the_policy_stays(
         session.checked.clear()
     (here.policy.folder("name") / "model.safetensors").unlink()
     assert is_trained(session, here, cache=session.store.digests)
+
+
+def test_every_file_of_a_remote_store_is_in_some_record(trained: Config) -> None:
+    store = Store(trained.store)
+    around = Surroundings.of(store)
+    found = [each for name in names(store) for each in examine(store, name, around)]
+    assert not [str(each) for each in found if "in none of its records" in each.reason]
+    (policy,) = store.folders("policies")
+    (policy / "lost.bin").write_bytes(b"a")
+    (lost,) = (each for each in examine(store, f"policies/{policy.name}", around))
+    assert lost.reason.startswith("lost.bin is in none of its records")
 
 
 def test_a_policy_damaged_in_the_store_is_taken_out(trained: Config, tmp_path: Path) -> None:

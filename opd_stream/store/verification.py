@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from opd_stream.errors import Unreachable, UserError
 from opd_stream.store.artifact import Artifact, ArtifactRecord, Commit, DamagedUnit, Manifest
@@ -346,10 +347,13 @@ def _beside(store: Store, name: str) -> Path:
 
 def _files(folder: Path) -> Iterator[str]:
     """The names of files and links below a folder, without those of writers at work."""
-    for path in sorted(folder.rglob("*"), key=str):
-        is_link = not is_remote(path) and path.is_symlink()
-        if not path.name.endswith(".tmp") and (is_link or path.is_file()):
-            yield str(path).removeprefix(f"{folder}/")
+    if is_remote(folder):  # one listing, of files alone
+        remote = cast(Any, folder)
+        found = [name.removeprefix(f"{remote.path}/") for name in remote.fs.find(remote.path)]
+    else:
+        paths = (path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+        found = [path.relative_to(folder).as_posix() for path in paths]
+    yield from sorted(name for name in found if not name.endswith(".tmp"))
 
 
 def repair(store: Store, name: str, around: Surroundings, *, deep: bool = False) -> list[Finding]:
