@@ -156,7 +156,7 @@ class Screen(Live):
         """Write what no finding says."""
         self._stop_timer()
         text = json.dumps(report.as_json(), indent=2)
-        self.write([text] if self._as_json else report.last_lines())
+        self.write(text.split("\n") if self._as_json else report.last_lines())
 
     def __exit__(self, *raised: object) -> None:
         self._stop_timer()
