@@ -21,6 +21,7 @@ from opd_stream.fetching import fetch, local_folder
 from opd_stream.prompts import shuffled_rows
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.codecs import HiddenCodec
+from opd_stream.store.policy import UNREAD
 from opd_stream.store.shards import COMPLETIONS
 from opd_stream.store.store import Store
 from opd_stream.store.tokenizer_folder import misread_line, open_vocabulary
@@ -590,10 +591,12 @@ def _newlines(config: Config, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _replayed_teacher(opened: Opener, config: Config, store: Store) -> str | None:
-    """The identity of the teacher that a replay's config names."""
+    """The identity of the teacher that a replay's config names; of a served one, if it is known."""
     if config.replay is None or config.teacher is None or not config.teacher.is_here:
         return None
-    return _open_teacher(opened, config, store, make=False).identity.fingerprint
+    found = _open_teacher(opened, config, store, make=False)
+    is_unknown = found.is_served and found.identity.weights_sha256 == UNREAD
+    return None if is_unknown else found.identity.fingerprint
 
 
 def _warnings(

@@ -15,6 +15,9 @@ from opd_stream.store.reader import ScoredRows
 from opd_stream.store.served import ServedTeacher
 from opd_stream.store.store import Store
 from opd_stream.store.verification import damages
+from pipeline.doctor.served import served as served_check
+from pipeline.doctor.subject import Subject
+from pipeline.estimate import estimate
 from pipeline.run_folder import RunFolder
 from pipeline.setup import open_setup
 from stages.step import Silent
@@ -139,7 +142,13 @@ def test_a_finished_run_asks_no_server(server: TeacherServer, files: Path, tmp_p
     run(config, RunFolder(tmp_path / "run"), Silent())
     asked = server.requests
     run(config, RunFolder(tmp_path / "run"), Silent())
+    replayed = [f"replay.run={tmp_path / 'run'}", "train.learning_rate=1e-4"]
+    replay = small_config(tmp_path, *SMALL, *served(server, files, forced="tail"), *replayed)
+    run(replay, RunFolder(tmp_path / "replay"), Silent())
     assert server.requests == asked
+    elsewhere = small_config(tmp_path, *SMALL, *served(server, files, revision="b"), *replayed)
+    assert open_setup(elsewhere).replayed_teacher is None
+    assert open_setup(replay).replayed_teacher is not None
 
 
 def test_another_model_behind_the_address_enters_no_cache(
@@ -194,6 +203,24 @@ def test_a_record_of_a_teacher_is_of_its_file(
         open_setup(config)
     assert any(finding.name == "teachers" for finding in damages(Store(tmp_path / "store")))
     assert ServedTeacher.model_fields["noise"].is_required()
+
+
+def test_plan_asks_no_server_and_the_doctor_says_what_it_gives(
+    server: TeacherServer, files: Path, tmp_path: Path
+) -> None:
+    config = small_config(tmp_path, *SMALL, *served(server, files, forced="tail"))
+    planned = estimate(config, RunFolder(tmp_path / "run"))
+    assert planned.logits is None  # they are the server's
+    assert server.requests == 0
+    contact, rate = served_check.look(Subject(config, quick=False))
+    assert contact.level == "ok"
+    assert f"{server.url} as {NAME!r} gives the top 4 of each token" in contact.found
+    assert "not known to the store yet" in contact.found
+    assert "tokens a second, 16 at once" in rate.found or "tokens a second, 2 at once" in rate.found
+    server.most_logprobs = 3
+    with pytest.raises(UserError, match="greater than max allowed: 3"):
+        list(served_check.look(Subject(config, quick=False)))
+    assert not (tmp_path / "store" / "teachers").exists()
 
 
 @pytest.mark.slow

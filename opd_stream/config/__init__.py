@@ -298,6 +298,11 @@ def _server_conflicts(config: Config) -> Iterator[str]:
             "teacher.follows_student is set with engine server, which does not run the policy of a "
             "round; set teacher.engine=transformers"
         )
+    if teacher.server is not None and teacher.server.forced == "tail" and config.scores.alignment:
+        yield (
+            "teacher.server.forced is tail with scores.alignment, which reads the terminators of "
+            "every position; set forced=exact, with api sglang or vllm"
+        )
     is_author = config.rollouts.given_share > 0 and config.rollouts.given_by == "teacher"
     if teacher.engine == "server" and is_author:
         yield (
