@@ -39,7 +39,7 @@ class Batch:
     row_N: torch.Tensor  # row of the batch the token belongs to
     block_N: torch.Tensor  # block of the drift gate, numbered through the batch
     staleness_N: torch.Tensor  # policies between that of the row and the current one
-    weights_N: torch.Tensor  # of each token in the loss; they sum to 1 over an optimizer step
+    weights_N: torch.Tensor  # of each token in the loss; of one teacher, their sum over a step is 1
     completion_ids_N: torch.Tensor
     behavior_logprobs_N: torch.Tensor
     teacher_logprobs_N: torch.Tensor
@@ -71,6 +71,7 @@ def collate(
     newline_ids: Collection[int] = (),
     staleness: Sequence[int] = (),
     given: Sequence[bool] = (),
+    cache_weights: Sequence[float] = (),
 ) -> Batch:
     """One micro-batch of rows from `open_scores`, each used up to the window.
 
@@ -82,7 +83,7 @@ def collate(
         masked_ids: ids whose first occurrence in a completion does not train.
         blocks: tokens of a block of the drift gate, or spans between newlines.
         newline_ids: ids of tokens that hold a newline.
-        staleness: policies between that of each cache and the current one; none: 0.
+        staleness, cache_weights: of each cache, its policies of age and its weight; none: 0, 1.
         given: whether the rows of each cache are not the student's, all alike here; none: no.
 
     Raises:
@@ -104,7 +105,7 @@ def collate(
         row_N=row_N,
         block_N=_blocks(part, blocks, newline_ids)[trains],
         staleness_N=_ages(rows, staleness)[row_N],
-        weights_N=torch.full((len(row_N),), 1 / max(tokens, 1)),
+        weights_N=_weights(rows, row_N, tokens, cache_weights),
         completion_ids_N=part.flat("completion_ids", np.int64),
         behavior_logprobs_N=part.flat("behavior_logprobs", np.float32),
         teacher_logprobs_N=part.flat("teacher_logprobs", np.float32),
@@ -125,6 +126,16 @@ def collate(
 
 def _ages(rows: Sequence[ScoredRow], staleness: Sequence[int]) -> torch.Tensor:
     return torch.tensor([staleness[row.cache] if staleness else 0 for row in rows])
+
+
+def _weights(
+    rows: Sequence[ScoredRow], row_N: torch.Tensor, tokens: int, of_caches: Sequence[float]
+) -> torch.Tensor:
+    """What each token counts in the mean over so many, times the weight of its cache."""
+    weights_N = torch.full((len(row_N),), 1 / max(tokens, 1))
+    if not of_caches:
+        return weights_N
+    return weights_N * torch.tensor([of_caches[row.cache] for row in rows])[row_N]
 
 
 class _Part:

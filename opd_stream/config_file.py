@@ -253,7 +253,8 @@ def _anchored(section: dict[str, Any], below: Any, folder: Path, name: str = "")
     anchored: dict[str, Any] = {}
     for key, item in section.items():
         if is_object(item):
-            anchored[key] = _anchored(item, known.get(key), folder, key)
+            kind = "teacher" if name == "teachers" else key  # each has a name of its own
+            anchored[key] = _anchored(item, known.get(key), folder, kind)
         elif key in _PATHS.get(name, ()) and isinstance(item, str) and _is_relative(item):
             may_be_name = is_dataset or (name in ("student", "teacher") and is_hub_id(item))
             is_name = may_be_name and key == "path" and not (folder / item).exists()

@@ -17,7 +17,15 @@ from opd_stream.tasks.judges import AnyJudge
 from opd_stream.types import RolloutBatch
 
 Reason = Literal[
-    "finish_reason", "short", "long", "repeated", "duplicate", "unjudged", "verdict", "per_prompt"
+    "finish_reason",
+    "short",
+    "long",
+    "repeated",
+    "duplicate",
+    "unjudged",
+    "verdict",
+    "per_prompt",
+    "teacher",
 ]
 REASONS: dict[Reason, str] = {  # in words, as a row and a round's line have them
     "finish_reason": "another finish_reason",
@@ -29,6 +37,7 @@ REASONS: dict[Reason, str] = {  # in words, as a row and a round's line have the
     "verdict": "another verdict",
     "per_prompt": "its prompt has per_prompt already",
 }
+OTHER_TEACHER = "teacher"  # the prompt is none of this one's; not by a condition, so not told of
 STRETCH = 4  # tokens
 
 Verdicts = Callable[[Sequence[int]], Sequence[bool | None]]

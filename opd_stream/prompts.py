@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from opd_stream.errors import UserError, named
 from opd_stream.rendering import ChatTemplate, Prompt, RawTemplate, Renderer, Rendering
-from opd_stream.sources import EmbeddedPrompts, Prompts, read_prompts, read_rows, shown
+from opd_stream.sources import EmbeddedPrompts, Prompts, belongs, read_prompts, read_rows, shown
 from opd_stream.store.shards import COMPLETIONS, PROMPTS, id_lists
 
 
@@ -80,36 +80,43 @@ def tokenised_prompts(source: Prompts, tokenizer: Any) -> TokenisedPrompts:
 
 
 def rendered_prompts(
-    source: Prompts, rendering: Rendering, tokenizer: Any, prompt_ids: Sequence[str]
+    source: Prompts, rendering: Rendering, tokenizer: Any, prompts: pa.Table
 ) -> pa.Table:
-    """Some prompts of a source as the teacher reads them, however long they become.
+    """The prompts of a source that a teacher reads, as it reads them, however long they become.
+
+    `prompts` are those of the student, from which it has its own.
 
     Raises:
-        UserError: see `read_prompts`; the template or the view does not take one, or one is not
-            there.
+        UserError: see `read_prompts`; the template, the view or the rule does not take one, or one
+            is not there.
     """
+    names: list[str] = prompts["prompt_id"].to_pylist()
     found = {prompt.prompt_id: (prompt, row) for prompt, row in read_rows(source)}
-    gone = next((prompt_id for prompt_id in prompt_ids if prompt_id not in found), None)
+    gone = next((name for name in names if name not in found), None)
     if gone is not None:
         raise UserError(
             f"prompt {gone!r} is no longer in the source; expected the same rows as before; "
             "restore it, or name another revision"
         )
+    if rendering.when:
+        with named(rendering.setting("when")):
+            kept = [n for n, name in enumerate(names) if belongs(rendering.when, found[name][1])]
+        prompts, names = prompts.take(pa.array(kept, pa.int64())), [names[n] for n in kept]
     template, view = rendering.template, rendering.view
+    if template is None:
+        return prompts
     with named(rendering.field):
-        prompts = [found[prompt_id][0] for prompt_id in prompt_ids]
-        if view is not None:
-            asked = (found[prompt_id] for prompt_id in prompt_ids)
-            prompts = [shown(view, source, prompt, row) for prompt, row in asked]
+        asked = [found[name] for name in names]
+        read = [prompt if view is None else shown(view, source, prompt, r) for prompt, r in asked]
         renderer = Renderer(template, tokenizer)
-        spelled = _with_control_tokens(template, renderer, prompts)
+        spelled = _with_control_tokens(template, renderer, read)
         if spelled:  # by the view: prompts that spell them are not among those of the student
             raise UserError(
                 f"the view of {len(spelled)} prompts spells control tokens, the first "
                 f"{next(iter(spelled))!r}, and the teacher reads every prompt; set "
-                "teacher.template, with control_tokens=escape or allow"
+                f"{rendering.setting('template')}, with control_tokens=escape or allow"
             )
-        return _table(prompts, [renderer.ids(prompt) for prompt in prompts])
+        return _table(read, [renderer.ids(prompt) for prompt in read])
 
 
 def _table(prompts: Sequence[Prompt], ids: Sequence[NDArray[np.int32]]) -> pa.Table:

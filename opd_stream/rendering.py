@@ -7,8 +7,8 @@ import re
 import resource
 import signal
 import threading
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -139,24 +139,32 @@ Template = Annotated[RawTemplate | ChatTemplate, Field(discriminator="kind")]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendering:
-    """How a teacher reads prompts, where it does not read what the student reads.
+    """How a teacher reads prompts, where it does not read what the student reads, or not all.
 
     Example:
         >>> Rendering(template=RawTemplate(), view="{prompt}\\nThe answer is {answer}.")
     """
 
-    template: RawTemplate | ChatTemplate
+    template: RawTemplate | ChatTemplate | None  # None: the student's ids
     view: str | None = None  # text in place of the prompt, with {field} of its row; None: none
+    when: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
+    is_of_several: bool = False  # teachers, whose name stands before what is said
 
     @property
     def field(self) -> str:
         """The setting that asks for it."""
-        return "teacher.template" if self.view is None else "teacher.view"
+        return self.setting("template" if self.view is None else "view")
+
+    def setting(self, name: str) -> str:
+        """A setting of the teacher, as messages name it."""
+        return name if self.is_of_several else f"teacher.{name}"
 
     def settings(self) -> dict[str, Any]:
         """What of it goes into the recipe."""
+        template = {} if self.template is None else {"template": template_settings(self.template)}
         shown = {} if self.view is None else {"view": self.view}
-        return {"template": template_settings(self.template), **shown}
+        chosen = {name: list(values) for name, values in self.when.items()}
+        return {**template, **shown, **({"when": chosen} if chosen else {})}
 
 
 def template_settings(template: RawTemplate | ChatTemplate) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import importlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import date
 from decimal import Decimal
@@ -199,6 +199,20 @@ def read_rows(source: Prompts) -> Iterator[tuple[Prompt, PlacedRow]]:
     if not place_of:
         name = source.data_files if isinstance(source, DatasetPrompts) else source.path
         raise UserError(f"{name or source.path} holds no prompts; expected at least one; check it")
+
+
+def belongs(when: Mapping[str, Sequence[str]], placed: PlacedRow) -> bool:
+    """Whether a row has one of the wanted values in each field; of a list, any item counts.
+
+    Raises:
+        UserError: it has no such field, or nothing in it.
+    """
+    place, row = placed
+    found = (
+        set(_texts(value_of(row, name, place, "when"), f"{place}: field {name!r}", "mend it"))
+        for name in when
+    )
+    return all(not texts.isdisjoint(when[name]) for name, texts in zip(when, found, strict=True))
 
 
 def shown(view: str, source: Prompts, prompt: Prompt, placed: PlacedRow) -> Prompt:

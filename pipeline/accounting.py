@@ -6,7 +6,7 @@ does not matter on which machine a stage ran: whoever finishes a round writes th
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from opd_stream.section import Record
 from opd_stream.store.artifact import Commit, summed_counts
 from opd_stream.store.files import canonical_json, sha256
 from opd_stream.store.recipe import differing_fields
-from pipeline.caches import replayed_caches
+from pipeline.caches import Cache, replayed_caches
 from pipeline.plan import is_due
 from pipeline.records import (
     AlignmentShares,
@@ -43,6 +43,8 @@ from pipeline.records import (
     RunSummary,
     StageNumbers,
     SummaryEvaluation,
+    TeacherFigures,
+    TeacherSummary,
     TokenNumbers,
 )
 from pipeline.rounds import Round, checkpoint_of, rounds
@@ -77,7 +79,11 @@ class Accounts:
         setup = self.setup
         return Models(
             student=model_shape(setup.student),
-            teacher=None if setup.teacher is None else model_shape(setup.teacher),
+            teachers={
+                each.name: model_shape(each.teacher)
+                for each in setup.by_teacher
+                if each.teacher is not None
+            },
             adapters=setup.config.train.lora is not None,
         )
 
@@ -202,13 +208,15 @@ class Models:
     """The shapes of a run's models; those of its policies are the student's."""
 
     student: ModelShape
-    teacher: ModelShape | None
+    teachers: dict[str | None, ModelShape]  # by name, of several
     adapters: bool  # are trained, and nothing else
 
     @property
     def unknown(self) -> tuple[str, ...]:
         """A line for each whose cost is not known."""
-        return unknown_costs(student=self.student, teacher=self.teacher)
+        teachers = [*self.teachers.values()] or [None]
+        lines = (unknown_costs(student=self.student, teacher=teacher) for teacher in teachers)
+        return tuple(dict.fromkeys(line for each in lines for line in each))
 
 
 def round_report(
@@ -226,8 +234,7 @@ def round_report(
         evaluation: of its policy, if there is one.
     """
     outcome = round_.policy.manifest().outcome
-    last = outcome.epochs[-1]
-    work = RoundWork(round_, run_ids, outcome)
+    work, last = RoundWork(round_, run_ids, outcome), outcome.epochs[-1]
     rollouts = summed_counts(c for each in round_.own_caches for c in each.used(each.rollouts))
     scores = summed_counts(c for cache in round_.caches for c in cache.used(cache.scores))
     length_share = rollouts.get("length_rows", 0) / max(rollouts.get("rows", 0), 1)
@@ -262,6 +269,7 @@ def round_report(
         start_drift=outcome.start.policy_drift,
         start=outcome.start,
         coverage=outcome.start.coverage,
+        teachers=work.teachers(round_.caches),
         unit_decisions=round_.unit_decisions,
         policy_drift=last.policy_drift,
         effective_sample_fraction=last.effective_sample_fraction,
@@ -363,20 +371,41 @@ class RoundWork:
         recomputed = self.outcome.gradient_checkpointing
         train = train_flops(models.student, read, recomputed=recomputed, frozen=models.adapters)
         return StageNumbers(
-            generate=self._flops("generate", models.student)
-            + self._flops("generate", models.teacher, author="teacher"),
-            score=self._flops("score", models.teacher),
+            generate=self._flops("generate", {None: models.student})
+            + self._flops("generate", models.teachers, author="teacher"),
+            score=self._flops("score", models.teachers),
             train=train if self.is_trained_here else 0.0,
         )
 
-    def _flops(self, stage: Stage, shape: ModelShape | None, author: Role = "student") -> float:
+    def _flops(
+        self, stage: Stage, shapes: Mapping[str | None, ModelShape], author: Role = "student"
+    ) -> float:
         steps = [step for step in of_stage(self.steps, stage) if step.kind != GIVEN]
         made = [s for s in steps if s.model is not None and s.kind.author == author]
-        counts = summed_counts(self.commits(made))
+        return sum(self._step_flops(step, shapes.get(step.teacher)) for step in made)
+
+    def _step_flops(self, step: Step, shape: ModelShape | None) -> float:
+        counts = summed_counts(self.commits([step]))
         if shape is None or "pairs" not in counts:
             return 0.0
         names = ("tokens", "completion_tokens", "pairs")
         return forward_flops(shape, TokenCounts(**{n: counts[n] for n in names}))
+
+    def teachers(self, caches: Sequence[Cache]) -> dict[str, TeacherFigures]:
+        """What each of several teachers scored, and how far the student was from it."""
+        found: dict[str, TeacherFigures] = {}
+        for cache in caches:
+            if (name := cache.scores.teacher) is None:
+                continue
+            used = cache.used(cache.scores)
+            counts = summed_counts(used)
+            tokens, gap = counts.get("completion_tokens", 0.0), counts.get("student_gap")
+            found[name] = TeacherFigures(
+                teacher_scored=int(_tokens(self.commits([cache.scores]))),
+                rows=int(counts["rows"]) - sum(len(commit.skipped_rows) for commit in used),
+                reverse_kl=None if gap is None or not tokens else gap / tokens,
+            )
+        return found
 
     def audit_cpu_seconds(self) -> float:
         """CPU seconds of probes and of the decision they serve."""
@@ -447,9 +476,24 @@ def run_summary(
         steps=sum(report.steps for report in reports),
         refused_rows=sum(report.refused_rows for report in reports),
         dropped_rows=dict(sum((Counter(r.dropped_rows) for r in reports), Counter[str]())),
+        teachers=_all_teachers(reports),
         cache_bytes=sum(report.cache_bytes for report in reports),
         decisions=tuple(report.decision for report in reports),
     )
+
+
+def _all_teachers(reports: Sequence[RoundReport]) -> dict[str, TeacherSummary]:
+    """The figures of several teachers, of all rounds."""
+    names = dict.fromkeys(name for report in reports for name in report.teachers)
+    found = {name: [r.teachers[name] for r in reports if name in r.teachers] for name in names}
+    return {
+        name: TeacherSummary(
+            teacher_scored=sum(each.teacher_scored for each in rounds_),
+            rows=sum(each.rows for each in rounds_),
+            reverse_kl=tuple(each.reverse_kl for each in rounds_),
+        )
+        for name, rounds_ in found.items()
+    }
 
 
 def inputs_of(setup: Setup) -> set[str]:
@@ -459,10 +503,11 @@ def inputs_of(setup: Setup) -> set[str]:
         UserError: some of a replay is not in the store, or not of one teacher.
     """
     names = {setup.prompts.name}
-    if setup.teacher_prompts is not None:
-        names.add(setup.teacher_prompts.name)
-    if setup.alignment is not None:
-        names.add(f"prompts/{setup.alignment.inputs['prompts'][:16]}")
+    for each in setup.by_teacher:
+        if each.teacher_prompts is not None:
+            names.add(each.teacher_prompts.name)
+        if each.alignment is not None:
+            names.add(f"prompts/{each.alignment.inputs['prompts'][:16]}")
     caches = [cache for caches in replayed_caches(setup) or () for cache in caches]
     return names | {step.artifact.name for c in caches for step in (c.rollouts, c.scores)}
 

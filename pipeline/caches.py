@@ -57,6 +57,7 @@ class Cache:
     origin: Origin
     policy_version: int  # of the oldest tokens in it
     slots: tuple[Slot, ...] = ()  # none: every unit, in its own place
+    weight: float = 1.0  # of its terms in the loss
 
     @property
     def units(self) -> tuple[int, ...] | None:
@@ -96,6 +97,7 @@ class Cache:
             policy_version=self.policy_version,
             made_in=self.rollouts.round_index,
             slots=slots,
+            weight=self.weight,
         )
 
     def record(self) -> CacheRecord:
@@ -107,7 +109,14 @@ class Cache:
             policy_version=self.policy_version,
             window_tokens=self.window_tokens,
             units=self.units,
+            teacher=self.scores.teacher,
+            weight=self.weight,
         )
+
+
+def fresh_caches(setup: Setup, plan: RoundPlan, student: Checkpoint) -> tuple[Cache, ...]:
+    """Rollouts of the current student on the prompts of the round, with each teacher's scores."""
+    return tuple(fresh_cache(each, plan, student) for each in setup.by_teacher)
 
 
 def fresh_cache(
@@ -141,6 +150,7 @@ def fresh_cache(
             Slot(unit=unit, first=first, last=last)
             for unit, (first, last) in enumerate(ranges or ())
         ),
+        weight=setup.weight,
     )
 
 
@@ -200,6 +210,7 @@ def scores_step(
         model=teacher,
         needs=(rollouts,) if extends is None else (rollouts, extends),
         is_new=rollouts.is_new,
+        teacher=setup.name,
     )
 
 

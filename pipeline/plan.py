@@ -26,6 +26,9 @@ def plan_round(
     rollouts = config.rollouts
     rows = rollouts.own_prompts * rollouts.samples_per_prompt
     rows += rollouts.given_prompts * rollouts.given_samples
+    teachers = config.teachers.values()  # a row trains once for each of those that score it
+    of_all = sum(not teacher.when for teacher in teachers)
+    rows *= max(1, of_all + any(teacher.when for teacher in teachers))
     steps_per_epoch = -(-rows // config.train.rows_per_step)
     planned = steps_per_epoch * config.staleness.max_epochs
     return RoundPlan(

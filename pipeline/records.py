@@ -26,6 +26,8 @@ class CacheRecord(Record):
     policy_version: int  # of the oldest tokens in it
     window_tokens: int | None  # of its rollouts; None of imported rows
     units: tuple[int, ...] | None  # None: all
+    teacher: str | None = later(default=None)  # its name, of several
+    weight: float = later(default=1.0)  # of its terms in the loss
 
 
 class MadeBy(Sealed):
@@ -211,6 +213,22 @@ class AlignmentShares(Record):
     chunk_share: float  # in a chunk that trains
 
 
+class TeacherFigures(Record):
+    """What one of several teachers did in a round."""
+
+    teacher_scored: int = 0  # completion tokens, by this run
+    rows: int = 0  # that train on its scores
+    reverse_kl: float | None = None  # of the student's rollouts, nats a token, by drawn tokens
+
+
+class TeacherSummary(Record):
+    """The same of all rounds."""
+
+    teacher_scored: int = 0
+    rows: int = 0
+    reverse_kl: tuple[float | None, ...] = ()  # of each round
+
+
 class RoundReport(Sealed):
     """What a round did: `report.json`."""
 
@@ -246,6 +264,7 @@ class RoundReport(Sealed):
     start_drift: float
     start: StartDrift | None = None  # all that was measured before training
     coverage: Coverage | None = None  # what the cached candidates hold and see
+    teachers: dict[str, TeacherFigures] = later(default={})  # of several, by name
     unit_decisions: tuple[UnitDecisionRecord, ...] = ()
     policy_drift: float
     effective_sample_fraction: float
@@ -276,5 +295,6 @@ class RunSummary(Sealed):
     steps: int = 0
     refused_rows: int = 0
     dropped_rows: dict[str, int] = later(default={})
+    teachers: dict[str, TeacherSummary] = later(default={})
     cache_bytes: int = 0
     decisions: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ from pipeline.caches import (
     Cache,
     Kept,
     fresh_cache,
+    fresh_caches,
     given_cache,
     kept_caches,
     replayed_caches,
@@ -164,7 +165,8 @@ def _round_caches(
     if outcome is not None and outcome.units:
         kept = kept_caches(setup, plan, students, outcome)
     elif setup.config.rollouts.own_prompts:
-        kept = Kept(caches=(ahead or fresh_cache(setup, plan, students[-1]),))
+        fresh = fresh_caches(setup, plan, students[-1]) if ahead is None else (ahead,)
+        kept = Kept(caches=fresh)
     else:
         kept = Kept()
     given = given_cache(setup, plan, students[-1])
@@ -182,7 +184,9 @@ def round_steps(
 
     A new kind of step is added here, and nowhere else.
     """
-    cached = [step for cache in caches for step in (cache.rollouts, cache.scores)]
+    cached: dict[str, Step] = {}  # several teachers score the same rollouts
+    for step in (step for cache in caches for step in (cache.rollouts, cache.scores)):
+        cached.setdefault(step.artifact.name, step)
     probes = _probe_steps(setup, plan, caches)
     train = Step(
         kind=TRAIN,
@@ -202,12 +206,13 @@ def round_steps(
                 first_step=plan.first_step,
                 window_tokens=_own_window(setup.config, plan, caches),
                 published=published_dtype(setup.student.folder),
+                weights=[cache.weight for cache in caches],
             )
         ),
         model=student,
         needs=(*(cache.scores for cache in caches), *probes[1:]),
     )
-    return (*cached, *probes, train)
+    return (*cached.values(), *probes, train)
 
 
 def _probe_steps(setup: Setup, plan: RoundPlan, caches: Sequence[Cache]) -> tuple[Step, ...]:

@@ -295,8 +295,8 @@ def make_shards(
         work = _submit(session, rollouts, scored[0] if scored else None, shuffle=shuffle)
         if work.tasks or rollouts.is_new or not all(s.is_complete() for s in (rollouts, *scored)):
             _wait_for(session, work, rollouts.kind.name)
-        for other in scored[1:]:
-            work = _submit(session, rollouts, other, shuffle=shuffle, generate=False)
+        submit = partial(_submit, session, rollouts, shuffle=shuffle, generate=False)
+        for work in [submit(other) for other in scored[1:]]:  # in pools of their own, or in turn
             _wait_for(session, work, rollouts.kind.name)
     _submit_ahead(session, round_)
 
@@ -342,6 +342,7 @@ def _submit(
         None if scores is None else start_shards(session, scores),
         student=rollouts.model,
         teacher=scores.model if scores is not None else rollouts.model if is_teachers else None,
+        teacher_name=None if scores is None else scores.teacher,
         made_by=session.run_id,
         progress=session.progress,
         generate=generate,

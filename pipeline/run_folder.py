@@ -14,6 +14,7 @@ import platform
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -334,5 +335,8 @@ class RunFolder:
 
 
 def is_below(field: str, names: Iterable[str]) -> bool:
-    """Whether a dotted field of a config is one of the named ones, or a part of one."""
-    return any(field == name or field.startswith(f"{name}.") for name in names)
+    """Whether a dotted field of a config is one of the named ones, or a part of one.
+
+    In a name, * stands for any key.
+    """
+    return any(fnmatchcase(field, name) or fnmatchcase(field, f"{name}.*") for name in names)

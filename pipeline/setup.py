@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -12,13 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from opd_stream.config import Config, Evaluation
+from opd_stream.config import Config, Evaluation, OneTeacher
 from opd_stream.config.sections import DISTANCE
 from opd_stream.engines import engine_recipe, gives_hidden
 from opd_stream.engines.base import ScoringSettings
 from opd_stream.errors import UserError, named
 from opd_stream.fetching import fetch, local_folder
 from opd_stream.prompts import shuffled_rows
+from opd_stream.rendering import Rendering
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.codecs import HiddenCodec
 from opd_stream.store.policy import UNREAD
@@ -75,6 +77,19 @@ class Setup:
     masked_ids: tuple[int, ...]  # the first occurrence in a rollout does not train
     prompts: Artifact
     teacher_prompts: Artifact | None  # where the teacher reads the prompts in its own rendering
+    name: str | None = None  # of the teacher, where it is one of several
+    several: tuple["Setup", ...] = ()  # of several teachers: the same with each; `teacher` is None
+
+    @property
+    def by_teacher(self) -> tuple["Setup", ...]:
+        """The setup with each teacher, `config` as if it were the only one."""
+        return self.several or (self,)
+
+    @property
+    def weight(self) -> float:
+        """Of the terms of its teacher in the loss."""
+        teacher = self.config.teacher
+        return teacher.weight if isinstance(teacher, OneTeacher) else 1.0
 
     @property
     def candidates(self) -> int | None:
@@ -101,16 +116,19 @@ def open_setup(config: Config, *, make: bool = True, works: bool = True) -> Setu
     store = open_store(config)
     setup = setup_of(config, store, partial(open_checkpoint, store), token_id_of, make=make)
     if make:
-        if works:
-            check_weights(config, setup.student, setup.teacher)
         table = setup.prompts.read_all()
+        lengths = table_lengths(table)
+        for each in setup.by_teacher:
+            with of_teacher(each.name):
+                if works:
+                    check_weights(each.config, setup.student, each.teacher)
+                own = None if each.teacher_prompts is None else prompt_lengths(each.teacher_prompts)
+                teachers = None if own is None else max(own)
+                check_context(each.config, setup.student, each.teacher, max(lengths), teachers)
         check_prompt_ids(table, setup.vocabulary)
-        lengths, rendered = table_lengths(table), setup.teacher_prompts
         check_rounds(config, len(lengths))
         check_given(setup, table)
-        longest = max(lengths)
-        teachers = None if rendered is None else max(prompt_lengths(rendered))
-        check_context(config, setup.student, setup.teacher, longest, teachers)
+        _check_routes(setup)
         lost = [*rows_left_out(setup.prompts, "prompts"), *_check_judged(config, setup.prompts)]
         asked = check_evaluation(config, store, setup.student, setup.vocabulary)
         setup = replace(setup, warnings=(*setup.warnings, *lost, *asked), lost=tuple(asked))
@@ -145,9 +163,8 @@ def fetch_checkpoints(config: Config) -> None:
     """
     fetch(config.student.path, config.student.revision)
     compares = config.evaluation is not None and config.evaluation.has_distance()
-    if config.teacher is not None and (config.replay is None or compares):
-        has_weights = config.teacher.engine != "server"
-        fetch(config.teacher.path, config.teacher.revision, weights=has_weights)
+    for teacher in config.all_teachers.values() if config.replay is None or compares else ():
+        fetch(teacher.path, teacher.revision, weights=teacher.engine != "server")
 
 
 def open_store(config: Config) -> Store:
@@ -193,8 +210,7 @@ def setup_of(
             "train.lora, or use a checkpoint that is not quantised"
         )
     teacher, alignment, rendered = None, None, None
-    if config.replay is None:
-        assert config.teacher is not None  # validated with the config
+    if config.teacher is not None and config.replay is None:
         teacher = _open_teacher(opened, config, store, make=make)
         check_pair(student, teacher, aligns=config.scores.alignment is not None)
         _check_top_k(config, teacher)
@@ -211,7 +227,7 @@ def setup_of(
     vocabulary = shared_vocabulary(reads_alike, stops=stop_token_ids(config, student, token_id))
     forced = _named_ids("scores.forced_tokens", config.scores.forced_tokens, student, token_id)
     rows = prompts.layout().rows if prompts.is_started() else None
-    return Setup(
+    setup = Setup(
         config=with_default_distance(config, rows)[0],
         store=store,
         student=student,
@@ -226,6 +242,70 @@ def setup_of(
         prompts=prompts,
         teacher_prompts=rendered,
     )
+    several = [_with_teacher(name, setup, opened, token_id, make=make) for name in config.teachers]
+    lines = [line for each in several for line in each.warnings]
+    warnings = tuple(dict.fromkeys((*setup.warnings, *lines)))
+    return replace(setup, several=tuple(several), warnings=warnings)
+
+
+def of_teacher(name: str | None) -> AbstractContextManager[None]:
+    """Say of errors inside which of several teachers they are about."""
+    return nullcontext() if name is None else named(f"teachers.{name}")
+
+
+def _with_teacher(
+    name: str, setup: Setup, opened: Opener, token_id: TokenId, *, make: bool
+) -> Setup:
+    """The setup of a run with one of its several teachers.
+
+    What the student may draw is its own affair, so that another teacher makes no other rollouts.
+
+    Raises:
+        UserError: the teacher lacks ids that the student may draw, or ends texts in its own way.
+    """
+    config, known = setup.config.with_teacher(name), setup.vocabulary
+    with of_teacher(name):
+        alone = setup_of(config, setup.store, opened, token_id, make=make)
+        teacher = alone.teacher
+        assert teacher is not None  # several teachers are no replay
+        if alone.alignment is None and teacher.known_ids < known.size:
+            raise UserError(
+                f"{teacher.folder} knows ids below {teacher.known_ids}, and the student may draw "
+                f"those below {known.size}; use a teacher with all of the student's ids"
+            )
+        if alone.alignment is None and (lost := set(teacher.terminators()) - set(known.stop_ids)):
+            raise UserError(
+                f"{teacher.folder} ends texts with id {min(lost)}, which ends no rollout; name "
+                "that token in rollouts.stop_tokens"
+            )
+    return replace(alone, config=config, name=name, vocabulary=known, forced_ids=setup.forced_ids)
+
+
+def _check_routes(setup: Setup) -> None:
+    """Refuse prompts that go to no teacher, before any work."""
+    routed = [each.teacher_prompts for each in setup.several]
+    tables = [None if each is None else each.read_all() for each in routed]
+    check_routes(setup.config, setup.prompts.read_all(), tables)
+
+
+def check_routes(config: Config, prompts: pa.Table, tables: Sequence[pa.Table | None]) -> None:
+    """Refuse prompts that go to no teacher.
+
+    Args:
+        config: of the run.
+        prompts: of the student.
+        tables: those of each of several teachers; None: all.
+    """
+    read = [set(table["prompt_id"].to_pylist()) for table in tables if table is not None]
+    if not config.teachers or len(read) < len(tables):
+        return
+    names = prompts["prompt_id"].to_pylist()
+    lost = [name for name in names if not any(name in each for each in read)]
+    if lost:
+        raise UserError(
+            f"{len(lost):,} of {len(names):,} prompts go to no teacher, the first {lost[0]!r}; "
+            "expected each in some teachers.NAME.when; add its value, or a teacher without when"
+        )
 
 
 def _open_teacher(opened: Opener, config: Config, store: Store, *, make: bool) -> Checkpoint:
@@ -246,8 +326,8 @@ def _open_teacher(opened: Opener, config: Config, store: Store, *, make: bool) -
 def _teacher_prompts(
     config: Config, store: Store, prompts: Artifact, teacher: Checkpoint, *, make: bool
 ) -> Artifact | None:
-    """The prompts in the teacher's own rendering, if it has one."""
-    rendering = None if config.teacher is None else config.teacher.rendering(config.prompts)
+    """The prompts that the teacher reads, if it has a rendering of its own or not all of them."""
+    rendering = teacher_rendering(config)
     if rendering is None:
         return None
     if not make:
@@ -255,6 +335,14 @@ def _teacher_prompts(
     rendered = make_teacher_prompts(store, config.prompts, rendering, prompts, teacher)
     check_prompt_ids(rendered.read_all(), shared_vocabulary([teacher]))
     return rendered
+
+
+def teacher_rendering(config: Config) -> Rendering | None:
+    """How the one teacher of a config reads the prompts; None: as the student does, all of them."""
+    rendering = None if config.teacher is None else config.teacher.rendering(config.prompts)
+    if rendering is not None and rendering.template is None and config.scores.alignment is not None:
+        return replace(rendering, template=config.prompts.template)  # under its own tokenizer
+    return rendering
 
 
 def check_extras(config: Config) -> None:
@@ -332,6 +420,8 @@ def with_default_distance(config: Config, rows: int | None) -> tuple[Config, str
     why = None
     if config.scores.alignment is not None:
         why = "the teacher has another tokenizer"
+    elif config.teachers:
+        why = "there are several teachers"
     elif config.teacher is not None and config.teacher.follows_student:
         why = "the teacher is another one each round"
     elif mute:

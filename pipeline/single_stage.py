@@ -288,6 +288,7 @@ def _score_step(session: Session, round_: Round, step: Step, *, follow: bool) ->
             scores,
             student=round_.student,
             teacher=step.model,
+            teacher_name=step.teacher,
             made_by=session.run_id,
             progress=session.progress,
             generate=False,

@@ -195,6 +195,9 @@ class StatusReader:
             steps = of_stage(made, stage)
             pace = self._units(steps, now)
             stages[stage] = after(pace, stages["generate"]) if stages else pace
+            for step in (step for step in steps if step.teacher is not None):
+                own = self._units([step], now)
+                stages[f"{stage} {step.teacher}"] = after(own, stages["generate"])
         stages["train"] = self._train(round_, now)
         if is_due(self._setup.config, round_.index):
             stages["evaluate"] = Pace(done=0, total=None, is_complete=False)

@@ -6,7 +6,7 @@ every rollout committed it is the score stage; without scores it is the generate
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from opd_stream.errors import UserError
@@ -119,6 +119,7 @@ def submit_missing(
     *,
     student: Checkpoint,
     teacher: Checkpoint | None,
+    teacher_name: str | None = None,
     made_by: str,
     progress: Progress,
     generate: bool = True,
@@ -131,9 +132,9 @@ def submit_missing(
 
     Args:
         executor: runs the tasks; Ray's workers start at once.
-        rollouts: made by the student.
-        scores: made by the teacher; None: only sample.
+        rollouts, scores: made by the student and by the teacher; None: only sample.
         student, teacher: checkpoints of the recipes of rollouts and scores.
+        teacher_name: of several.
         made_by: id of the run.
         progress: warned of damaged units.
         generate: False: score only what is published.
@@ -146,21 +147,20 @@ def submit_missing(
     to_score = _units_to_score(rollouts, scores, to_generate, progress, verify=verify)
     if not generate:
         to_score = [unit for unit in to_score if rollouts.commit_record(unit) is not None]
-    tasks = [
-        Task(
-            unit=unit,
-            rollouts=rollouts.fingerprint,
-            scores=None if scores is None else scores.fingerprint,
-            student=str(student.folder),
-            teacher=None if teacher is None else str(teacher.folder),
-            made_by=made_by,
-            policy=student.policy,
-            teacher_policy=None if teacher is None else teacher.policy,
-            author=author,
-            teacher_side=_kind_of(scores),
-        )
-        for unit in sorted({*to_generate, *to_score})
-    ]
+    one = Task(
+        unit=0,
+        rollouts=rollouts.fingerprint,
+        scores=None if scores is None else scores.fingerprint,
+        student=str(student.folder),
+        teacher=None if teacher is None else str(teacher.folder),
+        made_by=made_by,
+        policy=student.policy,
+        teacher_policy=None if teacher is None else teacher.policy,
+        teacher_name=teacher_name,
+        author=author,
+        teacher_side=_kind_of(scores),
+    )
+    tasks = [replace(one, unit=unit) for unit in sorted({*to_generate, *to_score})]
     if shuffle:
         random.shuffle(tasks)
     if to_generate and check is not None:

@@ -64,9 +64,11 @@ class LocalExecutor:
             self._workers = [_WORKERS[spec.role](spec.settings) for spec in specs]
 
     def results(self, tasks: Sequence[Task]) -> Iterator[TaskResult]:
-        for worker in self._workers:
-            if tasks:
-                worker.prepare(tasks[0])
+        asked = {task.teacher_name for task in tasks if task.scores is not None}
+        for worker in self._workers if tasks else ():
+            if asked and worker.settings.teacher_name not in (None, *asked):
+                worker.release()  # one of several teachers is in memory at a time
+            worker.prepare(tasks[0])
         for task in tasks:
             result = TaskResult(task=task)
             for worker in self._workers:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from opd_stream.errors import UserError
-from opd_stream.filters import REASONS, Keep, Reason, dropped_rows
+from opd_stream.filters import OTHER_TEACHER, REASONS, Keep, Reason, dropped_rows
 from opd_stream.store.codecs import ALIGNED
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
@@ -161,5 +161,12 @@ def in_places(
 
     names = [each.name for each in fields(scored) if each.name != "refused"]
     refused = {rows[place]: reason for place, reason in scored.refused.items()}
-    refused |= {row: f"rollouts.keep: {REASONS[reason]}" for row, reason in dropped.items()}
+    refused |= {row: _said(reason) for row, reason in dropped.items()}
     return ScoreBatch(**{name: column(name) for name in names}, refused=refused)
+
+
+def _said(reason: Reason) -> str:
+    """Why a row has no scores, as it says itself."""
+    if reason == OTHER_TEACHER:
+        return "its prompt goes to another teacher"
+    return f"rollouts.keep: {REASONS[reason]}"

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from opd_stream.errors import named
+from opd_stream.errors import UserError, named
 from opd_stream.prompts import lost_rows, rendered_prompts, shuffled_rows, tokenised_prompts
 from opd_stream.rendering import Rendering
 from opd_stream.sources import Prompts, source_settings
@@ -117,8 +117,9 @@ def make_teacher_prompts(
     artifact.mend()
     if is_sound(artifact):
         return artifact
-    names: list[str] = prompts.read_all()["prompt_id"].to_pylist()
-    _commit(artifact, rendered_prompts(source, rendering, teacher.tokenizer(), names), {})
+    table = rendered_prompts(source, rendering, teacher.tokenizer(), prompts.read_all())
+    check_chosen(rendering, table)
+    _commit(artifact, table, {})
     return artifact
 
 
@@ -127,6 +128,16 @@ def is_sound(artifact: Artifact) -> bool:
     return artifact.is_complete() and all(
         artifact.damage(unit) is None for unit in artifact.units()
     )
+
+
+def check_chosen(rendering: Rendering, table: pa.Table) -> None:
+    """Refuse a teacher that no prompt goes to."""
+    if not table.num_rows:
+        wanted = "; ".join(f"{name}: {', '.join(v)}" for name, v in rendering.when.items())
+        raise UserError(
+            f"when is {{{wanted}}}, and no prompt has that; expected a value that some row has; "
+            "correct it, or leave the teacher out"
+        )
 
 
 def _commit(artifact: Artifact, table: pa.Table, lost: Mapping[str, int]) -> None:

@@ -47,18 +47,22 @@ class RayExecutor:
         self._results: SimpleQueue[pa.Table | BaseException] = SimpleQueue()
         self._early: dict[Task, TaskResult] = {}  # done before they were asked for
         self._receiver: threading.Thread | None = None
-        self._owns_cluster = self._has_opened = False
+        self._owns_cluster = False
+        self._opened: set[str | None] = set()  # names of teachers
 
     def submit(self, tasks: Iterable[Task]) -> None:
         tasks = list(tasks)
         if self._tasks is None:
-            self._owns_cluster = start_cluster(self._config.pools)
+            self._owns_cluster = start_cluster(
+                self._config.pools, teachers=max(1, len(self._config.teachers))
+            )
             self._tasks = open_queue()
             self._receiver = threading.Thread(target=self._receive, daemon=True)
             self._receiver.start()
-        if not self._has_opened and tasks and tasks[0].scores is not None:
-            self._has_opened = True
-            opens = replace(tasks[0], only_opens=True)
+        first = next((task for task in tasks[:1] if task.scores is not None), None)
+        if first is not None and first.teacher_name not in self._opened:
+            self._opened.add(first.teacher_name)
+            opens = replace(first, only_opens=True)
             put(self._tasks, [TaskResult(task=opens).as_table()])
             list(self.results([opens]))
         put(self._tasks, [TaskResult(task=task).as_table() for task in tasks])
@@ -98,8 +102,11 @@ class RayExecutor:
             self._results.put(error)
 
 
-def start_cluster(pools: Pools) -> bool:
-    """Connect to RAY_ADDRESS, or start Ray on this machine; returns whether this call did."""
+def start_cluster(pools: Pools, *, teachers: int = 1) -> bool:
+    """Connect to RAY_ADDRESS, or start Ray on this machine; returns whether this call did.
+
+    `teachers` is the number of pools of teachers.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # errors reach us as exceptions
@@ -114,7 +121,8 @@ def start_cluster(pools: Pools) -> bool:
     if address:
         ray.init(address=address, **quiet)
         return True
-    wanted = sum(pool.workers * pool.cpus for pool in (pools.student, pools.teacher))
+    asked = (pools.student, *[pools.teacher] * teachers)
+    wanted = sum(pool.workers * pool.cpus for pool in asked)
     if pools.trainer.is_on_ray:
         wanted += pools.trainer.devices * pools.trainer.cpus
     with _without_native_stderr():
@@ -226,7 +234,7 @@ def _blocks(queue: Any, specs: list[WorkerSpec], start_seconds: int) -> Any:
         for spec in specs:
             dataset = dataset.map_batches(
                 # the class's name is that of Ray's processes
-                type(f"{spec.role.title()}Worker", (RemoteWorker,), {}),
+                type(_class_name(spec), (RemoteWorker,), {}),
                 fn_constructor_args=["stages.executors:open_worker", spec.role],
                 fn_constructor_kwargs=asdict(spec.settings),
                 batch_size=1,
@@ -237,6 +245,11 @@ def _blocks(queue: Any, specs: list[WorkerSpec], start_seconds: int) -> Any:
                 max_task_retries=-1,  # tries while a worker is being restarted must not count
             )
         return dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+
+
+def _class_name(spec: WorkerSpec) -> str:
+    name = spec.settings.teacher_name
+    return f"{spec.role.title()}Worker" + ("" if name is None else f"-{name}")
 
 
 def _cause(error: BaseException) -> str:

@@ -385,6 +385,7 @@ def policy_recipe(
     first_step: int,
     window_tokens: int | None = None,
     published: str = "float32",
+    weights: Sequence[float] = (),
 ) -> Recipe:
     """The policy that a train stage makes.
 
@@ -399,6 +400,7 @@ def policy_recipe(
         first_step: optimizer steps done before the round.
         window_tokens: that an audit decided, where it is not that of the newest rollouts.
         published: dtype of the published weights.
+        weights: of the terms of each of the caches in the loss; none: 1.
     """
     train, reward = config.train, _reward(config, vocabulary)
     given = train.given_objective
@@ -424,6 +426,7 @@ def policy_recipe(
             "window": config.rollouts.window.recipe(),
             **({} if window_tokens is None else {"window_tokens": window_tokens}),
             "units": [None if units is None else list(units) for _, _, units in caches],
+            **({"weights": list(weights)} if any(weight != 1 for weight in weights) else {}),
             "first_step": first_step,
             "seed": config.seed,
         },

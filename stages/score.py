@@ -22,7 +22,7 @@ from opd_stream.engines.base import (
     score_batch,
 )
 from opd_stream.errors import UserError
-from opd_stream.filters import Reason
+from opd_stream.filters import OTHER_TEACHER, Reason
 from opd_stream.store.artifact import Artifact, Commit, DamagedUnit
 from opd_stream.store.codecs import SampledCodec, codec_of, encode_scores, scores_batch
 from opd_stream.store.codecs.fidelity import StateErrors
@@ -77,7 +77,7 @@ class ScoreWorker(Worker):
     _filter: tuple[str, RolloutFilter] | None = None  # with the fingerprint of the scores
 
     def prepare(self, task: Task) -> None:
-        if task.scores is None or task.teacher is None:
+        if task.scores is None or task.teacher is None or not self.is_asked(task):
             return
         scores = self.store.by_fingerprint(task.teacher_side, task.scores)
         if scores.commit_record(task.unit) is None and "teacher" in scores.recipe.inputs:
@@ -87,6 +87,10 @@ class ScoreWorker(Worker):
                 own = rollouts.get("student_top_k") or rollouts.get("extra_draws")
                 engine.check(_scoring_settings(scores.recipe), own_ids=bool(own))
 
+    def is_asked(self, task: Task) -> bool:
+        """Whether the task is for its teacher, where there are several."""
+        return task.teacher_name == self.settings.teacher_name
+
     def _open(self, task: Task, scores: Recipe) -> Engine:
         return self.engine(lambda: self.teacher_folder(task), scores.inputs["teacher"], scores)
 
@@ -94,7 +98,7 @@ class ScoreWorker(Worker):
         task = result.task
         if task.author == "teacher":
             result = sample_unit(self, result, lambda: self.teacher_folder(task))
-        if task.scores is None or task.teacher is None:
+        if task.scores is None or task.teacher is None or not self.is_asked(task):
             return result
         scores = self.store.by_fingerprint(task.teacher_side, task.scores)
         rollouts = self.store.by_fingerprint("rollouts", task.rollouts)
@@ -133,6 +137,7 @@ class ScoreWorker(Worker):
             "rows": len(batch),
             "refused_rows": len(scored.batch.refused) - len(scored.dropped),
             **dropped_counts(scored.dropped),
+            **student_gap(task, batch, scored.batch),
             "cpu_seconds": round(time.process_time() - cpu, 3),
         }
         end = time.time()
@@ -143,9 +148,7 @@ class ScoreWorker(Worker):
             made_by=task.made_by,
             seconds=end - start,
             source_sha256=source.sha256,
-            skipped_rows=[
-                row for row in range(len(batch)) if not _trains(batch, scored.batch, row)
-            ],
+            skipped_rows=_skipped_rows(batch, scored.batch),
             fidelity=fidelity,
         )
         tokens = int(scored.counts["completion_tokens"])
@@ -183,13 +186,17 @@ class ScoreWorker(Worker):
         self, task: Task, rollouts: Artifact, scores: Recipe, batch: RolloutBatch
     ) -> dict[int, Reason]:
         """Rows that are not scored, and why."""
+        elsewhere: dict[int, Reason] = {}
+        if (own := self._own_prompts(scores)) is not None:
+            names = enumerate(batch.prompt_id)
+            elsewhere = {row: OTHER_TEACHER for row, name in names if name not in own}
         if "keep" not in scores.settings:
-            return {}
+            return elsewhere
         if self._filter is None or self._filter[0] != scores.fingerprint:
             folder = self.student_folder(task, "texts")
             opened = RolloutFilter(self.store, scores, rollouts.recipe, folder)
             self._filter = (scores.fingerprint, opened)
-        return self._filter[1].dropped(batch)
+        return {**self._filter[1].dropped(batch), **elsewhere}
 
     def _scored_kept(
         self, task: Task, rollouts: Artifact, scores: Artifact, batch: RolloutBatch
@@ -255,12 +262,17 @@ class ScoreWorker(Worker):
 
         Completions stay, so that scores align token by token.
         """
+        own = self._own_prompts(scores)
+        return batch if own is None else with_prompts(batch, own)
+
+    def _own_prompts(self, scores: Recipe) -> dict[str, Ids] | None:
+        """The prompts that the teacher reads by their names; None: those of the student, all."""
         fingerprint = scores.inputs.get("prompts")
         if fingerprint is None:
-            return batch
+            return None
         if self._prompts is None or self._prompts[0] != fingerprint:
             self._prompts = (fingerprint, prompt_ids_of(self.store, fingerprint))
-        return with_prompts(batch, self._prompts[1])
+        return self._prompts[1]
 
     def _scored_aligned(
         self,
@@ -322,6 +334,20 @@ def unscored(batch: RolloutBatch) -> _Scored:
     return _Scored(score_batch(rows, batch), token_counts(batch, without=range(len(batch))))
 
 
+def student_gap(task: Task, batch: RolloutBatch, scored: ScoreBatch) -> dict[str, float]:
+    """Log-probability of the scored tokens, the student's minus the teacher's, summed (nats).
+
+    By its tokens it is an estimate of the reverse KL to one of several teachers; of one teacher
+    training says it, and of another tokenizer's chunks it is not told.
+    """
+    if scored.chunk_ids is not None or task.teacher_name is None:
+        return {}
+    rows = [row for row in range(len(batch)) if row not in scored.refused]
+    pairs = ((batch.behavior_logprobs[row], scored.teacher_logprobs[row]) for row in rows)
+    gaps = (np.subtract(own, theirs, dtype=np.float64).sum() for own, theirs in pairs)
+    return {"student_gap": float(sum(gaps))}
+
+
 def append_scores(old: ScoreBatch, new: ScoreBatch, rows: list[int]) -> ScoreBatch:
     """Old scores with new parts at the end of some rows; a refused row stays refused."""
     places = {row: place for place, row in enumerate(rows)}
@@ -363,6 +389,11 @@ def _scoring_settings(scores: Recipe) -> ScoringSettings:
         seed=settings["seed"],
         vocabulary=settings.get("vocabulary"),
     )
+
+
+def _skipped_rows(batch: RolloutBatch, scored: ScoreBatch) -> list[int]:
+    """Rows that no token of may train."""
+    return [row for row in range(len(batch)) if not _trains(batch, scored, row)]
 
 
 def _trains(batch: RolloutBatch, scored: ScoreBatch, row: int) -> bool:

@@ -58,6 +58,7 @@ class Step:
     model: Checkpoint | None  # samples, scores or is trained; None: it is only read
     needs: tuple["Step", ...] = ()  # complete before it can be; scores stream behind their rollouts
     is_new: bool = True  # made by its round, not kept from an earlier one or replayed
+    teacher: str | None = None  # name of who scores, of several
 
     @property
     def shards(self) -> Artifact:
@@ -131,6 +132,7 @@ class CacheUnits:
     policy_version: int  # of the oldest tokens in it
     made_in: int  # the round that made the artifact
     slots: tuple[Slot, ...]
+    weight: float = 1.0  # of its terms in the loss
 
 
 class Progress(Protocol):

@@ -38,6 +38,7 @@ class BatchPlan:
     staleness: tuple[int, ...] = ()  # of each cache: policies since it was written; none: 0
     same_tokens_only: bool = False  # of a teacher with another tokenizer
     given: tuple[bool, ...] = ()  # of each cache: whether its rows are not the student's; none: no
+    weights: tuple[float, ...] = ()  # of the terms of each cache in the loss; none: 1
 
     def steps_per_epoch(self, rows: int) -> int:
         """Optimizer steps of an epoch over so many rows."""
@@ -122,6 +123,7 @@ def step_batches(
             newline_ids=plan.newline_ids,
             staleness=plan.staleness,
             given=plan.given,
+            cache_weights=plan.weights,
         )
         if not group:
             batch = replace(batch, weights_N=torch.zeros_like(batch.weights_N))

@@ -235,7 +235,7 @@ class TrainJob:
 
     def plan(self) -> BatchPlan:
         """Which rows meet in which step."""
-        train = self.config.train
+        train, weights = self.config.train, tuple(cache.weight for cache in self.caches)
         return BatchPlan(
             rows_per_step=train.rows_per_step,
             tokens_per_microbatch=train.tokens_per_microbatch,
@@ -249,4 +249,5 @@ class TrainJob:
             newline_ids=self.newline_ids,
             staleness=tuple(self.round_index - cache.policy_version for cache in self.caches),
             given=tuple(map(is_given, self._rollouts())),
+            weights=weights if any(weight != 1 for weight in weights) else (),
         )

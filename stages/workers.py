@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import pyarrow as pa
 from pydantic import TypeAdapter
 
-from opd_stream.config import Config, Pool
-from opd_stream.config.sections import Teacher
+from opd_stream.config import Config, Model, Pool, Teacher
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import Engine, VllmOptions
 from opd_stream.engines.server_client import ServerOptions
@@ -54,6 +53,7 @@ class Task:
     made_by: str  # id of the run
     policy: str | None = None  # fingerprint of the student, where it is a policy of the store
     teacher_policy: str | None = None  # the same of the teacher
+    teacher_name: str | None = None  # of several
     author: Role = "student"  # samples the rollouts
     teacher_side: Literal["scores", "hidden"] = "scores"  # the kind of `scores`
     distances: str | None = None  # fingerprint; the student is only compared with the teacher
@@ -107,6 +107,7 @@ class WorkerSettings:
     threads: int = 1
     vllm: VllmOptions = field(default_factory=VllmOptions)
     server: ServerOptions | None = None  # of a served teacher
+    teacher_name: str | None = None  # of several: the one whose tasks it does
     unit_seconds: int | None = None  # a unit that takes longer ends the process
     store_seconds: float = RETRY_TIMEOUT  # how long a remote store is asked again
 
@@ -121,17 +122,23 @@ class WorkerSpec:
 
 
 def worker_specs(config: Config, roles: tuple[Role, ...]) -> list[WorkerSpec]:
-    """The workers of some roles, as far as the config has a model for them."""
+    """The workers of some roles, as far as the config has a model for them; of each teacher."""
+    teachers: dict[str | None, Teacher] = {**config.teachers}
+    if config.teacher is not None:
+        teachers[None] = config.teacher
+    models: list[tuple[Role, str | None, Model]] = [("student", None, config.student)]
+    models.extend(("teacher", name, teacher) for name, teacher in teachers.items())
     specs: list[WorkerSpec] = []
-    students = ("student", config.student, config.pools.student)
-    for role, model, pool in (students, ("teacher", config.teacher, config.pools.teacher)):
-        if role in roles and model is not None:
+    for role, name, model in models:
+        pool = config.pools.student if role == "student" else config.pools.teacher
+        if role in roles:
             settings = WorkerSettings(
                 store=Store(config.store).address,
                 batch_rows=model.batch_rows,
                 threads=pool.threads,
                 vllm=model.vllm,
                 server=model.server if isinstance(model, Teacher) else None,
+                teacher_name=name,
                 unit_seconds=pool.unit_seconds if config.executor == "ray" else None,
                 store_seconds=config.store_seconds,
             )

@@ -16,6 +16,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from opd_stream.config.sections import (
     Evaluation,
     Model,
+    OneTeacher,
     Rollouts,
     Scores,
     Student,
@@ -36,6 +37,7 @@ __all__ = [
     "Config",
     "Evaluation",
     "Model",
+    "OneTeacher",
     "Pool",
     "Pools",
     "Prompts",
@@ -184,6 +186,9 @@ class Config(Section):
     )
     student: Student
     teacher: Teacher | None = Field(default=None, description="left out only where `replay` is set")
+    teachers: dict[str, OneTeacher] = later(
+        default={}, description="or several, each under its name (docs/teachers.md)"
+    )
     prompts: Prompts
     rollouts: Rollouts
     scores: Scores = Scores()
@@ -227,6 +232,16 @@ class Config(Section):
         """The store of what is replayed, where it is another one."""
         return None if self.replay is None else self.replay.store
 
+    @property
+    def all_teachers(self) -> dict[str, Teacher]:
+        """Field of the config -> a checkpoint that scores."""
+        alone = {} if self.teacher is None else {"teacher": self.teacher}
+        return alone | {f"teachers.{name}": teacher for name, teacher in self.teachers.items()}
+
+    def with_teacher(self, name: str) -> "Config":
+        """The config as if one of its several teachers were the only one."""
+        return self.model_copy(update={"teacher": self.teachers[name], "teachers": {}})
+
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
         """Tell every conflict between fields at once."""
@@ -243,15 +258,15 @@ class Config(Section):
 
 def _conflicts(config: Config) -> Iterator[str]:
     """What fields say against each other, one line each."""
-    if config.teacher is None and config.replay is None:
+    if not config.all_teachers and config.replay is None:
         yield (
             "'teacher' is missing; expected a checkpoint that scores the rollouts; "
             "add teacher, or set replay.run to train from the scores of an earlier run"
         )
     if (replay := config.replay) is not None and (replay.run is None) == (not replay.scores):
         yield "replay.run and replay.scores are both set, or neither; expected one of the two"
-    for role, model in (("student", config.student), ("teacher", config.teacher)):
-        if model is not None and model.engine == "vllm" and config.executor == "local":
+    for role, model in {"student": config.student, **config.all_teachers}.items():
+        if model.engine == "vllm" and config.executor == "local":
             yield (
                 f"{role}.engine is vllm with executor local, which shares a process with "
                 "training; vLLM changes its process; set executor=ray"
@@ -272,6 +287,7 @@ def _conflicts(config: Config) -> Iterator[str]:
     yield from _staleness_conflicts(config)
     yield from _alignment_conflicts(config)
     yield from _following_conflicts(config)
+    yield from _teachers_conflicts(config)
     if config.evaluation is not None:
         yield from config.evaluation.conflicts()
 
@@ -597,24 +613,63 @@ def _alignment_conflicts(config: Config) -> Iterator[str]:
 
 def _following_conflicts(config: Config) -> Iterator[str]:
     """A teacher that is each round's policy has to be the student, and to read something else."""
-    teacher, student = config.teacher, config.student
-    if teacher is None or not teacher.follows_student:
+    student = config.student
+    for field, teacher in config.all_teachers.items():
+        if not teacher.follows_student:
+            continue
+        if (teacher.path, teacher.revision) != (student.path, student.revision):
+            yield (
+                f"{field}.follows_student is set with {field}.path {teacher.path}, which is not "
+                f"student.path {student.path}; set the same path, or leave follows_student out"
+            )
+        if not teacher.is_rendering:
+            yield (
+                f"{field}.follows_student is set without {field}.view, so that the teacher would "
+                "read what the student reads and agree with it; add a view"
+            )
+        if config.evaluation is not None and config.evaluation.has_distance():
+            yield (
+                f"evaluation of kind distance with {field}.follows_student, which is another "
+                "teacher each round; use a judge"
+            )
+
+
+def _teachers_conflicts(config: Config) -> Iterator[str]:
+    """What several teachers cannot be, or be together with."""
+    if not config.teachers:
         return
-    if (teacher.path, teacher.revision) != (student.path, student.revision):
+    if config.teacher is not None:
         yield (
-            f"teacher.follows_student is set with teacher.path {teacher.path}, which is not "
-            f"student.path {student.path}; set the same path, or leave follows_student out"
+            "teacher and teachers are both set; expected one of them; give the single teacher a "
+            "name under teachers, or leave one out"
         )
-    if not teacher.is_rendering:
-        yield (
-            "teacher.follows_student is set without teacher.view, so that the teacher would read "
-            "what the student reads and agree with it; add teacher.view"
-        )
-    if config.evaluation is not None and config.evaluation.has_distance():
-        yield (
-            "evaluation of kind distance with teacher.follows_student, which is another teacher "
-            "each round; use a judge"
-        )
+    for name in config.teachers:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            yield f"teachers has the name {name!r}; expected letters, digits, - and _; rename it"
+    against = {
+        "replay": (config.replay is not None, "replay the scores of one teacher at a time"),
+        "rollouts.ahead": (config.rollouts.ahead, "leave it out"),
+        "rollouts.given_share": (bool(config.rollouts.given_prompts), "leave it out"),
+        "rollouts.window.kind=adaptive": (
+            isinstance(config.rollouts.window, AdaptiveWindow),
+            "use another window",
+        ),
+        "staleness.max_policies": (bool(config.staleness.max_policies), "leave it out"),
+        "scores.codec hidden": (
+            isinstance(config.scores.codec, HiddenCodec),
+            "use codec compact or exact",
+        ),
+        "evaluation of kind distance": (
+            config.evaluation is not None and config.evaluation.has_distance(),
+            "use a judge",
+        ),
+    }
+    for what, (is_set, way) in against.items():
+        if is_set:
+            yield (
+                f"{what} is set with teachers, and it reads the scores of one teacher; {way}, or "
+                "name one teacher"
+            )
 
 
 def counts_rounds(config: Config) -> bool:
@@ -638,9 +693,12 @@ PLACEMENT = (
     "keep_optimizers",
     "student.batch_rows",
     "teacher.batch_rows",
+    "teachers.*.batch_rows",
     "student.vllm",
     "teacher.vllm",
     *(f"teacher.server.{name}" for name in SERVER_PLACEMENT),
+    "teachers.*.vllm",
+    *(f"teachers.*.server.{name}" for name in SERVER_PLACEMENT),
     "train.tokens_per_microbatch",
     "train.gradient_checkpointing",
     "train.loggers",

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,7 +18,7 @@ from opd_stream.fetching import local_folder
 from opd_stream.filters import Keep
 from opd_stream.objectives import AnyObjective, SampledPg
 from opd_stream.rendering import ChatTemplate, Rendering, Template
-from opd_stream.section import SEEDS, Section, Temperature, is_object, later
+from opd_stream.section import SEEDS, Section, Temperature, is_list, is_object, later
 from opd_stream.sources import FIELD, DatasetPrompts, EmbeddedPrompts, FilePrompts, Prompts
 from opd_stream.store.codecs import Codec, ExactCodec, HiddenCodec
 from opd_stream.tasks.judges import AnyJudge
@@ -129,6 +130,38 @@ class Teacher(Model):
                 "the student answers; set it to escape or allow"
             )
         return self
+
+
+def _as_texts(value: Any) -> Any:
+    """A value of a field, or several, as text."""
+    many: list[Any] = value if is_list(value) else [value]
+    return [str(each) if isinstance(each, bool | int | float) else each for each in many]
+
+
+Texts = Annotated[
+    tuple[str, ...],
+    Field(min_length=1),
+    BeforeValidator(_as_texts, json_schema_input_type=Any),
+]
+
+
+class OneTeacher(Teacher):
+    """One of several checkpoints that score, each the rollouts of some prompts or of all."""
+
+    when: dict[str, Texts] = Field(
+        default={},
+        description="scores rollouts of prompts whose row has this value, or one of these, in each "
+        "named field; left out: of all prompts",
+    )
+    weight: float = Field(
+        default=1.0, gt=0, le=1000, description="of its terms in the loss; see docs/teachers.md"
+    )
+
+    def rendering(self, source: Prompts) -> Rendering | None:
+        """How it reads the prompts of a source, and which; None: as the student does, all."""
+        found = super().rendering(source) or Rendering(template=None)
+        found = replace(found, when=self.when, is_of_several=True)
+        return found if self.when or self.is_rendering else None
 
 
 class Rollouts(Section):

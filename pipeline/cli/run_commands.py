@@ -216,6 +216,10 @@ def _lines(summary: "RunSummary") -> "Iterator[str]":
         from pipeline.evaluation import figure_lines
 
         yield from figure_lines(last)
+    for name, each in summary.teachers.items():
+        gaps = [f"{gap:.4f}" for gap in each.reverse_kl if gap is not None]
+        kl = f", reverse KL {' '.join(gaps)}" if gaps else ""
+        yield f"teacher {name}: {each.teacher_scored:,} tokens scored, {each.rows:,} rows{kl}"
     if summary.refused_rows:
         yield f"rows refused by the teacher (not finite): {summary.refused_rows}"
     if summary.dropped_rows:

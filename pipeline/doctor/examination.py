@@ -6,6 +6,7 @@ from opd_stream.store.artifact import DamagedUnit
 from pipeline.doctor import inputs, machine, served, trial
 from pipeline.doctor.findings import Finding, NotChecked, Report, Screen
 from pipeline.doctor.subject import Subject
+from pipeline.setup import check_routes
 
 CHECKS = (
     machine.packages,
@@ -33,7 +34,45 @@ FIRST = ("packages", "store", "weights", "memory", "setup")  # without errors, o
 
 
 def examine(config: Config, *, quick: bool, screen: Screen | None = None) -> Report:
-    """Look at everything a run of this config would need; `quick` loads no model."""
+    """Look at everything a run of this config would need; `quick` loads no model.
+
+    Of several teachers it looks at each as if it were the only one, and then at all together.
+    """
+    if not config.teachers:
+        return _examine(config, quick=quick, screen=screen)
+    names = [*config.teachers]
+    reports = [_examine(config.with_teacher(name), quick=quick) for name in names]
+    told = [{finding.found for finding in report.findings} for report in reports]
+    whole = Report()
+    for name, report in zip(names, reports, strict=True):
+        whole.not_checked.update(report.not_checked)
+        for finding in report.findings:
+            if not all(finding.found in each for each in told):
+                said = f"teachers.{name}: {finding.found}"
+                finding = finding.model_copy(update={"found": said})
+            elif report is not reports[0]:
+                continue
+            whole.findings.append(finding)
+    try:
+        _check_routes(Subject(config, quick))
+    except UserError as error:
+        whole.findings.append(inputs.setup.refused(error))
+    if screen is not None:
+        for finding in whole.findings:
+            screen.found(finding)
+    return whole
+
+
+def _check_routes(subject: Subject) -> None:
+    """Refuse what several teachers cannot be together, and prompts that go to none."""
+    config, _ = subject.config, subject.setup
+    students = subject.table("prompts")
+    each = [Subject(config.with_teacher(name), subject.quick) for name in config.teachers]
+    check_routes(config, students, [one.teacher_table() for one in each])
+
+
+def _examine(config: Config, *, quick: bool, screen: Screen | None = None) -> Report:
+    """The same with one teacher."""
     subject, report = Subject(config, quick), Report()
 
     def add(finding: Finding) -> None:

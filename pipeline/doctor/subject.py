@@ -19,7 +19,7 @@ from opd_stream.sources import Prompts, source_settings
 from opd_stream.store.policy import UNREAD, identify
 from opd_stream.store.store import Store
 from pipeline.doctor.findings import NotChecked
-from pipeline.setup import Setup, open_setup, open_store
+from pipeline.setup import Setup, open_setup, open_store, teacher_rendering
 from stages.checkpoints import Checkpoint, open_model, weight_shapes
 
 T = TypeVar("T")
@@ -134,14 +134,14 @@ class Subject:
     def teacher_table(self) -> pa.Table | None:
         """The training prompts in the teacher's own rendering; None: it reads the student's."""
         config = self.config
-        rendering = None if config.teacher is None else config.teacher.rendering(config.prompts)
+        rendering = teacher_rendering(config)
         if rendering is None or config.replay is not None:
             return None
-        names: list[str] = self.table("prompts")["prompt_id"].to_pylist()
+        table = self.table("prompts")
         tokenizer = self.model("teacher").tokenizer()
         return self._once(
             rendering.field,
-            lambda: rendered_prompts(config.prompts, rendering, tokenizer, names),
+            lambda: rendered_prompts(config.prompts, rendering, tokenizer, table),
         )
 
     @property

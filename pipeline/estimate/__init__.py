@@ -23,7 +23,7 @@ from pipeline.estimate.result import BreakEven, Disk, Estimate, LogitMemory, Rou
 from pipeline.estimate.rounds import RunCosts
 from pipeline.estimate.sizes import FLOAT32, RECORD_BYTES, policy_sizes
 from pipeline.run_folder import RunFolder
-from pipeline.setup import largest_window
+from pipeline.setup import Setup, largest_window
 from stages.prompts import every_prompt
 from stages.step import TRAIN
 
@@ -82,14 +82,19 @@ def _disks(costs: RunCosts, rounds: tuple[RoundCost, ...], folder: Path) -> tupl
 
 def _logits(costs: RunCosts) -> LogitMemory | None:
     """float32 logits of one chunk; engine vllm holds those of a forward pass."""
-    teacher, checkpoint = costs.config.teacher, costs.setup.teacher
+    found = [one for each in costs.setup.by_teacher if (one := _logits_of(each)) is not None]
+    return max(found, key=lambda one: one.bytes, default=None)
+
+
+def _logits_of(setup: Setup) -> LogitMemory | None:
+    teacher, checkpoint = setup.config.teacher, setup.teacher
     if checkpoint is None or teacher is None or teacher.engine in ("fake", "server"):
         return None
     vocabulary = checkpoint.config.vocabulary
     if teacher.engine == "vllm":
         rows, what, bound = teacher.vllm.batched_tokens, "teacher.vllm.batched_tokens", None
     else:
-        device = "cuda" if costs.config.pools.teacher.gpus else "cpu"
+        device = "cuda" if setup.config.pools.teacher.gpus else "cpu"
         rows, bound = rows_per_chunk(vocabulary, device), MAX_LOGITS_PER_CHUNK[device]
         what = "a GPU's chunk" if device == "cuda" else "a CPU's chunk"
     logits = rows * vocabulary
@@ -103,9 +108,10 @@ def _logits(costs: RunCosts) -> LogitMemory | None:
 
 
 def _break_even(costs: RunCosts, steps: list[StepCost]) -> BreakEven | None:
-    if costs.teacher is None or costs.unknown:
+    teachers = [*costs.teachers.values()]
+    if len(teachers) != 1 or costs.unknown:  # how much of training each of several reads varies
         return None
-    models = (costs.student, costs.teacher)
+    models = (costs.student, *teachers)
     cached = [step.total.flops for step in steps if step.kind.stage in ("generate", "score")]
     return BreakEven(
         cache_flops=sum(cached),

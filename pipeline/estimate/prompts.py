@@ -5,7 +5,7 @@ the tokenizer of transformers.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,8 +27,14 @@ from opd_stream.sources import (
 from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.tokenizer_folder import open_vocabulary, read_settings
 from pipeline.estimate.sizes import PromptLengths
-from pipeline.setup import Setup
-from stages.prompts import is_sound, rows_left_out, selected_rows, table_lengths
+from pipeline.setup import Setup, teacher_rendering
+from stages.prompts import (
+    check_chosen,
+    is_sound,
+    rows_left_out,
+    selected_rows,
+    table_lengths,
+)
 
 MOST_PROMPTS = 2_000  # written and tokenised to measure them
 T = TypeVar("T")
@@ -148,29 +154,48 @@ def measure_prompts(
     return MeasuredPrompts(table=found.table, lengths=lengths)
 
 
-def measure_teacher_prompts(setup: Setup, students: MeasuredPrompts) -> SourceLengths | None:
-    """The same prompts as the teacher reads them; None: as the student does.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherPrompts:
+    """What a teacher reads, where it reads something else than the student, or not all of it."""
+
+    table: pa.Table
+    lengths: SourceLengths
+    share: float  # of the student's prompts
+
+    def selected(self, selection: dict[str, Any]) -> PromptLengths:
+        """Of the prompts of a recipe; where it reads some of them, of all that it reads."""
+        is_whole = self.lengths.is_whole and self.share == 1
+        return replace(self.lengths, is_whole=is_whole).selected(selection)
+
+
+def measure_teacher_prompts(setup: Setup, students: MeasuredPrompts) -> TeacherPrompts | None:
+    """The same prompts as a teacher reads them; None: as the student does, all of them.
 
     Raises:
-        UserError: the teacher's template or view does not take them.
+        UserError: the teacher's template, view or rule does not take them.
     """
-    artifact, teacher = setup.teacher_prompts, setup.config.teacher
-    rendering = None if teacher is None else teacher.rendering(setup.config.prompts)
+    artifact, rendering = setup.teacher_prompts, teacher_rendering(setup.config)
     if artifact is None or rendering is None:
         return None
     assert setup.teacher is not None  # else there is no such artifact
     if is_sound(artifact):
-        return _whole(artifact.read_all())
-    tokenizer = tokenizer_for(setup.teacher.folder, rendering.template)
-    names = students.table["prompt_id"].to_pylist()
+        table, rows = artifact.read_all(), setup.prompts.layout().rows
+        return TeacherPrompts(table=table, lengths=_whole(table), share=table.num_rows / rows)
+    folder, names = setup.teacher.folder, students.table["prompt_id"].to_pylist()
+    tokenizer = None if rendering.template is None else tokenizer_for(folder, rendering.template)
 
-    def rendered(first: Prompts) -> pa.Table:
+    def rendered(first: Prompts) -> tuple[pa.Table, int]:
         there = {prompt.prompt_id for prompt in read_prompts(first)}
-        return rendered_prompts(first, rendering, tokenizer, [n for n in names if n in there])
+        read = students.table.take([n for n, name in enumerate(names) if name in there])
+        return rendered_prompts(first, rendering, tokenizer, read), read.num_rows
 
-    found = _whole(_of_first_rows(setup.config.prompts, rendered))
-    is_whole = students.lengths.is_whole and len(found.tokens) == len(names)
-    return SourceLengths(tokens=found.tokens, is_whole=is_whole, rows=students.lengths.rows)
+    table, read = _of_first_rows(setup.config.prompts, rendered)
+    is_whole = students.lengths.is_whole and read == len(names)
+    if is_whole:
+        check_chosen(rendering, table)
+    found = table if table.num_rows else students.table  # none of the first rows is its own
+    lengths = replace(_whole(found), is_whole=is_whole, rows=students.lengths.rows)
+    return TeacherPrompts(table=table, lengths=lengths, share=table.num_rows / read)
 
 
 def _of_first_rows(source: Prompts, read: Callable[[Prompts], T]) -> T:

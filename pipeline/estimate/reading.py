@@ -19,6 +19,7 @@ from pipeline.estimate.prompts import (
     FastTokenizer,
     MeasuredPrompts,
     SourceLengths,
+    TeacherPrompts,
     measure_prompts,
     measure_teacher_prompts,
 )
@@ -30,6 +31,8 @@ from pipeline.setup import (
     check_problems,
     check_prompt_ids,
     check_rounds,
+    check_routes,
+    of_teacher,
     prompt_judges,
     setup_of,
     with_default_distance,
@@ -58,7 +61,7 @@ class RunInputs:
 
     setup: Setup
     prompts: SourceLengths
-    teacher_prompts: SourceLengths | None  # in its own rendering
+    teacher_prompts: dict[str | None, TeacherPrompts]  # by teacher, of those with prompts of own
     problems: tuple[Problems, ...]
     compared: Checkpoint | None  # the teacher that policies are compared with, if they are
     notes: list[str]  # what was assumed
@@ -76,7 +79,7 @@ def read_inputs(config: Config) -> RunInputs:
         return None if tokenizer is None else tokenizer.text_id(token)
 
     setup = setup_of(config, store, partial(_checkpoint, store, notes), token_id, make=False)
-    for model in (setup.student, setup.teacher):
+    for model in (setup.student, *(each.teacher for each in setup.by_teacher)):
         if model is not None:
             weight_shapes(model.folder)  # their headers can be read
     problems: list[Problems] = []
@@ -105,18 +108,10 @@ def read_inputs(config: Config) -> RunInputs:
         compared, setup = setup.teacher, replace(setup, config=settled)
         lengths = replace(prompts.lengths, rows=settled.evaluation.held_out)
         problems.append(Problems(settled.evaluation, setup.prompts, lengths))
-    teachers = measure_teacher_prompts(setup, prompts)
-    check_context(
-        config,
-        setup.student,
-        setup.teacher,
-        int(prompts.lengths.tokens.max()),
-        None if teachers is None else int(teachers.tokens.max()),
-    )
     return RunInputs(
         setup=setup,
         prompts=prompts.lengths,
-        teacher_prompts=teachers,
+        teacher_prompts=_teacher_prompts(setup, prompts),
         problems=tuple(problems),
         compared=compared,
         notes=notes,
@@ -132,6 +127,21 @@ def _check_prompts(setup: Setup, prompts: MeasuredPrompts, notes: list[str]) -> 
         check_given(setup, prompts.table)
     for judge in prompt_judges(setup.config):
         _check_answers("prompts", judge, prompts, notes)
+
+
+def _teacher_prompts(setup: Setup, prompts: MeasuredPrompts) -> dict[str | None, TeacherPrompts]:
+    """What each teacher reads, and refuse what it cannot hold, and prompts that go to none."""
+    found: dict[str | None, TeacherPrompts] = {}
+    longest = int(prompts.lengths.tokens.max())
+    for each in setup.by_teacher:
+        with of_teacher(each.name):
+            own = measure_teacher_prompts(each, prompts)
+            found |= {} if own is None else {each.name: own}
+            most = None if own is None else int(own.lengths.tokens.max())
+            check_context(each.config, setup.student, each.teacher, longest, most)
+    read = [found.get(each.name) for each in setup.several]
+    check_routes(setup.config, prompts.table, [None if own is None else own.table for own in read])
+    return found
 
 
 def _check_answers(

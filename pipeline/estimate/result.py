@@ -53,6 +53,7 @@ class StepCost(Record):
     """One step of one round."""
 
     kind: StepKind
+    teacher: str | None = None  # who scores, of several
     window_tokens: int
     prompts: int
     done: Amount = Amount()
@@ -76,6 +77,7 @@ class StepCost(Record):
     def _json(self) -> dict[str, Any]:
         return {
             "stage": self.kind.name,
+            **({} if self.teacher is None else {"teacher": self.teacher}),
             "window_tokens": self.window_tokens,
             "prompts": self.prompts,
             **self.total.as_json(),
@@ -216,7 +218,7 @@ def print_plan(found: Estimate, *, console: Console) -> None:
             size = round(step.total.bytes)
             table.add_row(
                 label,
-                step.kind.name,
+                step.kind.name if step.teacher is None else f"{step.kind.name} {step.teacher}",
                 str(step.window_tokens),
                 f"{step.prompts:,}",
                 f"{round(step.total.rows):,}",

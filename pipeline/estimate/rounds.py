@@ -22,6 +22,7 @@ from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
 from opd_stream.windows import AdaptiveWindow, FixedWindow
 from pipeline.caches import Cache
+from pipeline.estimate.prompts import TeacherPrompts
 from pipeline.estimate.reading import Problems, RunInputs
 from pipeline.estimate.result import Amount, Basis, RoundCost, StepCost
 from pipeline.estimate.sizes import (
@@ -97,10 +98,16 @@ class RunCosts:
         setup = inputs.setup
         self.inputs, self.setup, self.config = inputs, setup, setup.config
         self.student = model_shape(setup.student)
-        self.teacher = None if setup.teacher is None else model_shape(setup.teacher)
-        self.unknown = unknown_costs(student=self.student, teacher=self.teacher)
+        self.teachers = {
+            each.name: model_shape(each.teacher)
+            for each in setup.by_teacher
+            if each.teacher is not None
+        }
+        known = [unknown_costs(student=self.student, teacher=t) for t in self.teachers.values()]
+        known = known or [unknown_costs(student=self.student, teacher=None)]
+        self.unknown = tuple(dict.fromkeys(line for lines in known for line in lines))
         self.reads: list[TokenCounts] = []  # of training, by round
-        read = (setup.teacher or setup.student).config
+        read = (setup.by_teacher[0].teacher or setup.student).config
         self._completions: Completions | None = None
         self._answers: Completions | None = None
         self._rollouts_sizes = rollouts_sizes(
@@ -159,16 +166,16 @@ class RunCosts:
             return None  # nothing is sampled, or scored
         shape, sizes = self.student, self._rollouts_sizes
         if step.kind.author == "teacher":
-            assert self.teacher is not None
-            shape = self.teacher
+            shape = self.teachers[step.teacher]
         if is_scored:
-            assert self.teacher is not None  # else nothing is scored
-            if source.kind == GENERATE:
+            others = self.inputs.teacher_prompts.get(step.teacher)
+            if source.kind == GENERATE and (others is None or others.share == 1):
                 self._scores_sizes = measured_sizes(commits.values()) or self._scores_sizes
-            shape, sizes = self.teacher, self._scores_sizes
-            units = {number: self._as_read(source, unit) for number, unit in units.items()}
+            shape, sizes = self.teachers[step.teacher], self._scores_sizes
+            if others is not None:
+                units = {n: self._as_read(source, unit, others) for n, unit in units.items()}
         settings = source.shards.recipe.settings
-        return _step_cost(
+        cost = _step_cost(
             step.kind,
             units,
             commits,
@@ -178,14 +185,15 @@ class RunCosts:
             samples=1 if source.kind == PROBE else settings["samples_per_prompt"],
             is_estimated=source.kind != PROBE and self._completions is not None,
         )
+        return cost.model_copy(update={"teacher": step.teacher})
 
-    def _as_read(self, rollouts: Step, unit: UnitRows) -> UnitRows:
-        """Rows of a unit behind the prompts that the teacher reads."""
-        others, selection = (
-            self.inputs.teacher_prompts,
-            rollouts.shards.recipe.settings["selection"],
-        )
-        if others is None or not unit.stored.tokens:
+    def _as_read(self, rollouts: Step, unit: UnitRows, others: TeacherPrompts) -> UnitRows:
+        """Rows of a unit that a teacher reads, behind the prompts that it reads."""
+        selection = rollouts.shards.recipe.settings["selection"]
+        if others.share != 1:
+            counts, stored = (each * others.share for each in (unit.counts, unit.stored))
+            unit = UnitRows(rows=unit.rows * others.share, counts=counts, stored=stored)
+        if not unit.stored.tokens:
             return unit
         # Of an extension only the rows that grew are read.
         rows = unit.rows * min(1.0, unit.counts.tokens / unit.stored.tokens)
@@ -283,8 +291,9 @@ class RunCosts:
             is_whole = "extends" not in settings  # else only new tokens are counted
             rows = counts["rows"]
             completions = completions_of(window, counts) if is_whole else self._completions
+        others = self.inputs.teacher_prompts.get(cache.scores.teacher)
         return TrainedRows(
-            rows=rows,
+            rows=rows if others is None else rows * others.share,
             prompts=prompts or self._prompts(cache.rollouts),
             window_tokens=window,
             lengths=self.inputs.prompts.selected(settings.get("selection") or every_prompt()),

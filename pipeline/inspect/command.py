@@ -124,6 +124,7 @@ def _caches(plan: RoundPlanRecord, store: Store) -> tuple[RoundCache, ...]:
                 scores=scores,
                 units=units,
                 policy_version=cache.policy_version,
+                teacher=cache.teacher,
             )
         )
     return tuple(found)
@@ -169,6 +170,8 @@ def _find(reader: RoundReader, prompt_id: str, sample: int, cache: int | None) -
                     places.append((part, unit, row))
         if not places:
             raise UserError(_missing(reader, prompt_id, sample, names))
+        scored = [place for place in places if not _is_left_out(*place)]
+        places = scored or places  # of several teachers, one that scored it
         others = tuple(other.number for other, _, _ in places[1:])
         return LocatedRow(cache=places[0][0], row=_scored(*places[0]), others=others)
 
@@ -180,6 +183,11 @@ def _whole_shards() -> Iterator[None]:
         yield
     except DamagedUnit as damaged:
         raise UserError(f"{damaged}; continue the run, which makes that unit again") from damaged
+
+
+def _is_left_out(cache: RoundCache, unit: int, row: int) -> bool:
+    record = cache.scores.commit_record(unit)
+    return record is not None and row in record.skipped_rows
 
 
 def _scored(cache: RoundCache, unit: int, row: int) -> ScoredRow:

@@ -66,9 +66,11 @@ def print_worst(found: list[WorstRollout], *, console: Console) -> None:
 
 def facts(view: RolloutView) -> Iterator[tuple[str, str]]:
     """What is known of the whole rollout: (name, text)."""
-    row = view.row
+    row, cache = view.row, view.located.cache
     yield "rollout", f"{one_line(visible(row.prompt_id))}, sample {row.sample_index}"
     yield "from", view.source
+    if cache.teacher is not None:
+        yield "scored by", cache.teacher
     if (prompt := view.teacher_prompt) is not None:
         yield "teacher", f"read {quoted(prompt)}"
     yield "finish", view.finish

@@ -70,6 +70,7 @@ class RoundCache:
     scores: Artifact
     units: tuple[int, ...]
     policy_version: int  # of the oldest tokens in it
+    teacher: str | None = None  # who scored, of several
 
     @property
     def is_given(self) -> bool:

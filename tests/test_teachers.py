@@ -1,0 +1,249 @@
+"""Several teachers: each scores the rollouts of its prompts, and their terms are one sum."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from opd_stream.batches import collate
+from opd_stream.errors import UserError
+from opd_stream.store.reader import ScoredRows
+from pipeline.caches import Cache
+from pipeline.doctor.examination import examine
+from pipeline.estimate import estimate
+from pipeline.inspect.command import inspect_rollout
+from pipeline.rounds import Round, named_checkpoint, rounds
+from pipeline.run_folder import RunFolder
+from pipeline.setup import Setup, open_setup
+from pipeline.single_stage import run_stage
+from pipeline.status import StatusReader
+from stages.step import Silent
+from tests.conftest import MODELS, SmallRuns, reports_of, run, small_config, summary_of
+from tests.tiny_tokenizers import byte_level, random_teacher
+
+TEACHER, STUDENT = MODELS / "ledger-teacher", MODELS / "ledger-student"
+NAMES = ("Ken", "Ana", "Tom", "Mia")
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts of two subjects, in turn."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    kinds = ["math", "code"]
+    found = [
+        {
+            "prompt": f"{NAMES[n % 4]} has {n + 20} cards. How many?",
+            "subject": kinds[n % 2],
+            "tags": ["all", "odd" if n % 2 else "even"],
+            "answer": "1",
+        }
+        for n in range(16)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return path
+
+
+def settings(rows: Path, *more: str, **teachers: str) -> tuple[str, ...]:
+    """Overrides of the small config for these teachers."""
+    each = ", ".join(f"{name}: {text}" for name, text in teachers.items())
+    template = '{kind: raw, text: "{prompt}\\n", bos: always}'
+    return (
+        "teacher=null",
+        f"teachers={{{each}}}",
+        f"prompts={{kind: files, path: {rows}, template: {template}}}",
+        "evaluation=null",
+        "rollouts.window.tokens=12",
+        "staleness.max_epochs=1",
+        *more,
+    )
+
+
+MATH = f"{{path: {TEACHER}, when: {{subject: math}}}}"
+CODE = f"{{path: {STUDENT}, when: {{subject: [code, sql]}}}}"
+ALL = f"{{path: {TEACHER}, weight: 0.5}}"
+
+
+def routed(rows: Path, *more: str) -> tuple[str, ...]:
+    return settings(rows, *more, math=MATH, code=CODE)
+
+
+def read(folder: Path, *overrides: str) -> tuple[Setup, list[Round]]:
+    setup = open_setup(small_config(folder, *overrides), make=False)
+    return setup, list(rounds(setup, opened=named_checkpoint))
+
+
+def rows_of(cache: Cache) -> dict[str, Any]:
+    found = ScoredRows([(cache.rollouts.shards, cache.scores.shards)])
+    return {found[number].prompt_id: found[number] for number in range(len(found))}
+
+
+def test_each_rollout_goes_to_the_teacher_of_its_prompt_and_trains_once(
+    small_runs: SmallRuns, rows: Path
+) -> None:
+    folder = small_runs(*routed(rows))
+    _, found = read(folder, *routed(rows))
+    kinds = {f"row-{n}": ("math", "code")[n % 2] for n in range(16)}
+    for round_ in found:
+        assert [step.kind.name for step in round_.steps] == ["generate", "score", "score", "train"]
+        read_by = {cache.scores.teacher: rows_of(cache) for cache in round_.caches}
+        assert {kinds[name] for name in read_by["math"]} == {"math"}
+        assert {kinds[name] for name in read_by["code"]} == {"code"}
+        everything = ScoredRows([(c.rollouts.shards, c.scores.shards) for c in round_.caches])
+        assert len(everything) == 8
+        assert round_.policy.manifest().outcome.rows == 8
+    code = found[0].caches[1]  # the student itself: what it wrote is what it would write
+    for row in rows_of(code).values():
+        np.testing.assert_allclose(row.teacher_logprobs, row.behavior_logprobs, atol=2e-5)
+
+
+def test_a_further_teacher_makes_no_rollout_and_scores_its_own_alone(
+    small_runs: SmallRuns, rows: Path, tmp_path: Path
+) -> None:
+    folder = small_runs.copy(tmp_path / "copy", *routed(rows))
+    more = settings(rows, "rounds=1", math=MATH, code=CODE, third=ALL)
+    summary = run(small_config(folder, *more), RunFolder(folder / "more"), Silent())
+    assert summary["tokens"]["generated"] == 0
+    assert summary["reused"] == {"rollout_units": 2, "score_units": 4}
+    known = {name: each["teacher_scored"] for name, each in summary["teachers"].items()}
+    first = summary_of(RunFolder(folder / "run"))
+    assert (known["math"], known["code"]) == (0, 0)
+    assert known["third"] == summary["tokens"]["teacher_scored"] > 0
+    tokens = reports_of(RunFolder(folder / "run"))[0]["tokens"]
+    assert known["third"] == tokens["generated"] == tokens["teacher_scored"]
+    assert summary["teachers"]["third"]["rows"] == 8
+    assert all(len(each["reverse_kl"]) == 2 for each in first["teachers"].values())
+
+
+def test_a_teacher_of_all_prompts_has_the_scores_that_it_has_alone(
+    rows: Path, tmp_path: Path
+) -> None:
+    open_setup(small_config(tmp_path, *settings(rows)[2:]))
+    alone, several = settings(rows)[2:], settings(rows, all=ALL, math=MATH)
+    (_, (one, *_)), (_, (two, *_)) = read(tmp_path, *alone), read(tmp_path, *several)
+    assert one.caches[0].scores.artifact.name == two.caches[0].scores.artifact.name
+    assert one.policy.name != two.policy.name
+
+
+def test_weights_multiply_the_terms_of_a_teacher(small_runs: SmallRuns, rows: Path) -> None:
+    folder = small_runs(*routed(rows))
+    _, (round_, *_) = read(folder, *routed(rows))
+    found = ScoredRows([(c.rollouts.shards, c.scores.shards) for c in round_.caches])
+    few = [found[0], found[len(found) - 1]]
+    assert [row.cache for row in few] == [0, 1]
+    plain = collate(few, window_tokens=12)
+    weighted = collate(few, window_tokens=12, cache_weights=(1.0, 3.0))
+    torch.testing.assert_close(weighted.weights_N, plain.weights_N * (1 + 2 * weighted.row_N))
+    torch.testing.assert_close(plain.weights_N.sum(), torch.tensor(1.0))
+
+
+def test_a_killed_run_scores_again_what_is_lost_of_one_teacher(
+    small_runs: SmallRuns, rows: Path, tmp_path: Path
+) -> None:
+    folder = small_runs.copy(tmp_path / "copy", *routed(rows))
+    _, found = read(folder, *routed(rows))
+    math, code = (cache.scores.shards for cache in found[1].caches)
+    before = code.read_unit(0)
+    code.invalidate(0)
+    shutil.rmtree(found[1].policy.folder().parent)
+    config = small_config(folder, *routed(rows))
+    with pytest.raises(UserError, match=r"run score --round 1 first"):
+        run_stage("train", config, RunFolder(folder / "x"), round_index=1, progress=Silent())
+    line = run_stage("score", config, RunFolder(folder / "x"), round_index=1, progress=Silent())
+    assert line == f"{math.name}, {code.name} are complete"
+    assert code.read_unit(0) == before
+    line = run_stage("train", config, RunFolder(folder / "x"), round_index=1, progress=Silent())
+    assert found[1].policy.is_complete()
+
+
+def test_status_plan_and_inspect_name_each_teacher(small_runs: SmallRuns, rows: Path) -> None:
+    folder = small_runs(*routed(rows))
+    setup, named = read(folder, *routed(rows))
+    first = StatusReader(setup, RunFolder(folder / "run")).read().rounds[0]
+    assert [*first.stages] == ["generate", "score", "score math", "score code", "train"]
+    assert first.is_complete
+    planned = estimate(setup.config, RunFolder(folder / "run"))
+    scored = {step.teacher: step for step in planned.rounds[0].steps if step.teacher}
+    assert [*scored] == ["math", "code"]
+    assert all(step.units_left == 0 for step in scored.values())
+    for cache in named[0].caches:
+        name = next(iter(rows_of(cache)))
+        view = inspect_rollout(
+            RunFolder(folder / "run"), setup.config, round_index=0, prompt_id=name
+        )
+        assert view.located.cache.teacher == cache.scores.teacher
+
+
+def test_the_plan_of_routed_prompts_counts_each_once(rows: Path, tmp_path: Path) -> None:
+    planned = estimate(small_config(tmp_path, *routed(rows)), RunFolder(tmp_path / "run"))
+    steps = planned.rounds[0].steps
+    tokens = {(s.kind.name, s.teacher): round(s.left.tokens) for s in steps}
+    assert tokens["generate", None] == 8 * 12
+    assert tokens["score", "math"] == tokens["score", "code"] == 4 * 12
+    assert tokens["train", None] == 8 * 12
+
+
+@pytest.mark.parametrize(
+    ("teachers", "said"),
+    [
+        ({"math": MATH}, "8 of 16 prompts go to no teacher, the first 'row-1'"),
+        (
+            {"all": ALL, "art": f"{{path: {TEACHER}, when: {{subject: art}}}}"},
+            r"teachers.art: when is \{subject: art\}, and no prompt has that",
+        ),
+        (
+            {"all": ALL, "art": f"{{path: {TEACHER}, when: {{topic: art}}}}"},
+            r"teachers.art: when: .*rows.jsonl:1 has no field 'topic'; it has prompt, subject",
+        ),
+        ({"all": "{path: no/such/model}"}, "teachers.all: .*no/such/model"),
+    ],
+)
+def test_a_route_that_leads_nowhere_is_one_line_before_any_work(
+    tmp_path: Path, rows: Path, teachers: dict[str, str], said: str
+) -> None:
+    config = small_config(tmp_path, *settings(rows, **teachers))
+    with pytest.raises(UserError, match=said):
+        estimate(config, RunFolder(tmp_path / "run"))
+    with pytest.raises(UserError, match=said):
+        open_setup(config)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ((f"teacher={{path: {TEACHER}}}",), "teacher and teachers are both set"),
+        (("replay.run=runs/x",), "replay is set with teachers"),
+        (("rollouts.ahead=yes",), "rollouts.ahead is set with teachers"),
+        (("staleness.max_policies=2",), "staleness.max_policies is set with teachers"),
+        (("scores.codec={kind: hidden}",), "codec hidden is set with teachers"),
+        (("teachers.a b={path: x}",), "teachers has the name 'a b'"),
+        (("teachers.math.route=x",), "unknown key 'teachers.math.route'"),
+        (("teachers.math.weight=0",), "'teachers.math.weight' is 0"),
+    ],
+)
+def test_what_several_teachers_cannot_be(
+    tmp_path: Path, rows: Path, more: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        small_config(tmp_path, *routed(rows, *more))
+
+
+def test_a_teacher_with_another_tokenizer_is_named(tmp_path: Path, rows: Path) -> None:
+    other = random_teacher(tmp_path / "other", byte_level(400), stop="<eos>")
+    config = small_config(tmp_path, *settings(rows, all=ALL, other=f"{{path: {other}}}"))
+    with pytest.raises(UserError, match=r"^teachers.other: student .* different tokenizers"):
+        open_setup(config)
+    report = examine(config, quick=True)
+    found = [each.found for each in report.findings if each.level == "error"]
+    assert any(line.startswith("teachers.other: ") for line in found), found
+
+
+def test_an_item_of_a_list_is_enough(tmp_path: Path, rows: Path) -> None:
+    odd = f"{{path: {TEACHER}, when: {{tags: odd}}}}"
+    setup = open_setup(small_config(tmp_path, *settings(rows, all=ALL, odd=odd)))
+    own = setup.several[1].teacher_prompts
+    assert own is not None
+    assert own.read_unit(0)["prompt_id"].to_pylist() == [f"row-{n}" for n in range(1, 16, 2)]
