@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd_stream.errors import UserError
-from opd_stream.prompts import rendered_prompts
+from opd_stream.prompts import prompts_table, rendered_prompts
 from opd_stream.rendering import ChatTemplate, Rendering
 from opd_stream.sources import FilePrompts, read_rows, shown
 from opd_stream.store.reader import ScoredRows
@@ -118,12 +118,13 @@ def test_control_tokens_of_a_view_are_refused(tmp_path: Path) -> None:
     path = rows_file(tmp_path, {"prompt": "p", "hint": "so <eos>"})
     source = FilePrompts(kind="jsonl", path=path)
     tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+    prompts = prompts_table(source, tokenizer)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     for control, said in (("skip", "the view of 1 prompts spells"), ("refuse", "'<eos>'")):
         template = ChatTemplate(kind="chat", control_tokens=control)  # type: ignore[arg-type]
         with pytest.raises(UserError, match=f"^teacher.view: .*{said}"):
             rendered_prompts(
-                source, Rendering(template=template, view="{prompt} {hint}"), tokenizer, ["row-0"]
+                source, Rendering(template=template, view="{prompt} {hint}"), tokenizer, prompts
             )
 
 
