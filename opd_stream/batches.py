@@ -95,7 +95,6 @@ def collate(
     trains = torch.as_tensor(np.concatenate(part.masks))
     hidden_rows = completion_rows(prompts, completions, padded_length=padded)[trains]
     row_N = torch.repeat_interleave(torch.arange(len(rows)), completions)[trains]
-    tokens = int(trains.sum()) if tokens_of_step is None else tokens_of_step
     top_ids = part.wide("teacher_top_ids", np.int64, 0)
     return Batch(
         input_ids_BL=torch.as_tensor(input_ids),
@@ -105,7 +104,7 @@ def collate(
         row_N=row_N,
         block_N=_blocks(part, blocks, newline_ids)[trains],
         staleness_N=_ages(rows, staleness)[row_N],
-        weights_N=_weights(rows, row_N, tokens, cache_weights),
+        weights_N=_weights(rows, row_N, tokens_of_step, cache_weights),
         completion_ids_N=part.flat("completion_ids", np.int64),
         behavior_logprobs_N=part.flat("behavior_logprobs", np.float32),
         teacher_logprobs_N=part.flat("teacher_logprobs", np.float32),
@@ -129,9 +128,10 @@ def _ages(rows: Sequence[ScoredRow], staleness: Sequence[int]) -> torch.Tensor:
 
 
 def _weights(
-    rows: Sequence[ScoredRow], row_N: torch.Tensor, tokens: int, of_caches: Sequence[float]
+    rows: Sequence[ScoredRow], row_N: torch.Tensor, tokens: int | None, of_caches: Sequence[float]
 ) -> torch.Tensor:
     """What each token counts in the mean over so many, times the weight of its cache."""
+    tokens = len(row_N) if tokens is None else tokens
     weights_N = torch.full((len(row_N),), 1 / max(tokens, 1))
     if not of_caches:
         return weights_N

@@ -394,8 +394,9 @@ def test_a_teacher_with_a_longer_prompt_costs_more_and_the_student_does_not(tmp_
     assert flops["score", 1] > 1.3 * flops["score", 0]
     (found,) = (step for step in other.steps if step.kind.name == "score")
     lengths = read_inputs(small_config(tmp_path, "evaluation=null", longer)).teacher_prompts
-    assert lengths is not None
-    counts = [counts_of(prompt_tokens=int(n), completion_tokens=48) for n in lengths.tokens]
+    counts = [
+        counts_of(prompt_tokens=int(n), completion_tokens=48) for n in lengths[None].lengths.tokens
+    ]
     folder = MODELS / "ledger-teacher"
     shape = shape_of(json.loads((folder / "config.json").read_text()), weight_shapes(folder))
     mean = sum(forward_flops(shape, each) for each in counts) / len(counts)

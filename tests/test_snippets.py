@@ -256,6 +256,8 @@ def test_yaml_is_a_config_or_a_piece_of_one(
     if "rounds" not in found:
         found = whole({name: value for name, value in found.items() if name != "base"})
         base = {**REQUIRED, **(JUDGED if "judge" in found.get("evaluation", ()) else {})}
+        if "teachers" in found:  # stand in place of one
+            del base["teacher"]
         (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
         found["base"] = "base.yaml"
     (tmp_path / "it.yaml").write_text(yaml.safe_dump(found))
