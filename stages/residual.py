@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_stream.errors import UserError
-from opd_stream.store.artifact import Artifact
-from opd_stream.store.codecs import codec_of, encode_scores, scores_batch
+from opd_stream.store.artifact import Artifact, check_source
+from opd_stream.store.codecs import Codec, codec_of, encode_scores, scores_batch
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
@@ -31,19 +31,7 @@ def make_residual(
         DamagedUnit: a shard is not what was committed.
     """
     rollouts = store.scored_rollouts(scores)
-    refuse_aligned(scores, "the residual")
-    if is_given(rollouts.recipe):
-        raise UserError(
-            f"{scores.name} is of given rollouts, which nobody drew; the residual compares teacher "
-            "and student at drawn tokens; give it scores of the student's rollouts"
-        )
-    codec = codec_of(scores.recipe.settings["codec"])
-    uncorrectable = {"sampled": "ids drawn from the teacher", "hidden": "hidden states"}
-    if (held := uncorrectable.get(codec.kind)) is not None:
-        raise UserError(
-            f"{scores.name} holds {held}, which cannot be corrected; score with codec exact or "
-            "compact"
-        )
+    codec = _codec_of(scores, rollouts)
     target = store.artifact(
         Recipe(
             kind="scores",
@@ -66,6 +54,7 @@ def make_residual(
         record = scores.commit_record(unit)
         assert source is not None
         assert record is not None
+        check_source(scores, record, source)
         if target.commit_record(unit) is None:
             forced = np.array(scores.recipe.settings["forced_ids"], np.int64)
             corrected = _corrected(scored, rows, bias, first, forced)
@@ -82,6 +71,24 @@ def make_residual(
         progress.advance("residual", 1, batch.completion_tokens)
     target.finish()
     return target
+
+
+def _codec_of(scores: Artifact, rollouts: Artifact) -> Codec:
+    """The codec of scores that can be corrected."""
+    refuse_aligned(scores, "the residual")
+    if is_given(rollouts.recipe):
+        raise UserError(
+            f"{scores.name} is of given rollouts, which nobody drew; the residual compares teacher "
+            "and student at drawn tokens; give it scores of the student's rollouts"
+        )
+    codec = codec_of(scores.recipe.settings["codec"])
+    uncorrectable = {"sampled": "ids drawn from the teacher", "hidden": "hidden states"}
+    if (held := uncorrectable.get(codec.kind)) is not None:
+        raise UserError(
+            f"{scores.name} holds {held}, which cannot be corrected; score with codec exact or "
+            "compact"
+        )
+    return codec
 
 
 def _fit(units: list[tuple[int, RolloutBatch, ScoreBatch]], settings: StyleSettings) -> StyleBias:

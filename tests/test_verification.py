@@ -16,8 +16,10 @@ from opd_stream.store.exchange import export_scores
 from opd_stream.store.garbage import garbage
 from opd_stream.store.store import Store
 from opd_stream.store.verification import damages
+from opd_stream.style_bias import StyleSettings
 from pipeline.rounds import checkpoint_of
 from pipeline.run import check_loaded
+from stages.residual import make_residual
 from tests.conftest import Command, rewrite
 
 Case = Callable[[Path], object]
@@ -217,12 +219,14 @@ def test_repair_goes_on_after_what_it_cannot_take_out(
     }
 
 
-def test_scores_of_other_rollouts_are_not_exported(copied_run: Path) -> None:
+def test_scores_of_other_rollouts_are_neither_exported_nor_corrected(copied_run: Path) -> None:
     store = Store(copied_run / "store")
     scores = store.by_fingerprint("scores", sampled_again(store.root).partition("/")[2])
     store.by_fingerprint("rollouts", scores.recipe.inputs["rollouts"]).finish()
     with pytest.raises(DamagedUnit, match="it scores other bytes than its rollouts unit"):
         export_scores(store, scores, copied_run / "out", form="parquet")
+    with pytest.raises(DamagedUnit, match="it scores other bytes than its rollouts unit"):
+        make_residual(store, scores, StyleSettings())
     assert not (copied_run / "out").exists()
 
 
