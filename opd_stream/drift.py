@@ -278,7 +278,7 @@ def means(sums: Mapping[str, float]) -> dict[str, float]:
     """
     tokens, given = max(sums["tokens"], 1.0), sums.get("given_tokens", 0.0)
     drift = drift_of(sums)
-    own = max(drift.tokens, 1.0)
+    own = max(sums["tokens"] - given, 1.0)
     mean_weight = sums["drift_weight"] / tokens
     return {
         **{name: sums[name] / (tokens if name == "loss" else own) for name in _MEANS},

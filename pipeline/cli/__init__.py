@@ -35,7 +35,7 @@ def main() -> None:
     from opd_stream.errors import UserError, shortened
 
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="opd-stream", standalone_mode=False)
     except _UsageError as error:
         if "--log-json" in sys.argv:  # no option has been read yet
             set_up(Level.INFO, as_json=True)
