@@ -84,7 +84,7 @@ def test_a_day_that_is_none_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("seed: 2024-02-30")
     with pytest.raises(UserError, match="is not valid YAML: day is out of range"):
         load_config(tmp_path / "run.yaml", [])
-    with pytest.raises(UserError, match="is not valid YAML .day is out of range for month.; quote it"):
+    with pytest.raises(UserError, match=r"is not valid YAML \(day is out of range .*quote it"):
         load_config(MODELS.parent / "quickstart.yaml", ["prompts.template.date=2024-02-30"])
 
 
