@@ -11,7 +11,7 @@ BENCH_READY := .venv-bench/.ready
 .PHONY: real-models help quickstart test test-architectures test-slow test-vllm lint models bench-cache bench-engines bench-engines-memory bench-engines-real \
 	bench-engines-vllm bench-generation bench-given bench-loss bench-overlap bench-reload \
 	bench-intervals bench-methods bench-quickstart bench-ray-share bench-real bench-train \
-	bench-truncated bench-windows-audit clean
+	bench-teachers bench-truncated bench-windows-audit clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -123,6 +123,14 @@ bench-methods: $(BENCH_READY) ## all methods on two tasks: missing runs (hours),
 
 bench-intervals: $(READY) ## how often an interval of pass@1 holds the truth
 	$(BIN)/python benchmarks/intervals.py
+
+models/specialists/reader: $(READY)
+	$(BIN)/python benchmarks/specialists.py --out models/specialists
+
+bench-teachers: $(READY) models/specialists/reader ## three specialists merged into one student
+	$(BIN)/opd-stream run configs/teachers.yaml
+	for task in ledger routine sums; do \
+	  $(BIN)/opd-stream evaluate configs/teachers.yaml --policy models/specialists/$$task; done
 
 bench-truncated: $(READY) ## what a truncated reverse KL does to a student
 	$(BIN)/python benchmarks/truncated_kl.py
