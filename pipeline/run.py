@@ -25,7 +25,7 @@ from pipeline.plan import is_due
 from pipeline.records import RunSummary
 from pipeline.rounds import Round, checkpoint_of, rounds
 from pipeline.run_folder import RunFolder
-from pipeline.setup import Setup, open_setup
+from pipeline.setup import Setup, masked_ids, newline_ids, open_setup
 from stages.checkpoints import Checkpoint, Vocabulary
 from stages.collect import (
     SubmittedWork,
@@ -389,6 +389,7 @@ def train_policy(session: Session, setup: Setup, round_: Round, *, again: bool =
             update={"train": config.train.model_copy(update={"loggers": ()})}
         )
     session.executor.release()
+    tokenizer = setup.student.tokenizer()
     author = round_.caches[-1].rollouts.artifact.recipe.inputs.get("student")
     probe = round_.probe
     audited = None
@@ -407,8 +408,8 @@ def train_policy(session: Session, setup: Setup, round_: Round, *, again: bool =
             probe=audited,
             earlier_decision=round_.audit,
             window_tokens=round_.window_tokens,
-            masked_ids=setup.masked_ids,
-            newline_ids=setup.newline_ids,
+            masked_ids=masked_ids(config, tokenizer),
+            newline_ids=newline_ids(config, tokenizer),
             vocabulary=setup.vocabulary,
             prompts=setup.prompts.fingerprint,
             first_step=round_.plan.first_step,

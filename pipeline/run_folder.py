@@ -266,7 +266,8 @@ class RunFolder:
     def is_finished(self, config: Config) -> bool:
         """Whether the run of this config did all of its rounds."""
         summary = self.sound_summary()
-        return summary is not None and summary.finished and self.is_of(config)
+        is_whole = summary is not None and summary.rounds >= config.rounds
+        return is_whole and self.is_of(config)
 
     def calls(self) -> dict[str, float]:
         """Seconds of the calls of `run` so far, as the summary has them; empty before the first."""

@@ -73,8 +73,6 @@ class Setup:
     vocabulary: Vocabulary  # ids that may be drawn, and those that end a completion
     lost: tuple[str, ...] = ()  # those of `warnings` that say what is left out of evaluation
     forced_ids: tuple[int, ...]  # always scored
-    newline_ids: tuple[int, ...]  # tokens that hold a newline, if the drift gate asks for them
-    masked_ids: tuple[int, ...]  # the first occurrence in a rollout does not train
     prompts: Artifact
     teacher_prompts: Artifact | None  # where the teacher reads the prompts in its own rendering
     name: str | None = None  # of the teacher, where it is one of several
@@ -138,13 +136,7 @@ def open_setup(config: Config, *, make: bool = True, works: bool = True) -> Setu
         from stages.student_model import check_lora
 
         check_lora(setup.student.folder, config.train.lora)
-    tokenizer = setup.student.tokenizer()
-    return replace(
-        setup,
-        warnings=(*setup.warnings, *misread_line(setup.student.folder)),
-        masked_ids=masked_ids(config, tokenizer),
-        newline_ids=_newlines(config, tokenizer),
-    )
+    return replace(setup, warnings=(*setup.warnings, *misread_line(setup.student.folder)))
 
 
 def open_to_look(config: Config) -> Setup:
@@ -237,8 +229,6 @@ def setup_of(
         warnings=_warnings(opened, config, student, teacher),
         vocabulary=vocabulary,
         forced_ids=tuple(sorted({*vocabulary.stop_ids, *forced})),
-        masked_ids=(),
-        newline_ids=(),
         prompts=prompts,
         teacher_prompts=rendered,
     )
@@ -670,7 +660,8 @@ def masked_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(vocabulary[name] for name in names if name in vocabulary))
 
 
-def _newlines(config: Config, tokenizer: Any) -> tuple[int, ...]:
+def newline_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that hold a newline, if the drift gate asks for them."""
     if config.train.gate is None or config.train.gate.blocks != "spans":
         return ()
     marks = ("\n", "Ċ", "<0x0A>")  # as it is, in byte-level and in byte-fallback vocabularies

@@ -311,3 +311,14 @@ def test_a_damaged_shard_of_prompts_is_made_again_alone(
     assert "is damaged" in caplog.text
     is_kept = [made.commit_record(unit) == old for unit, old in enumerate(times)]
     assert is_kept == [True, False, True]
+
+
+def test_a_folder_in_place_of_a_shard_is_one_line(tmp_path: Path) -> None:
+    store, student = Store(tmp_path), open_checkpoint(Store(tmp_path), STUDENT)
+    source = EmbeddedPrompts(kind="ledger", count=4, seed=0)
+    made = make_prompts(store, source, student)
+    shard = made.folder / made.commits()[0].file
+    shard.unlink()
+    shard.mkdir()
+    with pytest.raises(UserError, match=r"is a folder; expected a file .* move the folder away"):
+        make_prompts(store, source, student)

@@ -167,7 +167,7 @@ def test_a_run_killed_many_times_ends_in_the_same_place(
 @pytest.mark.parametrize(
     "overrides",
     [
-        (),
+        ("train.guards.mask_first=['.']",),
         pytest.param(("rounds=3",), marks=pytest.mark.slow),
         pytest.param(("rounds=3", "rollouts.ahead=true"), marks=pytest.mark.slow),
     ],

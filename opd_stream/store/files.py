@@ -187,6 +187,8 @@ def verified_bytes(
             data = _read(path, stretch)
         except FileNotFoundError:
             raise ValueError("its shard is missing") from None
+        except IsADirectoryError:
+            raise ValueError("a folder stands in the place of its shard") from None
         if sha256(data) == expected_sha256:
             return data
     raise ValueError(
