@@ -294,42 +294,40 @@ def _conflicts(config: Config) -> Iterator[str]:
 
 def _server_conflicts(config: Config) -> Iterator[str]:
     """A server that scores: where it stands, and what only the server decides."""
-    teacher = config.teacher
     if config.student.engine == "server":
         yield (
             "student.engine is server, which only scores; the student samples and is trained; set "
             "student.engine=transformers"
         )
-    if teacher is None:
-        return
-    if (teacher.engine == "server") != (teacher.server is not None):
-        found = "without" if teacher.server is None else f"{teacher.engine} beside"
-        yield (
-            f"teacher.engine is {'server ' if teacher.server is None else ''}{found} the section "
-            "teacher.server; expected both or neither; add url and model of the server, or leave "
-            "both out"
-        )
-    if teacher.engine == "server" and teacher.follows_student:
-        yield (
-            "teacher.follows_student is set with engine server, which does not run the policy of a "
-            "round; set teacher.engine=transformers"
-        )
-    if teacher.server is not None and teacher.server.forced == "tail" and config.scores.alignment:
-        yield (
-            "teacher.server.forced is tail with scores.alignment, which reads the terminators of "
-            "every position; set forced=exact, with api sglang or vllm"
-        )
     is_author = config.rollouts.given_share > 0 and config.rollouts.given_by == "teacher"
-    if teacher.engine == "server" and is_author:
-        yield (
-            "rollouts.given_by is teacher with teacher.engine server, which only scores; set "
-            "teacher.engine=transformers, or given_by=rows"
-        )
-    if teacher.engine == "server" and teacher.dtype != "float32":
-        yield (
-            f"teacher.dtype is {teacher.dtype} with engine server, whose precision the server "
-            "decides; leave it out (teacher.server.revision may name it)"
-        )
+    for field, teacher in config.all_teachers.items():
+        server, is_served = teacher.server, teacher.engine == "server"
+        if is_served != (server is not None):
+            found = "server without" if server is None else f"{teacher.engine} beside"
+            yield (
+                f"{field}.engine is {found} the section {field}.server; expected both or neither; "
+                "add url and model of the server, or leave both out"
+            )
+        if is_served and teacher.follows_student:
+            yield (
+                f"{field}.follows_student is set with engine server, which does not run the policy "
+                f"of a round; set {field}.engine=transformers"
+            )
+        if server is not None and server.forced == "tail" and config.scores.alignment:
+            yield (
+                f"{field}.server.forced is tail with scores.alignment, which reads the terminators "
+                "of every position; set forced=exact, with api sglang or vllm"
+            )
+        if is_served and is_author:
+            yield (
+                f"rollouts.given_by is teacher with {field}.engine server, which only scores; set "
+                f"{field}.engine=transformers, or given_by=rows"
+            )
+        if is_served and teacher.dtype != "float32":
+            yield (
+                f"{field}.dtype is {teacher.dtype} with engine server, whose precision the server "
+                f"decides; leave it out ({field}.server.revision may name it)"
+            )
 
 
 def _objective_conflicts(config: Config) -> Iterator[str]:
