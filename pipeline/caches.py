@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from opd_stream.config import Config
-from opd_stream.config.sections import unserved_by_given
+from opd_stream.config.sections import unserved_by_given, unserved_by_own
 from opd_stream.errors import UserError
 from opd_stream.outcome import TrainOutcome, UnitRecord
 from opd_stream.staleness import UnitDecision, UnitState, decide_unit
@@ -421,6 +421,8 @@ def replayed_caches(setup: Setup) -> list[tuple[Cache, ...]] | None:
                 )
         if cache.is_given:
             _check_given(setup.config, cache, where)
+        elif (problem := unserved_by_own(setup.config.train)) is not None:
+            raise UserError(f"{where} has rollouts that are not given: {problem}")
         teacher = cache.scores.artifact.recipe.inputs.get("teacher")  # imported rows have none
         author = cache.rollouts.artifact.recipe.inputs.get("student")
         if may_follow and teacher == author:

@@ -233,6 +233,12 @@ def test_a_replay_trains_another_objective_without_generation_or_teacher(
     assert len(set(weights(summary))) == 3
 
 
+def test_cross_entropy_on_replayed_rollouts_of_the_student_is_refused(copied_run: Path) -> None:
+    overrides = (f"replay.run={copied_run / 'run'}", "train.objective={kind: ce}")
+    with pytest.raises(UserError, match=r"has rollouts that are not given: train.objective is ce"):
+        run_small(copied_run, *overrides, name="replay")
+
+
 def test_a_replay_reads_no_more_rounds_than_it_trains(copied_run: Path) -> None:
     scores = [caches[0]["scores"] for caches in summary_of(RunFolder(copied_run / "run"))["caches"]]
     shutil.rmtree(copied_run / "store" / "scores" / scores[1][:16])

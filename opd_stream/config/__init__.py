@@ -24,6 +24,7 @@ from opd_stream.config.sections import (
     Train,
     unserved_by_chunks,
     unserved_by_given,
+    unserved_by_own,
 )
 from opd_stream.engines.server_client import PLACEMENT as SERVER_PLACEMENT
 from opd_stream.section import SEEDS, PathText, Section, later
@@ -398,16 +399,13 @@ def _given_conflicts(config: Config) -> Iterator[str]:
     share, given = rollouts.given_share, rollouts.given_prompts
     if config.replay is not None:
         return
+    if rollouts.own_prompts and (problem := unserved_by_own(train)) is not None:
+        yield f"rollouts.given_share is {share:g}: {problem}, or set given_share=1"
     if not share:
         if train.given_objective is not None:
             yield (
                 "train.given_objective is set and rollouts.given_share is 0, so that no rollout is "
                 "given; set given_share, or leave given_objective out"
-            )
-        if any(part.reads == "completion" for part in train.objective):
-            yield (
-                "train.objective is ce and rollouts.given_share is 0; cross-entropy on the "
-                "student's own rollouts teaches nothing; set given_share, or another objective"
             )
         return
     if not given or (share < 1 and not rollouts.own_prompts):

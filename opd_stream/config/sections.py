@@ -392,6 +392,16 @@ def unserved_by_given(train: "Train") -> str | None:
     )
 
 
+def unserved_by_own(train: "Train") -> str | None:
+    """What the student's own rollouts cannot serve of a training section, and the way out."""
+    if not any(part.reads == "completion" for part in train.objective):
+        return None
+    return (
+        "train.objective is ce, and cross-entropy on the student's own rollouts teaches nothing; "
+        "set another objective, with ce as train.given_objective"
+    )
+
+
 def _as_tuple(value: Any) -> Any:
     many = isinstance(value, list | tuple)
     return value if many else (value,)  # pyright: ignore[reportUnknownVariableType]
