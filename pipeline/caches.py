@@ -457,6 +457,13 @@ def _caches_of_run(setup: Setup, run: Path, rounds: int) -> list[list[Cache]]:
             "check the path"
         )
     summary = load_record(RunSummary, path)
+    caches = [cache for caches in summary.caches for cache in caches]
+    if named := sorted({cache.teacher for cache in caches if cache.teacher is not None}):
+        raise UserError(
+            f"replay.run {run} trained on scores of teachers {', '.join(named)}; expected those of "
+            "a single `teacher`; name scores of one in replay.scores, or leave replay out and set "
+            "`teachers` as there, which scores nothing again"
+        )
     return [
         [
             _replayed(

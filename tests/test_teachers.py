@@ -231,6 +231,18 @@ def test_what_several_teachers_cannot_be(
         small_config(tmp_path, *routed(rows, *more))
 
 
+def test_a_replay_of_a_run_with_named_teachers_is_refused(
+    small_runs: SmallRuns, rows: Path, tmp_path: Path
+) -> None:
+    """Their weights and routes are in its config alone."""
+    folder = small_runs(*routed(rows))
+    replay = ("teacher=null", settings(rows)[2], "evaluation=null", f"replay.run={folder / 'run'}")
+    config = small_config(tmp_path, f"replay.store={folder / 'store'}", *replay)
+    with pytest.raises(UserError, match=r"trained on scores of teachers code, math; .*replay.sc"):
+        run(config, RunFolder(tmp_path / "run"), Silent())
+    assert not (tmp_path / "store" / "policies").exists()
+
+
 def test_a_teacher_with_another_tokenizer_is_named(tmp_path: Path, rows: Path) -> None:
     other = random_teacher(tmp_path / "other", byte_level(400), stop="<eos>")
     config = small_config(tmp_path, *settings(rows, all=ALL, other=f"{{path: {other}}}"))
