@@ -14,7 +14,6 @@ import platform
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -340,4 +339,9 @@ def is_below(field: str, names: Iterable[str]) -> bool:
 
     In a name, * stands for any key.
     """
-    return any(fnmatchcase(field, name) or fnmatchcase(field, f"{name}.*") for name in names)
+    keys = field.split(".")
+    return any(
+        len(parts) <= len(keys)
+        and all(part in ("*", key) for part, key in zip(parts, keys, strict=False))
+        for parts in (name.split(".") for name in names)
+    )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from opd_stream.batches import collate
+from opd_stream.config import PLACEMENT
 from opd_stream.errors import UserError
 from opd_stream.store.reader import ScoredRows
 from pipeline.caches import Cache
@@ -17,7 +18,7 @@ from pipeline.doctor.examination import examine
 from pipeline.estimate import estimate
 from pipeline.inspect.command import inspect_rollout
 from pipeline.rounds import Round, named_checkpoint, rounds
-from pipeline.run_folder import RunFolder
+from pipeline.run_folder import RunFolder, is_below
 from pipeline.setup import Setup, open_setup
 from pipeline.single_stage import run_stage
 from pipeline.status import StatusReader
@@ -229,6 +230,13 @@ def test_what_several_teachers_cannot_be(
 ) -> None:
     with pytest.raises(UserError, match=said):
         small_config(tmp_path, *routed(rows, *more))
+
+
+def test_a_route_over_a_field_named_like_a_placement_is_none() -> None:
+    free = ("teachers.a.vllm", "teachers.a.vllm.memory_share", "teachers.a.server.url")
+    assert all(is_below(field, PLACEMENT) for field in (*free, "pools.teacher.gpus"))
+    decisive = ("teachers.a.when.vllm", "teachers.a.when.batch_rows", "teachers.a", "teachers.vllm")
+    assert not any(is_below(field, PLACEMENT) for field in decisive)
 
 
 def test_a_replay_of_a_run_with_named_teachers_is_refused(
