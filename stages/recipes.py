@@ -435,7 +435,7 @@ def policy_recipe(
 
 
 def _reward(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
-    """What decides the reward of an extrapolation , if it reads one."""
+    """What decides the reward of an extrapolation, if it reads one."""
     extrapolation = config.train.extrapolation
     if extrapolation is None or extrapolation.signal == "kl":
         return {}
