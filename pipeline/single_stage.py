@@ -266,8 +266,7 @@ def _score(session: Session, round_: Round, *, follow: bool) -> None:
         if not step.is_new:  # what an extension continues
             _mend_base(session, round_, step, follow=follow)
         if not follow:
-            by = " --by teacher" if rollouts.kind.author == "teacher" else ""
-            _need(rollouts.is_complete(), round_, "generate", "rollouts", by)
+            _need(rollouts.is_complete(), round_, _making(rollouts), "rollouts")
         _wait(
             session,
             lambda rollouts=rollouts: rollouts.shards.is_started() or rollouts.is_void(),
@@ -300,7 +299,7 @@ def _score_step(session: Session, round_: Round, step: Step, *, follow: bool) ->
         if not scores.is_complete():
             missing = [u for u in rollouts.units() if rollouts.commit_record(u) is None]
             what = f"rollouts (units {missing[:8]} are missing)"
-            _need(follow or not missing, round_, "generate", what)
+            _need(follow or not missing, round_, _making(step.rollouts), what)
             time.sleep(POLL_SECONDS)
 
 
@@ -321,7 +320,7 @@ def _train(session: Session, setup: Setup, round_: Round, *, follow: bool) -> st
         if follow:
             _wait(session, step.is_complete, f"{step.artifact.name} to be complete")
         what = "scores" if step.kind.stage == "score" else "rollouts"
-        _need(step.is_complete(), round_, step.kind.stage, what)
+        _need(step.is_complete(), round_, _making(step), what)
     if not is_trained(session, round_, cache=None):
         damaged = [
             f"unit {unit} of {step.artifact.name}"
@@ -409,9 +408,14 @@ def _round_ahead(setup: Setup, round_: Round) -> Round:
     )
 
 
-def _need(there: bool, round_: Round, stage: str, what: str, more: str = "") -> None:
+def _making(step: Step) -> str:
+    """The command that makes a step's shards."""
+    return f"{step.kind.stage} --by teacher" if step.kind.author == "teacher" else step.kind.stage
+
+
+def _need(there: bool, round_: Round, command: str, what: str) -> None:
     if not there:
         raise UserError(
-            f"round {round_.index} has no complete {what} yet; run {stage} --round "
-            f"{round_.index}{more} first"
+            f"round {round_.index} has no complete {what} yet; run {command} --round "
+            f"{round_.index} first"
         )

@@ -198,6 +198,13 @@ def test_stages_one_by_one_come_to_the_same_policy(tmp_path: Path) -> None:
     assert [c["origin"] for c in found["caches"][1]] == ["given", "kept"]
 
 
+@pytest.mark.parametrize("stage", ["score", "train"])
+def test_the_command_to_run_first_says_who_writes(tmp_path: Path, stage: Stage) -> None:
+    config = small_config(tmp_path, *SHORT, "rollouts.given_share=0.5", "rollouts.given_by=teacher")
+    with pytest.raises(UserError, match=r"run generate --by teacher --round 0 first"):
+        run_stage(stage, config, RunFolder(tmp_path / "run"), round_index=0, progress=Silent())
+
+
 def test_cross_entropy_asks_no_teacher(tmp_path: Path) -> None:
     settings = ("rollouts.given_share=1", "train.objective={kind: ce}")
     config = small_config(tmp_path, *SHORT, problems(tmp_path), *settings)
