@@ -54,7 +54,8 @@ def batch_loss(
     Args:
         hidden_BLH: last hidden states of the student for `batch.input_ids_BL`.
         head: its output head.
-        batch: rows from the cache; `batch.weights_N` sums to 1 over an optimizer step.
+        batch: rows from the cache; `batch.weights_N` sums to 1 over an optimizer step, before the
+            weights of several teachers.
         objectives: what to minimise; their weighted sum.
         merge_terminators: all terminators are one outcome.
         limit: of a token's loss, for `soft_clamp`; None: no clamp.
