@@ -22,7 +22,7 @@ from opd_stream.costs import (
 )
 from opd_stream.coverage import coverage_text, is_low
 from opd_stream.errors import UserError
-from opd_stream.filters import dropped_of, dropped_text
+from opd_stream.filters import OTHER_TEACHER, dropped_of, dropped_text
 from opd_stream.outcome import TrainOutcome
 from opd_stream.section import Record
 from opd_stream.store.artifact import Commit, summed_counts
@@ -247,7 +247,7 @@ def round_report(
         rows=outcome.rows,
         tokens=work.tokens(),
         refused_rows=int(scores.get("refused_rows", 0)),
-        dropped_rows=dropped_of(scores),
+        dropped_rows=dropped_of(_dropped_counts(round_.caches)),
         length_share=length_share,
         terminator_rate=1 - length_share,
         repeat_ratio=repeated,
@@ -279,6 +279,20 @@ def round_report(
         caches=tuple(cache.record() for cache in round_.caches),
         evaluation=evaluation,
     )
+
+
+def _dropped_counts(caches: Sequence[Cache]) -> dict[str, float]:
+    """Of rollouts that several teachers read, the counts of one that reads all, if there is one."""
+    found: dict[tuple[str, tuple[int, ...] | None], list[dict[str, float]]] = {}
+    for cache in caches:
+        counts = summed_counts(cache.used(cache.scores))
+        found.setdefault((cache.rollouts.artifact.name, cache.units), []).append(counts)
+    chosen: Counter[str] = Counter()
+    for several in found.values():
+        whole = [counts for counts in several if f"dropped_{OTHER_TEACHER}" not in counts]
+        for counts in whole[:1] or several:
+            chosen.update(counts)
+    return dict(chosen)
 
 
 def _policy_record(round_: Round) -> RoundPolicy:

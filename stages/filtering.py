@@ -47,7 +47,7 @@ def keep_recipe(keep: Keep) -> dict[str, Any]:
 
 
 class RolloutFilter:
-    """The conditions of one recipe of scores, with its judge and the references; for all units.
+    """The conditions of recipes of scores, with their judge and the references; for all rounds.
 
     Raises:
         UserError: its judge would not judge here as where the recipe was written.

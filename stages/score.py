@@ -74,7 +74,7 @@ class ScoreWorker(Worker):
     _aligner: "tuple[str, Aligner] | None" = None  # with the fingerprint of the scores it is for
     _prompts: tuple[str, dict[str, Ids]] | None = None  # with their fingerprint
     _scorer: "tuple[str, StateScorer] | None" = None  # with the fingerprint of the scores
-    _filter: tuple[str, RolloutFilter] | None = None  # with the fingerprint of the scores
+    _filter: tuple[Any, RolloutFilter] | None = None  # with prompts and conditions: of all rounds
 
     def prepare(self, task: Task) -> None:
         if task.scores is None or task.teacher is None or not self.is_asked(task):
@@ -186,17 +186,18 @@ class ScoreWorker(Worker):
         self, task: Task, rollouts: Artifact, scores: Recipe, batch: RolloutBatch
     ) -> dict[int, Reason]:
         """Rows that are not scored, and why."""
-        elsewhere: dict[int, Reason] = {}
-        if (own := self._own_prompts(scores)) is not None:
-            names = enumerate(batch.prompt_id)
-            elsewhere = {row: OTHER_TEACHER for row, name in names if name not in own}
-        if "keep" not in scores.settings:
-            return elsewhere
-        if self._filter is None or self._filter[0] != scores.fingerprint:
+        own = self._own_prompts(scores)
+        read = [n for n, name in enumerate(batch.prompt_id) if own is None or name in own]
+        dropped: dict[int, Reason] = dict.fromkeys({*range(len(batch))} - {*read}, OTHER_TEACHER)
+        if "keep" not in scores.settings or not read:
+            return dropped
+        decided_by = (rollouts.recipe.inputs.get("prompts"), scores.settings["keep"])
+        if self._filter is None or self._filter[0] != decided_by:
             folder = self.student_folder(task, "texts")
             opened = RolloutFilter(self.store, scores, rollouts.recipe, folder)
-            self._filter = (scores.fingerprint, opened)
-        return {**self._filter[1].dropped(batch), **elsewhere}
+            self._filter = (decided_by, opened)
+        found = self._filter[1].dropped(chosen_rows(batch, read))
+        return dropped | {read[place]: reason for place, reason in found.items()}
 
     def _scored_kept(
         self, task: Task, rollouts: Artifact, scores: Artifact, batch: RolloutBatch

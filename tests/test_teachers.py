@@ -22,6 +22,7 @@ from pipeline.run_folder import RunFolder, is_below
 from pipeline.setup import Setup, open_setup
 from pipeline.single_stage import run_stage
 from pipeline.status import StatusReader
+from stages.filtering import RolloutFilter
 from stages.step import Silent
 from tests.conftest import MODELS, SmallRuns, reports_of, run, small_config, summary_of
 from tests.tiny_tokenizers import byte_level, random_teacher
@@ -40,7 +41,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "prompt": f"{NAMES[n % 4]} has {n + 20} cards. How many?",
             "subject": kinds[n % 2],
             "tags": ["all", "odd" if n % 2 else "even"],
-            "answer": "1",
+            "answer": str(n // 2 % 2),
         }
         for n in range(16)
     ]
@@ -267,3 +268,39 @@ def test_an_item_of_a_list_is_enough(tmp_path: Path, rows: Path) -> None:
     own = setup.several[1].teacher_prompts
     assert own is not None
     assert own.read_unit(0)["prompt_id"].to_pylist() == [f"row-{n}" for n in range(1, 16, 2)]
+
+
+def judged(completion: str, reference: str) -> bool:
+    """A judge that finds half of the prompts answered, and remembers what it was asked."""
+    JUDGED.append(completion)
+    return reference == "1"
+
+
+JUDGED: list[str] = []
+
+
+@pytest.mark.parametrize("all_too", [True, False])
+def test_a_judge_is_asked_of_the_rows_that_a_teacher_reads(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, all_too: bool
+) -> None:
+    opened: list[str] = []
+
+    class Counted(RolloutFilter):
+        def __init__(self, *arguments: Any) -> None:
+            opened.append("")
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("stages.score.RolloutFilter", Counted)
+    keep = "rollouts.keep={judge: {kind: 'tests.test_teachers:judged'}}"
+    several = {"all": ALL, "math": MATH} if all_too else {"math": MATH, "code": CODE}
+    JUDGED.clear()
+    more = (keep, "prompts.answer_field=answer")
+    config = small_config(tmp_path, *settings(rows, *more, **several))
+    run(config, RunFolder(tmp_path / "run"), Silent())
+    assert len(JUDGED) == (2 * (8 + 4) if all_too else 2 * 8)
+    assert len(opened) == 2  # one of each worker for both rounds
+    _, found = read(tmp_path, *settings(rows, *more, **several))
+    for round_, report in zip(found, reports_of(RunFolder(tmp_path / "run")), strict=True):
+        trained = ScoredRows([(c.rollouts.shards, c.scores.shards) for c in round_.caches])
+        names = {trained[number].prompt_id for number in range(len(trained))}
+        assert report["dropped_rows"] == {"verdict": 8 - len(names)}
