@@ -126,7 +126,7 @@ class ScoreWorker(Worker):
         scored = self._scored_kept(task, rollouts, scores, batch)
         try:
             table, fidelity = encode_scores(codec, scored.batch, batch, basis=self._basis)
-            fidelity = fidelity.model_copy(update=self._errors(scored))
+            fidelity = fidelity.model_copy(update=self._errors(scores.recipe, scored))
         except ValueError as error:
             raise UserError(
                 f"unit {task.unit} of {scores.name} cannot be stored: {error}; raise "
@@ -235,9 +235,10 @@ class ScoreWorker(Worker):
         scored, errors = score(batch, asked)
         return _Scored(scored, token_counts(batch, without=scored.refused), errors)
 
-    def _errors(self, scored: _Scored) -> dict[str, Any]:
-        """Of rounded hidden states, and of a served teacher's answers."""
-        noise = self._engine.noise if isinstance(self._engine, CheckedEngine) else None
+    def _errors(self, scores: Recipe, scored: _Scored) -> dict[str, Any]:
+        """Of rounded hidden states, and of a served teacher's answers, where one is asked."""
+        engine = self._engine if "teacher" in scores.inputs else None
+        noise = engine.noise if isinstance(engine, CheckedEngine) else None
         return {"states": scored.errors, "teacher_noise": noise}
 
     @property

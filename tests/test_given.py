@@ -1,6 +1,7 @@
 """Rollouts that the student did not write, beside its own."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from opd_stream.batches import collate
 from opd_stream.drift import DriftSums, means, named
+from opd_stream.engines.base import CheckedEngine
 from opd_stream.errors import UserError
 from opd_stream.fused import OutputHead
 from opd_stream.loss import batch_loss
@@ -30,11 +32,13 @@ from pipeline.setup import open_setup
 from pipeline.single_stage import run_stage
 from stages.given import ended, given_batch
 from stages.prompts import prompts_of, round_prompts, selected_rows
-from stages.recipes import is_given, is_unscored
+from stages.recipes import is_given, is_unscored, unscored_recipe
+from stages.score import ScoreWorker, unscored
 from stages.step import Silent, Stage
 from stages.train_data import BatchPlan, step_batches
-from stages.workers import Role
+from stages.workers import Role, WorkerSettings
 from tests.conftest import MODELS, Command, reports_of, run, small_config, summary_of
+from tests.test_codecs import random_scores, rollouts_of
 
 STUDENT = MODELS / "ledger-student"
 CHAT = (
@@ -218,6 +222,29 @@ def test_cross_entropy_asks_no_teacher(tmp_path: Path) -> None:
     scores = store.by_fingerprint("scores", first["caches"][0]["scores"])
     assert is_unscored(scores.recipe)
     assert is_given(store.by_fingerprint("rollouts", first["caches"][0]["rollouts"]).recipe)
+
+
+class ServedEngine(CheckedEngine):
+    """Of a teacher that a worker holds since the rounds before."""
+
+    noise = 0.25
+
+
+class HoldingWorker(ScoreWorker):
+    """One whose engine is open."""
+
+    def noise_of(self, recipe: Recipe) -> float | None:
+        self._engine = ServedEngine()
+        scores = random_scores([2], top_k=2, vocabulary=8, forced=0, seed=0)
+        return self._errors(recipe, unscored(rollouts_of(scores)))["teacher_noise"]
+
+
+def test_rows_that_no_teacher_was_asked_of_have_no_noise_of_one(tmp_path: Path) -> None:
+    recipe = unscored_recipe(rollouts="0" * 64, keep=None)
+    asked = replace(recipe, inputs={**recipe.inputs, "teacher": "1" * 64})
+    worker = HoldingWorker(WorkerSettings(store=str(tmp_path)))
+    assert worker.noise_of(recipe) is None
+    assert worker.noise_of(asked) == 0.25
 
 
 def test_a_replay_of_given_rows_needs_an_objective_for_them(tmp_path: Path) -> None:
