@@ -28,7 +28,7 @@ from opd_stream.store.shards import COMPLETIONS
 from opd_stream.store.store import Store
 from opd_stream.store.tokenizer_folder import misread_line, open_vocabulary
 from opd_stream.windows import AdaptiveWindow
-from pipeline.plan import plan_round
+from pipeline.plan import planned_steps
 from stages.checkpoints import (
     Checkpoint,
     Vocabulary,
@@ -801,13 +801,15 @@ def check_problems(
 
 
 def largest_window(config: Config) -> int:
-    """New tokens that a rollout of any round may have, if no drift ends a round early."""
+    """New tokens that a rollout of any round may have, if no drift ends a round early.
+
+    Each of several teachers may score every row: which prompts their routes share is not known.
+    """
     window = config.rollouts.window
     if isinstance(window, AdaptiveWindow):
         return window.max_window_tokens
-    planned = plan_round(config, round_index=0, first_step=0).planned_steps
-    last = config.rounds - 1
-    return plan_round(config, round_index=last, first_step=last * planned).window_tokens
+    planned = planned_steps(config, len(config.teachers))
+    return window.tokens_of_round((config.rounds - 1) * planned, planned)
 
 
 def context_of(config: Config, role: str, model: Checkpoint) -> int | None:

@@ -17,9 +17,10 @@ from pipeline.caches import Cache
 from pipeline.doctor.examination import examine
 from pipeline.estimate import estimate
 from pipeline.inspect.command import inspect_rollout
+from pipeline.plan import plan_round
 from pipeline.rounds import Round, named_checkpoint, rounds
 from pipeline.run_folder import RunFolder, is_below
-from pipeline.setup import Setup, open_setup
+from pipeline.setup import Setup, largest_window, open_setup
 from pipeline.single_stage import run_stage
 from pipeline.status import StatusReader
 from stages.filtering import RolloutFilter
@@ -260,6 +261,19 @@ def test_a_teacher_with_another_tokenizer_is_named(tmp_path: Path, rows: Path) -
     report = examine(config, quick=True)
     found = [each.found for each in report.findings if each.level == "error"]
     assert any(line.startswith("teachers.other: ") for line in found), found
+
+
+def test_a_growing_window_is_bounded_as_if_each_route_led_everywhere(
+    rows: Path, tmp_path: Path
+) -> None:
+    window = "rollouts.window={kind: linear, h0: 10, delta: 1, max_window_tokens: 99}"
+    odd = f"{{path: {TEACHER}, when: {{tags: odd}}}}"
+    both = settings(
+        rows, window, "rounds=2", all=f"{{path: {TEACHER}, when: {{tags: all}}}}", odd=odd
+    )
+    config = small_config(tmp_path, *both)
+    assert plan_round(config, round_index=0, first_step=0).planned_steps == 2
+    assert largest_window(config) == 10 + 2 * 2 * 2 - 1  # 8 rows, for both, in steps of 4
 
 
 def test_an_item_of_a_list_is_enough(tmp_path: Path, rows: Path) -> None:
