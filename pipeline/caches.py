@@ -413,7 +413,7 @@ def replayed_caches(setup: Setup) -> list[tuple[Cache, ...]] | None:
         )
     settings, expected = setup.config.teacher, setup.replayed_teacher
     may_follow = settings is None or settings.follows_student
-    for cache in (cache for caches in found[:rounds] for cache in caches):
+    for cache, authors in [(c, _authors(caches)) for caches in found[:rounds] for c in caches]:
         for step in (cache.rollouts, cache.scores):
             if not step.is_complete():
                 raise UserError(
@@ -424,9 +424,8 @@ def replayed_caches(setup: Setup) -> list[tuple[Cache, ...]] | None:
         elif (problem := unserved_by_own(setup.config.train)) is not None:
             raise UserError(f"{where} has rollouts that are not given: {problem}")
         teacher = cache.scores.artifact.recipe.inputs.get("teacher")  # imported rows have none
-        author = cache.rollouts.artifact.recipe.inputs.get("student")
-        if may_follow and teacher == author:
-            continue  # each round's policy scored its own rollouts
+        if may_follow and teacher in (authors if cache.is_given else _authors([cache])):
+            continue  # each round's policy scored its own rollouts, and those it was given
         expected = expected or teacher
         if teacher is not None and teacher != expected:
             raise UserError(
@@ -435,6 +434,11 @@ def replayed_caches(setup: Setup) -> list[tuple[Cache, ...]] | None:
                 "`teacher` out, or replay scores of one teacher"
             )
     return [tuple(caches) for caches in found[:rounds]]
+
+
+def _authors(caches: Sequence[Cache]) -> set[str | None]:
+    """Fingerprints of the students that wrote their rollouts; None stands for no student."""
+    return {cache.rollouts.artifact.recipe.inputs.get("student") for cache in caches}
 
 
 def _check_given(config: Config, cache: Cache, where: str) -> None:

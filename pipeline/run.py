@@ -292,10 +292,10 @@ def make_shards(
         if rollouts.is_void() or author not in (None, rollouts.kind.author):
             continue
         scored = scores if score else []
-        work = _submit(session, rollouts, scored[0] if scored else None, shuffle=shuffle)
+        work = _submit(session, round_, rollouts, scored[0] if scored else None, shuffle=shuffle)
         if work.tasks or rollouts.is_new or not all(s.is_complete() for s in (rollouts, *scored)):
             _wait_for(session, work, rollouts.kind.name)
-        submit = partial(_submit, session, rollouts, shuffle=shuffle, generate=False)
+        submit = partial(_submit, session, round_, rollouts, shuffle=shuffle, generate=False)
         for work in [submit(other) for other in scored[1:]]:  # in pools of their own, or in turn
             _wait_for(session, work, rollouts.kind.name)
     _submit_ahead(session, round_)
@@ -327,6 +327,7 @@ def start_shards(session: Session, step: Step) -> Artifact:
 
 def _submit(
     session: Session,
+    round_: Round,
     rollouts: Step,
     scores: Step | None,
     *,
@@ -340,7 +341,7 @@ def _submit(
         session.executor,
         start_shards(session, rollouts),
         None if scores is None else start_shards(session, scores),
-        student=rollouts.model,
+        student=round_.student if is_teachers else rollouts.model,
         teacher=scores.model if scores is not None else rollouts.model if is_teachers else None,
         teacher_name=None if scores is None else scores.teacher,
         made_by=session.run_id,
@@ -355,7 +356,7 @@ def _submit(
 def _submit_ahead(session: Session, round_: Round) -> None:
     """Submit the next round's rollouts, unless done or waiting for this round's policy."""
     if round_.ahead is not None and session.ahead is None:
-        session.ahead = _submit(session, round_.ahead.rollouts, round_.ahead.scores)
+        session.ahead = _submit(session, round_, round_.ahead.rollouts, round_.ahead.scores)
 
 
 def _wait_for(session: Session, work: SubmittedWork, name: str) -> None:

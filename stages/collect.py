@@ -141,7 +141,7 @@ def submit_missing(
         shuffle: in random order, so that several machines on one artifact share the work.
         verify: read what is committed; False: that was done before.
         author: the pool whose model samples the rollouts.
-        check: called with the student that is about to sample.
+        check: called with the model that is about to sample.
     """
     to_generate = missing_units(rollouts, progress, verify=verify) if generate else []
     to_score = _units_to_score(rollouts, scores, to_generate, progress, verify=verify)
@@ -164,7 +164,7 @@ def submit_missing(
     if shuffle:
         random.shuffle(tasks)
     if to_generate and check is not None:
-        check(student)
+        check(teacher if author == "teacher" and teacher is not None else student)
     if tasks:
         executor.submit(tasks)
     made, scored = frozenset(to_generate), frozenset(to_score)

@@ -26,10 +26,12 @@ from opd_stream.store.store import Store
 from opd_stream.store.tokenizer_folder import open_tokenizer
 from opd_stream.tasks.ledger import make_problems
 from opd_stream.windows import FixedWindow
+from pipeline.caches import replayed_caches
 from pipeline.rounds import rounds
 from pipeline.run_folder import RunFolder
 from pipeline.setup import open_setup
 from pipeline.single_stage import run_stage
+from stages.filtering import RolloutFilter
 from stages.given import ended, given_batch
 from stages.prompts import prompts_of, round_prompts, selected_rows
 from stages.recipes import is_given, is_unscored, unscored_recipe
@@ -446,3 +448,31 @@ def test_a_chat_template_without_the_students_terminator_is_refused(tmp_path: Pa
     whole = given_batch(prompts_of(setup.store, given), longer)
     assert whole.finish_reason == ("stop",) * 4
     assert all(ids[-1] in setup.vocabulary.stop_ids for ids in whole.completion_ids)
+
+
+def test_what_is_left_out_of_the_teachers_rows_is_read_with_the_students_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path] = []
+
+    class Heard(RolloutFilter):
+        def __init__(self, store: Store, scores: Recipe, rollouts: Recipe, folder: Path) -> None:
+            folders.append(folder)
+            super().__init__(store, scores, rollouts, folder)
+
+    monkeypatch.setattr("stages.score.RolloutFilter", Heard)
+    settings = ("rollouts.given_share=1", "rollouts.given_by=teacher", "train.objective={kind: ce}")
+    config = small_config(tmp_path, *SHORT, "rounds=1", *settings, "rollouts.keep={min_tokens: 1}")
+    run(config, RunFolder(tmp_path / "run"), Silent())
+    assert [each.name for each in folders] == [STUDENT.name]
+
+
+def test_a_replay_reads_given_rows_that_each_policy_scored(tmp_path: Path) -> None:
+    own = ("rollouts.given_share=0.5", f"teacher.path={STUDENT}", "teacher.follows_student=yes")
+    view = r'teacher.view="{solution}\n{prompt}"'
+    settings = (*SHORT, problems(tmp_path), *own, view)
+    run(small_config(tmp_path, *settings), RunFolder(tmp_path / "run"), Silent())
+    replay = small_config(tmp_path, *settings, f"replay.run={tmp_path / 'run'}")
+    found = replayed_caches(open_setup(replay))
+    assert found is not None
+    assert [[cache.is_given for cache in caches] for caches in found] == [[True, False]] * 2
