@@ -31,6 +31,7 @@ from stages.collect import (
     SubmittedWork,
     make_again,
     measure_missing,
+    open_teacher,
     start_probe,
     start_rollouts,
     start_scores,
@@ -58,6 +59,7 @@ class Session:
     spans: list[Span] = field(default_factory=list)
     started: float = field(default_factory=time.time)
     reached: set[str] = field(default_factory=set)  # names of artifacts
+    opened: set[str | None] = field(default_factory=set)  # names of teachers, but the first
     checked: set[tuple[Checkpoint, Part]] = field(default_factory=set)  # that were read whole
 
     def reach(self, names: set[str]) -> None:
@@ -292,6 +294,7 @@ def make_shards(
         if rollouts.is_void() or author not in (None, rollouts.kind.author):
             continue
         scored = scores if score else []
+        _open_further(session, rollouts, scored[1:])
         work = _submit(session, round_, rollouts, scored[0] if scored else None, shuffle=shuffle)
         if work.tasks or rollouts.is_new or not all(s.is_complete() for s in (rollouts, *scored)):
             _wait_for(session, work, rollouts.kind.name)
@@ -308,6 +311,22 @@ def streams(steps: list[Step]) -> Iterator[tuple[Step, list[Step]]]:
         name = rollouts.artifact.name
         scores = of_stage(everything, "score")
         yield rollouts, [step for step in scores if step.rollouts.artifact.name == name]
+
+
+def _open_further(session: Session, rollouts: Step, scores: list[Step]) -> None:
+    """Open each teacher but the first once, so that what it refuses costs no rollouts.
+
+    The first one's tasks stream behind the student's, and open it themselves.
+    """
+    if rollouts.is_complete():
+        return
+    for step in scores:
+        if step.teacher not in session.opened and not step.is_complete():
+            assert step.model is not None
+            sampled = start_shards(session, rollouts)
+            scored = start_shards(session, step)
+            open_teacher(session.executor, sampled, scored, step.model, step.teacher)
+            session.opened.add(step.teacher)
 
 
 def start_shards(session: Session, step: Step) -> Artifact:

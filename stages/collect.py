@@ -173,6 +173,32 @@ def submit_missing(
     )
 
 
+def open_teacher(
+    executor: Executor, rollouts: Artifact, scores: Artifact, teacher: Checkpoint, name: str | None
+) -> None:
+    """Open one of several teachers, of that name, for the first unit that it has to score.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    unit = next((unit for unit in scores.units() if scores.commit_record(unit) is None), None)
+    if unit is None:
+        return
+    task = Task(
+        unit=unit,
+        rollouts=rollouts.fingerprint,
+        scores=scores.fingerprint,
+        student="",
+        teacher=str(teacher.folder),
+        made_by="",
+        teacher_policy=teacher.policy,
+        teacher_name=name,
+        only_opens=True,
+    )
+    executor.submit([task])
+    list(executor.results([task]))
+
+
 def _kind_of(scores: Artifact | None) -> Literal["scores", "hidden"]:
     return "hidden" if scores is not None and scores.recipe.kind == "hidden" else "scores"
 

@@ -24,7 +24,9 @@ from pipeline.setup import Setup, largest_window, open_setup
 from pipeline.single_stage import run_stage
 from pipeline.status import StatusReader
 from stages.filtering import RolloutFilter
+from stages.score import ScoreWorker
 from stages.step import Silent
+from stages.workers import Task
 from tests.conftest import MODELS, SmallRuns, reports_of, run, small_config, summary_of
 from tests.tiny_tokenizers import byte_level, random_teacher
 
@@ -318,3 +320,20 @@ def test_a_judge_is_asked_of_the_rows_that_a_teacher_reads(
         trained = ScoredRows([(c.rollouts.shards, c.scores.shards) for c in round_.caches])
         names = {trained[number].prompt_id for number in range(len(trained))}
         assert report["dropped_rows"] == {"verdict": 8 - len(names)}
+
+
+def test_a_further_teacher_that_does_not_open_costs_no_rollouts(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str | None] = []
+
+    def prepare(self: ScoreWorker, task: Task) -> None:
+        if task.only_opens and self.is_asked(task):
+            opened.append(task.teacher_name)
+            raise UserError("teachers.code does not open")
+
+    monkeypatch.setattr(ScoreWorker, "prepare", prepare)
+    with pytest.raises(UserError, match=r"teachers.code does not open"):
+        run(small_config(tmp_path, *routed(rows)), RunFolder(tmp_path / "run"), Silent())
+    assert opened == ["code"]
+    assert not list((tmp_path / "store").glob("rollouts/*/units/*"))
