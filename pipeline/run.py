@@ -346,7 +346,7 @@ def start_shards(session: Session, step: Step) -> Artifact:
 
 def _submit(
     session: Session,
-    round_: Round,
+    round_: Round | None,
     rollouts: Step,
     scores: Step | None,
     *,
@@ -360,7 +360,7 @@ def _submit(
         session.executor,
         start_shards(session, rollouts),
         None if scores is None else start_shards(session, scores),
-        student=round_.student if is_teachers else rollouts.model,
+        student=round_.student if round_ and is_teachers else rollouts.model,
         teacher=scores.model if scores is not None else rollouts.model if is_teachers else None,
         teacher_name=None if scores is None else scores.teacher,
         made_by=session.run_id,
@@ -491,7 +491,7 @@ def evaluate_policy(
             steps = distance_steps(config, store, part, answers, vocabulary, teacher)
             _measure_distance(session, steps)
             continue
-        _wait_for(session, _submit(session, answers, None), "evaluate")
+        _wait_for(session, _submit(session, None, answers, None), "evaluate")
         evaluate(store, part, answers.shards, policy)
     if step is not None and len(session.spans) > worked and config.train.loggers:
         found = evaluation_record(config, store, policy, vocabulary, ())
@@ -523,7 +523,7 @@ def _measure_distance(session: Session, steps: dict[str, Step]) -> None:
         return
     for step in steps.values():
         rollouts, hidden = step.needs
-        work = _submit(session, rollouts, hidden)
+        work = _submit(session, None, rollouts, hidden)
         _wait_for(session, work, "evaluate")
     for step in steps.values():
         assert step.model is not None
