@@ -197,7 +197,7 @@ class ScoreWorker(Worker):
             opened = RolloutFilter(self.store, scores, rollouts.recipe, folder)
             self._filter = (decided_by, opened)
         found = self._filter[1].dropped(chosen_rows(batch, read))
-        return dropped | {read[place]: reason for place, reason in found.items()}
+        return {**dropped, **{read[place]: reason for place, reason in found.items()}}
 
     def _scored_kept(
         self, task: Task, rollouts: Artifact, scores: Artifact, batch: RolloutBatch

@@ -236,7 +236,7 @@ class HoldingWorker(ScoreWorker):
     """One whose engine is open."""
 
     def noise_of(self, recipe: Recipe) -> float | None:
-        self._engine = ServedEngine()
+        self._engine = ServedEngine()  # pyright: ignore[reportAbstractUsage]
         scores = random_scores([2], top_k=2, vocabulary=8, forced=0, seed=0)
         return self._errors(recipe, unscored(rollouts_of(scores)))["teacher_noise"]
 
