@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY) ## distil the embedded teacher into the embedded student, one to one and a half minutes
 	$(BIN)/opd-stream run configs/quickstart.yaml
 
-test: $(READY) ## the test suite, about five minutes on two cores
+test: $(READY) ## the test suite, about six minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY) ## workers, nodes and stores that fail, whole runs and training on Ray

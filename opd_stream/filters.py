@@ -77,15 +77,16 @@ class Keep(Section):
 
     @model_validator(mode="after")
     def _acts(self) -> Self:
+        is_stored = "judge" in self.model_fields_set and self.verdict == "correct"  # every field
+        if self.judge is None and "verdict" in self.model_fields_set and not is_stored:
+            raise ValueError(
+                f"rollouts.keep.verdict is {self.verdict} and nothing judges; expected a judge, "
+                "such as {kind: final_number}; add rollouts.keep.judge"
+            )
         if not self.model_dump(exclude_defaults=True):
             raise ValueError(
                 "rollouts.keep names no condition; expected one, such as finish_reason=stop; add "
                 "it, or leave keep out"
-            )
-        if self.judge is None and "verdict" in self.model_fields_set:
-            raise ValueError(
-                f"rollouts.keep.verdict is {self.verdict} and nothing judges; expected a judge, "
-                "such as {kind: final_number}; add rollouts.keep.judge"
             )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(

@@ -233,3 +233,13 @@ def test_rows_that_are_continued_are_scored_whole(tmp_path: Path) -> None:
         sum(len(row.completion_ids) for row in map(rows.__getitem__, range(len(rows))))
         == (counts["completion_tokens"])
     )
+
+
+def test_conditions_are_read_again_as_they_are_stored() -> None:
+    """A run folder's config says every field, of a judge too where there is none."""
+    keep = Keep(finish_reason="stop")
+    assert Keep.model_validate(keep.model_dump(mode="json")) == keep
+    with pytest.raises(ValueError, match=r"keep\.verdict is correct and nothing judges"):
+        Keep.model_validate({"verdict": "correct"})
+    with pytest.raises(ValueError, match=r"keep\.verdict is mixed and nothing judges"):
+        Keep.model_validate({"finish_reason": "stop", "verdict": "mixed"})

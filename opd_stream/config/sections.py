@@ -78,7 +78,7 @@ class Student(Model):
 def _with_fields(view: str) -> str:
     if not FIELD.search(view):
         raise PydanticCustomError(
-            "no_field", "expected text with a field in it, {{prompt}} or another of the row"
+            "no_field", "expected text with a field in it, {prompt} or another of the row"
         )
     return view
 

@@ -70,7 +70,7 @@ def facts(view: RolloutView) -> Iterator[tuple[str, str]]:
     yield "rollout", f"{one_line(visible(row.prompt_id))}, sample {row.sample_index}"
     yield "from", view.source
     if cache.teacher is not None:
-        yield "scored by", cache.teacher
+        yield "scores", f"by {cache.teacher}"
     if (prompt := view.teacher_prompt) is not None:
         yield "teacher", f"read {quoted(prompt)}"
     yield "finish", view.finish
