@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -219,13 +220,16 @@ def test_two_runs_on_one_store_at_the_same_time_both_finish(
     plain = ["evaluation=null"]
     runs = (("first", plain), ("second", plain), ("third", [*plain, "rounds=1"]))
     for name, overrides in runs:
+        # Read here: the three share one config file, which each of these calls writes.
+        config = small_config(tmp_path / "shared", *overrides)
         child = os.fork()
         if child == 0:
             status = 1
             try:
-                config = small_config(tmp_path / "shared", *overrides)
                 run(config, RunFolder(tmp_path / "shared" / name), Silent())
                 status = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(status)
         children.append(child)
