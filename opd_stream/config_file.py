@@ -160,7 +160,9 @@ def _replace(raw: dict[str, Any], place: Place, replaced: set[Place]) -> Place:
     for depth in range(len(place), 0, -1):
         here, stand_in, last = raw, _STAND_INS, place[depth - 1]
         for key in place[: depth - 1]:
-            here, stand_in = here[key], stand_in.get(key, {})
+            here, stand_in = here.get(key, {}), stand_in.get(key, {})  # its section may be gone
+        if place[: depth - 1] == ("teachers",):
+            stand_in = {last: _STAND_INS["teacher"]}
         if place[:depth] in replaced or not (last in stand_in or last in here):
             continue  # that was not enough, or there is nothing to leave out
         here.pop(last, None)
@@ -300,6 +302,13 @@ def _reason(details: ErrorDetails) -> str:
     if (bound := _BOUNDS.get(details["type"])) is not None:
         (limit,) = details.get("ctx", {}).values()
         return f"expected {bound} {int(limit) if limit == int(limit) else limit:,}"
+    if details["type"] == "too_short":
+        least = details.get("ctx", {})["min_length"]
+        return f"expected at least {least} item{'s' if least > 1 else ''}"
+    if details["type"] in ("model_type", "model_attributes_type"):
+        return "expected a section with fields"
+    if details["type"] == "dict_type":
+        return "expected names, each with a value"
     reason = details["msg"][:1].lower() + details["msg"][1:]
     return reason.replace("input should be ", "expected ", 1)
 

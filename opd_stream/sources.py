@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from opd_stream.errors import UserError
+from opd_stream.errors import UserError, shortened
 from opd_stream.messages import Turn, is_turns, tools_of, turns_of, turns_text
 from opd_stream.rendering import ChatTemplate, Prompt, RawTemplate, Template, template_settings
 from opd_stream.rows import (
@@ -34,6 +34,7 @@ from opd_stream.tasks.references import Match, reference_text
 
 HUB_SECONDS = 10  # for the hub's first answer
 FIELD = re.compile(r"\{([\w.]+)\}")
+_VIEW = re.compile(rf"\{{\{{|\}}\}}|{FIELD.pattern}")  # of a text in which {{ stands for a brace
 
 
 class UnreadableDataset(UserError):
@@ -215,12 +216,28 @@ def belongs(when: Mapping[str, Sequence[str]], placed: PlacedRow) -> bool:
     return all(not texts.isdisjoint(when[name]) for name, texts in zip(when, found, strict=True))
 
 
+def view_flaw(view: str) -> str | None:
+    """Why a text cannot be a view, in words; None: it can.
+
+    Example:
+        >>> view_flaw("{prompt} {solution")
+        "expected braces around the name of a field, found '{solution' (write {{ for a brace)"
+    """
+    if not any(found.group(1) for found in _VIEW.finditer(view)):
+        return "expected text with a field in it, {prompt} or another of the row"
+    left = _VIEW.sub(lambda found: " " * len(found[0]), view)
+    if (stray := re.search(r"[{}]", left)) is None:
+        return None
+    found = shortened(view[stray.start() :].split("\n")[0], 24)
+    return f"expected braces around the name of a field, found {found} (write {{{{ for a brace)"
+
+
 def shown(view: str, source: Prompts, prompt: Prompt, placed: PlacedRow) -> Prompt:
     """A prompt with the text of a view in place of its own; of messages, of the last user's turn.
 
     Args:
         view: text in which {prompt} is the prompt's text, {answer} its reference answer, where
-            `answer_field` names one, and {field} any field of its row.
+            `answer_field` names one, and {field} any field of its row; {{ and }} are braces.
         source: of the prompt.
         prompt: as the student reads it.
         placed: its row, and where that stands.
@@ -238,14 +255,13 @@ def shown(view: str, source: Prompts, prompt: Prompt, placed: PlacedRow) -> Prom
     own = prompt.text if prompt.turns is None else prompt.turns[users[-1]]["content"]
     answer = None if isinstance(source, EmbeddedPrompts) else source.answer_field
 
-    def written(found: re.Match[str]) -> str:
-        name = found.group(1)
+    def written(name: str) -> str:
         if name == "prompt":
             return own
         name = answer or name if name == "answer" else name
         return _written(row, name, place, "teacher.view")
 
-    text = FIELD.sub(written, view)
+    text = _VIEW.sub(lambda found: written(found.group(1)) if found.group(1) else found[0][0], view)
     _check_unicode(place, text)
     if prompt.turns is None:
         return replace(prompt, text=text)
@@ -445,10 +461,12 @@ def _completions(
         is_one = turns[-2:-1] and turns[-2]["role"] != "assistant"
         words = last[0].get("content") or ""
         return (words,) if is_one and words.strip() and "tool_calls" not in last[0] else ()
-    if name is None or (value := value_of(row, name, place, "completion_field")) is None:
+    setting = "completion_field, or write null into rows without a completion"
+    if name is None or (value := value_of(row, name, place, setting)) is None:
         return ()
     said = f"{place}: field {name!r}"
-    texts = _texts(value, said, "mend the row, or set completion_field")
+    remedy = f"set completion_field, such as {name}.FIELD for a field of an object"
+    texts = _texts(value, said, remedy)
     if not all(text.strip() for text in texts):
         raise UserError(
             f"{said} holds an empty completion; expected text; mend the row, or set it to null"

@@ -23,24 +23,13 @@ def plan_round(
     config: Config, *, round_index: int, first_step: int, decided_window: int | None = None
 ) -> RoundPlan:
     """Plan a round; `decided_window` is that of the round before's audit, if it took one."""
-    teachers = config.teachers.values()  # a row trains once for each of those that score it
-    of_all = sum(not teacher.when for teacher in teachers)
-    planned = planned_steps(config, of_all + any(teacher.when for teacher in teachers))
+    planned = config.planned_steps
     return RoundPlan(
         round_index=round_index,
         first_step=first_step,
         planned_steps=planned,
         window_tokens=decided_window or config.rollouts.window.tokens_of_round(first_step, planned),
     )
-
-
-def planned_steps(config: Config, passes: int) -> int:
-    """Optimizer steps of a round whose rows train `passes` times in an epoch, at least once."""
-    rollouts = config.rollouts
-    rows = rollouts.own_prompts * rollouts.samples_per_prompt
-    rows += rollouts.given_prompts * rollouts.given_samples
-    steps_per_epoch = -(-rows * max(1, passes) // config.train.rows_per_step)
-    return steps_per_epoch * config.staleness.max_epochs
 
 
 def plan_ahead(config: Config, plan: RoundPlan) -> RoundPlan:

@@ -28,7 +28,6 @@ from opd_stream.store.shards import COMPLETIONS
 from opd_stream.store.store import Store
 from opd_stream.store.tokenizer_folder import misread_line, open_vocabulary
 from opd_stream.windows import AdaptiveWindow
-from pipeline.plan import planned_steps
 from stages.checkpoints import (
     Checkpoint,
     Vocabulary,
@@ -808,7 +807,7 @@ def largest_window(config: Config) -> int:
     window = config.rollouts.window
     if isinstance(window, AdaptiveWindow):
         return window.max_window_tokens
-    planned = planned_steps(config, len(config.teachers))
+    planned = config.steps_of(len(config.teachers))
     return window.tokens_of_round((config.rounds - 1) * planned, planned)
 
 

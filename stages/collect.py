@@ -33,6 +33,11 @@ class SubmittedWork:
     to_generate: frozenset[int]  # units
     to_score: frozenset[int]
 
+    @property
+    def teacher(self) -> str | None:
+        """Name of who scores, of several, where anything is left to do."""
+        return self.tasks[0].teacher_name if self.tasks else None
+
 
 def start_rollouts(store: Store, recipe: Recipe, *, prompts_per_unit: int) -> Artifact:
     """Join or start a rollouts artifact."""
@@ -277,7 +282,7 @@ def wait_for(
 ) -> list[Span]:
     """Wait until submitted work is done; returns when the workers were busy.
 
-    Sampling is shown as the stage `name`.
+    Sampling is shown as the stage `name`, scoring with the teacher's name where there are several.
 
     Raises:
         UserError: a worker met a user's mistake.
@@ -285,15 +290,16 @@ def wait_for(
     window = {"window": work.rollouts.recipe.settings["window_tokens"]}
     progress.start(name, len(work.to_generate))
     progress.advance(name, 0, **window)
+    score = "score" if work.teacher is None else f"score {work.teacher}"
     if work.scores is not None:
-        progress.start("score", len(work.to_score))
-        progress.advance("score", 0, **window)
+        progress.start(score, len(work.to_score))
+        progress.advance(score, 0, **window)
     spans: list[Span] = []
     for result in executor.results(work.tasks):
         spans += [span for span in (result.generate_span, result.score_span) if span is not None]
         unit = result.task.unit
         progress.advance(name, unit in work.to_generate, result.generated_tokens)
-        progress.advance("score", unit in work.to_score, result.scored_tokens)
+        progress.advance(score, unit in work.to_score, result.scored_tokens)
     work.rollouts.finish()
     if work.scores is not None:
         work.scores.finish()

@@ -161,11 +161,11 @@ def in_places(
 
     names = [each.name for each in fields(scored) if each.name != "refused"]
     refused = {rows[place]: reason for place, reason in scored.refused.items()}
-    refused |= {row: _said(reason) for row, reason in dropped.items()}
+    refused |= {row: said(reason) for row, reason in dropped.items()}
     return ScoreBatch(**{name: column(name) for name in names}, refused=refused)
 
 
-def _said(reason: Reason) -> str:
+def said(reason: Reason) -> str:
     """Why a row has no scores, as it says itself."""
     if reason == OTHER_TEACHER:
         return "its prompt goes to another teacher"

@@ -23,6 +23,7 @@ from opd_stream.store.shards import rollouts_batch
 from opd_stream.store.store import Store
 from opd_stream.store.tokenizer_folder import open_tokenizer
 from opd_stream.types import FinishReason, RolloutBatch
+from pipeline.estimate import estimate
 from pipeline.run_folder import RunFolder
 from stages.filtering import chosen_rows, in_places
 from stages.step import Silent
@@ -148,6 +149,8 @@ def test_a_run_scores_and_trains_the_rest_alone(tmp_path: Path) -> None:
             said.append(line)
 
     config = small_config(tmp_path, *SHORT, keep)
+    planned = estimate(config, RunFolder(tmp_path / "run"))
+    assert any("rollouts.keep leaves rollouts out" in note for note in planned.notes)
     summary = run(config, RunFolder(tmp_path / "run"), Heard())
     plain = small_config(tmp_path, *SHORT)
     run(plain, RunFolder(tmp_path / "plain"), Silent())
@@ -190,10 +193,19 @@ def test_a_run_scores_and_trains_the_rest_alone(tmp_path: Path) -> None:
 
 
 def test_a_round_without_a_rollout_left_is_told_in_a_line(tmp_path: Path) -> None:
-    config = small_config(tmp_path, *SHORT, "rollouts.keep={min_tokens: 13}")
-    with pytest.raises(UserError, match=r"left out 16 rollouts \(short 16\); loosen") as caught:
+    keep = "rollouts.keep={min_tokens: 12, finish_reason: stop}"
+    config = small_config(tmp_path, *SHORT, keep)
+    with pytest.raises(UserError, match=r"left out 16 rollouts \(fin.* 16\); loosen") as caught:
         run(config, RunFolder(tmp_path / "run"), Silent())
     assert "\n" not in str(caught.value)
+
+
+def test_more_tokens_than_the_first_window_has_are_refused_with_the_config(tmp_path: Path) -> None:
+    window = "rollouts.window={kind: linear, h0: 10, delta: 1, max_window_tokens: 99}"
+    last = 10 + 4 - 1  # of the steps of round 0: 16 rows in batches of 4
+    small_config(tmp_path, *SHORT, window, f"rollouts.keep={{min_tokens: {last}}}")
+    with pytest.raises(UserError, match=rf"min_tokens is 14 and .* round 0 have {last} tokens"):
+        small_config(tmp_path, *SHORT, window, f"rollouts.keep={{min_tokens: {last + 1}}}")
 
 
 def test_a_whole_unit_may_be_left_out_of_hidden_states(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from opd_stream.store.tokenizer_folder import open_tokenizer
 from opd_stream.tasks.ledger import make_problems
 from opd_stream.windows import FixedWindow
 from pipeline.caches import replayed_caches
+from pipeline.inspect.command import inspect_worst
 from pipeline.rounds import rounds
 from pipeline.run_folder import RunFolder
 from pipeline.setup import open_setup
@@ -239,6 +240,16 @@ class HoldingWorker(ScoreWorker):
         self._engine = ServedEngine()  # pyright: ignore[reportAbstractUsage]
         scores = random_scores([2], top_k=2, vocabulary=8, forced=0, seed=0)
         return self._errors(recipe, unscored(rollouts_of(scores)))["teacher_noise"]
+
+
+def test_rollouts_that_nobody_drew_have_no_worst_reverse_kl(tmp_path: Path) -> None:
+    settings = ("rollouts.given_share=1", "train.objective={kind: ce}", "rounds=1")
+    config = small_config(tmp_path, *SHORT, problems(tmp_path), *settings)
+    folder = RunFolder(tmp_path / "run")
+    run(config, folder, Silent())
+    with pytest.raises(UserError, match=r"round 0 are given, .*choose --by teacher_nll"):
+        inspect_worst(folder, config, round_index=0, count=3)
+    assert len(inspect_worst(folder, config, round_index=0, count=3, by="teacher_nll")) == 3
 
 
 def test_rows_that_no_teacher_was_asked_of_have_no_noise_of_one(tmp_path: Path) -> None:

@@ -340,6 +340,11 @@ def test_chat_prompts_are_measured_before_a_run_as_the_run_makes_them(tmp_path: 
             ("prompts.completion_field=completion", "rollouts.given_share=1"),
             "asks for 1 given rollouts a round, and 0 of the 1 prompts of round 0 have",
         ),
+        (
+            [{"prompt": "a", "completion": "b"}, {"prompt": "c"}],
+            ("prompts.completion_field=completion", "rollouts.given_share=1"),
+            "rows.jsonl:2 has no field 'completion'; it has prompt; set completion_field, or write",
+        ),
         ([{"prompt": "a"}], ("teacher.template={kind: chat}",), "^teacher.template: template.kind"),
         (
             [{"prompt": "a"}],

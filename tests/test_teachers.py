@@ -27,7 +27,15 @@ from stages.filtering import RolloutFilter
 from stages.score import ScoreWorker
 from stages.step import Silent
 from stages.workers import Task
-from tests.conftest import MODELS, SmallRuns, reports_of, run, small_config, summary_of
+from tests.conftest import (
+    MODELS,
+    Command,
+    SmallRuns,
+    reports_of,
+    run,
+    small_config,
+    summary_of,
+)
 from tests.tiny_tokenizers import byte_level, random_teacher
 
 TEACHER, STUDENT = MODELS / "ledger-teacher", MODELS / "ledger-student"
@@ -189,6 +197,7 @@ def test_the_plan_of_routed_prompts_counts_each_once(rows: Path, tmp_path: Path)
     assert tokens["generate", None] == 8 * 12
     assert tokens["score", "math"] == tokens["score", "code"] == 4 * 12
     assert tokens["train", None] == 8 * 12
+    assert {s.kind.name: s.prompts for s in steps if not s.teacher} == {"generate": 8, "train": 8}
 
 
 @pytest.mark.parametrize(
@@ -227,13 +236,17 @@ def test_a_route_that_leads_nowhere_is_one_line_before_any_work(
         (("teachers.a b={path: x}",), "teachers has the name 'a b'"),
         (("teachers.math.route=x",), "unknown key 'teachers.math.route'"),
         (("teachers.math.weight=0",), "'teachers.math.weight' is 0"),
+        (("teachers.two=null",), r"'teachers.two' is None; expected a section with fields; change"),
+        (("teachers.math.when={tags: []}",), r"'teachers.math.when.tags' is \[\]; expected a val"),
+        (("teachers.math.when={tags: [{a: 1}]}",), r"when.tags' is .*; expected a value, or a li"),
     ],
 )
 def test_what_several_teachers_cannot_be(
     tmp_path: Path, rows: Path, more: tuple[str, ...], said: str
 ) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as caught:
         small_config(tmp_path, *routed(rows, *more))
+    assert len(caught.value.args) == 1
 
 
 def test_a_route_over_a_field_named_like_a_placement_is_none() -> None:
@@ -337,3 +350,33 @@ def test_a_further_teacher_that_does_not_open_costs_no_rollouts(
         run(small_config(tmp_path, *routed(rows)), RunFolder(tmp_path / "run"), Silent())
     assert opened == ["code"]
     assert not list((tmp_path / "store").glob("rollouts/*/units/*"))
+
+
+def test_progress_and_the_worst_rollouts_name_each_teacher(
+    tmp_path: Path, rows: Path, opd_stream: Command
+) -> None:
+    heard: list[str] = []
+
+    class Heard(Silent):
+        def start(self, stage: str, total: int, done: int = 0) -> None:
+            heard.append(stage)
+
+    keep = "rollouts.keep={max_repeated: 0.3, distinct: yes}"
+    more = ("rounds=1", "rollouts.samples_per_prompt=3", keep)
+    folder = RunFolder(tmp_path / "run")
+    run(small_config(tmp_path, *routed(rows, *more)), folder, Heard())
+    assert [stage for stage in heard if stage != "generate"] == [
+        "score math",
+        "score code",
+        "train",
+    ]
+    (report,) = reports_of(folder)
+    lost = sum(report["dropped_rows"].values())
+    code, output, _ = opd_stream("inspect", str(folder.path), "--round", "0", "--worst", "99")
+    assert code == 0
+    assert output.count(" math ") + output.count(" code ") == report["rows"]
+    told = [line for line in output.splitlines() if line.startswith("left out: ")]
+    assert 1 < len(told) == lost
+    assert all("rollouts.keep: " in line for line in told)
+    _, output, _ = opd_stream("inspect", str(folder.path), "--round", "0", "--worst", "1")
+    assert f"left out: {lost - 1} more" in output

@@ -77,6 +77,7 @@ def test_a_view_shows_fields_of_the_row(tmp_path: Path) -> None:
     path = rows_file(tmp_path, row)
     assert seen("{by.hand} {told} {prompt}", path) == ["2+3=5 {prompt} 2 + 3?"]
     assert seen("{answer}", path, answer_field="gold") == ["5\nfive"]
+    assert seen("{{{prompt}}} {{prompt}}", path) == ["{2 + 3?} {prompt}"]
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path = rows_file(
         tmp_path, {"messages": [*turns, {"role": "user", "content": "c"}], "hint": "h"}
@@ -110,6 +111,8 @@ def test_what_a_view_lacks_is_one_line_before_any_work(tmp_path: Path) -> None:
         estimate(config, RunFolder(tmp_path / "run"))
     with pytest.raises(UserError, match=r"teacher\.view.*expected text with a field in it"):
         small_config(tmp_path, "teacher.view=Think.")
+    with pytest.raises(UserError, match=r"teacher\.view.*name of a field, found '\{answer'"):
+        small_config(tmp_path, 'teacher.view="{prompt} {answer"')
     with pytest.raises(UserError, match=r"a prompt has \d{4} tokens .*; the teacher reads"):
         open_setup(small_config(tmp_path, f'teacher.view="{"late " * 2000}{{prompt}}"'))
 

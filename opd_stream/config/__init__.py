@@ -235,6 +235,20 @@ class Config(Section):
         alone = {} if self.teacher is None else {"teacher": self.teacher}
         return alone | {f"teachers.{name}": teacher for name, teacher in self.teachers.items()}
 
+    @property
+    def planned_steps(self) -> int:
+        """Optimizer steps of a round that no drift stops; all routed teachers are one pass."""
+        teachers = self.teachers.values()  # a row trains once for each of those that score it
+        of_all = sum(not teacher.when for teacher in teachers)
+        return self.steps_of(of_all + any(teacher.when for teacher in teachers))
+
+    def steps_of(self, passes: int) -> int:
+        """Optimizer steps of a round whose rows train `passes` times in an epoch, at least once."""
+        rows = self.rollouts.own_prompts * self.rollouts.samples_per_prompt
+        rows += self.rollouts.given_prompts * self.rollouts.given_samples
+        steps_per_epoch = -(-rows * max(1, passes) // self.train.rows_per_step)
+        return steps_per_epoch * self.staleness.max_epochs
+
     def with_teacher(self, name: str) -> "Config":
         """The config as if one of its several teachers were the only one."""
         return self.model_copy(update={"teacher": self.teachers[name], "teachers": {}})

@@ -22,7 +22,7 @@ def conflicts(config: "Config") -> Iterator[str]:
     if not config.all_teachers and config.replay is None:
         yield (
             "'teacher' is missing; expected a checkpoint that scores the rollouts; "
-            "add teacher, or set replay.run to train from the scores of an earlier run"
+            "add teacher, or teachers, or set replay.run to train from the scores of an earlier run"
         )
     if (replay := config.replay) is not None and (replay.run is None) == (not replay.scores):
         yield "replay.run and replay.scores are both set, or neither; expected one of the two"
@@ -265,7 +265,14 @@ def _precision_conflicts(config: "Config") -> Iterator[str]:
 
 def _window_conflicts(config: "Config") -> Iterator[str]:
     """Bounds of a window, and rollouts made ahead of a window that is not decided yet."""
-    window = config.rollouts.window
+    window, keep = config.rollouts.window, config.rollouts.keep
+    first = window.tokens_of_round(0, config.planned_steps)
+    if keep is not None and config.replay is None and keep.min_tokens > first:
+        yield (
+            f"rollouts.keep.min_tokens is {keep.min_tokens} and rollouts.window lets a rollout of "
+            f"round 0 have {first} tokens, so that none is kept; lower min_tokens, or widen the "
+            "window"
+        )
     if isinstance(window, LinearWindow) and window.h0 > window.max_window_tokens:
         yield (
             f"rollouts.window.h0 {window.h0} is larger than max_window_tokens "

@@ -19,7 +19,13 @@ from opd_stream.filters import Keep
 from opd_stream.objectives import AnyObjective, SampledPg
 from opd_stream.rendering import ChatTemplate, Rendering, Template
 from opd_stream.section import SEEDS, Section, Temperature, is_list, is_object, later
-from opd_stream.sources import FIELD, DatasetPrompts, EmbeddedPrompts, FilePrompts, Prompts
+from opd_stream.sources import (
+    DatasetPrompts,
+    EmbeddedPrompts,
+    FilePrompts,
+    Prompts,
+    view_flaw,
+)
 from opd_stream.store.codecs import Codec, ExactCodec, HiddenCodec
 from opd_stream.tasks.judges import AnyJudge
 from opd_stream.weighting import DriftGate, Freshness
@@ -76,10 +82,8 @@ class Student(Model):
 
 
 def _with_fields(view: str) -> str:
-    if not FIELD.search(view):
-        raise PydanticCustomError(
-            "no_field", "expected text with a field in it, {prompt} or another of the row"
-        )
+    if (flaw := view_flaw(view)) is not None:
+        raise PydanticCustomError("flaw", "{flaw}", {"flaw": flaw})
     return view
 
 
@@ -97,8 +101,8 @@ class Teacher(Model):
     view: View | None = later(
         default=None,
         description="text that the teacher reads in place of the prompt's, such as a reference "
-        "solution beside it: {prompt}, {answer}, {field} of the prompt's row; the student never "
-        "reads it",
+        "solution beside it: {prompt}, {answer}, {field} of the prompt's row ({{ is a brace); the "
+        "student never reads it",
     )
     follows_student: bool = later(
         default=False,
@@ -135,12 +139,14 @@ class Teacher(Model):
 def _as_texts(value: Any) -> Any:
     """A value of a field, or several, as text."""
     many: list[Any] = value if is_list(value) else [value]
-    return [str(each) if isinstance(each, bool | int | float) else each for each in many]
+    if not many or not all(isinstance(each, str | bool | int | float) for each in many):
+        expected = "expected a value, or a list of some: text, numbers, yes or no"
+        raise PydanticCustomError("flaw", "{flaw}", {"flaw": expected})
+    return tuple(map(str, many))
 
 
 Texts = Annotated[
     tuple[str, ...],
-    Field(min_length=1),
     BeforeValidator(_as_texts, json_schema_input_type=Any),
 ]
 

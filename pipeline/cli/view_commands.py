@@ -120,7 +120,8 @@ def inspect(
     if prompt is None:
         assert worst is not None
         found = command.inspect_worst(folder, config, round_index=round_index, count=worst, by=by)
-        return terminal.print_worst(found, console=console())
+        others = command.left_out(folder, config, round_index=round_index, count=worst)
+        return terminal.print_worst(found, others, console=console())
     view = command.inspect_rollout(
         folder,
         config,

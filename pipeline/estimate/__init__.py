@@ -134,6 +134,11 @@ def _assumptions(costs: RunCosts, steps: list[StepCost]) -> Iterator[str]:
         if names:
             yield f"{', '.join(names)}: {said}"
     if any(step.kind == TRAIN and step.left.rows for step in steps):
+        if config.rollouts.keep is not None and config.replay is None:
+            yield (
+                "rollouts.keep leaves rollouts out, how many is not known before they are there: "
+                "what is left of scoring and training is the most that there can be"
+            )
         yield (
             "training is taken to use all epochs (staleness.max_epochs "
             f"{config.staleness.max_epochs}); drift may stop it earlier"

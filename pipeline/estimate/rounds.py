@@ -76,6 +76,7 @@ class UnitRows:
 class TrainedRows:
     """Rows that a round trains on, from one cache."""
 
+    rollouts: str  # name of the artifact, which several teachers may score
     rows: float
     prompts: int
     window_tokens: int  # they were or will be sampled with
@@ -293,6 +294,7 @@ class RunCosts:
             completions = completions_of(window, counts) if is_whole else self._completions
         others = self.inputs.teacher_prompts.get(cache.scores.teacher)
         return TrainedRows(
+            rollouts=cache.rollouts.artifact.name,
             rows=rows if others is None else rows * others.share,
             prompts=prompts or self._prompts(cache.rollouts),
             window_tokens=window,
@@ -338,10 +340,11 @@ class RunCosts:
             flops=self.train_flops(reads.counts),
         )
         is_estimated = all(part.completions is not None for part in parts)
+        prompts = {part.rollouts: part.prompts for part in parts}
         return StepCost(
             kind=TRAIN,
             window_tokens=max(part.window_tokens for part in parts),
-            prompts=sum(part.prompts for part in parts),
+            prompts=sum(prompts.values()),
             done=amount if is_trained else Amount(),
             left=Amount() if is_trained else amount,
             units_left=int(not is_trained),

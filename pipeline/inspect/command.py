@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from opd_stream.config import Config
 from opd_stream.errors import UserError
+from opd_stream.filters import OTHER_TEACHER
 from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.policy import known_tokenizer
 from opd_stream.store.reader import ScoredRow
@@ -21,6 +22,7 @@ from pipeline.inspect.view import LocatedRow, RolloutView, RoundCache, RoundRead
 from pipeline.records import RoundPlanRecord
 from pipeline.run_folder import RunFolder
 from pipeline.setup import masked_ids
+from stages.filtering import said
 
 
 class WorstRollout(NamedTuple):
@@ -58,11 +60,16 @@ def inspect_worst(
     earlier row comes first; a row of which no token trains is left out.
 
     Raises:
-        UserError: as `inspect_rollout`, or a shard is damaged.
+        UserError: as `inspect_rollout`, or a shard is damaged, or no rollout has the figure.
     """
     if count < 1:
         raise UserError(f"--worst is {count}; expected how many rollouts to list, at least 1")
     reader = open_reader(folder, config, round_index, by)
+    if by == "reverse_kl" and all(cache.is_given for cache in reader.caches):
+        raise UserError(
+            f"the rollouts of round {round_index} are given, so that nobody drew them and they "
+            "have no reverse_kl; expected another figure; choose --by teacher_nll"
+        )
     worst: list[tuple[float, int, RoundCache, ScoredRow]] = []  # a heap: mean, -place, ...
     place = 0
     with _whole_shards():
@@ -84,12 +91,43 @@ def inspect_worst(
     ]
 
 
+def left_out(folder: RunFolder, config: Config, *, round_index: int, count: int) -> list[str]:
+    """A line for each of the first `count` rollouts that have no scores, and one for the others.
+
+    Those that are another teacher's are none of them.
+
+    Raises:
+        UserError: a shard is damaged.
+    """
+    found: dict[str, None] = {}  # two teachers leave the same one out
+    with _whole_shards():
+        caches = _caches(folder.plan(round_index), _store(config))
+        for cache, unit in [(each, unit) for each in caches for unit in each.units]:
+            record = cache.scores.commit_record(unit)
+            if record is None or not record.skipped_rows:
+                continue
+            rollouts, scores = (each.read_unit(unit) for each in (cache.rollouts, cache.scores))
+            for row in record.skipped_rows:
+                reason = scores["refused"][row].as_py()
+                if reason is None or reason == said(OTHER_TEACHER):
+                    continue
+                name, sample = (rollouts[c][row].as_py() for c in ("prompt_id", "sample_index"))
+                found[f"{name}, sample {sample}: {reason}"] = None
+    shown = [f"left out: {line}" for line in [*found][:count]]
+    more = [f"left out: {len(found) - count:,} more"] if len(found) > count else []
+    return shown + more
+
+
+def _store(config: Config) -> Store:
+    return Store(config.store, replayed=config.replayed_store)
+
+
 def open_reader(folder: RunFolder, config: Config, round_index: int, by: str) -> RoundReader:
     """The caches of a round, as its plan names them, with the tokenizer."""
     if by not in FIGURES:
         raise UserError(f"--by is {by!r}; expected one of {', '.join(FIGURES)}")
     plan = folder.plan(round_index)
-    store = Store(config.store, replayed=config.replayed_store)
+    store = _store(config)
     caches = _caches(plan, store)
     tokenizer = open_vocabulary(_tokenizer_folder(config, store, caches[0]).resolve())
     return RoundReader(

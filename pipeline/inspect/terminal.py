@@ -1,6 +1,6 @@
 """Prints a rollout, or a list of them, in a terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from math import exp
 
@@ -37,13 +37,18 @@ def print_rollout(view: RolloutView, *, console: Console) -> None:
     console.print(_worst_tokens(view, is_wide=console.width >= WIDE))
 
 
-def print_worst(found: list[WorstRollout], *, console: Console) -> None:
-    """The list of rollouts, and the command that opens each."""
+def print_worst(
+    found: list[WorstRollout], left_out: Iterable[str] = (), *, console: Console
+) -> None:
+    """The list of rollouts, the command that opens each, and lines on those without scores."""
     table = ResultTable(box=box.SIMPLE_HEAD, pad_edge=False)
     name = found[0].view.figure.name if found else ""
+    teachers = [entry.view.located.cache.teacher or "" for entry in found]
     for column in ("", "prompt", "sample", "tokens", f"mean {name}", "largest", "at", "finish"):
         is_text = column in ("prompt", "finish")
         table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
+    if any(teachers):
+        table.add_column("teacher", no_wrap=True)
     table.add_column("verdict")
     for number, entry in enumerate(found, start=1):
         view = entry.view
@@ -57,11 +62,12 @@ def print_worst(found: list[WorstRollout], *, console: Console) -> None:
             f"{view.values[place]:.3f}",
             str(place),
             view.finish.partition(":")[0],
+            *([teachers[number - 1]] if any(teachers) else []),
             "" if view.verdict is None else str(view.verdict),
         )
     console.print(table)
     lines = (f"{number}: {entry.command}" for number, entry in enumerate(found, 1))
-    print_lines(console, lines)
+    print_lines(console, (*lines, *left_out))
 
 
 def facts(view: RolloutView) -> Iterator[tuple[str, str]]:
