@@ -8,10 +8,11 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
+from opd_stream.config import Config
 from opd_stream.errors import UserError
 from pipeline.run_folder import RunFolder
 from stages.step import Silent
@@ -50,10 +51,10 @@ def fingerprints(folder: Path) -> dict[str, Any]:
     }
 
 
-def attempt(folder: Path, *overrides: str, signs: int, delay: float) -> str | None:
+def attempt(config: Config, folder: Path, *, signs: int, delay: float) -> str | None:
     """Run in a process group of its own and kill it after some signs of progress.
 
-    Returns the stage it was killed in, or None if the run had ended by then.
+    `folder` gets the run. Returns the stage it was killed in, or None if the run had ended by then.
     """
     reading, writing = os.pipe()
     child = os.fork()
@@ -62,26 +63,33 @@ def attempt(folder: Path, *overrides: str, signs: int, delay: float) -> str | No
         os.close(reading)
         status = 1
         try:
-            config = small_config(folder, *overrides)
             run(config, RunFolder(folder / "run"), Telling(writing))
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     os.close(writing)
-    stage = None
     with os.fdopen(reading) as told:
-        for _ in range(signs):
-            line = told.readline()
-            if not line:
-                break
-            stage = line.strip()
-        time.sleep(delay)
+        stage = stage_after(told, signs, delay)
     _kill_group(child)
     _, status = os.waitpid(child, 0)
     if os.WIFEXITED(status):
         assert os.WEXITSTATUS(status) == 0, "the run itself failed"
         return None
-    return stage or "start"
+    return stage
+
+
+def stage_after(told: IO[str], signs: int, delay: float) -> str:
+    """Wait for some signs of a `Telling` and a little longer; the stage of the last."""
+    stage = "start"
+    for _ in range(signs):
+        line = told.readline()
+        if not line:
+            break
+        stage = line.strip()
+    time.sleep(delay)
+    return stage
 
 
 def _kill_group(child: int) -> None:
@@ -154,7 +162,7 @@ def test_a_run_killed_many_times_ends_in_the_same_place(
     while sum(killed.values()) < kills or not (overrides or set(killed) >= STAGES):
         folder = tmp_path / f"killed-{number}"
         signs, delay = moments.randint(1, 9), moments.uniform(0, 0.05)
-        stage = attempt(folder, *overrides, signs=signs, delay=delay)
+        stage = attempt(small_config(folder, *overrides), folder, signs=signs, delay=delay)
         if stage is None:
             assert fingerprints(folder) == expected
             number += 1
