@@ -10,7 +10,7 @@ BENCH_READY := .venv-bench/.ready
 
 .PHONY: real-models help quickstart test test-architectures test-slow test-vllm lint models bench-cache bench-engines bench-engines-memory bench-engines-real \
 	bench-engines-vllm bench-generation bench-given bench-loss bench-overlap bench-reload \
-	bench-intervals bench-methods bench-quickstart bench-ray-share bench-real bench-train \
+	bench-intervals bench-methods bench-quickstart bench-ray-share bench-real bench-scale bench-train \
 	bench-teachers bench-truncated bench-windows-audit clean
 
 help: ## list the targets
@@ -79,6 +79,11 @@ bench-engines-vllm: $(VLLM_READY) ## both engines on the same model, sampling an
 
 bench-reload: $(READY) ## seconds from a written policy to its first token
 	$(BIN)/python -m benchmarks.engines_reload
+
+bench-scale: $(READY) ## what prompts, units and rounds cost around the models, half an hour
+	$(BIN)/python -m benchmarks.scale units
+	$(BIN)/python -m benchmarks.scale prompts
+	$(BIN)/python -m benchmarks.scale rounds
 
 bench-given: $(READY) ## rollouts that are not the student's, as a share of every round
 	$(BIN)/python -m benchmarks.given run

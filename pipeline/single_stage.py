@@ -70,7 +70,7 @@ def run_stage(
     Raises:
         UserError: an earlier stage has not been run yet, or anything else the user can mend.
     """
-    setup = open_setup(config)
+    setup = open_setup(config, works=not folder.is_finished(config))
     folder.check(config)
     _check_author(config, author)
     alone, roles = lease(folder.path) if stage == "train" else nullcontext(), _ROLES.get(stage)

@@ -253,9 +253,16 @@ def test_two_runs_on_one_store_at_the_same_time_both_finish(
     assert made + third["tokens"]["generated"] == alone["tokens"]["generated"]
 
 
-def test_a_finished_run_says_so_without_a_model(copied_run: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [(["run"], "nothing to do"), (["train", "--round", "1"], "is complete")],
+    ids=["run", "train"],
+)
+def test_a_finished_run_says_so_without_a_model(
+    command: list[str], line: str, copied_run: Path
+) -> None:
     """No library of models is loaded before work is found."""
     config, folder = str(copied_run / "small.yaml"), str(copied_run / "run")
-    said, loaded, _ = loaded_by("run", config, "--run-dir", folder)
-    assert "nothing to do" in said
+    said, loaded, _ = loaded_by(command[0], config, "--run-dir", folder, *command[1:])
+    assert line in said
     assert not loaded & {"torch", "transformers", "ray", "lightning"}
