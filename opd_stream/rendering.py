@@ -164,7 +164,8 @@ class Rendering:
         template = {} if self.template is None else {"template": template_settings(self.template)}
         shown = {} if self.view is None else {"view": self.view}
         chosen = {name: list(values) for name, values in self.when.items()}
-        return {**template, **shown, **({"when": chosen} if chosen else {})}
+        routed = {"when": chosen, "others": "empty"} if chosen else {}
+        return {**template, **shown, **routed}
 
 
 def template_settings(template: RawTemplate | ChatTemplate) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from stages.prompts import (
     answered_rows,
     make_prompts,
     make_teacher_prompts,
+    own_prompts,
     prompt_lengths,
     prompts_artifact,
     round_prompts,
@@ -273,7 +274,7 @@ def _with_teacher(
 def _check_routes(setup: Setup) -> None:
     """Refuse prompts that go to no teacher, before any work."""
     routed = [each.teacher_prompts for each in setup.several]
-    tables = [None if each is None else each.read_all() for each in routed]
+    tables = [None if each is None else own_prompts(each) for each in routed]
     check_routes(setup.config, setup.prompts.read_all(), tables)
 
 

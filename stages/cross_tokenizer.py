@@ -1,5 +1,6 @@
 """Scoring by a teacher with another tokenizer: its part of a recipe, and the scores of a unit."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from opd_stream.store.store import Store
 from opd_stream.store.tokenizer_folder import open_tokenizer, tokenizer_digest
 from opd_stream.types import RolloutBatch, ScoreBatch
 from stages.checkpoints import Checkpoint, compare_pair
-from stages.prompts import make_prompts, prompt_ids_of, prompts_artifact
+from stages.prompts import Ids, make_prompts, prompts_artifact
 
 _BYTE_TOKENIZERS: dict[str, ByteTokenizer] = {}  # by the digest of the tokenizer's files
 
@@ -104,7 +105,6 @@ def open_aligner(
         student_stops=rollouts.settings["stop_ids"],
         teacher_stops=settings["teacher_stop_ids"],
         max_chunk_tokens=settings["max_chunk_tokens"],
-        prompts=prompt_ids_of(store, scores.inputs["prompts"]),
     )
 
 
@@ -116,10 +116,14 @@ def _byte_tokenizer(folder: Path, digest: str) -> ByteTokenizer:
 
 
 def score_aligned(
-    engine: Engine, aligner: Aligner, batch: RolloutBatch, asked: ScoringSettings
+    engine: Engine,
+    aligner: Aligner,
+    batch: RolloutBatch,
+    asked: ScoringSettings,
+    prompts: Mapping[str, Ids],
 ) -> tuple[ScoreBatch, RolloutBatch]:
-    """The teacher's scores of rollouts, and the rows that it read."""
-    reading = aligner.read(batch)
+    """The teacher's scores of rollouts, and the rows that it read; `prompts` are in its tokens."""
+    reading = aligner.read(batch, prompts)
     if reading.rows:
         teachers = replace(asked, forced_ids=aligner.asked_ids(asked.forced_ids))
         scored = engine.score(reading.batch, teachers)

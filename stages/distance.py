@@ -29,7 +29,7 @@ from opd_stream.tasks.distance import (
 )
 from opd_stream.types import RolloutBatch
 from stages.generate import GenerateWorker, token_counts
-from stages.prompts import Ids, prompt_ids_of, with_prompts
+from stages.prompts import ids_by_name, unit_prompts, with_prompts
 from stages.recipes import distance_evaluation_recipe
 from stages.workers import TaskResult
 
@@ -44,7 +44,6 @@ class StudentWorker(GenerateWorker):
     """The student's worker; compares it with its teacher, too, where a task asks for that."""
 
     _head: "tuple[str, OutputHead] | None" = None  # the teacher's, with its fingerprint
-    _prompts: tuple[str, dict[str, Ids]] | None = None  # with their fingerprint
 
     def work(self, result: TaskResult) -> TaskResult:
         return super().work(result) if result.task.distances is None else self._measured(result)
@@ -67,7 +66,10 @@ class StudentWorker(GenerateWorker):
         states = hidden_of(hidden.read_unit(task.unit))
         engine = self.engine(lambda: self.student_folder(task), recipe.inputs["student"], recipe)
         head = self._teacher_head(hidden.recipe.inputs["head"])
-        read = self._as_read(recipe.inputs.get("prompts"), batch)
+        read = batch
+        if "prompts" in recipe.inputs:  # text of the teacher behind the prompts of the student
+            prompts = unit_prompts(self.store, rollouts, task.unit, recipe.inputs["prompts"])
+            read = with_prompts(batch, ids_by_name(prompts))
         table = measured_table(hidden_engine(engine), read, states, head)
         end = time.time()
         distances.commit(
@@ -91,14 +93,6 @@ class StudentWorker(GenerateWorker):
             artifact = self.store.by_fingerprint("heads", fingerprint)
             self._head = (fingerprint, read_head(artifact))
         return self._head[1]
-
-    def _as_read(self, prompts: str | None, batch: RolloutBatch) -> RolloutBatch:
-        """Text of the teacher behind the prompts that the student reads."""
-        if prompts is None:
-            return batch
-        if self._prompts is None or self._prompts[0] != prompts:
-            self._prompts = (prompts, prompt_ids_of(self.store, prompts))
-        return with_prompts(batch, self._prompts[1])
 
 
 def measured_table(

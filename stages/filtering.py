@@ -4,12 +4,13 @@ A judge is opened here as the recipe names it, and only if it judges here as it 
 recipe was written: a run has asked for it, with code execution allowed, before any work.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
@@ -17,7 +18,6 @@ from opd_stream.errors import UserError
 from opd_stream.filters import OTHER_TEACHER, REASONS, Keep, Reason, dropped_rows
 from opd_stream.store.codecs import ALIGNED
 from opd_stream.store.recipe import Recipe
-from opd_stream.store.store import Store
 from opd_stream.store.tokenizer_folder import open_tokenizer
 from opd_stream.tasks.judges import (
     AnyJudge,
@@ -47,13 +47,13 @@ def keep_recipe(keep: Keep) -> dict[str, Any]:
 
 
 class RolloutFilter:
-    """The conditions of recipes of scores, with their judge and the references; for all rounds.
+    """The conditions of recipes of scores, with their judge; for all rounds.
 
     Raises:
         UserError: its judge would not judge here as where the recipe was written.
     """
 
-    def __init__(self, store: Store, scores: Recipe, rollouts: Recipe, folder: Path) -> None:
+    def __init__(self, scores: Recipe, folder: Path) -> None:
         """Open it; `folder` has the student's tokenizer."""
         settings: dict[str, Any] = dict(scores.settings["keep"])
         recipe: dict[str, Any] | None = settings.pop("judge", None)
@@ -63,29 +63,33 @@ class RolloutFilter:
         )
         self._judge: Judge | None = None if judge is None else open_judge(judge)
         if self._judge is not None:
-            prompts = store.by_fingerprint("prompts", rollouts.inputs["prompts"]).read_all()
-            ids, answers = (prompts[name].to_pylist() for name in ("prompt_id", "answer"))
-            unreadable = set(self._judge.unreadable(answers))
-            pairs = enumerate(zip(ids, answers, strict=True))
-            self._answers = {name: text for n, (name, text) in pairs if n not in unreadable}
             self._tokenizer = open_tokenizer(folder)
 
-    def dropped(self, batch: RolloutBatch) -> dict[int, Reason]:
-        """Row -> why it is left out, of a unit of rollouts."""
+    def dropped(self, batch: RolloutBatch, prompts: Callable[[], pa.Table]) -> dict[int, Reason]:
+        """Row -> why it is left out, of a unit of rollouts; `prompts` gives those that it is of."""
         if self._judge is None:
             return dropped_rows(self._keep, batch)
         judge = self._judge
 
         def verdicts(rows: Sequence[int]) -> list[bool | None]:
-            known = [row for row in rows if batch.prompt_id[row] in self._answers]
+            references = _readable(judge, prompts())
+            known = [row for row in rows if batch.prompt_id[row] in references]
             texts = completion_texts(self._tokenizer, [batch.completion_ids[row] for row in known])
-            answers = [self._answers[batch.prompt_id[row]] for row in known]
+            answers = [references[batch.prompt_id[row]] for row in known]
             found = dict(
                 zip(known, judge.verdicts(list(zip(texts, answers, strict=True))), strict=True)
             )
             return [found.get(row) for row in rows]
 
         return dropped_rows(self._keep, batch, verdicts)
+
+
+def _readable(judge: Judge, prompts: pa.Table) -> dict[str, str]:
+    """Prompt id -> its reference answer, where the judge can read it."""
+    ids, answers = (prompts[name].to_pylist() for name in ("prompt_id", "answer"))
+    unreadable = set(judge.unreadable(answers))
+    pairs = enumerate(zip(ids, answers, strict=True))
+    return {name: text for n, (name, text) in pairs if n not in unreadable}
 
 
 def _judge_of(recipe: dict[str, Any], scores: Recipe) -> BuiltInJudge | CodeJudge | FunctionJudge:

@@ -5,9 +5,9 @@ the same prompts name the same artifact.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -22,7 +22,13 @@ from opd_stream.sources import Prompts, source_settings
 from opd_stream.store.artifact import Artifact, Commit, DamagedUnit
 from opd_stream.store.files import canonical_json
 from opd_stream.store.recipe import Recipe
-from opd_stream.store.shards import COMPLETIONS, ROWS_PER_PART, prompts_batch, rollouts_batch
+from opd_stream.store.shards import (
+    COMPLETIONS,
+    PROMPTS,
+    ROWS_PER_PART,
+    prompts_batch,
+    rollouts_batch,
+)
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
 from stages.checkpoints import Checkpoint
@@ -89,6 +95,8 @@ def teacher_prompts_artifact(
 ) -> Artifact:
     """The prompts of a run as its teacher reads them, row for row, whether it exists or not.
 
+    Those that go to another teacher are there without ids.
+
     Raises:
         UserError: the template's file cannot be read.
     """
@@ -117,10 +125,35 @@ def make_teacher_prompts(
     artifact.mend()
     if is_sound(artifact):
         return artifact
-    table = rendered_prompts(source, rendering, teacher.tokenizer(), prompts.read_all())
+    students = prompts.read_all()
+    table = rendered_prompts(source, rendering, teacher.tokenizer(), students)
     check_chosen(rendering, table)
-    _commit(artifact, table, {})
+    _commit(artifact, _with_others(students["prompt_id"], table) if rendering.when else table, {})
     return artifact
+
+
+def _with_others(names: pa.ChunkedArray, own: pa.Table) -> pa.Table:
+    """Some prompts in their places among all names; the others are empty."""
+    place_of = {name: place for place, name in enumerate(own["prompt_id"].to_pylist())}
+    places = [place_of.get(name) for name in names.to_pylist()]
+    lengths = own["prompt_ids"].combine_chunks().value_lengths().to_pylist()
+    ends = accumulate((0 if place is None else lengths[place] for place in places), initial=0)
+    offsets = pa.array(ends, pa.int32())
+    ids = pa.ListArray.from_arrays(offsets, own["prompt_ids"].combine_chunks().flatten())
+    texts = own.select(["text", "answer"]).take(pa.array(places, pa.int64()))
+    columns = [
+        names,
+        ids,
+        texts["text"].fill_null(""),
+        texts["answer"],
+    ]
+    return pa.Table.from_arrays(columns, schema=PROMPTS)
+
+
+def own_prompts(teachers: Artifact) -> pa.Table:
+    """Of a complete artifact of prompts, those that have ids: none goes to another teacher."""
+    table = teachers.read_all()
+    return table.filter(pa.array([length > 0 for length in table_lengths(table)]))
 
 
 def is_sound(artifact: Artifact) -> bool:
@@ -182,11 +215,15 @@ class PromptRows:
         numbers = [starts[unit, row // ROWS_PER_PART] + row % ROWS_PER_PART for unit, row in places]
         return table.take(pa.array(numbers, pa.int64()))
 
-    @cached_property
-    def answered(self) -> list[bool] | None:
-        """As `answered_rows`, of all rows."""
+    def answered(self, rows: Sequence[int]) -> list[bool] | None:
+        """As `answered_rows`, of some rows."""
         is_given = COMPLETIONS in self._unit(0)[1].names
-        return answered_rows(self._artifact.read_all()) if is_given else None
+        return answered_rows(self.read(rows)) if is_given else None
+
+    @property
+    def is_rendered(self) -> bool:
+        """Whether they are those of a student, row for row, as a teacher reads them."""
+        return "prompts" in self._artifact.recipe.inputs
 
     def _part(self, unit: int, number: int) -> pa.RecordBatch:
         commit, schema = self._unit(unit)
@@ -203,8 +240,21 @@ class PromptRows:
 
 def prompt_ids_of(store: Store, fingerprint: str) -> dict[str, Ids]:
     """Prompt id -> token ids [P], of a complete prompts artifact."""
-    prompts = prompts_batch(store.by_fingerprint("prompts", fingerprint).read_all())
-    return dict(zip(prompts.prompt_id, prompts.prompt_ids, strict=True))
+    return ids_by_name(store.by_fingerprint("prompts", fingerprint).read_all())
+
+
+def ids_by_name(prompts: pa.Table) -> dict[str, Ids]:
+    """Prompt id -> token ids [P]; those of another teacher are left out."""
+    read = prompts_batch(prompts)
+    pairs = zip(read.prompt_id, read.prompt_ids, strict=True)
+    return {name: ids for name, ids in pairs if len(ids)}
+
+
+def prompts_in_turn(store: Store, fingerprint: str) -> Iterator[Ids]:
+    """Token ids [P] of each prompt of a complete artifact, a shard in memory at a time."""
+    artifact = store.by_fingerprint("prompts", fingerprint)
+    for unit in artifact.units():
+        yield from ids_by_name(artifact.read_unit(unit)).values()
 
 
 def with_prompts(
@@ -259,13 +309,14 @@ def round_prompts(
     return selection if ranges is None else {**selection, "ranges": [list(r) for r in ranges]}
 
 
-def selected_rows(
-    selection: dict[str, Any], rows: int, answered: Sequence[bool] | None = None
-) -> list[int]:
-    """Row numbers in a prompts artifact of so many rows.
+Answered = Callable[[Sequence[int]], Sequence[bool] | None]
+"""Which of some rows have a completion; None: it is not known, as if all had."""
 
-    `answered` says which of them have a completion; None: it is not known, as if all had.
-    """
+
+def selected_rows(
+    selection: dict[str, Any], rows: int, answered: Answered = lambda rows: None
+) -> list[int]:
+    """Row numbers in a prompts artifact of so many rows; `answered` of them."""
     if selection["order"] == "all":
         return list(range(rows))
     if selection["order"] == "held_out":
@@ -278,8 +329,9 @@ def selected_rows(
         per_round=selection["per_round"],
     )
     if (given := selection.get("given")) is not None:
-        known = None if given["by"] == "teacher" else answered
-        able = [row for row in drawn if known is None or known[row]][: given["rows"]]
+        known = None if given["by"] == "teacher" else answered(drawn)
+        pairs = zip(drawn, known or [True] * len(drawn), strict=True)
+        able = [row for row, is_able in pairs if is_able][: given["rows"]]
         left = set(drawn) - set(able)
         drawn = able if given["part"] == "given" else [row for row in drawn if row in left]
     ranges = selection.get("ranges", [[0, len(drawn)]])
@@ -290,6 +342,34 @@ def prompts_of(store: Store, rollouts: Recipe, part: range | None = None) -> pa.
     """The prompts a rollouts recipe covers, in its order; all, or a part of them by place."""
     rows, selected = _selected_prompts(store, rollouts)
     return rows.read(selected if part is None else selected[part.start : part.stop])
+
+
+def unit_prompts(
+    store: Store, rollouts: Artifact, unit: int, fingerprint: str | None = None
+) -> pa.Table:
+    """The prompts that a unit of rollouts is of, whatever it continues; of a probe, all it may be.
+
+    Only what holds them is read, so that it costs the same of any number of prompts.
+
+    Args:
+        store: of the rollouts.
+        rollouts: that were made of prompts of the store.
+        unit: of them.
+        fingerprint: of the prompts as another model reads them, row for row; None: as the author.
+    """
+    while "extends" in rollouts.recipe.settings:
+        unit = rollouts.recipe.settings["extends"][unit]
+        rollouts = store.by_fingerprint("rollouts", rollouts.recipe.inputs["rollouts"])
+    prompts, selected = _selected_prompts(store, rollouts.recipe)
+    if "probe" not in rollouts.recipe.settings:
+        part = rollouts.unit_rows(unit)
+        selected = selected[part.start : part.stop]
+    return (prompts if fingerprint is None else _prompt_rows(store, fingerprint)).read(selected)
+
+
+def is_rendered(store: Store, fingerprint: str) -> bool:
+    """Whether prompts are those of a student, row for row, as a teacher reads them."""
+    return _prompt_rows(store, fingerprint).is_rendered
 
 
 def prompt_count(store: Store, rollouts: Recipe) -> int:
@@ -305,7 +385,7 @@ def _selected_prompts(store: Store, rollouts: Recipe) -> tuple[PromptRows, list[
 
 
 # A worker asks for both once a unit.
-_prompt_rows = lru_cache(maxsize=4)(PromptRows)
+_prompt_rows = lru_cache(maxsize=32)(PromptRows)
 
 
 @lru_cache(maxsize=4)

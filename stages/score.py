@@ -38,7 +38,14 @@ from stages.generate import (
     sample_unit,
     token_counts,
 )
-from stages.prompts import Ids, prompt_ids_of, with_prompts
+from stages.prompts import (
+    Ids,
+    ids_by_name,
+    is_rendered,
+    prompt_ids_of,
+    unit_prompts,
+    with_prompts,
+)
 from stages.workers import Task, TaskResult, Worker
 
 if TYPE_CHECKING:
@@ -72,9 +79,9 @@ class ScoreWorker(Worker):
     """The teacher's worker: scores the rollouts of a unit unless they are scored."""
 
     _aligner: "tuple[str, Aligner] | None" = None  # with the fingerprint of the scores it is for
-    _prompts: tuple[str, dict[str, Ids]] | None = None  # with their fingerprint
+    _prompts: tuple[tuple[str, ...], dict[str, Ids]] | None = None  # with what they are of
     _scorer: "tuple[str, StateScorer] | None" = None  # with the fingerprint of the scores
-    _filter: tuple[Any, RolloutFilter] | None = None  # with prompts and conditions: of all rounds
+    _filter: tuple[Any, RolloutFilter] | None = None  # with its conditions: of all rounds
 
     def prepare(self, task: Task) -> None:
         if task.scores is None or task.teacher is None or not self.is_asked(task):
@@ -162,7 +169,8 @@ class ScoreWorker(Worker):
 
         task, start, cpu = result.task, time.time(), time.process_time()
         engine = hidden_engine(self._open(task, hidden.recipe))
-        batch = self._as_read(hidden.recipe, rollouts_batch(rollouts.read_unit(task.unit)))
+        batch = rollouts_batch(rollouts.read_unit(task.unit))
+        batch = self._as_read(task, rollouts, hidden.recipe, batch)
         table = hidden_table(engine.hidden(batch))
         counts = {
             **token_counts(batch),
@@ -186,17 +194,18 @@ class ScoreWorker(Worker):
         self, task: Task, rollouts: Artifact, scores: Recipe, batch: RolloutBatch
     ) -> dict[int, Reason]:
         """Rows that are not scored, and why."""
-        own = self._own_prompts(scores)
-        read = [n for n, name in enumerate(batch.prompt_id) if own is None or name in own]
+        read, routed = list(range(len(batch))), scores.inputs.get("prompts")
+        if routed is not None and is_rendered(self.store, routed):
+            own = self._own_prompts(task, rollouts, routed)
+            read = [row for row, name in enumerate(batch.prompt_id) if name in own]
         dropped: dict[int, Reason] = dict.fromkeys({*range(len(batch))} - {*read}, OTHER_TEACHER)
         if "keep" not in scores.settings or not read:
             return dropped
-        decided_by = (rollouts.recipe.inputs.get("prompts"), scores.settings["keep"])
-        if self._filter is None or self._filter[0] != decided_by:
-            folder = self.student_folder(task, "texts")
-            opened = RolloutFilter(self.store, scores, rollouts.recipe, folder)
-            self._filter = (decided_by, opened)
-        found = self._filter[1].dropped(chosen_rows(batch, read))
+        if self._filter is None or self._filter[0] != scores.settings["keep"]:
+            opened = RolloutFilter(scores, self.student_folder(task, "texts"))
+            self._filter = (scores.settings["keep"], opened)
+        prompts = partial(unit_prompts, self.store, rollouts, task.unit)
+        found = self._filter[1].dropped(chosen_rows(batch, read), prompts)
         return {**dropped, **{read[place]: reason for place, reason in found.items()}}
 
     def _scored_kept(
@@ -228,10 +237,10 @@ class ScoreWorker(Worker):
         asked = _scoring_settings(recipe)
         if "alignment" in recipe.settings:
             return self._scored_aligned(engine, asked, rollouts, scores, task, batch)
-        batch = self._as_read(recipe, batch)
+        batch = self._as_read(task, rollouts, recipe, batch)
         score = self._scoring(task, rollouts, scores, engine)
         if "scores" in recipe.inputs:
-            return self._scored_extension(score, asked, rollouts, scores, task.unit, batch)
+            return self._scored_extension(score, asked, rollouts, scores, task, batch)
         scored, errors = score(batch, asked)
         return _Scored(scored, token_counts(batch, without=scored.refused), errors)
 
@@ -259,21 +268,31 @@ class ScoreWorker(Worker):
             self._scorer = (scores.fingerprint, scorer)
         return self._scorer[1].score
 
-    def _as_read(self, scores: Recipe, batch: RolloutBatch) -> RolloutBatch:
+    def _as_read(
+        self, task: Task, rollouts: Artifact, scores: Recipe, batch: RolloutBatch
+    ) -> RolloutBatch:
         """Rollouts behind the prompts that the teacher reads: the student's, or its own rendering.
 
         Completions stay, so that scores align token by token.
         """
-        own = self._own_prompts(scores)
-        return batch if own is None else with_prompts(batch, own)
-
-    def _own_prompts(self, scores: Recipe) -> dict[str, Ids] | None:
-        """The prompts that the teacher reads by their names; None: those of the student, all."""
         fingerprint = scores.inputs.get("prompts")
         if fingerprint is None:
-            return None
-        if self._prompts is None or self._prompts[0] != fingerprint:
-            self._prompts = (fingerprint, prompt_ids_of(self.store, fingerprint))
+            return batch
+        return with_prompts(batch, self._own_prompts(task, rollouts, fingerprint))
+
+    def _own_prompts(self, task: Task, rollouts: Artifact, fingerprint: str) -> dict[str, Ids]:
+        """The prompts that the teacher reads by their names: those of a unit, where it has them.
+
+        Prompts that another tokenizer may have left out are found by name alone, among all.
+        """
+        by_row = is_rendered(self.store, fingerprint)
+        asked = (fingerprint, *((task.rollouts, str(task.unit)) if by_row else ()))
+        if self._prompts is None or self._prompts[0] != asked:
+            if by_row:
+                table = unit_prompts(self.store, rollouts, task.unit, fingerprint)
+                self._prompts = (asked, ids_by_name(table))
+            else:
+                self._prompts = (asked, prompt_ids_of(self.store, fingerprint))
         return self._prompts[1]
 
     def _scored_aligned(
@@ -292,7 +311,8 @@ class ScoreWorker(Worker):
             folders = {"student": self.student_folder(task), "teacher": self.teacher_folder(task)}
             aligner = open_aligner(self.store, scores.recipe, rollouts.recipe, **folders)
             self._aligner = (scores.fingerprint, aligner)
-        scored, read = score_aligned(engine, self._aligner[1], batch, asked)
+        own = self._own_prompts(task, rollouts, scores.recipe.inputs["prompts"])
+        scored, read = score_aligned(engine, self._aligner[1], batch, asked, own)
         return _Scored(scored, {**token_counts(read), **aligned_counts(batch, scored)})
 
     def _scored_extension(
@@ -301,14 +321,15 @@ class ScoreWorker(Worker):
         asked: ScoringSettings,
         rollouts: Artifact,
         scores: Artifact,
-        unit: int,
+        task: Task,
         batch: RolloutBatch,
     ) -> _Scored:
         """The scores of an extended unit: old ones of old tokens, new ones of new tokens."""
-        before = self._as_read(scores.recipe, base_rollouts(self.store, rollouts.recipe, unit))
+        before = base_rollouts(self.store, rollouts.recipe, task.unit)
+        before = self._as_read(task, rollouts, scores.recipe, before)
         base = self.store.by_fingerprint("scores", scores.recipe.inputs["scores"])
         rows = grown_rows(before, batch)
-        number = rollouts.recipe.settings["extends"][unit]
+        number = rollouts.recipe.settings["extends"][task.unit]
         try:
             old = scores_batch(base.read_unit(number), self._basis)
         except ValueError as error:

@@ -6,7 +6,7 @@ so that every unit, worker and resumed run has the same one. Which prompts it wa
 bytes, never what rounding may cost: that is measured for every unit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +23,7 @@ from opd_stream.store.codecs.hidden import basis_of, basis_table
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch, ScoreBatch
-from stages.prompts import Ids, prompt_ids_of
+from stages.prompts import Ids, prompts_in_turn
 from stages.recipes import basis_recipe, head_beside
 from stages.teacher_head import check_bound, make_head
 
@@ -55,7 +55,7 @@ class StateScorer:
         self.basis: StateBasis | None = None  # of rounded states
         if codec.max_kl is not None:
             artifact = store.artifact(basis_recipe(head_beside(scores), prompts))
-            prompt_ids = prompt_ids_of(store, prompts)
+            prompt_ids = prompts_in_turn(store, prompts)
             self.basis = _made_basis(artifact, self._engine, prompt_ids, made_by)
             self._rounding = StateRounding(self.basis, self._head)
 
@@ -106,12 +106,12 @@ def check_rounding(kl_N: NDArray[np.float64], max_kl: float, max_kl_p99: float) 
 
 
 def _made_basis(
-    artifact: Artifact, engine: HiddenEngine, prompts: dict[str, Ids], made_by: str
+    artifact: Artifact, engine: HiddenEngine, prompts: Iterator[Ids], made_by: str
 ) -> StateBasis:
     """The basis that the store has, made if it is missing: always what was read back."""
     artifact.create(rows=1, rows_per_unit=1)
     if not artifact.has_sound(0):
-        states_NH = _states_on_prompts(engine, list(prompts.values()), artifact.recipe)
+        states_NH = _states_on_prompts(engine, prompts, artifact.recipe)
         basis = fit_basis(states_NH, exact_head(engine.head()))
         artifact.commit(0, basis_table(basis), counts={"rows": 1}, made_by=made_by)
     artifact.finish()
@@ -119,7 +119,7 @@ def _made_basis(
 
 
 def _states_on_prompts(
-    engine: HiddenEngine, prompts: Sequence[Ids], recipe: Recipe
+    engine: HiddenEngine, prompts: Iterable[Ids], recipe: Recipe
 ) -> NDArray[np.float32]:
     """States at the first places of prompts, each prefix once [N, H]."""
     width = engine.head().weight_VH.shape[1]

@@ -48,8 +48,12 @@ def aligner(student: Any, teacher: Any, batch: RolloutBatch, **settings: Any) ->
         student_stops=(EOS,),
         teacher_stops=(teacher.eos_token_id,),
         max_chunk_tokens=settings.get("max_chunk_tokens", 6),
-        prompts={name: other.read("What is left?").ids for name in batch.prompt_id},
     )
+
+
+def prompts_of(made: Aligner, batch: RolloutBatch) -> dict[str, Any]:
+    """In the teacher's tokens, by id."""
+    return {name: made.teacher.read("What is left?").ids for name in batch.prompt_id}
 
 
 def random_scores(
@@ -83,7 +87,7 @@ def crossed(top_k: int = 12, **settings: Any) -> tuple[RolloutBatch, Any, ScoreB
     student, teacher = open_tokenizer(TEACHER), byte_level(420)
     batch = rollouts(ByteTokenizer(student, "student"))
     made = aligner(student, teacher, batch, **settings)
-    reading = made.read(batch)
+    reading = made.read(batch, prompts_of(made, batch))
     scored = random_scores(reading.batch, len(teacher) + 5, top_k, made.asked_ids((EOS,)))
     return batch, reading, scored, made.scores(batch, reading, scored, (EOS,))
 
@@ -95,7 +99,7 @@ def test_the_same_tokenizer_gives_the_ordinary_scores(top_k: int) -> None:
     made = aligner(tokenizer, tokenizer, batch)
     engine = open_engine(engine="transformers", folder=TEACHER, dtype="float32", batch_rows=8)
     ordinary = engine.score(batch, ScoringSettings(top_k=top_k, forced_ids=(0, EOS)))
-    reading = made.read(batch)
+    reading = made.read(batch, prompts_of(made, batch))
     assert made.asked_ids((0, EOS)) == (0, EOS)
     read = engine.score(reading.batch, ScoringSettings(top_k=top_k, forced_ids=(0, EOS)))
     found = made.scores(batch, reading, read, (0, EOS))
@@ -117,7 +121,7 @@ def test_a_teacher_under_other_ids_gives_the_same_scores(tmp_path: Path) -> None
     student, teacher = open_tokenizer(TEACHER), open_tokenizer(folder)
     batch = rollouts(ByteTokenizer(student, "student"), (*TEXTS[:2], " On Monday"))
     made = aligner(student, teacher, batch)
-    reading, asked = made.read(batch), made.asked_ids((0, EOS))
+    reading, asked = made.read(batch, prompts_of(made, batch)), made.asked_ids((0, EOS))
     assert asked != (0, EOS)
     settings = {"engine": "transformers", "dtype": "float32", "batch_rows": 8, "vllm": {}}
     ordinary = open_engine(folder=TEACHER, **settings).score(
@@ -192,7 +196,7 @@ def test_two_ids_of_the_same_bytes_are_one_candidate() -> None:
     student, teacher = open_tokenizer(TEACHER), metaspace()
     batch = rollouts(ByteTokenizer(student, "student"))
     made = aligner(student, teacher, batch)
-    reading = made.read(batch)
+    reading = made.read(batch, prompts_of(made, batch))
     scored = random_scores(reading.batch, len(teacher) + 5, 300, made.asked_ids((EOS,)))
     found = made.scores(batch, reading, scored, (EOS,))
     kept = 0
@@ -232,9 +236,8 @@ def test_several_terminators_are_summed_in_candidates_and_forced_ids() -> None:
         student_stops=(EOS,),
         teacher_stops=(0, 1),
         max_chunk_tokens=6,
-        prompts={name: other.read("?").ids for name in batch.prompt_id},
     )
-    reading, asked = made.read(batch), made.asked_ids((EOS,))
+    reading, asked = made.read(batch, prompts_of(made, batch)), made.asked_ids((EOS,))
     assert asked == (0, 1)
     scored = random_scores(reading.batch, len(teacher), len(teacher) // 2, asked)
     found = made.scores(batch, reading, scored, (EOS,))

@@ -78,7 +78,7 @@ def test_a_part_of_a_round_is_given_and_the_rest_is_the_students_own() -> None:
                     given={"rows": 4, "by": "rows", "part": part},
                 ),
                 40,
-                answered,
+                lambda rows: [answered[row] for row in rows],
             )
             for part in ("own", "given")
         }
@@ -467,9 +467,9 @@ def test_what_is_left_out_of_the_teachers_rows_is_read_with_the_students_tokeniz
     folders: list[Path] = []
 
     class Heard(RolloutFilter):
-        def __init__(self, store: Store, scores: Recipe, rollouts: Recipe, folder: Path) -> None:
+        def __init__(self, scores: Recipe, folder: Path) -> None:
             folders.append(folder)
-            super().__init__(store, scores, rollouts, folder)
+            super().__init__(scores, folder)
 
     monkeypatch.setattr("stages.score.RolloutFilter", Heard)
     settings = ("rollouts.given_share=1", "rollouts.given_by=teacher", "train.objective={kind: ce}")

@@ -12,6 +12,7 @@ import torch
 from opd_stream.batches import collate
 from opd_stream.config import PLACEMENT
 from opd_stream.errors import UserError
+from opd_stream.store.artifact import Artifact
 from opd_stream.store.reader import ScoredRows
 from pipeline.caches import Cache
 from pipeline.doctor.examination import examine
@@ -24,9 +25,10 @@ from pipeline.setup import Setup, largest_window, open_setup
 from pipeline.single_stage import run_stage
 from pipeline.status import StatusReader
 from stages.filtering import RolloutFilter
+from stages.prompts import own_prompts
 from stages.score import ScoreWorker
 from stages.step import Silent
-from stages.workers import Task
+from stages.workers import Task, TaskResult
 from tests.conftest import (
     MODELS,
     Command,
@@ -296,7 +298,9 @@ def test_an_item_of_a_list_is_enough(tmp_path: Path, rows: Path) -> None:
     setup = open_setup(small_config(tmp_path, *settings(rows, all=ALL, odd=odd)))
     own = setup.several[1].teacher_prompts
     assert own is not None
-    assert own.read_unit(0)["prompt_id"].to_pylist() == [f"row-{n}" for n in range(1, 16, 2)]
+    assert own.layout().rows == 16
+    chosen = own_prompts(own)["prompt_id"].to_pylist()
+    assert chosen == [f"row-{n}" for n in range(1, 16, 2)]
 
 
 def judged(completion: str, reference: str) -> bool:
@@ -333,6 +337,44 @@ def test_a_judge_is_asked_of_the_rows_that_a_teacher_reads(
         trained = ScoredRows([(c.rollouts.shards, c.scores.shards) for c in round_.caches])
         names = {trained[number].prompt_id for number in range(len(trained))}
         assert report["dropped_rows"] == {"verdict": 8 - len(names)}
+
+
+def test_a_unit_is_scored_from_the_rows_of_its_own_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many prompts as of few: whole artifacts of them are read by no worker."""
+    path, shown = tmp_path / "many.jsonl", r'view: "{prompt}\n{answer}"'
+    lines = ({"prompt": f"{n} and {n}?", "subject": "ab"[n % 2], "answer": "1"} for n in range(999))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    each = {name: f"{{path: {TEACHER}, when: {{subject: {name}}}, {shown}}}" for name in "ab"}
+    keep = "rollouts.keep={judge: {kind: 'tests.test_teachers:judged'}}"
+    more = (keep, "prompts.answer_field=answer", "rounds=1", "rollouts.prompts_per_round=4")
+    working: list[Task] = []
+    read: list[str] = []
+    work, part, whole = ScoreWorker.work, Artifact.read_part, Artifact.read_unit
+
+    def worked(self: ScoreWorker, result: TaskResult) -> TaskResult:
+        working.append(result.task)
+        found = work(self, result)
+        working.clear()
+        return found
+
+    def read_part(self: Artifact, *arguments: Any) -> Any:
+        read.extend([self.name] if working else [])
+        return part(self, *arguments)
+
+    def read_unit(self: Artifact, unit: int) -> Any:
+        assert not working or self.recipe.kind != "prompts"
+        return whole(self, unit)
+
+    monkeypatch.setattr("stages.prompts.ROWS_PER_SHARD", 300)
+    monkeypatch.setattr(ScoreWorker, "work", worked)
+    monkeypatch.setattr(Artifact, "read_part", read_part)
+    monkeypatch.setattr(Artifact, "read_unit", read_unit)
+    config = small_config(tmp_path, *settings(path, *more, **each))
+    summary = run(config, RunFolder(tmp_path / "run"), Silent())
+    assert summary["teachers"]["a"]["rows"] + summary["teachers"]["b"]["rows"] == 4
+    assert 0 < len(read) <= 4 * 4  # at most a batch a prompt: of two teachers, each with the judge
 
 
 def test_a_further_teacher_that_does_not_open_costs_no_rollouts(

@@ -39,15 +39,14 @@ class Aligner:
         student_stops: Sequence[int],
         teacher_stops: Sequence[int],
         max_chunk_tokens: int,
-        prompts: Mapping[str, Ids],
     ) -> None:
-        """Prepare for a teacher of `vocab_size` logits; `prompts` are in its tokens, by id.
+        """Prepare for a teacher of `vocab_size` logits.
 
         Ids from `student_vocabulary` on are none of the student's.
         """
-        self._student, self._teacher = student, teacher
+        self._student, self.teacher = student, teacher
         self._student_stops, self._teacher_stops = tuple(student_stops), tuple(teacher_stops)
-        self._max_chunk_tokens, self._prompts = max_chunk_tokens, prompts
+        self._max_chunk_tokens = max_chunk_tokens
         self._matches_V = matching_ids(
             student,
             teacher,
@@ -62,8 +61,8 @@ class Aligner:
         wanted = np.flatnonzero(np.isin(self._matches_V, list(forced_ids)))
         return tuple(wanted.tolist())
 
-    def read(self, rollouts: RolloutBatch) -> TeacherReading:
-        """The rollouts in the teacher's tokens."""
+    def read(self, rollouts: RolloutBatch, prompts: Mapping[str, Ids]) -> TeacherReading:
+        """The rollouts in the teacher's tokens, as `prompts` are, by id."""
         rows: list[int] = []
         alignments: list[Alignment] = []
         completions: list[NDArray[np.int64]] = []
@@ -72,14 +71,14 @@ class Aligner:
             stops = self._stops(ids)
             aligned = align(
                 self._student,
-                self._teacher,
+                self.teacher,
                 ids[: len(ids) - stops],
                 student_ids_V=self._matches_V,
                 max_chunk_tokens=self._max_chunk_tokens,
                 is_cut=not stops,
             )
             read = np.concatenate([aligned.teacher_ids, self._teacher_stops[:1] * stops])
-            if rollouts.prompt_id[row] not in self._prompts:
+            if rollouts.prompt_id[row] not in prompts:
                 refused[row] = "its prompt is too long in the teacher's tokens"
             elif not len(read):
                 refused[row] = "the teacher's tokenizer reads nothing in it"
@@ -90,7 +89,7 @@ class Aligner:
         batch = RolloutBatch(
             prompt_id=tuple(rollouts.prompt_id[row] for row in rows),
             sample_index=rollouts.sample_index[rows],
-            prompt_ids=tuple(self._prompts[rollouts.prompt_id[row]] for row in rows),
+            prompt_ids=tuple(prompts[rollouts.prompt_id[row]] for row in rows),
             completion_ids=tuple(completions),
             behavior_logprobs=tuple(np.zeros(len(ids), np.float32) for ids in completions),
             finish_reason=tuple(rollouts.finish_reason[row] for row in rows),

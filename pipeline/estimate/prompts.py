@@ -31,6 +31,7 @@ from pipeline.setup import Setup, teacher_rendering
 from stages.prompts import (
     check_chosen,
     is_sound,
+    own_prompts,
     rows_left_out,
     selected_rows,
     table_lengths,
@@ -179,7 +180,7 @@ def measure_teacher_prompts(setup: Setup, students: MeasuredPrompts) -> TeacherP
         return None
     assert setup.teacher is not None  # else there is no such artifact
     if is_sound(artifact):
-        table, rows = artifact.read_all(), setup.prompts.layout().rows
+        table, rows = own_prompts(artifact), setup.prompts.layout().rows
         return TeacherPrompts(table=table, lengths=_whole(table), share=table.num_rows / rows)
     folder, names = setup.teacher.folder, students.table["prompt_id"].to_pylist()
     tokenizer = None if rendering.template is None else tokenizer_for(folder, rendering.template)
