@@ -14,7 +14,7 @@ from opd_stream.store.artifact import Artifact
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.served import ServedTeacher
 from opd_stream.store.store import Store
-from opd_stream.store.verification import damages
+from opd_stream.store.verification import Surroundings, damages, examine
 from pipeline.doctor.served import served as served_check
 from pipeline.doctor.subject import Subject
 from pipeline.estimate import estimate
@@ -102,9 +102,16 @@ def test_a_served_teacher_gives_the_scores_of_the_same_in_this_process(
     noises = [commit.fidelity.teacher_noise for commit in scores.commits().values()]
     assert noises == [0.0] * 4
     assert scores.recipe.settings.get("forced") == (None if forced == "exact" else "tail")
-    assert not list(damages(Store(tmp_path / "store")))
+    store = Store(tmp_path / "store")
+    assert not list(damages(store))
     (record,) = (tmp_path / "store" / "teachers").iterdir()
     assert NAME in record.read_text()
+    scored = f"scores/{scores.fingerprint[:16]}"
+    assert not examine(store, scored, Surroundings.of(store))
+    record.unlink()
+    (lost,) = examine(store, scored, Surroundings.of(store))
+    assert "no record in teachers is of its teacher" in lost.reason
+    assert not lost.is_damage
 
 
 def test_a_run_that_was_ended_scores_no_unit_twice_and_ends_with_the_same_scores(

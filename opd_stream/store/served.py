@@ -7,7 +7,8 @@ store, although no two answers of a server are, and another model under the same
     teachers/9a41….json      model, revision, tokenizer, architecture; the probe's values, the noise
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -15,9 +16,10 @@ import numpy as np
 
 from opd_stream.engines.server_client import ServerOptions
 from opd_stream.engines.server_engine import Probe, ServerEngine
-from opd_stream.store.files import canonical_json, sha256
+from opd_stream.errors import UserError
+from opd_stream.store.files import canonical_json, json_files, sha256
 from opd_stream.store.policy import UNREAD, Identity, identify
-from opd_stream.store.sealed import Sealed, load_record, publish_new_record
+from opd_stream.store.sealed import DamagedRecord, Sealed, load_record, publish_new_record
 from opd_stream.store.store import Store
 
 FOLDER = "teachers"
@@ -41,6 +43,16 @@ class ServedTeacher(Sealed):
         """What stands for the digest of the weights in the identity."""
         named = {"served": self.model, "revision": self.revision, "probe": self.probe}
         return sha256(canonical_json(named))
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the teacher, as recipes name it."""
+        return Identity(
+            weights_sha256=self.weights_sha256,
+            tokenizer_sha256=self.tokenizer_sha256,
+            architecture_sha256=self.architecture_sha256,
+            rendering_sha256="",  # no part of it
+        ).fingerprint
 
     @property
     def expected(self) -> Probe:
@@ -94,6 +106,13 @@ def served_teacher(store: Store, folder: Path, options: ServerOptions) -> Served
     """The record of a teacher; None: its server was not asked yet."""
     path = _path(store, folder, options)
     return load_record(ServedTeacher, path) if path.exists() else None
+
+
+def served_fingerprints(store: Store) -> Iterator[str]:
+    """Fingerprints of the served teachers whose records can be read."""
+    for path in json_files(store.root / FOLDER):
+        with contextlib.suppress(DamagedRecord, UserError, OSError):
+            yield load_record(ServedTeacher, path).fingerprint
 
 
 def open_served(store: Store, folder: Path, options: ServerOptions) -> ServerEngine:

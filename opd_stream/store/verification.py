@@ -33,7 +33,7 @@ from opd_stream.store.policy import (
 from opd_stream.store.reader import broken_law
 from opd_stream.store.recipe import KINDS, MODELS, Kind, Recipe, RecipeRecord, mend_recipe
 from opd_stream.store.sealed import DamagedRecord, S, Sealed, load_record
-from opd_stream.store.served import FOLDER, ServedTeacher
+from opd_stream.store.served import FOLDER, ServedTeacher, served_fingerprints
 from opd_stream.store.store import MARKER, RunRecord, Store, StoreRecord
 
 BESIDE: dict[str, type[Sealed]] = {
@@ -70,12 +70,14 @@ class Surroundings:
 
     artifacts: frozenset[str]  # names of those that are there, KIND/FINGERPRINT
     runs: frozenset[str]  # ids of those with a record
+    served: frozenset[str]  # fingerprints of served teachers with a record
 
     @classmethod
     def of(cls, store: Store) -> "Surroundings":
         """What there is, by its names alone."""
         runs = frozenset(path.stem for path in json_files(store.root / "runs"))
-        return cls(artifacts=frozenset(store.there()), runs=runs)
+        served = frozenset(served_fingerprints(store))
+        return cls(artifacts=frozenset(store.there()), runs=runs, served=served)
 
 
 def names(store: Store) -> list[str]:
@@ -291,6 +293,12 @@ class _Examination:
                     "there: removed, freed, or in another store; a run that reads both makes it "
                     "again, an export refuses"
                 )
+        teacher = recipe.inputs.get("teacher")
+        if recipe.settings.get("engine") == "server" and teacher not in self.around.served:
+            self.note(
+                f"no record in {FOLDER} is of its teacher {str(teacher)[:16]}: lost, or in another "
+                "store; a run asks the server anew and does not find these scores: restore it"
+            )
 
     def find_maker(self, run: str) -> None:
         """Note a run of which there is no record."""
