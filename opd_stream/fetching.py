@@ -7,25 +7,24 @@ safetensors; `fetch` does both where it is missing, and nothing else does.
 import hashlib
 import logging
 import os
-import re
 import shutil
 import uuid
 from pathlib import Path
 from typing import Any
 
 from opd_stream.errors import UserError
+from opd_stream.hub import has_hub_form
 from opd_stream.store.files import indexed_files
 
 log = logging.getLogger("opd_stream")
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Weights as safetensors, and everything that is text: no pickles.
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
 
 def is_hub_id(path: Path | str) -> bool:
     """Whether a path has the form ORGANISATION/NAME and is no local folder or file."""
-    return _HUB_ID.fullmatch(str(path)) is not None and not Path(path).exists()
+    return has_hub_form(str(path)) and not Path(path).exists()
 
 
 def local_folder(path: Path, revision: str | None = None, *, weights: bool = True) -> Path:

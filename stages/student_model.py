@@ -23,7 +23,7 @@ from opd_stream.model_config import read_model_config
 from opd_stream.objectives import Objective
 from opd_stream.rebuilt import TeacherHead
 from opd_stream.store.files import INDEX, WEIGHTS
-from opd_stream.store.policy import EXACT
+from opd_stream.store.policy import ADAPTER, EXACT
 from opd_stream.store.tokenizer_folder import NAMED_TEMPLATES
 from opd_stream.store.tree import save_tree
 from opd_stream.weighting import Weighting
@@ -42,7 +42,6 @@ OTHER_WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth"),
     *(".gguf", ".h5", ".msgpack", ".onnx"),
 )
-ADAPTER = "adapter"  # folder of the LoRA adapter inside a policy
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TRAINED, KEPT = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 

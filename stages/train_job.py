@@ -15,7 +15,7 @@ from opd_stream.objectives import Objective
 from opd_stream.outcome import WindowAudit
 from opd_stream.rebuilt import TeacherHead
 from opd_stream.store.artifact import DamagedUnit, summed_counts
-from opd_stream.store.policy import EXACT, OPTIMIZER, PolicyArtifact
+from opd_stream.store.policy import ADAPTER, EXACT, OPTIMIZER, PolicyArtifact
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
@@ -25,7 +25,7 @@ from opd_stream.windows import AdaptiveWindow, FixedWindow, Window
 from stages.checkpoints import Vocabulary
 from stages.recipes import is_given, is_unscored
 from stages.step import CacheUnits
-from stages.student_model import ADAPTER, StudentModel, load_student
+from stages.student_model import StudentModel, load_student
 from stages.teacher_head import read_head
 from stages.train_data import BatchPlan
 from stages.train_state import load_weights

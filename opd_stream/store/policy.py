@@ -65,6 +65,7 @@ RENDERING = (
 )
 OPTIMIZER = "optimizer"  # folder of the optimizer's moments
 EXACT = "exact"  # folder of the weights in float32, where they are published in fewer bits
+ADAPTER = "adapter"  # folder of the LoRA adapter whose merged weights the policy has
 BASE = "extrapolation"  # folder of the point that the next extrapolation starts from
 STATE = (OPTIMIZER, EXACT, BASE)  # what only the next round's training reads
 METRICS = "metrics.jsonl"

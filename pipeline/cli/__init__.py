@@ -7,12 +7,12 @@ from typing import Any
 import typer
 
 from pipeline import interrupts
-from pipeline.cli import run_commands, view_commands
+from pipeline.cli import run_commands, share_commands, view_commands
 from pipeline.cli.cache_commands import cache
 from pipeline.cli.options import app
 from pipeline.console import LOG, Level, is_json, print_error, set_up
 
-__all__ = ["app", "main", "run_commands", "start", "view_commands"]
+__all__ = ["app", "main", "run_commands", "share_commands", "start", "view_commands"]
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # of click, which typer brings along
 

@@ -63,10 +63,16 @@ def open_run(
 def open_folder(run_dir: Path, overrides: list[str] | None) -> "tuple[Config, RunFolder]":
     """Config and folder of a run that exists."""
     from opd_stream.config_file import override_config
+
+    folder = folder_of_run(run_dir)
+    return override_config(folder.config(), overrides or []), folder
+
+
+def folder_of_run(run_dir: Path) -> "RunFolder":
+    """The folder of a run, whether it exists or not."""
     from pipeline.run_folder import RunFolder
 
-    folder = RunFolder(_folder(run_dir))
-    return override_config(folder.config(), overrides or []), folder
+    return RunFolder(_folder(run_dir))
 
 
 def console() -> "Console":
