@@ -145,6 +145,11 @@ class ControlTokens:
         pattern = "|".join(word for word in words if word)
         self._pattern = re.compile(pattern or r"(?!)")
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """How they are spelled."""
+        return tuple(self._spelled.values())
+
     def found(self, text: str) -> list[str]:
         """Special tokens that a text spells and the tokenizer would read as such."""
         if not self._pattern.search(text):

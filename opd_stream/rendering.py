@@ -27,6 +27,7 @@ from opd_stream.store.lines import opened
 TEMPLATE_SECONDS = 5.0  # of processor time, for one prompt
 TEMPLATE_BYTES = 2**30  # of memory beside what the process has, for one prompt
 MOST_CHARACTERS = 2**24  # that a template writes
+_MARKS = re.compile(r"\{%-?\s*generation\b")
 _HALF = re.compile(r"[\ud800-\udfff]")
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]{8,}>")  # as Python writes what has no text
 _OURS = {  # arguments of templates that other settings decide
@@ -241,10 +242,18 @@ class Renderer:
 
     def answered(self, prompt: Prompt, answer: str) -> str:
         """A prompt with an answer, as a chat template ends it; raises as `ids` does."""
-        assert isinstance(self._template, ChatTemplate)
-        turns, _ = self._conversation(self._template, prompt)
-        turns.append({"role": "assistant", "content": answer})
-        return self._written(prompt, turns, opened=False, goes_on=False)
+        return self.continued(prompt, [{"role": "assistant", "content": answer}], opened=False)
+
+    def continued(self, prompt: Prompt, more: Sequence[Turn], *, opened: bool) -> str:
+        """A prompt with further turns, as a chat template writes them; raises as `ids` does.
+
+        `opened` says whether the assistant's next turn begins behind them.
+        """
+        template = self._template
+        assert isinstance(template, ChatTemplate)
+        turns, _ = self._conversation(template, prompt)
+        is_opened = opened and template.add_generation_prompt
+        return self._written(prompt, [*turns, *more], opened=is_opened, goes_on=False)
 
     def completion_ids(self, prompt: Prompt, answer: str) -> NDArray[np.int32]:
         """The ids behind a prompt's own that the template gives for an answer [T].
@@ -281,8 +290,70 @@ class Renderer:
         said = map(said_by_others, _turns(prompt))
         return sorted({token for text in said for token in self._control.found(text)})
 
+    def guarded(self, turns: Sequence[Turn], name: str) -> list[Turn]:
+        """Turns whose text spells no control token, as `template.control_tokens` says.
+
+        Raises:
+            UserError: one does, and they are not escaped or allowed (begins with the name).
+        """
+        template = self._template
+        assert isinstance(template, ChatTemplate)
+        if template.control_tokens == "allow":
+            return list(turns)
+        if template.control_tokens == "escape":
+            turns = [self._control.escaped(turn, name) for turn in turns]
+        for turn in turns:
+            content = turn.get("content")
+            if isinstance(content, str) and (spelled := self._control.found(content)):
+                raise UserError(
+                    f"{name}: the {turn['role']} turn {content[:40]!r} spells {spelled[0]!r}, "
+                    "which would end or begin turns; expected text alone; mend it, or set "
+                    "template.control_tokens=escape (turns of others) or allow"
+                )
+        return list(turns)
+
+    def turn_length(self, text: str) -> int:
+        """Characters of an assistant's turn without the white space behind what ends it."""
+        whole = text.rstrip()
+        is_ended = any(word and whole.endswith(word) for word in self._control.words)
+        return len(whole) if is_ended else len(text)
+
+    def marked(self, prompt: Prompt, more: Sequence[Turn]) -> NDArray[np.bool_] | None:
+        """Tokens that a template's generation marks name, of what `continued` writes [N].
+
+        None: the template has no such marks.
+        """
+        template, tools = self._template, None if prompt.tools is None else list(prompt.tools)
+        assert isinstance(template, ChatTemplate)
+        if not _MARKS.search(self._tokenizer.get_chat_template(self._jinja, tools)):
+            return None
+        turns, _ = self._conversation(template, prompt)
+        found: dict[str, list[int]] = self._applied(
+            prompt,
+            [*turns, *more],
+            add_generation_prompt=False,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        return np.array(found["assistant_masks"], np.bool_)
+
     def _written(self, prompt: Prompt, turns: list[Turn], *, opened: bool, goes_on: bool) -> str:
         """Turns as the template writes them, the next one opened or the last one not ended."""
+        drawn = random.getstate()
+        text: str = self._applied(
+            prompt,
+            turns,
+            add_generation_prompt=opened,
+            continue_final_message=goes_on,
+            tokenize=False,
+        )
+        _check_settled(prompt, turns, text, is_random=random.getstate() != drawn)
+        _check_whole(prompt, turns, text)
+        return text
+
+    def _applied(self, prompt: Prompt, turns: list[Turn], **how: Any) -> Any:
+        """What the library makes of turns, within limits of time and memory."""
         template = self._template
         assert isinstance(template, ChatTemplate)
         try:
@@ -290,18 +361,14 @@ class Renderer:
                 self._tokenizer.apply_chat_template,
                 tools=None if prompt.tools is None else list(prompt.tools),
                 chat_template=self._jinja,
-                add_generation_prompt=opened,
-                continue_final_message=goes_on,
-                tokenize=False,
+                **how,
                 **{**template.arguments, "strftime_now": _clock(template.date)},
             )
-            drawn = random.getstate()
             with _LIMITS, _little_memory(TEMPLATE_BYTES), _limited(TEMPLATE_SECONDS):
                 try:
-                    text: str = apply(with_objects(turns))
+                    return apply(with_objects(turns))
                 except TypeError:  # a template that writes arguments as the text that they are
-                    text = apply(turns)
-            is_random = random.getstate() != drawn
+                    return apply(turns)
         except UserError:
             raise
         except MemoryError as error:
@@ -321,9 +388,6 @@ class Renderer:
                 f"the chat template does not take prompt {prompt.prompt_id!r}: {reason}; {cause}"
                 "set template.file to a template that does"
             ) from error
-        _check_settled(prompt, turns, text, is_random=is_random)
-        _check_whole(prompt, turns, text)
-        return text
 
     def _conversation(self, template: ChatTemplate, prompt: Prompt) -> tuple[list[Turn], bool]:
         """What the template is given, and whether its last turn is to be continued."""

@@ -11,7 +11,7 @@ from pipeline.console import TerminalProgress, echo
 
 if TYPE_CHECKING:
     from opd_stream.store import Store
-    from opd_stream.store.exchange import UnitReport
+    from opd_stream.store.exchange import AsIds, UnitReport
 
 cache = typer.Typer(help="Look at a store, verify it, free it, share it.", no_args_is_help=True)
 StorePlace = Annotated[str, typer.Argument(metavar="STORE", help="Folder or s3://BUCKET/PATH.")]
@@ -219,6 +219,13 @@ def import_artifact(
         int | None,
         typer.Option(min=1, help="Ids of the student's model: rows with others are refused."),
     ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint folder whose tokenizer makes ids of rows with messages."),
+    ] = None,
+    template: Annotated[
+        str, typer.Option(help="Of messages, as prompts.template in a config.")
+    ] = "{kind: chat}",
 ) -> None:
     """Make artifacts of rollouts and scores that another program wrote."""
     from pydantic import ValidationError
@@ -253,9 +260,33 @@ def import_artifact(
             settings,
             stop_ids=stop_id or (),
             vocabulary=vocabulary,
+            as_ids=None if tokenizer is None else _conversations(tokenizer, template),
             after_unit=after_unit,
         )
     echo(f"{scores.name}: train on it with replay: {{scores: [{scores.name}]}}")
+
+
+def _conversations(folder: Path, template: str) -> "AsIds":
+    """What makes ids of messages under a folder's tokenizer and a template."""
+    from pydantic import ValidationError
+
+    from opd_stream.errors import UserError, shortened
+    from opd_stream.rendering import ChatTemplate
+    from opd_stream.store.tokenizer_folder import open_tokenizer
+    from opd_stream.trajectories import TrajectoryReader
+    from opd_stream.yaml_text import parse_yaml
+
+    if not folder.is_dir():
+        raise UserError(f"--tokenizer {folder} is no folder; expected a checkpoint's; check it")
+    try:
+        settings = ChatTemplate.model_validate(parse_yaml(template))
+    except ValueError as error:
+        is_field = isinstance(error, ValidationError)
+        reason = error.errors()[0]["msg"] if is_field else str(error)[:160]
+        raise UserError(
+            f"--template {shortened(template)} is no chat template ({reason}); see docs/config.md"
+        ) from error
+    return TrajectoryReader(settings, open_tokenizer(folder)).row
 
 
 def _existing(location: str) -> "Store":
