@@ -282,17 +282,16 @@ def round_report(
 
 
 def _dropped_counts(caches: Sequence[Cache]) -> dict[str, float]:
-    """Of rollouts that several teachers read, the counts of one that reads all, if there is one."""
-    found: dict[tuple[str, tuple[int, ...] | None], list[dict[str, float]]] = {}
-    for cache in caches:
-        counts = summed_counts(cache.used(cache.scores))
-        found.setdefault((cache.rollouts.artifact.name, cache.units), []).append(counts)
-    chosen: Counter[str] = Counter()
-    for several in found.values():
-        whole = [counts for counts in several if f"dropped_{OTHER_TEACHER}" not in counts]
-        for counts in whole[:1] or several:
-            chosen.update(counts)
-    return dict(chosen)
+    """Counts of rollouts that are left out, once where several teachers would have read them."""
+    reason_of = {
+        (cache.rollouts.artifact.name, commit.unit, row): f"dropped_{reason}"
+        for cache in caches
+        for commit in cache.used(cache.scores)
+        for reason, rows in commit.dropped_rows.items()
+        if reason != OTHER_TEACHER
+        for row in rows
+    }
+    return dict(Counter(reason_of.values()))
 
 
 def _policy_record(round_: Round) -> RoundPolicy:

@@ -6,7 +6,7 @@ a run, resumes one after any kind of stop, and finds that a finished one has not
 
 import importlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -295,11 +295,12 @@ def make_shards(
             continue
         scored = scores if score else []
         _open_further(session, rollouts, scored[1:])
-        work = _submit(session, round_, rollouts, scored[0] if scored else None, shuffle=shuffle)
+        submit = partial(_submit, session, round_, rollouts, shuffle=shuffle, siblings=scored)
+        work = submit(scored[0] if scored else None)
         if work.tasks or rollouts.is_new or not all(s.is_complete() for s in (rollouts, *scored)):
             _wait_for(session, work, rollouts.kind.name)
-        submit = partial(_submit, session, round_, rollouts, shuffle=shuffle, generate=False)
-        for work in [submit(other) for other in scored[1:]]:  # in pools of their own, or in turn
+        others = [submit(other, generate=False) for other in scored[1:]]
+        for work in others:  # in pools of their own, or in turn
             _wait_for(session, work, rollouts.kind.name)
     _submit_ahead(session, round_)
 
@@ -352,8 +353,9 @@ def _submit(
     *,
     shuffle: bool = False,
     generate: bool = True,
+    siblings: Sequence[Step] = (),
 ) -> SubmittedWork:
-    """Submit what is missing of rollouts, and of scores of them."""
+    """Submit what is missing of rollouts, and of scores of them, which has siblings by others."""
     assert rollouts.model is not None
     is_teachers = rollouts.kind.author == "teacher"
     return submit_missing(
@@ -363,6 +365,7 @@ def _submit(
         student=round_.student if round_ and is_teachers else rollouts.model,
         teacher=scores.model if scores is not None else rollouts.model if is_teachers else None,
         teacher_name=None if scores is None else scores.teacher,
+        siblings=[s.shards for s in siblings if s is not scores and s.shards.is_started()],
         made_by=session.run_id,
         progress=session.progress,
         generate=generate,

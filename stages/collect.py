@@ -5,7 +5,7 @@ every rollout committed it is the score stage; without scores it is the generate
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -125,6 +125,7 @@ def submit_missing(
     student: Checkpoint,
     teacher: Checkpoint | None,
     teacher_name: str | None = None,
+    siblings: Sequence[Artifact] = (),
     made_by: str,
     progress: Progress,
     generate: bool = True,
@@ -139,9 +140,8 @@ def submit_missing(
         executor: runs the tasks; Ray's workers start at once.
         rollouts, scores: made by the student and by the teacher; None: only sample.
         student, teacher: checkpoints of the recipes of rollouts and scores.
-        teacher_name: of several.
-        made_by: id of the run.
-        progress: warned of damaged units.
+        teacher_name, siblings: of several, and the scores by the others.
+        made_by, progress: id of the run; warned of damaged units.
         generate: False: score only what is published.
         shuffle: in random order, so that several machines on one artifact share the work.
         verify: read what is committed; False: that was done before.
@@ -162,6 +162,7 @@ def submit_missing(
         policy=student.policy,
         teacher_policy=None if teacher is None else teacher.policy,
         teacher_name=teacher_name,
+        siblings=tuple(other.fingerprint for other in siblings),
         author=author,
         teacher_side=_kind_of(scores),
     )
@@ -172,10 +173,8 @@ def submit_missing(
         check(teacher if author == "teacher" and teacher is not None else student)
     if tasks:
         executor.submit(tasks)
-    made, scored = frozenset(to_generate), frozenset(to_score)
-    return SubmittedWork(
-        rollouts=rollouts, scores=scores, tasks=tuple(tasks), to_generate=made, to_score=scored
-    )
+    units = {"to_generate": frozenset(to_generate), "to_score": frozenset(to_score)}
+    return SubmittedWork(rollouts=rollouts, scores=scores, tasks=tuple(tasks), **units)
 
 
 def open_teacher(

@@ -7,7 +7,7 @@ recipe was written: a run has asked for it, with code execution allowed, before 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 
 from opd_stream.errors import UserError
 from opd_stream.filters import OTHER_TEACHER, REASONS, Keep, Reason, dropped_rows
+from opd_stream.store.artifact import Artifact, Commit
 from opd_stream.store.codecs import ALIGNED
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.tokenizer_folder import open_tokenizer
@@ -137,6 +138,41 @@ def dropped_counts(dropped: Mapping[int, Reason]) -> dict[str, int]:
     for reason in dropped.values():
         found[f"dropped_{reason}"] = found.get(f"dropped_{reason}", 0) + 1
     return found
+
+
+def rows_by_reason(dropped: Mapping[int, Reason]) -> dict[str, list[int]]:
+    """Rows that are left out, by the reason."""
+    found: dict[str, list[int]] = {}
+    for row in sorted(dropped):
+        found.setdefault(dropped[row], []).append(row)
+    return found
+
+
+def decided_rows(
+    siblings: Sequence[Artifact], scores: Recipe, unit: int, source: Commit | None
+) -> dict[int, Reason | None]:
+    """Row -> why the same conditions left it out for another teacher; None: they kept it.
+
+    What a teacher reads of a prompt is all of its rollouts, and a reason is of a prompt's alone.
+
+    Args:
+        siblings: scores of the same rollouts by others.
+        scores: the recipe with the conditions.
+        unit: of the rollouts.
+        source: its commit record.
+    """
+    known: dict[int, Reason | None] = {}
+    for other in siblings:
+        record = other.commit_record(unit)
+        if record is None or source is None or record.source_sha256 != source.sha256:
+            continue
+        if other.recipe.settings.get("keep") != scores.settings["keep"]:
+            continue
+        reason_of = {row: why for why, rows in record.dropped_rows.items() for row in rows}
+        for row in range(int(record.counts["rows"])):
+            if reason_of.get(row) != OTHER_TEACHER:
+                known[row] = cast(Reason | None, reason_of.get(row))
+    return known
 
 
 def in_places(

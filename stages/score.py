@@ -29,7 +29,14 @@ from opd_stream.store.codecs.fidelity import StateErrors
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import rollouts_batch
 from opd_stream.types import RolloutBatch, ScoreBatch
-from stages.filtering import RolloutFilter, chosen_rows, dropped_counts, in_places
+from stages.filtering import (
+    RolloutFilter,
+    chosen_rows,
+    decided_rows,
+    dropped_counts,
+    in_places,
+    rows_by_reason,
+)
 from stages.generate import (
     base_rollouts,
     extension_counts,
@@ -156,6 +163,7 @@ class ScoreWorker(Worker):
             seconds=end - start,
             source_sha256=source.sha256,
             skipped_rows=_skipped_rows(batch, scored.batch),
+            dropped_rows=rows_by_reason(scored.dropped),
             fidelity=fidelity,
         )
         tokens = int(scored.counts["completion_tokens"])
@@ -199,7 +207,14 @@ class ScoreWorker(Worker):
             own = self._own_prompts(task, rollouts, routed)
             read = [row for row, name in enumerate(batch.prompt_id) if name in own]
         dropped: dict[int, Reason] = dict.fromkeys({*range(len(batch))} - {*read}, OTHER_TEACHER)
-        if "keep" not in scores.settings or not read:
+        if "keep" not in scores.settings:
+            return dropped
+        siblings = [self.store.by_fingerprint("scores", each) for each in task.siblings]
+        source = rollouts.commit_record(task.unit) if siblings else None
+        known = decided_rows(siblings, scores, task.unit, source)
+        dropped |= {row: why for row in read if (why := known.get(row)) is not None}
+        read = [row for row in read if row not in known]
+        if not read:
             return dropped
         if self._filter is None or self._filter[0] != scores.settings["keep"]:
             opened = RolloutFilter(scores, self.student_folder(task, "texts"))

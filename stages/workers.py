@@ -54,6 +54,7 @@ class Task:
     policy: str | None = None  # fingerprint of the student, where it is a policy of the store
     teacher_policy: str | None = None  # the same of the teacher
     teacher_name: str | None = None  # of several
+    siblings: tuple[str, ...] = ()  # fingerprints of the other teachers' scores of the rollouts
     author: Role = "student"  # samples the rollouts
     teacher_side: Literal["scores", "hidden"] = "scores"  # the kind of `scores`
     distances: str | None = None  # fingerprint; the student is only compared with the teacher

@@ -330,13 +330,27 @@ def test_a_judge_is_asked_of_the_rows_that_a_teacher_reads(
     more = (keep, "prompts.answer_field=answer")
     config = small_config(tmp_path, *settings(rows, *more, **several))
     run(config, RunFolder(tmp_path / "run"), Silent())
-    assert len(JUDGED) == (2 * (8 + 4) if all_too else 2 * 8)
-    assert len(opened) == 2  # one of each worker for both rounds
+    assert len(JUDGED) == 2 * 8  # a verdict serves every teacher that reads the row
+    assert len(opened) == 2 - all_too  # one of each worker that asks, for both rounds
     _, found = read(tmp_path, *settings(rows, *more, **several))
     for round_, report in zip(found, reports_of(RunFolder(tmp_path / "run")), strict=True):
         trained = ScoredRows([(c.rollouts.shards, c.scores.shards) for c in round_.caches])
         names = {trained[number].prompt_id for number in range(len(trained))}
         assert report["dropped_rows"] == {"verdict": 8 - len(names)}
+
+
+def test_overlapping_routes_count_what_is_left_out_once(tmp_path: Path, rows: Path) -> None:
+    """Odd rows are code, too; no teacher reads every prompt."""
+    odd = f"{{path: {TEACHER}, when: {{tags: odd}}}}"
+    keep = "rollouts.keep={judge: {kind: 'tests.test_teachers:judged'}}"
+    more = (keep, "prompts.answer_field=answer", "rounds=1", "rollouts.prompts_per_round=16")
+    JUDGED.clear()
+    config = small_config(tmp_path, *settings(rows, *more, math=MATH, code=CODE, odd=odd))
+    run(config, RunFolder(tmp_path / "run"), Silent())
+    (report,) = reports_of(RunFolder(tmp_path / "run"))
+    assert len(JUDGED) == 16
+    assert report["dropped_rows"] == {"verdict": 8}
+    assert report["rows"] == 4 + 4 + 4
 
 
 def test_a_unit_is_scored_from_the_rows_of_its_own_prompts(

@@ -88,6 +88,7 @@ class Commit(Sealed):
     source_sha256: str | None = None  # the shard of the input artifact this one was made from
     parts: tuple[Part, ...] = ()  # the schema, then each record batch
     skipped_rows: tuple[int, ...] = ()  # refused, or without a token that may train; scores only
+    dropped_rows: dict[str, tuple[int, ...]] = later(default={})  # reason -> rows that none read
     fidelity: Fidelity | None = None  # of the codec that wrote it; scores only
     layout: Layout | None = later(default=None)  # of the artifact, as recipe.json has it
 
@@ -245,6 +246,7 @@ class Artifact:
         seconds: float = 0.0,
         source_sha256: str | None = None,
         skipped_rows: Sequence[int] = (),
+        dropped_rows: Mapping[str, Sequence[int]] | None = None,
         fidelity: Fidelity | None = None,
     ) -> Commit:
         """Publish a unit and return the record that stands, ours or an earlier writer's."""
@@ -265,6 +267,7 @@ class Artifact:
             source_sha256=source_sha256,
             parts=tuple(parts),
             skipped_rows=tuple(skipped_rows),
+            dropped_rows={name: tuple(rows) for name, rows in (dropped_rows or {}).items()},
             fidelity=fidelity,
             layout=self.layout(),
         )
