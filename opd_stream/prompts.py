@@ -4,8 +4,10 @@ No later stage sees a template or a tokenizer's opinion of the prompt: ids trave
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,13 +16,16 @@ from numpy.typing import NDArray
 
 from opd_stream.errors import UserError, named
 from opd_stream.rendering import ChatTemplate, Prompt, RawTemplate, Renderer, Rendering
-from opd_stream.sources import EmbeddedPrompts, Prompts, belongs, read_prompts, read_rows, shown
+from opd_stream.rows import PlacedRow
+from opd_stream.sources import EmbeddedPrompts, Prompts, belongs, read_rows, shown
 from opd_stream.store.shards import COMPLETIONS, PROMPTS, id_lists
+
+ROWS_AT_ONCE = 1024  # of a source: what a tokenizer is given in one call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenisedPrompts:
-    """A source in the prompts schema, and how many of its rows are not in it."""
+    """A source, or a part of it, in the prompts schema, and how many of its rows are not in it."""
 
     table: pa.Table
     lost: dict[str, int]  # why -> rows, a key of `LOSSES`; only what lost some
@@ -53,62 +58,94 @@ def prompts_table(source: Prompts, tokenizer: Any) -> pa.Table:
 
 
 def tokenised_prompts(source: Prompts, tokenizer: Any) -> TokenisedPrompts:
-    """Read, template and tokenise a source into the prompts schema.
+    """Read, template and tokenise a source into the prompts schema; raises as `tokenised_parts`."""
+    lost: Counter[str] = Counter()
+    tables: list[pa.Table] = []
+    for part in tokenised_parts(source, tokenizer):
+        tables.append(part.table)
+        lost.update(part.lost)
+    return TokenisedPrompts(table=pa.concat_tables(tables), lost=dict(lost))
+
+
+def tokenised_parts(source: Prompts, tokenizer: Any) -> Iterator[TokenisedPrompts]:
+    """`tokenised_prompts` of so many rows of the source at a time as are in memory.
 
     Raises:
-        UserError: see `read_prompts`; or a prompt is longer than the limit, or empty.
+        UserError: see `read_rows`; or a prompt is longer than the limit, or empty; or, at the end,
+            none was kept.
     """
-    prompts, renderer = read_prompts(source), Renderer(source.template, tokenizer)
-    spelled = _with_control_tokens(source.template, renderer, prompts)
-    left = [prompt for prompt in prompts if prompt.prompt_id not in spelled]
-    ids = [renderer.ids(prompt) for prompt in left]
-    kept = [row for row, (p, n) in enumerate(zip(left, ids, strict=True)) if _fits(source, p, n)]
+    renderer = Renderer(source.template, tokenizer)
+    rows = (prompt for prompt, _ in read_rows(source))
+    read, kept, lost = 0, 0, Counter[str]()
+    while prompts := list(islice(rows, ROWS_AT_ONCE)):
+        part = _tokenised(source, renderer, prompts)
+        read, kept = read + len(prompts), kept + part.table.num_rows
+        lost.update(part.lost)
+        yield part
     if not kept:
         raise UserError(
-            f"all {len(prompts)} prompts are left out: {len(left)} longer than "
-            f"{source.max_prompt_tokens} tokens, {len(spelled)} with control tokens; raise the "
-            "limit, or use other prompts"
+            f"all {read} prompts are left out: {lost['skipped_long']} longer than "
+            f"{source.max_prompt_tokens} tokens, {lost['skipped_control_tokens']} with control "
+            "tokens; raise the limit, or use other prompts"
         )
+
+
+def _tokenised(source: Prompts, renderer: Renderer, prompts: list[Prompt]) -> TokenisedPrompts:
+    """Some prompts of a source, without those that are left out."""
+    spelled = _with_control_tokens(source.template, renderer, prompts)
+    left = [prompt for prompt in prompts if prompt.prompt_id not in spelled]
+    ids = renderer.ids_of(left)
+    kept = [row for row, (p, n) in enumerate(zip(left, ids, strict=True)) if _fits(source, p, n)]
     lost = {"skipped_long": len(left) - len(kept), "skipped_control_tokens": len(spelled)}
     table = _table([left[row] for row in kept], [ids[row] for row in kept])
     if not isinstance(source, EmbeddedPrompts) and source.gives_answers:
         table = _with_completions(table, renderer, [left[row] for row in kept])
-    return TokenisedPrompts(
-        table=table,
-        lost={name: rows for name, rows in lost.items() if rows},
-    )
+    return TokenisedPrompts(table=table, lost={name: rows for name, rows in lost.items() if rows})
 
 
 def rendered_prompts(
     source: Prompts, rendering: Rendering, tokenizer: Any, prompts: pa.Table
 ) -> pa.Table:
+    """`rendered_parts` of one part."""
+    return next(rendered_parts(source, rendering, tokenizer, [prompts]))
+
+
+def rendered_parts(
+    source: Prompts, rendering: Rendering, tokenizer: Any, parts: Iterable[pa.Table]
+) -> Iterator[pa.Table]:
     """The prompts of a source that a teacher reads, as it reads them, however long they become.
 
-    `prompts` are those of the student, from which it has its own.
+    `parts` are those of the student, in the order of the source; each gives those that the teacher
+    has of it.
 
     Raises:
-        UserError: see `read_prompts`; the template, the view or the rule does not take one, or one
-            is not there.
+        UserError: see `read_rows`; the template, the view or the rule does not take one, or one is
+            not there.
     """
-    names: list[str] = prompts["prompt_id"].to_pylist()
-    found = {prompt.prompt_id: (prompt, row) for prompt, row in read_rows(source)}
-    gone = next((name for name in names if name not in found), None)
-    if gone is not None:
-        raise UserError(
-            f"prompt {gone!r} is no longer in the source; expected the same rows as before; "
-            "restore it, or name another revision"
-        )
-    if rendering.when:
-        with named(rendering.setting("when")):
-            kept = [n for n, name in enumerate(names) if belongs(rendering.when, found[name][1])]
-        prompts, names = prompts.take(pa.array(kept, pa.int64())), [names[n] for n in kept]
+    rows, template, renderer = read_rows(source), rendering.template, None
+    if template is not None:
+        with named(rendering.field):
+            renderer = Renderer(template, tokenizer)
+    for prompts in parts:
+        found = [_found(name, rows) for name in prompts["prompt_id"].to_pylist()]
+        if rendering.when:
+            with named(rendering.setting("when")):
+                kept = [n for n, (_, row) in enumerate(found) if belongs(rendering.when, row)]
+            prompts, found = prompts.take(pa.array(kept, pa.int64())), [found[n] for n in kept]
+        yield prompts if renderer is None else _rendered(source, rendering, renderer, found)
+
+
+def _rendered(
+    source: Prompts,
+    rendering: Rendering,
+    renderer: Renderer,
+    found: Sequence[tuple[Prompt, PlacedRow]],
+) -> pa.Table:
+    """Some prompts of a source as a teacher with a template or a view reads them."""
     template, view = rendering.template, rendering.view
-    if template is None:
-        return prompts
+    assert template is not None  # there is a renderer
     with named(rendering.field):
-        asked = [found[name] for name in names]
-        read = [prompt if view is None else shown(view, source, prompt, r) for prompt, r in asked]
-        renderer = Renderer(template, tokenizer)
+        read = [prompt if view is None else shown(view, source, prompt, r) for prompt, r in found]
         spelled = _with_control_tokens(template, renderer, read)
         if spelled:  # by the view: prompts that spell them are not among those of the student
             raise UserError(
@@ -116,7 +153,18 @@ def rendered_prompts(
                 f"{next(iter(spelled))!r}, and the teacher reads every prompt; set "
                 f"{rendering.setting('template')}, with control_tokens=escape or allow"
             )
-        return _table(read, [renderer.ids(prompt) for prompt in read])
+        return _table(read, renderer.ids_of(read))
+
+
+def _found(name: str, rows: Iterator[tuple[Prompt, PlacedRow]]) -> tuple[Prompt, PlacedRow]:
+    """Read on to the row of a prompt."""
+    found = next((each for each in rows if each[0].prompt_id == name), None)
+    if found is None:
+        raise UserError(
+            f"prompt {name!r} is no longer in the source; expected the same rows as before; "
+            "restore it, or name another revision"
+        )
+    return found
 
 
 def _table(prompts: Sequence[Prompt], ids: Sequence[NDArray[np.int32]]) -> pa.Table:

@@ -213,17 +213,23 @@ class Renderer:
             self._control = ControlTokens(tokenizer)
 
     def ids(self, prompt: Prompt) -> NDArray[np.int32]:
-        """The ids of a prompt [P].
+        """The ids of a prompt [P]; raises as `ids_of`."""
+        return self.ids_of([prompt])[0]
+
+    def ids_of(self, prompts: Sequence[Prompt]) -> list[NDArray[np.int32]]:
+        """The ids of each prompt [P].
 
         Raises:
-            UserError: the template does not take it, or leaves a part of it out.
+            UserError: the template does not take one, or leaves a part of it out.
         """
-        template, text = self._template, self.text(prompt)
-        if isinstance(template, ChatTemplate):
-            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        texts = [self.text(prompt) for prompt in prompts]
+        if not texts:
+            return []
+        if isinstance(self._template, ChatTemplate):
+            found = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         else:
-            ids = raw_ids(self._tokenizer, text, bos=template.bos)
-        return np.asarray(ids, np.int32)
+            found = raw_ids_of(self._tokenizer, texts, bos=self._template.bos)
+        return [np.asarray(ids, np.int32) for ids in found]
 
     def text(self, prompt: Prompt) -> str:
         """A prompt as it is written, before it becomes ids; raises as `ids` does."""
@@ -555,14 +561,23 @@ def raw_ids(tokenizer: Any, text: str, *, bos: Literal["tokenizer", "always"]) -
         >>> raw_ids(llama, "<s>Anna", bos="tokenizer")  # tokenizer("<s>Anna") begins with two
         [1, 7740]
     """
+    return raw_ids_of(tokenizer, [text], bos=bos)[0]
+
+
+def raw_ids_of(
+    tokenizer: Any, texts: list[str], *, bos: Literal["tokenizer", "always"]
+) -> list[list[int]]:
+    """`raw_ids` of each text, which a tokenizer reads faster together."""
     first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
-    ids: list[int] = tokenizer(text)["input_ids"]
-    if last is not None and ids[-1:] == [last] and len(ids) > 1:
-        written: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if ids[len(ids) - 1 - len(written) : -1] == written:  # the text does not end here itself
-            ids = ids[:-1]
-    if bos == "always" and first is not None and ids[:1] != [first]:
-        ids = [first, *ids]
-    while first is not None and ids[:2] == [first, first]:
-        ids = ids[1:]
-    return ids
+    found: list[list[int]] = []
+    for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True):
+        if last is not None and ids[-1:] == [last] and len(ids) > 1:
+            written: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if ids[len(ids) - 1 - len(written) : -1] == written:  # the text has no end of its own
+                ids = ids[:-1]
+        if bos == "always" and first is not None and ids[:1] != [first]:
+            ids = [first, *ids]
+        while first is not None and ids[:2] == [first, first]:
+            ids = ids[1:]
+        found.append(ids)
+    return found

@@ -1,7 +1,7 @@
 """Everything that is the same in all rounds, checked before any work."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -114,8 +114,10 @@ def open_setup(config: Config, *, make: bool = True, works: bool = True) -> Setu
     store = open_store(config)
     setup = setup_of(config, store, partial(open_checkpoint, store), token_id_of, make=make)
     if make:
-        table = setup.prompts.read_all()
-        lengths = table_lengths(table)
+        lengths: list[int] = []
+        for table in setup.prompts.tables():
+            check_prompt_ids(table, setup.vocabulary)
+            lengths += table_lengths(table)
         for each in setup.by_teacher:
             with of_teacher(each.name):
                 if works:
@@ -123,9 +125,8 @@ def open_setup(config: Config, *, make: bool = True, works: bool = True) -> Setu
                 own = None if each.teacher_prompts is None else prompt_lengths(each.teacher_prompts)
                 teachers = None if own is None else max(own)
                 check_context(each.config, setup.student, each.teacher, max(lengths), teachers)
-        check_prompt_ids(table, setup.vocabulary)
         check_rounds(config, len(lengths))
-        check_given(setup, table)
+        check_given(setup, setup.prompts.tables())
         _check_routes(setup)
         lost = [*rows_left_out(setup.prompts, "prompts"), *_check_judged(config, setup.prompts)]
         asked = check_evaluation(config, store, setup.student, setup.vocabulary)
@@ -323,7 +324,8 @@ def _teacher_prompts(
     if not make:
         return teacher_prompts_artifact(store, rendering, prompts, teacher)
     rendered = make_teacher_prompts(store, config.prompts, rendering, prompts, teacher)
-    check_prompt_ids(rendered.read_all(), shared_vocabulary([teacher]))
+    for table in rendered.tables():
+        check_prompt_ids(table, shared_vocabulary([teacher]))
     return rendered
 
 
@@ -540,10 +542,10 @@ def check_rounds(config: Config, rows: int) -> None:
         shuffled_rows(rows=rows, seed=0, round_index=0, per_round=per_round)
 
 
-def check_given(setup: Setup, table: pa.Table) -> None:
+def check_given(setup: Setup, tables: Iterable[pa.Table]) -> None:
     """Refuse given completions that are too few, too long, or do not end as the student ends.
 
-    `table` has all prompts of the run.
+    `tables` have all prompts of the run.
 
     Raises:
         UserError: names the prompt, or the round.
@@ -551,14 +553,16 @@ def check_given(setup: Setup, table: pa.Table) -> None:
     config, rollouts = setup.config, setup.config.rollouts
     if config.replay is not None or rollouts.given_by == "teacher" or not rollouts.given_prompts:
         return
-    answered = answered_rows(table)
-    assert answered is not None  # the config names their field
+    answered: list[bool] = []
+    for table in tables:
+        _check_completions(setup, table)
+        answered += answered_rows(table) or []
     for index in () if all(answered) else range(config.rounds):
         drawn = selected_rows(
             round_prompts(
                 seed=config.seed, round_index=index, per_round=rollouts.prompts_per_round
             ),
-            table.num_rows,
+            len(answered),
         )
         found = sum(answered[row] for row in drawn)
         if found < rollouts.given_prompts:
@@ -568,7 +572,6 @@ def check_given(setup: Setup, table: pa.Table) -> None:
                 f"({sum(answered):,} of all {len(answered):,}); lower given_share, or add "
                 "completions"
             )
-    _check_completions(setup, table)
 
 
 def _check_completions(setup: Setup, table: pa.Table) -> None:

@@ -5,7 +5,9 @@ the same prompts name the same artifact.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
@@ -16,7 +18,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from opd_stream.errors import UserError, named
-from opd_stream.prompts import lost_rows, rendered_prompts, shuffled_rows, tokenised_prompts
+from opd_stream.prompts import (
+    ROWS_AT_ONCE,
+    TokenisedPrompts,
+    lost_rows,
+    rendered_parts,
+    shuffled_rows,
+    tokenised_parts,
+)
 from opd_stream.rendering import Rendering
 from opd_stream.sources import Prompts, source_settings
 from opd_stream.store.artifact import Artifact, Commit, DamagedUnit
@@ -39,6 +48,7 @@ Ids = NDArray[np.integer[Any]]
 # that artifacts of older rules are not taken for it (tests/test_messages.py).
 RULES = 1
 ROWS_PER_SHARD = 16_384
+BYTES_IN_MEMORY = 2**26  # of prompts that are being made
 
 
 def prompts_artifact(
@@ -85,8 +95,7 @@ def make_prompts(
     if is_sound(artifact):
         return artifact
     with named(field):
-        prompts = tokenised_prompts(source, student.tokenizer())
-    _commit(artifact, prompts.table, prompts.lost)
+        _publish(artifact, tokenised_parts(source, student.tokenizer()))
     return artifact
 
 
@@ -125,11 +134,28 @@ def make_teacher_prompts(
     artifact.mend()
     if is_sound(artifact):
         return artifact
-    students = prompts.read_all()
-    table = rendered_prompts(source, rendering, teacher.tokenizer(), students)
-    check_chosen(rendering, table)
-    _commit(artifact, _with_others(students["prompt_id"], table) if rendering.when else table, {})
+    _publish(artifact, _rendered(source, rendering, prompts, teacher))
     return artifact
+
+
+def _rendered(
+    source: Prompts, rendering: Rendering, prompts: Artifact, teacher: Checkpoint
+) -> Iterator[TokenisedPrompts]:
+    """The prompts of a student as a teacher reads them, some at a time."""
+    parts, again = (
+        (
+            table.slice(start, ROWS_AT_ONCE)
+            for table in prompts.tables()
+            for start in range(0, table.num_rows, ROWS_AT_ONCE)
+        )
+        for _ in range(2)
+    )
+    chosen = 0
+    for own in rendered_parts(source, rendering, teacher.tokenizer(), parts):
+        chosen += own.num_rows
+        names = next(again)["prompt_id"]
+        yield TokenisedPrompts(table=_with_others(names, own) if rendering.when else own, lost={})
+    check_chosen(rendering, chosen)
 
 
 def _with_others(names: pa.ChunkedArray, own: pa.Table) -> pa.Table:
@@ -163,9 +189,9 @@ def is_sound(artifact: Artifact) -> bool:
     )
 
 
-def check_chosen(rendering: Rendering, table: pa.Table) -> None:
-    """Refuse a teacher that no prompt goes to."""
-    if not table.num_rows:
+def check_chosen(rendering: Rendering, rows: int) -> None:
+    """Refuse a teacher that no prompt goes to; `rows` do."""
+    if not rows:
         wanted = "; ".join(f"{name}: {', '.join(v)}" for name, v in rendering.when.items())
         raise UserError(
             f"when is {{{wanted}}}, and no prompt has that; expected a value that some row has; "
@@ -173,16 +199,40 @@ def check_chosen(rendering: Rendering, table: pa.Table) -> None:
         )
 
 
-def _commit(artifact: Artifact, table: pa.Table, lost: Mapping[str, int]) -> None:
-    """Publish a prompts artifact; damaged units of an earlier one are made again."""
-    artifact.create(rows=table.num_rows, rows_per_unit=min(table.num_rows, ROWS_PER_SHARD))
-    for unit in artifact.units():
-        if artifact.has_sound(unit):
-            continue
-        rows = artifact.unit_rows(unit)
-        part = table.slice(rows.start, len(rows))
-        artifact.commit(unit, part, counts={"rows": len(rows), **({} if unit else lost)})
+def _publish(artifact: Artifact, parts: Iterable[TokenisedPrompts]) -> None:
+    """Publish a prompts artifact; damaged units of an earlier one are made again.
+
+    How many rows there are is known at the end, so what memory does not hold waits in a file.
+    """
+    rows, lost = 0, Counter[str]()
+    with tempfile.SpooledTemporaryFile(max_size=BYTES_IN_MEMORY) as file:
+        writer: Any = None
+        for part in parts:
+            rows += part.table.num_rows
+            lost.update(part.lost)
+            writer = writer or pa.ipc.new_stream(file, part.table.schema)
+            writer.write_table(part.table)
+        writer.close()
+        file.seek(0)
+        artifact.create(rows=rows, rows_per_unit=min(rows, ROWS_PER_SHARD))
+        for unit, table in enumerate(_shards(pa.ipc.open_stream(file))):
+            if not artifact.has_sound(unit):
+                counts = {"rows": table.num_rows, **({} if unit else lost)}
+                artifact.commit(unit, table, counts=counts)
     artifact.finish()
+
+
+def _shards(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """The same rows, as many in each table as a shard has."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        table = pa.Table.from_batches([*waiting, batch])
+        while table.num_rows >= ROWS_PER_SHARD:
+            yield table.slice(0, ROWS_PER_SHARD)
+            table = table.slice(ROWS_PER_SHARD)
+        waiting = table.to_batches()
+    if waiting:
+        yield pa.Table.from_batches(waiting)
 
 
 class PromptRows:
@@ -266,7 +316,7 @@ def with_prompts(
 
 def prompt_lengths(prompts: Artifact) -> list[int]:
     """Tokens of each prompt of a complete artifact."""
-    return table_lengths(prompts.read_all())
+    return [length for table in prompts.tables() for length in table_lengths(table)]
 
 
 def table_lengths(prompts: pa.Table) -> list[int]:

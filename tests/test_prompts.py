@@ -16,13 +16,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from opd_stream import sources
 from opd_stream.errors import UserError
 from opd_stream.prompts import prompts_table, shuffled_rows
-from opd_stream.rendering import ChatTemplate, raw_ids
+from opd_stream.rendering import ChatTemplate, RawTemplate, Renderer, raw_ids
 from opd_stream.sources import DatasetPrompts, EmbeddedPrompts, FilePrompts, read_prompts
 from opd_stream.store.artifact import Artifact, Commit
 from opd_stream.store.store import Store
 from pipeline.estimate.prompts import FastTokenizer
 from stages.checkpoints import open_checkpoint
 from stages.prompts import PromptRows, make_prompts, prompts_artifact
+from tests.test_messages import CHATML
 
 STUDENT = Path(__file__).parent.parent / "configs" / "models" / "ledger-student"
 ROWS = [{"prompt": "What is 2+2?", "answer": "4"}, {"prompt": "Und 3·3 — naïve?", "answer": "9"}]
@@ -294,6 +295,32 @@ def test_rows_of_prompts_are_read_from_the_parts_that_hold_them(
     assert read == [(0, 0), (0, 1), (0, 2), (1, 0), (3, 0)]
     assert len(rows) == 500
     assert rows.read([]).num_rows == 0
+
+
+@pytest.mark.parametrize("template", [RawTemplate(), ChatTemplate(text="Solve. {prompt}")])
+def test_prompts_that_are_made_in_pieces_are_those_that_are_made_at_once(
+    template: RawTemplate | ChatTemplate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of three rows, shards of four and a file for what memory does not hold."""
+    texts = [f"row {n} " + "and more " * (n % 4) for n in range(23)]
+    limit = 24 if template.kind == "raw" else 40
+    more = {"template": template, "max_prompt_tokens": limit, "long_prompts": "skip"}
+    source = jsonl(tmp_path, lines_of([{"prompt": text, "answer": text} for text in texts]), **more)
+    student = shutil.copytree(STUDENT, tmp_path / "student")
+    (student / "chat_template.jinja").write_text(CHATML)
+    opened = open_checkpoint(Store(tmp_path), student)
+    at_once = make_prompts(Store(tmp_path / "at-once"), source, opened)
+    monkeypatch.setattr("stages.prompts.ROWS_PER_SHARD", 4)
+    monkeypatch.setattr("stages.prompts.BYTES_IN_MEMORY", 100)
+    monkeypatch.setattr("opd_stream.prompts.ROWS_AT_ONCE", 3)
+    made = make_prompts(Store(tmp_path / "pieces"), source, opened)
+    assert len(made.units()) > 2
+    assert made.read_all().to_pylist() == at_once.read_all().to_pylist()
+    assert made.manifest().counts == at_once.manifest().counts
+    assert 0 < made.manifest().counts["skipped_long"] < len(texts)
+    renderer = Renderer(template, opened.tokenizer())
+    alone = [renderer.ids(prompt).tolist() for prompt in read_prompts(source)]
+    assert made.read_all()["prompt_ids"].to_pylist() == [ids for ids in alone if len(ids) <= limit]
 
 
 def test_a_damaged_shard_of_prompts_is_made_again_alone(

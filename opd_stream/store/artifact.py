@@ -13,7 +13,7 @@ manifest is written; the artifact exists if and only if its manifest does.
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -288,7 +288,11 @@ class Artifact:
 
     def read_all(self) -> pa.Table:
         """The verified tables of all units, one after the other; raises as `read_unit`."""
-        return pa.concat_tables([self.read_unit(unit) for unit in self.units()])
+        return pa.concat_tables(list(self.tables()))
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The verified table of each unit, one in memory at a time; raises as `read_unit`."""
+        return (self.read_unit(unit) for unit in self.units())
 
     def read_schema(self, commit: Commit) -> pa.Schema:
         """The verified schema of a committed unit, with the metadata of its codec.

@@ -110,10 +110,12 @@ class FastTokenizer:
         text = token["content"] if isinstance(token, dict) else token
         return None if text is None else self.token_id(text)
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        """The ids of a text, as a tokenizer of transformers gives them."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return {"input_ids": encoding.ids}
+    def __call__(self, text: str | list[str], *, add_special_tokens: bool = True) -> dict[str, Any]:
+        """The ids of a text, or of each of a list, as a tokenizer of transformers gives them."""
+        texts = [text] if isinstance(text, str) else text
+        found = self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+        ids = [encoding.ids for encoding in found]
+        return {"input_ids": ids[0] if isinstance(text, str) else ids}
 
 
 def tokenizer_for(folder: Path, template: RawTemplate | ChatTemplate) -> Any:
@@ -193,7 +195,7 @@ def measure_teacher_prompts(setup: Setup, students: MeasuredPrompts) -> TeacherP
     table, read = _of_first_rows(setup.config.prompts, rendered)
     is_whole = students.lengths.is_whole and read == len(names)
     if is_whole:
-        check_chosen(rendering, table)
+        check_chosen(rendering, table.num_rows)
     found = table if table.num_rows else students.table  # none of the first rows is its own
     lengths = replace(_whole(found), is_whole=is_whole, rows=students.lengths.rows)
     return TeacherPrompts(table=table, lengths=lengths, share=table.num_rows / read)

@@ -124,7 +124,7 @@ def _check_prompts(setup: Setup, prompts: MeasuredPrompts, notes: list[str]) -> 
     if (rows := prompts.lengths.rows) is not None:
         check_rounds(setup.config, rows)
     if prompts.lengths.is_whole:
-        check_given(setup, prompts.table)
+        check_given(setup, [prompts.table])
     for judge in prompt_judges(setup.config):
         _check_answers("prompts", judge, prompts, notes)
 
