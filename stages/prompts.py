@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from opd_stream.prompts import (
 from opd_stream.rendering import Rendering
 from opd_stream.sources import Prompts, source_settings
 from opd_stream.store.artifact import Artifact, Commit, DamagedUnit
-from opd_stream.store.files import canonical_json
+from opd_stream.store.files import canonical_json, explained
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import (
     COMPLETIONS,
@@ -211,7 +212,8 @@ def _publish(artifact: Artifact, parts: Iterable[TokenisedPrompts]) -> None:
             rows += part.table.num_rows
             lost.update(part.lost)
             writer = writer or pa.ipc.new_stream(file, part.table.schema)
-            writer.write_table(part.table)
+            with explained(Path(tempfile.gettempdir())):
+                writer.write_table(part.table)
         writer.close()
         file.seek(0)
         artifact.create(rows=rows, rows_per_unit=min(rows, ROWS_PER_SHARD))
