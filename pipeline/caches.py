@@ -426,6 +426,8 @@ def replayed_caches(setup: Setup) -> list[tuple[Cache, ...]] | None:
         teacher = cache.scores.artifact.recipe.inputs.get("teacher")  # imported rows have none
         if may_follow and teacher in (authors if cache.is_given else _authors([cache])):
             continue  # each round's policy scored its own rollouts, and those it was given
+        if cache.scores.teacher is not None:
+            continue  # one of several
         expected = expected or teacher
         if teacher is not None and teacher != expected:
             raise UserError(
@@ -462,11 +464,11 @@ def _caches_of_run(setup: Setup, run: Path, rounds: int) -> list[list[Cache]]:
         )
     summary = load_record(RunSummary, path)
     caches = [cache for caches in summary.caches for cache in caches]
-    if named := sorted({cache.teacher for cache in caches if cache.teacher is not None}):
+    named = sorted({cache.teacher for cache in caches if cache.teacher is not None})
+    if named and setup.config.teacher is not None:
         raise UserError(
-            f"replay.run {run} trained on scores of teachers {', '.join(named)}; expected those of "
-            "a single `teacher`; name scores of one in replay.scores, or leave replay out and set "
-            "`teachers` as there, which scores nothing again"
+            f"replay.run {run} trained on scores of teachers {', '.join(named)}, and the config "
+            "names a single one; expected none; leave `teacher` out"
         )
     return [
         [
@@ -476,6 +478,8 @@ def _caches_of_run(setup: Setup, run: Path, rounds: int) -> list[list[Cache]]:
                 index,
                 policy_version=cache.policy_version,
                 units=cache.units or (),
+                teacher=cache.teacher,
+                weight=cache.weight,
             )
             for cache in caches
         ]
@@ -490,8 +494,13 @@ def _replayed(
     *,
     policy_version: int | None = None,
     units: Sequence[int] = (),
+    teacher: str | None = None,
+    weight: float = 1.0,
 ) -> Cache:
-    """Stored scores and their rollouts, only to be read; all units where none is named."""
+    """Stored scores and their rollouts, only to be read; all units where none is named.
+
+    Scores that are named by themselves have weight 1: what a teacher's weight was, a run says.
+    """
     scores = setup.store.by_fingerprint("scores", name.removeprefix("scores/"))
     rollouts = setup.store.by_fingerprint("rollouts", scores.recipe.inputs["rollouts"])
     sampled = Step(
@@ -499,10 +508,11 @@ def _replayed(
     )
     return Cache(
         rollouts=sampled,
-        scores=replace(sampled, kind=SCORE, artifact=scores, needs=(sampled,)),
+        scores=replace(sampled, kind=SCORE, artifact=scores, needs=(sampled,), teacher=teacher),
         origin="replayed",
         policy_version=round_index if policy_version is None else policy_version,
         slots=tuple(
             Slot(unit=unit, first=place, last=place + 1) for place, unit in enumerate(units)
         ),
+        weight=weight,
     )

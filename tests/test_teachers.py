@@ -258,16 +258,20 @@ def test_a_route_over_a_field_named_like_a_placement_is_none() -> None:
     assert not any(is_below(field, PLACEMENT) for field in decisive)
 
 
-def test_a_replay_of_a_run_with_named_teachers_is_refused(
-    small_runs: SmallRuns, rows: Path, tmp_path: Path
+def test_a_replay_of_a_run_with_named_teachers_has_their_weights(
+    tmp_path: Path, rows: Path
 ) -> None:
-    """Their weights and routes are in its config alone."""
-    folder = small_runs(*routed(rows))
-    replay = ("teacher=null", settings(rows)[2], "evaluation=null", f"replay.run={folder / 'run'}")
-    config = small_config(tmp_path, f"replay.store={folder / 'store'}", *replay)
-    with pytest.raises(UserError, match=r"trained on scores of teachers code, math; .*replay.sc"):
-        run(config, RunFolder(tmp_path / "run"), Silent())
-    assert not (tmp_path / "store" / "policies").exists()
+    several = settings(rows, "staleness.max_epochs=2", all=ALL, math=MATH)
+    config = small_config(tmp_path, *several)
+    first = run(config, RunFolder(tmp_path / "run"), Silent())
+    replay = (several[2], "evaluation=null", f"replay.run={tmp_path / 'run'}", *several[4:])
+    again = small_config(tmp_path, "teacher=null", *replay)
+    summary = run(again, RunFolder(tmp_path / "again"), Silent())
+    assert summary["tokens"]["generated"] == summary["tokens"]["teacher_scored"] == 0
+    assert summary["policies"] == first["policies"]
+    assert [*summary["teachers"]] == ["all", "math"]
+    with pytest.raises(UserError, match=r"scores of teachers all, math, .*; leave `teacher` out"):
+        run(small_config(tmp_path, *replay), RunFolder(tmp_path / "other"), Silent())
 
 
 def test_a_teacher_with_another_tokenizer_is_named(tmp_path: Path, rows: Path) -> None:

@@ -60,7 +60,8 @@ class Replay(Section):
 
     run: Path | None = Field(default=None, description="folder of the earlier run")
     scores: tuple[Annotated[str, AfterValidator(_scores_name)], ...] = Field(
-        default=(), description="or scores/FINGERPRINT in the store, one for each round"
+        default=(),
+        description="or scores/FINGERPRINT in the store, one for each round, with weight 1",
     )
     store: PathText | None = later(
         default=None,

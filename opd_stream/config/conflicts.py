@@ -410,7 +410,7 @@ def _teachers_conflicts(config: "Config") -> Iterator[str]:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             yield f"teachers has the name {name!r}; expected letters, digits, - and _; rename it"
     against = {
-        "replay": (config.replay is not None, "replay the scores of one teacher at a time"),
+        "replay": (config.replay is not None, "leave teachers out: replay.run knows their weights"),
         "rollouts.ahead": (config.rollouts.ahead, "leave it out"),
         "rollouts.given_share": (bool(config.rollouts.given_prompts), "leave it out"),
         "rollouts.window.kind=adaptive": (
