@@ -16,8 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from opd_stream.engines.base import HiddenStates, RowScores, ScoringSettings, score_batch
+from opd_stream.engines.head import from_numpy
 from opd_stream.fused import OutputHead
 from opd_stream.logprobs import HeadScores, head_scores
+from opd_stream.store.artifact import Artifact
+from opd_stream.store.codecs.columns import widened
 from opd_stream.store.codecs.hidden import PER_OCTAVE, StateBasis, step_of
 from opd_stream.types import RolloutBatch, ScoreBatch
 
@@ -38,6 +41,34 @@ def exact_head(head: OutputHead) -> OutputHead:
     """The head in float32: rebuilt distributions are not rounded as those of 16-bit engines are."""
     bias_V = None if head.bias_V is None else head.bias_V.detach().float()
     return replace(head, weight_VH=head.weight_VH.detach().float(), bias_V=bias_V)
+
+
+def read_head(artifact: Artifact, device: str = "cpu") -> OutputHead:
+    """The head that a complete artifact holds.
+
+    Raises:
+        DamagedUnit: a shard is not what was committed.
+    """
+    tables = [artifact.read_unit(unit) for unit in artifact.units()]
+    said = {
+        key.decode(): value.decode() for key, value in (tables[0].schema.metadata or {}).items()
+    }
+    dtype = getattr(torch, said["dtype"])
+
+    def whole(name: str) -> torch.Tensor:
+        parts = [
+            widened(chunk.flatten().to_numpy(zero_copy_only=False))
+            for table in tables
+            for chunk in table[name].chunks
+        ]
+        return from_numpy(np.concatenate(parts), torch.device(device)).to(dtype)
+
+    return OutputHead(
+        weight_VH=whole("weight").view(-1, int(said["width"])),
+        bias_V=whole("bias") if "bias" in tables[0].column_names else None,
+        scale=float(said["scale"]),
+        cap=float(said["cap"]) if "cap" in said else None,
+    )
 
 
 @torch.inference_mode()

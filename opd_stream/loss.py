@@ -232,6 +232,15 @@ def _check(batch: Batch, objectives: Sequence[Objective], *, vocabulary: int) ->
             "objective mc reads the column candidate_ids, which these rollouts do not have; set "
             "rollouts.extra_draws, and run generate and score again"
         )
+    check_vocabulary(batch, vocabulary)
+
+
+def check_vocabulary(batch: Batch, vocabulary: int) -> None:
+    """Refuse ids that a model with so many does not have.
+
+    Raises:
+        UserError: names one.
+    """
     if batch.largest_id >= vocabulary:
         raise UserError(
             f"the cache holds token id {batch.largest_id}; the student has {vocabulary} tokens; "

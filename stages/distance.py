@@ -87,7 +87,7 @@ class StudentWorker(GenerateWorker):
         return replace(result, generate_span=(start, end), generated_tokens=batch.completion_tokens)
 
     def _teacher_head(self, fingerprint: str) -> "OutputHead":
-        from stages.teacher_head import read_head
+        from opd_stream.hidden_states import read_head
 
         if self._head is None or self._head[0] != fingerprint:
             artifact = self.store.by_fingerprint("heads", fingerprint)

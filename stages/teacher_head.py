@@ -75,34 +75,6 @@ def store_head(artifact: Artifact, head: OutputHead, *, made_by: str = "") -> No
     artifact.finish()
 
 
-def read_head(artifact: Artifact, device: str = "cpu") -> OutputHead:
-    """The head that a complete artifact holds.
-
-    Raises:
-        DamagedUnit: a shard is not what was committed.
-    """
-    tables = [artifact.read_unit(unit) for unit in artifact.units()]
-    said = {
-        key.decode(): value.decode() for key, value in (tables[0].schema.metadata or {}).items()
-    }
-    dtype = getattr(torch, said["dtype"])
-
-    def whole(name: str) -> torch.Tensor:
-        parts = [
-            widened(chunk.flatten().to_numpy(zero_copy_only=False))
-            for table in tables
-            for chunk in table[name].chunks
-        ]
-        return from_numpy(np.concatenate(parts), torch.device(device)).to(dtype)
-
-    return OutputHead(
-        weight_VH=whole("weight").view(-1, int(said["width"])),
-        bias_V=whole("bias") if "bias" in tables[0].column_names else None,
-        scale=float(said["scale"]),
-        cap=float(said["cap"]) if "cap" in said else None,
-    )
-
-
 def hidden_table(hidden: HiddenStates) -> pa.Table:
     """Hidden states as a shard, one row a rollout."""
     whole = np.concatenate(hidden.states)

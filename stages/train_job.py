@@ -10,7 +10,7 @@ from opd_stream.config import Config
 from opd_stream.config.sections import unserved_by_chunks
 from opd_stream.errors import UserError
 from opd_stream.filters import dropped_of, dropped_text
-from opd_stream.hidden_states import exact_head
+from opd_stream.hidden_states import exact_head, read_head
 from opd_stream.objectives import Objective
 from opd_stream.outcome import WindowAudit
 from opd_stream.rebuilt import TeacherHead
@@ -26,7 +26,6 @@ from stages.checkpoints import Vocabulary
 from stages.recipes import is_given, is_unscored
 from stages.step import CacheUnits
 from stages.student_model import StudentModel, load_student
-from stages.teacher_head import read_head
 from stages.train_data import BatchPlan
 from stages.train_state import load_weights
 
@@ -154,7 +153,10 @@ class TrainJob:
                     f"train.top_k is {asked} but {scores.name} holds {cached} candidates a token; "
                     "lower it, or score again with a larger scores.top_k"
                 )
-            problem = unserved_by_chunks(self.config.train)
+            problem = unserved_by_chunks(
+                self.config.train.objective,
+                merge_terminators=self.config.train.guards.merge_terminators,
+            )
             if "alignment" in scores.recipe.settings and problem is not None:
                 raise UserError(f"{scores.name} was scored across tokenizers: {problem}")
         is_aligned = any("alignment" in scores.recipe.settings for _, scores in artifacts)

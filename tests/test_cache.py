@@ -688,13 +688,3 @@ def test_the_plain_loop_of_the_page_runs(finished: Path, page_names: dict[str, A
     assert torch.isfinite(page_names["loss"])
     after = page_names["model"].parameters()
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-def test_the_trainer_of_the_page_runs(
-    finished: Path, page_names: dict[str, Any], tmp_path: Path
-) -> None:
-    pytest.importorskip("accelerate", reason="the Hugging Face Trainer needs accelerate")
-    name = finished / "store" / scores_names(finished)[0]
-    code = BLOCKS[2].replace('"out"', repr(str(tmp_path / "out"))).replace("=20", "=2")
-    code = "from opd_stream.batches import collate\n" + code
-    exec(code, page_names | {"rows": open_scores(name)})

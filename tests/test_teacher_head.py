@@ -16,13 +16,13 @@ from opd_stream.engines.fake_engine import FakeEngine
 from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
 from opd_stream.fused import OutputHead
+from opd_stream.hidden_states import read_head
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
 from stages.teacher_head import (
     check_bound,
     head_input,
-    read_head,
     store_head,
     unrounded,
     widened,

@@ -342,7 +342,11 @@ def _alignment_conflicts(config: "Config") -> Iterator[str]:
     """What a teacher with another tokenizer cannot give."""
     if config.scores.alignment is None or config.replay is not None:
         return
-    if (problem := unserved_by_chunks(config.train)) is not None:
+    if (
+        problem := unserved_by_chunks(
+            config.train.objective, merge_terminators=config.train.guards.merge_terminators
+        )
+    ) is not None:
         yield f"scores.alignment is set: {problem}"
     if config.rollouts.extra_draws:
         yield (

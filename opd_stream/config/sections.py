@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -354,26 +354,28 @@ class Extrapolation(Section):
     )
 
 
-def unserved_by_chunks(train: "Train") -> str | None:
-    """What of a training section scores with alignment cannot serve, with the way out; or None."""
-    lost = sorted(part.kind for part in train.objective if part.reads in ("draws", "drawn"))
+def unserved_by_chunks(
+    objectives: Sequence[AnyObjective], *, merge_terminators: bool
+) -> str | None:
+    """What of objectives scores with alignment cannot serve, with the way out; or None."""
+    lost = sorted(part.kind for part in objectives if part.reads in ("draws", "drawn"))
     if lost:
         return (
             f"objective {lost[0]} reads the teacher at ids that no text holds, which a teacher "
             "with another tokenizer cannot score; use sampled_pg, or an objective over candidates"
         )
-    if any(isinstance(part, SampledPg) and part.baseline != "none" for part in train.objective):
+    if any(isinstance(part, SampledPg) and part.baseline != "none" for part in objectives):
         return (
             "objective sampled_pg with baseline bucket reads candidates at every token, which a "
             "teacher with another tokenizer has at some; set baseline=none"
         )
-    kinds = {part.kind for part in train.objective}
-    if len(kinds) > 1 and any(part.reads == "token" for part in train.objective):
+    kinds = {part.kind for part in objectives}
+    if len(kinds) > 1 and any(part.reads == "token" for part in objectives):
         return (
             f"objectives {', '.join(sorted(kinds))} train at different tokens where the teacher "
             "has another tokenizer; use sampled_pg alone, or leave it out"
         )
-    if not train.guards.merge_terminators:
+    if not merge_terminators:
         return (
             "train.guards.merge_terminators is no, but the terminators of a teacher with another "
             "tokenizer can only be one outcome; set it to yes"

@@ -114,8 +114,8 @@ class _Part:
     bytes: int
 
 
-def open_scores(location: str | Path, *, memory_bytes: int = MEMORY_BYTES) -> "ScoredRows":
-    """The rows of one scores artifact: `STORE/scores/FINGERPRINT`, a folder or an object store.
+def open_cache(location: str | Path) -> tuple[Artifact, Artifact]:
+    """(rollouts, scores) of a complete scores artifact; the location is as in `open_scores`.
 
     Raises:
         UserError: there is no complete scores artifact.
@@ -128,7 +128,16 @@ def open_scores(location: str | Path, *, memory_bytes: int = MEMORY_BYTES) -> "S
         )
     store, fingerprint = Store(parts[0] if len(parts) == 3 else "."), parts[-1]
     scores = store.by_fingerprint("scores", fingerprint)
-    return ScoredRows([(store.scored_rollouts(scores), scores)], memory_bytes=memory_bytes)
+    return store.scored_rollouts(scores), scores
+
+
+def open_scores(location: str | Path, *, memory_bytes: int = MEMORY_BYTES) -> "ScoredRows":
+    """The rows of one scores artifact: `STORE/scores/FINGERPRINT`, a folder or an object store.
+
+    Raises:
+        UserError: there is no complete scores artifact.
+    """
+    return ScoredRows([open_cache(location)], memory_bytes=memory_bytes)
 
 
 class ScoredRows:
