@@ -113,8 +113,9 @@ def dropped_rows(
     found: dict[int, Reason] = {}
     seen: set[tuple[str, bytes]] = set()
     for row, ids in enumerate(rollouts.completion_ids):
+        own = rollouts.own_ids(row)
         key = (rollouts.prompt_id[row], ids.astype(np.int64).tobytes())
-        reason = _by_itself(keep, ids, rollouts.finish_reason[row])
+        reason = _by_itself(keep, own, rollouts.finish_reason[row])
         if reason is None and keep.distinct and key in seen:
             reason = "duplicate"
         seen.add(key)

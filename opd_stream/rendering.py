@@ -205,11 +205,14 @@ class Renderer:
         UserError: there is no such chat template, or its file cannot be read.
     """
 
-    def __init__(self, template: RawTemplate | ChatTemplate, tokenizer: Any) -> None:
+    def __init__(
+        self, template: RawTemplate | ChatTemplate, tokenizer: Any, *, jinja: str | None = None
+    ) -> None:
+        """Open it; `jinja` is the text of `template.file`, where that is not at hand."""
         self._template, self._tokenizer = template, tokenizer
-        self._jinja: str | None = None  # None: the tokenizer chooses
+        self._jinja = jinja  # None: the tokenizer chooses
         if isinstance(template, ChatTemplate):
-            self._jinja = _jinja(template, tokenizer)
+            self._jinja = jinja or _jinja(template, tokenizer)
             self._control = ControlTokens(tokenizer)
 
     def ids(self, prompt: Prompt) -> NDArray[np.int32]:
@@ -257,9 +260,9 @@ class Renderer:
         """
         template = self._template
         assert isinstance(template, ChatTemplate)
-        turns, _ = self._conversation(template, prompt)
         is_opened = opened and template.add_generation_prompt
-        return self._written(prompt, [*turns, *more], opened=is_opened, goes_on=False)
+        turns = [*self.turns(prompt), *more]
+        return self._written(prompt, turns, opened=is_opened, goes_on=False)
 
     def completion_ids(self, prompt: Prompt, answer: str) -> NDArray[np.int32]:
         """The ids behind a prompt's own that the template gives for an answer [T].
@@ -295,6 +298,11 @@ class Renderer:
         """Special tokens that the text of a prompt spells, but for the assistant's turns."""
         said = map(said_by_others, _turns(prompt))
         return sorted({token for text in said for token in self._control.found(text)})
+
+    def turns(self, prompt: Prompt) -> list[Turn]:
+        """The turns of a prompt as a chat template is given them."""
+        assert isinstance(self._template, ChatTemplate)
+        return self._conversation(self._template, prompt)[0]
 
     def guarded(self, turns: Sequence[Turn], name: str) -> list[Turn]:
         """Turns whose text spells no control token, as `template.control_tokens` says.
@@ -333,10 +341,9 @@ class Renderer:
         assert isinstance(template, ChatTemplate)
         if not _MARKS.search(self._tokenizer.get_chat_template(self._jinja, tools)):
             return None
-        turns, _ = self._conversation(template, prompt)
         found: dict[str, list[int]] = self._applied(
             prompt,
-            [*turns, *more],
+            [*self.turns(prompt), *more],
             add_generation_prompt=False,
             tokenize=True,
             return_dict=True,
@@ -437,7 +444,8 @@ class _EndlessError(BaseException):
 def _limited(cpu_seconds: float) -> Generator[None]:
     """End what a template does for so long; a signal can interrupt the main thread alone.
 
-    No command renders in another one: prompts are made before workers start.
+    No command renders in another one: prompts are made before workers start, and workers write the
+    turns of an environment in their main thread.
     """
 
     def stop(*_: Any) -> None:

@@ -183,3 +183,93 @@ def _inside(
         if number < len(spans):
             mask[place] = begin >= spans[number][0] and end <= spans[number][1]
     return mask
+
+
+_USER = {"role": "user", "content": "A question."}
+_REPLIES = ("An answer.", "<think>\nA thought.\n</think>\n\nAn answer.")
+
+
+class TurnWriter:
+    """Writes what stands between two turns of the student, as ids.
+
+    What the student drew stays as it was drawn: only what others say is tokenised, behind the token
+    that ended the student's turn.
+    """
+
+    def __init__(self, renderer: Renderer, tokenizer: Any, stop_ids: Sequence[int]) -> None:
+        self._renderer, self._tokenizer = renderer, tokenizer
+        spelled = {tokenizer.decode([token]): token for token in stop_ids}
+        self._stops = {text: token for text, token in spelled.items() if text}
+        self._stops = dict(sorted(self._stops.items(), key=lambda each: each[0].isspace()))
+
+    def check(self) -> None:
+        """Try the template on a few turns, with thoughts and without.
+
+        Raises:
+            UserError: it writes earlier turns anew, or ends the assistant's turn with no terminator
+                of the student.
+        """
+        prompt = Prompt(prompt_id="(a trial)", text="", answer=None, turns=(_USER,))
+        for reply in _REPLIES:
+            said: list[Turn] = [{"role": "assistant", "content": reply}]
+            opened = self._renderer.text(prompt)
+            ended = self._renderer.continued(prompt, said, opened=False)
+            if not ended.startswith(opened):
+                raise UserError(f"{rewrites(opened, ended)}; {_ADDS}")
+            said += [_USER, {"role": "assistant", "content": _REPLIES[0]}]
+            self.ids(prompt, said[:1], [_USER])
+            self.ids(prompt, said, [_USER])
+            first, later = (self._beginning(prompt, more) for more in ([], said[:2]))
+            if first != later:
+                raise UserError(
+                    f"the chat template begins the assistant's first turn with {first!r} and a "
+                    f"later one with {later!r}; expected the same; set template.file to another "
+                    "template"
+                )
+
+    def _beginning(self, prompt: Prompt, more: Sequence[Turn]) -> str:
+        """What the template writes before a turn of the assistant."""
+        parts = (self._renderer.continued(prompt, more, opened=each) for each in (False, True))
+        before, opened = parts
+        return opened.removeprefix(before)
+
+    def ids(self, prompt: Prompt, said: Sequence[Turn], new: Sequence[Turn]) -> Ids:
+        """The ids of turns behind others, with the beginning of the next one [N].
+
+        Args:
+            prompt: what the student answered first.
+            said: turns behind it; the last one is the student's.
+            new: the turns of others that follow.
+
+        Raises:
+            UserError: the template does not take them, or writes earlier turns anew; or one spells
+                a control token.
+        """
+        name = prompt.prompt_id
+        ended = self._renderer.continued(prompt, said, opened=False)
+        turns = [*said, *self._renderer.guarded(new, f"prompt {name!r}")]
+        text = self._renderer.continued(prompt, turns, opened=True)
+        if not text.startswith(ended):
+            raise UserError(f"prompt {name!r}: {rewrites(ended, text)}; {_ADDS}")
+        stop = next((stop for stop in self._stops if _is_last(stop, ended)), None)
+        if stop is None:
+            raise UserError(
+                f"the chat template ends the assistant's turn with {ended[-20:]!r}, and the "
+                f"student's turns end with {' or '.join(map(repr, self._stops))}; expected one of "
+                "these there; name the template's token in rollouts.stop_tokens"
+            )
+        between = text[ended.rindex(stop) :]
+        ids: list[int] = self._tokenizer(between, add_special_tokens=False)["input_ids"]
+        return np.array(ids[ids.index(self._stops[stop]) + 1 :], np.int64)
+
+
+def _is_last(stop: str, text: str) -> bool:
+    """Whether a text ends with a terminator, but for white space behind it."""
+    before, found, behind = text.rpartition(stop)
+    return bool(found) and not behind.strip() and bool(before)
+
+
+_ADDS = (
+    "an environment needs one that only adds to what it wrote, since what the student wrote stays; "
+    "set template.file to another template"
+)

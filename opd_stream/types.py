@@ -67,8 +67,36 @@ class RolloutBatch:
 
     @property
     def completion_tokens(self) -> int:
-        """Completion tokens in all rows."""
+        """Completion tokens in all rows, also of trajectories' turns of others."""
         return sum(len(ids) for ids in self.completion_ids)
+
+    def own_tokens(self, row: int) -> NDArray[np.bool_]:
+        """Which completion tokens of a row may train: the author's own [T]."""
+        if self.loss_mask is None:
+            return np.ones(len(self.completion_ids[row]), np.bool_)
+        return self.loss_mask[row]
+
+    def own_ids(self, row: int) -> NDArray[np.integer[Any]]:
+        """The completion of a row without the turns of others."""
+        return self.completion_ids[row][self.own_tokens(row)]
+
+    def answer_ids(self, row: int) -> NDArray[np.integer[Any]]:
+        """The author's last turn: of a row of one turn the completion."""
+        return self.completion_ids[row][last_turn(self.own_tokens(row))]
+
+
+def last_turn(own_T: NDArray[np.bool_]) -> slice:
+    """The last stretch of tokens that the author of a trajectory wrote.
+
+    Example:
+        >>> last_turn(np.array([True, False, True, True, False]))
+        slice(2, 4, None)
+    """
+    places = np.flatnonzero(own_T)
+    if not len(places):
+        return slice(0, 0)
+    others = np.flatnonzero(~own_T[: places[-1]])
+    return slice(int(others[-1]) + 1 if len(others) else 0, int(places[-1]) + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -130,6 +130,13 @@ def newline_spans(is_newline_T: NDArray[np.bool_]) -> NDArray[np.int64]:
     return span_T
 
 
+def own_tokens(row: ScoredRow) -> NDArray[np.bool_]:
+    """Completion tokens of a row that its author wrote: not those of others in a trajectory [T]."""
+    if row.loss_mask is None or row.chunk_ids is not None:  # the mask of chunks; no trajectory
+        return np.ones(len(row.completion_ids), np.bool_)
+    return row.loss_mask
+
+
 def trained_mask(
     row: ScoredRow, window_tokens: int, masked_ids: Collection[int] = ()
 ) -> NDArray[np.bool_]:

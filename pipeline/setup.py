@@ -21,6 +21,7 @@ from opd_stream.errors import UserError, named
 from opd_stream.fetching import fetch, local_folder
 from opd_stream.prompts import shuffled_rows
 from opd_stream.rendering import Rendering
+from opd_stream.sources import Prompts
 from opd_stream.store.artifact import Artifact
 from opd_stream.store.codecs import HiddenCodec
 from opd_stream.store.policy import UNREAD
@@ -129,7 +130,9 @@ def open_setup(config: Config, *, make: bool = True, works: bool = True) -> Setu
         check_given(setup, setup.prompts.tables())
         _check_routes(setup)
         lost = [*rows_left_out(setup.prompts, "prompts"), *_check_judged(config, setup.prompts)]
-        asked = check_evaluation(config, store, setup.student, setup.vocabulary)
+        if works and config.replay is None:
+            check_environment(config, setup.student, setup.vocabulary, config.prompts, table)
+        asked = check_evaluation(config, store, setup.student, setup.vocabulary, works=works)
         setup = replace(setup, warnings=(*setup.warnings, *lost, *asked), lost=tuple(asked))
     if not works:
         return setup
@@ -463,10 +466,35 @@ def check_states(config: Config) -> None:
         )
 
 
+def check_environment(
+    config: Config, student: Checkpoint, vocabulary: Vocabulary, source: Prompts, table: pa.Table
+) -> None:
+    """Refuse an environment, or a template, that fails on the first prompt of a source."""
+    environment = config.rollouts.environment
+    if environment is None:
+        return
+    from stages.trajectories import Trajectories, trajectories_recipe
+
+    Trajectories(
+        trajectories_recipe(environment, source.template),
+        stop_ids=vocabulary.stop_ids,
+        tokenizer=student.tokenizer(),
+        placed=environment,
+    ).try_out(table)
+
+
 def check_evaluation(
-    config: Config, store: Store, student: Checkpoint, vocabulary: Vocabulary
+    config: Config,
+    store: Store,
+    student: Checkpoint,
+    vocabulary: Vocabulary,
+    *,
+    works: bool = True,
 ) -> list[str]:
-    """Refuse what cannot be judged, before any work; returns what is left out, a line each."""
+    """Refuse what cannot be judged, before any work; returns what is left out, a line each.
+
+    `works` as in `open_setup`.
+    """
     if config.evaluation is None:
         return []
     from opd_stream.tasks.judges import open_judge
@@ -479,6 +507,10 @@ def check_evaluation(
         lost += rows_left_out(prompts, field)
         table = prompts.read_all()
         check_problems(field, config, part, student, table, vocabulary)
+        assert part.prompts is not None
+        if works:
+            with named(field):
+                check_environment(config, student, vocabulary, part.prompts, table)
         if part.kind == "distance":
             continue
         assert part.judge is not None

@@ -98,7 +98,8 @@ class StudentWorker(GenerateWorker):
 def measured_table(
     engine: "HiddenEngine", batch: RolloutBatch, teacher: "HiddenStates", head: "OutputHead"
 ) -> pa.Table:
-    """The distances of every completion token of some rollouts, as a shard.
+    """The distances of every completion token of some rollouts, as a shard: of trajectories, of
+    the tokens of their author.
 
     Args:
         engine: the student.
@@ -117,7 +118,10 @@ def measured_table(
         "prompt_id": pa.array(batch.prompt_id, pa.string()),
         "sample_index": pa.array(batch.sample_index, pa.int32()),
         **{
-            name: list_rows([row[number] for row in figures], np.float32)
+            name: list_rows(
+                [row[number, batch.own_tokens(place)] for place, row in enumerate(figures)],
+                np.float32,
+            )
             for number, name in enumerate(FIGURES)
         },
     }

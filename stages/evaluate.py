@@ -210,7 +210,7 @@ def _judged_answers(
     }
     for unit in rollouts.units():
         batch = rollouts_batch(rollouts.read_unit(unit))
-        texts = completion_texts(tokenizer, batch.completion_ids)
+        texts = completion_texts(tokenizer, [*map(batch.answer_ids, range(len(batch)))])
         rows = [
             row
             for row, name in enumerate(batch.prompt_id)
@@ -226,6 +226,6 @@ def _judged_answers(
                 completion=texts[row],
                 reference=asked[name]["answer"],
                 is_right=bool(is_right),
-                num_tokens=len(batch.completion_ids[row]),
+                num_tokens=int(batch.own_tokens(row).sum()),
                 finish_reason=batch.finish_reason[row],
             )

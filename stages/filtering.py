@@ -75,7 +75,7 @@ class RolloutFilter:
         def verdicts(rows: Sequence[int]) -> list[bool | None]:
             references = _readable(judge, prompts())
             known = [row for row in rows if batch.prompt_id[row] in references]
-            texts = completion_texts(self._tokenizer, [batch.completion_ids[row] for row in known])
+            texts = completion_texts(self._tokenizer, [batch.answer_ids(row) for row in known])
             answers = [references[batch.prompt_id[row]] for row in known]
             found = dict(
                 zip(known, judge.verdicts(list(zip(texts, answers, strict=True))), strict=True)

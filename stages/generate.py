@@ -23,7 +23,7 @@ from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
 from stages.given import given_batch
 from stages.prompts import probe_rows, prompts_of
-from stages.workers import TaskResult, Worker
+from stages.workers import Task, TaskResult, Worker
 
 
 class GenerateWorker(Worker):
@@ -45,7 +45,7 @@ def sample_unit(worker: Worker, result: TaskResult, folder: Callable[[], Path]) 
     start, cpu = time.time(), time.process_time()
     if "student" in rollouts.recipe.inputs:
         engine = worker.engine(folder, rollouts.recipe.inputs["student"], rollouts.recipe)
-        batch, before = _sampled(worker.store, engine, task.unit, rollouts)
+        batch, before = _sampled(worker, engine, task, rollouts)
     else:
         rows = rollouts.unit_rows(task.unit)
         prompts = prompts_of(worker.store, rollouts.recipe, rows)
@@ -56,7 +56,8 @@ def sample_unit(worker: Worker, result: TaskResult, folder: Callable[[], Path]) 
         **work,
         "rows": len(batch),
         "length_rows": sum(reason == "length" for reason in batch.finish_reason),
-        "repeated_tokens": sum(repeated_tokens(ids) for ids in batch.completion_ids),
+        "repeated_tokens": sum(map(repeated_tokens, map(batch.own_ids, range(len(batch))))),
+        **context_counts(batch),
         "cpu_seconds": round(time.process_time() - cpu, 3),
     }
     end = time.time()
@@ -72,20 +73,25 @@ def sample_unit(worker: Worker, result: TaskResult, folder: Callable[[], Path]) 
 
 
 def _sampled(
-    store: Store, engine: Engine, unit: int, rollouts: Artifact
+    worker: Worker, engine: Engine, task: Task, rollouts: Artifact
 ) -> tuple[RolloutBatch, RolloutBatch | None]:
     """The unit's rollouts, and the rows that they continue where these are not new."""
-    recipe = rollouts.recipe
+    recipe, store, unit = rollouts.recipe, worker.store, task.unit
     sampling = _sampling_settings(recipe)
     if "extends" in recipe.settings:
         before = base_rollouts(store, recipe, unit)
         return engine.extend(before, sampling), before
     if "probe" in recipe.settings:
         return engine.extend(probe_rows(store, recipe), sampling), None
+    prompts = prompts_of(store, recipe, rollouts.unit_rows(unit))
+    samples: int = recipe.settings["samples_per_prompt"]
+    if "environment" in recipe.settings:
+        trajectories = worker.trajectories(task, recipe)
+        return trajectories.sample(engine, prompts, sampling, samples_per_prompt=samples), None
     batch = engine.sample(
-        prompts_batch(prompts_of(store, recipe, rollouts.unit_rows(unit))),
+        prompts_batch(prompts),
         sampling,
-        samples_per_prompt=recipe.settings["samples_per_prompt"],
+        samples_per_prompt=samples,
         extra_draws=recipe.settings["extra_draws"],
     )
     return batch, None
@@ -153,13 +159,24 @@ def new_parts(before: RolloutBatch, after: RolloutBatch, rows: list[int]) -> Rol
 
 
 def token_counts(batch: RolloutBatch, *, without: Container[int] = ()) -> dict[str, float]:
-    """What the cost of rows follows from: tokens and attended pairs."""
+    """What the cost of rows follows from: tokens and attended pairs.
+
+    Turns of others in a trajectory count as what is read, like the prompt.
+    """
     total = TokenCounts(tokens=0, completion_tokens=0, pairs=0)
     for row in range(len(batch)):
         if row not in without:
-            prompt, completion = len(batch.prompt_ids[row]), len(batch.completion_ids[row])
-            total += counts_of(prompt_tokens=prompt, completion_tokens=completion)
+            completion = int(batch.own_tokens(row).sum())
+            context = len(batch.prompt_ids[row]) + len(batch.completion_ids[row]) - completion
+            total += counts_of(prompt_tokens=context, completion_tokens=completion)
     return asdict(total)
+
+
+def context_counts(batch: RolloutBatch) -> dict[str, float]:
+    """Of trajectories: completion tokens that their author did not write."""
+    if batch.loss_mask is None:
+        return {}
+    return {"context_tokens": float(sum(int((~mask).sum()) for mask in batch.loss_mask))}
 
 
 def extension_counts(before: RolloutBatch, after: RolloutBatch) -> dict[str, float]:

@@ -11,6 +11,7 @@ from opd_stream.config import Config, Evaluation, Model, counts_rounds
 from opd_stream.config.sections import Teacher
 from opd_stream.engines import engine_recipe
 from opd_stream.filters import Keep
+from opd_stream.sources import Prompts
 from opd_stream.store.codecs import ExactCodec, HiddenCodec
 from opd_stream.store.recipe import Recipe
 from opd_stream.tasks.distance import EDGES
@@ -19,6 +20,7 @@ from opd_stream.windows import AdaptiveWindow
 from stages.checkpoints import Checkpoint, Vocabulary
 from stages.filtering import keep_recipe
 from stages.prompts import every_prompt, held_out_prompts, round_prompts
+from stages.trajectories import trajectories_recipe
 
 if TYPE_CHECKING:
     from stages.cross_tokenizer import AlignmentRecipe
@@ -60,7 +62,16 @@ def rollouts_recipe(
         **({"student_top_k": rollouts.student_top_k} if rollouts.student_top_k else {}),
         temperature=rollouts.temperature,
         seed=config.seed * 1_000_003 + round_index,  # another pass over the prompts draws others
+        **_environment(config, config.prompts),
     )
+
+
+def _environment(config: Config, source: Prompts) -> dict[str, Any]:
+    """What answers the student's turns behind the prompts of a source, where anything does."""
+    environment = config.rollouts.environment
+    if environment is None:
+        return {}
+    return {"environment": trajectories_recipe(environment, source.template)}
 
 
 def _part(config: Config, part: Literal["own", "given"]) -> dict[str, Any] | None:
@@ -107,6 +118,7 @@ def given_recipe(
     assert config.teacher is not None
     settings |= {"extra_draws": 0, "temperature": rollouts.temperature}
     settings |= {**engine_recipe(config.teacher.engine), "dtype": config.teacher.dtype}
+    settings |= _environment(config, config.prompts)
     inputs = {"prompts": prompts, "student": teacher.identity.fingerprint}
     return Recipe(kind="rollouts", settings=settings, inputs=inputs)
 
@@ -187,7 +199,13 @@ def evaluation_rollouts_recipe(
         temperature=evaluation.temperature,
         seed=evaluation.seed,
         **_filters(evaluation),
+        **_environment(config, _source(evaluation)),
     )
+
+
+def _source(evaluation: Evaluation) -> Prompts:
+    assert evaluation.prompts is not None  # of one set of problems
+    return evaluation.prompts
 
 
 def _selection(config: Config, evaluation: Evaluation) -> dict[str, Any]:
@@ -223,6 +241,7 @@ def teacher_text_recipe(
             **vocabulary.recipe,
             **engine_recipe(settings.engine),
             "dtype": settings.dtype,
+            **_environment(config, _source(evaluation)),
         },
         inputs={"prompts": prompts, "student": teacher.identity.fingerprint},
     )

@@ -81,6 +81,11 @@ def _codec_of(scores: Artifact, rollouts: Artifact) -> Codec:
             f"{scores.name} is of given rollouts, which nobody drew; the residual compares teacher "
             "and student at drawn tokens; give it scores of the student's rollouts"
         )
+    if "environment" in rollouts.recipe.settings or _has_masks(rollouts):
+        raise UserError(
+            f"{scores.name} is of trajectories, whose turns of others nobody drew; the residual "
+            "compares teacher and student at drawn tokens; give it scores of single answers"
+        )
     codec = codec_of(scores.recipe.settings["codec"])
     uncorrectable = {"sampled": "ids drawn from the teacher", "hidden": "hidden states"}
     if (held := uncorrectable.get(codec.kind)) is not None:
@@ -89,6 +94,11 @@ def _codec_of(scores: Artifact, rollouts: Artifact) -> Codec:
             "compact"
         )
     return codec
+
+
+def _has_masks(rollouts: Artifact) -> bool:
+    record = rollouts.commit_record(0)
+    return record is not None and "loss_mask" in rollouts.read_schema(record).names
 
 
 def _fit(units: list[tuple[int, RolloutBatch, ScoreBatch]], settings: StyleSettings) -> StyleBias:

@@ -382,7 +382,10 @@ def student_gap(task: Task, batch: RolloutBatch, scored: ScoreBatch) -> dict[str
         return {}
     rows = [row for row in range(len(batch)) if row not in scored.refused]
     pairs = ((batch.behavior_logprobs[row], scored.teacher_logprobs[row]) for row in rows)
-    gaps = (np.subtract(own, theirs, dtype=np.float64).sum() for own, theirs in pairs)
+    gaps = (
+        np.subtract(own, theirs, dtype=np.float64)[batch.own_tokens(row)].sum()
+        for row, (own, theirs) in zip(rows, pairs, strict=True)
+    )
     return {"student_gap": float(sum(gaps))}
 
 
@@ -438,9 +441,7 @@ def _trains(batch: RolloutBatch, scored: ScoreBatch, row: int) -> bool:
     """Whether a row has a token that may train."""
     if row in scored.refused:
         return False
-    mask = np.ones(len(batch.completion_ids[row]), np.bool_)
-    if batch.loss_mask is not None:
-        mask &= batch.loss_mask[row]
+    mask = batch.own_tokens(row)
     if scored.chunk_ids is not None:
-        mask &= scored.chunk_ids[row] >= 0
+        mask = mask & (scored.chunk_ids[row] >= 0)
     return bool(mask.any())

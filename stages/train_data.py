@@ -13,7 +13,7 @@ import torch
 
 from opd_stream.batches import Batch, collate
 from opd_stream.store.reader import ScoredRow, ScoredRows, epoch_order
-from opd_stream.weighting import trained_mask
+from opd_stream.weighting import own_tokens, trained_mask
 from opd_stream.windows import Window
 
 
@@ -146,12 +146,12 @@ def read_epoch(
     ahead = rows.ahead([position for step in steps[skipped:] for position in step])
     for number, step in enumerate(steps[skipped:], start=first):
         whole, window = list(islice(ahead, len(step))), plan.window.tokens_at(number)
-        lengths = [len(row.completion_ids) for row in whole if not plan.is_given(row)]
+        masks = [own_tokens(row) for row in whole if not plan.is_given(row)]
         chosen = [plan.used(row) for row in whole]
         yield StepBatches(
             number=number,
             window_tokens=window,
-            cached_tokens=sum(lengths),
-            cut_tokens=sum(max(0, length - window) for length in lengths),
+            cached_tokens=sum(int(mask.sum()) for mask in masks),
+            cut_tokens=sum(int(mask[window:].sum()) for mask in masks),
             batches=step_batches(chosen, plan, number, rank=rank, world_size=world_size),
         )

@@ -22,15 +22,17 @@ from opd_stream.config import Config, Model, Pool, Teacher
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import Engine, VllmOptions
 from opd_stream.engines.server_client import ServerOptions
+from opd_stream.environments import Environment
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import DamagedUnit
-from opd_stream.store.files import RETRY_TIMEOUT
+from opd_stream.store.files import RETRY_TIMEOUT, canonical_json
 from opd_stream.store.policy import Part, identify
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
 
 if TYPE_CHECKING:
     from opd_stream.store.served import ServedTeacher
+    from stages.trajectories import Trajectories
 
 Role = Literal["student", "teacher"]
 HUNG = 75  # exit status of a worker that gave up its unit
@@ -111,6 +113,7 @@ class WorkerSettings:
     teacher_name: str | None = None  # of several: the one whose tasks it does
     unit_seconds: int | None = None  # a unit that takes longer ends the process
     store_seconds: float = RETRY_TIMEOUT  # how long a remote store is asked again
+    environment: Environment | None = None  # how it is called; the recipe says what it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +145,7 @@ def worker_specs(config: Config, roles: tuple[Role, ...]) -> list[WorkerSpec]:
                 teacher_name=name,
                 unit_seconds=pool.unit_seconds if config.executor == "ray" else None,
                 store_seconds=config.store_seconds,
+                environment=config.rollouts.environment,
             )
             specs.append(WorkerSpec(role=role, settings=settings, pool=pool))
     return specs
@@ -155,6 +159,7 @@ class Worker:
         self.store = Store(settings.store, retry_timeout=settings.store_seconds)
         self._engine: Engine | None = None
         self._loaded: str | None = None  # fingerprint of the engine's weights
+        self._trajectories: tuple[bytes, Trajectories] | None = None  # and what names them
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Run every row of a table (Ray Data passes one row at a time)."""
@@ -208,6 +213,21 @@ class Worker:
         if policy is None:
             return Path(folder)
         return self.store.policy_by_fingerprint(policy).folder(part)
+
+    def trajectories(self, task: Task, rollouts: Recipe) -> "Trajectories":
+        """The environment of a recipe of rollouts, opened once for all that name the same.
+
+        Raises:
+            UserError: its function cannot be imported, or is another one here.
+        """
+        from stages.trajectories import Trajectories
+
+        key = canonical_json([rollouts.settings["environment"], rollouts.settings["stop_ids"]])
+        if self._trajectories is None or self._trajectories[0] != key:
+            folder = self.student_folder(task, "texts")
+            found = Trajectories.of(rollouts, folder, self.settings.environment)
+            self._trajectories = (key, found)
+        return self._trajectories[1]
 
     def release(self) -> None:
         """Give up the engine; the next unit opens it again."""

@@ -287,6 +287,8 @@ PLACEMENT = (
     "store_seconds",
     "replay.store",
     "keep_optimizers",
+    "rollouts.environment.seconds",
+    "rollouts.environment.at_once",
     "student.batch_rows",
     "teacher.batch_rows",
     "teachers.*.batch_rows",

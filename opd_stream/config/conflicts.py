@@ -9,9 +9,10 @@ from opd_stream.config.sections import (
     unserved_by_given,
     unserved_by_own,
 )
+from opd_stream.rendering import RawTemplate
 from opd_stream.sources import EmbeddedPrompts
 from opd_stream.store.codecs import CompactCodec, HiddenCodec, SampledCodec
-from opd_stream.windows import AdaptiveWindow, LinearWindow
+from opd_stream.windows import AdaptiveWindow, FixedWindow, LinearWindow
 
 if TYPE_CHECKING:
     from opd_stream.config import Config
@@ -42,6 +43,7 @@ def conflicts(config: "Config") -> Iterator[str]:
         )
     yield from _objective_conflicts(config)
     yield from _given_conflicts(config)
+    yield from _environment_conflicts(config)
     yield from _extrapolation_conflicts(config)
     yield from _precision_conflicts(config)
     yield from _window_conflicts(config)
@@ -207,6 +209,55 @@ def _given_sources(config: "Config") -> Iterator[str]:
             "rollouts.given_share is 1 with window adaptive, whose audits continue the student's "
             "rollouts; lower given_share, or use another window"
         )
+
+
+def _environment_conflicts(config: "Config") -> Iterator[str]:
+    """What rollouts of several turns cannot be, or be together with."""
+    rollouts, jump = config.rollouts, config.train.extrapolation
+    if rollouts.environment is None:
+        return
+    evaluation, sources = config.evaluation, {"prompts": config.prompts}
+    if evaluation is not None and evaluation.prompts is not None:
+        sources["evaluation.prompts"] = evaluation.prompts
+    for name, part in (evaluation.benchmarks or {} if evaluation is not None else {}).items():
+        sources[f"evaluation.benchmarks.{name}.prompts"] = part.prompts
+    for field, source in sources.items():
+        if isinstance(source.template, RawTemplate):
+            yield (
+                f"rollouts.environment is set and {field}.template.kind is raw, which knows no "
+                "turns; expected a chat template, which writes the environment's; set "
+                f"{field}.template={{kind: chat}}"
+            )
+    if config.replay is not None:
+        return
+    is_continued = bool(config.staleness.max_policies)
+    against = {
+        "rollouts.extra_draws": (
+            bool(rollouts.extra_draws),
+            "further draws are not kept when a rollout goes on; set it to 0",
+        ),
+        "rollouts.window.kind=adaptive": (
+            isinstance(rollouts.window, AdaptiveWindow),
+            "audits continue rollouts without the environment; use another window",
+        ),
+        "staleness.max_policies": (
+            is_continued and not isinstance(rollouts.window, FixedWindow),
+            "kept rollouts are continued to a longer window without the environment; use a fixed "
+            "window",
+        ),
+        "scores.alignment": (
+            config.scores.alignment is not None,
+            "the environment's turns stand in the student's template; use a teacher with the same "
+            "tokenizer",
+        ),
+        "train.extrapolation.signal": (
+            jump is not None and jump.signal != "kl",
+            "its reward samples single answers; set signal=kl",
+        ),
+    }
+    for what, (is_set, why) in against.items():
+        if is_set:
+            yield f"{what} is set with rollouts.environment: {why}"
 
 
 def _extrapolation_conflicts(config: "Config") -> Iterator[str]:

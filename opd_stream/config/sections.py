@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from opd_stream.engines import EngineName
 from opd_stream.engines.base import VllmOptions
 from opd_stream.engines.server_client import ServerOptions
+from opd_stream.environments import Environment
 from opd_stream.errors import UserError
 from opd_stream.fetching import local_folder
 from opd_stream.filters import Keep
@@ -225,6 +226,11 @@ class Rollouts(Section):
         default="rows",
         description="who wrote them: rows: prompts.completion_field, one a prompt; teacher: it "
         "samples them as the student would, samples_per_prompt a prompt",
+    )
+    environment: Environment | None = later(
+        default=None,
+        description="what answers the student's turns, in training and evaluation: rollouts are "
+        "then conversations of several turns (docs/trajectories.md); left out: one answer",
     )
     keep: Keep | None = later(
         default=None,

@@ -205,7 +205,10 @@ def _import_unit(
     if has_mask and batch.loss_mask is None:  # of no row of this unit
         every = tuple(np.ones(len(ids), np.bool_) for ids in batch.completion_ids)
         batch = replace(batch, loss_mask=every)
-    counts = {"rows": len(batch), "completion_tokens": batch.completion_tokens}
+    own = sum(int(batch.own_tokens(row).sum()) for row in range(len(batch)))
+    counts = {"rows": len(batch), "completion_tokens": own}
+    if batch.loss_mask is not None:
+        counts["context_tokens"] = batch.completion_tokens - own
     record = rollouts.commit(unit, rollouts_table(batch), counts=counts)
     empty = [row for row, ids in enumerate(batch.completion_ids) if not len(ids)]
     scores.commit(

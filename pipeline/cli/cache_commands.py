@@ -47,12 +47,17 @@ def list_artifacts(location: StorePlace) -> None:
 def show(location: StorePlace, name: ArtifactName) -> None:
     """Recipe, size and fidelity of an artifact."""
     from opd_stream.coverage import coverage_text, is_low
+    from opd_stream.store.artifact import summed_counts
     from opd_stream.store.inventory import coverage_of, fidelity_report, open_artifact
 
     store = _existing(location)
     artifact = open_artifact(store, name)
     echo(f"{artifact.name}  {'complete' if artifact.is_complete() else 'not complete'}")
     typer.echo(json.dumps(artifact.recipe.as_json(), indent=2))
+    counts = summed_counts(artifact.listed_commits().values())
+    if (context := counts.get("context_tokens")) is not None:
+        own = int(counts.get("completion_tokens", 0))
+        echo(f"trajectories: {own:,} tokens of the student, {int(context):,} of others between")
     if artifact.recipe.kind == "scores":
         echo(f"{'codec':22} {json.dumps(artifact.recipe.settings.get('codec'))}")
         for field, value in fidelity_report(artifact).items():

@@ -16,6 +16,7 @@ CHECKS = (
     inputs.templates,
     inputs.prompts,
     inputs.answers,
+    inputs.environment,
     inputs.context,
     inputs.tokenizers,
     machine.devices,

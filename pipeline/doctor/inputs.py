@@ -18,6 +18,7 @@ from pipeline.doctor.subject import Subject
 from pipeline.rounds import named_checkpoint, rounds
 from pipeline.setup import (
     ContextUse,
+    check_environment,
     check_rounds,
     evaluation_context,
     stop_token_ids,
@@ -291,6 +292,23 @@ def answers(subject: Subject) -> Iterator[Finding]:
                 yield from _judged_answers(name, part, subject.table(name))
             except UserError as error:
                 yield answers.refused(error)
+
+
+@check("an environment that fails does so after the student was asked, turn by turn")
+def environment(subject: Subject) -> Iterator[Finding]:
+    """What answers the student's turns, tried on the first prompt of each source."""
+    asked, student = subject.config.rollouts.environment, subject.model("student")
+    if asked is None:
+        yield environment.ok("nothing answers the student's turns")
+        return
+    vocabulary = subject.setup.vocabulary
+    for name, source in subject.sources.items():
+        if name in subject.tables:
+            try:
+                check_environment(subject.config, student, vocabulary, source, subject.table(name))
+                yield environment.ok(f"{name}: environment {asked.kind} answers an empty turn")
+            except UserError as error:
+                yield environment.refused(error)
 
 
 def _judged_answers(name: str, part: Evaluation, table: pa.Table) -> Iterator[Finding]:

@@ -597,7 +597,7 @@ def _sampled(
     prompts = store.artifact(setup.prompts.recipe)
     prompts.create(rows=rows, rows_per_unit=rows)
     prompts.commit(0, few, counts={"rows": rows})
-    few_rows = {"prompts_per_round": rows, "samples_per_prompt": 1}
+    few_rows = {"prompts_per_round": rows, "samples_per_prompt": 1, "environment": None}
     recipe = rollouts_recipe(
         config.model_copy(update={"rollouts": config.rollouts.model_copy(update=few_rows)}),
         prompts=prompts.fingerprint,

@@ -26,7 +26,8 @@ from opd_stream.tokens import (
     token_figures,
     visible,
 )
-from opd_stream.weighting import trained_mask
+from opd_stream.types import last_turn
+from opd_stream.weighting import own_tokens, trained_mask
 from opd_stream.windows import AdaptiveWindow
 from pipeline.records import RoundPlanRecord
 from stages.recipes import is_given
@@ -125,6 +126,8 @@ class RoundReader:
         found = token_figures(row, has_ranks=not is_drawn and row.teacher_top_ids.shape[1] > 0)
         if cache.is_given:
             found.pop("reverse_kl")
+        else:
+            found["reverse_kl"] = np.where(own_tokens(row), found["reverse_kl"], 0.0)
         if by not in found:
             raise UserError(
                 f"{cache.scores.name} holds no ranked candidates, and so no {by}; "
@@ -161,7 +164,8 @@ class RoundReader:
             return None
         judge = evaluation.judge
         assert judge is not None  # validated
-        text = self.text.whole(row.completion_ids.tolist(), special=False)
+        answer_ids = row.completion_ids[last_turn(own_tokens(row))]
+        text = self.text.whole(answer_ids.tolist(), special=False)
         opened = open_judge(judge)
         return (
             Verdict(judge.kind, opened(text, answer), answer) if opened.can_read(answer) else None
@@ -222,8 +226,8 @@ class RolloutView:
 
     def student_probability(self, place: int) -> float | None:
         """Of the token at a place, when it was drawn; None: nobody drew it."""
-        drawn = self.row.behavior_logprobs[place]
-        return None if self.located.cache.is_given else math.exp(drawn)
+        is_drawn = not self.located.cache.is_given and own_tokens(self.row)[place]
+        return math.exp(self.row.behavior_logprobs[place]) if is_drawn else None
 
     @property
     def mean(self) -> float:
