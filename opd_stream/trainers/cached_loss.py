@@ -91,10 +91,7 @@ class CachedLoss:
         self.objectives, self.merge_terminators = tuple(objectives), merge_terminators
         check_served(caches, self.objectives, top_k=top_k, merge_terminators=merge_terminators)
         check_tokenizer(caches, options.get("processing_class"))
-        args.remove_unused_columns = False  # the model does not read `cached`
-        of_trl = getattr(args, "dataset_kwargs", ())
-        if of_trl != ():  # rows are tokens already
-            args.dataset_kwargs = {**(of_trl or {}), "skip_prepare_dataset": True}
+        if _leaves_rows_alone(args):
             data = [each.as_datasets() for each in data]
         trainer: Any = super()
         trainer.__init__(
@@ -233,6 +230,16 @@ class CachedLoss:
 
 class CachedDistillationTrainer(CachedLoss, _Trainer):  # pyright: ignore[reportUntypedBaseClass]
     """Hugging Face's Trainer on cached teacher scores; see `CachedLoss`."""
+
+
+def _leaves_rows_alone(args: Any) -> bool:
+    """Have a trainer leave examples as they are; returns whether it is trl's."""
+    args.remove_unused_columns = False  # the model does not read `cached`
+    of_trl = getattr(args, "dataset_kwargs", ())
+    if of_trl == ():
+        return False
+    args.dataset_kwargs = {**(of_trl or {}), "skip_prepare_dataset": True}
+    return True
 
 
 def _no_sums() -> torch.Tensor:
