@@ -13,11 +13,12 @@ from opd_stream.store.store import Store
 from opd_stream.tasks.distance import (
     FIGURE_NAMES,
     TEXT_NAMES,
+    Bootstrap,
     DistanceManifest,
     DistanceResult,
     distance_differences,
 )
-from opd_stream.tasks.pass_at_k import Bootstrap, Counts, Difference, default_ks, differences
+from opd_stream.tasks.pass_at_k import Counts, Difference, default_ks, differences
 from pipeline.records import Answers, EvaluationFile
 from pipeline.run_folder import RunFolder
 
@@ -59,18 +60,20 @@ def compare(left: str, right: str, bootstrap: Bootstrap) -> Iterator[str]:
     pairs = [_pair(name, *sides) for name in names]
     measured = [_distance_pair(name, *sides) for name in compared]
     yield f"A: {left}   B: {right}"
-    confidence = f"{100 * bootstrap.confidence:g}% interval of B - A"
+    interval = f"{100 * bootstrap.confidence:g}% interval of B - A"
     if pairs:
-        yield _ROW.format("benchmark", "problems", "figure", "A", "B", "B - A", confidence)
+        yield _ROW.format("benchmark", "problems", "figure", "A", "B", "B - A", interval)
     for name, pair in zip(names, pairs, strict=True):
-        found = differences([pair[0]], [pair[1]], default_ks(pair[0].samples), bootstrap)
+        ks = default_ks(pair[0].samples)
+        found = differences([pair[0]], [pair[1]], ks, confidence=bootstrap.confidence)
         yield from _rows(name, len(pair[0].correct), found)
     if len(pairs) > 1:
         ks = default_ks(min(a.samples for a, _ in pairs))
-        found = differences([a for a, _ in pairs], [b for _, b in pairs], ks, bootstrap)
+        lefts, rights = [a for a, _ in pairs], [b for _, b in pairs]
+        found = differences(lefts, rights, ks, confidence=bootstrap.confidence)
         yield from _rows(f"mean of {len(pairs)}", sum(len(a.correct) for a, _ in pairs), found)
     if measured:
-        yield _DISTANCE.format("distance", "prompts", "figure", "A", "B", "B - A", confidence)
+        yield _DISTANCE.format("distance", "prompts", "figure", "A", "B", "B - A", interval)
     for name, (a, b) in zip(compared, measured, strict=True):
         for text, said in TEXT_NAMES.items():
             found = distance_differences(a.sums[text], b.sums[text], bootstrap)

@@ -23,12 +23,12 @@ from opd_stream.store.store import Store
 from opd_stream.tasks.distance import (
     EDGES,
     FIGURES,
+    Bootstrap,
     MeasuredRow,
     distance_differences,
     ratio_intervals,
     text_distance,
 )
-from opd_stream.tasks.pass_at_k import Bootstrap
 from pipeline.cli.run_commands import print_run
 from pipeline.comparison import compare
 from pipeline.doctor.examination import examine

@@ -11,7 +11,7 @@ import pytest
 from opd_stream.errors import UserError
 from opd_stream.store.garbage import garbage
 from opd_stream.store.store import Store
-from opd_stream.tasks.pass_at_k import Bootstrap
+from opd_stream.tasks.distance import Bootstrap
 from pipeline.comparison import compare
 from pipeline.report.read import read_run
 from pipeline.report.text import state

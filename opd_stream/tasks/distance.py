@@ -7,6 +7,7 @@ Shapes: P prompts, M figures, T tokens of a row, R resamples of the prompts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from opd_stream.section import Record
 from opd_stream.store.recipe import RecipeRecord
-from opd_stream.tasks.pass_at_k import Bootstrap, Difference, Interval
+from opd_stream.tasks.pass_at_k import Difference, Interval
 
 FIGURES = ("reverse_kl", "forward_kl", "agreement", "cross_entropy")
 EDGES = (0, 8, 32, 128, 512, 2048, 8192)  # of positions in a completion; the last bin is open
@@ -27,6 +28,22 @@ FIGURE_NAMES = {
     "agreement": "agreement",
     "cross_entropy": "cross-entropy",
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bootstrap:
+    """How intervals of distances are made; the same settings give the same interval."""
+
+    confidence: float = 0.95
+    resamples: int = 4000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.confidence < 1 or self.resamples < 1:
+            raise ValueError(
+                f"confidence {self.confidence} and resamples {self.resamples}; expected a share "
+                "between 0 and 1, and at least one resample"
+            )
 
 
 class Figures(Record):

@@ -1,21 +1,26 @@
-"""pass@k and avg@n of an evaluation, with bootstrap intervals, of one policy or of two.
+"""pass@k and avg@n of an evaluation, with intervals, of one policy or of two.
 
 pass@k is the chance that at least one of k samples is right, estimated without bias (2107.03374,
-eq. 1); avg@n, the mean over all n samples, is pass@1 estimated from n samples. Intervals resample
-problems: both the choice of problems and the draw of answers show in how problems differ.
+eq. 1); avg@n, the mean over all n samples, is pass@1 estimated from n samples.
 
-Shapes: P problems, M values of each (one for each k), R resamples.
+Problems are the independent draws: both their choice and the draw of answers show in how they
+differ. An interval is Wilson's (1927) for as many independent answers as would give the variance
+between problems that was found (the effective sample size of Korn and Graubard, 1998), with
+Student's quantile. That of a paired difference squares and adds the distances of both sides to
+their limits, less what their correlation takes out (method 10 of Newcombe, 1998).
+
+Shapes: P problems, M values of each (one for each k).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb, sqrt
+from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 POWERS = (1, 2, 4, 8, 16, 32, 64)
-RESAMPLES_AT_ONCE = 200
 
 Interval = tuple[float, float]
 
@@ -55,53 +60,6 @@ def standard_error(correct: Sequence[int], *, samples: int) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bootstrap:
-    """How intervals are made; the same settings give the same interval.
-
-    Example:
-        >>> Bootstrap(confidence=0.9).intervals([[[0.0], [1.0], [1.0]]])
-    """
-
-    confidence: float = 0.95
-    resamples: int = 4000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.confidence < 1 or self.resamples < 1:
-            raise ValueError(
-                f"confidence {self.confidence} and resamples {self.resamples}; expected a share "
-                "between 0 and 1, and at least one resample"
-            )
-
-    def intervals(self, groups: Sequence[ArrayLike]) -> list[Interval]:
-        """Percentile intervals of M means, each the mean over groups of the mean over problems.
-
-        Args:
-            groups: arrays [P, M], one for each set of problems; P may differ, M may not.
-
-        Raises:
-            ValueError: there is no group, or one without problems.
-        """
-        arrays = [np.asarray(group, dtype=np.float64) for group in groups]
-        if not arrays or any(array.ndim != 2 or not len(array) for array in arrays):
-            raise ValueError("expected at least one group of shape [P, M] with problems")
-        tail = (1 - self.confidence) / 2
-        means_RM = np.mean([self._means(each, number) for number, each in enumerate(arrays)], 0)
-        low_M, high_M = np.quantile(means_RM, [tail, 1 - tail], axis=0)
-        return list(zip(low_M.tolist(), high_M.tolist(), strict=True))
-
-    def _means(self, values_PM: NDArray[np.float64], number: int) -> NDArray[np.float64]:
-        """The means over problems drawn with replacement [R, M]."""
-        problems = len(values_PM)
-        random = np.random.default_rng([self.seed, number])
-        parts: list[NDArray[np.float64]] = []
-        for start in range(0, self.resamples, RESAMPLES_AT_ONCE):
-            size = min(RESAMPLES_AT_ONCE, self.resamples - start)
-            parts.append(values_PM[random.integers(problems, size=(size, problems))].mean(1))
-        return np.concatenate(parts)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
     """How often a policy was right on one set of problems.
 
@@ -129,19 +87,20 @@ class Difference:
 
 
 def estimates(
-    sets: Sequence[Counts], ks: Sequence[int], bootstrap: Bootstrap | None = None
+    sets: Sequence[Counts], ks: Sequence[int], *, confidence: float = 0.95
 ) -> dict[str, tuple[float, Interval]]:
     """Name -> (estimate, interval): pass@k, and avg@n where all sets have n samples.
 
     With several sets each estimate is the mean over sets, each counting the same.
 
     Raises:
-        ValueError: there is no set or an empty one, or a k above the samples of one.
+        ValueError: there is no set or an empty one, or a k above the samples of one; or
+            `confidence` is no share.
     """
-    arrays = [counts.columns(ks) for counts in sets]
-    intervals = (bootstrap or Bootstrap()).intervals(arrays)
-    means = _means_over_sets(arrays)
-    named = {f"pass@{k}": (mean, each) for k, mean, each in zip(ks, means, intervals, strict=True)}
+    side = _Side.of(sets, ks)
+    low_M, high_M = side.limits(confidence)
+    found = zip(ks, side.mean_M.tolist(), low_M.tolist(), high_M.tolist(), strict=True)
+    named = {f"pass@{k}": (mean, (low, high)) for k, mean, low, high in found}
     numbers = {counts.samples for counts in sets}
     if len(numbers) == 1 and "pass@1" in named:
         named[f"avg@{numbers.pop()}"] = named["pass@1"]
@@ -152,18 +111,19 @@ def differences(
     left: Sequence[Counts],
     right: Sequence[Counts],
     ks: Sequence[int],
-    bootstrap: Bootstrap | None = None,
+    *,
+    confidence: float = 0.95,
 ) -> dict[str, Difference]:
-    """Name -> the paired difference: both policies are measured on every resampled problem.
+    """Name -> the paired difference: what makes a problem hard for both policies cancels out.
 
     Args:
         left: sets of problems of one policy.
         right: the same sets of the other, in the same order.
         ks: of pass@k.
-        bootstrap: how intervals are made.
+        confidence: of the intervals.
 
     Raises:
-        ValueError: the problems or their numbers of samples are not the same.
+        ValueError: the problems or their numbers of samples are not the same, or as `estimates`.
     """
     for a, b in zip(left, right, strict=True):
         if set(a.correct) != set(b.correct) or a.samples != b.samples:
@@ -171,14 +131,95 @@ def differences(
                 f"{len(a.correct)} problems with {a.samples} samples beside {len(b.correct)} with "
                 f"{b.samples}; expected the same problems and samples"
             )
-    sides = [[counts.columns(ks) for counts in side] for side in (left, right)]
-    paired = [b - a for a, b in zip(*sides, strict=True)]
-    intervals = (bootstrap or Bootstrap()).intervals(paired)
+    one, other = _Side.of(left, ks), _Side.of(right, ks)
+    (low_a, high_a), (low_b, high_b) = one.limits(confidence), other.limits(confidence)
+    shared = _correlation(one, other)
+
+    def width(up: NDArray[np.float64], down: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.sqrt(np.maximum(up**2 + down**2 - 2 * shared * up * down, 0))
+
+    difference = other.mean_M - one.mean_M
+    low = difference - width(other.mean_M - low_b, high_a - one.mean_M)
+    high = difference + width(high_b - other.mean_M, one.mean_M - low_a)
+    columns = (one.mean_M, other.mean_M, difference, low, high)
+    found = zip(ks, *(column.tolist() for column in columns), strict=True)
     return {
-        f"pass@{k}": Difference(left=a, right=b, difference=b - a, interval=interval)
-        for k, a, b, interval in zip(ks, *map(_means_over_sets, sides), intervals, strict=True)
+        f"pass@{k}": Difference(left=a, right=b, difference=d, interval=(first, last))
+        for k, a, b, d, first, last in found
     }
 
 
-def _means_over_sets(arrays: Sequence[NDArray[np.float64]]) -> list[float]:
-    return np.mean([array.mean(0) for array in arrays], axis=0).tolist()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Side:
+    """One policy on all sets of problems."""
+
+    arrays: Sequence[NDArray[np.float64]]  # [P, M] of each set
+    answers: int  # to all problems
+    mean_M: NDArray[np.float64]  # over sets of the mean over problems
+    variance_M: NDArray[np.float64]  # of `mean_M`
+
+    @classmethod
+    def of(cls, sets: Sequence[Counts], ks: Sequence[int]) -> "_Side":
+        if not sets or not all(counts.correct for counts in sets):
+            raise ValueError("expected at least one set of problems, and none that is empty")
+        arrays = [counts.columns(ks) for counts in sets]
+        return cls(
+            arrays=arrays,
+            answers=sum(counts.samples * len(counts.correct) for counts in sets),
+            mean_M=np.mean([array.mean(0) for array in arrays], axis=0),
+            variance_M=_covariance(arrays, arrays),
+        )
+
+    def limits(self, confidence: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The interval of each mean [M]."""
+        problems = sum(map(len, self.arrays))
+        quantile = student_quantile(confidence, max(problems - len(self.arrays), 1))
+        spread_M = self.mean_M * (1 - self.mean_M)  # of a single answer
+        safe_M = np.where(self.variance_M > 0, self.variance_M, 1)
+        # Problems that are all alike show no variance: then each counts as one answer.
+        size_M = np.where(self.variance_M > 0, spread_M / safe_M, problems).clip(1, self.answers)
+        square = quantile**2 / size_M
+        middle_M = (self.mean_M + square / 2) / (1 + square)
+        half_M = quantile / (1 + square) * np.sqrt(spread_M / size_M + square / size_M / 4)
+        return (middle_M - half_M).clip(0, 1), (middle_M + half_M).clip(0, 1)
+
+
+def _covariance(
+    left: Sequence[NDArray[np.float64]], right: Sequence[NDArray[np.float64]]
+) -> NDArray[np.float64]:
+    """Of two means over sets of means over the same problems [M]; 0 where a set has one problem."""
+    parts = [
+        ((a - a.mean(0)) * (b - b.mean(0))).sum(0) / max(len(a) - 1, 1) / len(a)
+        for a, b in zip(left, right, strict=True)
+    ]
+    return np.sum(parts, axis=0) / len(parts) ** 2
+
+
+def _correlation(one: _Side, other: _Side) -> NDArray[np.float64]:
+    """Of the means of two policies [M]; 0 where one does not vary."""
+    product_M = np.sqrt(one.variance_M * other.variance_M)
+    shared_M = _covariance(one.arrays, other.arrays) / np.where(product_M > 0, product_M, 1)
+    return shared_M.clip(-1, 1)
+
+
+def student_quantile(confidence: float, degrees: int) -> float:
+    """The two-sided quantile of Student's distribution, by the series of Fisher and Cornish (1960).
+
+    Within 0.2 % from 5 degrees on.
+
+    Raises:
+        ValueError: `confidence` is no share.
+
+    Example:
+        >>> round(student_quantile(0.95, 9), 3)
+        2.262
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}; expected a share between 0 and 1")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    return (
+        z
+        + (z**3 + z) / (4 * degrees)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
+    )

@@ -161,10 +161,10 @@ def compare(
     left: Annotated[str, typer.Argument(metavar="A", help="RUN, RUN@VERSION or evaluate's --out.")],
     right: Annotated[str, typer.Argument(metavar="B", help="The same.")],
     confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of intervals.")] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap of distances.")] = 0,
 ) -> None:
     """Compare two policies on the same problems and seeds, with intervals."""
-    from opd_stream.tasks.pass_at_k import Bootstrap
+    from opd_stream.tasks.distance import Bootstrap
     from pipeline.comparison import compare as compare_policies
 
     for line in compare_policies(left, right, Bootstrap(confidence=confidence, seed=seed)):
