@@ -23,7 +23,8 @@ def make_residual(
 ) -> Artifact:
     """Scores without the teacher's style bias; units that are committed are not made again.
 
-    The sampled token loses the bias of its id and place. Candidates lose the bias of their ids,
+    The sampled token loses the bias of its id and place, and has no more than probability 1, which
+    no codec could store. Candidates lose the bias of their ids,
     what is outside them that of an unseen id, and all are renormalised together.
 
     Raises:
@@ -126,7 +127,7 @@ def _corrected(
     forced = list(scored.teacher_forced_logprobs)
     for number, row in enumerate(rows, start=first):
         fold = bias.fold[number]
-        sampled[row] = (sampled[row] - bias.rows[number]).astype(np.float32)
+        sampled[row] = np.minimum(sampled[row] - bias.rows[number], 0).astype(np.float32)
         table, unseen = bias.by_id[fold], bias.unseen[fold]
         of_ids = np.vectorize(lambda i, t=table, u=unseen: t.get(int(i), u), otypes=[float])
         ids, logprobs = top_ids[row], top[row].astype(np.float64)

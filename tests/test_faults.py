@@ -23,6 +23,7 @@ from tests.test_ray import ray_command, summary_of, wait_for_unit
 
 pytestmark = pytest.mark.slow
 SLOW = {"OPD_STREAM_FAKE_SECONDS_PER_TOKEN": "0.004"}
+UNITS = "rollouts/*/units/*.json"
 FAKES = ("evaluation=null", "student.engine=fake", "teacher.engine=fake", "rounds=1")
 
 
@@ -46,15 +47,17 @@ def workers(name: str, below: int) -> set[int]:
 
 
 def end_while_killing(
-    command: list[str], name: str, times: int, **env: str
+    command: list[str], name: str, times: int, store: Path, **env: str
 ) -> tuple[subprocess.CompletedProcess[str], set[int]]:
-    """Run a command and kill its first workers of a name, each some time after it appeared."""
+    """Run a command and kill its first workers of a name, once its store has a first rollout."""
     killed: set[int] = set()
     with subprocess.Popen(
         command, text=True, stderr=subprocess.PIPE, env={**os.environ, **env}
     ) as going:
 
         def work() -> None:
+            while going.poll() is None and not list(store.glob(UNITS)):
+                time.sleep(0.1)
             while going.poll() is None and len(killed) < times:
                 for worker in workers(name, going.pid) - killed:
                     time.sleep(1)
@@ -81,7 +84,9 @@ def test_a_worker_killed_in_its_unit_is_started_again(tmp_path: Path) -> None:
     run(small_config(tmp_path / "local", *settings), RunFolder(tmp_path / "r"), Silent())
     (tmp_path / "ray").mkdir()
     command = ray_command(tmp_path / "ray", *settings)
-    found, killed = end_while_killing(command, "MapBatches(TeacherWorker)", 1, **SLOW)
+    found, killed = end_while_killing(
+        command, "MapBatches(TeacherWorker)", 1, tmp_path / "ray/store", **SLOW
+    )
     assert found.returncode == 0, found.stderr
     assert killed
     local = RunFolder(tmp_path / "r").summary()
@@ -91,11 +96,13 @@ def test_a_worker_killed_in_its_unit_is_started_again(tmp_path: Path) -> None:
 
 def test_an_engine_that_always_dies_ends_the_run_with_a_reason(tmp_path: Path) -> None:
     command = ray_command(tmp_path, *FAKES, "prompts_per_unit=1")
-    found, killed = end_while_killing(command, "MapBatches(TeacherWorker)", 1000, **SLOW)
+    found, killed = end_while_killing(
+        command, "MapBatches(TeacherWorker)", 1000, tmp_path / "store", **SLOW
+    )
     assert found.returncode == 2, found.stderr
     assert len(killed) >= 4
     assert "a worker died 4 times" in found.stderr.splitlines()[-1]
-    assert list((tmp_path / "store" / "rollouts").glob("*/units/*.json"))  # what is done stays
+    assert list((tmp_path / "store").glob(UNITS))  # what is done stays
     assert called(command).returncode == 0
 
 
