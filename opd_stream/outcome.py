@@ -134,6 +134,19 @@ class WindowAudit(WindowDecision):
     cpu_seconds: float
 
 
+class LevelRate(Record):
+    """How often the student answered prompts of a level right (rollouts.select)."""
+
+    level: str
+    right: int
+    judged: int
+
+    @property
+    def rate(self) -> float:
+        """Share of right rollouts among those that were judged."""
+        return self.right / self.judged
+
+
 class TrainOutcome(Record):
     """What a training stage did."""
 
@@ -147,6 +160,7 @@ class TrainOutcome(Record):
     units: tuple[UnitRecord, ...] = ()  # where units may outlive their policy
     extrapolations: tuple[ExtrapolationRecord, ...] = ()
     window_decision: WindowAudit | None = None
+    levels: tuple[LevelRate, ...] = later(default=())  # that decide the next round's prompts
     processes: int
     gradient_checkpointing: bool = False  # each forward pass was done twice
     made_by: str  # id of the run

@@ -18,7 +18,7 @@ from opd_stream.errors import UserError, named
 from opd_stream.rendering import ChatTemplate, Prompt, RawTemplate, Renderer, Rendering
 from opd_stream.rows import PlacedRow
 from opd_stream.sources import EmbeddedPrompts, Prompts, belongs, read_rows, shown
-from opd_stream.store.shards import COMPLETIONS, PROMPTS, id_lists
+from opd_stream.store.shards import COMPLETIONS, LEVEL, PROMPTS, id_lists
 
 ROWS_AT_ONCE = 1024  # of a source: what a tokenizer is given in one call
 
@@ -100,6 +100,9 @@ def _tokenised(source: Prompts, renderer: Renderer, prompts: list[Prompt]) -> To
     table = _table([left[row] for row in kept], [ids[row] for row in kept])
     if not isinstance(source, EmbeddedPrompts) and source.gives_answers:
         table = _with_completions(table, renderer, [left[row] for row in kept])
+    if not isinstance(source, EmbeddedPrompts) and source.level_field is not None:
+        levels = [left[row].level for row in kept]
+        table = table.append_column(LEVEL, pa.array(levels, pa.string()))
     return TokenisedPrompts(table=table, lost={name: rows for name, rows in lost.items() if rows})
 
 

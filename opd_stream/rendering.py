@@ -196,6 +196,7 @@ class Prompt:
     turns: tuple[Turn, ...] | None = None  # of a row that holds messages
     tools: tuple[dict[str, Any], ...] | None = None  # schemas
     completions: tuple[str, ...] = ()  # given answers
+    level: str | None = None  # that rollouts.select goes by
 
 
 class Renderer:

@@ -88,6 +88,10 @@ class RowPrompts(Section):
         description="field that holds a given answer, or a list of them, that rollouts.given_share "
         "trains on (docs/rollouts.md); a row may have none",
     )
+    level_field: str | None = later(
+        default=None,
+        description="field that holds the level of a prompt, for rollouts.select",
+    )
     id_field: str | None = Field(
         default=None, description="field that identifies a prompt; default: the row's number"
     )
@@ -385,6 +389,7 @@ def _prompt(
         turns=turns,
         tools=None if turns is None else tools_of(row.get(source.tools_field), place),
         completions=_completions(source, place, row, turns or ()),
+        level=_level(source, place, row),
     )
     for said in (prompt.prompt_id, prompt.text, prompt.answer or "", *prompt.completions):
         _check_unicode(place, said)
@@ -472,6 +477,19 @@ def _completions(
             f"{said} holds an empty completion; expected text; mend the row, or set it to null"
         )
     return tuple(texts)
+
+
+def _level(source: FilePrompts | DatasetPrompts, place: str, row: dict[str, Any]) -> str | None:
+    """The level of a row; None: the source names none."""
+    if source.level_field is None:
+        return None
+    value = value_of(row, source.level_field, place, "level_field")
+    if (level := _scalar(value)) is None:
+        raise UserError(
+            f"{place}: field {source.level_field!r} {_found(value)}; expected text or a number; "
+            "mend the row, or set level_field"
+        )
+    return level
 
 
 def _texts(value: Any, said: str, remedy: str) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from opd_stream.config import Config
 from opd_stream.config.sections import unserved_by_given, unserved_by_own
+from opd_stream.curriculum import chosen_prompts
 from opd_stream.errors import UserError
 from opd_stream.outcome import TrainOutcome, UnitRecord
 from opd_stream.staleness import UnitDecision, UnitState, decide_unit
@@ -21,6 +22,7 @@ from pipeline.plan import RoundPlan
 from pipeline.records import CacheRecord, Origin, RunSummary, UnitDecisionRecord
 from pipeline.setup import Setup
 from stages.checkpoints import Checkpoint
+from stages.levels import prompt_levels
 from stages.recipes import (
     extension_recipe,
     given_recipe,
@@ -114,9 +116,24 @@ class Cache:
         )
 
 
-def fresh_caches(setup: Setup, plan: RoundPlan, student: Checkpoint) -> tuple[Cache, ...]:
-    """Rollouts of the current student on the prompts of the round, with each teacher's scores."""
-    return tuple(fresh_cache(each, plan, student) for each in setup.by_teacher)
+def fresh_caches(
+    setup: Setup, plan: RoundPlan, student: Checkpoint, outcome: TrainOutcome | None
+) -> tuple[Cache, ...]:
+    """Rollouts of the current student on the prompts of the round, with each teacher's scores.
+
+    `outcome` of the round before has the pass rates by which a curriculum chooses them.
+    """
+    select, chosen = setup.config.rollouts.select, None
+    if select is not None and outcome is not None and outcome.levels:
+        chosen = chosen_prompts(
+            select,
+            prompt_levels(setup.prompts),
+            outcome.levels,
+            seed=setup.config.seed,
+            round_index=plan.round_index,
+            per_round=setup.config.rollouts.prompts_per_round,
+        )
+    return tuple(fresh_cache(each, plan, student, chosen=chosen) for each in setup.by_teacher)
 
 
 def fresh_cache(
@@ -124,8 +141,12 @@ def fresh_cache(
     plan: RoundPlan,
     student: Checkpoint,
     ranges: Sequence[tuple[int, int]] | None = None,
+    chosen: Sequence[int] | None = None,
 ) -> Cache:
-    """Rollouts of the current student on the prompts of the round, or on some ranges of them."""
+    """Rollouts of the current student on the prompts of the round, or on some ranges of them.
+
+    `chosen` has the numbers of the round's prompts, where the seed alone does not decide them.
+    """
     recipe = rollouts_recipe(
         setup.config,
         prompts=setup.prompts.fingerprint,
@@ -134,6 +155,7 @@ def fresh_cache(
         round_index=plan.round_index,
         window_tokens=plan.window_tokens,
         ranges=ranges,
+        chosen=chosen,
     )
     rollouts = Step(
         kind=GENERATE,

@@ -165,7 +165,7 @@ def _round_caches(
     if outcome is not None and outcome.units:
         kept = kept_caches(setup, plan, students, outcome)
     elif setup.config.rollouts.own_prompts:
-        fresh = fresh_caches(setup, plan, students[-1]) if ahead is None else (ahead,)
+        fresh = fresh_caches(setup, plan, students[-1], outcome) if ahead is None else (ahead,)
         kept = Kept(caches=fresh)
     else:
         kept = Kept()

@@ -13,8 +13,10 @@ from itertools import islice
 from pathlib import Path
 
 from opd_stream.config import Config
+from opd_stream.curriculum import levels_text, measured_levels
 from opd_stream.errors import UserError
 from opd_stream.memory import give_back
+from opd_stream.outcome import LevelRate
 from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.garbage import drop_states
 from opd_stream.store.policy import DamagedPolicy, Part, identify
@@ -39,6 +41,7 @@ from stages.collect import (
     wait_for,
 )
 from stages.executors import Executor, open_executor
+from stages.levels import level_verdicts
 from stages.step import PROBE, Progress, Step, of_stage, with_needs
 from stages.workers import Role
 
@@ -430,6 +433,7 @@ def train_policy(session: Session, setup: Setup, round_: Round, *, again: bool =
             is_gated=any(decision.action == "gated" for decision in round_.unit_decisions),
             probe=audited,
             earlier_decision=round_.audit,
+            levels=_levels(setup, round_),
             window_tokens=round_.window_tokens,
             masked_ids=masked_ids(config, tokenizer),
             newline_ids=newline_ids(config, tokenizer),
@@ -445,9 +449,28 @@ def train_policy(session: Session, setup: Setup, round_: Round, *, again: bool =
     )
     give_back()
     session.spans.append((start, time.time()))
-    audit = round_.policy.manifest().outcome.window_decision
-    if audit is not None and not again:
+    if not again:
+        _say_next(session, round_)
+
+
+def _say_next(session: Session, round_: Round) -> None:
+    """What the round that was trained has decided about the next one."""
+    select, outcome = session.config.rollouts.select, round_.policy.manifest().outcome
+    if (audit := outcome.window_decision) is not None:
         session.progress.say(f"next round: {audit.reason}")
+    if select is not None and outcome.levels:
+        session.progress.say(f"next round: {levels_text(select, outcome.levels)}")
+
+
+def _levels(setup: Setup, round_: Round) -> tuple[LevelRate, ...]:
+    """The pass rates after a round by which the next one's prompts are chosen, where any are."""
+    select, previous = setup.config.rollouts.select, round_.previous
+    if select is None:
+        return ()
+    earlier = () if previous is None else previous.manifest().outcome.levels
+    rollouts = round_.own_caches[0].rollouts.shards  # that several teachers may score
+    verdicts = level_verdicts(setup.store, rollouts, select.judge, setup.student.tokenizer())
+    return measured_levels(earlier, verdicts)
 
 
 def evaluate_policy(

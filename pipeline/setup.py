@@ -421,6 +421,8 @@ def with_default_distance(config: Config, rows: int | None) -> tuple[Config, str
         why = "the teacher is another one each round"
     elif mute:
         why = f"{mute[0]}.engine gives no hidden states"
+    elif config.rollouts.select is not None:
+        why = "rollouts.select may read any of the prompts"
     elif read + wanted > rows:
         why = f"the rounds read {read:,} of {rows:,} prompts, which leaves fewer than {wanted}"
     if why is not None:
@@ -521,9 +523,10 @@ def check_evaluation(
 
 
 def prompt_judges(config: Config) -> "list[AnyJudge]":
-    """Judges of answers to the training prompts: of a reward, and of a filter."""
+    """Judges of answers to the training prompts: of a filter, a curriculum and a reward."""
     keep, extrapolation = config.rollouts.keep, config.train.extrapolation
     judges = [] if keep is None or config.replay is not None else [keep.judge]
+    judges += [] if config.rollouts.select is None else [config.rollouts.select.judge]
     if config.evaluation is not None and extrapolation is not None and extrapolation.signal != "kl":
         judged = config.evaluation.judged()
         assert judged is not None  # the config asks for one

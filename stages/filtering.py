@@ -73,7 +73,7 @@ class RolloutFilter:
         judge = self._judge
 
         def verdicts(rows: Sequence[int]) -> list[bool | None]:
-            references = _readable(judge, prompts())
+            references = readable_answers(judge, prompts())
             known = [row for row in rows if batch.prompt_id[row] in references]
             texts = completion_texts(self._tokenizer, [batch.answer_ids(row) for row in known])
             answers = [references[batch.prompt_id[row]] for row in known]
@@ -85,7 +85,7 @@ class RolloutFilter:
         return dropped_rows(self._keep, batch, verdicts)
 
 
-def _readable(judge: Judge, prompts: pa.Table) -> dict[str, str]:
+def readable_answers(judge: Judge, prompts: pa.Table) -> dict[str, str]:
     """Prompt id -> its reference answer, where the judge can read it."""
     ids, answers = (prompts[name].to_pylist() for name in ("prompt_id", "answer"))
     unreadable = set(judge.unreadable(answers))

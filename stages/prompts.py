@@ -343,6 +343,11 @@ def held_out_prompts(*, seed: int, rows: int) -> dict[str, Any]:
     return {"order": "held_out", "seed": seed, "rows": rows}
 
 
+def chosen_selection(rows: Sequence[int]) -> dict[str, Any]:
+    """The selection of prompts that a curriculum chose, by their numbers."""
+    return {"order": "chosen", "rows": list(rows)}
+
+
 def round_prompts(
     *,
     seed: int,
@@ -369,6 +374,8 @@ def selected_rows(
     selection: dict[str, Any], rows: int, answered: Answered = lambda rows: None
 ) -> list[int]:
     """Row numbers in a prompts artifact of so many rows; `answered` of them."""
+    if selection["order"] == "chosen":
+        return selection["rows"]
     if selection["order"] == "all":
         return list(range(rows))
     if selection["order"] == "held_out":

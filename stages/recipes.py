@@ -19,7 +19,7 @@ from opd_stream.tasks.judges import judge_recipe
 from opd_stream.windows import AdaptiveWindow
 from stages.checkpoints import Checkpoint, Vocabulary
 from stages.filtering import keep_recipe
-from stages.prompts import every_prompt, held_out_prompts, round_prompts
+from stages.prompts import chosen_selection, every_prompt, held_out_prompts, round_prompts
 from stages.trajectories import trajectories_recipe
 
 if TYPE_CHECKING:
@@ -38,24 +38,27 @@ def rollouts_recipe(
     round_index: int,
     window_tokens: int,
     ranges: Sequence[tuple[int, int]] | None = None,
+    chosen: Sequence[int] | None = None,
 ) -> Recipe:
     """Rollouts of one round, on all of its prompts or on some ranges of them.
 
-    `prompts` is the fingerprint of the prompts artifact.
+    `prompts` is the fingerprint of the prompts artifact; `chosen` are the numbers of those that a
+    curriculum chose.
     """
     rollouts = config.rollouts
+    drawn = round_prompts(
+        seed=config.seed,
+        round_index=round_index,
+        per_round=rollouts.prompts_per_round,
+        ranges=ranges,
+        given=_part(config, "own"),
+    )
     return _sampling(
         config,
         prompts=prompts,
         student=student,
         vocabulary=vocabulary,
-        selection=round_prompts(
-            seed=config.seed,
-            round_index=round_index,
-            per_round=rollouts.prompts_per_round,
-            ranges=ranges,
-            given=_part(config, "own"),
-        ),
+        selection=drawn if chosen is None else chosen_selection(chosen),
         window_tokens=window_tokens,
         samples_per_prompt=rollouts.samples_per_prompt,
         extra_draws=rollouts.extra_draws,
@@ -445,12 +448,19 @@ def policy_recipe(
             "window": config.rollouts.window.recipe(),
             **({} if window_tokens is None else {"window_tokens": window_tokens}),
             "units": [None if units is None else list(units) for _, _, units in caches],
+            **_measured(config),
             **({"weights": list(weights)} if any(weight != 1 for weight in weights) else {}),
             "first_step": first_step,
             "seed": config.seed,
         },
         inputs=inputs,
     )
+
+
+def _measured(config: Config) -> dict[str, Any]:
+    """What the pass rates of levels that a policy records follow from, if it records some."""
+    select = config.rollouts.select
+    return {} if select is None else {"levels": judge_recipe(select.judge)}
 
 
 def _reward(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:

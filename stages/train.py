@@ -471,6 +471,7 @@ def publish(training: Training, units: tuple[UnitRecord, ...], audited: WindowAu
         units=units,
         extrapolations=tuple(state.extrapolations),
         window_decision=audited,
+        levels=job.levels,
         processes=training.fabric.world_size,
         gradient_checkpointing=job.config.train.gradient_checkpointing,
         made_by=job.made_by,

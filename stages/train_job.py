@@ -12,7 +12,7 @@ from opd_stream.errors import UserError
 from opd_stream.filters import dropped_of, dropped_text
 from opd_stream.hidden_states import exact_head, read_head
 from opd_stream.objectives import Objective
-from opd_stream.outcome import WindowAudit
+from opd_stream.outcome import LevelRate, WindowAudit
 from opd_stream.rebuilt import TeacherHead
 from opd_stream.store.artifact import DamagedUnit, summed_counts
 from opd_stream.store.policy import ADAPTER, EXACT, OPTIMIZER, PolicyArtifact
@@ -48,6 +48,7 @@ class TrainJob:
     prompts: str  # fingerprint of the training prompts
     probe: tuple[str, str] | None  # fingerprints of the audit's rollouts and scores
     earlier_decision: WindowAudit | None  # of the audit before
+    levels: tuple[LevelRate, ...]  # pass rates that decide the next round's prompts, if any do
     window_tokens: int  # of the round; an adaptive one trains with it
     first_step: int  # optimizer steps done before the round
     round_index: int

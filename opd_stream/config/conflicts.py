@@ -51,6 +51,7 @@ def conflicts(config: "Config") -> Iterator[str]:
     yield from _alignment_conflicts(config)
     yield from _following_conflicts(config)
     yield from _teachers_conflicts(config)
+    yield from _select_conflicts(config)
     if config.evaluation is not None:
         yield from config.evaluation.conflicts()
 
@@ -488,3 +489,26 @@ def _teachers_conflicts(config: "Config") -> Iterator[str]:
                 f"{what} is set with teachers, and it reads the scores of one teacher; {way}, or "
                 "name one teacher"
             )
+
+
+def _select_conflicts(config: "Config") -> Iterator[str]:
+    """What a choice of prompts by level needs, and cannot be together with."""
+    if config.rollouts.select is None:
+        return
+    source = config.prompts
+    if isinstance(source, EmbeddedPrompts) or source.level_field is None:
+        yield (
+            "rollouts.select is set and the prompts name no level; expected the field that holds "
+            "it; set prompts.level_field (of kind files, jsonl or datasets), or leave select out"
+        )
+    against = {
+        "replay": config.replay is not None,
+        "rollouts.ahead": config.rollouts.ahead,
+        "rollouts.given_share": bool(config.rollouts.given_share),
+        "staleness.max_policies": bool(config.staleness.max_policies),
+    }
+    if found := [name for name, is_set in against.items() if is_set]:
+        yield (
+            f"rollouts.select is set with {', '.join(found)}, whose rollouts do not wait for the "
+            "verdicts of the round before, or are not drawn by the student; leave one of them out"
+        )

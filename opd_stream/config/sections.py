@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from opd_stream.curriculum import Select
 from opd_stream.engines import EngineName
 from opd_stream.engines.base import VllmOptions
 from opd_stream.engines.server_client import ServerOptions
@@ -235,6 +236,11 @@ class Rollouts(Section):
     keep: Keep | None = later(
         default=None,
         description="which rollouts are scored and train; left out: all (docs/rollouts.md)",
+    )
+    select: Select | None = later(
+        default=None,
+        description="which prompts a round draws, by the pass rate of their level in the rounds "
+        "before; left out: each as often as others (docs/rollouts.md)",
     )
     ahead: bool = Field(
         default=False,

@@ -140,6 +140,7 @@ PROMPTS = pa.schema(
 
 
 COMPLETIONS = "completions"  # of prompts with given answers: their ids, list<list<uint32>>
+LEVEL = "level"  # of prompts that a curriculum chooses from: text
 
 COLUMNS = {  # of rollouts
     "prompt_id": Column(types=("string",), entries="value"),
