@@ -36,6 +36,6 @@ def level_verdicts(
         if not rows:
             continue
         names = [batch.prompt_id[row] for row in rows]
-        texts = completion_texts(tokenizer, [batch.completion_ids[row] for row in rows])
+        texts = completion_texts(tokenizer, [batch.answer_ids(row) for row in rows])
         asked = list(zip(texts, (answers[name] for name in names), strict=True))
         yield from zip((level_of[name] for name in names), opened.verdicts(asked), strict=True)
