@@ -144,6 +144,11 @@ class DamagedUnit(Exception):
         self.artifact, self.unit, self.reason = artifact, unit, reason
 
 
+def shard_name(unit: int, digest: str) -> str:
+    """The file of a unit in its artifact's folder; `digest` is the SHA-256 of its bytes."""
+    return f"units/{unit:05d}-{digest[:8]}.arrow"
+
+
 def check_source(scores: "Artifact", commit: Commit, source: Commit | None) -> None:
     """Refuse scores of rollouts that were made again since.
 
@@ -253,7 +258,7 @@ class Artifact:
         check_there(self.folder.parent.parent)
         data, parts = shard_bytes(table)
         digest = sha256(data)
-        name = f"units/{unit:05d}-{digest[:8]}.arrow"
+        name = shard_name(unit, digest)
         publish(self.folder / name, data)
         commit = Commit(
             unit=unit,
@@ -277,6 +282,13 @@ class Artifact:
         if standing.sha256 != digest:
             (self.folder / name).unlink(missing_ok=True)
         return standing
+
+    def adopt(self, commit: Commit, data: bytes) -> None:
+        """Publish a unit as another store has it, under its record; `data` are its bytes."""
+        if self.has_unit(commit.unit):  # and it is damaged
+            self.invalidate(commit.unit)
+        publish(self.folder / shard_name(commit.unit, commit.sha256), data)
+        publish_new_record(self._commit_path(commit.unit), commit)
 
     def read_unit(self, unit: int) -> pa.Table:
         """The verified table of a committed unit.

@@ -28,7 +28,7 @@ def list_artifacts(location: StorePlace) -> None:
 
     total = 0
     echo(_ROW.format("artifact", "state", "units", "rows", "tokens", "bytes", "B/token"))
-    for entry in entries(_existing(location)):
+    for entry in entries(existing_store(location)):
         row = _ROW.format(
             entry.name,
             "damaged" if entry.is_damaged else "complete" if entry.is_complete else "partial",
@@ -50,7 +50,7 @@ def show(location: StorePlace, name: ArtifactName) -> None:
     from opd_stream.store.artifact import summed_counts
     from opd_stream.store.inventory import coverage_of, fidelity_report, open_artifact
 
-    store = _existing(location)
+    store = existing_store(location)
     artifact = open_artifact(store, name)
     echo(f"{artifact.name}  {'complete' if artifact.is_complete() else 'not complete'}")
     typer.echo(json.dumps(artifact.recipe.as_json(), indent=2))
@@ -83,7 +83,7 @@ def verify(
     """Read everything and say what is damaged; exit code 1 if anything is."""
     from opd_stream.store import verification
 
-    store, damaged, notes, left = _existing(location), 0, 0, 0
+    store, damaged, notes, left = existing_store(location), 0, 0, 0
     names, around = verification.names(store), verification.Surroundings.of(store)
     with TerminalProgress() as progress:
         progress.start("verify", len(names))
@@ -133,7 +133,7 @@ def gc(
             f"--hours is {hours:g} and --run-days {run_days:g}; expected numbers from 0 on; give "
             "other ones"
         )
-    store, run_seconds = _existing(location), 24 * 3600 * run_days
+    store, run_seconds = existing_store(location), 24 * 3600 * run_days
     if not store.is_marked():
         raise UserError(
             f"{location} has no store.json, which every run writes to its store; expected a store; "
@@ -163,7 +163,7 @@ def pin(location: StorePlace, name: ArtifactName) -> None:
     """Keep an artifact whatever the runs do."""
     from opd_stream.store import garbage
 
-    echo(f"pinned {garbage.pin(_existing(location), name)}")
+    echo(f"pinned {garbage.pin(existing_store(location), name)}")
 
 
 @cache.command()
@@ -171,7 +171,7 @@ def unpin(location: StorePlace, name: ArtifactName) -> None:
     """Take a pin away."""
     from opd_stream.store import garbage
 
-    echo(f"unpinned {garbage.unpin(_existing(location), name)}")
+    echo(f"unpinned {garbage.unpin(existing_store(location), name)}")
 
 
 @cache.command("export")
@@ -189,7 +189,7 @@ def export_artifact(
 
     if form not in ("parquet", "datasets"):
         raise UserError(f"--form is {form!r}; expected parquet or datasets")
-    store = _existing(location)
+    store = existing_store(location)
     scores = open_artifact(store, name)
     refuse_aligned(scores, "another program")
     with TerminalProgress() as progress:
@@ -205,7 +205,7 @@ def residual(location: StorePlace, name: ArtifactName) -> None:
     from opd_stream.style_bias import StyleSettings
     from stages.residual import make_residual
 
-    store = _existing(location)
+    store = existing_store(location)
     with TerminalProgress() as progress:
         target = make_residual(store, open_artifact(store, name), StyleSettings(), progress)
     echo(f"{target.name}: train on it with replay: {{scores: [{target.name}]}}")
@@ -294,7 +294,12 @@ def _conversations(folder: Path, template: str) -> "AsIds":
     return TrajectoryReader(settings, open_tokenizer(folder)).row
 
 
-def _existing(location: str) -> "Store":
+def existing_store(location: str) -> "Store":
+    """The store of an earlier run.
+
+    Raises:
+        UserError: there is none.
+    """
     from opd_stream.errors import UserError, shortened
     from opd_stream.section import path_flaw
     from opd_stream.store import Store
