@@ -416,6 +416,7 @@ class RoundWork:
             found[name] = TeacherFigures(
                 teacher_scored=int(_tokens(self.commits([cache.scores]))),
                 rows=int(counts["rows"]) - sum(len(commit.skipped_rows) for commit in used),
+                tokens=int(tokens),
                 reverse_kl=None if gap is None or not tokens else gap / tokens,
             )
         return found

@@ -218,6 +218,7 @@ class TeacherFigures(Record):
 
     teacher_scored: int = 0  # completion tokens, by this run
     rows: int = 0  # that train on its scores
+    tokens: int = 0  # completion tokens that it scored, by any run
     reverse_kl: float | None = None  # of the student's rollouts, nats a token, by drawn tokens
 
 

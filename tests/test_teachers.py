@@ -192,6 +192,22 @@ def test_status_plan_and_inspect_name_each_teacher(small_runs: SmallRuns, rows: 
         assert view.located.cache.teacher == cache.scores.teacher
 
 
+def test_the_report_draws_each_teacher(small_runs: SmallRuns, rows: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pip install 'opd-stream[report]' brings what draws")
+    from pipeline.report.read import read_run
+    from pipeline.report.teachers import teachers_exhibit
+
+    folder = small_runs(*routed(rows))
+    found = teachers_exhibit(read_run(folder / "run"), "teachers")
+    assert [series.label for series in found.legend] == ["math", "code"]
+    (table,) = found.tables
+    reports = reports_of(RunFolder(folder / "run"))
+    assert len(table.rows) == 2 * len(reports)
+    tokens = [each["tokens"] for each in reports[0]["teachers"].values()]
+    assert sum(tokens) == reports[0]["tokens"]["generated"]
+    assert [row[4] for row in table.rows[:2]] == [f"{each:,}" for each in tokens]
+
+
 def test_the_plan_of_routed_prompts_counts_each_once(rows: Path, tmp_path: Path) -> None:
     planned = estimate(small_config(tmp_path, *routed(rows)), RunFolder(tmp_path / "run"))
     steps = planned.rounds[0].steps

@@ -20,11 +20,13 @@ from pipeline.report.rounds import (
     stage_exhibit,
     window_exhibit,
 )
+from pipeline.report.teachers import teachers_exhibit
 
 EXHIBITS = {
     "window": window_exhibit,
     "drift": drift_exhibit,
     "position": position_exhibit,
+    "teachers": teachers_exhibit,
     "cache": cache_exhibit,
     "stages": stage_exhibit,
     "lineage": lineage_exhibit,
@@ -61,7 +63,11 @@ def page(runs: Sequence[Run]) -> str:
         evaluations=evaluation_table(runs),
         distances=distance_tables(runs),
         exhibits=[
-            [make(run, f"run-{place}-{name}") for name, make in EXHIBITS.items()]
+            [
+                make(run, f"run-{place}-{name}")
+                for name, make in EXHIBITS.items()
+                if name != "teachers" or run.config.teachers
+            ]
             for place, run in enumerate(runs)
         ],
         text=text,
