@@ -456,3 +456,15 @@ def test_progress_and_the_worst_rollouts_name_each_teacher(
     assert all("rollouts.keep: " in line for line in told)
     _, output, _ = opd_stream("inspect", str(folder.path), "--round", "0", "--worst", "1")
     assert f"left out: {lost - 1} more" in output
+
+
+@pytest.mark.slow
+def test_on_ray_each_teacher_has_a_pool_and_ends_where_the_local_loop_does(
+    small_runs: SmallRuns, rows: Path, tmp_path: Path
+) -> None:
+    more = ("rounds=1", "rollouts.keep={max_repeated: 0.9}")
+    local = summary_of(RunFolder(small_runs(*routed(rows, *more)) / "run"))
+    config = small_config(tmp_path, *routed(rows, *more, "executor=ray"))
+    found = run(config, RunFolder(tmp_path / "run"), Silent())
+    assert found["caches"] == local["caches"]
+    assert found["policies"] == local["policies"]
