@@ -277,6 +277,9 @@ def test_other_bytes_of_the_same_recipe_are_refused(
 def test_another_tokenizer_is_refused(shared: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="they give texts other ids"):
         read_cache(shared, Store(tmp_path / "store"), student=MODELS / "routine-student")
+    rewrite(shared / "cache.json", tokenizer=None)
+    with pytest.raises(UserError, match="does not say which tokenizer"):
+        read_cache(shared, Store(tmp_path / "store"), student=MODELS / "ledger-student")
     assert not (tmp_path / "store").exists()
 
 

@@ -220,6 +220,24 @@ def test_mixed_precision_keeps_the_loss_within_its_rounding(
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
+def test_adapters_train_alone(finished_run: Path, tmp_path: Path) -> None:
+    """With recomputed activations; new adapters leave the first loss what it is."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(student(), settings)
+    first = {name: p.clone() for name, p in model.named_parameters()}
+    scores = scores_of(finished_run)
+    trainer = trainer_on(scores, tmp_path, model, gradient_checkpointing=True)
+    trainer.train()
+    plain = trainer_on(scores, tmp_path)
+    plain.train()
+    losses = [each.state.log_history[0]["loss"] for each in (trainer, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, first[n])}
+    assert moved
+    assert all("lora_" in name for name in moved)
+
+
 def test_hidden_states_serve_the_whole_vocabulary(small_runs: SmallRuns, tmp_path: Path) -> None:
     """As our own training reads them, of which the run's first loss is a figure."""
     run = small_runs(*HIDDEN)

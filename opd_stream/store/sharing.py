@@ -152,12 +152,16 @@ def _fingerprint(text: str) -> str:
 
 
 def _check_tokenizer(entry: SharedCache, student: Path) -> None:
+    if entry.tokenizer is None:
+        raise UserError(
+            "the cache does not say which tokenizer its ids are of, as of imported rollouts; ask "
+            "who made it, and leave the student out"
+        )
     own = tokenizer_digest(local_folder(student, weights=False))
     if entry.tokenizer != own:
-        cached = "unknown" if entry.tokenizer is None else entry.tokenizer[:16]
         raise UserError(
-            f"the cache is of tokenizer {cached}, and that of {student} is {own[:16]}: they give "
-            "texts other ids; use a student with the tokenizer of the cache"
+            f"the cache is of tokenizer {entry.tokenizer[:16]}, and that of {student} is "
+            f"{own[:16]}: they give texts other ids; use a student with the cache's tokenizer"
         )
 
 
