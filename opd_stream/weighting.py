@@ -147,7 +147,8 @@ def trained_mask(
     length = min(len(row.completion_ids), window_tokens)
     mask = np.ones(length, np.bool_) if row.loss_mask is None else row.loss_mask[:length].copy()
     if masked_ids:
-        mask &= ~first_occurrences(row.completion_ids[:length], masked_ids)
+        said = np.where(own_tokens(row), row.completion_ids, -1)[:length]
+        mask &= ~first_occurrences(said, masked_ids)
     if row.chunk_ids is not None:
         inside, outside = row.chunk_ids[:length], row.chunk_ids[length:]
         mask &= ~np.isin(inside, np.concatenate([inside[~mask], outside]))

@@ -25,6 +25,7 @@ from opd_stream.store.codecs import CompactCodec, ExactCodec
 from opd_stream.store.exchange import export_scores, import_scores
 from opd_stream.store.verification import damages
 from opd_stream.trajectories import Trajectory, TrajectoryReader, trajectory_of
+from opd_stream.weighting import trained_mask
 from pipeline.cli import app
 from tests.tiny_tokenizers import byte_level, metaspace
 
@@ -258,6 +259,13 @@ def test_scores_of_the_tokens_that_train_are_enough(tmp_path: Path, mask: list[A
     assert batch.completion_ids_N.tolist() == [4, 7]
     assert batch.positions_N.tolist() == [0, 3]
     assert batch.teacher_logprobs_N.tolist() == [-0.5, -2.0]
+
+
+def test_the_first_marker_of_the_student_is_masked_whoever_wrote_one_before(tmp_path: Path) -> None:
+    ids = {"completion_ids": [4, 7, 6, 7]}
+    row = imported(tmp_path, MASKED | ids | {"loss_mask": [1, 0, 0, 1]})[0]
+    assert trained_mask(row, 9, [7]).tolist() == [True, False, False, False]
+    assert trained_mask(row, 9).tolist() == [True, False, False, True]
 
 
 def test_entries_of_all_tokens_stay_as_they_are(tmp_path: Path) -> None:
