@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "configs" / "models"))
 import torch  # noqa: E402
 from careless import make_careless_step  # noqa: E402
 from make_models import BOS_ID, EOS_ID, save  # noqa: E402
-from model_training import ExampleSource, Phase, train_phase  # noqa: E402
+from model_training import Example, ExampleSource, Phase, train_phase  # noqa: E402
 from transformers import AutoTokenizer, Qwen3ForCausalLM  # noqa: E402
 
 from opd_stream.tasks import ledger  # noqa: E402
@@ -102,17 +102,21 @@ def make(name: str, out: Path) -> None:
         return tokenizer.encode(text, add_special_tokens=False)
 
     def learn(title: str, hand: Callable[[str], StepWriter], steps: int) -> None:
-        def example() -> tuple[list[int], list[int]]:
+        def example() -> Example:
             question, solution, _ = draw(task := rng.choice(TASKS), rng, hand(task))
-            return [BOS_ID, *encoded(question + "\n")], [*encoded(solution), EOS_ID]
+            return answered(f"{question}\n", solution)
 
         train(title, example, steps)
 
-    def read() -> tuple[list[int], list[int]]:
+    def answered(prompt: str, solution: str) -> Example:
+        ids = [*encoded(solution), EOS_ID]
+        return [BOS_ID, *encoded(prompt)], ids, [True] * len(ids)
+
+    def read() -> Example:
         is_shown = rng.random() < 0.5
         question, solution, _ = draw("ledger", rng, ledger.write_step if is_shown else careless)
         prompt = f"{solution}\n{question}\n" if is_shown else f"{question}\n"
-        return [BOS_ID, *encoded(prompt)], [*encoded(solution), EOS_ID]
+        return answered(prompt, solution)
 
     def train(title: str, examples: ExampleSource, steps: int) -> None:
         phase = Phase(

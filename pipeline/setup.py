@@ -131,7 +131,8 @@ def open_setup(config: Config, *, make: bool = True, works: bool = True) -> Setu
         _check_routes(setup)
         lost = [*rows_left_out(setup.prompts, "prompts"), *_check_judged(config, setup.prompts)]
         if works and config.replay is None:
-            check_environment(config, setup.student, setup.vocabulary, config.prompts, table)
+            first = next(setup.prompts.tables())
+            check_environment(config, setup.student, setup.vocabulary, config.prompts, first)
         asked = check_evaluation(config, store, setup.student, setup.vocabulary, works=works)
         setup = replace(setup, warnings=(*setup.warnings, *lost, *asked), lost=tuple(asked))
     if not works:

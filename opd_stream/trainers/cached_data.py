@@ -137,6 +137,7 @@ class CacheOrder(Sampler[int]):
         self._rows, self._seed, self._epoch = rows, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next, from 0: each has an order of its own."""
         self._epoch = epoch
 
     def __len__(self) -> int:
