@@ -10,7 +10,7 @@ import yaml
 from opd_stream.config import Evaluation
 from opd_stream.config_file import load_config
 from opd_stream.errors import UserError
-from opd_stream.prompts import read_prompts
+from opd_stream.sources import read_prompts
 from opd_stream.tasks.judges import BuiltInJudge, CodeJudge, FunctionJudge, judge_recipe, open_judge
 from tests.conftest import SMALL_RUN, small_config
 
