@@ -38,6 +38,7 @@ SETTINGS = (
     "staleness={max_epochs: 1}",
     "train.rows_per_step=128",
     "train.schedule=constant",
+    "train.warmup=0",
     "train.warmup_steps=0",
     "train.learning_rate=1e-6",
 )

@@ -441,6 +441,7 @@ def replayed_caches(setup: Setup) -> list[tuple[Cache, ...]] | None:
                 raise UserError(
                     f"{step.artifact.name} of {where} is not complete; finish that run first"
                 )
+        _check_tokenizer(setup, cache, where)
         if cache.is_given:
             _check_given(setup.config, cache, where)
         elif (problem := unserved_by_own(setup.config.train)) is not None:
@@ -458,6 +459,18 @@ def replayed_caches(setup: Setup) -> list[tuple[Cache, ...]] | None:
                 "`teacher` out, or replay scores of one teacher"
             )
     return [tuple(caches) for caches in found[:rounds]]
+
+
+def _check_tokenizer(setup: Setup, cache: Cache, where: str) -> None:
+    """Refuse to replay ids that a student reads as other texts."""
+    cached = setup.store.tokenizer_of(cache.rollouts.shards)
+    own = setup.student.identity.tokenizer_sha256
+    if cached not in (None, own):  # None: not known, as of imported rows
+        raise UserError(
+            f"{cache.rollouts.artifact.name} of {where} is of tokenizer {cached[:16]}, and the "
+            f"student's is {own[:16]}: they give texts other ids; use a student with the tokenizer "
+            "of the cache"
+        )
 
 
 def _authors(caches: Sequence[Cache]) -> set[str | None]:

@@ -21,7 +21,9 @@ from opd_stream.store.files import sha256
 from opd_stream.store.shards import shard_bytes, table_of
 from opd_stream.store.sharing import read_cache
 from opd_stream.store.store import Store
+from opd_stream.store.tokenizer_folder import open_tokenizer
 from opd_stream.store.verification import damages
+from opd_stream.trainers.serving import check_tokenizer
 from pipeline.run_folder import RunFolder
 from stages.step import Silent
 from tests.conftest import MODELS, Command, SmallRuns, rewrite, run, small_config
@@ -53,6 +55,21 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
+def test_a_shared_cache_is_not_trained_on_under_another_tokenizer(
+    finished_run: Path, shared: Path, tmp_path: Path, opd_stream: Command
+) -> None:
+    name, other = scores_name(finished_run), MODELS / "routine-student"
+    assert opd_stream("cache", "pull", str(tmp_path / "store"), str(shared))[0] == 0
+    replay = (f"replay.scores=[{name}]", f"student.path={other}", "rounds=1", "evaluation=null")
+    with pytest.raises(UserError, match="they give texts other ids"):
+        run(small_config(tmp_path, *replay), RunFolder(tmp_path / "replay"), Silent())
+    for store in (shared, tmp_path / "store", finished_run / "store"):
+        opened = Store(store, remembers=False)
+        scores = opened.by_fingerprint("scores", name.partition("/")[2])
+        with pytest.raises(UserError, match="they give texts other ids"):
+            check_tokenizer([(opened.scored_rollouts(scores), scores)], open_tokenizer(other))
+
+
 def test_a_folder_brings_the_same_bytes_into_another_store(
     finished_run: Path, shared: Path, tmp_path: Path, opd_stream: Command
 ) -> None:
@@ -66,7 +83,9 @@ def test_a_folder_brings_the_same_bytes_into_another_store(
     ours, theirs = (open_scores(at / name) for at in (finished_run / "store", shared))
     np.testing.assert_array_equal(ours[3].teacher_top_ids, theirs[3].teacher_top_ids)
     kinds = {path.name for path in (tmp_path / "store").iterdir()}
-    assert kinds == {"store.json", "rollouts", "scores"}  # no prompts, no policies
+    assert kinds == {"store.json", "rollouts", "scores", "prompts"}  # no policies
+    prompts = files_of(tmp_path / "store" / "prompts")
+    assert [Path(path).name for path in prompts] == ["recipe.json"]  # no texts
 
 
 @pytest.mark.parametrize("pulls", [True, False])

@@ -59,7 +59,8 @@ def parts_of(store: Store, scores: Artifact) -> list[Artifact]:
 def write_cache(store: Store, scores: Artifact, out: Path, *, teacher: str | None = None) -> None:
     """Write scores and what they are read with as a folder; it is there whole or not at all.
 
-    Prompts stay at home, with their texts, answers and fields: rollouts hold their ids.
+    Prompts stay at home, with their texts, answers and fields: rollouts hold their ids. Of them
+    goes the recipe alone, which says what tokenizer gave these ids.
 
     Args:
         store: of the scores.
@@ -74,7 +75,7 @@ def write_cache(store: Store, scores: Artifact, out: Path, *, teacher: str | Non
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists; expected a new or empty folder; choose another")
     parts = parts_of(store, scores)
-    entry = SharedCache(scores=scores.name, tokenizer=_tokenizer(store, parts[0]), teacher=teacher)
+    entry = SharedCache(scores=scores.name, tokenizer=store.tokenizer_of(parts[0]), teacher=teacher)
     with explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
@@ -84,6 +85,7 @@ def write_cache(store: Store, scores: Artifact, out: Path, *, teacher: str | Non
             shared.mark()
             for artifact in parts:
                 _copy(artifact, shared)
+            _copy_prompts_recipe(store, parts[0], shared)
             publish_record(folder / ENTRY, entry, is_pretty=True)
             (folder / CARD).write_text(cache_card(store, parts, entry), encoding="utf-8")
             folder.rename(out)
@@ -115,6 +117,11 @@ def read_cache(source: Path, store: Store, *, student: Path | None = None) -> Ar
     around = Surroundings.of(shared)
     for artifact in parts:
         _check(shared, artifact, around)
+    if (known := shared.tokenizer_of(parts[0])) not in (None, entry.tokenizer):
+        raise UserError(
+            f"{source / ENTRY} names tokenizer {shortened(str(entry.tokenizer))}, and its prompts "
+            f"{shortened(str(known))}; nothing was taken in; do not use this folder"
+        )
     for artifact in parts:
         _check_agrees(artifact, store)
     for artifact in parts:
@@ -122,7 +129,16 @@ def read_cache(source: Path, store: Store, *, student: Path | None = None) -> Ar
             _copy(artifact, store)
         except DamagedUnit as error:
             raise UserError(f"{error}; it changed while it was read; pull it again") from error
+    _copy_prompts_recipe(shared, parts[0], store)
     return store.by_fingerprint("scores", parts[-1].fingerprint)
+
+
+def _copy_prompts_recipe(store: Store, rollouts: Artifact, target: Store) -> None:
+    """Say of which prompts rollouts are, so that their tokenizer is known where they are read."""
+    prompts = store.prompts_of(rollouts)
+    if prompts is not None and target.prompts_of(rollouts) is None:
+        layout = prompts.layout()
+        target.artifact(prompts.recipe).create(rows=layout.rows, rows_per_unit=layout.rows_per_unit)
 
 
 def _entry(source: Path) -> SharedCache:
@@ -231,14 +247,6 @@ def _shard(artifact: Artifact, commit: Commit) -> bytes:
         raise
     except (ValueError, OSError) as error:
         raise DamagedUnit(artifact, commit.unit, str(error)) from error
-
-
-def _tokenizer(store: Store, rollouts: Artifact) -> str | None:
-    """The identity of the tokenizer that the rollouts' prompts were made with, if known."""
-    fingerprint = rollouts.recipe.inputs.get("prompts", "")
-    if f"prompts/{fingerprint[:16]}" not in store.there():
-        return None
-    return store.by_fingerprint("prompts", fingerprint).recipe.inputs.get("tokenizer")
 
 
 def cache_card(store: Store, parts: list[Artifact], entry: SharedCache) -> str:

@@ -180,6 +180,20 @@ class Store:
             raise UserError(f"{scores.name} is not complete; run its score stage again")
         return self.by_fingerprint("rollouts", scores.recipe.inputs["rollouts"])
 
+    def prompts_of(self, rollouts: Artifact) -> Artifact | None:
+        """The prompts that rollouts were drawn for; None: they are not known here."""
+        fingerprint = rollouts.recipe.inputs.get("prompts")
+        if fingerprint is None:
+            return None
+        name = f"prompts/{fingerprint[:16]}"
+        is_known = any(name in store.there() for store in (self, self.replayed) if store)
+        return self.by_fingerprint("prompts", fingerprint) if is_known else None
+
+    def tokenizer_of(self, rollouts: Artifact) -> str | None:
+        """The identity of the tokenizer that gave rollouts their ids; None: it is not known."""
+        prompts = self.prompts_of(rollouts)
+        return None if prompts is None else prompts.recipe.inputs.get("tokenizer")
+
     def _recipe_of(self, kind: Kind, fingerprint: str) -> Recipe:
         path = self.root / kind / fingerprint[:16] / "recipe.json"
         manifest = path.with_name("manifest.json")  # has it, too

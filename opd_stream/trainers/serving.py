@@ -80,12 +80,8 @@ def check_tokenizer(caches: Sequence[Cache], tokenizer: Any) -> None:
         tokenizer.save_pretrained(folder)
         own = tokenizer_digest(Path(folder))
     for rollouts, scores in caches:
-        fingerprint = rollouts.recipe.inputs.get("prompts")
-        store = Store(str(rollouts.folder.parent.parent))
-        if fingerprint is None or f"prompts/{fingerprint[:16]}" not in store.there():
-            continue  # as of imported rows: not known
-        cached = store.by_fingerprint("prompts", fingerprint).recipe.inputs.get("tokenizer", own)
-        if cached != own:
+        cached = Store(str(rollouts.folder.parent.parent)).tokenizer_of(rollouts)
+        if cached not in (None, own):  # None: not known, as of imported rows
             raise UserError(
                 f"{scores.name} is of tokenizer {cached[:16]} and the trainer's is {own[:16]}: "
                 "they give texts other ids; use the student's tokenizer and model, or score again"
