@@ -367,7 +367,10 @@ def test_another_template_makes_another_artifact(tmp_path: Path) -> None:
         ({"loss_mask": "1001"}, "loss_mask that are no such"),
         ({"teacher_logprobs": [-0.5]}, "1 teacher_logprobs for 4 scored tokens"),
         ({"teacher_top_ids": [[4, 9]]}, "1 teacher_top_ids for 4 scored tokens"),
-        ({"behavior_logprobs": [-0.5] * 3}, "3 behavior_logprobs for 4 completion tokens"),
+        (
+            {"behavior_logprobs": [-0.5] * 3},
+            r"3 behavior_logprobs for 4 completion tokens; expected one for each, or for each of",
+        ),
         ({"messages": TALK}, "messages and completion_ids, loss_mask, prompt_ids"),
         ({"messages": "Hi."}, "messages and completion_ids"),
     ],

@@ -154,9 +154,12 @@ def _checked(place: str, value: object, stop_ids: Sequence[int]) -> ImportedRow:
     ):
         if values is not None and len(values) != wanted:
             what = "completion" if values is row.behavior_logprobs else "scored"
+            own = (
+                "" if row.loss_mask is None else f", or for each of the {sum(row.trains)} to train"
+            )
             raise UserError(
                 f"{place} has {len(values)} {name} for {wanted} {what} tokens; expected one for "
-                "each; mend the row"
+                f"each{own}; mend the row"
             )
     if len({len(values) for values in row.teacher_forced_logprobs or ()}) > 1:
         raise UserError(
