@@ -55,6 +55,10 @@ def show(location: StorePlace, name: ArtifactName) -> None:
     echo(f"{artifact.name}  {'complete' if artifact.is_complete() else 'not complete'}")
     typer.echo(json.dumps(artifact.recipe.as_json(), indent=2))
     counts = summed_counts(artifact.listed_commits().values())
+    rollouts = artifact.recipe.inputs.get("rollouts", "")
+    if artifact.recipe.kind == "scores" and f"rollouts/{rollouts[:16]}" in store.there():
+        counted = store.by_fingerprint("rollouts", rollouts).listed_commits().values()
+        counts = {**counts, **summed_counts(counted)}
     if (context := counts.get("context_tokens")) is not None:
         own = int(counts.get("completion_tokens", 0))
         echo(f"trajectories: {own:,} tokens of the student, {int(context):,} of others between")
