@@ -388,8 +388,9 @@ def test_commands_show_what_others_said(talked: Path, opd_stream: Command, tmp_p
     store = Store(talked / "store")
     scores = next(iter(store.recipes("scores")))
     rollouts = store.by_fingerprint("rollouts", scores.inputs["rollouts"])
-    assert "of others between" in opd_stream("cache", "show", str(store.root), rollouts.name)[1]
     name = store.artifact(scores).name
+    for each in (rollouts.name, name):
+        assert "of others between" in opd_stream("cache", "show", str(store.root), each)[1]
     opd_stream("cache", "export", str(store.root), name, str(tmp_path / "out"))
     found = pq.read_table(tmp_path / "out")["loss_mask"].to_pylist()
     batches = [rollouts_batch(rollouts.read_unit(unit)) for unit in rollouts.units()]
