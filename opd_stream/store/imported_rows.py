@@ -111,6 +111,17 @@ def imported_batches(
     )
 
 
+def _check_range(place: str, row: ImportedRow) -> None:
+    """Refuse log-probabilities that no float32 holds."""
+    for name, values in _logprobs(row):
+        lowest = min((value for value in values if value > -math.inf), default=0.0)
+        if lowest < LOWEST:
+            raise UserError(
+                f"{place} has {lowest:g} in {name}; expected {LOWEST:g} or more, the lowest of a "
+                "float32, or -Infinity; mend the row"
+            )
+
+
 def _checked(place: str, value: object, stop_ids: Sequence[int]) -> ImportedRow:
     """A row whose columns are there and agree, filled up where nothing trains.
 
@@ -135,13 +146,7 @@ def _checked(place: str, value: object, stop_ids: Sequence[int]) -> ImportedRow:
             "mend the row"
         ) from error
     row = row if row.loss_mask is None else _filled(place, row, stop_ids)
-    for name, values in _logprobs(row):
-        lowest = min((value for value in values if value > -math.inf), default=0.0)
-        if lowest < LOWEST:
-            raise UserError(
-                f"{place} has {lowest:g} in {name}; expected {LOWEST:g} or more, the lowest of a "
-                "float32, or -Infinity; mend the row"
-            )
+    _check_range(place, row)
     tokens = len(row.completion_ids)
     scored = 0 if row.refused else tokens
     for name, values, wanted in (
