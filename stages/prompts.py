@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, tee
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +143,10 @@ def _rendered(
     source: Prompts, rendering: Rendering, prompts: Artifact, teacher: Checkpoint
 ) -> Iterator[TokenisedPrompts]:
     """The prompts of a student as a teacher reads them, some at a time."""
-    parts, again = (
-        (
-            table.slice(start, ROWS_AT_ONCE)
-            for table in prompts.tables()
-            for start in range(0, table.num_rows, ROWS_AT_ONCE)
-        )
-        for _ in range(2)
+    parts, again = tee(
+        table.slice(start, ROWS_AT_ONCE)
+        for table in prompts.tables()
+        for start in range(0, table.num_rows, ROWS_AT_ONCE)
     )
     chosen = 0
     for own in rendered_parts(source, rendering, teacher.tokenizer(), parts):
@@ -204,6 +201,9 @@ def _publish(artifact: Artifact, parts: Iterable[TokenisedPrompts]) -> None:
     """Publish a prompts artifact; damaged units of an earlier one are made again.
 
     How many rows there are is known at the end, so what memory does not hold waits in a file.
+
+    Raises:
+        UserError: the artifact is there, and of another number of rows.
     """
     rows, lost = 0, Counter[str]()
     with tempfile.SpooledTemporaryFile(max_size=BYTES_IN_MEMORY) as file:
@@ -214,24 +214,31 @@ def _publish(artifact: Artifact, parts: Iterable[TokenisedPrompts]) -> None:
             writer = writer or pa.ipc.new_stream(file, part.table.schema)
             with explained(Path(tempfile.gettempdir())):
                 writer.write_table(part.table)
-        writer.close()
-        file.seek(0)
+        with explained(Path(tempfile.gettempdir())):
+            writer.close()
+            file.seek(0)
         artifact.create(rows=rows, rows_per_unit=min(rows, ROWS_PER_SHARD))
-        for unit, table in enumerate(_shards(pa.ipc.open_stream(file))):
+        layout = artifact.layout()  # of an earlier writer, where there was one
+        if layout.rows != rows:
+            raise UserError(
+                f"{artifact.name} was made of {layout.rows:,} prompts, and now there are {rows:,}; "
+                "expected the same rows as before; restore them, or name another revision"
+            )
+        for unit, table in enumerate(_shards(pa.ipc.open_stream(file), layout.rows_per_unit)):
             if not artifact.has_sound(unit):
                 counts = {"rows": table.num_rows, **({} if unit else lost)}
                 artifact.commit(unit, table, counts=counts)
     artifact.finish()
 
 
-def _shards(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """The same rows, as many in each table as a shard has."""
+def _shards(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of so many, as many as a shard has."""
     waiting: list[pa.RecordBatch] = []
     for batch in batches:
         table = pa.Table.from_batches([*waiting, batch])
-        while table.num_rows >= ROWS_PER_SHARD:
-            yield table.slice(0, ROWS_PER_SHARD)
-            table = table.slice(ROWS_PER_SHARD)
+        while table.num_rows >= rows:
+            yield table.slice(0, rows)
+            table = table.slice(rows)
         waiting = table.to_batches()
     if waiting:
         yield pa.Table.from_batches(waiting)

@@ -340,6 +340,22 @@ def test_a_damaged_shard_of_prompts_is_made_again_alone(
     assert is_kept == [True, False, True]
 
 
+def test_a_damaged_shard_of_another_size_is_made_again_in_that_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout is that of the first writer, an earlier version with larger shards, say."""
+    store, student = Store(tmp_path), open_checkpoint(Store(tmp_path), STUDENT)
+    source = EmbeddedPrompts(kind="ledger", count=10, seed=0)
+    made = make_prompts(store, source, student)
+    before = made.read_all()
+    shard = made.folder / made.commits()[0].file
+    shard.write_bytes(shard.read_bytes()[:-1])
+    monkeypatch.setattr("stages.prompts.ROWS_PER_SHARD", 4)
+    again = make_prompts(store, source, student)
+    assert again.read_all() == before
+    assert [record.counts["rows"] for record in again.commits().values()] == [10]
+
+
 def test_a_folder_in_place_of_a_shard_is_one_line(tmp_path: Path) -> None:
     store, student = Store(tmp_path), open_checkpoint(Store(tmp_path), STUDENT)
     source = EmbeddedPrompts(kind="ledger", count=4, seed=0)

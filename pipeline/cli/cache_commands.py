@@ -62,6 +62,8 @@ def show(location: StorePlace, name: ArtifactName) -> None:
     if (context := counts.get("context_tokens")) is not None:
         own = int(counts.get("completion_tokens", 0))
         echo(f"trajectories: {own:,} tokens of the student, {int(context):,} of others between")
+        if artifact.recipe.kind == "scores":
+            echo("tokens and bytes_per_token below are of both")
     if artifact.recipe.kind == "scores":
         echo(f"{'codec':22} {json.dumps(artifact.recipe.settings.get('codec'))}")
         for field, value in fidelity_report(artifact).items():

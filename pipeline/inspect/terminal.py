@@ -57,7 +57,7 @@ def print_worst(
             str(number),
             view.row.prompt_id,
             str(view.row.sample_index),
-            str(len(view.pieces)),
+            str(view.own_tokens),
             f"{view.mean:.4f}",
             f"{view.values[place]:.3f}",
             str(place),

@@ -240,18 +240,27 @@ class RolloutView:
         return self.reader.verdict(self.located.cache, self.row)
 
     @property
+    def own_tokens(self) -> int:
+        """Tokens of its author: of a trajectory without those of others."""
+        return int(own_tokens(self.row).sum())
+
+    @property
     def finish(self) -> str:
         """Why the text ends: stop, window or context, and where."""
-        tokens = len(self.row.completion_ids)
+        tokens, own = len(self.row.completion_ids), self.own_tokens
+        of_student = f", {own} of them the student's" if own < tokens else ""
         window = self.located.cache.rollouts.recipe.settings.get("window_tokens")
         if self.row.finish_reason == "stop":
             last = visible(self.pieces[-1]) if self.pieces else ""
             what = "it ends" if self.located.cache.is_given else "the student ended it"
-            return f"stop: {what} with {last} after {tokens} tokens"
+            return f"stop: {what} with {last} after {tokens} tokens{of_student}"
         if window is None:
-            return f"length: no terminator in {tokens} tokens; imported rows do not say why"
+            why = "imported rows do not say why"
+            return f"length: no terminator in {tokens} tokens{of_student}; {why}"
         if tokens >= window:
-            return f"window: cut after {tokens} tokens"
+            return f"window: cut after {tokens} tokens{of_student}"
+        if own < tokens:
+            return f"length: cut after {tokens} tokens{of_student}: no room for another turn"
         return f"context: cut after {tokens} tokens, before its window of {window}"
 
     @cached_property
