@@ -159,9 +159,8 @@ def _checked(place: str, value: object, stop_ids: Sequence[int]) -> ImportedRow:
     ):
         if values is not None and len(values) != wanted:
             what = "completion" if values is row.behavior_logprobs else "scored"
-            own = (
-                "" if row.loss_mask is None else f", or for each of the {sum(row.trains)} to train"
-            )
+            is_masked = row.loss_mask is not None and wanted > 0
+            own = f", or for each of the {sum(row.trains)} to train" if is_masked else ""
             raise UserError(
                 f"{place} has {len(values)} {name} for {wanted} {what} tokens; expected one for "
                 f"each{own}; mend the row"
