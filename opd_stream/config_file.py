@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ _PATHS = {  # section -> its fields that hold a path; "" is the file itself
 }
 
 
-def load_config(path: Path, overrides: list[str]) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a config file, apply `a.b=c` overrides and validate.
 
     A file with `base: OTHER.yaml` starts from the other file's fields.
@@ -37,7 +37,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
     Raises:
         UserError: one line for each problem, with a suggestion for a misspelt key.
     """
-    return _validated(_read(path), overrides, str(path))
+    return _validated(_read(Path(path)), overrides, str(path))
 
 
 def json_schema() -> dict[str, Any]:
@@ -80,6 +80,15 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _merged(below, _anchored(raw, below, path.parent))
 
 
+def make_config(fields: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """A config from the fields of a file, and `a.b=c` overrides; paths are as they stand.
+
+    Raises:
+        UserError: one line for each problem.
+    """
+    return _validated(deepcopy(dict(fields)), overrides, "the config")
+
+
 def override_config(config: Config, overrides: list[str]) -> Config:
     """A config with other values in some fields.
 
@@ -89,7 +98,7 @@ def override_config(config: Config, overrides: list[str]) -> Config:
     return _validated(config.model_dump(mode="json"), overrides, "the config with --set")
 
 
-def _validated(raw: dict[str, Any], overrides: list[str], where: str) -> Config:
+def _validated(raw: dict[str, Any], overrides: Sequence[str], where: str) -> Config:
     problems: list[str] = []
     for override in overrides:
         try:

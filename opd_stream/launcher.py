@@ -31,6 +31,12 @@ def find_own_packages() -> None:
         sys.path.insert(0, str(_ROOT))
 
 
+def from_python(name: str) -> Any:
+    """What `opd_stream.NAME` is, of those names that the floors above make."""
+    find_own_packages()
+    return pkgutil.resolve_name(f"pipeline.api:{name}")
+
+
 def call(function: str, *arguments: Any, **named: Any) -> Any:
     """Call one of our functions, `module:name`, in a process that Ray may have started.
 

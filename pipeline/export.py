@@ -50,10 +50,7 @@ def export_policy(run: RunFolder, out: Path, *, version: int | None, adapter: bo
     """
     check_new(out)
     config, summary = run.config(), run.summary()
-    version = _version(run, summary, version)
-    policy = Store(config.store).policy_by_fingerprint(run.plan(version - 1).policy)
-    if not policy.is_complete():
-        raise UserError(f"{policy.name} of {run.path} is not complete; continue the run")
+    version, policy = trained_policy(run, version)
     names = _names(policy, adapter=adapter)
     with explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +76,19 @@ def check_new(out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists; expected a new or empty folder; choose another")
+
+
+def trained_policy(run: RunFolder, version: int | None) -> tuple[int, PolicyArtifact]:
+    """A policy that a run trained, and its version, from 1; None: the last of a finished run.
+
+    Raises:
+        UserError: there is none.
+    """
+    version = _version(run, run.summary(), version)
+    policy = Store(run.config().store).policy_by_fingerprint(run.plan(version - 1).policy)
+    if not policy.is_complete():
+        raise UserError(f"{policy.name} of {run.path} is not complete; continue the run")
+    return version, policy
 
 
 def _version(run: RunFolder, summary: RunSummary | None, version: int | None) -> int:

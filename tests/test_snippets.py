@@ -39,6 +39,7 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 RUN_ELSEWHERE = {
     "cache-format.md": "test_cache.py",
     "objectives.md": "test_training.py",
+    "python.md": "test_api.py",
     "trainers.md": "test_trainers.py",
     "tutorial.md": "test_real_models.py",
 }

@@ -181,7 +181,8 @@ class _Side:
         square = quantile**2 / size_M
         middle_M = (self.mean_M + square / 2) / (1 + square)
         half_M = quantile / (1 + square) * np.sqrt(spread_M / size_M + square / size_M / 4)
-        return (middle_M - half_M).clip(0, 1), (middle_M + half_M).clip(0, 1)
+        # Rounding never puts a mean of 0 or 1 outside.
+        return (middle_M - half_M).clip(0, self.mean_M), (middle_M + half_M).clip(self.mean_M, 1)
 
 
 def _covariance(

@@ -183,3 +183,45 @@ def schema(
     if out is None:
         return typer.echo(text)
     publish(out, f"{text}\n".encode())
+
+
+@app.command()
+def chat(
+    policy: Annotated[
+        str, typer.Argument(metavar="POLICY", help="A run's folder, or any checkpoint.")
+    ],
+    policy_version: Annotated[
+        int | None, typer.Option(help="Of a run: 0 is the initial student. Default: the last.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Answer this, and end.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, max=64, help="Answers to each prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=100, help="0: greedy.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+) -> None:
+    """Talk to a policy, under the template of its run; one answer a line that is typed."""
+    import sys
+
+    from pipeline.chat import open_writer
+
+    writer = open_writer(
+        policy, policy_version, max_new_tokens=max_new_tokens, temperature=temperature
+    )
+    for text in prompt or ():
+        for answer in writer.answers([{"role": "user", "content": text}], samples, seed):
+            typer.echo(answer)
+    turns: list[dict[str, str]] = []
+    while not prompt:
+        typer.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line:
+            break
+        if not (text := line.strip()):
+            continue
+        turns = [*turns * writer.keeps_turns, {"role": "user", "content": text}]
+        found = writer.answers(turns, samples, seed)
+        typer.echo("\n".join(found))
+        turns.append({"role": "assistant", "content": found[0]})
+        seed += 1
