@@ -144,15 +144,21 @@ def is_low(coverage: Coverage) -> bool:
     return any(each is not None and each < ENOUGH for each in found)
 
 
-def coverage_text(found: Coverage) -> str:
+SEE_MORE = (
+    "raise scores.top_k or rollouts.student_top_k (doctor says to what), or use codec hidden or "
+    "objective hybrid"
+)
+SEE_MORE_OF_A_CACHE = "train on a cache with more candidates, or use objective hybrid"
+
+
+def coverage_text(found: Coverage, remedy: str = SEE_MORE) -> str:
     """What the candidates see and hold, as the end of a sentence that begins with them."""
     seen = ""
     if found.share is not None:
         seen = f"see {found.share:.0%} (± {found.error or 0:.0%}) of the reverse KL and "
     return (
         f"{seen}hold {found.student_mass:.0%} of the student's mass, {found.teacher_mass:.0%} of "
-        f"the teacher's, on {found.tokens:,} tokens; raise scores.top_k or "
-        "rollouts.student_top_k (doctor says to what), or use codec hidden or objective hybrid"
+        f"the teacher's, on {found.tokens:,} tokens; {remedy}"
     )
 
 

@@ -93,6 +93,22 @@ def turns_text(turns: tuple[Turn, ...]) -> str:
     return json.dumps(turns, ensure_ascii=False, default=str)  # tables hold dates, and more
 
 
+def check_unicode(place: str, text: str) -> None:
+    """Refuse what JSON can escape and UTF-8 cannot write.
+
+    Raises:
+        UserError: says what it is.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise UserError(
+            f"{place} holds {half} alone, half a surrogate pair; expected text that UTF-8 can "
+            "write; mend or remove the line"
+        ) from error
+
+
 def _turn(turn: Turn, place: str) -> Turn:
     if "role" not in turn:
         speaker = turn["from"]
@@ -113,6 +129,7 @@ def _turn(turn: Turn, place: str) -> Turn:
     if not isinstance(content, str) and not is_call:
         found = "has no content" if content is None else f"holds a {type(content).__name__}"
         raise UserError(f"{place} {found}; expected text; mend it")
+    check_unicode(place, turns_text((kept,)))
     return kept
 
 

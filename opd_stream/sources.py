@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from opd_stream.errors import UserError, shortened
-from opd_stream.messages import Turn, is_turns, tools_of, turns_of, turns_text
+from opd_stream.messages import Turn, check_unicode, is_turns, tools_of, turns_of, turns_text
 from opd_stream.rendering import ChatTemplate, Prompt, RawTemplate, Template, template_settings
 from opd_stream.rows import (
     Format,
@@ -266,7 +266,7 @@ def shown(view: str, source: Prompts, prompt: Prompt, placed: PlacedRow) -> Prom
         return _written(row, name, place, "teacher.view")
 
     text = _VIEW.sub(lambda found: written(found.group(1)) if found.group(1) else found[0][0], view)
-    _check_unicode(place, text)
+    check_unicode(place, text)
     if prompt.turns is None:
         return replace(prompt, text=text)
     turns = list(prompt.turns)
@@ -392,7 +392,7 @@ def _prompt(
         level=_level(source, place, row),
     )
     for said in (prompt.prompt_id, prompt.text, prompt.answer or "", *prompt.completions):
-        _check_unicode(place, said)
+        check_unicode(place, said)
     return prompt
 
 
@@ -424,18 +424,6 @@ def _written(row: dict[str, Any], name: str, place: str, setting: str) -> str:
     """A field as text: of a list, a line for each item."""
     found = value_of(row, name, place, setting)
     return "\n".join(_texts(found, f"{place}: field {name!r}", f"mend it, or set {setting}"))
-
-
-def _check_unicode(place: str, text: str) -> None:
-    """Refuse what JSON can escape and UTF-8 cannot write."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise UserError(
-            f"{place} holds {half} alone, half a surrogate pair; expected text that UTF-8 can "
-            "write; mend or remove the line"
-        ) from error
 
 
 def _answer(source: FilePrompts | DatasetPrompts, place: str, row: dict[str, Any]) -> str | None:

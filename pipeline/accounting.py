@@ -20,7 +20,7 @@ from opd_stream.costs import (
     train_flops,
     unknown_costs,
 )
-from opd_stream.coverage import coverage_text, is_low
+from opd_stream.coverage import SEE_MORE, SEE_MORE_OF_A_CACHE, coverage_text, is_low
 from opd_stream.errors import UserError
 from opd_stream.filters import OTHER_TEACHER, dropped_of, dropped_text
 from opd_stream.outcome import TrainOutcome
@@ -328,7 +328,8 @@ def uncovered_line(report: RoundReport, config: Config) -> Iterator[str]:
     found, reads = report.coverage, {part.reads for part in config.train.objective}
     if found is None or "candidates" not in reads or not is_low(found):
         return
-    yield f"round {report.round}: the cached candidates {coverage_text(found)}"
+    remedy = SEE_MORE if config.replay is None else SEE_MORE_OF_A_CACHE
+    yield f"round {report.round}: the cached candidates {coverage_text(found, remedy)}"
 
 
 class RoundWork:

@@ -127,6 +127,11 @@ def test_a_run_says_what_its_candidates_see(small_runs: SmallRuns) -> None:
     )
     (line,) = uncovered_line(low, config)
     assert "see 50%" in line
+    assert "doctor" in line
+    replays = config.model_copy(update={"replay": object()})
+    (line,) = uncovered_line(low, replays)
+    assert "train on a cache with more candidates" in line
+    assert "doctor" not in line
     store = Store(str(folder / "store"))
     scores = store.by_fingerprint("scores", found[600].caches[0].scores)
     assert coverage_of(store, scores) == found[600].coverage

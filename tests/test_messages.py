@@ -313,6 +313,7 @@ def test_messages_may_hold_what_json_has_not(tmp_path: Path) -> None:
         ([{"role": "user"}], "place: turn 0 has no content"),
         ([USER, {"role": "user", "content": 3}], "place: turn 1 holds a int"),
         ([{"role": 1, "content": "a"}], "place: turn 0 has the role 1"),
+        ([USER, {"role": "tool", "content": "\ud800"}], r"turn 1 holds \\ud800 alone, half"),
         ([{"role": "user", "content": [{"type": "image"}]}], "holds parts of type image"),
     ],
 )
@@ -323,7 +324,7 @@ def test_malformed_messages_name_the_turn(turns: Any, line: str) -> None:
 
 def test_bad_messages_in_a_file_name_the_line(tmp_path: Path) -> None:
     for row, line in (
-        ({"messages": [{"role": "user", "content": "\ud83d"}]}, r"rows\.jsonl:1 holds \\ud83d"),
+        ({"messages": [{"role": "user", "content": "\ud83d"}]}, r"jsonl:1: .*turn 0 holds \\ud83d"),
         ({"messages": [USER], "tools": "none"}, r"rows\.jsonl:1 holds no list of tool schemas"),
     ):
         with pytest.raises(UserError, match=line):
