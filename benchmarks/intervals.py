@@ -1,8 +1,8 @@
 """How often 95 % intervals of pass@1 hold the truth: `make bench-intervals`.
 
 Problems are drawn whose chances of a right answer are known, so the truth is, too: of one policy,
-and of the paired difference to one whose every chance is raised to the power 0.6. The table of
-docs/evaluation.md.
+and of the paired difference to one whose every chance is raised to the power 0.6.
+docs/evaluation.md names the range.
 """
 
 import numpy as np
