@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := .venv-docs/bin
+DOCS_READY := .venv-docs/.ready
 VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
 BENCH := .venv-bench/bin
 BENCH_READY := .venv-bench/.ready
 
-.PHONY: real-models help quickstart test test-architectures test-slow test-vllm lint models bench-cache bench-engines bench-engines-memory bench-engines-real \
+.PHONY: real-models help quickstart test test-architectures test-slow test-vllm lint docs models bench-cache bench-engines bench-engines-memory bench-engines-real \
 	bench-engines-vllm bench-generation bench-given bench-loss bench-overlap bench-reload \
 	bench-intervals bench-methods bench-quickstart bench-ray-share bench-real bench-scale bench-train \
 	bench-teachers bench-truncated bench-windows-audit clean
@@ -53,6 +55,14 @@ lint: $(READY) ## style and types, one minute or two
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: $(DOCS_READY) ## the pages as a site in site/; a broken link fails; some seconds
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --quiet --strict
+
+$(DOCS_READY): constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	$(DOCS)/pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
+	@touch $@
 
 models: $(READY) ## make the embedded teachers and students again, about twenty minutes
 	$(BIN)/python configs/models/make_models.py --out configs/models --task ledger
@@ -145,4 +155,4 @@ bench-windows-audit: $(READY) ## what the gradients of prefixes say, by probe ro
 	$(BIN)/python benchmarks/windows_audit.py
 
 clean: ## remove the environment, the store and the runs
-	rm -rf $(VENV) .venv-bench .venv-vllm store runs
+	rm -rf $(VENV) .venv-bench .venv-docs .venv-vllm site store runs
