@@ -54,7 +54,6 @@ DRAWINGS = {  # indented text that is neither a command nor a config, by its fir
     ("alignment.md", "student   | On|"),
     ("cache-format.md", "STORE/KIND/FP16/recipe.json"),
     ("staleness.md", "all epochs done:"),
-    ("store.md", "rollouts/3f0c…/recipe.json"),
     ("tutorial.md", "store/ "),
 }
 NUMBERS = {"--round": "0", "--worst": "3", "--sample": "0"}  # for the letters in usage lines
