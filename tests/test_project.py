@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from typing import Any
 import pytest
 import yaml
 
+from opd_stream import __version__
 from opd_stream.errors import UserError
 from opd_stream.store import open_scores
+from pipeline.cli.options import PAGES
 from pipeline.run_folder import RunFolder
 from stages.step import Silent
 from tests.conftest import MODELS, run, small_config
@@ -46,8 +49,8 @@ def test_the_citation_has_what_the_format_asks_for() -> None:
     assert {"cff-version", "message", "title", "authors"} <= set(CITATION)
     assert CITATION["cff-version"] == "1.2.0"
     assert CITATION["title"] == PROJECT["project"]["name"]
-    assert CITATION["version"] == PROJECT["project"]["version"]
-    assert CITATION["license"] == PROJECT["project"]["license"]["text"]
+    assert CITATION["version"] == PROJECT["project"]["version"] == __version__
+    assert CITATION["license"] == PROJECT["project"]["license"]
     assert all(author["name"] for author in CITATION["authors"])
     for reference in CITATION["references"]:
         assert {"type", "title", "authors"} <= set(reference)
@@ -77,14 +80,22 @@ def test_what_a_page_names_exists(page: str) -> None:
         assert (ROOT / path).exists(), path
 
 
-def test_the_wheel_holds_every_file_of_the_packages(tmp_path: Path) -> None:
-    pytest.importorskip("hatchling", reason="hatchling, of the extra dev, builds the wheel")
-    code = f"import hatchling.build as b; print(b.build_wheel({str(tmp_path)!r}))"
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that an installed wheel is."""
+    pytest.importorskip("hatch_fancy_pypi_readme", reason="the extra dev builds the wheel")
+    folder = tmp_path_factory.mktemp("wheel")
+    code = f"import hatchling.build as b; print(b.build_wheel({str(folder)!r}))"
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    with zipfile.ZipFile(tmp_path / found.stdout.split()[-1]) as wheel:
-        held = set(wheel.namelist())
+    with zipfile.ZipFile(folder / found.stdout.split()[-1]) as file:
+        file.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
+    held = {str(path.relative_to(wheel)) for path in wheel.rglob("*")}
     for package in PACKAGES:
         assert f"{package}/py.typed" in held
         files = [path for path in (ROOT / package).rglob("*") if path.is_file()]
@@ -92,7 +103,42 @@ def test_the_wheel_holds_every_file_of_the_packages(tmp_path: Path) -> None:
             str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts
         }
         assert expected <= held
-    assert not any(name.startswith(("tests/", "benchmarks/", "examples/")) for name in held)
+    assert not any(name.startswith(("tests", "benchmarks", "examples", "configs")) for name in held)
+
+
+def test_the_wheel_alone_writes_a_config_and_plans_the_embedded_job(
+    wheel: Path, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(wheel)}
+    for words in (["init"], ["plan", "my.yaml"]):
+        command = [sys.executable, "-m", "opd_stream", *words]
+        found = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+        )
+        assert found.returncode == 0, found.stderr
+    assert "teacher" in found.stdout
+
+
+def test_a_package_index_shows_the_readme_with_links_that_lead_somewhere(wheel: Path) -> None:
+    (metadata,) = wheel.glob("*.dist-info/METADATA")
+    text = metadata.read_text()
+    targets = re.findall(r"\]\(([^)]+)\)", text.partition("\n\n")[2])
+    assert len(targets) > 20
+    assert all(target.startswith(("https://", "#")) for target in targets)
+    assert "License-Expression: Apache-2.0" in text
+    assert PROJECT["project"]["urls"]["Documentation"].startswith(PAGES)
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(wheel)}
+    command = [sys.executable, "-m", "opd_stream", "quickstart"]
+    found = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+    )
+    assert found.returncode == 0, found.stderr
+    summary = json.loads((tmp_path / "runs" / "quickstart" / "summary.json").read_text())
+    assert summary["evaluations"][-1]["pass@1"] > 0.8
 
 
 @pytest.mark.parametrize("package", PACKAGES)

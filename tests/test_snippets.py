@@ -7,9 +7,13 @@
 - What needs hardware or a service says so above itself, and stands in MARKED.
 """
 
+import atexit
+import contextlib
 import importlib
 import re
+import shutil
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -91,14 +95,27 @@ def test_no_command_hides_in_what_is_shown(block: Block) -> None:
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
-    """What the command line makes of arguments, without doing it."""
+    """What the command line makes of arguments, without doing it, where there is a run."""
     command: Any = typer.main.get_command(app)
-    context = command.make_context("opd-stream", list(arguments))
-    while hasattr(command, "resolve_command"):
-        left = [*context._protected_args, *context.args]
-        name, command, rest = command.resolve_command(context, left)
-        context = command.make_context(name, list(rest), parent=context)
+    with contextlib.chdir(place_with_a_run()):
+        context = command.make_context("opd-stream", list(arguments))
+        while hasattr(command, "resolve_command"):
+            left = [*context._protected_args, *context.args]
+            name, command, rest = command.resolve_command(context, left)
+            context = command.make_context(name, list(rest), parent=context)
     return context.params
+
+
+@cache
+def place_with_a_run() -> Path:
+    """A folder with what commands take where no run and no store is named."""
+    folder = Path(tempfile.mkdtemp(prefix="opd-stream-snippets-"))
+    atexit.register(shutil.rmtree, folder)
+    (folder / "store").mkdir()
+    (folder / "runs" / "my").mkdir(parents=True)
+    for name in ("config.json", "run.json"):
+        (folder / "runs" / "my" / name).touch()
+    return folder
 
 
 def places(node: dict[str, Any], definitions: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -165,10 +182,10 @@ def check_command(words: list[str], *, needs: str | None) -> None:
         case "make":
             makefile = (ROOT / "Makefile").read_text()
             assert f"\n{arguments[0].rstrip('…')}" in makefile
-        case "pip":
+        case "pip" | "uv":
             named = re.findall(r"-e \.\[([a-z0-9,]+)\]", " ".join(arguments))
             known = (ROOT / "pyproject.toml").read_text()
-            assert arguments[0] == "install"
+            assert "install" in arguments[:2]
             assert named
             assert all(f"\n{extra} = [" in known for one in named for extra in one.split(","))
         case "python" if arguments[0] == "-m":

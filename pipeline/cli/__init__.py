@@ -7,16 +7,25 @@ from typing import Any
 import typer
 
 from pipeline import interrupts
-from pipeline.cli import run_commands, share_commands, view_commands
+from pipeline.cli import run_commands, share_commands, start_commands, view_commands
 from pipeline.cli.cache_commands import cache
-from pipeline.cli.options import app
+from pipeline.cli.options import ORDER, Panel, app, command_name
 from pipeline.console import LOG, Level, is_json, print_error, set_up
 
-__all__ = ["app", "main", "run_commands", "share_commands", "start", "view_commands"]
+__all__ = [
+    "app",
+    "main",
+    "run_commands",
+    "share_commands",
+    "start",
+    "start_commands",
+    "view_commands",
+]
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # of click, which typer brings along
 
-app.add_typer(cache, name="cache")
+app.add_typer(cache, name="cache", rich_help_panel=Panel.STORE)
+app.registered_commands.sort(key=lambda each: ORDER.index(command_name(each)))
 
 
 def start() -> None:

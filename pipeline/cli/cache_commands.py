@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.cli.options import Panel, command, default_store
 from pipeline.console import TerminalProgress, echo
 
 if TYPE_CHECKING:
@@ -14,14 +15,22 @@ if TYPE_CHECKING:
     from opd_stream.store.exchange import AsIds, UnitReport
 
 cache = typer.Typer(help="Look at a store, verify it, free it, share it.", no_args_is_help=True)
-StorePlace = Annotated[str, typer.Argument(metavar="STORE", help="Folder or s3://BUCKET/PATH.")]
+StorePlace = Annotated[
+    str,
+    typer.Argument(
+        metavar="STORE",
+        help="Folder or s3://BUCKET/PATH. Default: store, else that of the latest run.",
+        default_factory=default_store,
+        show_default=False,
+    ),
+]
 ArtifactName = Annotated[
     str, typer.Argument(metavar="NAME", help="KIND/FINGERPRINT, or its beginning.")
 ]
 _ROW = "{:30} {:9} {:>10} {:>9} {:>12} {:>14} {:>8}"
 
 
-@cache.command("ls")
+@command(Panel.STORE, "ls", "store.md#looking-after-a-store", name="ls", to=cache)
 def list_artifacts(location: StorePlace) -> None:
     """List the artifacts of a store."""
     from opd_stream.store.inventory import entries
@@ -43,7 +52,7 @@ def list_artifacts(location: StorePlace) -> None:
     echo(f"{total:,} bytes in {location}")
 
 
-@cache.command()
+@command(Panel.STORE, "show scores/3f0c", "store.md#codecs", to=cache)
 def show(location: StorePlace, name: ArtifactName) -> None:
     """Recipe, size and fidelity of an artifact."""
     from opd_stream.coverage import coverage_text, is_low
@@ -76,7 +85,7 @@ def show(location: StorePlace, name: ArtifactName) -> None:
             echo(f"warning: the candidates {coverage_text(found)}")
 
 
-@cache.command()
+@command(Panel.STORE, "verify store --repair", "store.md#damage", to=cache)
 def verify(
     location: StorePlace,
     repair: Annotated[
@@ -119,7 +128,7 @@ def verify(
     echo(f"everything in {location} is what was written{unless}")
 
 
-@cache.command()
+@command(Panel.STORE, "gc store --delete", "store.md#looking-after-a-store", to=cache)
 def gc(
     location: StorePlace,
     delete: Annotated[bool, typer.Option("--delete", help="Do it. Default: only say.")] = False,
@@ -164,7 +173,7 @@ def gc(
     echo(f"{count} paths, {size:,} bytes{end}")
 
 
-@cache.command()
+@command(Panel.STORE, "pin scores/3f0c", "store.md#looking-after-a-store", to=cache)
 def pin(location: StorePlace, name: ArtifactName) -> None:
     """Keep an artifact whatever the runs do."""
     from opd_stream.store import garbage
@@ -172,7 +181,7 @@ def pin(location: StorePlace, name: ArtifactName) -> None:
     echo(f"pinned {garbage.pin(existing_store(location), name)}")
 
 
-@cache.command()
+@command(Panel.STORE, "unpin scores/3f0c", "store.md#looking-after-a-store", to=cache)
 def unpin(location: StorePlace, name: ArtifactName) -> None:
     """Take a pin away."""
     from opd_stream.store import garbage
@@ -180,7 +189,7 @@ def unpin(location: StorePlace, name: ArtifactName) -> None:
     echo(f"unpinned {garbage.unpin(existing_store(location), name)}")
 
 
-@cache.command("export")
+@command(Panel.STORE, "export scores/3f0c out/scores", "trainers.md", name="export", to=cache)
 def export_artifact(
     location: StorePlace,
     name: ArtifactName,
@@ -204,7 +213,7 @@ def export_artifact(
     echo(f"{rows:,} rows in {out}")
 
 
-@cache.command("residual")
+@command(Panel.STORE, "residual scores/3f0c", "objectives.md", name="residual", to=cache)
 def residual(location: StorePlace, name: ArtifactName) -> None:
     """Make scores without the teacher's style bias, from the cache alone (Lightning OPD 2.0)."""
     from opd_stream.store.inventory import open_artifact
@@ -217,7 +226,7 @@ def residual(location: StorePlace, name: ArtifactName) -> None:
     echo(f"{target.name}: train on it with replay: {{scores: [{target.name}]}}")
 
 
-@cache.command("import")
+@command(Panel.STORE, "import rows.jsonl --stop-id 1", "cache-format.md", name="import", to=cache)
 def import_artifact(
     location: StorePlace,
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help=".jsonl, .jsonl.zst, .parquet")],

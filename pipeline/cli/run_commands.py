@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline.cli.options import ConfigFile, Overrides, RunDir, app, console, open_run
+from pipeline.cli.options import ConfigFile, Overrides, Panel, RunDir, command, console, open_run
 from pipeline.console import TerminalProgress, echo, print_lines, result_table
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ WORK = (
 )
 
 
-@app.command("fetch")
+@command(Panel.RUN, "fetch my.yaml", "tutorial.md#1-one-file", name="fetch")
 def fetch_models(config: ConfigFile, overrides: Overrides = None) -> None:
     """Fetch the hub models of a config and convert its GGUF files; a run does it, too."""
     from opd_stream.config_file import load_config
@@ -45,7 +45,7 @@ def fetch_models(config: ConfigFile, overrides: Overrides = None) -> None:
             echo(f"{model.path}: {model.folder}")
 
 
-@app.command()
+@command(Panel.RUN, "run my.yaml rounds=2 --run-dir runs/two", "tutorial.md#3-run")
 def run(config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Run the whole loop; run it again to continue."""
     from pipeline.run import run as run_rounds
@@ -66,7 +66,7 @@ Follow = Annotated[
 ]
 
 
-@app.command()
+@command(Panel.RUN, "generate my.yaml --round 0 --follow", "deploy.md#separate-machines")
 def generate(
     config: ConfigFile,
     round_index: RoundIndex,
@@ -108,8 +108,10 @@ def _run_stage(
 def _add_stage(stage: Literal["score", "train"], description: str) -> None:
     """Add the command of one stage; both take the same options."""
 
-    @app.command(stage, help=description)
-    def command(
+    example = f"{stage} my.yaml --round 0 --follow"
+
+    @command(Panel.RUN, example, "deploy.md#separate-machines", name=stage)
+    def of_stage(
         config: ConfigFile,
         round_index: RoundIndex,
         overrides: Overrides = None,
@@ -118,12 +120,14 @@ def _add_stage(stage: Literal["score", "train"], description: str) -> None:
     ) -> None:
         _run_stage(stage, open_run(config, overrides, run_dir), round_index, follow)
 
+    of_stage.__doc__ = description
+
 
 _add_stage("score", "Score the rollouts of one round with the teacher.")
 _add_stage("train", "Train on the scores of one round.")
 
 
-@app.command()
+@command(Panel.RUN, "evaluate my.yaml --policy-version 0", "evaluation.md")
 def evaluate(
     config: ConfigFile,
     policy_version: Annotated[

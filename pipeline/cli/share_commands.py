@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.cache_commands import ArtifactName, StorePlace, cache, existing_store
-from pipeline.cli.options import RunArgument, app, folder_of_run
+from pipeline.cli.options import Panel, RunArgument, command, folder_of_run
 from pipeline.console import echo
 
 Public = Annotated[
@@ -14,7 +14,7 @@ Public = Annotated[
 ]
 
 
-@app.command()
+@command(Panel.STORE, "export runs/my out/policy", "trainers.md")
 def export(
     run_dir: RunArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
@@ -47,7 +47,7 @@ def export(
             raise UserError(f"{error}; the folder {out} is whole") from error
 
 
-@cache.command("push")
+@command(Panel.STORE, "push scores/3f0c ORGANISATION/NAME", "trainers.md", name="push", to=cache)
 def push_cache(
     location: StorePlace,
     name: ArtifactName,
@@ -78,7 +78,7 @@ def push_cache(
         echo(f"pushed to {push_folder(folder, target, kind='dataset', is_public=public)}")
 
 
-@cache.command("pull")
+@command(Panel.STORE, "pull ORGANISATION/NAME", "trainers.md", name="pull", to=cache)
 def pull_cache(
     location: StorePlace,
     source: Annotated[

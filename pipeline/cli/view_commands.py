@@ -9,17 +9,19 @@ import typer
 from pipeline.cli.options import (
     ConfigFile,
     Overrides,
+    Panel,
     RunArgument,
     RunDir,
-    app,
+    command,
     console,
+    latest_run,
     open_folder,
     open_run,
 )
 from pipeline.console import echo
 
 
-@app.command()
+@command(Panel.RUN, "plan my.yaml", "plan.md")
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -39,7 +41,7 @@ def plan(
         raise typer.Exit(1)
 
 
-@app.command()
+@command(Panel.RUN, "doctor my.yaml", "doctor.md")
 def doctor(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -64,7 +66,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command()
+@command(Panel.LOOK, "status runs/my --watch", "status.md")
 def status(
     run_dir: RunArgument,
     overrides: Overrides = None,
@@ -82,7 +84,7 @@ def status(
     print_status(open_to_look(config), folder, as_json=form, every=every if live else None)
 
 
-@app.command()
+@command(Panel.LOOK, "inspect runs/my --worst 3", "inspect.md")
 def inspect(
     run_dir: RunArgument,
     round_number: Annotated[
@@ -138,9 +140,17 @@ def inspect(
     terminal.print_rollout(view, console=console())
 
 
-@app.command()
+@command(Panel.LOOK, "report runs/my runs/replay --out report.html", "report.md")
 def report(
-    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
+    run_dirs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN",
+            help="Folders of runs. Default: the latest.",
+            default_factory=lambda: [latest_run()],
+            show_default=False,
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="HTML file.")] = Path("report.html"),
 ) -> None:
     """Show runs on one HTML page: accuracy, cost, drift, decisions, lineage."""
@@ -156,7 +166,7 @@ def report(
     echo(write_report(run_dirs, out))
 
 
-@app.command()
+@command(Panel.LOOK, "compare runs/my@0 runs/my", "evaluation.md")
 def compare(
     left: Annotated[str, typer.Argument(metavar="A", help="RUN, RUN@VERSION or evaluate's --out.")],
     right: Annotated[str, typer.Argument(metavar="B", help="The same.")],
@@ -171,7 +181,7 @@ def compare(
         echo(line)
 
 
-@app.command()
+@command(Panel.LOOK, "schema --out opd-stream.schema.json", "config.md")
 def schema(
     out: Annotated[Path | None, typer.Option("--out", help="File to write. Default: show.")] = None,
 ) -> None:
@@ -185,7 +195,7 @@ def schema(
     publish(out, f"{text}\n".encode())
 
 
-@app.command()
+@command(Panel.LOOK, "chat runs/my", "python.md#look-at-what-a-policy-writes")
 def chat(
     policy: Annotated[
         str, typer.Argument(metavar="POLICY", help="A run's folder, or any checkpoint.")
