@@ -51,20 +51,12 @@ def folder(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return tmp_path
 
 
-def heading(text: str) -> str:
-    """The anchor of a heading."""
-    return re.sub(r"[^\w -]", "", text.lower()).strip().replace(" ", "-")
-
-
 @pytest.mark.parametrize("words", ALL, ids=" ".join)
 def test_help_has_an_example_that_parses_and_a_page_that_exists(words: tuple[str, ...]) -> None:
     example, page = re.findall(r"Example: opd-stream (.+)\n\nMore: (\S+)", ALL[words].epilog)[0]
     assert example.split()[: len(words)] == list(words)
     parse(example.split())
-    file, _, anchor = page.removeprefix(f"{PAGES}/").partition("#")
-    text = (ROOT / "docs" / file).read_text()
-    headings = {heading(line.lstrip("#")) for line in text.splitlines() if line.startswith("#")}
-    assert not anchor or anchor in headings
+    assert (ROOT / "docs" / page.removeprefix(f"{PAGES}/")).exists()
 
 
 def test_help_is_in_panels(opd_stream: Command) -> None:

@@ -30,7 +30,7 @@ ArtifactName = Annotated[
 _ROW = "{:30} {:9} {:>10} {:>9} {:>12} {:>14} {:>8}"
 
 
-@command(Panel.STORE, "ls", "store.md#looking-after-a-store", name="ls", to=cache)
+@command(Panel.STORE, "ls", "store.md", name="ls", to=cache)
 def list_artifacts(location: StorePlace) -> None:
     """List the artifacts of a store."""
     from opd_stream.store.inventory import entries
@@ -52,7 +52,7 @@ def list_artifacts(location: StorePlace) -> None:
     echo(f"{total:,} bytes in {location}")
 
 
-@command(Panel.STORE, "show scores/3f0c", "store.md#codecs", to=cache)
+@command(Panel.STORE, "show scores/3f0c", "store.md", to=cache)
 def show(location: StorePlace, name: ArtifactName) -> None:
     """Recipe, size and fidelity of an artifact."""
     from opd_stream.coverage import coverage_text, is_low
@@ -85,7 +85,7 @@ def show(location: StorePlace, name: ArtifactName) -> None:
             echo(f"warning: the candidates {coverage_text(found)}")
 
 
-@command(Panel.STORE, "verify store --repair", "store.md#damage", to=cache)
+@command(Panel.STORE, "verify store --repair", "store.md", to=cache)
 def verify(
     location: StorePlace,
     repair: Annotated[
@@ -128,7 +128,7 @@ def verify(
     echo(f"everything in {location} is what was written{unless}")
 
 
-@command(Panel.STORE, "gc store --delete", "store.md#looking-after-a-store", to=cache)
+@command(Panel.STORE, "gc store --delete", "store.md", to=cache)
 def gc(
     location: StorePlace,
     delete: Annotated[bool, typer.Option("--delete", help="Do it. Default: only say.")] = False,
@@ -173,7 +173,7 @@ def gc(
     echo(f"{count} paths, {size:,} bytes{end}")
 
 
-@command(Panel.STORE, "pin scores/3f0c", "store.md#looking-after-a-store", to=cache)
+@command(Panel.STORE, "pin scores/3f0c", "store.md", to=cache)
 def pin(location: StorePlace, name: ArtifactName) -> None:
     """Keep an artifact whatever the runs do."""
     from opd_stream.store import garbage
@@ -181,7 +181,7 @@ def pin(location: StorePlace, name: ArtifactName) -> None:
     echo(f"pinned {garbage.pin(existing_store(location), name)}")
 
 
-@command(Panel.STORE, "unpin scores/3f0c", "store.md#looking-after-a-store", to=cache)
+@command(Panel.STORE, "unpin scores/3f0c", "store.md", to=cache)
 def unpin(location: StorePlace, name: ArtifactName) -> None:
     """Take a pin away."""
     from opd_stream.store import garbage

@@ -118,7 +118,7 @@ def command(
     Args:
         panel: of the help.
         example: the arguments of the line.
-        page: file of `docs`, with a heading where it has one.
+        page: file of `docs`.
         name: of the command; None: that of the function.
         to: the group that it belongs to; None: the program itself.
     """

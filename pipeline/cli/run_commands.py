@@ -32,7 +32,7 @@ WORK = (
 )
 
 
-@command(Panel.RUN, "fetch my.yaml", "tutorial.md#1-one-file", name="fetch")
+@command(Panel.RUN, "fetch my.yaml", "tutorial.md", name="fetch")
 def fetch_models(config: ConfigFile, overrides: Overrides = None) -> None:
     """Fetch the hub models of a config and convert its GGUF files; a run does it, too."""
     from opd_stream.config_file import load_config
@@ -45,7 +45,7 @@ def fetch_models(config: ConfigFile, overrides: Overrides = None) -> None:
             echo(f"{model.path}: {model.folder}")
 
 
-@command(Panel.RUN, "run my.yaml rounds=2 --run-dir runs/two", "tutorial.md#3-run")
+@command(Panel.RUN, "run my.yaml rounds=2 --run-dir runs/two", "tutorial.md")
 def run(config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Run the whole loop; run it again to continue."""
     from pipeline.run import run as run_rounds
@@ -66,7 +66,7 @@ Follow = Annotated[
 ]
 
 
-@command(Panel.RUN, "generate my.yaml --round 0 --follow", "deploy.md#separate-machines")
+@command(Panel.RUN, "generate my.yaml --round 0 --follow", "deploy.md")
 def generate(
     config: ConfigFile,
     round_index: RoundIndex,
@@ -110,7 +110,7 @@ def _add_stage(stage: Literal["score", "train"], description: str) -> None:
 
     example = f"{stage} my.yaml --round 0 --follow"
 
-    @command(Panel.RUN, example, "deploy.md#separate-machines", name=stage)
+    @command(Panel.RUN, example, "deploy.md", name=stage)
     def of_stage(
         config: ConfigFile,
         round_index: RoundIndex,

@@ -24,7 +24,7 @@ def quickstart(overrides: Overrides = None, run_dir: RunDir = None) -> None:
     run(embedded("quickstart.yaml"), overrides, run_dir)
 
 
-@command(Panel.RUN, "init my.yaml --template topd", "tutorial.md#1-one-file")
+@command(Panel.RUN, "init my.yaml --template topd", "tutorial.md")
 def init(
     file: Annotated[
         Path | None, typer.Argument(help="New file. Default: my.yaml, or TEMPLATE.yaml.")

@@ -195,7 +195,7 @@ def schema(
     publish(out, f"{text}\n".encode())
 
 
-@command(Panel.LOOK, "chat runs/my", "python.md#look-at-what-a-policy-writes")
+@command(Panel.LOOK, "chat runs/my", "python.md")
 def chat(
     policy: Annotated[
         str, typer.Argument(metavar="POLICY", help="A run's folder, or any checkpoint.")
