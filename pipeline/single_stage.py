@@ -297,7 +297,7 @@ def _score_step(session: Session, round_: Round, step: Step, *, follow: bool) ->
         is_verified = True
         session.spans += wait_for(session.executor, work, session.progress)
         if not scores.is_complete():
-            missing = [u for u in rollouts.units() if rollouts.commit_record(u) is None]
+            missing = sorted({*rollouts.units()} - {*rollouts.committed()})
             what = f"rollouts (units {missing[:8]} are missing)"
             _need(follow or not missing, round_, _making(step.rollouts), what)
             time.sleep(POLL_SECONDS)

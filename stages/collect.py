@@ -83,11 +83,17 @@ def start_scores(store: Store, recipe: Recipe, rollouts: Artifact) -> Artifact:
 def missing_units(artifact: Artifact, progress: Progress, *, verify: bool = True) -> list[int]:
     """The units to make; a damaged one is named, taken out and made again, alone.
 
-    Without `verify` no shard is read: what is committed is taken as whole.
+    Without `verify` nothing is read: what is committed is taken as whole.
     """
     missing: list[int] = []
+    committed, is_listed = set(artifact.committed()), artifact.is_complete()
+    if not verify:
+        return [unit for unit in artifact.units() if unit not in committed]
     for unit in artifact.units():
-        reason = artifact.damage(unit) if verify else artifact.record_damage(unit)
+        if unit not in committed and not is_listed:  # nothing was made that could be damaged
+            missing.append(unit)
+            continue
+        reason = artifact.damage(unit)
         if reason is not None and artifact.record_damage(unit) and artifact.restore_record(unit):
             progress.warn(f"unit {unit} of {artifact.name}: {reason}; the manifest has it")
             reason = artifact.damage(unit)
@@ -151,7 +157,8 @@ def submit_missing(
     to_generate = missing_units(rollouts, progress, verify=verify) if generate else []
     to_score = _units_to_score(rollouts, scores, to_generate, progress, verify=verify)
     if not generate:
-        to_score = [unit for unit in to_score if rollouts.commit_record(unit) is not None]
+        there = set(rollouts.committed())
+        to_score = [unit for unit in to_score if unit in there]
     one = Task(
         unit=0,
         rollouts=rollouts.fingerprint,
@@ -214,7 +221,8 @@ def _units_to_score(
     if scores is None:
         return []
     missing = missing_units(scores, progress, verify=verify)
-    stale, lost = _made_of_other_bytes(rollouts, scores), _for_head(scores, progress, verify)
+    stale = _made_of_other_bytes(rollouts, scores) if verify else []
+    lost = _for_head(scores, progress, verify)
     return sorted({*missing, *stale, *new, *lost})
 
 
@@ -307,9 +315,10 @@ def wait_for(
 
 def _made_of_other_bytes(rollouts: Artifact, scores: Artifact) -> list[int]:
     """Units whose rollouts or hidden states were made again since, with other bytes."""
-    sources = rollouts.commits()
+    scored = scores.commits()
+    sources = rollouts.commits() if scored else {}
     return [
         unit
-        for unit, record in scores.commits().items()
+        for unit, record in scored.items()
         if unit in sources and sources[unit].sha256 != record.source_sha256
     ]

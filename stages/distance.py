@@ -54,13 +54,13 @@ class StudentWorker(GenerateWorker):
 
         task = result.task
         assert task.distances is not None
-        distances = self.store.by_fingerprint("distances", task.distances)
+        distances = self.artifact("distances", task.distances)
         if distances.commit_record(task.unit) is not None:
             return result
         start, cpu = time.time(), time.process_time()
         recipe = distances.recipe
-        rollouts = self.store.by_fingerprint("rollouts", recipe.inputs["rollouts"])
-        hidden = self.store.by_fingerprint("hidden", recipe.inputs["hidden"])
+        rollouts = self.artifact("rollouts", recipe.inputs["rollouts"])
+        hidden = self.artifact("hidden", recipe.inputs["hidden"])
         source = hidden.commit_record(task.unit)
         batch = rollouts_batch(rollouts.read_unit(task.unit))
         states = hidden_of(hidden.read_unit(task.unit))
@@ -90,7 +90,7 @@ class StudentWorker(GenerateWorker):
         from opd_stream.hidden_states import read_head
 
         if self._head is None or self._head[0] != fingerprint:
-            artifact = self.store.by_fingerprint("heads", fingerprint)
+            artifact = self.artifact("heads", fingerprint)
             self._head = (fingerprint, read_head(artifact))
         return self._head[1]
 

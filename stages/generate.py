@@ -39,7 +39,7 @@ class GenerateWorker(Worker):
 def sample_unit(worker: Worker, result: TaskResult, folder: Callable[[], Path]) -> TaskResult:
     """Sample the rollouts of a task's unit unless they are committed; `folder` has the model."""
     task = result.task
-    rollouts = worker.store.by_fingerprint("rollouts", task.rollouts)
+    rollouts = worker.artifact("rollouts", task.rollouts)
     if rollouts.commit_record(task.unit) is not None:
         return result
     start, cpu = time.time(), time.process_time()

@@ -6,7 +6,7 @@ the same prompts name the same artifact.
 
 import json
 import tempfile
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -30,7 +30,7 @@ from opd_stream.prompts import (
 from opd_stream.rendering import Rendering
 from opd_stream.sources import Prompts, source_settings
 from opd_stream.store.artifact import Artifact, Commit, DamagedUnit
-from opd_stream.store.files import canonical_json, explained
+from opd_stream.store.files import canonical_json, explained, is_remote
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import (
     COMPLETIONS,
@@ -50,6 +50,7 @@ Ids = NDArray[np.integer[Any]]
 RULES = 1
 ROWS_PER_SHARD = 16_384
 BYTES_IN_MEMORY = 2**26  # of prompts that are being made
+BYTES_REMEMBERED = 2**25  # of prompts that were read
 
 
 def prompts_artifact(
@@ -247,6 +248,8 @@ def _shards(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
 class PromptRows:
     """The rows of a complete prompts artifact, read with the 64 rows of their record batch.
 
+    Shards of an object store are copied to this machine as they are needed, each by one request.
+
     Example:
         >>> PromptRows(store, "9f1c…").read([70_001, 3])
     """
@@ -255,6 +258,10 @@ class PromptRows:
         self._artifact = store.by_fingerprint("prompts", fingerprint)
         self._layout = self._artifact.layout()
         self._units: dict[int, tuple[Commit, pa.Schema]] = {}
+        self._parts: OrderedDict[tuple[int, int], pa.RecordBatch] = OrderedDict()  # last read last
+        self._bytes = 0  # of them
+        is_far = is_remote(self._artifact.folder)
+        self._near = Artifact(store.local, self._artifact.recipe) if is_far else self._artifact
 
     def __len__(self) -> int:
         return self._layout.rows
@@ -285,15 +292,32 @@ class PromptRows:
         return "prompts" in self._artifact.recipe.inputs
 
     def _part(self, unit: int, number: int) -> pa.RecordBatch:
+        """A record batch; the latest are remembered, because units draw from all of them."""
+        if (unit, number) in self._parts:
+            self._parts.move_to_end((unit, number))
+            return self._parts[unit, number]
         commit, schema = self._unit(unit)
-        return self._artifact.read_part(commit, number, schema)
+        try:
+            part = self._near.read_part(commit, number, schema)
+        except DamagedUnit:
+            if self._near is self._artifact:
+                raise
+            self._near.fetch(commit, self._artifact)
+            part = self._near.read_part(commit, number, schema)
+        self._parts[unit, number] = part
+        self._bytes += part.nbytes
+        while self._bytes > BYTES_REMEMBERED and len(self._parts) > 1:
+            self._bytes -= self._parts.popitem(last=False)[1].nbytes
+        return part
 
     def _unit(self, unit: int) -> tuple[Commit, pa.Schema]:
         if unit not in self._units:
             commit = self._artifact.commit_record(unit)
             if commit is None:
                 raise DamagedUnit(self._artifact, unit, "its commit record is missing")
-            self._units[unit] = commit, self._artifact.read_schema(commit)
+            if self._near is not self._artifact:
+                self._near.fetch(commit, self._artifact)
+            self._units[unit] = commit, self._near.read_schema(commit)
         return self._units[unit]
 
 

@@ -93,11 +93,11 @@ class ScoreWorker(Worker):
     def prepare(self, task: Task) -> None:
         if task.scores is None or task.teacher is None or not self.is_asked(task):
             return
-        scores = self.store.by_fingerprint(task.teacher_side, task.scores)
+        scores = self.artifact(task.teacher_side, task.scores)
         if scores.commit_record(task.unit) is None and "teacher" in scores.recipe.inputs:
             engine = self._open(task, scores.recipe)
             if isinstance(engine, CheckedEngine):
-                rollouts = self.store.by_fingerprint("rollouts", task.rollouts).recipe.settings
+                rollouts = self.artifact("rollouts", task.rollouts).recipe.settings
                 own = rollouts.get("student_top_k") or rollouts.get("extra_draws")
                 engine.check(_scoring_settings(scores.recipe), own_ids=bool(own))
 
@@ -114,8 +114,8 @@ class ScoreWorker(Worker):
             result = sample_unit(self, result, lambda: self.teacher_folder(task))
         if task.scores is None or task.teacher is None or not self.is_asked(task):
             return result
-        scores = self.store.by_fingerprint(task.teacher_side, task.scores)
-        rollouts = self.store.by_fingerprint("rollouts", task.rollouts)
+        scores = self.artifact(task.teacher_side, task.scores)
+        rollouts = self.artifact("rollouts", task.rollouts)
         source = rollouts.commit_record(task.unit)
         if source is None:
             raise UserError(
@@ -135,7 +135,7 @@ class ScoreWorker(Worker):
         if task.teacher_side == "hidden":
             return self._hidden(result, rollouts, scores, source)
         start, cpu = time.time(), time.process_time()
-        batch = rollouts_batch(rollouts.read_unit(task.unit))
+        batch = rollouts_batch(rollouts.read_unit(task.unit, source))
         codec = codec_of(scores.recipe.settings["codec"])
         scored = self._scored_kept(task, rollouts, scores, batch)
         try:
@@ -177,7 +177,7 @@ class ScoreWorker(Worker):
 
         task, start, cpu = result.task, time.time(), time.process_time()
         engine = hidden_engine(self._open(task, hidden.recipe))
-        batch = rollouts_batch(rollouts.read_unit(task.unit))
+        batch = rollouts_batch(rollouts.read_unit(task.unit, source))
         batch = self._as_read(task, rollouts, hidden.recipe, batch)
         table = hidden_table(engine.hidden(batch))
         counts = {
@@ -209,7 +209,7 @@ class ScoreWorker(Worker):
         dropped: dict[int, Reason] = dict.fromkeys({*range(len(batch))} - {*read}, OTHER_TEACHER)
         if "keep" not in scores.settings:
             return dropped
-        siblings = [self.store.by_fingerprint("scores", each) for each in task.siblings]
+        siblings = [self.artifact("scores", each) for each in task.siblings]
         source = rollouts.commit_record(task.unit) if siblings else None
         known = decided_rows(siblings, scores, task.unit, source)
         dropped |= {row: why for row in read if (why := known.get(row)) is not None}
@@ -342,7 +342,7 @@ class ScoreWorker(Worker):
         """The scores of an extended unit: old ones of old tokens, new ones of new tokens."""
         before = base_rollouts(self.store, rollouts.recipe, task.unit)
         before = self._as_read(task, rollouts, scores.recipe, before)
-        base = self.store.by_fingerprint("scores", scores.recipe.inputs["scores"])
+        base = self.artifact("scores", scores.recipe.inputs["scores"])
         rows = grown_rows(before, batch)
         number = rollouts.recipe.settings["extends"][task.unit]
         try:

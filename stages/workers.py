@@ -24,10 +24,10 @@ from opd_stream.engines.base import Engine, VllmOptions
 from opd_stream.engines.server_client import ServerOptions
 from opd_stream.environments import Environment
 from opd_stream.errors import UserError
-from opd_stream.store.artifact import DamagedUnit
+from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.files import RETRY_TIMEOUT, canonical_json
 from opd_stream.store.policy import Part, identify
-from opd_stream.store.recipe import Recipe
+from opd_stream.store.recipe import Kind, Recipe
 from opd_stream.store.store import Store
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 Role = Literal["student", "teacher"]
 HUNG = 75  # exit status of a worker that gave up its unit
+ARTIFACTS_AT_ONCE = 16  # that a worker remembers: those of a round, and what they continue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +161,7 @@ class Worker:
         self._engine: Engine | None = None
         self._loaded: str | None = None  # fingerprint of the engine's weights
         self._trajectories: tuple[bytes, Trajectories] | None = None  # and what names them
+        self._artifacts: dict[str, Artifact] = {}  # by name: what a recipe says does not change
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Run every row of a table (Ray Data passes one row at a time)."""
@@ -200,6 +202,19 @@ class Worker:
     def work(self, result: TaskResult) -> TaskResult:
         """Make the task's unit, or pass the result on if the unit is committed."""
         raise NotImplementedError
+
+    def artifact(self, kind: Kind, fingerprint: str) -> Artifact:
+        """An artifact of the store, looked for once for all of its units.
+
+        Raises:
+            UserError: as `Store.by_fingerprint`.
+        """
+        name = f"{kind}/{fingerprint}"
+        if name not in self._artifacts:
+            if len(self._artifacts) >= ARTIFACTS_AT_ONCE:
+                self._artifacts.pop(next(iter(self._artifacts)))  # the oldest
+            self._artifacts[name] = self.store.by_fingerprint(kind, fingerprint)
+        return self._artifacts[name]
 
     def student_folder(self, task: Task, part: Part = "model") -> Path:
         """The student's checkpoint on this node; that part of a remote policy is fetched."""

@@ -5,10 +5,12 @@ import http.server
 import json
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +30,7 @@ from opd_stream.store.files import place, publish, publish_new, verified_bytes
 from opd_stream.store.s3 import RetryingS3
 from pipeline.run_folder import RunFolder
 from pipeline.setup import open_setup
+from pipeline.single_stage import run_stage
 from pipeline.status import StatusReader
 from stages.step import Silent
 from tests.conftest import Command, SmallRuns, run, small_config
@@ -127,6 +130,33 @@ def test_a_run_in_s3_ends_where_one_on_a_disk_does(
     assert status.is_finished
     assert all(pace.tokens_per_second for each in status.rounds for pace in each.stages.values())
     assert not list((tmp_path / "elsewhere").rglob("*.safetensors"))  # no policy was fetched
+
+
+def test_a_unit_costs_so_many_requests_and_is_never_listed_alone(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+    ask: Any = RetryingS3._call_s3
+
+    async def counted(fs: RetryingS3, method: str, *arguments: Any, **fields: Any) -> Any:
+        asked.append((method, str(fields.get("Key") or fields.get("Prefix"))))
+        return await ask(fs, method, *arguments, **fields)
+
+    monkeypatch.setattr(RetryingS3, "_call_s3", counted)
+    fakes = ("student.engine=fake", "teacher.engine=fake", "evaluation=null", "prompts_per_unit=1")
+    config = small_config(tmp_path, *fakes, f"store={bucket}")
+    for stage, requests in (
+        ("generate", {"put_object": 2, "get_object": 2}),
+        ("score", {"put_object": 2, "get_object": 4}),
+    ):
+        asked.clear()
+        run_stage(stage, config, RunFolder(tmp_path / "run"), round_index=0, progress=Silent())
+        units = re.compile(r"/(rollouts|scores)/\w+/units/\d{5}[.-]")
+        of_units = Counter(method for method, key in asked if units.search(key))
+        assert of_units.pop("get_object") <= 8 * (requests.pop("get_object") + 1)  # torn answers
+        assert of_units == {method: 8 * count for method, count in requests.items()}
+        of_prompts = [key for _, key in asked if "/prompts/" in key and key.endswith(".arrow")]
+        assert len(of_prompts) < 8  # the shard, not a part of it for each unit
 
 
 def test_of_many_writers_of_one_object_the_first_wins(bucket: str) -> None:

@@ -133,7 +133,7 @@ def test_a_newer_format_version_is_refused_by_name(tmp_path: Path) -> None:
     ):
         artifact.manifest()
     with pytest.raises(UserError, match="format version 99"):
-        artifact.units()
+        Artifact(tmp_path, artifact.recipe).units()
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b"])

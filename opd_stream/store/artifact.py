@@ -167,12 +167,14 @@ class Artifact:
         self.fingerprint = recipe.fingerprint
         self.name = f"{recipe.kind}/{self.fingerprint[:16]}"
         self.folder = root / self.name
+        self._layout: Layout | None = None  # once it was read
 
     def create(self, *, rows: int, rows_per_unit: int) -> None:
         """Join or start the artifact; the first caller fixes how many rows a unit holds."""
         layout = Layout(rows=rows, rows_per_unit=rows_per_unit)
         record = ArtifactRecord.of(self.recipe, layout=layout)
         publish_new_record(self.folder / "recipe.json", record)
+        self._layout = None
         self.layout()
 
     def units(self) -> range:
@@ -254,12 +256,15 @@ class Artifact:
         dropped_rows: Mapping[str, Sequence[int]] | None = None,
         fidelity: Fidelity | None = None,
     ) -> Commit:
-        """Publish a unit and return the record that stands, ours or an earlier writer's."""
+        """Publish a unit and return the record that stands, ours or an earlier writer's.
+
+        Power that goes in between may leave a record without its shard, which readers call damage.
+        """
         check_there(self.folder.parent.parent)
         data, parts = shard_bytes(table)
         digest = sha256(data)
         name = shard_name(unit, digest)
-        publish(self.folder / name, data)
+        publish(self.folder / name, data, is_last=False)
         commit = Commit(
             unit=unit,
             file=name,
@@ -276,7 +281,8 @@ class Artifact:
             fidelity=fidelity,
             layout=self.layout(),
         )
-        publish_new_record(self._commit_path(unit), commit)
+        if publish_new_record(self._commit_path(unit), commit):
+            return commit
         standing = self.commit_record(unit)
         assert standing is not None
         if standing.sha256 != digest:
@@ -290,13 +296,13 @@ class Artifact:
         publish(self.folder / shard_name(commit.unit, commit.sha256), data)
         publish_new_record(self._commit_path(commit.unit), commit)
 
-    def read_unit(self, unit: int) -> pa.Table:
-        """The verified table of a committed unit.
+    def read_unit(self, unit: int, commit: Commit | None = None) -> pa.Table:
+        """The verified table of a committed unit, whose commit record may be at hand.
 
         Raises:
             DamagedUnit: its bytes are not the committed ones.
         """
-        return table_of(self._verified(self._committed(unit)))
+        return table_of(self._verified(commit or self._committed(unit)))
 
     def read_all(self) -> pa.Table:
         """The verified tables of all units, one after the other; raises as `read_unit`."""
@@ -321,6 +327,17 @@ class Artifact:
             DamagedUnit: its bytes are not the committed ones.
         """
         return batch_of(self._verified(commit, commit.parts[number + 1]), schema)
+
+    def fetch(self, commit: Commit, source: "Artifact") -> None:
+        """Have the shard of a unit here, too, as the same artifact in another place has it.
+
+        Raises:
+            DamagedUnit: what it has there are not the committed bytes.
+        """
+        try:
+            self._verified(commit)
+        except DamagedUnit:
+            publish(inside(self.folder, commit.file), source._verified(commit))
 
     def damage(self, unit: int) -> str | None:
         """What is wrong with a committed unit, or None."""
@@ -398,6 +415,7 @@ class Artifact:
             UserError: it does not, as in those of older versions.
         """
         recipe, manifest = self.folder / "recipe.json", self.folder / "manifest.json"
+        self._layout = None
         reason = self._reason(recipe, ArtifactRecord)
         if reason is not None:
             say_mended(recipe, reason)
@@ -484,13 +502,14 @@ class Artifact:
         Raises:
             UserError: it is damaged, or a newer format version wrote it.
         """
-        try:
-            return load_record(ArtifactRecord, self.folder / "recipe.json").layout
-        except DamagedRecord:
-            layout = self._recorded_layout()
-            if layout is None:
-                raise
-            return layout
+        if self._layout is None:
+            try:
+                self._layout = load_record(ArtifactRecord, self.folder / "recipe.json").layout
+            except DamagedRecord:
+                self._layout = self._recorded_layout()
+                if self._layout is None:
+                    raise
+        return self._layout
 
 
 def summed_counts(commits: Iterable[Commit]) -> dict[str, float]:

@@ -218,15 +218,20 @@ def check_regular(path: Path) -> None:
         raise OSError(errno.EINVAL, "no regular file", str(path))
 
 
-def publish(path: Path, data: bytes) -> None:
-    """Write `path` atomically and durably, replacing what was there."""
+def publish(path: Path, data: bytes, *, is_last: bool = True) -> None:
+    """Write `path` atomically and durably, replacing what was there.
+
+    `is_last`: False where another file is published in the same folder at once, which makes the
+    names of both durable.
+    """
     if is_remote(path):
         with explained(path):
             _put(path, data)
         return
     with _temporary(path, data) as temporary:
         temporary.replace(path)
-    sync_folder(path.parent)
+    if is_last:
+        sync_folder(path.parent)
 
 
 def publish_new(path: Path, data: bytes) -> bool:

@@ -72,7 +72,8 @@ class RetryingS3(S3FileSystem):
 
     async def _cat_file(self, path: str, *arguments: Any, **fields: Any) -> bytes:
         async def ask() -> bytes:
-            return await super(RetryingS3, self)._cat_file(path, *arguments, **fields)
+            whole = {**fields, "max_concurrency": 1}  # more would ask for the size of each first
+            return await super(RetryingS3, self)._cat_file(path, *arguments, **whole)
 
         return await self._asking(ask, f"s3://{path}")
 

@@ -40,6 +40,7 @@ from opd_stream.store.files import sha256
 from opd_stream.types import PromptBatch, RolloutBatch
 
 ROWS_PER_PART = 64
+THREADED_BYTES = 2**20  # from which columns are compressed in threads; a small shard waits for them
 MAGIC = b"ARROW1\x00\x00"
 TOP_IDS = "student_top_ids"
 
@@ -61,7 +62,9 @@ class Part:
 def shard_bytes(table: pa.Table) -> tuple[bytes, list[Part]]:
     """The bytes of a shard that holds `table`, and its parts: the schema, then the batches."""
     sink = pa.BufferOutputStream()
-    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 1))
+    options = pa.ipc.IpcWriteOptions(
+        compression=pa.Codec("zstd", 1), use_threads=table.nbytes > THREADED_BYTES
+    )
     start = len(MAGIC) + table.schema.serialize().size
     places = [(len(MAGIC), start - len(MAGIC), 0)]
     with pa.ipc.new_file(sink, table.schema, options=options) as writer:
