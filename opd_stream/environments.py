@@ -44,7 +44,7 @@ class Environment(Section):
 
     kind: Annotated[str, AfterValidator(_named)] = Field(
         description="calculator: of the embedded task; or your own function, imported and run: "
-        "package.module:function (docs/extend.md)"
+        "package.module:function (docs/interfaces.md)"
     )
     options: dict[str, JsonValue] = Field(
         default={}, description="what the function is told beside messages and reference"

@@ -22,7 +22,7 @@ SKETCH_SIZE = 2**16
 
 
 class Window(Part):
-    """New tokens of a rollout. A config names yours by import path: docs/extend.md."""
+    """New tokens of a rollout. A config names yours by import path: docs/interfaces.md."""
 
     def tokens_at(self, step: int) -> int:
         """The window of an optimizer step, at least 1; it never falls from one step to the next."""

@@ -49,7 +49,7 @@ class Model(Section):
     engine: EngineName = Field(
         default="transformers",
         description="what runs it: transformers, vllm, server (a teacher that is served: "
-        "docs/served_teacher.md), fake, or yours: docs/extend.md",
+        "docs/served_teacher.md), fake, or yours: docs/interfaces.md",
     )
     vllm: VllmOptions = Field(default=VllmOptions(), description="settings of engine vllm")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(

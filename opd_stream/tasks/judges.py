@@ -84,7 +84,7 @@ class CodeJudge(Section):
     isolation: Isolation = Field(
         default="namespaces",
         description="namespaces: no network, other processes or files; limits: no network, and the "
-        "limits below, where a container may make no namespaces (docs/evaluation.md)",
+        "limits below, where a container may make no namespaces (docs/judges.md)",
     )
     cpu_seconds: int = Field(
         default=10, ge=1, le=86_400, description="of each process of a program"
@@ -142,7 +142,7 @@ def _code_judge(settings: CodeJudge) -> Judge:
     if not settings.allow_code_execution:
         raise UserError(
             "judge code runs programs that a model wrote, and allow_code_execution of the judge is "
-            "false; set it to true to allow that (docs/evaluation.md says what they can reach)"
+            "false; set it to true to allow that (docs/judges.md says what they can reach)"
         )
     limits = Limits(**settings.model_dump(include={each.name for each in fields(Limits)}))
     check_isolation(limits)
