@@ -57,7 +57,7 @@ class Session:
     record: str | None = None  # id under which the store is told what is reached; None: the run's
     executor: Executor
     progress: Progress
-    trains: bool = False  # in this process, which loads what that needs while workers start
+    trains: bool = False  # in this process, which loads what that needs while workers work
     ahead: SubmittedWork | None = None  # of the next round, begun before this one trained
     spans: list[Span] = field(default_factory=list)
     started: float = field(default_factory=time.time)
@@ -385,10 +385,9 @@ def _submit_ahead(session: Session, round_: Round) -> None:
 
 
 def _wait_for(session: Session, work: SubmittedWork, name: str) -> None:
-    """Wait for submitted work; a process that trains gets ready for it while the workers start."""
-    if work.tasks and session.trains:
-        importlib.import_module("stages.train")
-    session.spans += wait_for(session.executor, work, session.progress, name=name)
+    """Wait for submitted work; a process that trains gets ready for it once a worker works."""
+    ready = partial(importlib.import_module, "stages.train") if session.trains else None
+    session.spans += wait_for(session.executor, work, session.progress, name=name, meanwhile=ready)
 
 
 def train_policy(session: Session, setup: Setup, round_: Round, *, again: bool = False) -> None:

@@ -285,11 +285,17 @@ def measure_missing(
 
 
 def wait_for(
-    executor: Executor, work: SubmittedWork, progress: Progress, *, name: str = "generate"
+    executor: Executor,
+    work: SubmittedWork,
+    progress: Progress,
+    *,
+    name: str = "generate",
+    meanwhile: Callable[[], object] | None = None,
 ) -> list[Span]:
     """Wait until submitted work is done; returns when the workers were busy.
 
     Sampling is shown as the stage `name`, scoring with the teacher's name where there are several.
+    `meanwhile` is called after the first unit, when workers need no processor to start any more.
 
     Raises:
         UserError: a worker met a user's mistake.
@@ -307,6 +313,9 @@ def wait_for(
         unit = result.task.unit
         progress.advance(name, unit in work.to_generate, result.generated_tokens)
         progress.advance(score, unit in work.to_score, result.scored_tokens)
+        if meanwhile is not None:
+            meanwhile()
+            meanwhile = None
     work.rollouts.finish()
     if work.scores is not None:
         work.scores.finish()
