@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # Stands for probability 0: exp(-60) adds nothing in float32, and no divergence is infinite.
 SMALLEST_LOGPROB = -60.0
 LARGEST_TOP_LOGPROB = -1e-6  # a head closer to 1 has no tail that float32 can tell from rounding
+SMALLEST_TAIL_LOGPROB = math.log(-LARGEST_TOP_LOGPROB) + 1e-4  # of such a head, with room to round
 LARGEST_LOG_IMPORTANCE = 20.0  # exp(20): nothing trains well from there; keeps float32 finite
 
 Reads = Literal["candidates", "token", "draws", "drawn", "completion"]
@@ -96,11 +97,15 @@ def outcomes(inputs: ObjectiveInputs) -> tuple[Tensor, Tensor]:
 
     The student's tail is computed from its head so that it carries a gradient; the teacher's was
     summed over the tail itself, so it stays right where the head's rounding would swallow it.
+    Where the student's is at its floor, what the teacher's lies below is rounding, too: both are
+    at the floor, so that equal sides have no loss (K = V: two empty tails).
     """
     student_NK = inputs.student_top_logprobs_NK
-    student = _joined(student_NK, log_tail(student_NK))
-    teacher = _joined(inputs.teacher_top_logprobs_NK, inputs.teacher_tail_logprobs_N.to(student))
-    return student, teacher.clamp(min=SMALLEST_LOGPROB)
+    student_tail_N, tail_N = log_tail(student_NK), inputs.teacher_tail_logprobs_N.to(student_NK)
+    floor_N = student_tail_N.detach()
+    tail_N = tail_N.maximum(floor_N).where(floor_N <= SMALLEST_TAIL_LOGPROB, tail_N)
+    teacher = _joined(inputs.teacher_top_logprobs_NK.to(student_NK), tail_N)
+    return _joined(student_NK, student_tail_N), teacher.clamp(min=SMALLEST_LOGPROB)
 
 
 def log_tail(logprobs_NK: Tensor) -> Tensor:

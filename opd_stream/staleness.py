@@ -132,6 +132,7 @@ class UnitDecision:
 
     action: UnitAction
     reason: str
+    is_gated: bool = False  # kept on condition that drift weighs its tokens
 
     @property
     def is_kept(self) -> bool:
@@ -215,7 +216,7 @@ def decide_unit(
 
     The round that keeps a unit moves the student on, so a unit is kept only with room to drift: up
     to `keep_share` of the bound that stops training. One with a shorter window than the coming
-    round's `window_tokens` is continued.
+    round's `window_tokens` is continued; its old tokens have drifted as those of any kept unit.
     """
     kept_below = bounds.policy_drift * bounds.keep_share
     bounds = bounds.model_copy(update={"policy_drift": kept_below})
@@ -235,15 +236,20 @@ def decide_unit(
         return UnitDecision(
             action="regenerate", reason=f"the student left the teacher's candidates: {measured}"
         )
+    is_gated = bool(bounds.gated_from) and beyond(state.drift, floor=floor) >= bounds.gated_from
+    weighed = ", weights by drift" if is_gated else ""
     if state.unfinished and state.window_tokens < window_tokens:
         return UnitDecision(
             action="extend",
             reason=f"{state.unfinished} rows go on from {state.window_tokens} to {window_tokens} "
-            f"tokens: {measured}",
+            f"tokens{weighed}: {measured}",
+            is_gated=is_gated,
         )
-    if bounds.gated_from and beyond(state.drift, floor=floor) >= bounds.gated_from:
-        return UnitDecision(action="gated", reason=f"kept, weights by drift: {measured}")
-    return UnitDecision(action="train", reason=f"kept: {measured}")
+    return UnitDecision(
+        action="gated" if is_gated else "train",
+        reason=f"kept{weighed}: {measured}",
+        is_gated=is_gated,
+    )
 
 
 def may_run_ahead(policy_drift: float, *, bounds: Staleness, floor: float = 0.0) -> bool:

@@ -284,6 +284,7 @@ def kept_caches(
             **{name: value for name, value in asdict(state).items() if name != "drift"},
             action=decision.action,
             reason=decision.reason,
+            is_gated=decision.is_gated,
         )
         for unit, state, decision in zip(units, states, decisions, strict=True)
     )

@@ -52,6 +52,7 @@ class UnitDecisionRecord(Record):
     unfinished: int
     action: Literal["train", "gated", "extend", "regenerate", "retire"]
     reason: str
+    is_gated: bool = later(default=False)  # kept on condition that drift weighs its tokens
 
 
 class RoundPlanRecord(Sealed):

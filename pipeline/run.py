@@ -429,7 +429,7 @@ def train_policy(session: Session, setup: Setup, round_: Round, *, again: bool =
             is_continued=round_.previous is not None,
             caches=tuple(cache.cache_units() for cache in round_.caches),
             is_fresh=author == round_.student.identity.fingerprint,
-            is_gated=any(decision.action == "gated" for decision in round_.unit_decisions),
+            is_gated=any(decision.is_gated for decision in round_.unit_decisions),
             probe=audited,
             earlier_decision=round_.audit,
             levels=_levels(setup, round_),

@@ -246,6 +246,26 @@ def test_the_mean_of_many_draws_is_the_teacher() -> None:
     assert estimate[:, 0].std() == pytest.approx((0.25 / 10) ** 0.5, rel=0.03)
 
 
+@pytest.mark.parametrize("codec", [CompactCodec(), CompactCodec(mass=0.9), ExactCodec()])
+def test_no_kl_over_candidates_and_tail_is_further_off_than_the_estimate(codec: Codec) -> None:
+    """Of any student: half put everything on one outcome, which may be the tail."""
+    scores = random_scores([60] * 20, top_k=8, vocabulary=606, forced=0, seed=7)
+    (block,), fidelity = round_trip(codec, scores)
+    estimate = fidelity.report()["kl_error_estimate"]
+    ids_NK, true_NK = flat(scores.teacher_top_ids), flat(scores.teacher_top_logprobs)
+    kept_NK = (ids_NK[:, :, None] == block.teacher_top_ids[:, None]) & np.isfinite(
+        block.teacher_top_logprobs[:, None]
+    )
+    lost_N = np.exp(flat(scores.teacher_tail_logprobs).astype(np.float64))
+    lost_N += (np.exp(true_NK, dtype=np.float64) * ~kept_NK.any(2)).sum(1)
+    true = np.concatenate([np.where(kept_NK.any(2), true_NK, 0), np.log(lost_N)[:, None]], axis=1)
+    found_NK = np.where(kept_NK, block.teacher_top_logprobs[:, None], 0).sum(2)
+    stored = np.concatenate([found_NK, block.teacher_tail_logprobs[:, None]], axis=1)
+    change = np.abs(stored - true).max()  # of the student that makes it largest
+    assert change <= estimate + 1e-6
+    assert change > 0.9 * estimate
+
+
 def test_fidelity_adds_up_and_knows_the_percentile() -> None:
     scores = random_scores([50] * 40, top_k=8, vocabulary=606, forced=0, seed=5)
     _, whole = encode_scores(CompactCodec(), scores, rollouts_of(scores))

@@ -22,6 +22,8 @@ from opd_stream.objectives import (
     SampledPg,
     Skew,
     log_tail,
+    outcomes,
+    seen_reverse_kl,
     token_losses,
     tolerates_staleness,
 )
@@ -392,6 +394,39 @@ def test_a_teacher_without_a_tail_gives_a_finite_loss(objective: Objective) -> N
     value, gradient = value_and_gradient(objective, P, teacher=teacher)
     assert math.isfinite(value)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("objective", [*DENSE, *SAMPLED])
+@pytest.mark.parametrize("empty", [-math.inf, -30.0])
+def test_equal_sides_whose_candidates_hold_everything_have_no_loss(
+    objective: Objective, empty: float
+) -> None:
+    """K = V in float32: the student's tail is rounding, and the teacher's is empty or nearly so."""
+    logits = torch.randn(64, 606, generator=torch.Generator().manual_seed(0)).mul(4)
+    logprobs = logits.log_softmax(1)
+    inputs = ObjectiveInputs(
+        student_logprobs_N=logprobs[:, 0],
+        student_top_logprobs_NK=logprobs.requires_grad_(),
+        teacher_top_logprobs_NK=logprobs.detach(),
+        teacher_tail_logprobs_N=torch.full((64,), empty),
+        behavior_logprobs_N=logprobs[:, 0].detach(),
+        reverse_kl_N=torch.zeros(64),
+        sampled_in_top_N=torch.ones(64, dtype=torch.bool),
+    )
+    assert token_losses((objective,), inputs).abs().max() < 1e-7
+    assert seen_reverse_kl(inputs)[0].abs().max() < 1e-7
+
+
+def test_a_teacher_with_less_tail_than_the_student_may_have_is_not_read_as_more() -> None:
+    """Its stored tail counts in full where the student's is above the floor."""
+    student, teacher = torch.tensor([[0.9]]).log(), torch.tensor([[1.0]]).log()
+    inputs = replace(
+        inputs_for(P.log()),
+        student_top_logprobs_NK=student,
+        teacher_top_logprobs_NK=teacher,
+        teacher_tail_logprobs_N=torch.tensor([-30.0]),
+    )
+    assert outcomes(inputs)[1][0, -1] == -30
 
 
 def test_the_tail_of_a_head_is_what_is_left_of_one() -> None:

@@ -74,6 +74,7 @@ def unit(shift: float = 0.0, **changes: Any) -> UnitState:
         (unit(0.0, policies=3), "retire", "too old"),
         (unit(0.6, policies=3), "retire", "too old"),
         (unit(0.01, window_tokens=32), "extend", "5 rows go on from 32 to 64 tokens"),
+        (unit(0.3, window_tokens=32), "extend", "5 rows go on from 32 to 64 tokens, weights by"),
         (unit(0.01, window_tokens=32, unfinished=0), "train", "kept"),
         (unit(0.6, window_tokens=32), "regenerate", "drift passed its bound"),
         (
@@ -91,6 +92,7 @@ def test_a_unit_is_kept_weighed_continued_or_made_again(
     decision = decide_unit(state, window_tokens=64, bounds=BOUNDS)
     assert (decision.action, decision.reason[: len(reason)]) == (action, reason)
     assert decision.is_kept == (action in ("train", "gated", "extend"))
+    assert decision.is_gated == ("weights by drift" in decision.reason)
 
 
 def test_a_unit_is_kept_only_with_room_to_drift() -> None:

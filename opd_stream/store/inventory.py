@@ -133,6 +133,8 @@ def fidelity_report(artifact: Artifact) -> dict[str, float | str | None]:
     if "head" in artifact.recipe.inputs:  # the mass of the candidates beside them says nothing
         report = {name: value for name, value in report.items() if "mass" not in name}
         report = {"kept": "hidden states, which give the whole distribution", **report}
+    if artifact.recipe.settings.get("codec", {}).get("kind") == "sampled":  # draws, not rounded
+        report = {name: value for name, value in report.items() if "error" not in name}
     return {"bytes": size, "bytes_per_token": size / max(1, whole.tokens), **report}
 
 

@@ -96,13 +96,13 @@ def encode_compact(
     ids, true, steps, differences = map(stored, (ids_NK, true_NK, steps_NK, differences_NK))
     dictionary, codes = _coded(ids)
     with np.errstate(divide="ignore"):
-        new_tail = np.log(lost_N)
+        tail_steps = _steps(np.log(lost_N), step)
     columns = {
         "top_counts": list_column(counts_N.astype(np.uint16), offsets),
         **plane_columns("top_codes", codes, entry_offsets),
         **plane_columns("top_steps", differences, entry_offsets),
         **plane_columns("sampled_steps", _steps(sampled_N, step), offsets),
-        **plane_columns("tail_steps", _steps(new_tail, step), offsets),
+        **plane_columns("tail_steps", tail_steps, offsets),
         **plane_columns(
             "forced_steps", _steps(forced_NF.reshape(-1), step), offsets * forced_NF.shape[1]
         ),
@@ -112,6 +112,7 @@ def encode_compact(
         lost_N=lost_N,
         true_E=true,
         stored_E=_logprobs(steps, max_error),
+        stored_tail_N=_logprobs(tail_steps, max_error),
         bound=max_error,
     )
     return columns, {DICTIONARY_KEY: packed_dictionary(dictionary)}, fidelity

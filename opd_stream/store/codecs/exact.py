@@ -50,6 +50,7 @@ def encode_exact(scores: ScoreBatch, *, dtype: str) -> tuple[dict[str, Any], Fid
         lost_N=lost_N,
         true_E=true_NK.reshape(-1),
         stored_E=stored_NK.reshape(-1),
+        stored_tail_N=tail_N,
         bound=None,
     )
     return columns, fidelity

@@ -48,7 +48,7 @@ class Fidelity(BaseModel):
     mass: float = 0.0  # sum over tokens of the teacher's probability of the stored candidates
     lost_mass_bins: tuple[int, ...] = (0,) * BINS  # log-spaced, 1e-8 to 1
     error: float = 0.0  # sum over finite entries of |stored - true| log-probability, nats
-    max_error: float = 0.0  # largest of them
+    max_error: float = 0.0  # largest of them and of the tails
     bound: float | None = None  # what the codec promises for it; None: no promise
     states: StateErrors | None = None  # of rounded hidden states
     # Mean |difference| of two answers of a served teacher to one question, nats; None: of files.
@@ -74,9 +74,10 @@ class Fidelity(BaseModel):
     def report(self) -> dict[str, Any]:
         """The figures a person reads.
 
-        `kl_error_bound`: KL(student || teacher) over the stored candidates and the tail differs
+        `kl_error_estimate`: KL(student || teacher) over the stored candidates and the tail differs
         from that with unrounded scores by at most the largest error of a log-probability, because
-        it is their mean under the student.
+        it is their mean under the student. An estimate, since training merges terminators: where
+        a tail held little else, what is left of it is a difference of stored numbers.
         """
         tokens, entries = max(1, self.tokens), max(1, self.entries)
         return {
@@ -93,7 +94,7 @@ class Fidelity(BaseModel):
 
     def _of_candidates_alone(self) -> dict[str, Any]:
         if self.states is None:
-            return {"kl_error_bound": self.max_error}
+            return {"kl_error_estimate": self.max_error}
         return {
             "state_kl_mean": self.states.kl / max(1, self.states.tokens),
             "state_kl_p99": _quantile(self.states.kl_bins, 0.99),
@@ -129,9 +130,10 @@ def measure(
     lost_N: NDArray[np.float64],
     true_E: NDArray[np.floating[Any]],
     stored_E: NDArray[np.floating[Any]],
+    stored_tail_N: NDArray[np.floating[Any]],
     bound: float | None,
 ) -> Fidelity:
-    """Fidelity of N tokens with E stored candidates.
+    """Fidelity of N tokens with E stored candidates; the true tails are those of `lost_N`.
 
     Raises:
         ValueError: a finite value is further from the true one than the bound.
@@ -143,7 +145,9 @@ def measure(
         stored_E[finite].astype(np.float64, copy=False)
         - true_E[finite].astype(np.float64, copy=False)
     )
-    largest = float(error.max()) if len(error) else 0.0
+    has_tail_N = (lost_N > 0) & np.isfinite(stored_tail_N)
+    tail_error = np.abs(stored_tail_N[has_tail_N] - np.log(lost_N[has_tail_N]))
+    largest = max((float(each.max()) for each in (error, tail_error) if len(each)), default=0.0)
     if bound is not None and largest > bound:
         raise ValueError(
             f"a stored log-probability would be {largest:.6g} nats off; "

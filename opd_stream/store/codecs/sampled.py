@@ -63,7 +63,12 @@ def encode_sampled(scores: ScoreBatch, *, draws: int) -> tuple[dict[str, Any], F
     ones_N = np.ones(tokens)
     nothing = np.zeros(int(entry_offsets[-1]), np.float32)
     return columns, measure(
-        mass_N=ones_N, lost_N=ones_N * 0, true_E=nothing, stored_E=nothing, bound=None
+        mass_N=ones_N,
+        lost_N=ones_N * 0,
+        true_E=nothing,
+        stored_E=nothing,
+        stored_tail_N=ones_N * 0,
+        bound=None,
     )
 
 
