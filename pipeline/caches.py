@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from opd_stream.config import Config
-from opd_stream.config.sections import unserved_by_given, unserved_by_own
+from opd_stream.config.sections import unserved_by_given, unserved_by_own, unserved_by_temperature
 from opd_stream.curriculum import chosen_prompts
 from opd_stream.errors import UserError
 from opd_stream.outcome import TrainOutcome, UnitRecord
@@ -445,8 +445,8 @@ def replayed_caches(setup: Setup) -> list[tuple[Cache, ...]] | None:
         _check_tokenizer(setup, cache, where)
         if cache.is_given:
             _check_given(setup.config, cache, where)
-        elif (problem := unserved_by_own(setup.config.train)) is not None:
-            raise UserError(f"{where} has rollouts that are not given: {problem}")
+        else:
+            _check_own(setup.config, cache, where)
         teacher = cache.scores.artifact.recipe.inputs.get("teacher")  # imported rows have none
         if may_follow and teacher in (authors if cache.is_given else _authors([cache])):
             continue  # each round's policy scored its own rollouts, and those it was given
@@ -477,6 +477,15 @@ def _check_tokenizer(setup: Setup, cache: Cache, where: str) -> None:
 def _authors(caches: Sequence[Cache]) -> set[str | None]:
     """Fingerprints of the students that wrote their rollouts; None stands for no student."""
     return {cache.rollouts.artifact.recipe.inputs.get("student") for cache in caches}
+
+
+def _check_own(config: Config, cache: Cache, where: str) -> None:
+    """Refuse to replay rollouts of a student under an objective that they cannot serve."""
+    if (problem := unserved_by_own(config.train)) is not None:
+        raise UserError(f"{where} has rollouts that are not given: {problem}")
+    temperature = cache.rollouts.artifact.recipe.settings.get("temperature", 1.0)
+    if (problem := unserved_by_temperature(config.train, temperature)) is not None:
+        raise UserError(f"in {cache.rollouts.artifact.name} of {where} {problem}")
 
 
 def _check_given(config: Config, cache: Cache, where: str) -> None:

@@ -81,8 +81,14 @@ def test_a_wrong_override_is_one_line(tmp_path: Path, override: str, line: str) 
     assert "\n" not in str(caught.value)
 
 
-def test_an_impossible_combination_is_refused(tmp_path: Path) -> None:
-    overrides = ["rollouts.temperature=0", "train.objective={kind: sampled_pg}"]
+@pytest.mark.parametrize("temperature", [0, 0.7, 1.2])
+@pytest.mark.parametrize("objective", ["sampled_pg", "hybrid", "mc"])
+def test_importance_of_tokens_that_were_drawn_at_another_temperature_is_refused(
+    tmp_path: Path, objective: str, temperature: float
+) -> None:
+    overrides = [f"rollouts.temperature={temperature}", f"train.objective={{kind: {objective}}}"]
+    overrides.append("rollouts.extra_draws=3")
+    load_config(write(tmp_path, SMALL), [overrides[0]])
     with pytest.raises(UserError, match=r"set rollouts\.temperature=1 or another objective"):
         load_config(write(tmp_path, SMALL), overrides)
 

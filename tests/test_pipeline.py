@@ -239,6 +239,14 @@ def test_cross_entropy_on_replayed_rollouts_of_the_student_is_refused(copied_run
         run_small(copied_run, *overrides, name="replay")
 
 
+def test_importance_on_replayed_rollouts_of_another_temperature_is_refused(tmp_path: Path) -> None:
+    cold = ("rollouts.temperature=0.7", "rollouts.prompts_per_round=2", "rounds=1")
+    run_small(tmp_path, *cold, "evaluation=null")
+    overrides = ("rounds=1", f"replay.run={tmp_path / 'run'}", "train.objective={kind: hybrid}")
+    with pytest.raises(UserError, match=r"temperature is 0\.7 with objective hybrid, which weighs"):
+        run_small(tmp_path, *overrides, name="replay")
+
+
 def test_a_replay_reads_no_more_rounds_than_it_trains(copied_run: Path) -> None:
     scores = [caches[0]["scores"] for caches in summary_of(RunFolder(copied_run / "run"))["caches"]]
     shutil.rmtree(copied_run / "store" / "scores" / scores[1][:16])

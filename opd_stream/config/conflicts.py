@@ -8,6 +8,7 @@ from opd_stream.config.sections import (
     unserved_by_chunks,
     unserved_by_given,
     unserved_by_own,
+    unserved_by_temperature,
 )
 from opd_stream.rendering import RawTemplate
 from opd_stream.sources import EmbeddedPrompts
@@ -101,11 +102,8 @@ def _objective_conflicts(config: "Config") -> Iterator[str]:
     if not objectives:
         yield "train.objective is an empty list; name at least one objective"
     sampled = sorted(part.kind for part in objectives if part.is_sampled)
-    if sampled and config.rollouts.temperature == 0:
-        yield (
-            f"rollouts.temperature is 0 with objective {sampled[0]}, which needs samples "
-            "from the student; set rollouts.temperature=1 or another objective"
-        )
+    if (problem := unserved_by_temperature(train, config.rollouts.temperature)) is not None:
+        yield problem
     if sampled and train.guards.soft_clamp is not None:
         yield (
             f"train.guards.soft_clamp is set with objective {sampled[0]}, whose losses may be "

@@ -395,6 +395,22 @@ def unserved_by_chunks(
     return None
 
 
+def unserved_by_temperature(train: "Train", temperature: float) -> str | None:
+    """What tokens drawn at a temperature cannot serve of a training section; or None.
+
+    Importance is over the probability that a token was drawn with, and the one in the cache is that
+    at temperature 1.
+    """
+    sampled = sorted(part.kind for part in train.objective if part.is_sampled)
+    if not sampled or temperature == 1:
+        return None
+    return (
+        f"rollouts.temperature is {temperature:g} with objective {sampled[0]}, which weighs tokens "
+        "by what they were drawn with, and temperature 1 is what the cache has of it; set "
+        "rollouts.temperature=1 or another objective"
+    )
+
+
 def unserved_by_given(train: "Train") -> str | None:
     """What given rollouts cannot serve of a training section, with the way out; or None."""
     field = "train.objective" if train.given_objective is None else "train.given_objective"

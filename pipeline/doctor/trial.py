@@ -126,7 +126,7 @@ def sampler(subject: Subject) -> Iterator[Finding]:
         one = sampler.warning(
             f"rollouts.temperature is {temperature:g}: tokens are drawn from another "
             "distribution than the one whose log-probabilities are recorded",
-            "set rollouts.temperature=1, which keeps the objectives' gradients exact",
+            "set rollouts.temperature=1; drift and distance are then of what was drawn",
         )
         found.append(one)
     yield from sampler.or_ok(
