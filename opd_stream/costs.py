@@ -3,9 +3,10 @@
 A forward pass over n tokens costs 2 operations a weight and token in the matrices of the layers
 (of experts, those that a token is sent to), 4 d a layer for every (token, context token) pair of
 causal attention, and 2 H V for every token whose logits are made. A backward pass costs twice its
-forward pass; where the weights are frozen under adapters, what they multiply costs once. Counts of
-tokens, of completion tokens and of attended pairs add over rows, so a round's cost follows from its
-commit records.
+forward pass; where the weights are frozen under adapters, what they multiply costs once, and the
+adapters are counted beside them. Counts of tokens, of completion tokens and of attended pairs add
+over rows, so a round's cost follows from its commit records. What is read to no end is left out:
+padding, and the row that a process without work takes part with.
 
 Matrices are counted as they stand in the checkpoint, whatever its fields are called. The scans of
 recurrent layers are small beside them and left out; so is what does not follow from a checkpoint,
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from opd_stream.config.sections import Lora
 from opd_stream.section import is_object
 
 OTHER_SENSES = ("vision", "visual", "audio", "image", "speech", "vq")  # in the name of a part
@@ -44,6 +46,7 @@ class ModelShape:
     weights: float = 0.0  # of the layers' matrices that a token meets
     attention_width: float = 0.0  # heads x head size, summed over the layers that attend
     head_weights: int = 0  # hidden size x vocabulary
+    adapter_weights: int = 0  # that train instead of all others; 0: there are none
     unknown: str = ""  # why the cost is not known
 
 
@@ -101,6 +104,27 @@ def shape_of(settings: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -
         attention_width=_attending(layers, settings) * _width(settings, hidden),
         head_weights=hidden * vocabulary,
     )
+
+
+def adapter_weights(shapes: Mapping[str, Sequence[int]], lora: Lora) -> int:
+    """Of adapters: rank x (inputs + outputs) of each matrix they are put on."""
+    matrices = {
+        name.removesuffix(".weight"): shape
+        for name, shape in shapes.items()
+        if len(shape) == 2 and "embed" not in name
+    }
+    return sum(
+        lora.rank * sum(shape) for name, shape in matrices.items() if _is_target(name, lora.targets)
+    )
+
+
+def _is_target(name: str, targets: str | tuple[str, ...]) -> bool:
+    """As peft reads names of modules: all but the head, a pattern, or ends of names."""
+    if targets == "all-linear":
+        return not name.endswith("lm_head")
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _layers(
@@ -165,19 +189,18 @@ def forward_flops(shape: ModelShape, counts: TokenCounts) -> float:
     return _products(shape, counts) + _attention(shape, counts)
 
 
-def train_flops(
-    shape: ModelShape, counts: TokenCounts, *, recomputed: bool = False, frozen: bool = False
-) -> float:
+def train_flops(shape: ModelShape, counts: TokenCounts, *, recomputed: bool = False) -> float:
     """Forward and backward.
 
     Args:
         shape: of the student.
         counts: that training reads.
         recomputed: with gradient checkpointing, one forward pass more.
-        frozen: under adapters, no gradients of the weights; those of adapters are not counted.
     """
-    passes = 4 if recomputed else 3
-    return (passes - frozen) * _products(shape, counts) + passes * _attention(shape, counts)
+    passes, is_frozen = 4 if recomputed else 3, shape.adapter_weights > 0
+    adapters = 2 * shape.adapter_weights * counts.tokens
+    products = (passes - is_frozen) * _products(shape, counts)
+    return products + passes * (adapters + _attention(shape, counts))
 
 
 def _products(shape: ModelShape, counts: TokenCounts) -> float:

@@ -183,6 +183,7 @@ def step_sums(of: MeasuredTokens) -> Tensor:
     with torch.no_grad():
         counted_N = of.counted_N.double()
         drift_N = of.drift_weights_N.double() * counted_N
+        read_B = of.row_tokens_B * counted_N.any()  # a row without weight fills up a process
         d_N = of.student_logprobs_N - of.behavior_logprobs_N
         d_N = d_N.clamp(-LARGEST_DIFFERENCE, LARGEST_DIFFERENCE)
         columns = [
@@ -199,8 +200,8 @@ def step_sums(of: MeasuredTokens) -> Tensor:
         ]
         totals = [
             counted_N.sum(),
-            of.row_tokens_B.sum(),
-            (of.row_tokens_B * (of.row_tokens_B + 1) / 2).sum(),
+            read_B.sum(),
+            (read_B * (read_B + 1) / 2).sum(),
             drift_N.sum(),
             drift_N.square().sum(),
             of.overlap_M.double().sum(),

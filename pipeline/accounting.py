@@ -50,7 +50,7 @@ from pipeline.records import (
 from pipeline.rounds import Round, checkpoint_of, rounds
 from pipeline.run_folder import RunFolder, is_below
 from pipeline.setup import Setup
-from stages.checkpoints import Checkpoint, model_shape
+from stages.checkpoints import Checkpoint, model_shape, student_shape
 from stages.step import GIVEN, PROBE, PROBE_SCORE, Stage, Step, of_stage
 from stages.workers import Role
 
@@ -78,13 +78,12 @@ class Accounts:
         """What the costs of the run follow from."""
         setup = self.setup
         return Models(
-            student=model_shape(setup.student),
+            student=student_shape(setup.student, setup.config.train.lora),
             teachers={
                 each.name: model_shape(each.teacher)
                 for each in setup.by_teacher
                 if each.teacher is not None
             },
-            adapters=setup.config.train.lora is not None,
         )
 
     def write_round(self, round_: Round, *, is_changed: bool) -> None:
@@ -209,7 +208,6 @@ class Models:
 
     student: ModelShape
     teachers: dict[str | None, ModelShape]  # by name, of several
-    adapters: bool  # are trained, and nothing else
 
     @property
     def unknown(self) -> tuple[str, ...]:
@@ -383,7 +381,7 @@ class RoundWork:
             tokens=trained.row_tokens, completion_tokens=trained.tokens, pairs=trained.row_pairs
         )
         recomputed = self.outcome.gradient_checkpointing
-        train = train_flops(models.student, read, recomputed=recomputed, frozen=models.adapters)
+        train = train_flops(models.student, read, recomputed=recomputed)
         return StageNumbers(
             generate=self._flops("generate", {None: models.student})
             + self._flops("generate", models.teachers, author="teacher"),

@@ -2,14 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from opd_stream.config.sections import Model, Teacher
-from opd_stream.costs import ModelShape, shape_of
+from opd_stream.config.sections import Lora, Model, Teacher
+from opd_stream.costs import ModelShape, adapter_weights, shape_of
 from opd_stream.errors import UserError
 from opd_stream.model_config import ModelConfig, read_model_config
 from opd_stream.section import is_object
@@ -262,6 +262,14 @@ def _tokenizer_size(folder: Path) -> int:
     found = Tokenizer.from_file(str(path)) if path.is_file() else open_tokenizer(folder)
     added = map(int, read_settings(folder).get("added_tokens_decoder", ()))
     return max([*found.get_vocab().values(), *added], default=-1) + 1
+
+
+def student_shape(checkpoint: Checkpoint, lora: Lora | None) -> ModelShape:
+    """The same of a student in training, perhaps under adapters."""
+    shape = model_shape(checkpoint)
+    if lora is None or shape.unknown:
+        return shape
+    return replace(shape, adapter_weights=adapter_weights(weight_shapes(checkpoint.folder), lora))
 
 
 def model_shape(checkpoint: Checkpoint) -> ModelShape:

@@ -10,7 +10,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from opd_stream.costs import counts_of, forward_flops, shape_of, train_flops, unknown_costs
+from opd_stream.config.sections import Lora
+from opd_stream.costs import (
+    adapter_weights,
+    counts_of,
+    forward_flops,
+    shape_of,
+    train_flops,
+    unknown_costs,
+)
 from opd_stream.engines.reading import decoder_of
 from opd_stream.model_config import read_model_config
 from stages.checkpoints import weight_shapes
@@ -82,8 +90,34 @@ def test_adapters_save_the_gradients_of_frozen_weights() -> None:
     with FlopCounterMode(display=False) as counter:
         model(inputs_embeds=embedded).logits.sum().backward()
     counts = replace(counts_of(prompt_tokens=0, completion_tokens=60), pairs=60**2)
-    found = train_flops(shape, counts, frozen=True)
+    frozen = replace(shape, adapter_weights=1)
+    found = train_flops(frozen, counts)
     assert found == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj")])
+def test_the_products_of_adapters_count(targets: str | tuple[str, ...]) -> None:
+    """As torch counts them, with a rank that makes them half of the work."""
+    peft: Any = pytest.importorskip("peft", reason="peft is not installed")
+    folder, lora = MODELS / "ledger-student", Lora(rank=64, targets=targets)
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    config = peft.LoraConfig(
+        r=64, target_modules=targets if isinstance(targets, str) else list(targets)
+    )
+    model = peft.get_peft_model(plain, config)
+    shapes = weight_shapes(folder)
+    shape = replace(
+        shape_of(read_model_config(folder).settings, shapes),
+        adapter_weights=adapter_weights(shapes, lora),
+    )
+    ids = torch.randint(3, 500, (1, 60))
+    embedded = plain.get_input_embeddings()(ids).detach().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        model(inputs_embeds=embedded).logits.sum().backward()
+    counts = replace(counts_of(prompt_tokens=0, completion_tokens=60), pairs=60**2)
+    without = train_flops(replace(shape, adapter_weights=1), counts)
+    assert train_flops(shape, counts) > 1.2 * without
+    assert train_flops(shape, counts) == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 def test_a_cost_that_does_not_follow_is_nothing_and_says_why() -> None:

@@ -1,12 +1,16 @@
 """Drift is measured right, adds up, and decides."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_stream.drift import DriftSums, drift_sums
+from opd_stream.outcome import EpochRecord, StartDrift
 from opd_stream.staleness import Staleness, decide_epoch
+from pipeline.records import RoundReport
 
 P = torch.tensor([0.40, 0.30, 0.15, 0.10, 0.05], dtype=torch.float64)
 B = torch.tensor([0.30, 0.30, 0.20, 0.10, 0.10], dtype=torch.float64)
@@ -19,6 +23,16 @@ def test_the_expected_drift_is_the_kl_of_behavior_to_student() -> None:
     )
     assert expected == pytest.approx(0.040547, abs=1e-6)
     assert expected == pytest.approx((B * (B / P).log()).sum().item(), abs=1e-12)
+
+
+def test_the_page_names_drift_as_the_files_do() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "staleness.md").read_text()
+    table = page[page.index("| name | formula") :].partition("\n\n")[0]
+    names = {row.split("`")[1] for row in table.splitlines()[2:]}
+    names |= {"start_drift", "drift_floor"}
+    assert all(f"`{name}`" in page for name in names)
+    files = (EpochRecord, StartDrift, RoundReport)
+    assert names - {field for file in files for field in file.model_fields} == set()
 
 
 def test_the_sign_inside_k3_matters() -> None:

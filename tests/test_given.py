@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from opd_stream.batches import collate
+from opd_stream.batches import Batch, collate
 from opd_stream.drift import DriftSums, means, named
 from opd_stream.engines.base import CheckedEngine
 from opd_stream.errors import UserError
@@ -417,15 +417,35 @@ def test_a_batch_has_rows_of_one_kind_and_the_step_is_one_mean(processes: int) -
         assert {name[0] for name in batch.names} == ({"1"} if batch.is_given else {"0"})
 
 
+def sums_of(batch: Batch) -> dict[str, float]:
+    """Of the bucket, under a random student."""
+    shape = (*batch.input_ids_BL.shape, 4)
+    hidden = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+    head = OutputHead(weight_VH=weight, bias_V=None)
+    return named(batch_loss(hidden, head, batch, (Bucket(),)).sums)
+
+
+def test_a_row_that_fills_up_a_process_is_not_read() -> None:
+    """Counts of tokens, from which operations follow, are those of one process."""
+    rows = [row_of(0, 3 + number) for number in range(2)]
+    plan = BatchPlan(
+        rows_per_step=2,
+        tokens_per_microbatch=64,
+        seed=0,
+        first_step=0,
+        window=FixedWindow(tokens=64),
+    )
+    (alone,) = step_batches(rows, plan, 0)
+    three = [b for rank in range(3) for b in step_batches(rows, plan, 0, rank=rank, world_size=3)]
+    assert len(three) == 3
+    for name in ("tokens", "row_tokens", "row_pairs"):
+        assert sum(sums_of(batch)[name] for batch in three) == sums_of(alone)[name] > 0
+
+
 def test_given_tokens_move_no_drift() -> None:
     def sums(rows: list[ScoredRow]) -> dict[str, float]:
-        batch = collate(rows, window_tokens=64, given=(False, True))
-        hidden = torch.randn(
-            *batch.input_ids_BL.shape, 4, generator=torch.Generator().manual_seed(0)
-        )
-        weight = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
-        head = OutputHead(weight_VH=weight, bias_V=None)
-        return named(batch_loss(hidden, head, batch, (Bucket(),)).sums)
+        return sums_of(collate(rows, window_tokens=64, given=(False, True)))
 
     own, given = sums([row_of(0, 5)]), sums([row_of(1, 5)])
     assert given["loss"] == own["loss"] == given["given_loss"] > 0

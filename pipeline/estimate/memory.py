@@ -13,10 +13,11 @@ from pydantic import computed_field
 
 from opd_stream.config import Config
 from opd_stream.config.sections import Lora
+from opd_stream.costs import adapter_weights
 from opd_stream.model_config import read_model_config
 from opd_stream.section import Record
 from opd_stream.store.codecs import HiddenCodec
-from pipeline.estimate.sizes import FLOAT32, adapter_weights
+from pipeline.estimate.sizes import FLOAT32
 from stages.checkpoints import NARROW, weight_files
 
 PROCESS = 420_000_000  # Python and the libraries of training on a CPU, measured

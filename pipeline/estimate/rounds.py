@@ -41,7 +41,7 @@ from pipeline.estimate.sizes import (
 from pipeline.evaluation import distance_steps
 from pipeline.plan import is_due
 from pipeline.rounds import Round, named_checkpoint, rounds
-from stages.checkpoints import Checkpoint, model_shape
+from stages.checkpoints import Checkpoint, model_shape, student_shape
 from stages.evaluate import evaluation_rollouts
 from stages.prompts import every_prompt, probe_size
 from stages.recipes import is_given, is_unscored
@@ -98,7 +98,7 @@ class RunCosts:
     def __init__(self, inputs: RunInputs) -> None:
         setup = inputs.setup
         self.inputs, self.setup, self.config = inputs, setup, setup.config
-        self.student = model_shape(setup.student)
+        self.student = student_shape(setup.student, setup.config.train.lora)
         self.teachers = {
             each.name: model_shape(each.teacher)
             for each in setup.by_teacher
@@ -323,12 +323,8 @@ class RunCosts:
 
     def train_flops(self, counts: TokenCounts) -> float:
         """Operations of training that reads these rows."""
-        train = self.config.train
         return train_flops(
-            self.student,
-            counts,
-            recomputed=train.gradient_checkpointing,
-            frozen=train.lora is not None,
+            self.student, counts, recomputed=self.config.train.gradient_checkpointing
         )
 
     def _training(

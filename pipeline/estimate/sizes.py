@@ -11,15 +11,14 @@ A shard that nothing like it was measured for is taken as large as its columns b
 (docs/cache-format.md has them); a policy follows from the shapes of the student's weights.
 """
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import log2, prod
 from pathlib import Path
 
 from opd_stream.config import Config
-from opd_stream.config.sections import Lora, Train
-from opd_stream.costs import TokenCounts
+from opd_stream.config.sections import Train
+from opd_stream.costs import TokenCounts, adapter_weights
 from opd_stream.store.artifact import Commit, summed_counts
 from opd_stream.store.codecs import CompactCodec, ExactCodec, HiddenCodec, SampledCodec
 from opd_stream.store.shards import ROWS_PER_PART
@@ -245,24 +244,3 @@ def policy_sizes(folder: Path, train: Train) -> PolicySizes:
         state=moments + exact + base,
         checkpoint=trained * FLOAT32 + moments + base,
     )
-
-
-def adapter_weights(shapes: dict[str, list[int]], lora: Lora) -> int:
-    """Weights of the adapters: rank x (inputs + outputs) of each matrix they are put on."""
-    matrices = {
-        name.removesuffix(".weight"): shape
-        for name, shape in shapes.items()
-        if len(shape) == 2 and "embed" not in name
-    }
-    return sum(
-        lora.rank * sum(shape) for name, shape in matrices.items() if _is_target(name, lora.targets)
-    )
-
-
-def _is_target(name: str, targets: str | tuple[str, ...]) -> bool:
-    """As peft reads names of modules: all but the head, a pattern, or ends of names."""
-    if targets == "all-linear":
-        return not name.endswith("lm_head")
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
