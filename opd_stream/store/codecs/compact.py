@@ -84,9 +84,9 @@ def encode_compact(
     whole = bool((counts_N == kept_NK.shape[1]).all())
     if own_NK is not None:  # what stays of a row stands together: a step is to the one before
         order_NK = np.argsort(~kept_NK, axis=1, kind="stable")
-        ids_NK = np.take_along_axis(ids_NK, order_NK, axis=1)
-        true_NK = np.take_along_axis(true_NK, order_NK, axis=1)
-        kept_NK = np.take_along_axis(kept_NK, order_NK, axis=1)
+        ids_NK, true_NK, kept_NK = (
+            np.take_along_axis(values, order_NK, axis=1) for values in (ids_NK, true_NK, kept_NK)
+        )
     steps_NK = _steps(true_NK, step)
     differences_NK = np.diff(steps_NK, axis=1, prepend=np.int32(0))
 
