@@ -147,7 +147,7 @@ bench-train: $(BENCH_READY) ## the training stage beside a live teacher and trl'
 
 $(BENCH_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
-	$(BENCH)/pip $(INSTALL) -c constraints.txt -e '.[report]' \
+	$(BENCH)/pip $(INSTALL) -c constraints.txt -e . matplotlib \
 		trl==1.16.0 liger-kernel==0.8.5
 	@touch $@
 

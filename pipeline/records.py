@@ -36,6 +36,9 @@ class MadeBy(Sealed):
     id: str
     python: str | None = None
     versions: dict[str, str] = Field(default={})
+    started: str | None = None  # date and time, UTC
+    host: str | None = None
+    commit: str | None = None  # of the checkout of opd-stream; with -dirty where it was changed
 
 
 class UnitDecisionRecord(Record):

@@ -11,9 +11,11 @@ Deleting it loses no teacher work: the artifacts are in the store.
 """
 
 import platform
+import subprocess
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,9 @@ class RunFolder:
             id=uuid.uuid4().hex,
             python=platform.python_version(),
             versions={name: version(name) for name in LIBRARIES},
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            host=platform.node() or None,
+            commit=_commit(),
         )
         if publish_new_record(self.path / "run.json", record, is_pretty=True) and self.has_rounds():
             what = "the run has a new id; what it made before counts as another run's"
@@ -332,6 +337,19 @@ class RunFolder:
             free.append("rounds")  # it goes on
         other = differing_fields(found, config.model_dump(mode="json"))
         return {field: values for field, values in other.items() if not is_below(field, free)}
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that runs; None: it is none, or there is no git."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
 
 
 def is_below(field: str, names: Iterable[str]) -> bool:

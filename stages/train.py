@@ -271,6 +271,7 @@ def report_step(
         "learning_rate": rate,
         "window_tokens": step.window_tokens,
         "trained_tokens": int(sums["tokens"]),
+        **({"mean_tokens": round(step.cached_tokens / step.rows, 2)} if step.rows else {}),
         "grad_norm": grad_norm,
         **means(sums),
         "seconds": round(seconds, 4),

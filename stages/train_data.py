@@ -67,7 +67,8 @@ class StepBatches:
     number: int  # from the start of the run
     window_tokens: int
     batches: list[Batch]
-    cached_tokens: int  # completion tokens of the step's own rows, for all processes
+    rows: int  # that the student wrote, for all processes
+    cached_tokens: int  # their completion tokens
     cut_tokens: int  # of these, behind the window
 
 
@@ -151,6 +152,7 @@ def read_epoch(
         yield StepBatches(
             number=number,
             window_tokens=window,
+            rows=len(masks),
             cached_tokens=sum(int(mask.sum()) for mask in masks),
             cut_tokens=sum(int(mask[window:].sum()) for mask in masks),
             batches=step_batches(chosen, plan, number, rank=rank, world_size=world_size),

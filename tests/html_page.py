@@ -1,9 +1,11 @@
 """What the tests of pages share: elements of a page, and a browser where there is one."""
 
+import json
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 VOID = {"meta", "link", "input", "br", "img", "hr"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
@@ -17,6 +19,8 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
         self.open: list[str] = []
+        self.figures: dict[str, dict[str, Any]] = {}  # id -> the chart that is drawn
+        self.scripts: list[str] = []  # that run
         self.feed(text)
         self.close()
         assert self.open == []
@@ -33,7 +37,13 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] == "script":
+            if self.tags[-1][1]:
+                figure = next(a for tag, a in reversed(self.tags) if tag == "figure")
+                self.figures[str(figure["id"])] = json.loads(data)
+            else:
+                self.scripts.append(data)
+        elif self.open and self.open[-1] != "style":
             self.words.append(data)
 
     @property
@@ -41,12 +51,14 @@ class Page(HTMLParser):
         """All that is read, with single spaces."""
         return " ".join(" ".join(self.words).split())
 
-    def figure(self, name: str) -> bool:
-        """Whether the page has the drawing of this name."""
-        return any(
-            tag == "svg" and str(attributes.get("aria-labelledby")).startswith(f"{name}-")
-            for tag, attributes in self.tags
-        )
+
+def whole(chart: dict[str, Any]) -> dict[str, Any]:
+    """A chart of a page as Vega-Lite has it, with rows that have their columns' names."""
+    datasets = {
+        name: [dict(zip(data["names"], row, strict=True)) for row in data["rows"]]
+        for name, data in chart["datasets"].items()
+    }
+    return {**chart, "datasets": datasets}
 
 
 def browse(path: Path, *options: str) -> tuple[str, list[str]]:
@@ -63,7 +75,7 @@ def browse(path: Path, *options: str) -> tuple[str, list[str]]:
             f"--user-data-dir={profile}",
             "--host-resolver-rules=MAP * ~NOTFOUND",
             "--enable-logging=stderr",
-            "--virtual-time-budget=2000",
+            "--virtual-time-budget=30000",
             *options,
             "--dump-dom",
             path.as_uri(),
@@ -75,25 +87,35 @@ def browse(path: Path, *options: str) -> tuple[str, list[str]]:
     return found.stdout, [line for line in found.stderr.splitlines() if ":CONSOLE" in line]
 
 
-# Written into a page in a frame: what is drawn, what overlaps, what the switch does.
+# Written into a page in a frame, once it is drawn: what is cut or overlaps, what a choice does.
 PROBE = """
-const drawn = element => element.getClientRects().length > 0;
-const panes = () => [...document.querySelectorAll('.pane')].filter(drawn).map(p => p.className);
+const drawn = text => text.getClientRects().length && getComputedStyle(text).opacity > 0;
 const crossed = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
   && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
-const overlaps = [];
-for (const svg of document.querySelectorAll('.drawing svg')) {
-  const texts = [...svg.querySelectorAll('text')].filter(drawn);
-  const boxes = texts.map(text => text.getBoundingClientRect());
-  boxes.forEach((a, i) => boxes.slice(i + 1).forEach((b, j) => {
-    if (crossed(a, b)) overlaps.push(texts[i].textContent + ' / ' + texts[i + 1 + j].textContent);
-  }));
+const charts = [...document.querySelectorAll('.chart')];
+async function probe() {
+  while (!charts.every(chart => chart.querySelector('svg[role=img]'))) {
+    await new Promise(done => setTimeout(done, 50));
+  }
+  const overlaps = [], cut = [];
+  for (const chart of charts) {
+    const svg = chart.querySelector('svg');
+    const texts = [...svg.querySelectorAll('text')].filter(drawn);
+    const boxes = texts.map(text => text.getBoundingClientRect());
+    boxes.forEach((a, i) => boxes.slice(i + 1).forEach((b, j) => {
+      if (crossed(a, b)) overlaps.push(texts[i].textContent + ' / ' + texts[i + 1 + j].textContent);
+    }));
+    const width = svg.getBoundingClientRect().width;
+    if (width < svg.width.baseVal.value - 1) cut.push(chart.dataset.label);
+  }
+  const accuracy = document.querySelector('#accuracy .chart');
+  const title = () => accuracy.querySelector('.role-title text').textContent;
+  const before = title(), cost = accuracy.querySelectorAll('select')[1];
+  cost.value = 'FLOPs';
+  cost.dispatchEvent(new Event('change', {bubbles: true}));
+  await new Promise(done => setTimeout(done, 300));
+  const found = {overlaps, cut, before, after: title(), wide: document.documentElement.scrollWidth};
+  parent.document.body.setAttribute('data-at-' + innerWidth, JSON.stringify(found));
 }
-const cut = [...document.querySelectorAll('.drawing')].filter(drawn)
-  .filter(box => box.scrollWidth > box.clientWidth).map(box => box.getAttribute('aria-label'));
-const found = {overlaps, cut, before: panes(), wide: document.documentElement.scrollWidth};
-document.getElementById('cost-flops').focus();
-document.activeElement.click();
-found.after = panes();
-parent.document.body.setAttribute('data-at-' + innerWidth, JSON.stringify(found));
+probe();
 """

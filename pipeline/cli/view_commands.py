@@ -161,7 +161,7 @@ def report(
     except ModuleNotFoundError as error:
         raise UserError(
             f"opd-stream report needs the library {error.name}, which is not installed; "
-            "pip install jinja2 matplotlib"
+            "pip install 'opd-stream[report]'"
         ) from error
     echo(write_report(run_dirs, out))
 

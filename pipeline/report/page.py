@@ -1,5 +1,7 @@
 """The page: everything that was read and drawn, in one template that escapes all text."""
 
+import hashlib
+from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +11,9 @@ from markupsafe import Markup
 from opd_stream.errors import UserError
 from opd_stream.store.files import publish
 from pipeline.report import text
-from pipeline.report.accuracy import accuracy_exhibits, evaluation_table
-from pipeline.report.distance import distance_tables
+from pipeline.report.accuracy import accuracy_exhibit
+from pipeline.report.charts import library
+from pipeline.report.distance import distance_exhibit
 from pipeline.report.drift import drift_exhibit
 from pipeline.report.read import Run, read_runs
 from pipeline.report.rounds import (
@@ -20,6 +23,7 @@ from pipeline.report.rounds import (
     stage_exhibit,
     window_exhibit,
 )
+from pipeline.report.steps import steps_exhibit
 from pipeline.report.teachers import teachers_exhibit
 
 EXHIBITS = {
@@ -31,6 +35,7 @@ EXHIBITS = {
     "stages": stage_exhibit,
     "lineage": lineage_exhibit,
 }
+MOST_OPEN = 6  # rounds whose decisions are open at first
 
 
 def write_report(folders: list[Path], out: Path) -> str:
@@ -55,13 +60,16 @@ def page(runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
     )
     assert environment.loader is not None
-    style, _, _ = environment.loader.get_source(environment, "page.css")
+    style, drawing = (
+        environment.loader.get_source(environment, name)[0] for name in ("page.css", "charts.js")
+    )
+    scripts = [library(), drawing]
     return environment.get_template("page.html.j2").render(
         style=Markup(style),
+        scripts=[Markup(script) for script in scripts],
+        allowed=" ".join(map(_allowed, scripts)),
         runs=runs,
-        accuracy=accuracy_exhibits(runs),
-        evaluations=evaluation_table(runs),
-        distances=distance_tables(runs),
+        overall=[accuracy_exhibit(runs), steps_exhibit(runs), distance_exhibit(runs)],
         exhibits=[
             [
                 make(run, f"run-{place}-{name}")
@@ -70,5 +78,11 @@ def page(runs: Sequence[Run]) -> str:
             ]
             for place, run in enumerate(runs)
         ],
+        most_open=MOST_OPEN,
         text=text,
     )
+
+
+def _allowed(script: str) -> str:
+    """How a content security policy names a script that may run."""
+    return f"'sha256-{b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from opd_stream.config import Config
 from opd_stream.outcome import StepMetrics, read_metrics
-from pipeline.records import CacheRecord, RoundPlanRecord, RoundReport, RunSummary
+from pipeline.records import CacheRecord, MadeBy, RoundPlanRecord, RoundReport, RunSummary
 from pipeline.run_folder import RunFolder
 
 
@@ -19,8 +19,9 @@ class Run:
     """
 
     name: str
+    folder: Path
     config: Config
-    versions: dict[str, str]
+    made_by: MadeBy | None  # None: the folder does not say
     summary: RunSummary | None
     plans: list[RoundPlanRecord]
     rounds: list[RoundReport]
@@ -46,14 +47,11 @@ def read_runs(folders: list[Path]) -> list[Run]:
 def read_run(folder: Path, name: str | None = None) -> Run:
     """One run; raises as `read_runs`."""
     run = RunFolder(folder)
-    config, versions = run.config(), dict[str, str]()
-    if (folder / "run.json").is_file():
-        made = run.made_by()
-        versions = {**({"python": made.python} if made.python else {}), **made.versions}
     return Run(
         name=name or folder.resolve().name,
-        config=config,
-        versions=versions,
+        folder=folder,
+        config=run.config(),
+        made_by=run.made_by() if (folder / "run.json").is_file() else None,
         summary=run.summary(),
         plans=run.plans(),
         rounds=run.reports(),

@@ -1,44 +1,37 @@
 """Figures of one run over its rounds: window, reverse KL, cache, time and cost, lineage."""
 
 from collections.abc import Sequence
-from math import nan
+from typing import Any
 
-from matplotlib.axes import Axes
+import altair as alt
 
 from opd_stream.outcome import WindowAudit
 from opd_stream.windows import AdaptiveWindow
-from pipeline.records import CacheRecord, RoundReport, StageNumbers
-from pipeline.report.drawing import (
+from pipeline.records import CacheRecord, RoundReport
+from pipeline.report.charts import (
     FAINT,
-    INK,
     SERIES,
-    STAGE_COLORS,
-    STAGES,
+    Drawing,
     Exhibit,
-    Look,
-    Series,
-    Table,
-    count,
-    count_axis,
+    axis_x,
+    axis_y,
+    bars,
+    data,
     decades,
     exhibit,
-    graded,
-    look,
-    number,
-    panels,
-    prefixed,
-    scaled,
-    table_of,
+    lines,
+    rule,
 )
 from pipeline.report.read import Run
+from pipeline.report.tables import STAGES, Table, count, number, scaled, table_of
 
 MOST_CURVES = 6  # of reverse KL by position
-MOST_TICKS = 9  # of ranges along the axis
-THRESHOLD = Look(color=FAINT, dashes=(5, 2))
 SHORT = 16  # digits of a fingerprint, as folders of a store have them
-MOST_NAMES = 8  # policies whose fingerprints fit side by side
+STAGE_COLORS = [f"var(--{stage})" for stage in STAGES]
 ROLLOUTS_AT, SCORES_AT = 0.2, 0.5  # to the right of the policy that wrote them
-HEIGHTS = {"policies": 2.0, "scores": 1.0, "rollouts": 0.0}
+KINDS = ("policies", "scores", "rollouts")
+
+Panels = list[tuple[str | alt.TitleParams, Drawing]]
 
 
 def window_exhibit(run: Run, name: str) -> Exhibit:
@@ -50,40 +43,50 @@ def window_exhibit(run: Run, name: str) -> Exhibit:
         return Exhibit(name=name, title=title, caption="No round has a window yet.")
     window = run.config.rollouts.window
     audits = {r.round: r.window_decision for r in run.rounds if r.window_decision is not None}
-    figure, axes = panels(2 if audits else 1, height=1.7 if audits else 2.6)
-    places, tokens = zip(*sorted(windows.items()), strict=True)
-    axes[0].step(places, tokens, where="mid", color=look(0).color, marker="o")
-    axes[0].set_ylabel("window (tokens)")
-    axes[0].set_ylim(bottom=0, top=max(tokens) * 1.1)
-    legend: list[Series] = []
+    rows = [{SERIES: "window", "round": r, "tokens": t} for r, t in sorted(windows.items())]
+    y = axis_y("tokens", form="~s", span=(0, 1.1 * max(windows.values())))
+    drawn = lines(
+        alt.Chart(data(rows)),
+        ["window"],
+        axis_x("round", "round"),
+        y,
+        tip=["round:Q", "tokens:Q"],
+        step=True,
+    )
+    panels: Panels = [("window (tokens)", drawn)]
     tables: list[Table] = []
     caption = f"Window kind: {window.kind}."
     if isinstance(window, AdaptiveWindow) and audits:
-        _draw_cosines(axes[1], audits, window, legend)
-        rows = [
+        panels.append(("cosine of each candidate", _cosines(audits, window)))
+        numbers = [
             [str(index), *(number(each, 3) for each in audit.cosines), str(audit.window_tokens)]
             for index, audit in audits.items()
         ]
         head = ["round", *(f"{tokens} tokens" for tokens in window.candidates), "next window"]
-        tables = [Table(caption="Cosines behind each decision", head=head, rows=rows)]
+        tables = [Table(caption="Cosines behind each decision", head=head, rows=numbers)]
         caption += (
-            " Below, the cosine of each candidate's gradient with that of full rollouts; the "
-            "first candidate at or above the threshold is the window of the next round."
+            " A cosine is that of a candidate's gradient with that of full rollouts; the first "
+            f"candidate at or above the threshold, {window.threshold:.3f}, is the window of the "
+            "next round."
         )
-    count_axis(axes[-1], "round")
-    return exhibit(figure, name, title, caption, run=run.name, legend=legend, tables=tables)
+    return exhibit(name, title, caption, panels, tables=tables)
 
 
-def _draw_cosines(
-    axis: Axes, audits: dict[int, WindowAudit], window: AdaptiveWindow, legend: list[Series]
-) -> None:
-    for place, candidate in enumerate(window.candidates):
-        drawn = graded(place, len(window.candidates))
-        axis.plot(list(audits), [a.cosines[place] for a in audits.values()], **drawn.style)
-        legend.append(Series(label=f"{candidate} tokens", look=drawn))
-    axis.set_ylabel("cosine")
-    axis.axhline(window.threshold, color=FAINT, linewidth=1, linestyle=THRESHOLD.line)
-    legend.append(Series(label=f"threshold {window.threshold:.3f}", look=THRESHOLD))
+def _cosines(audits: dict[int, WindowAudit], window: AdaptiveWindow) -> Drawing:
+    rows = [
+        {SERIES: f"{tokens} tokens", "round": index, "cosine": cosine}
+        for index, audit in audits.items()
+        for tokens, cosine in zip(window.candidates, audit.cosines, strict=True)
+    ]
+    names = [f"{tokens} tokens" for tokens in window.candidates]
+    drawn = lines(
+        alt.Chart(data(rows)),
+        names,
+        axis_x("round", "round"),
+        axis_y("cosine"),
+        tip=[f"{SERIES}:N", "round:Q", "cosine:Q"],
+    )
+    return alt.layer(drawn, rule(y=window.threshold, text="threshold"))
 
 
 def position_exhibit(run: Run, name: str) -> Exhibit:
@@ -94,30 +97,45 @@ def position_exhibit(run: Run, name: str) -> Exhibit:
         caption = "No epoch has recorded reverse KL by position."
         return Exhibit(name=name, title=title, caption=caption)
     chosen = _spread(sorted(means))
-    places = sorted({bin_.first for index in chosen for bin_ in means[index]})
-    has_entropy = any(b.teacher_entropy is not None for index in chosen for b in means[index])
-    figure, axes = panels(2 if has_entropy else 1, height=1.6 if has_entropy else 2.6)
-    legend: list[Series] = []
-    for order, index in enumerate(chosen):
-        drawn = graded(order, len(chosen))
-        xs = [places.index(bin_.first) for bin_ in means[index]]
-        for axis, measure in zip(axes, ("reverse_kl", "teacher_entropy"), strict=False):
-            values = [getattr(bin_, measure) for bin_ in means[index]]
-            axis.plot(xs, [nan if value is None else value for value in values], **drawn.style)
-        legend.append(Series(label=f"round {index}", look=drawn))
-    axes[0].set_ylabel("reverse KL\n(nats a token)")
-    step = 1 if len(places) <= MOST_TICKS else 2
-    axes[-1].set_xticks(range(0, len(places), step), [str(first) for first in places[::step]])
-    axes[-1].set_xlabel("position in the completion, from")
+    rows = [
+        {
+            SERIES: f"round {index}",
+            "position": bin_.first,
+            "reverse_kl": bin_.reverse_kl,
+            "teacher_entropy": bin_.teacher_entropy,
+        }
+        for index in chosen
+        for bin_ in means[index]
+    ]
+    measures = {"reverse_kl": "reverse KL (nats a token)"}
     caption = "Means over the tokens of each range of positions, first epoch of a round."
     if len(chosen) < len(means):
         caption += f" {len(chosen)} of {len(means)} rounds are drawn; the table has all."
-    if has_entropy:
-        axes[1].set_ylabel("teacher entropy\n(nats)")
+    if any(row["teacher_entropy"] is not None for row in rows):
+        measures["teacher_entropy"] = "teacher entropy (nats)"
     else:
         caption += (
             " Teacher entropy is not recorded by position; its mean is in the table of epochs."
         )
+    base = alt.Chart(data(rows))
+    x = alt.X(
+        "position:O",
+        title="position in the completion, from",
+        axis=alt.Axis(labelAngle=0, labelOverlap="greedy"),
+    )
+    panels = [
+        (
+            said,
+            lines(
+                base,
+                [f"round {index}" for index in chosen],
+                x,
+                axis_y(measure),
+                tip=[f"{SERIES}:N", "position:Q", f"{measure}:Q"],
+            ),
+        )
+        for measure, said in measures.items()
+    ]
     table = table_of(
         "Reverse KL by position",
         [(index, bin_) for index, bins in means.items() for bin_ in bins],
@@ -129,7 +147,7 @@ def position_exhibit(run: Run, name: str) -> Exhibit:
             "teacher entropy, nats": lambda each: number(each[1].teacher_entropy),
         },
     )
-    return exhibit(figure, name, title, caption, run=run.name, legend=legend, tables=[table])
+    return exhibit(name, title, caption, panels, tables=[table], zooms=False)
 
 
 def _spread(rounds: Sequence[int]) -> list[int]:
@@ -152,35 +170,31 @@ def cache_exhibit(run: Run, name: str) -> Exhibit:
     title = "Cache: bytes and retained mass"
     if not run.rounds:
         return Exhibit(name=name, title=title, caption="No round is finished yet.")
-    rounds = [report.round for report in run.rounds]
-    last = [report.epochs[-1] for report in run.rounds]
-    masses = {
-        "teacher": [epoch.teacher_top_mass for epoch in last],
-        "student": [epoch.student_top_mass for epoch in last],
-    }
-    outside = {
-        who: [1 - value if value is not None and value < 1 else nan for value in values]
-        for who, values in masses.items()
-    }
-    positive = [value for values in outside.values() for value in values if value > 0]
-    figure, axes = panels(2 if positive else 1, height=1.5)
-    axes[0].bar(rounds, [r.cache_bytes for r in run.rounds], color=look(0).color, width=0.6)
-    axes[0].set_ylabel("new bytes\nof the round")
-    prefixed(axes[0].yaxis)
-    legend: list[Series] = []
-    if positive:
-        for place, (who, values) in enumerate(outside.items(), start=1):
-            if any(value > 0 for value in values):
-                axes[1].plot(rounds, values, **look(place).style)
-                label = f"mass of the {who} outside the candidates"
-                legend.append(Series(label=label, look=look(place)))
-        decades(axes[1], positive)
-        axes[1].set_ylabel("1 - mass")
-    count_axis(axes[-1], "round")
+    drawn = bars(
+        {report.round: {"new bytes": report.cache_bytes} for report in run.rounds},
+        unit="bytes",
+        colors=["var(--series-0)"],
+    )
+    panels: Panels = [("new bytes of the round", drawn)]
+    outside: list[dict[str, Any]] = [
+        {SERIES: f"of the {who}", "round": report.round, "mass": 1 - value}
+        for report in run.rounds
+        for who in ("teacher", "student")
+        if (value := getattr(report.epochs[-1], f"{who}_top_mass")) is not None and value < 1
+    ]
+    if outside:
+        curves = lines(
+            alt.Chart(data(outside)),
+            list(dict.fromkeys(str(row[SERIES]) for row in outside)),
+            axis_x("round", "round"),
+            axis_y("mass", form="~e", log=True, span=decades([row["mass"] for row in outside])),
+            tip=[f"{SERIES}:N", "round:Q", "mass:Q"],
+        )
+        panels.append(("mass outside the candidates", curves))
     caption = (
         "Bytes of rollouts and scores that the round added to the store, whoever made them. Mass "
-        "is of the last epoch: what the teacher's candidates in the cache hold of teacher and "
-        "student."
+        "is of the last epoch: what the teacher's candidates in the cache do not hold of teacher "
+        "and student."
     )
     table = table_of(
         "Cache",
@@ -194,7 +208,7 @@ def cache_exhibit(run: Run, name: str) -> Exhibit:
             "reverse KL seen": lambda report: _seen(report),
         },
     )
-    return exhibit(figure, name, title, caption, run=run.name, legend=legend, tables=[table])
+    return exhibit(name, title, caption, panels, tables=[table])
 
 
 def _bytes_per_token(report: RoundReport) -> float | None:
@@ -210,21 +224,18 @@ def stage_exhibit(run: Run, name: str) -> Exhibit:
     title = "Time and cost of the stages"
     if not run.rounds:
         return Exhibit(name=name, title=title, caption="No round is finished yet.")
-    has_flops = any(getattr(report.flops, stage) for report in run.rounds for stage in STAGES)
-    figure, axes = panels(2 if has_flops else 1, height=1.5)
-    _stack(axes[0], {report.round: report.seconds for report in run.rounds}, "seconds")
-    if has_flops:
-        _stack(axes[1], {report.round: report.flops for report in run.rounds}, "FLOPs")
-        prefixed(axes[1].yaxis)
-    count_axis(axes[-1], "round")
+    panels: Panels = []
+    for unit, said in {"seconds": "seconds", "flops": "FLOPs"}.items():
+        values = {
+            report.round: {stage: getattr(getattr(report, unit), stage) for stage in STAGES}
+            for report in run.rounds
+        }
+        if any(value for parts in values.values() for value in parts.values()):
+            panels.append((said, bars(values, unit=said, colors=STAGE_COLORS)))
     caption = (
         "What the run itself did. Seconds are those of the workers: stages that overlap and "
         "several workers at once add up to more than the wall clock."
     )
-    legend = [
-        Series(label=stage, look=Look(color=color, mark="s", glyph="■"), is_mark=True)
-        for stage, color in STAGE_COLORS.items()
-    ]
     table = table_of(
         "Rounds",
         run.rounds,
@@ -239,16 +250,7 @@ def stage_exhibit(run: Run, name: str) -> Exhibit:
             **{s: lambda r, s=s: scaled(getattr(r.flops, s), "FLOP") for s in STAGES},
         },
     )
-    return exhibit(figure, name, title, caption, run=run.name, legend=legend, tables=[table])
-
-
-def _stack(axis: Axes, values: dict[int, StageNumbers], label: str) -> None:
-    floor = [0.0] * len(values)
-    for stage in STAGES:
-        heights = [getattr(value, stage) for value in values.values()]
-        axis.bar(list(values), heights, bottom=floor, color=STAGE_COLORS[stage], width=0.6)
-        floor = [low + height for low, height in zip(floor, heights, strict=True)]
-    axis.set_ylabel(label)
+    return exhibit(name, title, caption, panels, tables=[table])
 
 
 def lineage_exhibit(run: Run, name: str) -> Exhibit:
@@ -260,54 +262,73 @@ def lineage_exhibit(run: Run, name: str) -> Exhibit:
     planned = {plan.round_index + 1: plan.policy for plan in run.plans}
     made = {report.round + 1: report.policy.fingerprint for report in run.rounds}
     policies, done = dict(sorted({0: first, **planned, **made}.items())), {0, *made}
-    figure, (axis,) = panels(1, height=2.2)
-    places: dict[str, float] = {}
+    nodes = [
+        {
+            SERIES: "policies",
+            "version": version,
+            "artifact": fingerprint[:SHORT] or "of the run's first student",
+            "state": "made" if version in done else "not made yet",
+        }
+        for version, fingerprint in policies.items()
+    ]
+    links = list[dict[str, object]]()
     for round_index in sorted(caches):
-        _draw_caches(axis, round_index, caches[round_index], places)
-    for version, fingerprint in policies.items():
-        face = SERIES[0] if version in done else "none"
-        axis.plot(version, 2, "o", markersize=8, markeredgecolor=SERIES[0], markerfacecolor=face)
-        if len(policies) <= MOST_NAMES:
-            axis.text(version, 2.25, fingerprint[:6], ha="center", color=INK, fontsize=7)
-    axis.set_yticks(list(HEIGHTS.values()), list(HEIGHTS))
-    every = 1 if len(policies) <= 2 * MOST_NAMES else -(-len(policies) // MOST_NAMES)
-    axis.set_xticks(range(0, len(policies), every))
-    axis.set_xlim(-0.5, max(policies) + 0.5)
-    axis.set_ylim(-0.5, 2.6)
-    axis.set_xlabel("policy version")
-    axis.grid(visible=False)
+        _add_caches(round_index, caches[round_index], nodes, links)
+    y = alt.Y(f"{SERIES}:N", scale=alt.Scale(domain=[*KINDS]), title=None)
+    ends = {"x": axis_x("version", "policy version"), "x2": "to_version:Q", "y2": "to:N"}
+    arrows = alt.Chart(data(links)).mark_rule(color=FAINT, strokeWidth=0.8, clip=True)
+    shapes = alt.Scale(domain=[*KINDS], range=["circle", "square", "triangle-up"])
+    colors = alt.Scale(domain=[*KINDS], range=[f"var(--series-{place})" for place in range(3)])
+    pale = alt.when(alt.datum.state == "made").then(alt.value(1)).otherwise(alt.value(0.25))
+    marks = (
+        alt.Chart(data(nodes))
+        .mark_point(size=70, filled=True, clip=True)
+        .encode(
+            x=axis_x("version", "policy version"),
+            y=y,
+            shape=alt.Shape(f"{SERIES}:N", scale=shapes, legend=None),
+            color=alt.Color(f"{SERIES}:N", scale=colors, legend=None),
+            opacity=pale,
+            tooltip=[f"{SERIES}:N", "artifact:N", "state:N"],
+        )
+    )
     caption = (
         "A policy writes rollouts (down), the teacher scores them (up), and a later policy is "
         "trained on the scores (up again). Continued rollouts hang on the policy of their oldest "
-        "tokens. A hollow policy is not made yet."
+        "tokens. A pale policy is not made yet."
     )
     table = _lineage_table(caches, policies, done)
-    return exhibit(figure, name, title, caption, run=run.name, tables=[table])
+    panels: Panels = [("", arrows.encode(y=y, **ends) + marks)]
+    return exhibit(name, title, caption, panels, tables=[table])
 
 
-def _draw_caches(
-    axis: Axes, round_index: int, caches: Sequence[CacheRecord], places: dict[str, float]
+def _add_caches(
+    round_index: int,
+    caches: Sequence[CacheRecord],
+    nodes: list[dict[str, object]],
+    links: list[dict[str, object]],
 ) -> None:
     """Rollouts and scores of a round, each once, with what came from what."""
+    places = {node["artifact"]: float(str(node["version"])) for node in nodes}
+
+    def link(kind: str, at: float, to: str, to_version: float) -> None:
+        links.append({SERIES: kind, "version": at, "to": to, "to_version": to_version})
+
     for cache in caches:
-        is_new = cache.scores not in places
-        if is_new:
-            beside = sum(int(x) == round_index for x in places.values())
-            places[cache.scores] = round_index + SCORES_AT + min(0.12 * beside, 0.24)
-        x = places[cache.scores]
-        if is_new:
-            below = x - SCORES_AT + ROLLOUTS_AT
-            _arrow(axis, (below, 0), (x, 1))
+        scores = cache.scores[:SHORT]
+        if scores not in places:
+            beside = sum(round_index < at < round_index + 1 for at in places.values()) // 2
+            at = round_index + SCORES_AT + min(0.12 * beside, 0.24)
+            below = at - SCORES_AT + ROLLOUTS_AT
+            places |= {scores: at, cache.rollouts[:SHORT]: below}
+            own = {"state": "made"}
+            nodes.append({SERIES: "scores", "version": at, "artifact": scores, **own})
+            named = {"version": below, "artifact": cache.rollouts[:SHORT]}
+            nodes.append({SERIES: "rollouts", **named, **own})
+            link("rollouts", below, "scores", at)
             if cache.origin not in ("replayed", "given"):
-                _arrow(axis, (cache.policy_version, 2), (below, 0))
-            axis.plot(below, 0, "^", color=SERIES[2], markersize=7, zorder=3)
-            axis.plot(x, 1, "s", color=SERIES[1], markersize=6, zorder=3)
-        _arrow(axis, (x, 1), (round_index + 1, 2))
-
-
-def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    style = {"arrowstyle": "->", "color": FAINT, "linewidth": 0.9, "shrinkA": 5, "shrinkB": 6}
-    axis.annotate("", end, start, arrowprops=style)
+                link("policies", cache.policy_version, "rollouts", below)
+        link("scores", places[scores], "policies", round_index + 1)
 
 
 def _lineage_table(

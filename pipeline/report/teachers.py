@@ -1,20 +1,11 @@
 """Figure of one run over its rounds: each of several teachers, how far it is and what it scored."""
 
-from math import nan
+import altair as alt
 
 from pipeline.records import TeacherFigures
-from pipeline.report.drawing import (
-    Exhibit,
-    Series,
-    count,
-    count_axis,
-    exhibit,
-    look,
-    number,
-    panels,
-    table_of,
-)
+from pipeline.report.charts import SERIES, Exhibit, axis_x, axis_y, data, exhibit, lines
 from pipeline.report.read import Run
+from pipeline.report.tables import count, number, table_of
 
 TITLE = "Teachers over rounds"
 
@@ -26,30 +17,42 @@ def teachers_exhibit(run: Run, name: str) -> Exhibit:
         return Exhibit(name=name, title=TITLE, caption="No round has trained on their scores yet.")
     nothing = TeacherFigures()
     total = {index: sum(t.tokens for t in found.values()) for index, found in of_round.items()}
-    rows = [
-        (index, teacher, each, each.tokens / max(total[index], 1))
+    teachers = list(dict.fromkeys(name for found in of_round.values() for name in found))
+    drawn = [
+        {
+            SERIES: teacher,
+            "round": index,
+            "reverse_kl": (each := found.get(teacher, nothing)).reverse_kl,
+            "share": each.tokens / max(total[index], 1),
+        }
         for index, found in of_round.items()
-        for teacher, each in found.items()
+        for teacher in teachers
     ]
-    figure, axes = panels(2, height=1.6)
-    legend: list[Series] = []
-    for place, teacher in enumerate(dict.fromkeys(row[1] for row in rows)):
-        drawn = look(place)
-        figures = [found.get(teacher, nothing) for found in of_round.values()]
-        kl = [nan if each.reverse_kl is None else each.reverse_kl for each in figures]
-        pairs = zip(figures, total.values(), strict=True)
-        shares = [each.tokens / max(tokens, 1) for each, tokens in pairs]
-        for axis, values in zip(axes, (kl, shares), strict=True):
-            axis.plot([*of_round], values, **drawn.style)
-        legend.append(Series(label=teacher, look=drawn))
-    axes[0].set_ylabel("reverse KL\n(nats a token)")
-    axes[1].set_ylabel("share of\nscored tokens")
-    axes[1].set_ylim(-0.02, 1.04)
-    count_axis(axes[1], "round")
+    base = alt.Chart(data(drawn))
+    panels = [
+        (
+            title,
+            lines(
+                base.transform_filter(f"isValid(datum.{measure})"),
+                teachers,
+                axis_x("round", "round"),
+                axis_y(measure, span=span),
+                tip=[f"{SERIES}:N", "round:Q", f"{measure}:Q"],
+            ),
+        )
+        for measure, title, span in (
+            ("reverse_kl", "reverse KL (nats a token)", None),
+            ("share", "share of the scored tokens", (0, 1)),
+        )
+    ]
     weights = {cache.teacher: cache.weight for report in run.rounds for cache in report.caches}
     table = table_of(
         "Teachers",
-        rows,
+        [
+            (index, teacher, each, each.tokens / max(total[index], 1))
+            for index, found in of_round.items()
+            for teacher, each in found.items()
+        ],
         {
             "round": lambda each: str(each[0]),
             "teacher": lambda each: each[1],
@@ -62,7 +65,7 @@ def teachers_exhibit(run: Run, name: str) -> Exhibit:
         },
     )
     caption = (
-        "Above, the reverse KL to each teacher by the tokens that the student drew, on rollouts "
-        "that the teacher scored; below, its share of the scored tokens. Neither counts weights."
+        "The reverse KL to each teacher by the tokens that the student drew, on rollouts that the "
+        "teacher scored; and its share of the scored tokens. Neither counts weights."
     )
-    return exhibit(figure, name, TITLE, caption, run=run.name, legend=legend, tables=[table])
+    return exhibit(name, TITLE, caption, panels, tables=[table])

@@ -1,14 +1,16 @@
 """Sentences and facts of a run: what it was, what it reused, why it decided as it did."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from opd_stream.store.recipe import differing_fields
 from pipeline.records import RoundReport, SummaryEvaluation
 from pipeline.report.accuracy import evaluated, stage_sum
-from pipeline.report.drawing import STAGES, Table, count, number, scaled, table_of
 from pipeline.report.read import Run
+from pipeline.report.tables import STAGES, Table, count, number, scaled, table_of
 
 _FACTS = (
     *("student.path", "teacher.path", "prompts.kind", "rollouts.prompts_per_round"),
@@ -17,6 +19,7 @@ _FACTS = (
     *("train.learning_rate", "train.rows_per_step", "staleness.max_epochs"),
     *("staleness.max_policies", "replay", "executor", "seed"),
 )
+MOST_UNITS = 32  # of a round, whose decisions are told one by one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,59 @@ def state(run: Run) -> str:
     return f"unfinished, {done} of {planned} rounds{later}"
 
 
+def verdict(runs: Sequence[Run]) -> list[str]:
+    """What came out, in a sentence a run, and of several which was best."""
+    found = [f"{run.name}: {', '.join(_outcome(run))}." for run in runs]
+    last = {run.name: each[-1] for run in runs if len(each := evaluated(run)) > 1}
+    scored = {name: each for name, each in last.items() if each.pass_at_1 is not None}
+    if len(scored) < 2:
+        return found
+    ranked = sorted(scored, key=lambda name: -(scored[name].pass_at_1 or 0.0))
+    best, near = ranked[0], [n for n in ranked[1:] if not _differs(scored[n], scored[ranked[0]])]
+    close = f"; {', '.join(near)} not measurably less" if near else ", measurably"
+    return [f"The highest pass@1 at the end has {best}{close}.", *found]
+
+
+def _outcome(run: Run) -> Iterator[str]:
+    yield state(run)
+    judged = [each for each in evaluated(run) if each.pass_at_1 is not None]
+    if len(judged) > 1:
+        first, last = judged[0], judged[-1]
+        yield f"pass@1 {_went(first, last)} {first.pass_at_1:.3f} to {last.pass_at_1:.3f}"
+    elif judged:
+        yield f"pass@1 of policy {judged[0].round} is {judged[0].pass_at_1:.3f}"
+    if run.rounds:
+        kl = [report.epochs[0].reverse_kl for report in (run.rounds[0], run.rounds[-1])]
+        if kl[0] is not None and kl[1] is not None and len(run.rounds) > 1:
+            yield f"reverse KL of the first and the last round's rollouts {kl[0]:.3f}, {kl[1]:.3f}"
+        scored = sum(report.tokens.teacher_scored for report in run.rounds)
+        yield f"{scored:,} teacher-scored tokens"
+
+
+def _went(first: SummaryEvaluation, last: SummaryEvaluation) -> str:
+    if not _differs(first, last):
+        return "did not change measurably, from"
+    return "rose from" if (last.pass_at_1 or 0) > (first.pass_at_1 or 0) else "fell from"
+
+
+def _differs(one: SummaryEvaluation, other: SummaryEvaluation) -> bool:
+    """Whether two accuracies are more than two standard errors of their difference apart."""
+    gap = abs((one.pass_at_1 or 0.0) - (other.pass_at_1 or 0.0))
+    return gap > 2 * math.hypot(one.standard_error or 0.0, other.standard_error or 0.0)
+
+
+def differences(runs: Sequence[Run]) -> Table | None:
+    """The settings in which runs differ, a column a run; None: in none."""
+    dumps = [run.config.model_dump(mode="json") for run in runs]
+    first, *others = dumps
+    fields = {field for other in others for field in differing_fields(first, other)}
+    rows = [[f, *(_plain(_setting(dump, f)) for dump in dumps)] for f in sorted(fields)]
+    if not rows:
+        return None
+    head = ["setting", *(run.name for run in runs)]
+    return Table(caption="Settings that differ", head=head, rows=rows, is_text=True)
+
+
 def reuse(run: Run) -> str:
     """What the run found in the store instead of making it."""
     if not run.rounds:
@@ -62,12 +118,23 @@ def reuse(run: Run) -> str:
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
-    """The settings that a reader asks for first, and the versions."""
+    """The settings that a reader asks for first, and where they come from."""
     settings = run.config.model_dump(mode="json")
     named = [(field, _setting(settings, field)) for field in _FACTS]
     found = [(field, _plain(value)) for field, value in named if value not in (None, [], {})]
-    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
-    return [*found, ("versions", versions)] if versions else found
+    return [*found, *_origin(run)]
+
+
+def _origin(run: Run) -> Iterator[tuple[str, str]]:
+    """When and where it began, and with what."""
+    made = run.made_by
+    if made is None:
+        return
+    named = {"started": made.started, "host": made.host, "commit": made.commit}
+    yield from ((name, value) for name, value in named.items() if value)
+    versions = {**({"python": made.python} if made.python else {}), **made.versions}
+    if versions:
+        yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def overview(runs: Sequence[Run]) -> Table:
@@ -133,12 +200,13 @@ def decisions(run: Run) -> Iterator[RoundDecisions]:
         report = reports.get(place)
         units = plans[place].unit_decisions if report is None else report.unit_decisions
         counted = Counter(unit.action for unit in units)
+        shown = units if len(units) <= MOST_UNITS else ()
         yield RoundDecisions(
             round_index=place,
             sentences=["Planned, not finished."] if report is None else list(_sentences(report)),
             units=[
                 f"prompts {unit.first} to {unit.last - 1}: {unit.action}, {unit.reason}"
-                for unit in units
+                for unit in shown
             ],
             units_note=", ".join(f"{action} {n}" for action, n in counted.items()),
         )
@@ -166,6 +234,8 @@ def _setting(settings: dict[str, Any], field: str) -> Any:
 
 def _plain(value: object) -> str:
     """A setting as one line of text."""
+    if value is None:
+        return "–"
     if isinstance(value, dict):
         return ", ".join(
             f"{name} {_plain(item)}" for name, item in value.items() if item is not None
