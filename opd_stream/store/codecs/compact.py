@@ -84,9 +84,8 @@ def encode_compact(
     whole = bool((counts_N == kept_NK.shape[1]).all())
     if own_NK is not None:  # what stays of a row stands together: a step is to the one before
         order_NK = np.argsort(~kept_NK, axis=1, kind="stable")
-        ids_NK, true_NK, kept_NK = (
-            np.take_along_axis(values, order_NK, axis=1) for values in (ids_NK, true_NK, kept_NK)
-        )
+        ids_NK, true_NK = _in_order(ids_NK, order_NK), _in_order(true_NK, order_NK)
+        kept_NK = _in_order(kept_NK, order_NK)
     steps_NK = _steps(true_NK, step)
     differences_NK = np.diff(steps_NK, axis=1, prepend=np.int32(0))
 
@@ -194,6 +193,10 @@ def _kept(
     kept_NK = (kept_NK if own_NK is None else kept_NK | own_NK) & possible_NK
     lost_N = tail_mass_N + np.where(kept_NK, 0, probabilities_NK).sum(1)
     return kept_NK, 1 - lost_N, lost_N
+
+
+def _in_order(values_NK: NDArray[Any], order_NK: NDArray[np.int64]) -> NDArray[Any]:
+    return np.take_along_axis(values_NK, order_NK, axis=1)
 
 
 def _own(
