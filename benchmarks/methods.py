@@ -108,7 +108,7 @@ def measure(
     """One run with its evaluations."""
     started = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        if row.group == "control":
+        if row.name == "SFT":
             from methods_controls import fine_tune
 
             rounds = fine_tune(cast("ledger.Task", task), seed, Path(folder))
@@ -138,7 +138,7 @@ def distil(
     from stages.step import Silent
 
     settings = [
-        *row.overrides,
+        *(text.replace("SEED", str(seed)) for text in row.overrides),
         f"seed={seed}",
         f"prompts.seed={TRAINING_SEED + seed}",
         f"store={folder / 'store'}",

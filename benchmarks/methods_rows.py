@@ -34,14 +34,14 @@ class Row:
     """
 
     name: str
-    group: str  # "windows", "extrapolation" and "control" are evaluated on the way, too
-    overrides: tuple[str, ...] = field(default=())
+    group: str  # of the table
+    overrides: tuple[str, ...] = field(default=())  # SEED stands for that of the run
     seeds: int = 3
 
     @property
     def has_curve(self) -> bool:
         """Whether policies before the last are evaluated."""
-        return self.group in ("windows", "extrapolation", "control")
+        return self.group in ("windows", "extrapolation") or self.name == "SFT"
 
 
 TASKS = {
@@ -105,6 +105,8 @@ def _windows(task: str) -> list[Row]:
             ),
         )
     )
+    own = (*rows[-1].overrides, "rollouts.student_top_k=16", "scores.top_k=1")
+    rows.append(Row(name="POPD, own top 16", group="windows", overrides=own))
     rows.append(
         Row(
             name="prefix schedule",
@@ -113,6 +115,16 @@ def _windows(task: str) -> list[Row]:
                 _window(
                     f"kind: linear, h0: {h0}, delta: {step}, every: 4, max_window_tokens: {full}"
                 ),
+            ),
+        )
+    )
+    windows = [min(full, h0 + step * number) for number in range(TASKS[task].rounds)]
+    rows.append(
+        Row(
+            name="prefix schedule, random order",
+            group="windows",
+            overrides=(
+                _window(f"kind: 'controls:RandomOrder', windows: {windows}, steps: 4, seed: SEED"),
             ),
         )
     )
@@ -152,6 +164,8 @@ def _objectives() -> list[Row]:
         "lsm": "{kind: lsm}",
         "hybrid": "{kind: hybrid}",
         "forward bucket": "{kind: bucket, direction: forward}",
+        "sampled_pg, bound 2": "{kind: sampled_pg, bound: 2}",
+        "entropy mix": "{kind: entropy_mix}",
     }
     return [
         Row(name=name, group="objectives", overrides=(f"train.objective={objective}",))
@@ -248,6 +262,21 @@ def _others(task: str) -> list[Row]:
             overrides=(*offline, "train.objective={kind: bucket, direction: forward}"),
         ),
         Row(name="SFT", group="control"),
+        *(
+            Row(
+                name=name,
+                group="control",
+                overrides=(
+                    "train.objective={kind: 'controls:" + kind + "'}",
+                    *NO_BOUND,
+                    "staleness.diverged=1e6",
+                ),
+            )
+            for name, kind in {
+                "shuffled teacher": "Shuffled",
+                "constant advantage": "Constant",
+            }.items()
+        ),
     ]
 
 

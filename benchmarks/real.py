@@ -33,7 +33,7 @@ MODELS = ROOT / "models" / "real"
 LINES = ROOT / "benchmarks" / "results" / "real.jsonl"
 SEEDS = (1, 2, 3)  # 0 is for tuning
 TEXT_TOKENS, TEXT_SEED = 48, 7
-CONTROLS = "benchmarks.real_controls"
+CONTROLS = "benchmarks.controls"
 NOISY = ("train.rows_per_step=4",)
 BASE = {
     "rollouts.prompts_per_round": 32,
