@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from opd_stream.section import Kinds, Part
+from opd_stream.section import Kinds, Part, later
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -191,6 +191,31 @@ class Bucket(Objective):
         return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
 
 
+class EntropyMix(Objective):
+    """Both directions of the KL, the forward one the more the less sure the teacher is.
+
+    w KL(teacher || student) + (1 - w) KL(student || teacher) over the K + 1 outcomes, with
+    w = H(q) / (H(q) + half), H(q) the entropy of the teacher's outcomes. A teacher that is sure is
+    followed mode by mode, one that is not is covered. The gradient is the same mean of both.
+
+    Source: our reading of KL mixtures weighted by teacher entropy (2605.16826).
+    """
+
+    kind: Literal["entropy_mix"] = "entropy_mix"
+    half: float = Field(
+        default=1.0, gt=0, description="teacher entropy at which both count alike, nats"
+    )
+
+    is_zero_at_teacher: ClassVar[bool] = True
+
+    def token_losses(self, inputs: ObjectiveInputs) -> Tensor:
+        """The mean of both divergences [N]."""
+        student, teacher = outcomes(inputs)
+        entropy_N = teacher_entropy(inputs)
+        forward_N = entropy_N / (entropy_N + self.half)
+        return forward_N * kl(teacher, student) + (1 - forward_N) * kl(student, teacher)
+
+
 class Skew(Objective):
     """KL to a mixture with alpha of its own left side (DistiLLM, 2402.03898).
 
@@ -299,12 +324,21 @@ class SampledPg(Objective):
     (gamma 0), no clipping. The baseline `bucket` is the detached bucket KL of the position: same
     expectation, a little less variance. It sees the drawn token only, so its variance is high.
 
-    Source: 2605.11182, 2606.24143; baseline after vOPD.
+    `bound` limits the log-ratio before the baseline: to [-bound, bound], or smoothly by bound
+    tanh(log-ratio / bound). The expected gradient is then sum of p_v * limited_v * grad log p_v.
+
+    Source: 2605.11182, 2606.24143; baseline after vOPD, bound after TOP-D (2607.04751).
     """
 
     kind: Literal["sampled_pg"] = "sampled_pg"
     baseline: Literal["none", "bucket"] = Field(
         default="none", description="subtracted from the advantage; bucket: a little less variance"
+    )
+    bound: float | None = later(
+        default=None, gt=0, description="largest size of the log-ratio, nats; null: none"
+    )
+    bounded: Literal["clamp", "tanh"] = later(
+        default="clamp", description="how: cut off there, or smoothly"
     )
 
     reads: ClassVar[Reads] = "token"
@@ -313,7 +347,14 @@ class SampledPg(Objective):
 
     def token_losses(self, inputs: ObjectiveInputs) -> Tensor:
         """Importance times advantage [N]."""
-        advantage_N = inputs.reverse_kl_N
+        advantage_N, bound = inputs.reverse_kl_N, self.bound
+        if bound is not None:
+            is_smooth = self.bounded == "tanh"
+            advantage_N = (
+                bound * (advantage_N / bound).tanh()
+                if is_smooth
+                else advantage_N.clamp(-bound, bound)
+            )
         if self.baseline == "bucket":
             advantage_N = advantage_N - kl(*outcomes(inputs)).detach()
         return _importance(inputs.student_logprobs_N, inputs.behavior_logprobs_N) * advantage_N
@@ -393,6 +434,7 @@ AnyObjective = Annotated[
     Objective,
     Kinds(
         Bucket,
+        EntropyMix,
         Skew,
         Lsm,
         Hybrid,

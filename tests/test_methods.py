@@ -6,11 +6,13 @@ weights are compared on machines like the one that recorded them: kernels round 
 elsewhere.
 A change that is meant to change a recipe or a result records the file again:
 
-    python -m tests.test_methods
+    python -m tests.test_methods             # all cases
+    python -m tests.test_methods bounded     # these alone
 """
 
 import json
 import platform
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -163,22 +165,23 @@ def test_every_method_is_on_its_page() -> None:
 
 
 def main() -> None:
-    """Record what every case gives on this machine."""
+    """Record what cases give on this machine: those named on the command line, or all."""
     torch.set_num_threads(1)
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     found: dict[str, Any] = {}
-    for name in CASES:
+    for name in sys.argv[1:] or CASES:
         with tempfile.TemporaryDirectory() as folder:
             config = tiny_config(name, Path(folder))
             summary = run(config, RunFolder(Path(folder) / "run"), Silent())
             found[name] = record_of(config, summary, Path(folder) / "run")
             print(name, summary["steps"], "steps", flush=True)
     for before in golden.values():  # what no machine changes; the rest is known there alone
-        for name, record in before.items():
-            if record["first_round"] != found[name]["first_round"]:
-                record["first_round"] = found[name]["first_round"]
-                record.pop("recipes", None)
-    golden[machine()] = found
+        for name, record in found.items():
+            first = {"first_round": record["first_round"]}
+            if before.get(name, {}).get("first_round") != first["first_round"]:
+                before[name] = {**before.get(name, {}), **first}
+                before[name].pop("recipes", None)
+    golden[machine()] = {**golden.get(machine(), {}), **found}
     GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
 
 

@@ -14,6 +14,7 @@ from opd_stream.objectives import (
     DrawnForward,
     Draws,
     EntropyAware,
+    EntropyMix,
     Hybrid,
     Lsm,
     MonteCarlo,
@@ -38,6 +39,7 @@ DENSE = [
     Bucket(direction="js", beta=0.5),
     Skew(direction="forward", alpha=0.1),
     Skew(direction="reverse", alpha=0.1),
+    EntropyMix(),
 ]
 UNCAPPED = Hybrid(importance_cap=1e30)  # no ratio is larger
 SAMPLED = [SampledPg(), SampledPg(baseline="bucket"), UNCAPPED]
@@ -88,6 +90,12 @@ def kl(left: torch.Tensor, right: torch.Tensor) -> float:
     return (left * (left / right).log()).sum().item()
 
 
+def mixed(forward: float, reverse: float, half: float = 1.0) -> float:
+    """What `EntropyMix` makes of both directions where every id is a candidate."""
+    entropy = -(Q * Q.log()).sum().item()
+    return (entropy * forward + half * reverse) / (entropy + half)
+
+
 def reverse_gradient(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Gradient of KL(p || q) in the logits of p, in closed form."""
     advantage = (p / q).log()
@@ -103,6 +111,7 @@ def reverse_gradient(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         (DENSE[3], 0.023587, (-0.028122, 0.034273, -0.023288, 0.011424, 0.005712)),
         (DENSE[4], 0.075216, None),
         (DENSE[5], 0.078195, None),
+        (DENSE[6], 0.095416, (-0.114074, 0.139910, -0.095792, 0.046637, 0.023318)),
     ],
 )
 def test_the_example_has_its_known_values_and_gradients(
@@ -153,7 +162,7 @@ def test_all_candidates_make_the_dense_objectives_exact() -> None:
     middle = (P + Q) / 2
     js = (kl(P, middle) + kl(Q, middle)) / 2
     assert (js, *full_skew) == pytest.approx((0.060832, 0.178001, 0.226071), abs=1e-6)
-    values = (kl(P, Q), kl(Q, P), kl(P, Q), js, *full_skew)
+    values = (kl(P, Q), kl(Q, P), kl(P, Q), js, *full_skew, mixed(kl(Q, P), kl(P, Q)))
     for objective, exact in zip(DENSE, values, strict=True):
         value, _ = value_and_gradient(objective, P, top_k=5)
         assert value == pytest.approx(exact, abs=5e-5)  # the student's tail is clamped at 1e-6
@@ -207,6 +216,44 @@ def test_drawn_tokens_have_the_full_reverse_kl_gradient_in_expectation_on_stale_
     )
     assert isinstance(expected, torch.Tensor)
     torch.testing.assert_close(expected, reverse_gradient(student, teacher), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("bounded", ["clamp", "tanh"])
+@pytest.mark.parametrize("baseline", ["none", "bucket"])
+def test_a_bounded_log_ratio_has_the_gradient_of_bounded_rewards_in_expectation(
+    bounded: str, baseline: str
+) -> None:
+    """sum of p_v limited_v grad log p_v, in closed form, also on stale rows."""
+    bound, ratio = 0.4, (P / Q).log()  # -0.22, 1.79, -0.51, -0.18, -0.47
+    limited = ratio.clamp(-bound, bound) if bounded == "clamp" else bound * (ratio / bound).tanh()
+    objective = SampledPg.model_validate({"bound": bound, "bounded": bounded, "baseline": baseline})
+    found = sum(B[y] * value_and_gradient(objective, P, token=y)[1] for y in range(5))
+    assert isinstance(found, torch.Tensor)
+    expected = P * (limited - (P * limited).sum())
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+def test_a_bound_that_nothing_reaches_changes_no_bit_and_no_recipe_has_one_that_is_not_set() -> (
+    None
+):
+    for token in range(5):
+        plain, bounded = (
+            value_and_gradient(each, P, token=token) for each in (SampledPg(), SampledPg(bound=2))
+        )
+        assert plain[0] == bounded[0]
+        assert torch.equal(plain[1], bounded[1])
+    assert SampledPg().recipe() == {"kind": "sampled_pg", "weight": 1.0, "baseline": "none"}
+
+
+def test_the_mix_is_a_direction_alone_where_the_teacher_is_sure_or_counts_as_unsure() -> None:
+    sure = torch.tensor([1 - 4e-13, *[1e-13] * 4], dtype=torch.float64)
+    mix, reverse = (value_and_gradient(o, P, teacher=sure) for o in (EntropyMix(), Bucket()))
+    assert mix[0] == pytest.approx(reverse[0], rel=1e-9)
+    ends = [(1e-12, Bucket(direction="forward")), (1e12, Bucket())]
+    for half, direction in ends:
+        mix, alone = (value_and_gradient(o, P) for o in (EntropyMix(half=half), direction))
+        assert mix[0] == pytest.approx(alone[0], rel=1e-9)
+        torch.testing.assert_close(mix[1], alone[1], atol=1e-9, rtol=0)
 
 
 def test_the_hybrid_has_the_value_of_the_full_kl_in_expectation_and_its_known_samples() -> None:
