@@ -1,4 +1,4 @@
-"""The figures of the comparison: accuracy against cost, one curve a method."""
+"""The figures of the comparison: accuracy against cost, and against teacher tokens."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +27,49 @@ def draw(lines: list[Line], folder: Path) -> None:
         own = [line for line in lines if line["task"] == task]
         if own:
             _figure(task, own, folder / f"methods-{task}.svg")
+    _reuse_figure(lines, folder / "teacher-tokens.svg")
+
+
+def _reuse_figure(lines: list[Line], path: Path) -> None:
+    """Of each task: accuracy against teacher tokens, where a cache is read once or more often."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    for axis, task in zip(axes, TASKS, strict=True):
+        own = [line for line in lines if line["task"] == task]
+        for objective, color in (("bucket", "tab:blue"), ("sampled_pg", "tab:orange")):
+            _reuse_curve(axis, task, objective, own, color)
+        axis.set_xlim(left=0)
+        axis.set_xlabel("thousand tokens scored by the teacher")
+        axis.set_title(f"task {task}", fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("pass@1, held-out problems")
+    axes[0].set_ylim(0, 1.1)
+    axes[0].legend(title="objective", loc="lower right", fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _reuse_curve(axis: Any, task: str, objective: str, lines: list[Line], color: str) -> None:
+    """Means over seeds with their range; all points have the same number of optimizer steps."""
+    once = {"bucket": "full"}.get(objective, objective) if task == "routine" else f"{objective} x1"
+    rows = {1: once, **{epochs: f"{objective} x{epochs}" for epochs in (4, 8, 10)}}
+    found = {n: [line for line in lines if line["row"] == row] for n, row in rows.items()}
+    found = {n: own for n, own in found.items() if own}
+    spent = [np.mean([_scored(line) for line in own]) / 1000 for own in found.values()]
+    finals = [[line["curve"][-1]["pass@1"] for line in own] for own in found.values()]
+    mean = np.array([np.mean(values) for values in finals])
+    bars = np.abs(np.array([(min(values), max(values)) for values in finals]).T - mean)
+    axis.errorbar(spent, mean, yerr=bars, marker="o", color=color, label=objective)
+    axis.margins(x=0.12)
+    for epochs, tokens, height in zip(found, spent, mean, strict=True):
+        label = f"{epochs} epoch" + "s" * (epochs > 1)
+        shift = (4, 7) if objective == "bucket" else (4, -14)
+        beside = {"xytext": shift, "textcoords": "offset points", "ha": "center"}
+        axis.annotate(label, (tokens, height), fontsize=8, **beside)
+
+
+def _scored(line: Line) -> int:
+    """Tokens that the teacher scored in a run."""
+    return sum(record["tokens"]["teacher_scored"] for record in line["rounds"])
 
 
 def _figure(task: str, lines: list[Line], path: Path) -> None:
