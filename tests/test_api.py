@@ -131,6 +131,15 @@ def test_the_page_runs(finished_run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+def test_the_readme_looks_at_a_run(finished_run: Path, tmp_path: Path) -> None:
+    (block,) = (each for each in blocks_of(ROOT / "README.md") if each.kind == "python")
+    assert block.page == "README.md"
+    shutil.copytree(finished_run / "run", tmp_path / "run")
+    names: dict[str, Any] = {}
+    exec(block.text.replace("runs/quickstart", f"{tmp_path}/run"), names)
+    assert names["run"].folder == tmp_path / "run"
+
+
 def test_chat_answers_as_the_policy_samples(
     finished_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

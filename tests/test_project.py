@@ -266,8 +266,7 @@ def test_scores_are_read_and_engines_named_without_torch(scored: str) -> None:
     assert int(found.stdout) > 10
 
 
-def test_the_readme_says_how_an_editor_finds_the_schema() -> None:
-    (line,) = re.findall(
-        r"# yaml-language-server: \$schema=(\S+)", (ROOT / "README.md").read_text()
-    )
-    assert f"opd-stream schema --out {line}" in (ROOT / "README.md").read_text()
+def test_a_page_says_how_an_editor_finds_the_schema() -> None:
+    page = (ROOT / "docs" / "tutorial.md").read_text()
+    (line,) = re.findall(r"# yaml-language-server: \$schema=(\S+)", page)
+    assert f"opd-stream schema --out {line}" in page

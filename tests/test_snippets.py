@@ -1,6 +1,6 @@
 """The blocks of the pages do what they say: run, validated or parsed; none is left out.
 
-- Commands of RUN_PAGES run (tests/test_snippets_run.py), as do some of README's.
+- Commands of RUN_PAGES run (tests/test_snippets_run.py), as do some of STORE_PAGES.
 - Every command is parsed by the command line's own parser, its `--set` fields by the schema.
 - Every block of YAML is a config, or a piece of one.
 - Every block of Python runs, here or in the test that RUN_ELSEWHERE names.
@@ -44,6 +44,7 @@ RUN_ELSEWHERE = {
     "cache-format.md": "test_cache.py",
     "objectives.md": "test_training.py",
     "python.md": "test_api.py",
+    "README.md": "test_api.py",
     "trainers.md": "test_trainers.py",
     "tutorial.md": "test_real_models.py",
 }
@@ -53,8 +54,6 @@ MARKED = {
     ("tutorial.md", "network"),
 }
 DRAWINGS = {  # indented text that is neither a command nor a config, by its first line
-    ("README.md", "store/prompts/…"),
-    ("README.md", "runs/quickstart/summary.json"),
     ("alignment.md", "student   | On|"),
     ("cache-format.md", "STORE/KIND/FP16/recipe.json"),
     ("staleness.md", "all epochs done:"),

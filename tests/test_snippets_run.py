@@ -18,26 +18,27 @@ from tests.page_blocks import PAGES, ROOT, blocks_of, commands_of
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 RUN_PAGES = ("tutorial.md", "ablations.md")  # the second goes on where the first ends
-README_RUNS = ("cache ls", "cache verify", "cache gc", "schema")  # on the store of the tutorial
+STORE_RUNS = ("cache ls", "cache verify", "cache gc")  # on the store of the tutorial
 
 
 def lines_of(page: str) -> list[tuple[str, ...]]:
-    """The commands of a page that need nothing."""
+    """The commands of a page that need nothing, but those that set up an environment."""
     return [
         tuple(words)
         for block in BLOCKS
         if (block.page, block.kind, block.needs) == (page, "bash", None)
         for words in commands_of(block.text)
+        if words[0] not in {"pip", "uv"}
     ]
 
 
-README_LINES = [
+STORE_LINES = [
     words
-    for words in lines_of("README.md")
-    if " ".join(words[1:]).startswith(README_RUNS) and "…" not in words[-1]
+    for words in lines_of("store.md")
+    if " ".join(words[1:]).startswith(STORE_RUNS) and "…" not in words[-1]
 ]
 LINES = list(
-    dict.fromkeys([*(line for page in RUN_PAGES for line in lines_of(page)), *README_LINES])
+    dict.fromkeys([*(line for page in RUN_PAGES for line in lines_of(page)), *STORE_LINES])
 )
 AGAIN = re.compile(r"replay|runs/(two|teacher|k2|forward)\b")
 SLOW_LINES = [words for words in LINES if AGAIN.search(" ".join(words))]
