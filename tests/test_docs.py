@@ -76,9 +76,9 @@ def names_in(path: Path) -> set[str]:
     return found
 
 
-def test_what_the_page_on_architecture_names_is_in_the_files_it_names() -> None:
+def test_what_the_page_on_contributing_names_is_in_the_files_it_names() -> None:
     """Of "`FILE`: `NAME`", and of further names in the same cell."""
-    page = (DOCS / "architecture.md").read_text()
+    page = (ROOT / "CONTRIBUTING.md").read_text()
     cells = re.findall(r"`([\w/]+\.py)`: (`[^|\n]+)", page)
     assert len(cells) > 20
     for file, text in cells:
@@ -86,6 +86,6 @@ def test_what_the_page_on_architecture_names_is_in_the_files_it_names() -> None:
             assert name in names_in(ROOT / file), (file, name)
 
 
-def test_folders_named_on_the_page_on_architecture_exist() -> None:
-    for name in re.findall(r"`([\w/]+/)`", (DOCS / "architecture.md").read_text()):
+def test_folders_named_on_the_page_on_contributing_exist() -> None:
+    for name in re.findall(r"`([\w/]+/)`", (ROOT / "CONTRIBUTING.md").read_text()):
         assert (ROOT / name).is_dir(), name
