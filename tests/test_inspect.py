@@ -205,7 +205,8 @@ def test_nothing_is_written(finished: tuple[RunFolder, Config]) -> None:
         (["--round", "0", "--prompt", "{known}", "--by", "size"], "expected one of reverse_kl"),
         (["--round", "0"], "neither of --prompt and --worst"),
         (["--round", "0", "--worst", "0"], "--worst is 0"),
-        (["--round", "0", "--worst", "2", "--html", "a.html"], "belong to --prompt"),
+        (["--round", "0", "--worst", "2", "--sample", "0"], "belong to --prompt"),
+        (["--round", "0", "--worst", "2", "--html", "no/a"], "expected a folder to write"),
         (["--round", "0", "--prompt", "{known}", "--html", "."], "expected a file to write"),
         (["--round", "0", "--prompt", "{known}", "--html", "no/a.html"], "in a folder that exists"),
         (

@@ -104,7 +104,8 @@ def inspect(
         typer.Option(help="reverse_kl, teacher_nll, entropy, logprob_gap, rank or tail_mass."),
     ] = "reverse_kl",
     html: Annotated[
-        Path | None, typer.Option(metavar="OUT", help="Write a page instead of showing it here.")
+        Path | None,
+        typer.Option(metavar="OUT", help="Write a page, or a folder of them."),
     ] = None,
     cache_number: Annotated[
         int | None,
@@ -123,6 +124,10 @@ def inspect(
         assert worst is not None
         found = command.inspect_worst(folder, config, round_index=round_index, count=worst, by=by)
         others = command.left_out(folder, config, round_index=round_index, count=worst)
+        if html is not None:
+            from pipeline.inspect.page import write_pages
+
+            return echo(write_pages([entry.view for entry in found], others, html))
         return terminal.print_worst(found, others, console=console())
     view = command.inspect_rollout(
         folder,

@@ -267,11 +267,18 @@ def check_question(
             f"{found} of --prompt and --worst given; expected one: --prompt ID shows a rollout, "
             "--worst N lists those to look at"
         )
-    if worst is not None and (html is not None or has_choice):
+    if worst is not None and has_choice:
         raise UserError(
-            "--worst lists rollouts; --html, --sample and --cache belong to --prompt ID; "
+            "--worst is of several rollouts; --sample and --cache belong to --prompt ID; "
             "leave them out"
         )
+    if worst is not None:
+        if html is not None and (not html.parent.is_dir() or html.is_file()):
+            raise UserError(
+                f"--html is {html}; expected a folder to write, in one that exists, such as "
+                "rollouts/"
+            )
+        return
     is_page = html is None or (html.suffix in (".html", ".htm") and html.parent.is_dir())
     if not is_page or (html is not None and html.is_dir()):
         raise UserError(
