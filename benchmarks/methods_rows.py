@@ -173,6 +173,30 @@ def _objectives() -> list[Row]:
     ]
 
 
+def _choices(task: str) -> list[Row]:
+    """Some tokens of full rollouts alone: by a figure of each, or by their place."""
+    full = TASKS[task].full_tokens
+    names = {"kl": "KL", "student_entropy": "student entropy", "teacher_entropy": "teacher entropy"}
+    rows = [
+        Row(
+            name=f"0.2 of tokens by {name}",
+            group="choice of tokens",
+            overrides=("train.select={by: " + by + ", share: 0.2}",),
+        )
+        for by, name in names.items()
+    ]
+    return rows + [
+        Row(
+            name=f"tokens {full * part // 4} to {full * (part + 1) // 4}",
+            group="choice of tokens",
+            overrides=(
+                f"train.segment={{first: {full * part // 4}, end: {full * (part + 1) // 4}}}",
+            ),
+        )
+        for part in range(4)
+    ]
+
+
 def _reuse(task: str) -> list[Row]:
     """The same number of passes over rollouts, sampled anew after 1, 4 or 10 of them."""
     passes = {"ledger": 20, "routine": 8}[task]
@@ -284,6 +308,7 @@ ROWS = {
     task: [
         *_windows(task),
         *_objectives(),
+        *_choices(task),
         *_reuse(task),
         *_regeneration(task),
         *_others(task),

@@ -12,7 +12,7 @@ from opd_stream.errors import UserError
 from opd_stream.logprobs import completion_rows
 from opd_stream.store.codecs.hidden import states_of
 from opd_stream.store.reader import ScoredRow
-from opd_stream.weighting import fixed_blocks, newline_spans, trained_mask
+from opd_stream.weighting import Segment, fixed_blocks, newline_spans, trained_mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +67,7 @@ def collate(
     window_tokens: int,
     tokens_of_step: int | None = None,
     masked_ids: Collection[int] = (),
+    segment: Segment | None = None,
     blocks: int | Literal["spans"] = 64,
     newline_ids: Collection[int] = (),
     staleness: Sequence[int] = (),
@@ -80,16 +81,15 @@ def collate(
         window_tokens: completion tokens used of each row.
         tokens_of_step: completion tokens of the whole optimizer step, so that the token mean is one
             mean whatever the number of micro-batches; None: the batch is the step.
-        masked_ids: ids whose first occurrence in a completion does not train.
-        blocks: tokens of a block of the drift gate, or spans between newlines.
-        newline_ids: ids of tokens that hold a newline.
+        masked_ids, segment: ids whose first occurrence does not train; places that alone do.
+        blocks, newline_ids: tokens of a block of the drift gate, or spans between such ids.
         staleness, cache_weights: of each cache, its policies of age and its weight; none: 0, 1.
         given: whether the rows of each cache are not the student's, all alike here; none: no.
 
     Raises:
         UserError: the rows come from caches with other terminators.
     """
-    part = _Part(rows, [trained_mask(row, window_tokens, masked_ids) for row in rows])
+    part = _Part(rows, [trained_mask(row, window_tokens, masked_ids, segment) for row in rows])
     input_ids, attention = _padded(rows, part.lengths, padded := max(map(sum, part.lengths)))
     prompts, completions = (torch.tensor(column) for column in zip(*part.lengths, strict=True))
     trains = torch.as_tensor(np.concatenate(part.masks))

@@ -9,7 +9,7 @@ Shapes: N completion tokens, n rows of a chunk, H hidden, V vocabulary, J gather
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -42,6 +42,11 @@ class OutputHead:
         """Rows whose logits may exist at one time."""
         budget = CHUNK_BYTES.get(self.weight_VH.device.type, CHUNK_BYTES["cuda"])
         return max(FEWEST_ROWS, budget // (4 * len(self.weight_VH)))
+
+    def detached(self) -> "OutputHead":
+        """The same without gradients."""
+        bias_V = None if self.bias_V is None else self.bias_V.detach()
+        return replace(self, weight_VH=self.weight_VH.detach(), bias_V=bias_V)
 
     def __call__(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """The logits [N, V], all at once."""

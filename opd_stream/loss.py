@@ -6,6 +6,7 @@ outcome, what each objective reads. One pass over the head serves all of it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from opd_stream.objectives import (
     token_losses,
 )
 from opd_stream.rebuilt import TeacherHead, whole_rows, with_candidates
-from opd_stream.weighting import Weighting
+from opd_stream.weighting import TokenSelection, Weighting, largest_of_rows
 
 SMALLEST_TAIL = 1e-7  # of a difference of stored probabilities
 
@@ -70,7 +71,7 @@ def batch_loss(
     if batch.is_given:  # no drift, no losses of the step before, perhaps no scores
         weighting, limit = None, None
         teacher = None if batch.teacher_states_NG is None else teacher
-    _check(batch, objectives, vocabulary=len(head.weight_VH))
+    _check(batch, objectives, weighting, vocabulary=len(head.weight_VH))
     hidden_NH = hidden_BLH.flatten(0, 1)[batch.hidden_rows_N]
     drift_weights_N, shares_N = _before_loss(hidden_NH, head, batch, weighting)
     options = _Options(
@@ -82,11 +83,14 @@ def batch_loss(
 
     if teacher is not None and teacher.top_k is not None:
         batch = with_candidates(batch, teacher)
-    weights_N = batch.weights_N * drift_weights_N
     if teacher is not None and teacher.top_k is None:
-        fused, seen = _whole_loss(hidden_NH, head, batch, objectives, weights_N, options, teacher)
+        loss_of = partial(_whole_loss, batch, objectives, options, teacher)
     else:
-        fused, seen = _candidate_loss(hidden_NH, head, batch, objectives, weights_N, options)
+        loss_of = partial(_candidate_loss, batch, objectives, options)
+    if weighting is not None and weighting.select is not None:
+        first = loss_of(hidden_NH.detach(), head.detached(), torch.zeros_like(batch.weights_N))
+        drift_weights_N = drift_weights_N * _selected(weighting.select, *first, batch)
+    fused, seen = loss_of(hidden_NH, head, batch.weights_N * drift_weights_N)
     with torch.no_grad():
         measured = _measured(batch, seen, fused, drift_weights_N)
     return BatchLoss(loss=fused.loss, losses_N=seen.losses_N, sums=step_sums(measured))
@@ -105,13 +109,25 @@ class _Seen(NamedTuple):
     unseen_kl_N: torch.Tensor
 
 
+def _selected(select: TokenSelection, fused: FusedLoss, seen: _Seen, batch: Batch) -> torch.Tensor:
+    """1 for tokens that are chosen, 0 for others [N]."""
+    match select.by:
+        case "kl":
+            values_N = seen.seen_kl_N
+        case "student_entropy":
+            values_N = fused.entropy_N
+        case "teacher_entropy":
+            values_N = seen.teacher_entropy_N
+    return largest_of_rows(values_N, batch.row_N, share=select.share).to(batch.weights_N.dtype)
+
+
 def _candidate_loss(
-    hidden_NH: torch.Tensor,
-    head: OutputHead,
     batch: Batch,
     objectives: Sequence[Objective],
-    weights_N: torch.Tensor,
     options: "_Options",
+    hidden_NH: torch.Tensor,
+    head: OutputHead,
+    weights_N: torch.Tensor,
 ) -> tuple[FusedLoss, _Seen]:
     """Over the candidates of the batch."""
 
@@ -135,13 +151,13 @@ def _candidate_loss(
 
 
 def _whole_loss(
-    hidden_NH: torch.Tensor,
-    head: OutputHead,
     batch: Batch,
     objectives: Sequence[Objective],
-    weights_N: torch.Tensor,
     options: "_Options",
     teacher: TeacherHead,
+    hidden_NH: torch.Tensor,
+    head: OutputHead,
+    weights_N: torch.Tensor,
 ) -> tuple[FusedLoss, _Seen]:
     """Over the whole vocabulary: both sides exist for a chunk of tokens, and what is measured."""
     seen: list[_Seen] = []
@@ -191,12 +207,13 @@ def _before_loss(
     A share is log p of the chunk, given out equally to its tokens, as the teacher's in the cache.
     """
     drift_weights_N = torch.ones_like(batch.weights_N)
-    if weighting is None and batch.chunk_N is None:
+    is_weighed = weighting is not None and weighting.reads_drift
+    if not is_weighed and batch.chunk_N is None:
         return drift_weights_N, None
     sampled_N = sampled_logprobs(
         hidden_NH, head, batch.completion_ids_N, chunk_rows=head.chunk_rows
     )
-    if weighting is not None:
+    if weighting is not None and is_weighed:
         drift_weights_N = weighting.token_weights(
             sampled_N - batch.behavior_logprobs_N,
             block_N=batch.block_N,
@@ -226,7 +243,18 @@ def _measured(
     )
 
 
-def _check(batch: Batch, objectives: Sequence[Objective], *, vocabulary: int) -> None:
+def _check(
+    batch: Batch,
+    objectives: Sequence[Objective],
+    weighting: Weighting | None,
+    *,
+    vocabulary: int,
+) -> None:
+    if weighting is not None and weighting.select is not None and batch.chunk_N is not None:
+        raise UserError(
+            "train.select is set, and a chunk of a teacher with another tokenizer trains whole or "
+            "not at all; leave train.select out"
+        )
     if batch.draws is None and any(part.reads == "draws" for part in objectives):
         raise UserError(
             "objective mc reads the column candidate_ids, which these rollouts do not have; set "

@@ -1,4 +1,4 @@
-"""Which tokens train, and how much: masks, the blockwise drift gate, the freshness of rows.
+"""Which tokens train, and how much: masks, the drift gate, freshness, the choice of tokens.
 
 Gate and freshness read d = student_logprobs - behavior_logprobs of the sampled tokens under the
 current student. Weights are returned before their normalisation: the step divides its gradient once
@@ -52,12 +52,40 @@ class Freshness(Section):
     )
 
 
+class TokenSelection(Section):
+    """Of each rollout only the tokens with the largest figure train."""
+
+    by: Literal["kl", "student_entropy", "teacher_entropy"] = Field(
+        default="kl",
+        description="kl: reverse KL over candidates and tail; entropies of the whole student, and "
+        "of the teacher's candidates and tail; all under the weights in training",
+    )
+    share: float = Field(default=0.2, gt=0, le=1, description="of a rollout's tokens, rounded up")
+
+
+class Segment(Section):
+    """A stretch of the completion, the same in every rollout, that trains alone."""
+
+    first: int = Field(default=0, ge=0, description="place of its first token, from 0")
+    end: int = Field(ge=1, description="place behind its last token")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weighting:
     """What weighs the tokens of a step."""
 
     gate: DriftGate | None = None
     freshness: Freshness | None = None
+    select: TokenSelection | None = None
+
+    @property
+    def reads_drift(self) -> bool:
+        """Whether it needs d."""
+        return self.gate is not None or self.freshness is not None
+
+    def without_drift(self) -> Weighting | None:
+        """What is left of it where drift weighs nothing."""
+        return None if self.select is None else Weighting(select=self.select)
 
     def token_weights(
         self, d_N: Tensor, *, block_N: Tensor, row_N: Tensor, staleness_N: Tensor
@@ -108,6 +136,24 @@ def freshness(staleness_N: Tensor, policy_drift_N: Tensor, *, alpha: float) -> T
     return (-alpha * policy_drift_N.clamp(min=0).sqrt()).exp() / (staleness_N + 1)
 
 
+def largest_of_rows(values_N: Tensor, row_N: Tensor, *, share: float) -> Tensor:
+    """Whether each token is among the largest `share` of its row, rounded up [N].
+
+    Of equal ones the earlier. A row is never cut between micro-batches, so the choice depends on
+    neither them nor the number of processes.
+    """
+    import torch
+
+    order_N = values_N.argsort(descending=True, stable=True)
+    order_N = order_N[row_N[order_N].argsort(stable=True)]
+    counts_B = row_N.bincount()
+    rank_N = torch.empty_like(order_N)
+    places_N = torch.arange(len(order_N), device=order_N.device)
+    rank_N[order_N] = places_N - (counts_B.cumsum(0) - counts_B)[row_N[order_N]]
+    kept_B = (counts_B.double() * share - 1e-9).ceil()  # 0.1 * 30 is a little above 3
+    return rank_N < kept_B[row_N]
+
+
 def fixed_blocks(tokens: int, size: int) -> NDArray[np.int64]:
     """Block of each token of a completion [T]."""
     return np.arange(tokens) // size
@@ -138,9 +184,12 @@ def own_tokens(row: ScoredRow) -> NDArray[np.bool_]:
 
 
 def trained_mask(
-    row: ScoredRow, window_tokens: int, masked_ids: Collection[int] = ()
+    row: ScoredRow,
+    window_tokens: int,
+    masked_ids: Collection[int] = (),
+    segment: Segment | None = None,
 ) -> NDArray[np.bool_]:
-    """Which completion tokens of a row train: window, loss mask, first-occurrence mask [T'].
+    """Which completion tokens of a row train: window, loss mask, first occurrences, segment [T'].
 
     A chunk of a teacher with another tokenizer trains whole or not at all.
     """
@@ -149,6 +198,8 @@ def trained_mask(
     if masked_ids:
         said = np.where(own_tokens(row), row.completion_ids, -1)[:length]
         mask &= ~first_occurrences(said, masked_ids)
+    if segment is not None:
+        mask[: segment.first] = mask[segment.end :] = False
     if row.chunk_ids is not None:
         inside, outside = row.chunk_ids[:length], row.chunk_ids[length:]
         mask &= ~np.isin(inside, np.concatenate([inside[~mask], outside]))

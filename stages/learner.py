@@ -70,7 +70,9 @@ class Learner:
             batch: on the learner's device.
             model: the student to use, `Learner.model` for a step that trains; None: the plain one.
         """
-        limit = None
+        weighting, limit = self.weighting, None
+        if weighting is not None and not self.state.is_gated:
+            weighting = weighting.without_drift()
         if self.soft_clamp is not None and self.state.mean_loss is not None:
             limit = self.soft_clamp * self.state.mean_loss
         return (model or self.student)(
@@ -78,7 +80,7 @@ class Learner:
             self.given_objectives if batch.is_given else self.objectives,
             merge_terminators=self.merge_terminators,
             limit=limit,
-            weighting=self.weighting if self.state.is_gated else None,
+            weighting=weighting,
             teacher=self.teacher,
         )
 

@@ -13,7 +13,7 @@ import torch
 
 from opd_stream.batches import Batch, collate
 from opd_stream.store.reader import ScoredRow, ScoredRows, epoch_order
-from opd_stream.weighting import own_tokens, trained_mask
+from opd_stream.weighting import Segment, own_tokens, trained_mask
 from opd_stream.windows import Window
 
 
@@ -33,6 +33,7 @@ class BatchPlan:
     window: Window
     top_k: int | None = None  # teacher candidates to use; None: all that are cached
     masked_ids: tuple[int, ...] = ()  # ids whose first occurrence does not train
+    segment: Segment | None = None  # places of a completion that train; None: all
     blocks: int | Literal["spans"] = 64  # of the drift gate
     newline_ids: tuple[int, ...] = ()
     staleness: tuple[int, ...] = ()  # of each cache: policies since it was written; none: 0
@@ -100,7 +101,7 @@ def step_batches(
     """The micro-batches that one of `world_size` processes does of an optimizer step."""
     window = plan.window.tokens_at(step)
     masked = plan.masked_ids
-    tokens = sum(int(trained_mask(row, window, masked).sum()) for row in rows)
+    tokens = sum(int(trained_mask(row, window, masked, plan.segment).sum()) for row in rows)
     lengths = [len(row.prompt_ids) + min(len(row.completion_ids), window) for row in rows]
     groups: list[list[int]] = []
     for is_given in {plan.is_given(row): None for row in rows}:  # a batch has one objective
@@ -120,6 +121,7 @@ def step_batches(
             window_tokens=window,
             tokens_of_step=tokens,
             masked_ids=masked,
+            segment=plan.segment,
             blocks=plan.blocks,
             newline_ids=plan.newline_ids,
             staleness=plan.staleness,

@@ -230,11 +230,11 @@ class TrainJob:
         return self.config.train.objective
 
     def weighting(self) -> Weighting | None:
-        """How measured drift weighs tokens."""
-        gate, fresh = self.config.train.gate, self.config.train.freshness
-        if gate is None and fresh is None:
+        """How measured drift, and a choice of tokens, weigh them."""
+        train = self.config.train
+        if train.gate is None and train.freshness is None and train.select is None:
             return None
-        return Weighting(gate=gate, freshness=fresh)
+        return Weighting(gate=train.gate, freshness=train.freshness, select=train.select)
 
     def plan(self) -> BatchPlan:
         """Which rows meet in which step."""
@@ -248,6 +248,7 @@ class TrainJob:
             top_k=train.top_k,
             same_tokens_only=any(part.reads != "token" for part in train.objective),
             masked_ids=self.masked_ids,
+            segment=train.segment,
             blocks=64 if train.gate is None else train.gate.blocks,
             newline_ids=self.newline_ids,
             staleness=tuple(self.round_index - cache.policy_version for cache in self.caches),

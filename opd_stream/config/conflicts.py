@@ -109,6 +109,7 @@ def _objective_conflicts(config: "Config") -> Iterator[str]:
             f"train.guards.soft_clamp is set with objective {sampled[0]}, whose losses may be "
             "negative, and so may be the mean that bounds them; leave it out"
         )
+    yield from _choice_conflicts(config)
     is_drawn = isinstance(codec, SampledCodec)
     every = (*objectives, *(train.given_objective or ()))
     if any(part.reads == ("candidates" if is_drawn else "drawn") for part in every):
@@ -151,6 +152,39 @@ def _objective_conflicts(config: "Config") -> Iterator[str]:
         yield (
             f"train.top_k is {train.top_k} but scores.top_k is {config.scores.top_k}; lower the "
             "one or raise the other"
+        )
+
+
+def _choice_conflicts(config: "Config") -> Iterator[str]:
+    """Tokens that train alone, against what chooses them."""
+    select, segment, window = config.train.select, config.train.segment, config.rollouts.window
+    if select is not None and config.scores.alignment is not None:
+        yield (
+            "train.select is set with scores.alignment, whose chunks of tokens train whole or not "
+            "at all; leave train.select out"
+        )
+    is_drawn = isinstance(config.scores.codec, SampledCodec)
+    if select is not None and is_drawn and select.by != "student_entropy":
+        yield (
+            f"train.select.by is {select.by} with scores.codec sampled, whose ids are draws and no "
+            "distribution; set by=student_entropy, or use codec compact or exact"
+        )
+    if segment is None:
+        return
+    if segment.end <= segment.first:
+        yield (
+            f"train.segment ends at {segment.end} and begins at {segment.first}, so that no token "
+            "trains; raise end"
+        )
+    elif isinstance(window, AdaptiveWindow):
+        yield (
+            "train.segment is set with window adaptive, whose audits compare prefixes; use another "
+            "window, or leave segment out"
+        )
+    elif segment.first >= window.tokens_at(0):
+        yield (
+            f"train.segment begins at {segment.first} and the window of step 0 has "
+            f"{window.tokens_at(0)} tokens, so that none trains; lower first, or widen the window"
         )
 
 

@@ -30,7 +30,7 @@ from opd_stream.sources import (
 )
 from opd_stream.store.codecs import Codec, ExactCodec, HiddenCodec
 from opd_stream.tasks.judges import AnyJudge
-from opd_stream.weighting import DriftGate, Freshness
+from opd_stream.weighting import DriftGate, Freshness, Segment, TokenSelection
 from opd_stream.windows import AnyWindow
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -471,6 +471,8 @@ class Train(Section):
     guards: Guards = Guards()
     gate: DriftGate | None = Field(default=None, description="left out: every block counts")
     freshness: Freshness | None = Field(default=None, description="left out: every row counts")
+    select: TokenSelection | None = later(default=None, description="left out: every token trains")
+    segment: Segment | None = later(default=None, description="left out: every place trains")
     extrapolation: Extrapolation | None = Field(default=None, description="left out: none")
     learning_rate: float = Field(gt=0, le=100, description="peak")
     schedule: Literal["constant", "linear", "cosine"] = Field(

@@ -117,7 +117,7 @@ class RoundReader:
 
     def trains(self, row: ScoredRow) -> NDArray[np.bool_]:
         """Which completion tokens train in some step of the round [T]."""
-        mask = trained_mask(row, max(self.windows), self.masked_ids)
+        mask = trained_mask(row, max(self.windows), self.masked_ids, self.config.train.segment)
         return np.pad(mask, (0, len(row.completion_ids) - len(mask)))
 
     def figures(self, cache: RoundCache, row: ScoredRow, by: str) -> dict[str, Values]:

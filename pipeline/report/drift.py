@@ -30,7 +30,7 @@ FRACTION = Measure(
     "effective sample fraction",
     mean_of("effective_sample_fraction"),
 )
-WEIGHT = Measure("mean_drift_weight", "mean weight by drift", mean_of("mean_drift_weight"))
+WEIGHT = Measure("mean_drift_weight", "mean weight of tokens", mean_of("mean_drift_weight"))
 GATED, JUMP = "var(--series-3)", "var(--series-1)"
 
 
