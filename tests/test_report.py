@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from opd_stream.errors import UserError
+from opd_stream.tokens import visible
 from pipeline.run_folder import RunFolder
 from stages.step import Silent
 from tests.conftest import rewrite, run, small_config
@@ -25,6 +26,7 @@ from pipeline.report.accuracy import COSTS, spent
 from pipeline.report.page import page, write_report
 from pipeline.report.read import read_run, read_runs
 from pipeline.report.rounds import cache_exhibit
+from pipeline.report.samples import samples
 from pipeline.report.steps import mean_of, thinned
 from pipeline.report.text import differences
 
@@ -265,6 +267,33 @@ def test_a_long_run_stays_a_small_page(mixed: str) -> None:
     assert "A point is the mean of up to 50 steps." in shown.text
     assert shown.text.count("A round begins at each vertical line") == 1  # of the short run
     assert "6 of 200 rounds are drawn" in shown.text
+
+
+def test_sample_texts_are_those_of_the_store_and_lead_to_pages(
+    folder: Path, tmp_path: Path
+) -> None:
+    write_report([folder / "first"], tmp_path / "report.html", rollouts=2)
+    text = (tmp_path / "report.html").read_text()
+    found, said = samples(read_run(folder / "first"))
+    assert [sample.round_index for sample in found] == [0, 1]
+    assert said.startswith("The rounds drew different prompts.")
+    for sample in found:
+        assert "".join(part for _, part in sample.parts) == visible("".join(sample.view.pieces))
+        assert escape(sample.command, quote=False) in text
+    links = [str(a["href"]) for tag, a in Page(text).tags if tag == "a" and "rollouts" in str(a)]
+    assert links == [f"report-rollouts/0/{index}/index.html" for index in (0, 1)]
+    assert all((tmp_path / link).is_file() for link in links)
+    assert (tmp_path / "report-rollouts" / "0" / "1" / "0002.html").is_file()
+
+
+def test_without_the_store_a_sentence_stands_for_the_sample_texts(
+    folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "first", tmp_path / "run")
+    rewrite(tmp_path / "run" / "config.json", store=str(tmp_path / "gone"))
+    found, said = samples(read_run(tmp_path / "run"))
+    assert found == []
+    assert re.match("There are no sample texts: .*gone", said)
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,10 @@ def report(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="HTML file.")] = Path("report.html"),
+    rollouts: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="Also a folder of pages: N rollouts a round."),
+    ] = 0,
 ) -> None:
     """Show runs on one HTML page: accuracy, cost, drift, decisions, lineage."""
     from opd_stream.errors import UserError
@@ -168,7 +172,7 @@ def report(
             f"opd-stream report needs the library {error.name}, which is not installed; "
             "pip install 'opd-stream[report]'"
         ) from error
-    echo(write_report(run_dirs, out))
+    echo(write_report(run_dirs, out, rollouts=rollouts))
 
 
 @command(Panel.LOOK, "compare runs/my@0 runs/my", "evaluation.md")

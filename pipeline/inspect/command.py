@@ -85,7 +85,7 @@ def inspect_worst(
                     push(worst, (mean, place, cache, row))
     return [
         WorstRollout(
-            reader.view(LocatedRow(cache=cache, row=row), by), _command(reader, cache, row, by)
+            reader.view(LocatedRow(cache=cache, row=row), by), command_of(reader, cache, row, by)
         )
         for _, _, cache, row in sorted(worst, key=lambda entry: entry[:2], reverse=True)
     ]
@@ -287,7 +287,8 @@ def check_question(
         )
 
 
-def _command(reader: RoundReader, cache: RoundCache, row: ScoredRow, by: str) -> str:
+def command_of(reader: RoundReader, cache: RoundCache, row: ScoredRow, by: str) -> str:
+    """The command that shows a rollout."""
     words = ["opd-stream", "inspect", str(reader.run), "--round", str(reader.plan.round_index)]
     words += ["--prompt", row.prompt_id, "--sample", str(row.sample_index)]
     if len(reader.caches) > 1:

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from opd_stream.errors import UserError
-from opd_stream.store.files import publish
+from opd_stream.store.files import make_folder, publish
 from pipeline.report import text
 from pipeline.report.accuracy import accuracy_exhibit
 from pipeline.report.charts import library
@@ -23,8 +23,10 @@ from pipeline.report.rounds import (
     stage_exhibit,
     window_exhibit,
 )
+from pipeline.report.samples import sample_rounds, samples
 from pipeline.report.steps import steps_exhibit
 from pipeline.report.teachers import teachers_exhibit
+from pipeline.run_folder import RunFolder
 
 EXHIBITS = {
     "window": window_exhibit,
@@ -38,20 +40,47 @@ EXHIBITS = {
 MOST_OPEN = 6  # rounds whose decisions are open at first
 
 
-def write_report(folders: list[Path], out: Path) -> str:
-    """Write the page of some runs; returns the line to print."""
+def write_report(folders: list[Path], out: Path, *, rollouts: int = 0) -> str:
+    """Write the page of some runs; returns the line to print.
+
+    Args:
+        folders: of the runs.
+        out: the HTML file.
+        rollouts: of each round with a sample text, how many become pages beside it.
+
+    Raises:
+        UserError: a run or, of `rollouts`, its store cannot be read, or a file cannot be written.
+    """
     if not out.parent.is_dir() or out.is_dir():
         raise UserError(
             f"--out is {out}, which cannot be written; expected a file name in a folder that "
             "exists; name another file"
         )
-    data = page(read_runs(folders)).encode()
+    runs = read_runs(folders)
+    beside = out.with_name(f"{out.stem}-rollouts") if rollouts else None
+    if beside is not None:
+        _write_rollouts(runs, beside, rollouts)
+    data = page(runs, "" if beside is None else beside.name).encode()
     publish(out, data)
     return f"{out}: {len(folders)} run{'s' if len(folders) > 1 else ''}, {len(data) / 1e3:,.0f} kB"
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The HTML of some runs."""
+def _write_rollouts(runs: Sequence[Run], folder: Path, count: int) -> None:
+    """The worst rollouts of the rounds with sample texts, a folder a round."""
+    from pipeline.inspect.command import inspect_worst, left_out
+    from pipeline.inspect.page import write_pages
+
+    for place, run in enumerate(runs):
+        for index in sample_rounds(run):
+            own, config = RunFolder(run.folder), run.config
+            found = inspect_worst(own, config, round_index=index, count=count)
+            lines = left_out(own, config, round_index=index, count=count)
+            make_folder(folder / f"{place}")
+            write_pages([each.view for each in found], lines, folder / f"{place}" / f"{index}")
+
+
+def page(runs: Sequence[Run], rollouts: str = "") -> str:
+    """The HTML of some runs; `rollouts`: the folder beside it with pages of them, if any."""
     environment = Environment(
         loader=PackageLoader("pipeline.report", "."),
         autoescape=True,
@@ -78,6 +107,8 @@ def page(runs: Sequence[Run]) -> str:
             ]
             for place, run in enumerate(runs)
         ],
+        samples=[samples(run) for run in runs],
+        rollouts=rollouts,
         most_open=MOST_OPEN,
         text=text,
     )
