@@ -164,8 +164,8 @@ bench-quickstart: $(READY) ## the quickstart over three seeds of problems and tr
 	$(BIN)/python benchmarks/quickstart.py
 
 bench-methods: $(BENCH_READY) ## all methods on two tasks: missing runs (hours), then the tables
-	$(BENCH)/python benchmarks/methods.py run
-	$(BENCH)/python benchmarks/methods.py tables
+	$(BENCH)/python -m benchmarks.methods run
+	$(BENCH)/python -m benchmarks.methods tables
 
 bench-intervals: $(READY) ## how often an interval of pass@1 holds the truth
 	$(BIN)/python benchmarks/intervals.py
@@ -179,10 +179,10 @@ bench-teachers: $(READY) models/specialists/reader ## three specialists merged i
 	  $(BIN)/opd-stream evaluate configs/teachers.yaml --policy models/specialists/$$task; done
 
 bench-truncated: $(READY) ## what a truncated reverse KL does to a student
-	$(BIN)/python benchmarks/truncated_kl.py
+	$(BIN)/python -m benchmarks.truncated_kl
 
 bench-windows-audit: $(READY) ## what the gradients of prefixes say, by probe rows and objective
-	$(BIN)/python benchmarks/windows_audit.py
+	$(BIN)/python -m benchmarks.windows_audit
 
 clean: ## remove the environment, the store and the runs
 	rm -rf $(VENV) .venv-bench .venv-docs .venv-vllm .venv-wheel .venv-oldest .venv-newest dist site store runs

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods_rows import TASKS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.methods_rows import TASKS
 from opd_stream.config import Train
 from opd_stream.costs import TokenCounts, counts_of, shape_of, train_flops
 from opd_stream.tasks import ledger

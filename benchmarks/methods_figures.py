@@ -6,7 +6,8 @@ from typing import Any
 
 import matplotlib as mpl  # pyright: ignore[reportMissingImports]
 import numpy as np
-from methods_rows import ROWS, TASKS
+
+from benchmarks.methods_rows import ROWS, TASKS
 
 mpl.use("svg")
 mpl.rcParams["svg.hashsalt"] = "opd-stream"  # the same file from the same numbers
@@ -73,7 +74,7 @@ def _scored(line: Line) -> int:
 
 
 def _figure(task: str, lines: list[Line], path: Path) -> None:
-    from methods_tables import cpu_seconds, flops
+    from benchmarks.methods_tables import cpu_seconds, flops
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     sides: list[tuple[str, Callable[[Line], float], float]] = [

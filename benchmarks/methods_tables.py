@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from methods_rows import ROWS, TASKS
+
+from benchmarks.methods_rows import ROWS, TASKS, Row
+from opd_stream.tasks.pass_at_k import student_quantile
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "results.md"
@@ -15,13 +17,14 @@ BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 ADAPTIVE_ROWS = ("ADWIN", "ADWIN, dense audit")
 WEEK_ROWS = ("full", "ESR 64", "ESR 128", "ESR 256", "TOPD 0.50", *ADAPTIVE_ROWS)
 STAGES = ("generate", "score", "train")
+QUANTILES = {3: 4.303, 4: 3.182, 5: 2.776}  # of so few values the series is not exact
 
 Line = dict[str, Any]
 
 
 def write(results: Path) -> None:
     """Put the tables between their marks in docs/results.md, and draw the figures."""
-    from methods_figures import draw
+    from benchmarks.methods_figures import draw
 
     lines = [json.loads(line) for line in results.open()]
     draw(lines, DOCS / "figures")
@@ -41,6 +44,20 @@ def standard_error_of_mean(lines: list[Line]) -> float:
     """Of the mean over seeds: each seed has problems of its own."""
     values = _final(lines, "pass@1")
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def spread(values: list[float]) -> str:
+    """Mean over seeds, half of its 95 % interval (Student's t; of three seeds or more), range.
+
+    Example:
+        >>> spread([0.91, 0.94, 0.95])
+        '0.933 ± 0.052 (0.910 to 0.950)'
+    """
+    count, half = len(values), ""
+    if count >= 3:
+        quantile = QUANTILES.get(count) or student_quantile(0.95, count - 1)
+        half = f" ± {quantile * statistics.stdev(values) / count**0.5:.3f}"
+    return f"{_mean(values):.3f}{half} ({min(values):.3f} to {max(values):.3f})"
 
 
 def cost_to(line: Line, target: float, cost: Callable[[Line], float]) -> float | None:
@@ -78,24 +95,32 @@ def _task(task: str, lines: list[Line]) -> str:
         f"{TASKS[task].final_problems} held-out problems a seed, 8 samples each. `to target`: "
         f"median over seeds of what a run had spent when it reached {target:.3f}, the mean of full "
         "rollouts less one standard error, and how many seeds did. CPU seconds are those of "
-        "generate, score and train; evaluation is not in them, probes and audits are.\n\n"
+        "generate, score and train; evaluation is not in them, probes, audits and searches are.\n\n"
         f"![accuracy against cost](figures/methods-{task}.svg)\n\n"
     )
-    table = [
-        "| row | seeds | pass@1 (min to max) | pass@8 | tokens generated / scored / trained, k | "
-        "TFLOP | CPU s: generate + score + train | TFLOP to target | CPU s to target | reached |",
+    rows = table(task, ROWS[task], lines)
+    return head + "\n".join(rows) + "\n\n" + _weeks(own) + _windows(own)
+
+
+def table(task: str, rows: Sequence[Row], lines: list[Line]) -> list[str]:
+    """Rows of a task that have been measured, under the names of their groups."""
+    target = target_of(lines, task)
+    found = [
+        "| row | seeds | pass@1: mean, its 95 % interval, min to max | pass@8 | "
+        "tokens generated / scored / trained, k | TFLOP | CPU s: generate + score + train | "
+        "TFLOP to target | CPU s to target | reached |",
         "|" + "---|" * 10,
     ]
     group = ""
-    for row in ROWS[task]:
-        found = [line for line in own if line["row"] == row.name]
-        if not found:
+    for row in rows:
+        measured = [line for line in _of(lines, task) if row.is_of(line)]
+        if not measured:
             continue
         if row.group != group:
             group = row.group
-            table.append(f"| **{group}** |" + " |" * 9)
-        table.append(_row(row.name, found, target))
-    return head + "\n".join(table) + "\n\n" + _weeks(own) + _windows(own)
+            found.append(f"| **{group}** |" + " |" * 9)
+        found.append(_row(row.name, measured, target))
+    return found
 
 
 def _row(name: str, lines: list[Line], target: float) -> str:
@@ -114,7 +139,7 @@ def _row(name: str, lines: list[Line], target: float) -> str:
         for cost in (flops, cpu_seconds)
     ]
     return (
-        f"| {name} | {len(lines)} | {_mean(ones):.3f} ({min(ones):.3f} to {max(ones):.3f}) | "
+        f"| {name} | {len(lines)} | {spread(ones)} | "
         f"{_mean(eights):.3f} | " + " / ".join(f"{value:.0f}" for value in tokens) + " | "
         f"{operations:.2f} | " + " + ".join(f"{value:.1f}" for value in seconds) + " | "
         f"{_median(costs[0], 1e12, 2)} | {_median(costs[1], 1, 1)} | "

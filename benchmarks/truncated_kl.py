@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from methods_evaluation import evaluate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.methods_evaluation import evaluate
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import SamplingSettings, ScoringSettings
 from opd_stream.engines.transformers_engine import TransformersEngine

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from methods import distil
-from methods_rows import ROWS, TASKS
 from numpy.typing import NDArray
 
+from benchmarks.methods import distil
+from benchmarks.methods_rows import ROWS, TASKS
 from opd_stream.batches import collate
 from opd_stream.objectives import Bucket, SampledPg
 from opd_stream.store.reader import ScoredRows, open_scores
