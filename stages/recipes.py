@@ -391,7 +391,7 @@ def basis_recipe(head: Recipe, prompts: str) -> Recipe:
 _TRAIN_FIELDS = {
     *("top_k", "precision", "learning_rate", "schedule", "warmup", "weight_decay", "clip_norm"),
     *("rows_per_step", "gate", "freshness", "extrapolation", "lora", "guards", "betas"),
-    *("optimizer", "select", "segment"),
+    *("optimizer", "select", "segment", "reference"),
 }
 
 

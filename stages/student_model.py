@@ -36,6 +36,7 @@ from stages.frozen_base import (
     quantise,
     seen_as_float32,
 )
+from stages.reference import FirstStudent
 from stages.train_state import trained_weights
 
 OTHER_WEIGHTS = (
@@ -51,6 +52,8 @@ class StudentModel(torch.nn.Module):
 
     Decoder and head run inside one module's forward, so that sharded weights are whole there.
     """
+
+    reference: FirstStudent | None = None  # of steps that train, on rows of the student's own
 
     def __init__(self, model: Any, *, drops: bool = False) -> None:
         super().__init__()
@@ -82,7 +85,7 @@ class StudentModel(torch.nn.Module):
         """See `batch_loss`."""
         decoder = decoder_of(self.model)
         hidden_BLH = rows_hidden(decoder, batch.input_ids_BL, batch.attention_mask_BL)
-        return batch_loss(
+        found = batch_loss(
             hidden_BLH,
             output_head(self.model),
             batch,
@@ -92,6 +95,12 @@ class StudentModel(torch.nn.Module):
             weighting=weighting,
             teacher=teacher,
         )
+        if self.reference is None or batch.is_given or not torch.is_grad_enabled():
+            return found
+        kept = self.reference.loss(
+            self.model, hidden_BLH, batch, merge_terminators=merge_terminators
+        )
+        return found._replace(loss=found.loss + kept)
 
     @property
     def vocabulary(self) -> int:

@@ -1,6 +1,7 @@
 """One round of training as a value that can travel to other processes."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from opd_stream.weighting import Weighting
 from opd_stream.windows import AdaptiveWindow, FixedWindow, Window
 from stages.checkpoints import Vocabulary
 from stages.recipes import is_given, is_unscored
+from stages.reference import FirstStudent
 from stages.step import CacheUnits
 from stages.student_model import StudentModel, load_student
 from stages.train_data import BatchPlan
@@ -79,6 +81,12 @@ class TrainJob:
             drops=self.config.train.dropout == "model",
             widens=self.is_sharded,
         )
+        if self.config.train.reference is not None:
+            first = Path(self.initial)
+            load = partial(
+                load_student, first, lora=None, initial=first, gradient_checkpointing=False
+            )
+            student.reference = FirstStudent(self.config.train.reference, lambda: load().model)
         exact = Path(self.base) / EXACT
         if self.is_continued and exact.is_dir():
             load_weights(student, load_tree(exact))

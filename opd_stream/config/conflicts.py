@@ -110,6 +110,7 @@ def _objective_conflicts(config: "Config") -> Iterator[str]:
             "negative, and so may be the mean that bounds them; leave it out"
         )
     yield from _choice_conflicts(config)
+    yield from _reference_conflicts(config)
     is_drawn = isinstance(codec, SampledCodec)
     every = (*objectives, *(train.given_objective or ()))
     if any(part.reads == ("candidates" if is_drawn else "drawn") for part in every):
@@ -185,6 +186,24 @@ def _choice_conflicts(config: "Config") -> Iterator[str]:
         yield (
             f"train.segment begins at {segment.first} and the window of step 0 has "
             f"{window.tokens_at(0)} tokens, so that none trains; lower first, or widen the window"
+        )
+
+
+def _reference_conflicts(config: "Config") -> Iterator[str]:
+    """A second copy of the student, against what weighs tokens and what has no copies."""
+    train, trainer = config.train, config.pools.trainer
+    if train.reference is None:
+        return
+    weighed = [name for name in ("gate", "freshness", "select") if getattr(train, name) is not None]
+    if weighed:
+        yield (
+            f"train.reference is set with train.{weighed[0]}, whose normalisation would weigh the "
+            "reference, too; leave one of them out"
+        )
+    if trainer.strategy == "fsdp2" and trainer.devices > 1:
+        yield (
+            "train.reference is set with strategy fsdp2, and its copy of the first student is not "
+            "sharded; set strategy ddp, or leave it out"
         )
 
 

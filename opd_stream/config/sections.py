@@ -343,6 +343,17 @@ class Lora(Section):
         return targets
 
 
+class Reference(Section):
+    """The student is kept near the run's first one, against completions that grow and grow."""
+
+    weight: float = Field(
+        gt=0, description="of KL(student | first student) at each token, beside the objective"
+    )
+    top_k: int = Field(
+        default=16, ge=1, le=1024, description="of the first student's candidates, with a tail"
+    )
+
+
 class Extrapolation(Section):
     """After steps 1, 2, 4, 8, ... jump further along the way the weights came (EffOPD)."""
 
@@ -473,6 +484,7 @@ class Train(Section):
     freshness: Freshness | None = Field(default=None, description="left out: every row counts")
     select: TokenSelection | None = later(default=None, description="left out: every token trains")
     segment: Segment | None = later(default=None, description="left out: every place trains")
+    reference: Reference | None = later(default=None, description="left out: none")
     extrapolation: Extrapolation | None = Field(default=None, description="left out: none")
     learning_rate: float = Field(gt=0, le=100, description="peak")
     schedule: Literal["constant", "linear", "cosine"] = Field(

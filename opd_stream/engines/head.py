@@ -57,7 +57,8 @@ def output_head(model: Any) -> OutputHead:
             "layer; train an unquantised student"
         )
     weight_VH = base.weight
-    for name in getattr(module, "active_adapters", ()):
+    is_plain = getattr(module, "disable_adapters", False)
+    for name in () if is_plain else getattr(module, "active_adapters", ()):
         if not isinstance(module.lora_dropout[name], torch.nn.Identity):
             raise UserError("train.lora.dropout on the output head; leave lm_head out of targets")
         delta_VH = module.lora_B[name].weight @ module.lora_A[name].weight
