@@ -115,6 +115,7 @@ class PointScore(Record):
 
     reward: float | None = None
     kl: float | None = None
+    policy_drift: float | None = later(default=None)
 
 
 class ExtrapolationRecord(Record):
@@ -124,6 +125,8 @@ class ExtrapolationRecord(Record):
     scores: tuple[PointScore, ...] = ()  # of k = 0, 1, ...
     kept: int  # k of the point that was kept; 0: none
     policy_drift: float | None = None
+    length_shares: tuple[float, float] | None = later(default=None)  # cut answers, before and after
+    undone: int = later(default=0)  # k of the point that made answers longer
 
 
 class WindowAudit(WindowDecision):
@@ -159,6 +162,7 @@ class TrainOutcome(Record):
     start: StartDrift
     units: tuple[UnitRecord, ...] = ()  # where units may outlive their policy
     extrapolations: tuple[ExtrapolationRecord, ...] = ()
+    held_out_rows: int = later(default=0)  # of the rows, those that scored them and did not train
     window_decision: WindowAudit | None = None
     levels: tuple[LevelRate, ...] = later(default=())  # that decide the next round's prompts
     processes: int

@@ -157,9 +157,9 @@ def decide_epoch(
     """
     bound = f"epoch {epochs_done} of at most {bounds.max_epochs}"
     measured = f"{_measured(drift, bounds, floor)}, {bound}"
-    too_far = _too_far(drift, bounds, floor)
-    if too_far is not None:
-        return Decision(action="regenerate", reason=f"{too_far}: {measured}")
+    reason = too_far(drift, bounds, floor=floor)
+    if reason is not None:
+        return Decision(action="regenerate", reason=f"{reason}: {measured}")
     if epochs_done >= bounds.max_epochs:
         return Decision(action="regenerate", reason=f"all epochs done: {measured}")
     if bounds.gated_from and beyond(drift, floor=floor) >= bounds.gated_from:
@@ -178,11 +178,11 @@ def is_look_due(step: int, steps_per_epoch: int) -> bool:
 
 def decide_stop(drift: DriftSums, *, bounds: Staleness, floor: float = 0.0) -> Decision | None:
     """Inside a further epoch: stop if the rows of the latest steps are too far, or None."""
-    too_far = _too_far(drift, bounds, floor)
-    if too_far is None:
+    reason = too_far(drift, bounds, floor=floor)
+    if reason is None:
         return None
     return Decision(
-        action="stop", reason=f"{too_far} inside the epoch: {_measured(drift, bounds, floor)}"
+        action="stop", reason=f"{reason} inside the epoch: {_measured(drift, bounds, floor)}"
     )
 
 
@@ -227,11 +227,11 @@ def decide_unit(
     )
     if not state.drift.tokens:
         return UnitDecision(action="regenerate", reason="no row of it can be trained on")
-    too_far = _too_far(state.drift, bounds, floor)
+    reason = too_far(state.drift, bounds, floor=floor)
     if state.policies > bounds.max_policies:
         return UnitDecision(action="retire", reason=f"too old: {measured}")
-    if too_far is not None:
-        return UnitDecision(action="regenerate", reason=f"{too_far}: {measured}")
+    if reason is not None:
+        return UnitDecision(action="regenerate", reason=f"{reason}: {measured}")
     if state.student_top_mass < bounds.student_top_mass:
         return UnitDecision(
             action="regenerate", reason=f"the student left the teacher's candidates: {measured}"
@@ -260,7 +260,8 @@ def may_run_ahead(policy_drift: float, *, bounds: Staleness, floor: float = 0.0)
     return policy_drift - floor <= bounds.policy_drift
 
 
-def _too_far(drift: DriftSums, bounds: Staleness, floor: float) -> str | None:
+def too_far(drift: DriftSums, bounds: Staleness, *, floor: float) -> str | None:
+    """Which bound drift passed; None: none."""
     if beyond(drift, floor=floor) > bounds.policy_drift:
         return "drift passed its bound"
     if drift.effective_sample_fraction < bounds.effective_sample_fraction:

@@ -259,6 +259,7 @@ def round_report(
         reused=work.reused(),
         processes=outcome.processes,
         extrapolations=outcome.extrapolations,
+        held_out_rows=outcome.held_out_rows,
         window_decision=outcome.window_decision,
         sampler_gap=outcome.start.sampler_gap,
         trained_share=outcome.trained_share,

@@ -11,7 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from opd_stream.config import Config
-from opd_stream.config.sections import unserved_by_given, unserved_by_own, unserved_by_temperature
+from opd_stream.config.sections import (
+    unserved_by_given,
+    unserved_by_jumps,
+    unserved_by_own,
+    unserved_by_temperature,
+)
 from opd_stream.curriculum import chosen_prompts
 from opd_stream.errors import UserError
 from opd_stream.outcome import TrainOutcome, UnitRecord
@@ -486,6 +491,13 @@ def _check_own(config: Config, cache: Cache, where: str) -> None:
     temperature = cache.rollouts.artifact.recipe.settings.get("temperature", 1.0)
     if (problem := unserved_by_temperature(config.train, temperature)) is not None:
         raise UserError(f"in {cache.rollouts.artifact.name} of {where} {problem}")
+    scores, jump = cache.scores.artifact.recipe.settings, config.train.extrapolation
+    if jump is not None and (
+        problem := unserved_by_jumps(
+            jump, codec=scores["codec"]["kind"], is_aligned="alignment" in scores
+        )
+    ):
+        raise UserError(f"{cache.scores.artifact.name} of {where} cannot score: {problem}")
 
 
 def _check_given(config: Config, cache: Cache, where: str) -> None:

@@ -261,6 +261,7 @@ class RoundReport(Sealed):
     reused: RoundReuse
     processes: int = 1
     extrapolations: tuple[ExtrapolationRecord, ...] = ()
+    held_out_rows: int = later(default=0)  # of the rows, those that scored them and did not train
     window_decision: WindowAudit | None = None
     trained_share: float | None = None  # of the cached completion tokens
     cut_share: float = 0.0  # of them, behind the training window

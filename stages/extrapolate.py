@@ -1,30 +1,33 @@
 """EffOPD: after steps 1, 2, 4, 8, ... look further along the way the weights came.
 
-Scores are those of the first process, broadcast to all, and every process moves its own shard.
+Scores are those of the first process, broadcast to all, and every process moves its own shard. A
+point is scored on rows that the round does not train on, by the KL over candidates and tail: the
+objective's own value may fall while the student leaves the tokens that it reads.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from opd_stream.config.sections import Extrapolation
 from opd_stream.drift import DriftSums, drift_of
-from opd_stream.engines.base import SamplingSettings
-from opd_stream.engines.transformers_engine import TransformersEngine
-from opd_stream.extrapolation import Outcome, Score, is_due, moved_parameters, search
+from opd_stream.errors import UserError
+from opd_stream.extrapolation import (
+    LONGER,
+    Outcome,
+    Score,
+    held_out_rows,
+    is_due,
+    moved_parameters,
+    search,
+)
 from opd_stream.outcome import ExtrapolationRecord, PointScore
+from opd_stream.staleness import too_far
 from opd_stream.store.policy import BASE
 from opd_stream.store.reader import ScoredRows, epoch_order
-from opd_stream.store.shards import prompts_batch
-from opd_stream.store.tokenizer_folder import open_tokenizer
 from opd_stream.store.tree import load_tree, save_tree
-from opd_stream.tasks.judges import open_judge
-from opd_stream.types import PromptBatch
-from stages.evaluate import judged_rows
+from stages.answers import open_lengths, open_reward
 from stages.learner import Learner
 from stages.train_data import BatchPlan, step_batches
 from stages.train_job import TrainJob
@@ -38,17 +41,21 @@ class Extrapolator:
 
     def __init__(
         self,
-        settings: Extrapolation,
+        job: TrainJob,
         learner: Learner,
         rows: ScoredRows,
         plan: BatchPlan,
         *,
-        reward: "Reward | None" = None,
         base: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """A base is that of the round before, or of a checkpoint; None: the current weights."""
-        self._settings, self._learner, self._reward = settings, learner, reward
+        settings = job.config.train.extrapolation
+        assert settings is not None
+        self._settings, self._learner, self._staleness = settings, learner, job.config.staleness
         self._rows, self._plan = rows, plan
+        self._scored = sorted(plan.held_out) or own_rows(rows, plan, settings.rows)
+        self._reward = None if settings.signal == "kl" else open_reward(job)
+        self._lengths = open_lengths(job) if settings.prompts else None
         self._base = {
             name: p.detach().clone() if base is None else laid_out_as(p, base[name])
             for name, p in self._moved().items()
@@ -62,7 +69,7 @@ class Extrapolator:
         """
         if not is_due(step + 1):
             return
-        moved, learner, drift = self._moved(), self._learner, None
+        moved, learner = self._moved(), self._learner
         ordinary = {name: parameter.detach().clone() for name, parameter in moved.items()}
         learner.student.eval()
         outcome = search(
@@ -72,48 +79,133 @@ class Extrapolator:
             step=step + 1,
             settings=self._settings,
         )
-        if outcome.kept:
-            drift = self._drift(step)
-            if not math.isfinite(drift.policy_drift):  # a reward does not see it
-                _put_back(moved, ordinary)
-                outcome, drift = replace(outcome, kept=0), None
-        if outcome.kept and self._settings.reset_moments:
+        record = _record(outcome)
+        if outcome.kept and self._lengths is not None:
+            record = self._unless_longer(record, moved, ordinary)
+        if record.kept and self._settings.reset_moments:
             _reset_moments(learner.optimizer, list(moved.values()))
         learner.student.train()
         if self._settings.base == "accepted":
             ordinary = {name: parameter.detach().clone() for name, parameter in moved.items()}
         self._base = ordinary
-        learner.state.extrapolations.append(_record(outcome, drift))
+        learner.state.extrapolations.append(record)
 
     def base(self) -> dict[str, torch.Tensor]:
         """The base as whole tensors of the first process; every process takes part."""
         return gathered(self._base, is_kept=self._learner.fabric.is_global_zero)
 
     def _moved(self) -> dict[str, torch.nn.Parameter]:
-        return moved_parameters(self._learner.student.named_parameters())
+        return moved_parameters(self._learner.student.named_parameters(), self._settings.parameters)
 
     def _score(self, step: int) -> Score:
-        signal, reward, kl = self._settings.signal, None, None
-        if signal in ("reward", "both"):
-            assert self._reward is not None
-            reward = self._reward.accuracy(self._learner.student.model)
-        if signal in ("kl", "both"):
-            sums = self._sums(step)
-            kl = -sums["loss"] / max(sums["tokens"], 1.0)
-        reward, kl = self._learner.fabric.broadcast((reward, kl))
-        return Score(reward=reward, kl=kl)
+        signal, learner = self._settings.signal, self._learner
+        reward = None if self._reward is None else self._reward.accuracy(learner.student.model)
+        chosen = [self._plan.used(self._rows[position]) for position in self._scored]
+        with learner.fabric.autocast():  # as a training step and the floor of drift
+            sums = learner.sums(step_batches(chosen, self._plan, step))
+        reward, sums = learner.fabric.broadcast((reward, sums))
+        drift = drift_of(sums)
+        return Score(
+            reward=reward,
+            kl=None if signal == "reward" else -sums["seen_kl"] / max(sums["tokens"], 1.0),
+            policy_drift=drift.policy_drift,
+            is_within=self._is_within(drift),
+        )
 
-    def _drift(self, step: int) -> DriftSums:
-        with self._learner.fabric.autocast():  # as a training step and the floor
-            sums = self._sums(step)
-        return drift_of(self._learner.fabric.broadcast(sums))
+    def _is_within(self, drift: DriftSums) -> bool:
+        """Whether the round would train on from such a drift."""
+        start, learner = self._learner.state.start, self._learner
+        assert start is not None
+        bounds = self._staleness.fitted(start.distance, learner.objectives)
+        is_finite = math.isfinite(drift.policy_drift)
+        return is_finite and too_far(drift, bounds, floor=learner.state.floor) is None
 
-    def _sums(self, step: int) -> dict[str, float]:
-        """Cached objective and drift of a fixed sample of rows under the current weights."""
-        order = epoch_order(len(self._rows), (self._plan.seed, SAMPLE_KEY))
-        sample = order[: self._settings.rows].tolist()
-        chosen = [self._plan.used(self._rows[position]) for position in sample]
-        return self._learner.sums(step_batches(chosen, self._plan, step))
+    def _unless_longer(
+        self,
+        record: ExtrapolationRecord,
+        moved: dict[str, torch.nn.Parameter],
+        ordinary: dict[str, torch.Tensor],
+    ) -> ExtrapolationRecord:
+        """Take a jump back where more answers than before do not end in the window.
+
+        Cached rows end where their student ended them; what a jump does to the end of a text that
+        the student now writes shows in new texts alone.
+        """
+        assert self._lengths is not None
+        jumped = {name: parameter.detach().clone() for name, parameter in moved.items()}
+        after = self._lengths.cut_share(self._learner.student.model)
+        _place(moved, ordinary)
+        before = self._lengths.cut_share(self._learner.student.model)
+        before, after = self._learner.fabric.broadcast((before, after))
+        found = {"length_shares": (before, after)}
+        if after > before + LONGER:
+            return record.model_copy(
+                update={**found, "undone": record.kept, "kept": 0, "policy_drift": None}
+            )
+        _place(moved, jumped)
+        return record.model_copy(update=found)
+
+
+def own_rows(rows: ScoredRows, plan: BatchPlan, most: int) -> list[int]:
+    """Positions of some of the newest rows that the student wrote; the same in every call.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = _newest(rows, plan)
+    order = epoch_order(len(found), (plan.seed, SAMPLE_KEY))
+    return [found[place] for place in order[:most].tolist()]
+
+
+def held_out(rows: ScoredRows, plan: BatchPlan, settings: Extrapolation) -> frozenset[int]:
+    """Positions of the rows that score points, and that no step of the round trains on.
+
+    They are of the round's newest rollouts, which no earlier round trained on either, and whole
+    prompts: what is learned of a prompt says nothing of the others.
+
+    Raises:
+        UserError: nothing would be left to train on, or nothing is the student's.
+    """
+    found = _newest(rows, plan)
+    wanted = held_out_rows(len(found), settings)
+    chosen = set[int]()
+    for place in epoch_order(len(found), (plan.seed, SAMPLE_KEY, plan.first_step)).tolist():
+        if len(chosen) >= wanted:
+            break
+        name = rows[found[place]].prompt_id
+        for direction in (range(place, len(found)), range(place - 1, -1, -1)):
+            for other in direction:
+                if rows[found[other]].prompt_id != name:
+                    break
+                chosen.add(found[other])
+    if not wanted or len(chosen) == len(rows):
+        raise UserError(
+            "train.extrapolation keeps a prompt of the round from training to score its points, "
+            "and there is no other; raise rollouts.prompts_per_round, or set its signal=reward"
+        )
+    return frozenset(chosen)
+
+
+def _newest(rows: ScoredRows, plan: BatchPlan) -> list[int]:
+    """Positions of the rows of the newest student."""
+    ages = plan.staleness
+    own = {
+        place: positions
+        for place, positions in rows.positions_by_unit().items()
+        if not (plan.given and plan.given[place[0]])
+    }
+    if not own:
+        raise UserError(
+            "train.extrapolation measures points on rollouts of the student, and all of the round "
+            "are given; leave it out, or lower rollouts.given_share"
+        )
+    newest = min(ages[cache] for cache, _ in own) if ages else 0
+    return [
+        position
+        for (cache, _), positions in own.items()
+        if not ages or ages[cache] == newest
+        for position in positions
+    ]
 
 
 def open_extrapolator(
@@ -132,14 +224,12 @@ def open_extrapolator(
         plan: of the round.
         base: of a checkpoint of the round; None: that of the round before, where there is one.
     """
-    settings = job.config.train.extrapolation
-    if settings is None:
+    if job.config.train.extrapolation is None:
         return None
     left = Path(job.base) / BASE
     if base is None and job.is_continued and left.exists():
         base = load_tree(left)
-    reward = None if settings.signal == "kl" else open_reward(job)
-    return Extrapolator(settings, learner, rows, plan, reward=reward, base=base)
+    return Extrapolator(job, learner, rows, plan, base=base)
 
 
 def save_base(base: dict[str, torch.Tensor], policy: Path) -> None:
@@ -147,82 +237,32 @@ def save_base(base: dict[str, torch.Tensor], policy: Path) -> None:
     save_tree(base, policy / BASE)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reward:
-    """The verifiable reward of a student in training: sampled answers to a few prompts, judged.
-
-    Prompts, seeds and sampling settings are the same for every point that is scored.
-    """
-
-    prompts: PromptBatch
-    answers: tuple[str, ...]
-    is_right: Callable[[str, str], bool]
-    tokenizer: Any
-    sampling: SamplingSettings
-
-    def accuracy(self, model: Any) -> float:
-        """Share of right answers of a model in memory."""
-        rollouts = TransformersEngine.over(model).sample(self.prompts, self.sampling)
-        texts = self.tokenizer.batch_decode(
-            [ids.tolist() for ids in rollouts.completion_ids],
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
-        pairs = zip(texts, self.answers, strict=True)
-        return sum(self.is_right(text, answer) for text, answer in pairs) / len(texts)
-
-
-def open_reward(job: TrainJob) -> Reward:
-    """The first training prompts that can be judged, as in evaluation (of several, the first)."""
-
-    settings = job.config.train.extrapolation
-    assert job.config.evaluation is not None
-    assert settings is not None
-    evaluation = job.config.evaluation.judged()
-    assert evaluation is not None
-    assert evaluation.judge is not None
-    judge = open_judge(evaluation.judge)
-    table, _ = judged_rows(job.store().by_fingerprint("prompts", job.prompts).read_all(), judge)
-    table = table.slice(0, settings.prompts)
-    return Reward(
-        prompts=prompts_batch(table),
-        answers=tuple(table["answer"].to_pylist()),
-        is_right=judge,
-        tokenizer=open_tokenizer(Path(job.base)),
-        sampling=SamplingSettings(
-            window_tokens=evaluation.max_new_tokens,
-            temperature=evaluation.temperature,
-            seed=evaluation.seed,
-            top_p=evaluation.top_p,
-            top_k=evaluation.top_k,
-            min_p=evaluation.min_p,
-            stop_ids=job.vocabulary.stop_ids,
-            vocabulary=job.vocabulary.size,
-        ),
-    )
-
-
-def _record(outcome: Outcome, drift: DriftSums | None) -> ExtrapolationRecord:
+def _record(outcome: Outcome) -> ExtrapolationRecord:
     """For reports; a score that is not finite is None there."""
+
+    def finite(value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None
+
     scores = [
-        {
-            name: value if value is not None and math.isfinite(value) else None
-            for name, value in asdict(score).items()
-        }
+        PointScore(
+            reward=finite(score.reward),
+            kl=finite(score.kl),
+            policy_drift=finite(score.policy_drift),
+        )
         for score in outcome.scores
     ]
     return ExtrapolationRecord(
         step=outcome.step,
-        scores=tuple(PointScore(**score) for score in scores),
+        scores=tuple(scores),
         kept=outcome.kept,
-        policy_drift=None if drift is None else drift.policy_drift,
+        policy_drift=scores[outcome.kept].policy_drift if outcome.kept else None,
     )
 
 
 @torch.no_grad()
-def _put_back(moved: dict[str, torch.nn.Parameter], ordinary: dict[str, torch.Tensor]) -> None:
+def _place(moved: dict[str, torch.nn.Parameter], where: dict[str, torch.Tensor]) -> None:
     for name, parameter in moved.items():
-        parameter.copy_(ordinary[name])
+        parameter.copy_(where[name])
 
 
 def _reset_moments(optimizer: torch.optim.Optimizer, moved: list[torch.nn.Parameter]) -> None:

@@ -413,7 +413,7 @@ def policy_recipe(
 
     Args:
         config: the run.
-        prompts: fingerprint of the training prompts; a reward samples answers to the first ones.
+        prompts: fingerprint of the training prompts; an extrapolation samples answers to some.
         vocabulary: of these answers.
         base: the student at the start of the round.
         previous: fingerprint of the policy artifact whose optimizer state continues, if any.
@@ -464,10 +464,12 @@ def _measured(config: Config) -> dict[str, Any]:
 
 
 def _reward(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
-    """What decides the reward of an extrapolation, if it reads one."""
+    """What decides the answers that an extrapolation reads, if it reads some."""
     extrapolation = config.train.extrapolation
-    if extrapolation is None or extrapolation.signal == "kl":
+    if extrapolation is None or not extrapolation.prompts:
         return {}
+    if extrapolation.signal == "kl":
+        return {"lengths": vocabulary.recipe}
     assert config.evaluation is not None  # the config asks for one
     evaluation = config.evaluation.judged()
     assert evaluation is not None

@@ -14,7 +14,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -57,7 +57,7 @@ from opd_stream.store.policy import OPTIMIZER
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.tree import save_tree
 from stages.audit import audit
-from stages.extrapolate import Extrapolator, open_extrapolator, save_base
+from stages.extrapolate import Extrapolator, held_out, open_extrapolator, save_base
 from stages.learner import Learner, measure_units, open_fabric, open_learner
 from stages.step import Progress
 from stages.student_model import save_student
@@ -139,6 +139,9 @@ class Training:
 def open_training(job: TrainJob, progress: Progress, fabric: Fabric) -> Training:
     """The round at its latest checkpoint, or at its start."""
     clock, rows, plan = Clock(), job.rows(), job.plan()
+    jumps = job.config.train.extrapolation
+    if jumps is not None and jumps.signal != "reward":
+        plan = replace(plan, held_out=held_out(rows, plan, jumps))
     checkpoint = latest_checkpoint(Path(job.scratch))
     learner = open_learner(job, fabric, checkpoint)
     clock.add_earlier(learner.state.seconds, learner.state.cpu_seconds)
@@ -471,6 +474,7 @@ def publish(training: Training, units: tuple[UnitRecord, ...], audited: WindowAu
         start=state.start,
         units=units,
         extrapolations=tuple(state.extrapolations),
+        held_out_rows=len(training.plan.held_out),
         window_decision=audited,
         levels=job.levels,
         processes=training.fabric.world_size,

@@ -40,10 +40,11 @@ class BatchPlan:
     same_tokens_only: bool = False  # of a teacher with another tokenizer
     given: tuple[bool, ...] = ()  # of each cache: whether its rows are not the student's; none: no
     weights: tuple[float, ...] = ()  # of the terms of each cache in the loss; none: 1
+    held_out: frozenset[int] = frozenset()  # positions of rows that do not train
 
     def steps_per_epoch(self, rows: int) -> int:
-        """Optimizer steps of an epoch over so many rows."""
-        return -(-rows // self.rows_per_step)
+        """Optimizer steps of an epoch over so many rows, of which some may be held out."""
+        return -(-(rows - len(self.held_out)) // self.rows_per_step)
 
     def is_given(self, row: ScoredRow) -> bool:
         """Whether the student did not write a row."""
@@ -56,9 +57,9 @@ class BatchPlan:
 
     def epoch_steps(self, rows: int, epoch: int) -> list[list[int]]:
         """Row numbers of each optimizer step of an epoch; the last step may be smaller."""
-        order = epoch_order(rows, (self.seed, self.first_step, epoch)).tolist()
-        size = self.rows_per_step
-        return [order[start : start + size] for start in range(0, rows, size)]
+        whole = epoch_order(rows, (self.seed, self.first_step, epoch)).tolist()
+        order, size = [row for row in whole if row not in self.held_out], self.rows_per_step
+        return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from opd_stream.errors import UserError
 from opd_stream.store.recipe import Recipe
 from pipeline.rounds import rounds
 from pipeline.setup import open_setup
-from stages.extrapolate import open_reward
+from stages.answers import open_reward
 from tests.conftest import small_config
 
 EVALUATED = {
@@ -50,7 +50,7 @@ def test_a_reward_is_of_the_training_prompts_and_ends_at_the_stop_ids(tmp_path: 
 def test_without_a_reward_nothing_of_the_evaluation_names_the_policy(tmp_path: Path) -> None:
     plain = policy_of(tmp_path, "kl")
     assert "reward" not in plain.settings
-    assert set(plain.inputs) == {"base", "scores.0.version_0"}
+    assert set(plain.inputs) == {"base", "scores.0.version_0", "prompts"}
     assert policy_of(tmp_path, "kl", *EVALUATED.values()) == plain
 
 

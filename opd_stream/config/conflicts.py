@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from opd_stream.config.sections import (
     unserved_by_chunks,
     unserved_by_given,
+    unserved_by_jumps,
     unserved_by_own,
     unserved_by_temperature,
 )
@@ -313,20 +314,46 @@ def _environment_conflicts(config: "Config") -> Iterator[str]:
 
 
 def _extrapolation_conflicts(config: "Config") -> Iterator[str]:
-    """A reward needs a judge, and weights that are whole."""
+    """What scores a point must be there; answers need a judge, and weights that are whole."""
     jump, trainer = config.train.extrapolation, config.pools.trainer
-    if jump is None or jump.signal == "kl":
+    if jump is None:
         return
+    if config.replay is None:
+        problem = unserved_by_jumps(
+            jump,
+            codec=config.scores.codec.kind,
+            is_aligned=config.scores.alignment is not None,
+        )
+        if problem is not None:
+            yield problem
+        if not config.rollouts.own_prompts:
+            yield (
+                "train.extrapolation measures points on rollouts of the student, and "
+                f"rollouts.given_share is {config.rollouts.given_share:g}; leave it out, or lower "
+                "given_share"
+            )
+        elif jump.signal != "reward" and config.rollouts.own_prompts == 1:
+            yield (
+                "train.extrapolation keeps a prompt of each round from training to score its "
+                "points, and a round has one; raise rollouts.prompts_per_round"
+            )
+    if jump.prompts and trainer.devices > 1 and trainer.strategy == "fsdp2":
+        yield (
+            f"train.extrapolation.prompts is {jump.prompts}, whose answers are sampled from the "
+            "model in training, with sharded weights; use strategy ddp, or signal kl with prompts=0"
+        )
+    if jump.signal == "kl":
+        return
+    if not jump.prompts:
+        yield (
+            f"train.extrapolation.prompts is 0 with signal {jump.signal}, which judges answers; "
+            "raise it, or use kl"
+        )
     if config.evaluation is None or config.evaluation.judged() is None:
         found = "there is no evaluation section" if config.evaluation is None else "it has no judge"
         yield (
             f"train.extrapolation.signal is {jump.signal}, which judges answers as "
             f"evaluation does, but {found}; add one, or use kl"
-        )
-    if trainer.devices > 1 and trainer.strategy == "fsdp2":
-        yield (
-            f"train.extrapolation.signal is {jump.signal}, which samples from the model in "
-            "training, with sharded weights; use strategy ddp, or signal kl"
         )
 
 

@@ -359,8 +359,9 @@ class Extrapolation(Section):
 
     signal: Literal["kl", "reward", "both"] = Field(
         default="kl",
-        description="kl: cached objective on `rows` rows; reward: judged answers to `prompts` "
-        "training prompts (published); both: neither may fall",
+        description="kl: KL to the teacher over cached candidates and tail, whatever trains, on "
+        "rows that do not train; reward: judged answers to `prompts` training prompts (published); "
+        "both: neither may fall",
     )
     base: Literal["accepted", "previous"] = Field(
         default="accepted",
@@ -370,8 +371,23 @@ class Extrapolation(Section):
         default="strict", description="equal: an equal score is accepted too (paper)"
     )
     candidates: int = Field(default=5, ge=1, description="points W + 2 k (W - base), k = 1, 2, ...")
-    rows: int = Field(default=64, ge=1, description="cached rows that score a point")
-    prompts: int = Field(default=50, ge=1, description="training prompts that score a point")
+    parameters: Literal["matrices", "official"] = Field(
+        default="matrices",
+        description="what moves: matrices of attention and MLP; official: also their biases, the "
+        "norms of queries and keys, and post_attention_layernorm, as in the official code",
+    )
+    rows: int = Field(
+        default=64,
+        ge=1,
+        description="cached rows that score a point; with kl they do not train in their round (an "
+        "eighth of its rows at most)",
+    )
+    prompts: int = Field(
+        default=50,
+        ge=0,
+        description="random training prompts, whose answers a reward judges, and which tell "
+        "whether a jump made answers longer; 0: not looked at",
+    )
     reset_moments: bool = Field(
         default=False, description="forget the optimizer's moments of what jumped"
     )
@@ -419,6 +435,17 @@ def unserved_by_temperature(train: "Train", temperature: float) -> str | None:
         f"rollouts.temperature is {temperature:g} with objective {sampled[0]}, which weighs tokens "
         "by what they were drawn with, and temperature 1 is what the cache has of it; set "
         "rollouts.temperature=1 or another objective"
+    )
+
+
+def unserved_by_jumps(jump: Extrapolation, *, codec: str, is_aligned: bool) -> str | None:
+    """What scores cannot serve of an extrapolation; or None."""
+    if jump.signal == "reward" or (codec != "sampled" and not is_aligned):
+        return None
+    cause = "alignment" if is_aligned else "codec sampled"
+    return (
+        f"train.extrapolation.signal is {jump.signal}, the KL over cached candidates, which scores "
+        f"with {cause} do not hold at every token; use signal=reward"
     )
 
 

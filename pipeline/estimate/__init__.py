@@ -148,7 +148,10 @@ def _assumptions(costs: RunCosts, steps: list[StepCost]) -> Iterator[str]:
         if config.staleness.max_policies:
             yield "rounds that have no name yet are taken to sample all of their rollouts"
         if config.train.extrapolation is not None:
-            yield "what extrapolation reads or samples to judge its points is not counted"
+            yield (
+                "what extrapolation reads or samples to judge its points is not counted (with "
+                "signal kl, rows that do not train)"
+            )
     if any(problems.lengths.rows is None for problems in costs.inputs.problems):
         yield "evaluations are not counted: the number of held-out prompts is unknown"
 

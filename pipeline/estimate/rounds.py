@@ -15,6 +15,7 @@ from opd_stream.costs import (
     train_flops,
     unknown_costs,
 )
+from opd_stream.extrapolation import held_out_rows
 from opd_stream.store.artifact import Artifact, Commit, summed_counts
 from opd_stream.store.files import is_remote
 from opd_stream.store.policy import PolicyArtifact
@@ -304,7 +305,8 @@ class RunCosts:
 
     def _will_be_read(self, each: Round, parts: Collection[TrainedRows]) -> TrainingReads:
         """Every epoch over every row, each optimizer step up to its own window."""
-        rows_per_step, rows = self.config.train.rows_per_step, sum(part.rows for part in parts)
+        rows_per_step, whole = self.config.train.rows_per_step, sum(part.rows for part in parts)
+        rows = whole - held_out_rows(whole, self.config.train.extrapolation)
         per_epoch = -int(-rows // rows_per_step)
         steps = per_epoch * self.config.staleness.max_epochs
         window = self.config.rollouts.window
@@ -313,7 +315,7 @@ class RunCosts:
         shares: dict[int, float] = defaultdict(float)  # window -> of the rows of an epoch
         for step in range(steps):
             in_step = min(rows_per_step, rows - step % per_epoch * rows_per_step)
-            shares[window.tokens_at(each.plan.first_step + step)] += in_step / rows
+            shares[window.tokens_at(each.plan.first_step + step)] += in_step / whole
         total = NOTHING
         for tokens, share in shares.items():
             for part in parts:

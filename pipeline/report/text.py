@@ -219,7 +219,12 @@ def _sentences(report: RoundReport) -> Iterator[str]:
         drift = jump.policy_drift
         measured = "" if drift is None else f", policy_drift {drift:.4f} after it"
         kept = f"{jump.kept} kept{measured}" if jump.kept else "none kept"
+        if jump.undone and jump.length_shares is not None:
+            before, after = jump.length_shares
+            kept = f"{jump.undone} undone, which cut {after:.0%} of answers instead of {before:.0%}"
         yield f"Extrapolation after step {jump.step}: {kept}."
+    if report.held_out_rows:
+        yield f"{report.held_out_rows} of {report.rows} rows scored them and did not train."
     if report.window_decision is not None:
         yield f"Next round: {report.window_decision.reason}."
 
