@@ -37,9 +37,32 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         assert not anchor or anchor in anchors_of(file.resolve()), target
 
 
+NAV = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+REFERENCE = set(re.findall(r"([\w-]+\.md)$", NAV.partition("- Reference:")[2], re.MULTILINE))
+TO_READ = [ROOT / "README.md", *(path for path in DOCS.glob("*.md") if path.name not in REFERENCE)]
+
+
+def words_of(text: str) -> int:
+    """Words: what has a letter or a digit."""
+    return sum(any(each.isalnum() for each in word) for word in text.split())
+
+
+def test_the_pages_are_short() -> None:
+    assert {"config.md", "results.md"} <= REFERENCE
+    assert words_of(README) <= 700
+    assert sum(words_of(page.read_text()) for page in TO_READ) <= 15_000
+
+
+@pytest.mark.parametrize("page", TO_READ, ids=lambda page: page.name)
+def test_no_paragraph_is_long(page: Path) -> None:
+    text = FENCED.sub("", page.read_text())
+    for part in re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", text):
+        if not part.startswith(("|", "    ")):
+            assert words_of(part) <= 90, part
+
+
 def test_the_site_has_each_page_once() -> None:
-    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
-    named = re.findall(r"([\w-]+\.md)$", nav, re.MULTILINE)
+    named = re.findall(r"([\w-]+\.md)$", NAV, re.MULTILINE)
     assert sorted(named) == sorted(path.name for path in DOCS.glob("*.md"))
 
 
