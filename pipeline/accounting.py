@@ -235,8 +235,7 @@ def round_report(
     work, last = RoundWork(round_, run_ids, outcome), outcome.epochs[-1]
     rollouts = summed_counts(c for each in round_.own_caches for c in each.used(each.rollouts))
     scores = summed_counts(c for cache in round_.caches for c in cache.used(cache.scores))
-    length_share = rollouts.get("length_rows", 0) / max(rollouts.get("rows", 0), 1)
-    repeated = rollouts.get("repeated_tokens", 0) / max(rollouts.get("completion_tokens", 0), 1)
+    length_share = _share(rollouts, "length_rows", "rows")
     return RoundReport(
         round=round_.index,
         window_tokens=round_.window_tokens,
@@ -248,7 +247,7 @@ def round_report(
         dropped_rows=dropped_of(_dropped_counts(round_.caches)),
         length_share=length_share,
         terminator_rate=1 - length_share,
-        repeat_ratio=repeated,
+        repeat_ratio=_share(rollouts, "repeated_tokens", "completion_tokens"),
         alignment=_alignment(scores),
         cache_bytes=sum(commit.bytes for commit in work.used(work.cached)),
         flops=work.flops(models),
@@ -278,6 +277,10 @@ def round_report(
         caches=tuple(cache.record() for cache in round_.caches),
         evaluation=evaluation,
     )
+
+
+def _share(counts: Mapping[str, float], part: str, whole: str) -> float:
+    return counts.get(part, 0) / max(counts.get(whole, 0), 1)
 
 
 def _dropped_counts(caches: Sequence[Cache]) -> dict[str, float]:
