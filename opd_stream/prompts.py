@@ -98,7 +98,7 @@ def _tokenised(source: Prompts, renderer: Renderer, prompts: list[Prompt]) -> To
     kept = [row for row, (p, n) in enumerate(zip(left, ids, strict=True)) if _fits(source, p, n)]
     lost = {"skipped_long": len(left) - len(kept), "skipped_control_tokens": len(spelled)}
     table = _table([left[row] for row in kept], [ids[row] for row in kept])
-    if not isinstance(source, EmbeddedPrompts) and source.gives_answers:
+    if source.gives_answers:
         table = _with_completions(table, renderer, [left[row] for row in kept])
     if not isinstance(source, EmbeddedPrompts) and source.level_field is not None:
         levels = [left[row].level for row in kept]

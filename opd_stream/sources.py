@@ -51,8 +51,16 @@ class EmbeddedPrompts(Section):
     seed: int = Field(
         ge=0, lt=SEEDS, description="seed of the problems; keep training and evaluation apart"
     )
+    solutions: bool = later(
+        default=False, description="the worked solutions are given completions of the prompts"
+    )
     template: Template = RawTemplate(text="{prompt}\n", bos="always")
     max_prompt_tokens: int = Field(default=512, ge=1, description="a longer prompt is refused")
+
+    @property
+    def gives_answers(self) -> bool:
+        """Whether rows have completions."""
+        return self.solutions
 
 
 class RowPrompts(Section):
@@ -189,6 +197,8 @@ def read_rows(source: Prompts) -> Iterator[tuple[Prompt, PlacedRow]]:
     if isinstance(source, EmbeddedPrompts):
         for found in make_problems(count=source.count, seed=source.seed, task=source.kind):
             prompt = Prompt(prompt_id=found.problem_id, text=found.question, answer=found.answer)
+            if source.solutions:
+                prompt = replace(prompt, completions=(found.solution,))
             yield prompt, (f"problem {found.problem_id}", asdict(found))
         return
     place_of: dict[str, str] = {}

@@ -21,7 +21,7 @@ from opd_stream.store.recipe import Recipe
 from opd_stream.store.shards import prompts_batch, rollouts_batch, rollouts_table
 from opd_stream.store.store import Store
 from opd_stream.types import RolloutBatch
-from stages.given import given_batch
+from stages.given import begun_batch, continued, given_batch
 from stages.prompts import probe_rows, prompts_of
 from stages.workers import Task, TaskResult, Worker
 
@@ -88,6 +88,8 @@ def _sampled(
     if "environment" in recipe.settings:
         trajectories = worker.trajectories(task, recipe)
         return trajectories.sample(engine, prompts, sampling, samples_per_prompt=samples), None
+    if "prefix_tokens" in recipe.settings:
+        return continued(engine, begun_batch(prompts, recipe), sampling), None
     batch = engine.sample(
         prompts_batch(prompts),
         sampling,

@@ -63,6 +63,7 @@ def rollouts_recipe(
         samples_per_prompt=rollouts.samples_per_prompt,
         extra_draws=rollouts.extra_draws,
         **({"student_top_k": rollouts.student_top_k} if rollouts.student_top_k else {}),
+        **({"prefix_tokens": rollouts.prefix_tokens} if rollouts.prefix_tokens else {}),
         temperature=rollouts.temperature,
         seed=config.seed * 1_000_003 + round_index,  # another pass over the prompts draws others
         **_environment(config, config.prompts),

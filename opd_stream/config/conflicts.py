@@ -45,6 +45,7 @@ def conflicts(config: "Config") -> Iterator[str]:
         )
     yield from _objective_conflicts(config)
     yield from _given_conflicts(config)
+    yield from _prefix_conflicts(config)
     yield from _environment_conflicts(config)
     yield from _extrapolation_conflicts(config)
     yield from _precision_conflicts(config)
@@ -234,12 +235,42 @@ def _given_conflicts(config: "Config") -> Iterator[str]:
     yield from _given_sources(config)
 
 
+def _prefix_conflicts(config: "Config") -> Iterator[str]:
+    """Rollouts that begin with tokens of others, and what cannot be made of them."""
+    rollouts, window, keep = config.rollouts, config.rollouts.window, config.rollouts.keep
+    if not rollouts.prefix_tokens or config.replay is not None:
+        return
+    field = f"rollouts.prefix_tokens is {rollouts.prefix_tokens}"
+    if not config.prompts.gives_answers:
+        yield (
+            f"{field} and the prompts name no completion; expected the field that holds them; set "
+            "prompts.completion_field, or template.final_answer=given for messages"
+        )
+    if rollouts.prefix_tokens >= window.tokens_at(0):
+        yield (
+            f"{field} and the window of step 0 has {window.tokens_at(0)} tokens, so that the "
+            "student writes none; lower prefix_tokens, or widen the window"
+        )
+    judged = rollouts.select is not None or (keep is not None and keep.judge is not None)
+    is_continued = bool(config.staleness.max_policies) and not isinstance(window, FixedWindow)
+    against = {
+        "rollouts.environment, whose turns begin with the student": rollouts.environment
+        is not None,
+        "rollouts.extra_draws, which are lost when a text is continued": rollouts.extra_draws > 0,
+        "window adaptive, whose probes continue rollouts": isinstance(window, AdaptiveWindow),
+        "staleness.max_policies and a growing window, which continues rollouts": is_continued,
+        "scores.alignment, whose chunks may cross the border": config.scores.alignment is not None,
+        "a judge of rollouts, which reads the student's part alone": judged,
+    }
+    for what, is_set in against.items():
+        if is_set:
+            yield f"{field} with {what}; leave one of the two out"
+
+
 def _given_sources(config: "Config") -> Iterator[str]:
     """Where given rollouts come from, against what else a round may do."""
     rollouts, share = config.rollouts, config.rollouts.given_share
-    source = config.prompts
-    is_named = not isinstance(source, EmbeddedPrompts) and source.gives_answers
-    if rollouts.given_by == "rows" and not is_named:
+    if rollouts.given_by == "rows" and not config.prompts.gives_answers:
         yield (
             f"rollouts.given_share is {share:g} and the prompts name no completion; expected the "
             "field that holds them; set prompts.completion_field, template.final_answer=given for "

@@ -228,6 +228,12 @@ class Rollouts(Section):
         description="who wrote them: rows: prompts.completion_field, one a prompt; teacher: it "
         "samples them as the student would, samples_per_prompt a prompt",
     )
+    prefix_tokens: int = later(
+        default=0,
+        ge=0,
+        description="the student's rollouts begin with so many tokens of the prompt's given "
+        "completion, which do not train, and it goes on; 0: it begins itself (docs/rollouts.md)",
+    )
     environment: Environment | None = later(
         default=None,
         description="what answers the student's turns, in training and evaluation: rollouts are "
