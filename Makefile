@@ -17,7 +17,7 @@ BENCH_READY := .venv-bench/.ready
 SHORT := tests/test_pipeline.py tests/test_engines.py tests/test_training.py tests/test_prompts.py \
 	tests/test_start.py tests/test_ray.py tests/test_report.py tests/test_export.py
 
-.PHONY: real-models help dist quickstart test test-newest test-oldest test-wheel test-architectures test-slow test-vllm lint docs models bench-cache bench-engines bench-engines-memory bench-engines-real \
+.PHONY: real-models help dist quickstart test test-newest test-oldest test-wheel test-architectures test-slow test-vllm lint docs models bench-cache bench-duel bench-engines bench-engines-memory bench-engines-real \
 	bench-engines-vllm bench-generation bench-given bench-loss bench-overlap bench-reload \
 	bench-intervals bench-methods bench-quickstart bench-ray-share bench-real bench-scale bench-train \
 	bench-teachers bench-truncated bench-windows-audit clean
@@ -144,6 +144,9 @@ bench-loss: $(BENCH_READY) ## the fused loss beside dense logits, trl and liger-
 
 bench-train: $(BENCH_READY) ## the training stage beside a live teacher and trl's trainer
 	$(BENCH)/python benchmarks/training.py
+
+bench-duel: $(BENCH_READY) ## trl's trainer with a live teacher beside the cache, to the same pass@1; 20 minutes
+	$(BENCH)/python benchmarks/duel.py run
 
 $(BENCH_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
