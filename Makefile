@@ -50,8 +50,9 @@ test-wheel: dist ## the wheel in an environment of its own, away from the reposi
 
 test-oldest: ## the short tests with the oldest versions that pyproject.toml allows
 	$(PYTHON) -m venv .venv-oldest
-	$(PYTHON) -m tests.oldest > .venv-oldest/constraints.txt
-	.venv-oldest/bin/pip $(INSTALL) $(INDEX) -c .venv-oldest/constraints.txt -e '.[dev]'
+	.venv-oldest/bin/pip $(INSTALL) uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python $(if $(CPU),--torch-backend cpu) \
+		--resolution lowest-direct -e '.[dev]'
 	.venv-oldest/bin/python -m pytest $(SHORT)
 
 test-newest: ## the short tests with the newest versions that there are

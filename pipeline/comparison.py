@@ -1,9 +1,9 @@
-"""Two policies on the same problems or prompts with the same seeds: `opd-stream compare`."""
+"""Policies on the same problems or prompts with the same seeds: `opd-stream compare`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opd_stream.errors import UserError
 from opd_stream.store.artifact import EvaluationManifest
@@ -21,6 +21,9 @@ from opd_stream.tasks.distance import (
 from opd_stream.tasks.pass_at_k import Counts, Difference, default_ks, differences
 from pipeline.records import Answers, EvaluationFile
 from pipeline.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from pipeline.tables import ResultTable
 
 _PLACES = "expected RUN, RUN@POLICY_VERSION (0: the initial student) or a file of evaluate --out"
 _OWN = ("engine", "dtype", "stop_ids")  # of a policy; everything else has to be the same
@@ -43,6 +46,16 @@ class Side:
         return [*self.artifacts, *self.distances]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """What two policies differ by on one set of problems or held-out prompts."""
+
+    name: str
+    problems: int
+    figures: dict[str, Difference]
+    is_distance: bool = False
+
+
 def compare(left: str, right: str, bootstrap: Bootstrap) -> Iterator[str]:
     """The lines of a paired comparison: right less left, with an interval.
 
@@ -50,42 +63,98 @@ def compare(left: str, right: str, bootstrap: Bootstrap) -> Iterator[str]:
         UserError: a side has no evaluation, or the two are not of the same problems and seeds.
     """
     sides = (_open_side(left), _open_side(right))
-    names = [name for name in sides[0].artifacts if name in sides[1].artifacts]
-    compared = [name for name in sides[0].distances if name in sides[1].distances]
-    if not names and not compared:
-        raise UserError(
-            f"{left} has the benchmarks {', '.join(sides[0].names)} and {right} has "
-            f"{', '.join(sides[1].names)}; expected one in common; use one config"
-        )
-    pairs = [_pair(name, *sides) for name in names]
-    measured = [_distance_pair(name, *sides) for name in compared]
+    found = _compared(*sides, bootstrap)
     yield f"A: {left}   B: {right}"
     interval = f"{100 * bootstrap.confidence:g}% interval of B - A"
-    if pairs:
-        yield _ROW.format("benchmark", "problems", "figure", "A", "B", "B - A", interval)
-    for name, pair in zip(names, pairs, strict=True):
-        ks = default_ks(pair[0].samples)
-        found = differences([pair[0]], [pair[1]], ks, confidence=bootstrap.confidence)
-        yield from _rows(name, len(pair[0].correct), found)
+    parts = (False, _ROW, ("benchmark", "problems")), (True, _DISTANCE, ("distance", "prompts"))
+    for is_distance, row, names in parts:
+        those = [each for each in found if each.is_distance is is_distance]
+        if those:
+            yield row.format(*names, "figure", "A", "B", "B - A", interval)
+        for each in those:
+            yield from _rows(each.name, each.problems, each.figures, row)
+    yield from _only(*sides)
+
+
+def compare_many(
+    first: str, others: Sequence[str], bootstrap: Bootstrap
+) -> "tuple[ResultTable, list[str]]":
+    """Each of several policies beside the first: a table, and lines on what one side lacks.
+
+    Raises:
+        UserError: as `compare`, of any pair.
+    """
+    from pipeline.tables import result_table
+
+    left, rights = _open_side(first), [_open_side(each) for each in others]
+    found = [_compared(left, right, bootstrap) for right in rights]
+    interval = f"{100 * bootstrap.confidence:g}% interval"
+    columns = ("benchmark", "problems", "figure", "policy", "value", "less the first", interval)
+    table = result_table(
+        columns, left=("benchmark", "figure", "policy"), drops=("problems", "less the first")
+    )
+    for name, figure in dict.fromkeys(
+        (each.name, figure) for pair in found for each in pair for figure in each.figures
+    ):
+        start = [name, "", figure, first]
+        for right, pair in zip(rights, found, strict=True):
+            each = next((one for one in pair if one.name == name), None)
+            if each is None or (difference := each.figures.get(figure)) is None:
+                continue
+            low, high = difference.interval
+            if start:
+                start[1] = f"{each.problems:,}"
+                table.add_row(*start, f"{difference.left:.3f}", "", "")
+                start = []
+            numbers = (f"{difference.right:.3f}", f"{difference.difference:+.3f}")
+            table.add_row("", "", "", right.name, *numbers, f"[{low:+.3f}, {high:+.3f}]")
+    return table, [line for right in rights for line in _only(left, right)]
+
+
+def _compared(left: Side, right: Side, bootstrap: Bootstrap) -> list[Compared]:
+    """Benchmarks, their mean where there are several, and distances that both sides have."""
+    names = [name for name in left.artifacts if name in right.artifacts]
+    measured = [name for name in left.distances if name in right.distances]
+    if not names and not measured:
+        raise UserError(
+            f"{left.name} has the benchmarks {', '.join(left.names)} and {right.name} has "
+            f"{', '.join(right.names)}; expected one in common; use one config"
+        )
+    pairs = [_pair(name, left, right) for name in names]
+    distances = [_distance_pair(name, left, right) for name in measured]  # refused before any line
+    found: list[Compared] = []
+    for name, (a, b) in zip(names, pairs, strict=True):
+        figures = differences([a], [b], default_ks(a.samples), confidence=bootstrap.confidence)
+        found.append(Compared(name=name, problems=len(a.correct), figures=figures))
     if len(pairs) > 1:
         ks = default_ks(min(a.samples for a, _ in pairs))
         lefts, rights = [a for a, _ in pairs], [b for _, b in pairs]
-        found = differences(lefts, rights, ks, confidence=bootstrap.confidence)
-        yield from _rows(f"mean of {len(pairs)}", sum(len(a.correct) for a, _ in pairs), found)
-    if measured:
-        yield _DISTANCE.format("distance", "prompts", "figure", "A", "B", "B - A", interval)
-    for name, (a, b) in zip(compared, measured, strict=True):
+        figures = differences(lefts, rights, ks, confidence=bootstrap.confidence)
+        problems = sum(len(a.correct) for a in lefts)
+        found.append(Compared(name=f"mean of {len(pairs)}", problems=problems, figures=figures))
+    for name, (one, other) in zip(measured, distances, strict=True):
         for text, said in TEXT_NAMES.items():
-            found = distance_differences(a.sums[text], b.sums[text], bootstrap)
-            figures = {FIGURE_NAMES[figure]: each for figure, each in found.items()}
-            yield from _rows(f"{name}, {said}", len(a.sums[text]), figures, _DISTANCE)
-    for side, other in (sides, sides[::-1]):
+            gaps = distance_differences(one.sums[text], other.sums[text], bootstrap)
+            found.append(
+                Compared(
+                    name=f"{name}, {said}",
+                    problems=len(one.sums[text]),
+                    figures={FIGURE_NAMES[figure]: each for figure, each in gaps.items()},
+                    is_distance=True,
+                )
+            )
+    return found
+
+
+def _only(left: Side, right: Side) -> Iterator[str]:
+    """What one of two sides alone was evaluated on."""
+    for side, other in ((left, right), (right, left)):
         only = [name for name in side.names if name not in other.names]
         if only:
             yield f"only {side.name} has {', '.join(only)}"
 
 
-def _rows(name: str, problems: int, found: dict[str, Difference], row: str = _ROW) -> Iterator[str]:
+def _rows(name: str, problems: int, found: dict[str, Difference], row: str) -> Iterator[str]:
     for number, (figure, each) in enumerate(found.items()):
         low, high = each.interval
         yield row.format(

@@ -11,15 +11,14 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Self, TextIO
 
 import typer
-from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -29,7 +28,6 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
 LOG = logging.getLogger("opd_stream")
@@ -150,6 +148,14 @@ def shows_bars() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
+def age_text(seconds: float) -> str:
+    """How long ago something was, in the largest unit of which there are two."""
+    for name, size in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {name}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
 def clock_text(seconds: float) -> str:
     """A duration as H:MM:SS, with days where there are any; a short one as seconds."""
     return f"{seconds:.1f} s" if seconds < 10 else str(timedelta(seconds=round(seconds)))
@@ -160,24 +166,6 @@ def rate_text(per_second: float) -> str:
     if per_second >= 100:
         return f"{per_second:,.0f}"
     return f"{per_second:.2f}" if per_second >= 0.1 else f"{per_second:.2g}"
-
-
-class ResultTable(Table):
-    """A table whose cells are what they say: nothing of data is marked up or moves the cursor."""
-
-    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
-        """A row; text is shown as it is, in one line."""
-        shown = (Text(one_line(each)) if isinstance(each, str) else each for each in cells)
-        super().add_row(*shown, **options)
-
-
-def result_table(columns: Iterable[str], *, left: Collection[str] = ()) -> Table:
-    """An empty table of numbers; columns named in `left` hold words."""
-    table = ResultTable(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for name in columns:
-        justify = "left" if name in left else "right"
-        table.add_column(name, justify=justify, no_wrap=True, vertical="bottom")
-    return table
 
 
 def print_lines(console: Console, lines: Iterable[str | Text]) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import os
 import platform
 import threading
+import time
 import uuid
 from collections.abc import Generator
 from pathlib import Path
@@ -64,6 +65,19 @@ def lease(folder: Path) -> Generator[None]:
         done.set()
         if (found := _record(path)) is not None and found.token == token:
             path.unlink(missing_ok=True)
+
+
+def holder(folder: Path) -> str | None:
+    """The process that works in a run's folder, as far as can be seen from here; None: none."""
+    path = folder / "lease.json"
+    try:
+        age = time.time() - path.lstat().st_mtime
+    except FileNotFoundError:
+        return None
+    found = _record(path)
+    if not is_held(found, age, _place()):
+        return None
+    return "a process" if found is None else f"process {found.process} on {found.host}"
 
 
 def _take(path: Path, own: LeaseRecord) -> None:

@@ -13,10 +13,13 @@ from opd_stream.store.artifact import Artifact, Commit, summed_counts
 from opd_stream.store.policy import PolicyArtifact
 from pipeline.accounting import Span, busy_seconds
 from pipeline.evaluation import distance_steps, evaluation_steps
+from pipeline.lease import holder
 from pipeline.plan import is_due
 from pipeline.rounds import Round, named_checkpoint, rounds
 from pipeline.run_folder import RunFolder
+from pipeline.runs import worked_at
 from pipeline.setup import Setup
+from pipeline.verdict import age_of, verdict
 from stages.checkpoints import Checkpoint
 from stages.distance import distance_result
 from stages.evaluate import evaluation_result
@@ -150,13 +153,15 @@ class RunStatus:
     rounds_planned: int
     eta_seconds: float | None  # of the whole run, without evaluations
     rounds: tuple[RoundStatus, ...]  # as far as they can be named
+    age_seconds: float | None = None  # since anything was made
+    verdict: str | None = None  # a sentence; None: of settings that are not the run's
 
 
 class StatusReader:
     """Reads the status again and again; what is complete is read once."""
 
-    def __init__(self, setup: Setup, folder: RunFolder) -> None:
-        self._setup, self._folder = setup, folder
+    def __init__(self, setup: Setup, folder: RunFolder, *, is_own: bool = True) -> None:
+        self._setup, self._folder, self._is_own = setup, folder, is_own
         self._complete: dict[str, list[Commit]] = {}  # fingerprint -> records
         self._rounds: dict[str, RoundStatus] = {}  # fingerprint of the policy -> complete round
 
@@ -170,7 +175,7 @@ class StatusReader:
             stages = {"evaluate": self._evaluate(setup.student, 0, now)}
             start = [RoundStatus(round=None, policy_version=0, stages=stages)]
         complete = sum(round_.policy.is_complete() for round_ in named)
-        return RunStatus(
+        status = RunStatus(
             run=str(self._folder.path),
             time=now,
             is_finished=complete == setup.config.rounds and all(s.is_complete for s in statuses),
@@ -178,7 +183,10 @@ class StatusReader:
             rounds_planned=setup.config.rounds,
             eta_seconds=_eta(setup, statuses),
             rounds=(*start, *statuses),
+            age_seconds=age_of((*start, *statuses), now - worked_at(self._folder.path)),
         )
+        said = verdict(status, holder(self._folder.path)) if self._is_own else None
+        return replace(status, verdict=said)
 
     def _round(self, round_: Round, now: float) -> RoundStatus:
         known = self._rounds.get(round_.policy.fingerprint) or self._read_round(round_, now)

@@ -10,26 +10,29 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from pipeline.console import clock_text, facts_text, print_lines, rate_text, result_table
+from pipeline.console import clock_text, facts_text, print_lines, rate_text
 from pipeline.run_folder import RunFolder
 from pipeline.setup import Setup
 from pipeline.status import Pace, RoundStatus, RunStatus, StatusReader, status_lines
+from pipeline.tables import PIPE_COLUMNS, result_table
 
 COLUMNS = ("round", "window", "stage", "done", "per second\nunits", "\ntokens", "\nbusy", "\nETA")
-LINES_AROUND = 6  # header, rules and the line below, in a window that shows the table
+DROPS = ("\nbusy", "\ntokens", "per second\nunits", "window", "")  # the first one first
+LINES_AROUND = 8  # header, rules and the lines around, in a window that shows the table
 
 
 def table_of(status: RunStatus, *, height: int | None = None) -> RenderableType:
     """The table with a line about the whole run; `height` leaves out the oldest complete rounds."""
     shown = _fitting(status.rounds, height)
-    table = result_table((*COLUMNS, ""), left=("stage", ""))
+    table = result_table((*COLUMNS, ""), left=("stage", ""), drops=DROPS)
     for each in shown:
         name = "start" if each.round is None else str(each.round)
         window = "" if each.window_tokens is None else str(each.window_tokens)
         for stage, pace in each.stages.items():
             table.add_row(name, window, stage, *_cells(pace))
             name = window = ""
-    return Group(table, Text(_about(status, hidden=len(status.rounds) - len(shown))))
+    lines = (status.verdict, table, _about(status, hidden=len(status.rounds) - len(shown)))
+    return Group(*(Text(each) if isinstance(each, str) else each for each in lines if each))
 
 
 def watch(read: Callable[[], RunStatus], console: Console, *, seconds: float) -> None:
@@ -43,23 +46,31 @@ def watch(read: Callable[[], RunStatus], console: Console, *, seconds: float) ->
             time.sleep(seconds)
 
 
-def print_status(setup: Setup, folder: RunFolder, *, as_json: bool, every: float | None) -> None:
-    """Print table and lines, or one JSON object; with `every` seconds, keep the table up to date.
+def print_status(
+    setup: Setup, folder: RunFolder, *, as_json: bool, every: float | None, is_own: bool = True
+) -> None:
+    """Print table and lines, or one JSON object.
 
-    In a pipe everything is printed once.
+    Args:
+        setup: of the run.
+        folder: of the run.
+        as_json: one object in place of lines.
+        every: seconds after which the table is made again; in a pipe all is printed once.
+        is_own: whether the settings are the run's; of others there is no verdict.
     """
-    reader = StatusReader(setup, folder)
+    reader = StatusReader(setup, folder, is_own=is_own)
     if as_json:
         record = {**asdict(reader.read()), "lines": status_lines(setup)}
         sys.stdout.write(json.dumps(record) + "\n")
         return
     is_terminal = sys.stdout.isatty()
-    console = Console() if is_terminal else Console(width=140, force_terminal=False)
+    console = Console() if is_terminal else Console(width=PIPE_COLUMNS, force_terminal=False)
     if every is not None and is_terminal:
         watch(reader.read, console, seconds=every)
         return
     console.print(table_of(reader.read()))
-    print_lines(console, status_lines(setup))
+    lines = status_lines(setup)
+    print_lines(console, (line for line in lines if not is_own or line.startswith(" ")))
 
 
 def _fitting(rounds: tuple[RoundStatus, ...], height: int | None) -> tuple[RoundStatus, ...]:
@@ -95,9 +106,12 @@ def _note(pace: Pace) -> str:
 
 
 def _about(status: RunStatus, *, hidden: int) -> str:
-    text = f"{status.rounds_complete} of {status.rounds_planned} rounds complete"
+    """What stands below the table."""
+    parts: list[str] = []
+    if status.verdict is None:
+        parts.append(f"{status.rounds_complete} of {status.rounds_planned} rounds complete")
     if hidden:
-        text += f" ({hidden} not shown)"
+        parts.append(f"{hidden} rounds not shown")
     if status.eta_seconds:
-        text += f"; about {clock_text(status.eta_seconds)} left without evaluations"
-    return text
+        parts.append(f"about {clock_text(status.eta_seconds)} left without evaluations")
+    return "; ".join(parts)

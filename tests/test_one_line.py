@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from opd_stream.store.store import Store
-from pipeline.console import print_lines, result_table
+from pipeline.console import print_lines
+from pipeline.tables import result_table
 from tests.conftest import Command, SmallRuns, rewrite, small_config
 
 PROGRESS = ("export:", "residual:")

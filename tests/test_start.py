@@ -22,7 +22,6 @@ from pipeline.cli import app
 from pipeline.cli.options import PAGES
 from pipeline.runs import run_folders
 from tests.conftest import MODELS, Command, loaded_by
-from tests.oldest import oldest
 from tests.page_blocks import PAGES as FILES
 from tests.page_blocks import ROOT, blocks_of
 from tests.test_snippets import parse
@@ -213,10 +212,3 @@ def test_embedded_models_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "opd-stream" / "ledger-student").mkdir(parents=True)
     own = Path("opd-stream/ledger-student")
     assert local_folder(own) == own  # a folder of the user's comes first
-
-
-def test_the_oldest_versions_are_those_of_the_project() -> None:
-    found = oldest()
-    assert "torch==2.9.*" in found
-    assert "peft==0.15.*" in found
-    assert not any(each.startswith("pytest") for each in found)

@@ -112,7 +112,7 @@ def test_a_finished_run_is_complete_in_every_stage_with_the_tokens_of_its_report
     evaluation = status.rounds[2].stages["evaluate"]
     assert evaluation.facts["pass@1"] == reports[1]["evaluation"]["pass@1"]
     text = printed(status)
-    assert text.count("2 of 2") == 5  # four stages of units, and the rounds
+    assert text.count("2 of 2") == 5  # four stages of units, and the rounds, once
     assert text.count("4 of 4") == 2
 
 
@@ -133,7 +133,7 @@ def test_a_half_done_stage_counts_its_units_and_says_when_it_ends(half: Path) ->
     assert 5 <= score.idle_seconds <= time.time() - made_at
     assert not stages["train"].is_complete
     assert not stages["evaluate"].is_complete
-    row = next(line for line in printed(status).splitlines() if "1 of 2" in line)
+    row = next(line for line in printed(status).splitlines()[1:] if "1 of 2" in line)
     assert row.split()[:5] == ["score", "1", "of", "2", "0.25"]
     planted(half, made_at=time.time() - 500, seconds=4.0)
     assert status_of(half).rounds[-1].stages["score"].is_quiet
@@ -279,11 +279,13 @@ def test_a_pipe_gets_the_table_once_without_control_characters(
     for found in (once, watched):
         assert found.exit_code == 0
         assert "1 of 2 rounds complete" in found.stdout
-        assert "round 1: window 48; generate complete; score 1 of 2 units" in found.stdout
+        assert found.stdout.startswith("no process of it here, last news")
+        assert found.stdout.count("1 of 2") == 2  # the verdict, and the units of a stage
         assert not set(found.stdout) & {"\x1b", "\r", "\b"}
     other = command.invoke(app, ["status", run_folder, "--set", "rollouts.temperature=0.9"])
     assert "settings.temperature: 1.0 there, 0.9 here" in other.stdout
     assert "0 of 2 rounds complete" in other.stdout
+    assert "last news" not in other.stdout  # of settings that are not the run's
 
 
 def test_watching_ends_with_the_run(finished_run: Path) -> None:
@@ -298,7 +300,7 @@ def test_a_small_window_shows_the_latest_rounds(finished_run: Path) -> None:
     status = status_of(finished_run)
     assert "not shown" not in printed(status, height=40)
     text = printed(status, height=12)
-    assert "(2 not shown)" in text
+    assert "2 rounds not shown" in text
     assert "pass@1" in text
     assert " start " not in text
     assert len(text.splitlines()) <= 12

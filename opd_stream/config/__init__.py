@@ -50,7 +50,7 @@ __all__ = [
 
 
 def _scores_name(name: str) -> str:
-    if not re.fullmatch(r"(scores/)?[0-9a-f]{16,64}", name):
+    if not re.fullmatch(r"(scores/)?[0-9a-f]{4,64}", name):
         raise PydanticCustomError("flaw", "expected scores/FINGERPRINT, as cache ls shows it")
     return name
 

@@ -27,6 +27,18 @@ class Entry:
     rows: int
     tokens: int
     is_damaged: bool = False  # its records cannot be read; `cache verify` says which
+    changed_at: float = 0.0  # when its manifest or recipe was written, seconds since the epoch
+    runs: tuple[str, ...] = ()  # folders of those that reach it
+
+    @property
+    def kind(self) -> str:
+        """Of artifact."""
+        return self.name.partition("/")[0]
+
+    @property
+    def state(self) -> str:
+        """Whether it is whole, as far as its records say."""
+        return "damaged" if self.is_damaged else "complete" if self.is_complete else "partial"
 
 
 def started(store: Store) -> list[str]:
@@ -41,6 +53,10 @@ def started(store: Store) -> list[str]:
 
 def entries(store: Store) -> Iterator[Entry]:
     """Every artifact that was started."""
+    reached: dict[str, list[str]] = {}
+    for run in store.runs().values():
+        for name in run.artifacts:
+            reached.setdefault(name, []).append(run.folder)
     for name in started(store):
         folder, kind = store.root / name, name.partition("/")[0]
         is_complete, is_damaged = (folder / "manifest.json").exists(), False
@@ -61,6 +77,10 @@ def entries(store: Store) -> Iterator[Entry]:
         yield Entry(
             is_damaged=is_damaged,
             name=name,
+            changed_at=(folder / ("manifest.json" if is_complete else "recipe.json"))
+            .stat()
+            .st_mtime,
+            runs=tuple(sorted(reached.get(name, ()))),
             is_complete=is_complete,
             units=units,
             bytes=size,

@@ -42,6 +42,9 @@ MARKER = "store.json"
 REFRESH_SECONDS = 3600.0  # a run that goes on writes its record again after so long
 
 
+NAME_LENGTH = 16  # characters of a fingerprint that name the folder of its artifact
+
+
 class StoreRecord(Sealed):
     """`store.json`: this folder is a store, so `gc` may remove what is in it."""
 
@@ -149,16 +152,29 @@ class Store:
         return PolicyArtifact(self.root, recipe, local=self.local)
 
     def by_fingerprint(self, kind: Kind, fingerprint: str) -> Artifact:
-        """An artifact that was created before.
+        """An artifact that was created before, by its fingerprint or a beginning that no other has.
 
         Raises:
-            UserError: the store has none with this fingerprint.
+            UserError: the store has none with this fingerprint, or several.
         """
+        fingerprint = self._whole(kind, fingerprint)
         folder = self.root / kind / fingerprint[:16]
         files = ("recipe.json", "manifest.json")
         if self.replayed is not None and not any(is_there(folder / name) for name in files):
             return self.replayed.by_fingerprint(kind, fingerprint)
         return self.artifact(self._recipe_of(kind, fingerprint))
+
+    def _whole(self, kind: Kind, beginning: str) -> str:
+        """The name of the one folder that begins so; what begins no folder stays as it is."""
+        if len(beginning) >= NAME_LENGTH:
+            return beginning
+        names = [path.name for path in self.folders(kind) if path.name.startswith(beginning)]
+        if len(names) > 1:
+            raise UserError(
+                f"{kind}/{beginning} is the beginning of {', '.join(names[:3])}; expected that of "
+                "one; give more of it"
+            )
+        return names[0] if names else beginning
 
     def policy_by_fingerprint(self, fingerprint: str) -> PolicyArtifact:
         """A trained policy that was started before.

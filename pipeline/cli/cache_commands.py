@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import Panel, command, default_store
+from pipeline.cli.options import Panel, command, console, default_store
 from pipeline.console import TerminalProgress, echo
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from opd_stream.store import Store
     from opd_stream.store.exchange import AsIds, UnitReport
+    from opd_stream.store.inventory import Entry
+    from pipeline.tables import ResultTable
 
 cache = typer.Typer(help="Look at a store, verify it, free it, share it.", no_args_is_help=True)
 StorePlace = Annotated[
@@ -27,29 +31,55 @@ StorePlace = Annotated[
 ArtifactName = Annotated[
     str, typer.Argument(metavar="NAME", help="KIND/FINGERPRINT, or its beginning.")
 ]
-_ROW = "{:30} {:9} {:>10} {:>9} {:>12} {:>14} {:>8}"
+_COLUMNS = ("artifact", "state", "units", "rows", "tokens", "bytes", "B/token", "age", "run")
+_DROPS = ("rows", "units", "B/token", "tokens", "run", "age", "state")
 
 
 @command(Panel.STORE, "ls", "store.md", name="ls", to=cache)
-def list_artifacts(location: StorePlace) -> None:
-    """List the artifacts of a store."""
-    from opd_stream.store.inventory import entries
+def list_artifacts(
+    location: StorePlace,
+    kind: Annotated[str | None, typer.Option(help="Only these: scores, policies, …")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """List the artifacts of a store: kind, state, size, age, and the runs that reach each."""
+    from dataclasses import asdict
 
-    total = 0
-    echo(_ROW.format("artifact", "state", "units", "rows", "tokens", "bytes", "B/token"))
-    for entry in entries(existing_store(location)):
-        row = _ROW.format(
-            entry.name,
-            "damaged" if entry.is_damaged else "complete" if entry.is_complete else "partial",
-            "" if entry.units is None else f"{entry.units[0]} of {entry.units[1]}",
-            f"{entry.rows:,}",
-            f"{entry.tokens:,}",
-            f"{entry.bytes:,}",
-            f"{entry.bytes / entry.tokens:.1f}" if entry.tokens else "",
-        )
-        echo(row)
-        total += entry.bytes
+    from opd_stream.errors import UserError
+    from opd_stream.store.inventory import entries
+    from opd_stream.store.recipe import KINDS
+
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"--kind is {kind!r}; expected one of {', '.join(KINDS)}")
+    found = [each for each in entries(existing_store(location)) if kind in (None, each.kind)]
+    total = sum(each.bytes for each in found)
+    if as_json:
+        artifacts = [{**asdict(each), "kind": each.kind, "state": each.state} for each in found]
+        return typer.echo(json.dumps({"store": location, "bytes": total, "artifacts": artifacts}))
+    console().print(_table_of(found))
     echo(f"{total:,} bytes in {location}")
+
+
+def _table_of(found: "Sequence[Entry]") -> "ResultTable":
+    import time
+
+    from pipeline.console import age_text
+    from pipeline.tables import result_table
+
+    table = result_table(_COLUMNS, left=("artifact", "state", "run"), drops=_DROPS)
+    for each in found:
+        runs = [Path(run).name for run in each.runs]
+        table.add_row(
+            each.name,
+            each.state,
+            "" if each.units is None else f"{each.units[0]} of {each.units[1]}",
+            f"{each.rows:,}",
+            f"{each.tokens:,}",
+            f"{each.bytes:,}",
+            f"{each.bytes / each.tokens:.1f}" if each.tokens else "",
+            age_text(time.time() - each.changed_at),
+            ", ".join(runs[:1]) + (f" +{len(runs) - 1}" if len(runs) > 1 else ""),
+        )
+    return table
 
 
 @command(Panel.STORE, "show scores/3f0c", "store.md", to=cache)

@@ -32,6 +32,9 @@ ORDER = (  # in the help
 )
 
 
+_SETTING_OPTIONS = {"overrides": "--set", "wanted": "--where"}  # of a parameter's name
+
+
 class Panel(StrEnum):
     """Where a command stands in the help."""
 
@@ -45,8 +48,9 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse arguments; what is left out is the latest run, or the store of the folder."""
-        if any(each.name == "overrides" for each in self.params):
-            args = self._with_set(args)
+        for each in self.params:
+            if (option := _SETTING_OPTIONS.get(str(each.name))) is not None:
+                args = self._with_option(args, option)
         try:
             return super().parse_args(ctx, [*args])
         except typer.BadParameter as error:
@@ -57,8 +61,8 @@ class Command(TyperCommand):
                 raise
         return super().parse_args(ctx, [found(), *args])
 
-    def _with_set(self, args: list[str]) -> list[str]:
-        """The same with --set in front of each FIELD=VALUE that stands alone."""
+    def _with_option(self, args: list[str], option: str) -> list[str]:
+        """The same with an option in front of each FIELD=VALUE that stands alone."""
         takes_value = {
             name
             for each in self.params
@@ -68,7 +72,7 @@ class Command(TyperCommand):
         found: list[str] = []
         for before, word in zip(["", *args], args, strict=False):
             is_alone = before not in takes_value and _SETTING.fullmatch(word) is not None
-            found += ["--set", word] if is_alone and not Path(word).exists() else [word]
+            found += [option, word] if is_alone and not Path(word).exists() else [word]
         return found
 
 
@@ -236,7 +240,9 @@ def folder_of_run(run_dir: Path) -> "RunFolder":
 
 
 def console() -> "Console":
-    """A console for results: as wide as the terminal, or 140 columns in a pipe."""
+    """A console for results: as wide as the terminal, or wide in a pipe."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 140)
+    from pipeline.tables import PIPE_COLUMNS
+
+    return Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipeline.cli.options import ConfigFile, Overrides, Panel, RunDir, command, console, open_run
-from pipeline.console import TerminalProgress, echo, print_lines, result_table
+from pipeline.console import TerminalProgress, echo, print_lines
+from pipeline.tables import result_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,6 +30,10 @@ DISTANCES = ("KL own\nsamples", "KL teacher's\ntext", "top-1\nagreement")
 WORK = (
     *("tokens\ngenerated", "teacher\nscored", "\ntrained"),
     *("seconds\ngenerate", "\nscore", "\ntrain", "\nevaluate", "\npolicy_drift"),
+)
+DROPS = (  # where it is narrow, the first one first
+    *("\nevaluate", "\ntrain", "\nscore", "seconds\ngenerate", "policy\nversion", "\ntrained"),
+    *("tokens\ngenerated", "window", *DISTANCES[1:], FIGURES[1], "\npolicy_drift"),
 )
 
 
@@ -177,7 +182,8 @@ def print_run(
     compares = any(each.distances for each in summary.evaluations)
     judges = any(each.passes for each in summary.evaluations) or not compares
     figures = [*(FIGURES if judges else ()), *(DISTANCES if compares else ())]
-    table = result_table(("round", "window", "policy\nversion", *figures, *WORK))
+    columns = ("round", "window", "policy\nversion", *figures, *WORK)
+    table = result_table(columns, drops=DROPS)
     table.collapse_padding = True  # the widest of the tables
 
     def figures_of(evaluation: "Answers | None") -> list[str]:

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from pipeline.cli.options import (
+    RUNS,
     ConfigFile,
     Overrides,
     Panel,
@@ -18,7 +19,7 @@ from pipeline.cli.options import (
     open_folder,
     open_run,
 )
-from pipeline.console import echo
+from pipeline.console import echo, print_lines
 
 
 @command(Panel.RUN, "plan my.yaml", "plan.md")
@@ -66,6 +67,45 @@ def doctor(
         raise typer.Exit(1)
 
 
+@command(Panel.LOOK, "runs train.objective.kind=bucket --sort figure", "status.md")
+def runs(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="With runs, or folders of runs.")
+    ] = RUNS,
+    wanted: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--where",
+            metavar="FIELD=VALUE",
+            help="Only runs with this setting, or with state=finished, running, stopped or "
+            "damaged; FIELD=VALUE alone does the same.",
+        ),
+    ] = None,
+    order: Annotated[
+        Literal["age", "figure", "tokens", "seconds", "run"],
+        typer.Option("--sort", help="The latest, the best, the cheapest first, or by name."),
+    ] = "age",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """List runs: state, figure, teacher tokens, seconds, age, and the settings that differ."""
+    from dataclasses import asdict
+
+    from opd_stream.errors import UserError
+    from pipeline.runs import differing_settings, list_runs, runs_lines, runs_table
+
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; expected one with runs; name another")
+    found = list_runs(folder, wanted or (), order)
+    if as_json:
+        record = {"runs": [asdict(each) for each in found], "differ": differing_settings(found)}
+        return typer.echo(json.dumps(record))
+    if not found:
+        return echo(f"no such run in {folder}")
+    page = console()
+    page.print(runs_table(found))
+    print_lines(page, runs_lines(found))
+
+
 @command(Panel.LOOK, "status runs/my --watch", "status.md")
 def status(
     run_dir: RunArgument,
@@ -81,7 +121,13 @@ def status(
     from pipeline.status_table import print_status
 
     config, folder = open_folder(run_dir, overrides)
-    print_status(open_to_look(config), folder, as_json=form, every=every if live else None)
+    print_status(
+        open_to_look(config),
+        folder,
+        as_json=form,
+        every=every if live else None,
+        is_own=not overrides,
+    )
 
 
 @command(Panel.LOOK, "inspect runs/my --worst 3", "inspect.md")
@@ -177,16 +223,24 @@ def report(
 
 @command(Panel.LOOK, "compare runs/my@0 runs/my", "evaluation.md")
 def compare(
-    left: Annotated[str, typer.Argument(metavar="A", help="RUN, RUN@VERSION or evaluate's --out.")],
-    right: Annotated[str, typer.Argument(metavar="B", help="The same.")],
+    first: Annotated[
+        str, typer.Argument(metavar="A", help="RUN, RUN@VERSION or evaluate's --out.")
+    ],
+    others: Annotated[list[str], typer.Argument(metavar="B", help="The same; one or several.")],
     confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of intervals.")] = 0.95,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap of distances.")] = 0,
 ) -> None:
-    """Compare two policies on the same problems and seeds, with intervals."""
+    """Compare policies with the first on the same problems and seeds, with intervals."""
     from opd_stream.tasks.distance import Bootstrap
     from pipeline.comparison import compare as compare_policies
+    from pipeline.comparison import compare_many
 
-    for line in compare_policies(left, right, Bootstrap(confidence=confidence, seed=seed)):
+    bootstrap = Bootstrap(confidence=confidence, seed=seed)
+    if len(others) > 1:
+        table, lines = compare_many(first, others, bootstrap)
+        console().print(table)
+        return echo(*lines)
+    for line in compare_policies(first, others[0], bootstrap):
         echo(line)
 
 

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from opd_stream.section import Record
-from pipeline.console import print_lines, result_table
+from pipeline.console import print_lines
 from pipeline.estimate.memory import TrainingMemory
+from pipeline.tables import result_table
 from stages.step import PROBE, PROBE_SCORE, StepKind
 
 # Where the numbers of what is left come from: nothing is left; the completions measured so far;
@@ -26,6 +27,9 @@ COLUMNS = (
     *("round", "stage", "window", "prompts", "rows", "tokens", "cache", "FLOPs", "in the store"),
     *("left\ntokens", "\nFLOPs", "basis"),
 )
+
+
+DROPS = ("basis", "rows", "\nFLOPs", "window", "left\ntokens", "cache", "prompts", "in the store")
 
 
 class Amount(Record):
@@ -211,7 +215,7 @@ class Estimate(Record):
 
 def print_plan(found: Estimate, *, console: Console) -> None:
     """Print rounds, totals, disks, memory, break-even, assumptions and warnings."""
-    table = result_table(COLUMNS, left=("stage", "in the store", "basis"))
+    table = result_table(COLUMNS, left=("stage", "in the store", "basis"), drops=DROPS)
     for each in found.rounds:
         label = "start" if each.index < 0 else str(each.index)
         for step in each.steps:

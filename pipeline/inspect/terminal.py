@@ -10,9 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from opd_stream.tokens import Figure, quoted, visible
-from pipeline.console import ResultTable, one_line, print_lines
+from pipeline.console import one_line, print_lines
 from pipeline.inspect.command import WorstRollout
 from pipeline.inspect.view import RolloutView
+from pipeline.tables import ResultTable
 
 CANDIDATES = 4
 WIDE = 110  # columns of a terminal from which every column of the table fits
