@@ -15,15 +15,14 @@ import yaml
 
 from opd_stream import __version__
 from opd_stream.config_file import load_config
-from opd_stream.config_templates import template_names, template_text
+from opd_stream.config_templates import template_names
 from opd_stream.embedded import embedded, embedded_model
 from opd_stream.fetching import local_folder
 from pipeline.cli import app
 from pipeline.cli.options import PAGES
 from pipeline.runs import run_folders
 from tests.conftest import MODELS, Command, loaded_by
-from tests.page_blocks import PAGES as FILES
-from tests.page_blocks import ROOT, blocks_of
+from tests.page_blocks import ROOT
 from tests.test_snippets import parse
 
 COMMANDS: dict[str, Any] = {}
@@ -195,12 +194,6 @@ def test_init_leaves_a_file_alone_and_knows_what_was_meant(
     assert (tmp_path / "my.yaml").read_text() == "mine"
     assert opd_stream("init", "--template", "topd")[0] == 0
     assert (tmp_path / "topd.yaml").exists()
-
-
-def test_the_template_for_a_gpu_is_the_tutorials_config() -> None:
-    (page,) = [page for page in FILES if page.name == "tutorial.md"]
-    (block,) = [each for each in blocks_of(page) if each.needs == "gpu"]
-    assert yaml.safe_load(template_text("qwen-gsm8k", "my.yaml")) == yaml.safe_load(block.text)
 
 
 def test_embedded_models_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
