@@ -126,6 +126,7 @@ bench-scale: $(READY) ## what prompts, units and rounds cost around the models, 
 	$(BIN)/python -m benchmarks.scale units
 	$(BIN)/python -m benchmarks.scale prompts
 	$(BIN)/python -m benchmarks.scale rounds
+	$(BIN)/python -m benchmarks.scale store
 
 bench-given: $(READY) ## rollouts that are not the student's, as a share of every round
 	$(BIN)/python -m benchmarks.given run

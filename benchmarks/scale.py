@@ -1,12 +1,13 @@
 """What everything around the models costs as stores grow: `make bench-scale`.
 
 Engines are fakes that take no time, so what is left is the cost of prompts, units, records and
-commands. Three tables, each over growing sizes, with the exponent of a line fitted to logarithms
+commands. Four tables, each over growing sizes, with the exponent of a line fitted to logarithms
 (1: cost grows with the work, 0: it does not grow):
 
     python -m benchmarks.scale units    # units of one round, at a fixed number of prompts
     python -m benchmarks.scale prompts  # prompts of the source, at a fixed number of units
     python -m benchmarks.scale rounds   # rounds of a finished run, and what commands take there
+    python -m benchmarks.scale store    # the same of many more rounds, written without being run
 
 CPU seconds are of whole processes and all their children, memory is the most that was resident.
 """
@@ -26,6 +27,7 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 UNITS = (64, 256, 1024)
 PROMPTS = (4096, 16_384, 65_536)
 ROUNDS = (10, 30, 100)
+WRITTEN = (10, 100, 1000)
 UNITS_OF_A_ROUND = 100
 SETTINGS = (
     "executor=local",
@@ -76,7 +78,7 @@ def command(*arguments: str, status: int = 0) -> Cost:
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """The slope of a line through the logarithms, by least squares.
+    """The slope of a line through the logarithms, by least squares; NaN of one point.
 
     Example:
         >>> round(exponent([1, 10, 100], [2, 20, 200]), 6)
@@ -85,7 +87,7 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     xs, ys = [math.log(size) for size in sizes], [math.log(cost) for cost in costs]
     x, y = sum(xs) / len(xs), sum(ys) / len(ys)
     above = sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True))
-    return above / sum((a - x) ** 2 for a in xs)
+    return above / sum((a - x) ** 2 for a in xs) if len(xs) > 1 else math.nan
 
 
 def settings_of(store: Path, **sizes: int) -> list[str]:
@@ -117,19 +119,47 @@ def commands(folder: Path, **sizes: int) -> dict[str, Cost]:
     """The cost of each command on a finished run, and of one more round."""
     store, run = folder / "store", folder / "run"
     whole = ("run", str(QUICKSTART), "--run-dir", str(run), *settings_of(store, **sizes))
-    plan = ("plan", str(QUICKSTART), *settings_of(store, **sizes))
     found = {"run, from nothing": command(*whole)}
-    found["run, finished"] = command(*whole)
-    found["status"] = command("status", str(run))
-    found["plan"] = command(*plan)
-    found["cache ls"] = command("cache", "ls", str(store))
-    found["cache gc"] = command("cache", "gc", str(store))
-    found["cache verify"] = command("cache", "verify", str(store))
+    found |= looks(folder, whole)
     more = settings_of(store, **{**sizes, "rounds": sizes["rounds"] + 1})
     found["run, one round more"] = command("run", str(QUICKSTART), "--run-dir", str(run), *more)
-    files = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
-    print(f"{sizes['rounds']} rounds: the run's folder has {files / 1e6:.2f} MB", flush=True)
+    print_folder(run, sizes["rounds"])
     return found
+
+
+def looks(folder: Path, run: Sequence[str]) -> dict[str, Cost]:
+    """The cost of each command that finds a run and its store finished."""
+    store = str(folder / "store")
+    return {
+        "run, finished": command(*run),
+        "status": command("status", str(folder / "run")),
+        "plan": command("plan", run[1], *run[4:]),
+        "cache ls": command("cache", "ls", store),
+        "cache gc": command("cache", "gc", store),
+        "cache verify": command("cache", "verify", store),
+    }
+
+
+def written(folder: Path, **sizes: int) -> dict[str, Cost]:
+    """The cost of the same on a store that was written, and of a round that was killed."""
+    store, run = folder / "store", folder / "run"
+    start = ("run", str(QUICKSTART), "--run-dir", str(run))
+    command(*start, *settings_of(store, **{**sizes, "rounds": 1}))
+    settings = settings_of(store, **sizes)
+    made = [sys.executable, "-m", "benchmarks.scale_store", str(QUICKSTART), *settings[1::2]]
+    subprocess.run(made, cwd=ROOT, check=True)
+    found = {"run, its folder lost": command(*start, *settings)}
+    found |= looks(folder, (*start, *settings))
+    subprocess.run([*made, "--kill"], cwd=ROOT, check=True)
+    found["run, a round killed"] = command(*start, *settings)
+    print_folder(run, sizes["rounds"])
+    return found
+
+
+def print_folder(run: Path, rounds: int) -> None:
+    """How large the folder of a run is."""
+    files = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    print(f"{rounds} rounds: the run's folder has {files / 1e6:.2f} MB", flush=True)
 
 
 def print_table(name: str, sizes: Sequence[int], found: Sequence[dict[str, Cost]]) -> None:
@@ -144,14 +174,13 @@ def print_table(name: str, sizes: Sequence[int], found: Sequence[dict[str, Cost]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("table", choices=("units", "prompts", "rounds"))
+    parser.add_argument("table", choices=("units", "prompts", "rounds", "store"))
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=None, help="in place of the table's"
     )
     arguments = parser.parse_args()
-    sizes = (
-        arguments.sizes or {"units": UNITS, "prompts": PROMPTS, "rounds": ROUNDS}[arguments.table]
-    )
+    usual = {"units": UNITS, "prompts": PROMPTS, "rounds": ROUNDS, "store": WRITTEN}
+    sizes = arguments.sizes or usual[arguments.table]
     found: list[dict[str, Cost]] = []
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
@@ -162,7 +191,8 @@ def main() -> None:
                 found.append(stages(path, units=64, prompts=size))
             else:
                 units = UNITS_OF_A_ROUND
-                found.append(commands(path, units=units, per_unit=1, prompts=units, rounds=size))
+                measured = commands if arguments.table == "rounds" else written
+                found.append(measured(path, units=units, per_unit=1, prompts=units, rounds=size))
     print_table(arguments.table, sizes, found)
 
 

@@ -18,7 +18,7 @@ from opd_stream.errors import UserError
 from opd_stream.memory import give_back
 from opd_stream.outcome import LevelRate
 from opd_stream.store.artifact import Artifact, DamagedUnit
-from opd_stream.store.garbage import drop_states
+from opd_stream.store.garbage import drop_states, old_states
 from opd_stream.store.policy import DamagedPolicy, Part, identify
 from opd_stream.store.store import Store
 from pipeline.accounting import Accounts, Span, busy_seconds, inputs_of
@@ -62,13 +62,16 @@ class Session:
     spans: list[Span] = field(default_factory=list)
     started: float = field(default_factory=time.time)
     reached: set[str] = field(default_factory=set)  # names of artifacts
+    recorded: frozenset[str] = frozenset()  # of these, and of earlier calls, in the store
     opened: set[str | None] = field(default_factory=set)  # names of teachers, but the first
     checked: set[tuple[Checkpoint, Part]] = field(default_factory=set)  # that were read whole
 
     def reach(self, names: set[str]) -> None:
         """Tell the store what is about to be read or made, so that `gc` leaves it."""
         self.reached |= names
-        self.store.add_to_run(self.record or self.run_id, self.folder.path, self.reached)
+        if not names <= self.recorded:
+            name = self.record or self.run_id
+            self.recorded = self.store.add_to_run(name, self.folder.path, self.reached)
 
     def call_seconds(self, earlier: dict[str, float]) -> dict[str, float]:
         """Seconds of all calls of the run so far, as a summary has them."""
@@ -135,8 +138,10 @@ def make_rounds(
             session.reach(round_.names())
             worked = len(session.spans)
             make_round(session, setup, round_)
-            accounts.write_round(round_, is_changed=len(session.spans) > worked)
-            accounts.write_summary(session.call_seconds(earlier))
+            is_changed = len(session.spans) > worked
+            accounts.write_round(round_, is_changed=is_changed)
+            if is_changed:
+                accounts.write_summary(session.call_seconds(earlier))
         accounts.mend_metrics()
     except DamagedPolicy as damaged:
         name = damaged.policy.name
@@ -218,9 +223,8 @@ def check_loaded(session: Session, model: Checkpoint, part: Part = "model") -> N
 def drop_optimizers(session: Session, round_: Round) -> None:
     """Once a round is complete, what only the training after earlier ones reads may go."""
     keep = session.config.keep_optimizers
-    if keep is not None:
-        made_by = session.store.ids_of_run(session.run_id)
-        drop_states(session.store, round_.policy, keep=keep, made_by=made_by)
+    if keep is not None and (old := old_states(session.store, round_.policy, keep=keep)):
+        drop_states(session.store, old, made_by=session.store.ids_of_run(session.run_id))
 
 
 def restore_state(session: Session, setup: Setup, round_: Round) -> None:

@@ -10,10 +10,12 @@
 Deleting it loses no teacher work: the artifacts are in the store.
 """
 
+import json
+import math
 import platform
 import subprocess
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -286,12 +288,17 @@ class RunFolder:
 
     def add_metrics(self, round_: Round) -> None:
         """Take the metrics of a round over from its policy, unless they are here already."""
-        published = read_metrics(round_.policy.folder("texts") / "metrics.jsonl")
-        lines = list(read_metrics(self.metrics))
-        before = [line for line, step in lines if step.round < round_.index]
-        after = [line for line, step in lines if step.round > round_.index]
-        wanted = "".join([*before, *(line for line, _ in published), *after]).encode()
-        if wanted != self._metrics_bytes():
+        source = round_.policy.folder("texts") / "metrics.jsonl"
+        published = "".join(line for line, _ in read_metrics(source)).encode()
+        there = self._metrics_bytes() or b""
+        before = there.removesuffix(published)
+        if _last_round(before) >= round_.index:  # rounds are written in order, but for accidents
+            lines = list(read_metrics(self.metrics))
+            before = "".join(line for line, step in lines if step.round < round_.index).encode()
+            after = "".join(line for line, step in lines if step.round > round_.index).encode()
+            published += after
+        wanted = before + published
+        if wanted != there or not self.metrics.is_file():
             publish(self.metrics, wanted)
 
     def _metrics_bytes(self) -> bytes | None:
@@ -304,21 +311,22 @@ class RunFolder:
             say_mended(self.metrics, "is not what its rounds' policies have")
             publish(self.metrics, lines)
 
-    def training_lines(self, round_: Round) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl of a round, as far as it has been trained on this machine.
+    def training_lines(self, asked: Sequence[Round]) -> dict[int, list[dict[str, Any]]]:
+        """The lines of metrics.jsonl of rounds, as far as they were trained on this machine.
 
-        Empty where this folder's round has other settings.
+        A round has none where this folder's round has other settings.
         """
-        plan = self._round(round_.index) / "plan.json"
-        if not plan.exists() or self.plan(round_.index).policy != round_.policy.fingerprint:
-            return []
-        own: list[dict[str, Any]] = []
-        for _, step in read_metrics(self.metrics, backwards=True):
-            if step.round < round_.index:
+        own: dict[int, list[dict[str, Any]]] = {}
+        for round_ in asked:
+            plan = self._round(round_.index) / "plan.json"
+            if plan.exists() and self.plan(round_.index).policy == round_.policy.fingerprint:
+                own[round_.index] = []
+        for _, step in read_metrics(self.metrics, backwards=True) if own else ():
+            if step.round < min(own):
                 break
-            if step.round == round_.index:
-                own.insert(0, step.as_json())
-        return own
+            if step.round in own:
+                own[step.round].append(step.as_json())
+        return {index: lines[::-1] for index, lines in own.items()}
 
     def checkpoint_steps(self, round_: Round) -> int | None:
         """Steps of the round in its latest checkpoint on this machine, while it is in training."""
@@ -350,6 +358,16 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()
+
+
+def _last_round(lines: bytes) -> float:
+    """The round of the last line of metrics; infinite where that is not a whole one."""
+    if not lines:
+        return -1
+    try:
+        return int(json.loads(lines[lines.rstrip(b"\n").rfind(b"\n") + 1 :])["round"])
+    except (ValueError, LookupError, TypeError):
+        return math.inf
 
 
 def is_below(field: str, names: Iterable[str]) -> bool:

@@ -164,11 +164,14 @@ class StatusReader:
         self._setup, self._folder, self._is_own = setup, folder, is_own
         self._complete: dict[str, list[Commit]] = {}  # fingerprint -> records
         self._rounds: dict[str, RoundStatus] = {}  # fingerprint of the policy -> complete round
+        self._lines: dict[int, list[dict[str, Any]]] = {}  # of training, by round
 
     def read(self) -> RunStatus:
         """The status now."""
         now, setup = time.time(), self._setup
         named = list(rounds(setup, opened=named_checkpoint))
+        new = [each for each in named if each.policy.fingerprint not in self._rounds]
+        self._lines = self._folder.training_lines(new)
         statuses = [self._round(round_, now) for round_ in named]
         start: list[RoundStatus] = []
         if setup.config.evaluation is not None:
@@ -192,6 +195,8 @@ class StatusReader:
         known = self._rounds.get(round_.policy.fingerprint) or self._read_round(round_, now)
         if known.is_complete:
             self._rounds[round_.policy.fingerprint] = known
+            for step in round_.steps:  # not asked for again, and of many rounds they are many
+                self._complete.pop(step.artifact.fingerprint, None)
         return known
 
     def _read_round(self, round_: Round, now: float) -> RoundStatus:
@@ -258,7 +263,7 @@ class StatusReader:
         return commits
 
     def _train(self, round_: Round, now: float) -> Pace:
-        lines = self._folder.training_lines(round_)
+        lines = self._lines.get(round_.index, [])
         pace = Pace(done=0, total=round_.plan.planned_steps, is_complete=False)
         if lines:
             pace = pace_of_steps(

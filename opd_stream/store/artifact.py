@@ -37,6 +37,7 @@ from opd_stream.store.recipe import Recipe, RecipeRecord, mend_recipe
 from opd_stream.store.sealed import (
     DamagedRecord,
     Sealed,
+    is_sound,
     load_record,
     publish_new_record,
     publish_record,
@@ -429,6 +430,8 @@ class Artifact:
 
     def _reason(self, path: Path, kind: type[RecipeRecord]) -> str | None:
         """What is wrong with a record of the artifact, or None."""
+        if is_sound(kind, path):
+            return None
         try:
             load_record(kind, path)
         except DamagedRecord as damaged:

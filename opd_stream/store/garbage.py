@@ -1,7 +1,7 @@
 """What a store no longer needs, and what is kept for good: `cache gc`, `cache pin`."""
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -197,19 +197,15 @@ def _read_recipes(store: Store) -> tuple[dict[str, RecipeRecord], dict[str, str]
     return recipes, unreadable
 
 
-def drop_states(
-    store: Store, latest: PolicyArtifact, *, keep: int, made_by: Collection[str]
-) -> list[str]:
-    """Drop the training state of all but the last policies of a run; returns their names.
+def old_states(store: Store, latest: PolicyArtifact, *, keep: int) -> list[PolicyArtifact]:
+    """The policies before the last ones of a run that still have files of training state.
 
-    The state of a policy stays that is pinned, that another run made, or that another run trains on
-    from. The oldest goes first, so that what a kill leaves is found by the next call.
+    The oldest comes first, so that what a kill leaves is found by the next call.
 
     Args:
         store: of the run.
         latest: policy of the last complete round.
         keep: policies, the latest one included, whose state stays.
-        made_by: ids of the run.
     """
     chain = [latest]
     while (before := chain[-1].recipe.inputs.get("optimizer")) is not None:
@@ -217,10 +213,21 @@ def drop_states(
         if not policy.is_complete() or (len(chain) > keep and not chain[-1].has_state()):
             break
         chain.append(policy)
+    return [policy for policy in reversed(chain[keep:]) if policy.holds_state()]
+
+
+def drop_states(
+    store: Store, policies: Sequence[PolicyArtifact], *, made_by: Collection[str]
+) -> list[str]:
+    """Drop the training state of policies of a run; returns their names.
+
+    The state of a policy stays that is pinned, that another run made, or that another run trains on
+    from; `made_by` are the ids of the run.
+    """
     others = [run for run in store.runs().values() if run.id not in made_by]
     pinned = _pinned(store)
     dropped: list[str] = []
-    for policy in reversed(chain[keep:]):
+    for policy in policies:
         is_ours = policy.manifest().outcome.made_by in made_by
         if is_ours and policy.name not in pinned and not _is_last_of_any(store, policy, others):
             dropped += [policy.name] if policy.has_state() else []

@@ -64,7 +64,7 @@ def entries(store: Store) -> Iterator[Entry]:
         try:
             if kind in SHARDED:
                 artifact = Artifact(store.root, _recipe(folder).recipe)
-                commits = artifact.commits()
+                commits = artifact.listed_commits()
                 units = (len(commits), len(artifact.units()))
                 counts = summed_counts(commits.values())
                 size = sum(commit.bytes for commit in commits.values())

@@ -358,6 +358,14 @@ class PolicyArtifact:
         """Whether training can go on from the policy: its state was not dropped."""
         return not self.manifest().dropped
 
+    def holds_state(self) -> bool:
+        """Whether files of its state are there, be it that a kill left them."""
+        manifest = self.manifest()
+        if any(map(_is_state, manifest.files)):
+            return True
+        folder = inside(self.artifact_folder, manifest.folder)
+        return any((folder / part).exists() for part in STATE)
+
     def drop_state(self) -> None:
         """Remove what only the next round's training reads; may be called again after a kill."""
         manifest = self.manifest()

@@ -11,10 +11,11 @@ import contextlib
 import errno
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from opd_stream.errors import UserError
 from opd_stream.section import Record, check_version, is_object, read_record
@@ -29,6 +30,7 @@ from opd_stream.store.files import (
 )
 
 NAME, DIGEST = "record", "digest"
+_DIGEST_FIELD = re.compile(rb'"digest":"([0-9a-f]{64})",')
 
 
 class DamagedRecord(UserError):
@@ -70,10 +72,42 @@ def load_record(kind: type[S], path: Path) -> S:
 
 
 def _load(kind: type[S], path: Path) -> S:
-    value = read_json(path)
+    data = _json_bytes(path)
+    record = None
+    if _is_as_written(data, _name(kind, path)):
+        with contextlib.suppress(ValidationError):  # of another version, which is named below
+            record = kind.model_validate_json(data)
+    return _checked(kind, path, data) if record is None else _in_place(record, path)
+
+
+def is_sound(kind: type[Sealed], path: Path) -> bool:
+    """Whether the bytes of a file are those that a record's writer wrote there; False: not known.
+
+    Reads no more than the bytes, which are enough in nearly all cases.
+    """
+    try:
+        return _is_as_written(_json_bytes(path), _name(kind, path))
+    except (OSError, UserError):
+        return False
+
+
+def _is_as_written(data: bytes, name: str) -> bool:
+    """Whether canonical JSON without its digest has that digest, and says this name."""
+    found = list(_DIGEST_FIELD.finditer(data))
+    if len(found) != 1 or f'"{NAME}":{json.dumps(name)}'.encode() not in data:
+        return False
+    rest = data[: found[0].start()] + data[found[0].end() :]
+    return sha256(rest).encode() == found[0][1]
+
+
+def _checked(kind: type[S], path: Path, data: bytes) -> S:
+    value = _parsed(data, path)
     check_version(kind, value, str(path))
     unsealed(value, path, _name(kind, path))
-    record = read_record(kind, value, str(path))
+    return _in_place(read_record(kind, value, str(path)), path)
+
+
+def _in_place(record: S, path: Path) -> S:
     reason = record.misplaced(path)
     if reason is not None:
         raise DamagedRecord(path, f"is damaged: {reason}")
@@ -132,12 +166,22 @@ def read_json(path: Path) -> Any:
         DamagedRecord: the file is not JSON, or no file (names it).
         UserError: the system does not let it be read.
     """
+    return _parsed(_json_bytes(path), path)
+
+
+def _parsed(data: bytes, path: Path) -> Any:
+    try:
+        return json.loads(data, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise DamagedRecord(path, f"is not valid JSON ({str(error)[:120]})") from error
+
+
+def _json_bytes(path: Path) -> bytes:
+    """The bytes of a JSON file; raises as `read_json`."""
     if not is_remote(path) and not path.is_file() and is_there(path):
         raise DamagedRecord(path, "is no file, or a link to none")
     try:
-        return json.loads(path.read_bytes(), object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
-        raise DamagedRecord(path, f"is not valid JSON ({str(error)[:120]})") from error
+        return path.read_bytes()
     except OSError as error:
         if error.errno == errno.ENOTDIR:
             raise FileNotFoundError(errno.ENOENT, "its folder is none", str(path)) from error

@@ -255,8 +255,8 @@ class Store:
         shared: str | None = None,
         *,
         keeps: bool = False,
-    ) -> None:
-        """Say what a run reaches, so that `gc` leaves it.
+    ) -> frozenset[str]:
+        """Say what a run reaches, so that `gc` leaves it; returns all names of the record.
 
         Args:
             run_id: id of the run.
@@ -284,12 +284,13 @@ class Store:
         is_new = before is None or before.as_json() != record.as_json()
         if is_new or time.time() - path.stat().st_mtime > REFRESH_SECONDS:
             publish_record(path, record)
+        return frozenset(artifacts)
 
     def add_to_run(
         self, run_id: str, folder: Path, artifacts: Collection[str], shared: str | None = None
-    ) -> None:
+    ) -> frozenset[str]:
         """As `record_run`, keeping what was recorded under this id before."""
-        self.record_run(run_id, folder, artifacts, shared, keeps=True)
+        return self.record_run(run_id, folder, artifacts, shared, keeps=True)
 
     def run(self, run_id: str) -> RunRecord | None:
         """What a run reaches, if it was recorded."""

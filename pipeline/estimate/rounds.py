@@ -7,6 +7,7 @@ shards, is what the estimate of the later ones follows from.
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from opd_stream.costs import (
     ModelShape,
@@ -463,6 +464,7 @@ class RunCosts:
         )
 
 
+@lru_cache(maxsize=4)  # a round asks for each of its artifacts twice
 def _commits(artifact: Artifact | None) -> dict[int, Commit]:
     """Unit -> commit record; from the manifest, one file, where the artifact is complete."""
     return {} if artifact is None else artifact.listed_commits()
@@ -494,8 +496,10 @@ def _sampled_units(
         sizes = {unit: min(prompts_per_unit, prompts - start) for unit, start in enumerate(starts)}
     found: dict[int, UnitRows] = {}
     for unit, size in sizes.items():
-        counts = expected_counts(size * samples, window, lengths, completions)
-        counts = _counts([commits[unit]]) if unit in commits else counts
+        if unit in commits:
+            counts = _counts([commits[unit]])
+        else:
+            counts = expected_counts(size * samples, window, lengths, completions)
         found[unit] = UnitRows(rows=size * samples, counts=counts, stored=counts)
     return found
 
