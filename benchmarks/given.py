@@ -1,7 +1,7 @@
 """Rollouts that the student did not write, as a share of every round: `make bench-given`.
 
     python -m benchmarks.given run       # runs that benchmarks/results/given.jsonl lacks
-    python -m benchmarks.given table     # the table of docs/results.md
+    python -m benchmarks.given table     # the table of docs/results-training.md
 
 Each run is the quickstart's config on problems with their worked solutions, three rounds of 64
 prompts and two epochs each, with a share of given rollouts and a window that cuts nothing; its last

@@ -12,7 +12,7 @@ from benchmarks.methods_rows import ROWS, TASKS, Row
 from opd_stream.tasks.pass_at_k import student_quantile
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGE = DOCS / "results.md"
+PAGE = DOCS / "results-methods.md"
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 ADAPTIVE_ROWS = ("ADWIN", "ADWIN, dense audit")
 WEEK_ROWS = ("full", "ESR 64", "ESR 128", "ESR 256", "TOPD 0.50", *ADAPTIVE_ROWS)
@@ -23,7 +23,7 @@ Line = dict[str, Any]
 
 
 def write(results: Path) -> None:
-    """Put the tables between their marks in docs/results.md, and draw the figures."""
+    """Put the tables between their marks in docs/results-methods.md, and draw the figures."""
     from benchmarks.methods_figures import draw
 
     lines = [json.loads(line) for line in results.open()]
@@ -46,6 +46,24 @@ def standard_error_of_mean(lines: list[Line]) -> float:
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
+def _against(lines: list[Line], full: dict[int, Line]) -> str:
+    """The mean difference to full rollouts with the same seed, and half of its interval."""
+    pairs = [(line, full[line["seed"]]) for line in lines if line["seed"] in full]
+    found = [_final([own], "pass@1")[0] - _final([other], "pass@1")[0] for own, other in pairs]
+    if not found or all(own is other for own, other in pairs):
+        return ""
+    return f"{_mean(found):+.3f}{half_interval(found)}"
+
+
+def half_interval(values: list[float]) -> str:
+    """Half of the 95 % interval of a mean over seeds, by Student's t; of three seeds or more."""
+    count = len(values)
+    if count < 3:
+        return ""
+    quantile = QUANTILES.get(count) or student_quantile(0.95, count - 1)
+    return f" ± {quantile * statistics.stdev(values) / count**0.5:.3f}"
+
+
 def spread(values: list[float]) -> str:
     """Mean over seeds, half of its 95 % interval (Student's t; of three seeds or more), range.
 
@@ -53,11 +71,8 @@ def spread(values: list[float]) -> str:
         >>> spread([0.91, 0.94, 0.95])
         '0.933 ± 0.052 (0.910 to 0.950)'
     """
-    count, half = len(values), ""
-    if count >= 3:
-        quantile = QUANTILES.get(count) or student_quantile(0.95, count - 1)
-        half = f" ± {quantile * statistics.stdev(values) / count**0.5:.3f}"
-    return f"{_mean(values):.3f}{half} ({min(values):.3f} to {max(values):.3f})"
+    mean = f"{_mean(values):.3f}{half_interval(values)}"
+    return f"{mean} ({min(values):.3f} to {max(values):.3f})"
 
 
 def cost_to(line: Line, target: float, cost: Callable[[Line], float]) -> float | None:
@@ -105,11 +120,13 @@ def _task(task: str, lines: list[Line]) -> str:
 def table(task: str, rows: Sequence[Row], lines: list[Line]) -> list[str]:
     """Rows of a task that have been measured, under the names of their groups."""
     target = target_of(lines, task)
+    full = {line["seed"]: line for line in _of(lines, task) if line["row"] == "full"}
     found = [
-        "| row | seeds | pass@1: mean, its 95 % interval, min to max | pass@8 | "
+        "| row | seeds | pass@1: mean, its 95 % interval, min to max | against full, seed by seed | "
+        "pass@8 | "
         "tokens generated / scored / trained, k | TFLOP | CPU s: generate + score + train | "
         "TFLOP to target | CPU s to target | reached |",
-        "|" + "---|" * 10,
+        "|" + "---|" * 11,
     ]
     group = ""
     for row in rows:
@@ -118,12 +135,12 @@ def table(task: str, rows: Sequence[Row], lines: list[Line]) -> list[str]:
             continue
         if row.group != group:
             group = row.group
-            found.append(f"| **{group}** |" + " |" * 9)
-        found.append(_row(row.name, measured, target))
+            found.append(f"| **{group}** |" + " |" * 10)
+        found.append(_row(row.name, measured, target, full))
     return found
 
 
-def _row(name: str, lines: list[Line], target: float) -> str:
+def _row(name: str, lines: list[Line], target: float, full: dict[int, Line]) -> str:
     ones, eights = _final(lines, "pass@1"), _final(lines, "pass@8")
     tokens = [
         _mean(sum(record["tokens"][kind] for record in line["rounds"]) for line in lines) / 1000
@@ -139,7 +156,7 @@ def _row(name: str, lines: list[Line], target: float) -> str:
         for cost in (flops, cpu_seconds)
     ]
     return (
-        f"| {name} | {len(lines)} | {spread(ones)} | "
+        f"| {name} | {len(lines)} | {spread(ones)} | {_against(lines, full)} | "
         f"{_mean(eights):.3f} | " + " / ".join(f"{value:.0f}" for value in tokens) + " | "
         f"{operations:.2f} | " + " + ".join(f"{value:.1f}" for value in seconds) + " | "
         f"{_median(costs[0], 1e12, 2)} | {_median(costs[1], 1, 1)} | "

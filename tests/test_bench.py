@@ -91,7 +91,9 @@ def test_a_table_has_the_rows_that_were_measured() -> None:
     lines = methods.read_results()
     found = methods_tables.table("ledger", ROWS["ledger"][:1], lines)
     assert len(found) == 4
-    assert found[3].startswith("| full | 5 | 0.938 ± 0.017 (0.914 to 0.948) |")
+    assert found[3].startswith("| full | 5 | 0.938 ± 0.017 (0.914 to 0.948) |  | 0.994 |")
+    found = methods_tables.table("ledger", ROWS["ledger"][1:2], lines)
+    assert found[3].startswith("| ESR 16 | 3 | 0.329 ± 0.064 (0.299 to 0.345) | -0.604 ± 0.099 |")
 
 
 @pytest.mark.slow
