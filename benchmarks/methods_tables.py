@@ -122,8 +122,8 @@ def table(task: str, rows: Sequence[Row], lines: list[Line]) -> list[str]:
     target = target_of(lines, task)
     full = {line["seed"]: line for line in _of(lines, task) if line["row"] == "full"}
     found = [
-        "| row | seeds | pass@1: mean, its 95 % interval, min to max | against full, seed by seed | "
-        "pass@8 | "
+        "| row | seeds | pass@1: mean, its 95 % interval, min to max | "
+        "against full, seed by seed | pass@8 | "
         "tokens generated / scored / trained, k | TFLOP | CPU s: generate + score + train | "
         "TFLOP to target | CPU s to target | reached |",
         "|" + "---|" * 11,
