@@ -9,7 +9,7 @@ segments, and one backward pass a segment gives them all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,8 @@ SKETCH_SIZE = 2**16
 
 class Window(Part):
     """New tokens of a rollout. A config names yours by import path: docs/interfaces.md."""
+
+    is_decided: ClassVar[bool] = False  # from round to round, by what training measures
 
     def tokens_at(self, step: int) -> int:
         """The window of an optimizer step, at least 1; it never falls from one step to the next."""
@@ -70,8 +72,39 @@ class LinearWindow(Window):
         return min(self.max_window_tokens, self.h0 + self.delta * (step // self.every))
 
 
+class EntropyGatedWindow(Window):
+    """Grows after each round in whose rollouts the teacher was sure.
+
+    Source: our reading of the entropy-gated length curriculum of 2605.16826.
+    """
+
+    kind: Literal["entropy_gated"] = "entropy_gated"
+    h0: int = Field(ge=1, description="new tokens in the first round")
+    delta: int = Field(ge=1, description="new tokens added")
+    threshold: float = Field(
+        default=0.5,
+        gt=0,
+        description="mean entropy of the teacher, over candidates and tail, of the tokens that a "
+        "round trains, up to which the next one's window grows, nats",
+    )
+    max_window_tokens: int = Field(ge=1, description="new tokens of a full rollout")
+
+    is_decided: ClassVar[bool] = True
+
+    def tokens_at(self, step: int) -> int:
+        """The window of the first round; entropies decide the later ones."""
+        return min(self.max_window_tokens, self.h0)
+
+    def after(self, tokens: int, entropy: float) -> int:
+        """The window of the round after one with so many tokens and so much entropy."""
+        grown = tokens + self.delta if entropy <= self.threshold else tokens
+        return min(self.max_window_tokens, grown)
+
+
 class AdaptiveWindow(Window):
     """Decided each round by an audit on full-length probes (ADWIN)."""
+
+    is_decided: ClassVar[bool] = True
 
     kind: Literal["adaptive"] = "adaptive"
     candidates: tuple[Annotated[int, Field(ge=1)], ...] = Field(
@@ -109,7 +142,14 @@ class AdaptiveWindow(Window):
 
 AnyWindow = Annotated[
     Window,
-    Kinds(FixedWindow, RatioWindow, LinearWindow, AdaptiveWindow, group="opd_stream.windows"),
+    Kinds(
+        FixedWindow,
+        RatioWindow,
+        LinearWindow,
+        EntropyGatedWindow,
+        AdaptiveWindow,
+        group="opd_stream.windows",
+    ),
 ]
 
 

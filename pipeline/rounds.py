@@ -13,7 +13,7 @@ from opd_stream.config import Config
 from opd_stream.outcome import TrainOutcome, WindowAudit
 from opd_stream.staleness import Staleness, may_run_ahead
 from opd_stream.store.policy import Part, PolicyArtifact
-from opd_stream.windows import AdaptiveWindow
+from opd_stream.windows import AdaptiveWindow, EntropyGatedWindow
 from pipeline.caches import (
     Cache,
     Kept,
@@ -114,6 +114,7 @@ def rounds(
     students, previous, first_step = [setup.student], None, 0
     outcome: TrainOutcome | None = None
     audit: WindowAudit | None = None
+    window: int | None = None
     ahead: Cache | None = None
     replayed, is_expected = replayed_caches(setup), False
     for round_index in range(setup.config.rounds):
@@ -121,7 +122,7 @@ def rounds(
             setup.config,
             round_index=round_index,
             first_step=first_step,
-            decided_window=None if audit is None else audit.window_tokens,
+            decided_window=window,
         )
         if replayed is not None:
             kept = Kept(caches=replayed[round_index])
@@ -146,12 +147,22 @@ def rounds(
             outcome = round_.policy.manifest().outcome
             first_step += outcome.steps
             audit = outcome.window_decision or audit
+            window = decided_window(setup.config, outcome, plan.window_tokens) or window
         elif expected:
             students.append(_expected_student(setup, round_index + 1))
             outcome, is_expected = None, True
             first_step += plan.planned_steps
         else:
             return
+
+
+def decided_window(config: Config, outcome: TrainOutcome, tokens: int) -> int | None:
+    """What a round with so many tokens decided about the next one's window; None: nothing."""
+    window = config.rollouts.window
+    if isinstance(window, EntropyGatedWindow):
+        entropy = outcome.epochs[0].teacher_entropy
+        return None if entropy is None else window.after(tokens, entropy)
+    return None if outcome.window_decision is None else outcome.window_decision.window_tokens
 
 
 def _round_caches(
@@ -236,8 +247,7 @@ def _probe_steps(setup: Setup, plan: RoundPlan, caches: Sequence[Cache]) -> tupl
 
 def _own_window(config: Config, plan: RoundPlan, caches: Sequence[Cache]) -> int | None:
     """The decided window, where none of the round's rollouts was made with it."""
-    is_decided = isinstance(config.rollouts.window, AdaptiveWindow)
-    if not is_decided or config.replay is not None:
+    if not config.rollouts.window.is_decided or config.replay is not None:
         return None
     return None if caches[-1].window_tokens == plan.window_tokens else plan.window_tokens
 

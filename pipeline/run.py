@@ -21,6 +21,7 @@ from opd_stream.store.artifact import Artifact, DamagedUnit
 from opd_stream.store.garbage import drop_states, old_states
 from opd_stream.store.policy import DamagedPolicy, Part, identify
 from opd_stream.store.store import Store
+from opd_stream.windows import EntropyGatedWindow
 from pipeline.accounting import Accounts, Span, busy_seconds, inputs_of
 from pipeline.lease import lease
 from pipeline.plan import is_due
@@ -461,6 +462,12 @@ def _say_next(session: Session, round_: Round) -> None:
     select, outcome = session.config.rollouts.select, round_.policy.manifest().outcome
     if (audit := outcome.window_decision) is not None:
         session.progress.say(f"next round: {audit.reason}")
+    window, entropy = session.config.rollouts.window, outcome.epochs[0].teacher_entropy
+    if isinstance(window, EntropyGatedWindow) and entropy is not None:
+        session.progress.say(
+            f"next round: window {window.after(round_.plan.window_tokens, entropy)}: teacher "
+            f"entropy {entropy:.3f} (threshold {window.threshold:g})"
+        )
     if select is not None and outcome.levels:
         session.progress.say(f"next round: {levels_text(select, outcome.levels)}")
 

@@ -28,7 +28,7 @@ from opd_stream.store.policy import UNREAD
 from opd_stream.store.shards import COMPLETIONS
 from opd_stream.store.store import Store
 from opd_stream.store.tokenizer_folder import misread_line, open_vocabulary
-from opd_stream.windows import AdaptiveWindow
+from opd_stream.windows import AdaptiveWindow, EntropyGatedWindow
 from stages.checkpoints import (
     Checkpoint,
     Vocabulary,
@@ -845,7 +845,7 @@ def largest_window(config: Config) -> int:
     Each of several teachers may score every row: which prompts their routes share is not known.
     """
     window = config.rollouts.window
-    if isinstance(window, AdaptiveWindow):
+    if isinstance(window, AdaptiveWindow | EntropyGatedWindow):
         return window.max_window_tokens
     planned = config.steps_of(len(config.teachers))
     return window.tokens_of_round((config.rounds - 1) * planned, planned)

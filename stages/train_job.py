@@ -22,7 +22,7 @@ from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
 from opd_stream.store.tree import load_tree
 from opd_stream.weighting import Weighting
-from opd_stream.windows import AdaptiveWindow, FixedWindow, Window
+from opd_stream.windows import FixedWindow, Window
 from stages.checkpoints import Vocabulary
 from stages.recipes import is_given, is_unscored
 from stages.reference import FirstStudent
@@ -228,8 +228,8 @@ class TrainJob:
         return TeacherHead(head=head, top_k=asked, vocabulary=candidates)
 
     def window(self) -> Window:
-        """The training window; an adaptive one is what the audit before the round decided."""
-        if isinstance(self.config.rollouts.window, AdaptiveWindow):
+        """The training window; one that is decided is what the round before decided."""
+        if self.config.rollouts.window.is_decided:
             return FixedWindow(tokens=self.window_tokens)
         return self.config.rollouts.window
 

@@ -27,7 +27,6 @@ from opd_stream.engines.server_client import PLACEMENT as SERVER_PLACEMENT
 from opd_stream.section import SEEDS, PathText, Section, later
 from opd_stream.sources import Prompts
 from opd_stream.staleness import Staleness
-from opd_stream.windows import AdaptiveWindow
 
 __all__ = [
     "PLACEMENT",
@@ -274,7 +273,7 @@ def counts_rounds(config: Config) -> bool:
         config.train.schedule != "constant"
         or config.train.warmup > 0
         or config.staleness.max_policies > 0
-        or isinstance(config.rollouts.window, AdaptiveWindow)
+        or config.rollouts.window.is_decided
     )
 
 

@@ -14,7 +14,7 @@ from opd_stream.config.sections import (
 from opd_stream.rendering import RawTemplate
 from opd_stream.sources import EmbeddedPrompts
 from opd_stream.store.codecs import CompactCodec, HiddenCodec, SampledCodec
-from opd_stream.windows import AdaptiveWindow, FixedWindow, LinearWindow
+from opd_stream.windows import AdaptiveWindow, EntropyGatedWindow, FixedWindow, LinearWindow
 
 if TYPE_CHECKING:
     from opd_stream.config import Config
@@ -434,7 +434,13 @@ def _window_conflicts(config: "Config") -> Iterator[str]:
             f"round 0 have {first} tokens, so that none is kept; lower min_tokens, or widen the "
             "window"
         )
-    if isinstance(window, LinearWindow) and window.h0 > window.max_window_tokens:
+    if isinstance(window, EntropyGatedWindow) and isinstance(config.scores.codec, SampledCodec):
+        yield (
+            "rollouts.window.kind is entropy_gated with scores.codec sampled, whose ids are draws "
+            "and no distribution; use codec compact or exact"
+        )
+    has_start = isinstance(window, LinearWindow | EntropyGatedWindow)
+    if has_start and window.h0 > window.max_window_tokens:
         yield (
             f"rollouts.window.h0 {window.h0} is larger than max_window_tokens "
             f"{window.max_window_tokens}; lower h0 or raise max_window_tokens"
@@ -462,7 +468,7 @@ def _window_conflicts(config: "Config") -> Iterator[str]:
                 "probes do not have; set rollouts.window.objective=sampled"
             )
     against = {
-        "rollouts.window.kind=adaptive": isinstance(window, AdaptiveWindow),
+        f"rollouts.window.kind={window.kind}": window.is_decided,
         "staleness.max_policies": bool(config.staleness.max_policies),
         "replay": config.replay is not None,
     }

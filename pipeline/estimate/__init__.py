@@ -16,7 +16,6 @@ from opd_stream.config import Config
 from opd_stream.costs import forward_flops
 from opd_stream.engines.base import MAX_LOGITS_PER_CHUNK, rows_per_chunk
 from opd_stream.store.files import is_remote
-from opd_stream.windows import AdaptiveWindow
 from pipeline.estimate.memory import training_memory
 from pipeline.estimate.reading import existing_folder, read_inputs
 from pipeline.estimate.result import BreakEven, Disk, Estimate, LogitMemory, RoundCost, StepCost
@@ -143,8 +142,8 @@ def _assumptions(costs: RunCosts, steps: list[StepCost]) -> Iterator[str]:
             "training is taken to use all epochs (staleness.max_epochs "
             f"{config.staleness.max_epochs}); drift may stop it earlier"
         )
-        if isinstance(config.rollouts.window, AdaptiveWindow):
-            yield "audits decide later windows; until then the latest one is taken"
+        if config.rollouts.window.is_decided:
+            yield "training decides later windows; until then the latest one is taken"
         if config.staleness.max_policies:
             yield "rounds that have no name yet are taken to sample all of their rollouts"
         if config.train.extrapolation is not None:

@@ -22,7 +22,7 @@ from opd_stream.store.files import is_remote
 from opd_stream.store.policy import PolicyArtifact
 from opd_stream.store.recipe import Recipe
 from opd_stream.store.store import Store
-from opd_stream.windows import AdaptiveWindow, FixedWindow
+from opd_stream.windows import FixedWindow
 from pipeline.caches import Cache
 from pipeline.estimate.prompts import TeacherPrompts
 from pipeline.estimate.reading import Problems, RunInputs
@@ -311,7 +311,7 @@ class RunCosts:
         per_epoch = -int(-rows // rows_per_step)
         steps = per_epoch * self.config.staleness.max_epochs
         window = self.config.rollouts.window
-        if isinstance(window, AdaptiveWindow):
+        if window.is_decided:
             window = FixedWindow(tokens=each.plan.window_tokens)
         shares: dict[int, float] = defaultdict(float)  # window -> of the rows of an epoch
         for step in range(steps):

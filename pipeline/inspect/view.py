@@ -28,7 +28,6 @@ from opd_stream.tokens import (
 )
 from opd_stream.types import last_turn
 from opd_stream.weighting import own_tokens, trained_mask
-from opd_stream.windows import AdaptiveWindow
 from pipeline.records import RoundPlanRecord
 from stages.recipes import is_given
 
@@ -110,7 +109,7 @@ class RoundReader:
     def windows(self) -> dict[int, int]:
         """Window -> the first planned step of the round that trains up to it."""
         plan, window = self.plan, self.config.rollouts.window
-        if isinstance(window, AdaptiveWindow):
+        if window.is_decided:
             return {plan.window_tokens: plan.first_step}
         steps = range(plan.first_step, plan.first_step + max(1, plan.planned_steps))
         return {window.tokens_at(step): step for step in reversed(steps)}
