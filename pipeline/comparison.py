@@ -91,7 +91,10 @@ def compare_many(
     interval = f"{100 * bootstrap.confidence:g}% interval"
     columns = ("benchmark", "problems", "figure", "policy", "value", "less the first", interval)
     table = result_table(
-        columns, left=("benchmark", "figure", "policy"), drops=("problems", "less the first")
+        columns,
+        left=("benchmark", "figure", "policy"),
+        drops=("problems", "less the first", interval),
+        folds=("benchmark", "policy"),
     )
     for name, figure in dict.fromkeys(
         (each.name, figure) for pair in found for each in pair for figure in each.figures

@@ -28,11 +28,13 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 LOG = logging.getLogger("opd_stream")
 RATE_SECONDS = 60.0  # rates are of the latest minute, or of two events if they are further apart
 LINE_SECONDS = 30.0  # between two lines of a stage where there are no bars
+NARROW, WIDE = 60, 110  # columns from which a line of progress has a bar, and a long one
 COUNTED = {"train": "steps", "verify": "artifacts"}  # what a stage counts, if not units
 
 
@@ -183,12 +185,15 @@ def facts_text(facts: dict[str, float], between: str) -> str:
 class Live:
     """Bars or clocks, shown between entering and leaving where somebody can see them."""
 
-    def __init__(self, *columns: str | ProgressColumn) -> None:
+    def __init__(
+        self, *columns: str | ProgressColumn, console: Console | None = None, expand: bool = False
+    ) -> None:
         self._live = shows_bars()
         self._bars = Progress(
             *columns,
-            console=Console(stderr=True),
+            console=console or Console(stderr=True),
             transient=True,
+            expand=expand,
             redirect_stdout=False,  # results stay apart from what is said about them
         )
 
@@ -260,20 +265,27 @@ class _StageState:
         return ", ".join([*words, facts] if facts else words)
 
 
+def bar_columns(width: int) -> list[ProgressColumn]:
+    """What a line of progress has: its name and M/N always, the rest as far as there is room."""
+    name = TextColumn("{task.description:>9}", table_column=Column(no_wrap=True))
+    done = MofNCompleteColumn(table_column=Column(no_wrap=True))
+    bar = [BarColumn(bar_width=24 if width >= WIDE else 10)] if width >= NARROW else []
+    elapsed = [TimeElapsedColumn(table_column=Column(no_wrap=True))] if width >= NARROW else []
+    rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    return [name, *bar, done, *elapsed, TextColumn("{task.fields[note]}", table_column=rest)]
+
+
 class TerminalProgress(Live):
     """`stages.step.Progress` for a person: one bar a stage; starting a stage again resets it.
 
     Without bars a stage has a line now and then, and one at its end.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(
-            TextColumn("{task.description:>9}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, console: Console | None = None
+    ) -> None:
+        console = console or Console(stderr=True)
+        super().__init__(*bar_columns(console.width), console=console, expand=True)
         self._clock = clock
         self._tasks: dict[str, TaskID] = {}
         self._stages: dict[str, _StageState] = {}

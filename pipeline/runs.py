@@ -224,7 +224,7 @@ def runs_table(runs: Sequence[RunOverview]) -> "ResultTable":
     from pipeline.console import age_text
     from pipeline.tables import result_table
 
-    table = result_table(COLUMNS, left=("run", "state"), drops=DROPS)
+    table = result_table(COLUMNS, left=("run", "state"), drops=DROPS, folds=("run",))
     for each in runs:
         figure = "" if each.value is None else f"{each.figure} {each.value:.3f}"
         done = "" if each.rounds is None else f"{each.rounds} of {each.rounds_planned}"

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Self
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
@@ -13,6 +14,7 @@ from rich.text import Text
 from pipeline.console import one_line
 
 PIPE_COLUMNS = 140  # of a table that goes to no terminal
+_FOLDED = 24  # columns that a name has at least, if it has as many characters
 _ENOUGH = 10_000  # columns in which every table fits
 
 
@@ -35,7 +37,7 @@ class ResultTable(Table):
         fitting = self
         for name in self.drops:
             wide = options.update(width=_ENOUGH, max_width=_ENOUGH)
-            if Measurement.get(console, wide, fitting).maximum <= options.max_width:
+            if fitting._least(console, wide) <= options.max_width:
                 break
             fitting = fitting._without(name)
             cells = [cell for each in self.columns if each.header == name for cell in each.cells]
@@ -43,6 +45,13 @@ class ResultTable(Table):
         yield from Table.__rich_console__(fitting, console, options)
         if left_out:
             yield Text(f"left out at this width: {', '.join(left_out)}", style="dim")
+
+    def _least(self, console: Console, wide: ConsoleOptions) -> int:
+        """Columns of the terminal that it takes with its long names folded."""
+        names = [each for each in self.columns if not each.no_wrap]
+        widths = (max((cell_len(str(cell)) for cell in each.cells), default=0) for each in names)
+        folded = sum(max(0, width - _FOLDED) for width in widths)
+        return Measurement.get(console, wide, self).maximum - folded
 
     def _without(self, header: str) -> Self:
         fewer = copy.copy(self)
@@ -53,7 +62,11 @@ class ResultTable(Table):
 
 
 def result_table(
-    columns: Iterable[str], *, left: Collection[str] = (), drops: Sequence[str] = ()
+    columns: Iterable[str],
+    *,
+    left: Collection[str] = (),
+    drops: Sequence[str] = (),
+    folds: Collection[str] = (),
 ) -> ResultTable:
     """An empty table of numbers.
 
@@ -61,10 +74,14 @@ def result_table(
         columns: their headers.
         left: those that hold words.
         drops: those that may be left out where it is narrow, the first one first.
+        folds: those whose cells may take several lines.
     """
     table = ResultTable(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.drops = drops
     for name in columns:
         justify = "left" if name in left else "right"
-        table.add_column(name, justify=justify, no_wrap=True, vertical="bottom")
+        is_one_line = name not in folds
+        table.add_column(
+            name, justify=justify, no_wrap=is_one_line, overflow="fold", vertical="bottom"
+        )
     return table

@@ -1,5 +1,6 @@
 """A student set up for training: Fabric, the objectives, the optimizer, and the loss of a batch."""
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -254,6 +255,8 @@ def open_loggers(names: Sequence[str], folder: Path, run_id: str) -> list[Logger
         folder: of the run.
         run_id: its id.
     """
+    for library in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(library).setLevel(logging.ERROR)  # the run says what there is to say
     found = list[Logger]()
     for name in names:
         if name == "tensorboard":

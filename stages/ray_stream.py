@@ -28,6 +28,8 @@ from opd_stream.errors import UserError
 from opd_stream.launcher import RemoteWorker
 from stages.workers import Role, Task, TaskResult, WorkerSpec, checked, results_of, worker_specs
 
+log = logging.getLogger("opd_stream")
+
 RESTARTS = 3  # of a worker; a unit that kills it four times ends the run
 
 
@@ -119,12 +121,14 @@ def start_cluster(pools: Pools, *, teachers: int = 1) -> bool:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     if address:
+        log.info("connecting to Ray at %s", address)
         ray.init(address=address, **quiet)
         return True
     asked = (pools.student, *[pools.teacher] * teachers)
     wanted = sum(pool.workers * pool.cpus for pool in asked)
     if pools.trainer.is_on_ray:
         wanted += pools.trainer.devices * pools.trainer.cpus
+    log.info("starting Ray on this machine, which takes some seconds")
     with _without_native_stderr():
         ray.init(
             address="local",

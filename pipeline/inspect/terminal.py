@@ -43,6 +43,7 @@ def print_worst(
 ) -> None:
     """The list of rollouts, the command that opens each, and lines on those without scores."""
     table = ResultTable(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.drops = ("at", "tokens", "sample", "finish", "largest", "verdict", "teacher")
     name = found[0].view.figure.name if found else ""
     teachers = [entry.view.located.cache.teacher or "" for entry in found]
     for column in ("", "prompt", "sample", "tokens", f"mean {name}", "largest", "at", "finish"):
