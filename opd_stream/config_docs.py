@@ -25,6 +25,9 @@ def config_markdown() -> str:
         "between two calls of a run and name no other artifact: "
         + ", ".join(f"`{name}`" for name in PLACEMENT)
         + ".",
+        "An editor with a YAML language server completes fields and shows mistakes, if "
+        "`opd-stream schema --out opd-stream.schema.json` writes the schema, and the first line of "
+        "a config names it: `# yaml-language-server: $schema=opd-stream.schema.json`.",
         "This page is written by `python -m opd_stream.config_docs > docs/config.md`.",
     ]
     waiting: list[type[BaseModel]] = [Config]

@@ -267,6 +267,6 @@ def test_scores_are_read_and_engines_named_without_torch(scored: str) -> None:
 
 
 def test_a_page_says_how_an_editor_finds_the_schema() -> None:
-    page = (ROOT / "docs" / "tutorial.md").read_text()
-    (line,) = re.findall(r"# yaml-language-server: \$schema=(\S+)", page)
+    page = (ROOT / "docs" / "config.md").read_text()
+    (line,) = re.findall(r"# yaml-language-server: \$schema=(\S+)`", page)
     assert f"opd-stream schema --out {line}" in page
