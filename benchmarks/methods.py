@@ -256,6 +256,8 @@ def distil(
             "policy_drift": report["policy_drift"],
             "decision": report["decision"],
             "window_decision": report["window_decision"],
+            "window_audits": report.get("window_audits", []),
+            "decision_age": report.get("decision_age"),
             "extrapolations": report["extrapolations"],
             "origins": [cache["origin"] for cache in report["caches"]],
             "by_position": report["epochs"][0]["by_position"],

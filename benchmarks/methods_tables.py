@@ -14,7 +14,7 @@ from opd_stream.tasks.pass_at_k import student_quantile
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "results-methods.md"
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
-ADAPTIVE_ROWS = ("ADWIN", "ADWIN, dense audit")
+ADAPTIVE_ROWS = ("ADWIN", "ADWIN, dense audit", "ADWIN, in-round audits")
 WEEK_ROWS = ("full", "ESR 64", "ESR 128", "ESR 256", "TOPD 0.50", *ADAPTIVE_ROWS)
 STAGES = ("generate", "score", "train")
 QUANTILES = {3: 4.303, 4: 3.182, 5: 2.776}  # of so few values the series is not exact

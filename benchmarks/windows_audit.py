@@ -24,7 +24,7 @@ from opd_stream.batches import collate
 from opd_stream.objectives import Bucket, SampledPg
 from opd_stream.store.reader import ScoredRows, open_scores
 from opd_stream.store.store import Store
-from stages.audit import audited_parameters, segment_sketches
+from stages.audit import parameter_groups, segment_sketches
 from stages.student_model import load_student
 
 SEED = 42  # the comparison has 0 to 4
@@ -46,7 +46,8 @@ def main() -> None:
     length = TASKS[arguments.task].full_tokens
     held = (
         f"rollouts.window={{kind: adaptive, candidates: [{arguments.window}], layers: 1, "
-        f"max_window_tokens: {length}, probe_rows: 1000, probe_share: 1.0, every_rounds: 2}}"
+        f"max_window_tokens: {length}, probe_rows: 1000, probe_share: 1.0, audit_steps: null, "
+        "every_rounds: 2, objective: sampled}"
     )
     with tempfile.TemporaryDirectory() as temporary:
         for trained, settings in ((length, []), (arguments.window, [held])):
@@ -67,16 +68,17 @@ def _products(folder: Path, number: int, task: str) -> dict[str, Array]:
     base = Path(policies[number - 1]) if number else start
     rows = _full_rollouts(folder / "store", number)
     student = load_student(base, lora=None, initial=base, gradient_checkpointing=False).eval()
-    parameters = audited_parameters(student, layers=1)
+    groups = parameter_groups(student, layers=1)
     found: dict[str, Array] = {}
     for name, objective in OBJECTIVES.items():
         sketches: list[torch.Tensor] = []
         for place in range(len(rows)):
             # Tokens count alike whatever the length of their row: training takes a token mean.
             batch = collate([rows[place]], window_tokens=2**31, tokens_of_step=1)
-            sketches += segment_sketches(
-                student, batch, CANDIDATES[task], parameters, objectives=(objective,)
+            parts = segment_sketches(
+                student, batch, CANDIDATES[task], groups, objectives=(objective,)
             )
+            sketches += [one for (one,) in parts]
         matrix = torch.stack(sketches).double()
         shape = (len(rows), len(sketches) // len(rows)) * 2
         found[name] = (matrix @ matrix.T).numpy().reshape(shape)

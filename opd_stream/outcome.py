@@ -133,6 +133,9 @@ class WindowAudit(WindowDecision):
     """The same, decided on probes, with what the audit cost."""
 
     probe_rows: int
+    steps: int = 0  # of the round, before it
+    layers: int | None = None  # the last ones; None: all parameters
+    layer_gap: float | None = None  # of cosines to all parameters', at the run's first audit
     seconds: float
     cpu_seconds: float
 
@@ -163,7 +166,9 @@ class TrainOutcome(Record):
     units: tuple[UnitRecord, ...] = ()  # where units may outlive their policy
     extrapolations: tuple[ExtrapolationRecord, ...] = ()
     held_out_rows: int = later(default=0)  # of the rows, those that scored them and did not train
-    window_decision: WindowAudit | None = None
+    window_decision: WindowAudit | None = None  # the round's last, for the next one
+    window_audits: tuple[WindowAudit, ...] = later(default=())  # all of them, within the round
+    decision_age: int | None = later(default=None)  # of a step's window, in steps, at most
     levels: tuple[LevelRate, ...] = later(default=())  # that decide the next round's prompts
     processes: int
     gradient_checkpointing: bool = False  # each forward pass was done twice

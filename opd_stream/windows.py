@@ -2,7 +2,7 @@
 
 A round's rollouts are generated with the window of its last planned step; training masks each step
 to its own window, so a stored row is used exactly as far as the schedule says. The adaptive window
-is decided by an audit instead: windows are nested, so the gradient of every prefix is a sum of
+is decided by audits instead: windows are nested, so the gradient of every prefix is a sum of
 segments, and one backward pass a segment gives them all.
 """
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SKETCH_SIZE = 2**16
+LAYER_GAP = 0.05  # of cosines, between those of some layers and of all parameters
 
 
 class Window(Part):
@@ -102,7 +103,7 @@ class EntropyGatedWindow(Window):
 
 
 class AdaptiveWindow(Window):
-    """Decided each round by an audit on full-length probes (ADWIN)."""
+    """Decided by audits on full-length probes, every few steps of training (ADWIN, 2605.28396)."""
 
     is_decided: ClassVar[bool] = True
 
@@ -114,30 +115,51 @@ class AdaptiveWindow(Window):
     start: int | None = Field(
         default=None, ge=1, description="window of the first round; null: the last candidate"
     )
+    audit_steps: int | None = Field(
+        default=5,
+        ge=1,
+        description="optimizer steps from one audit to the next, within a round and at its end; "
+        "null: one before a round, for the next",
+    )
     threshold: float = Field(
         default=2**-0.5, gt=0, le=1, description="cosine from which a prefix stands for the whole"
     )
     probe_rows: int = Field(default=64, ge=1, description="unfinished rollouts continued, at most")
     probe_share: float = Field(
-        default=0.05, gt=0, le=1, description="of a round's rollouts, at most (never below 2 rows)"
+        default=0.1, gt=0, le=1, description="of a round's rollouts, at most (never below 2 rows)"
     )
-    every_rounds: int = Field(default=1, ge=1, description="rounds from one audit to the next")
+    every_rounds: int = Field(
+        default=1, ge=1, description="rounds from one audit to the next, where audit_steps is null"
+    )
+    fallback: Literal["full", "last"] = Field(
+        default="full", description="where no candidate is admissible: full rollouts, or the last"
+    )
     objective: Literal["sampled", "trained"] = Field(
-        default="sampled",
+        default="trained",
         description="whose gradients are compared: that of the drawn tokens, or train.objective",
     )
     metric: Literal["identity", "adam"] = Field(
         default="identity", description="of the cosine; adam: divided by root second moments"
     )
-    layers: int = Field(default=2, ge=1, description="last layers whose gradients are compared")
-    hysteresis: bool = Field(default=False, description="move one candidate a round at most")
+    layers: int | None = Field(
+        default=None,
+        ge=1,
+        description="last layers whose gradients are compared; null: so many that the first "
+        f"audit's cosines are within {LAYER_GAP} of those of all parameters",
+    )
+    hysteresis: bool = Field(default=False, description="move one candidate an audit at most")
     smoothing: float = Field(
         default=0.0, ge=0, lt=1, description="share of the cosines of the audit before"
     )
 
     def tokens_at(self, step: int) -> int:
-        """The window of the first round; an audit decides the later ones."""
+        """The window of the first round's rollouts; audits decide the later ones."""
         return self.start or self.candidates[-1]
+
+    @property
+    def fallback_tokens(self) -> int:
+        """The window where no candidate is admissible."""
+        return self.max_window_tokens if self.fallback == "full" else self.candidates[-1]
 
 
 AnyWindow = Annotated[
@@ -154,7 +176,7 @@ AnyWindow = Annotated[
 
 
 class WindowDecision(Record):
-    """The window of the next round, with the numbers that chose it."""
+    """The window until the next audit, with the numbers that chose it."""
 
     window_tokens: int
     cosines: tuple[float, ...]  # of each candidate's gradient with that of the full rollouts
@@ -167,6 +189,7 @@ def choose_window(
     candidates: Sequence[int],
     *,
     threshold: float = 2**-0.5,
+    fallback: int | None = None,
     current: int | None = None,
     earlier: Sequence[float] = (),
     smoothing: float = 0.0,
@@ -178,34 +201,58 @@ def choose_window(
             last candidate: one more than candidates.
         candidates: windows, ascending.
         threshold: sqrt(2) / 2 is a signal-to-noise ratio of 1.
-        current: with hysteresis, the window now; the next is at most one candidate away.
+        fallback: the window where none is admissible; None: the last candidate.
+        current: with hysteresis, the window now; the next is at most one rung away.
         earlier: cosines of the audit before, for smoothing.
         smoothing: their share.
     """
-    import torch
-
-    full = torch.stack(list(segments)).sum(0)
-    run = torch.zeros_like(full)
-    cosines: list[float] = []
-    for segment in segments[: len(candidates)]:
-        run = run + segment
-        cosines.append(torch.cosine_similarity(run, full, dim=0, eps=1e-30).item())
+    cosines = prefix_cosines(segments)
     if earlier and smoothing:
         pairs = zip(cosines, earlier, strict=True)
         cosines = [(1 - smoothing) * now + smoothing * before for now, before in pairs]
     admissible = [place for place, cosine in enumerate(cosines) if cosine >= threshold]
-    place = admissible[0] if admissible else len(candidates) - 1
+    rungs = sorted({*candidates, fallback or candidates[-1]})
+    place = admissible[0] if admissible else len(rungs) - 1
     if current is not None:
-        here = max((p for p, c in enumerate(candidates) if c <= current), default=0)
+        here = max((p for p, c in enumerate(rungs) if c <= current), default=0)
         place = min(max(place, here - 1), here + 1)
     measured = ", ".join(f"{c}: {v:.3f}" for c, v in zip(candidates, cosines, strict=True))
-    why = f"window {candidates[place]}" if admissible else f"fell back to {candidates[place]}"
+    why = f"window {rungs[place]}" if admissible else f"fell back to {rungs[place]}"
     return WindowDecision(
-        window_tokens=candidates[place],
+        window_tokens=rungs[place],
         cosines=tuple(cosines),
         fell_back=not admissible,
         reason=f"{why}: cosines {measured} (threshold {threshold:.3f})",
     )
+
+
+def prefix_cosines(segments: Sequence[Tensor]) -> list[float]:
+    """Cosine of the sum of the first 1, 2, ... segments with that of all, without the last."""
+    import torch
+
+    sums = torch.stack(list(segments)).cumsum(0)
+    cosines = torch.cosine_similarity(sums[:-1], sums[-1:], dim=1, eps=1e-30)
+    return [cosine.item() for cosine in cosines]
+
+
+def fewest_groups(
+    parts: Sequence[Sequence[Tensor]], *, within: float = LAYER_GAP
+) -> tuple[int, float]:
+    """How many of the first groups of parameters stand for all, and the largest gap of cosines.
+
+    Args:
+        parts: of each segment the gradients (or sketches) of each group.
+        within: of every candidate's cosine over all groups.
+    """
+    import torch
+
+    whole = prefix_cosines([torch.cat(list(groups)) for groups in parts])
+    for count in range(1, len(parts[0])):
+        some = prefix_cosines([torch.cat(list(groups[:count])) for groups in parts])
+        gap = max(abs(one - other) for one, other in zip(some, whole, strict=True))
+        if gap <= within:
+            return count, gap
+    return len(parts[0]), 0.0
 
 
 def sketch(gradients: Sequence[Tensor], *, seed: int = 0) -> Tensor:

@@ -260,6 +260,8 @@ def round_report(
         extrapolations=outcome.extrapolations,
         held_out_rows=outcome.held_out_rows,
         window_decision=outcome.window_decision,
+        window_audits=outcome.window_audits,
+        decision_age=outcome.decision_age,
         sampler_gap=outcome.start.sampler_gap,
         trained_share=outcome.trained_share,
         cut_share=outcome.cut_tokens / max(outcome.cached_tokens or 0, 1),
@@ -425,9 +427,10 @@ class RoundWork:
         return found
 
     def audit_cpu_seconds(self) -> float:
-        """CPU seconds of probes and of the decision they serve."""
-        audit = self.outcome.window_decision
-        return _cpu_seconds(self.commits(self.probes)) + (audit.cpu_seconds if audit else 0.0)
+        """CPU seconds of probes and of the decisions they serve."""
+        decided, audits = self.outcome.window_decision, self.outcome.window_audits
+        audits = audits or (() if decided is None else (decided,))
+        return _cpu_seconds(self.commits(self.probes)) + sum(each.cpu_seconds for each in audits)
 
     def reused(self) -> RoundReuse:
         """What was made by others."""

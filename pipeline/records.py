@@ -262,7 +262,9 @@ class RoundReport(Sealed):
     processes: int = 1
     extrapolations: tuple[ExtrapolationRecord, ...] = ()
     held_out_rows: int = later(default=0)  # of the rows, those that scored them and did not train
-    window_decision: WindowAudit | None = None
+    window_decision: WindowAudit | None = None  # the last of its audits, for the next round
+    window_audits: tuple[WindowAudit, ...] = later(default=())  # within the round
+    decision_age: int | None = later(default=None)  # of a step's window, in steps, at most
     trained_share: float | None = None  # of the cached completion tokens
     cut_share: float = 0.0  # of them, behind the training window
     sampler_gap: float | None = None

@@ -227,11 +227,13 @@ def round_steps(
 
 
 def _probe_steps(setup: Setup, plan: RoundPlan, caches: Sequence[Cache]) -> tuple[Step, ...]:
-    """Probes of fresh rollouts and their scores, in rounds whose audit decides the next window."""
+    """Probes of fresh rollouts and their scores, in rounds that audit the window."""
     window = setup.config.rollouts.window
     fresh = next((cache.rollouts for cache in caches if cache.origin == "fresh"), None)
     is_last = plan.round_index == setup.config.rounds - 1
-    if not isinstance(window, AdaptiveWindow) or fresh is None or is_last:
+    if not isinstance(window, AdaptiveWindow) or fresh is None:
+        return ()
+    if is_last and window.audit_steps is None:
         return ()
     if plan.round_index % window.every_rounds:
         return ()

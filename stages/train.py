@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -56,7 +57,8 @@ from opd_stream.store.files import whole_or_gone
 from opd_stream.store.policy import OPTIMIZER
 from opd_stream.store.reader import ScoredRows
 from opd_stream.store.tree import save_tree
-from stages.audit import audit
+from opd_stream.windows import AdaptiveWindow, FixedWindow, Window
+from stages.audit import Probes, audit, open_probes
 from stages.extrapolate import Extrapolator, held_out, open_extrapolator, save_base
 from stages.learner import Learner, measure_units, open_fabric, open_learner
 from stages.step import Progress
@@ -92,14 +94,14 @@ def train_here(job: TrainJob, progress: Progress, fabric: Fabric) -> None:
     _quiet()
     torch.set_num_threads(job.config.train.threads)
     with _memory_explained():
-        audited = audit(job) if fabric.is_global_zero else None
         training = open_training(job, progress, fabric)
         if training.state.start is None:
             measure_start(training)
+        audit_window(training)
         progress.start("train", training.planned_steps, training.state.steps)
         while not training.state.is_over:
             train_epoch(training)
-        publish(training, measure_end(training), audited)
+        publish(training, measure_end(training))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +114,7 @@ class Training:
     rows: ScoredRows
     plan: BatchPlan
     extrapolator: Extrapolator | None
+    probes: Probes | None  # of audits of the window
     progress: Progress
     clock: Clock
 
@@ -125,6 +128,17 @@ class Training:
     @property
     def fabric(self) -> Fabric:
         return self.learner.fabric
+
+    @property
+    def audit_steps(self) -> int | None:
+        """Steps from one audit of the window to the next; None: none within the round."""
+        window = self.job.config.rollouts.window
+        return window.audit_steps if isinstance(window, AdaptiveWindow) else None
+
+    @property
+    def is_last_round(self) -> bool:
+        """Whether no round follows."""
+        return self.job.round_index == self.job.config.rounds - 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -154,6 +168,7 @@ def open_training(job: TrainJob, progress: Progress, fabric: Fabric) -> Training
         extrapolator=open_extrapolator(
             job, learner, rows, plan, None if checkpoint is None else checkpoint.base
         ),
+        probes=open_probes(job, rows),
         progress=progress,
         clock=clock,
     )
@@ -172,6 +187,7 @@ def train_epoch(training: Training) -> None:
         skipped=state.steps - epoch * training.steps_per_epoch,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
+        decided=lambda: decided_window(training),
     )
     since = time.perf_counter()
     for step in steps:
@@ -188,10 +204,59 @@ def train_epoch(training: Training) -> None:
         decision = decide(training)
         if decision is not None:
             end_epoch(training, decision)
+        audit_window(training)
         if state.steps % training.job.config.train.checkpoint_steps == 0:
             checkpoint(training)
         if decision is not None:
             return
+
+
+def audit_window(training: Training) -> None:
+    """Decide the window where that is due: before the round, every few steps, and at its end.
+
+    The first process audits the weights of all; what it decides is in the next checkpoint.
+    """
+    state, job, learner = training.state, training.job, training.learner
+    before = state.audits[-1] if state.audits else None
+    if training.probes is None or (state.is_over and training.is_last_round):
+        return
+    if before is not None:
+        every, since = training.audit_steps, state.steps - before.steps
+        if every is None or not since or (since < every and not state.is_over):
+            return
+    window, weights, moments = job.config.rollouts.window, learner.weights(), dict[str, Any]()
+    if isinstance(window, AdaptiveWindow) and window.metric == "adam":
+        moments = learner.moments()
+    found: dict[str, Any] | None = None
+    if training.fabric.is_global_zero:
+        found = audit(
+            job,
+            training.probes,
+            steps=state.steps,
+            weights=weights,
+            moments=moments,
+            earlier=before or job.earlier_decision,
+            current=job.window_tokens if before is None else before.window_tokens,
+        ).as_json()
+    state.audits.append(WindowAudit.model_validate(training.fabric.broadcast(found)))
+
+
+def decided_window(training: Training) -> Window | None:
+    """What an audit within the round decided, as far as cached rows reach; None: nothing."""
+    if not training.audit_steps or not training.state.audits:
+        return None
+    tokens = training.state.audits[-1].window_tokens
+    return FixedWindow(tokens=min(tokens, training.job.cached_tokens or tokens))
+
+
+def decision_age(training: Training) -> dict[str, int]:
+    """For the line of a step that was just taken: the age of its window in steps."""
+    state = training.state
+    if not training.audit_steps or not state.audits:
+        return {}
+    age = state.steps - 1 - state.audits[-1].steps
+    state.decision_age = max(age, state.decision_age or 0)
+    return {"decision_age": age}
 
 
 def take_step(training: Training, step: StepBatches, rate: float) -> tuple[dict[str, float], float]:
@@ -273,6 +338,7 @@ def report_step(
         "step": step.number,
         "learning_rate": rate,
         "window_tokens": step.window_tokens,
+        **decision_age(training),
         "trained_tokens": int(sums["tokens"]),
         **({"mean_tokens": round(step.cached_tokens / step.rows, 2)} if step.rows else {}),
         "grad_norm": grad_norm,
@@ -439,7 +505,7 @@ def checkpoint(training: Training) -> None:
         save_checkpoint(Path(training.job.scratch), whole)
 
 
-def publish(training: Training, units: tuple[UnitRecord, ...], audited: WindowAudit | None) -> None:
+def publish(training: Training, units: tuple[UnitRecord, ...]) -> None:
     """Write the policy; every process helps to gather it, the first one writes."""
     job, learner, state = training.job, training.learner, training.state
     trained = learner.weights() if job.is_sharded else {}
@@ -475,7 +541,9 @@ def publish(training: Training, units: tuple[UnitRecord, ...], audited: WindowAu
         units=units,
         extrapolations=tuple(state.extrapolations),
         held_out_rows=len(training.plan.held_out),
-        window_decision=audited,
+        window_decision=state.audits[-1] if state.audits and not training.is_last_round else None,
+        window_audits=tuple(state.audits) if training.audit_steps else (),
+        decision_age=state.decision_age,
         levels=job.levels,
         processes=training.fabric.world_size,
         gradient_checkpointing=job.config.train.gradient_checkpointing,

@@ -4,7 +4,7 @@ The order of an epoch is a function of (seed, first step of the round, epoch, nu
 step is the same rows whatever the number of processes: its micro-batches are dealt out to them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
@@ -143,12 +143,17 @@ def read_epoch(
     skipped: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    decided: Callable[[], Window | None] = lambda: None,
 ) -> Iterator[StepBatches]:
-    """The steps of an epoch, without the first ones, as one of `world_size` processes does them."""
+    """The steps of an epoch, without the first ones, as one of `world_size` processes does them.
+
+    `decided` is asked before each step for its window; None: that of the plan.
+    """
     steps = plan.epoch_steps(len(rows), epoch)
     first = plan.first_step + epoch * len(steps) + skipped
     ahead = rows.ahead([position for step in steps[skipped:] for position in step])
     for number, step in enumerate(steps[skipped:], start=first):
+        plan = replace(plan, window=decided() or plan.window)
         whole, window = list(islice(ahead, len(step))), plan.window.tokens_at(number)
         masks = [own_tokens(row) for row in whole if not plan.is_given(row)]
         chosen = [plan.used(row) for row in whole]

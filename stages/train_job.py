@@ -104,6 +104,14 @@ class TrainJob:
         own = [recipe for recipe in self._rollouts() if not is_given(recipe)]
         return all(recipe.settings.get("temperature", 1.0) == 1.0 for recipe in own)
 
+    @property
+    def cached_tokens(self) -> int | None:
+        """The longest window of the student's own rows; None: not known, of imported ones."""
+        own = [recipe for recipe in self._rollouts() if not is_given(recipe)]
+        if any("window_tokens" not in recipe.settings for recipe in own):
+            return None
+        return max((recipe.settings["window_tokens"] for recipe in own), default=None)
+
     def _rollouts(self) -> list[Recipe]:
         """The recipes of the rollouts of each cache."""
         store = self.store()

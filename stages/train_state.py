@@ -23,7 +23,13 @@ from pydantic import BaseModel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opd_stream.drift import NAMES
-from opd_stream.outcome import EpochRecord, ExtrapolationRecord, StartDrift, read_metrics
+from opd_stream.outcome import (
+    EpochRecord,
+    ExtrapolationRecord,
+    StartDrift,
+    WindowAudit,
+    read_metrics,
+)
 from opd_stream.store.files import publish, sha256_file, sync_tree, whole_or_gone
 from opd_stream.store.sealed import DamagedRecord, Sealed, load_record, publish_record
 from opd_stream.store.tree import load_tree, save_tree
@@ -50,6 +56,8 @@ class TrainState(BaseModel):
     recent_sums: dict[str, float] = {}  # since the latest look at drift
     epochs: list[EpochRecord] = []
     extrapolations: list[ExtrapolationRecord] = []
+    audits: list[WindowAudit] = []  # of the window, within the round
+    decision_age: int | None = None  # of the window of a step, in steps, at most
     seconds: float = 0.0  # of training, over all calls, up to the checkpoint
     cpu_seconds: float = 0.0
 

@@ -1,20 +1,23 @@
 """The adaptive window: its decision on made-up gradients, and its audit on real ones."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+from opd_stream.batches import Batch
 from opd_stream.errors import UserError
 from opd_stream.objectives import Bucket, Objective, SampledPg
 from opd_stream.store import open_scores
-from opd_stream.windows import FixedWindow, choose_window, sketch
+from opd_stream.windows import FixedWindow, choose_window, fewest_groups, prefix_cosines, sketch
 from pipeline.run_folder import RunFolder
-from stages.audit import audited_parameters, segment_sketches
+from stages.audit import parameter_groups, segment_sketches
 from stages.step import Silent
-from stages.student_model import load_student
+from stages.student_model import StudentModel, load_student
 from stages.train_data import BatchPlan, step_batches
 from tests.conftest import MODELS, SmallRuns, reports_of, run, small_config
 
@@ -80,61 +83,167 @@ def test_segments_add_up_to_the_gradient_of_the_whole(
     (batch,) = step_batches([rows[n] for n in range(6)], plan, 0)
     folder = MODELS / "ledger-student"
     student = load_student(folder, lora=None, initial=folder, gradient_checkpointing=False).eval()
-    whole = student(batch, (objective,), merge_terminators=True, limit=None).loss
-    parameters = audited_parameters(student, layers=1)
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(whole, parameters)])
-    segments = segment_sketches(student, batch, (10, 20), parameters, objectives=(objective,))
-    assert len(segments) == 3
-    if len(expected) == len(segments[0]):
-        torch.testing.assert_close(sum(segments), expected, rtol=1e-3, atol=1e-6)
-    else:
-        torch.testing.assert_close(sum(segments), sketch([expected]), rtol=1e-3, atol=1e-6)
+    for layers in (None, 1):  # of all parameters the head is one, too
+        groups = parameter_groups(student, layers=layers)
+        assert len(groups) == (1 if layers else 4)
+        if layers is None:
+            assert sum(map(len, groups)) == len(list(student.parameters()))
+        whole = student(batch, (objective,), merge_terminators=True, limit=None).loss
+        flat = [parameter for group in groups for parameter in group]
+        gradients = iter(torch.autograd.grad(whole, flat))
+        segments = segment_sketches(student, batch, (10, 20), groups, objectives=(objective,))
+        assert len(segments) == 3
+        for number, group in enumerate(groups):
+            expected = sketch([next(gradients) for _ in group])
+            found = torch.stack([parts[number] for parts in segments]).sum(0)
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_last_layers_that_stand_for_all_parameters() -> None:
+    """Both candidates' cosines are 0.707 of all, 1 of the first group, 0.714 of the first two."""
+    parts = [[unit(1, 0), unit(0, 0), unit(0, 0)], [unit(0, 0), unit(0, 0.98), unit(0, 0.2)]]
+    count, gap = fewest_groups(parts)
+    assert count == 2
+    assert gap == pytest.approx(0.007, abs=1e-3)
+    assert fewest_groups(parts, within=0.001) == (3, 0.0)
+    assert fewest_groups(parts, within=0.5)[0] == 1
+
+
+def test_chosen_layers_have_the_cosines_of_all_parameters(small_runs: SmallRuns) -> None:
+    (scores,) = (small_runs("rounds=1", "evaluation=null") / "store" / "scores").iterdir()
+    rows = open_scores(scores)
+    plan = BatchPlan(
+        rows_per_step=8,
+        tokens_per_microbatch=10**6,
+        seed=0,
+        first_step=0,
+        window=FixedWindow(tokens=48),
+    )
+    (batch,) = step_batches([rows[n] for n in range(6)], plan, 0)
+    folder = MODELS / "ledger-student"
+    student = load_student(folder, lora=None, initial=folder, gradient_checkpointing=False).eval()
+    objective, candidates = (Bucket(direction="reverse"),), (4, 10, 20)
+    groups = parameter_groups(student, layers=None)
+    parts = segment_sketches(student, batch, candidates, groups, objectives=objective)
+    exact = [
+        torch.cat([g.flatten() for g in gradients])
+        for gradients in _exact_segments(student, batch, candidates, objective)
+    ]
+    expected = prefix_cosines(exact)
+    assert prefix_cosines([torch.cat(each) for each in parts]) == pytest.approx(expected, abs=0.02)
+    count, gap = fewest_groups(parts)
+    assert gap <= 0.05
+    if count < len(groups):
+        few = parameter_groups(student, layers=count)
+        parts = segment_sketches(student, batch, candidates, few, objectives=objective)
+        assert prefix_cosines([one for (one,) in parts]) == pytest.approx(expected, abs=0.07)
+
+
+def _exact_segments(
+    student: StudentModel,
+    batch: Batch,
+    candidates: tuple[int, ...],
+    objectives: tuple[Objective, ...],
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The gradients of all parameters, as a training step of the segment alone has them."""
+    for low, high in pairwise((0, *candidates, 10**6)):
+        inside_N = (batch.positions_N >= low) & (batch.positions_N < high)
+        own = replace(batch, weights_N=batch.weights_N * inside_N)
+        loss = student(own, objectives, merge_terminators=True, limit=None).loss
+        yield torch.autograd.grad(loss, list(student.parameters()))
 
 
 ADAPTIVE = (
     "rollouts.window={kind: adaptive, candidates: [8, 16, 32], max_window_tokens: 64, start: 16, "
-    "probe_rows: 4, probe_share: 0.5, metric: adam}"
+    "probe_rows: 4, probe_share: 0.5, metric: adam, audit_steps: 3}"
 )
+PLAIN = ("rounds=3", "evaluation=null", "train.learning_rate=1e-3")
 
 
 def test_a_run_takes_the_windows_its_audits_decide(tmp_path: Path) -> None:
-    summary = run(
-        small_config(tmp_path, "rounds=3", "evaluation=null", ADAPTIVE),
-        RunFolder(tmp_path / "run"),
-        Silent(),
-    )
-    reports = [
-        json.loads((tmp_path / "run" / "rounds" / f"{n:04d}" / "report.json").read_text())
-        for n in range(3)
-    ]
+    config = small_config(tmp_path, *PLAIN, ADAPTIVE)
+    directory = RunFolder(tmp_path / "run")
+    summary = run(config, directory, Silent())
+    reports = reports_of(directory)
     assert reports[0]["window_tokens"] == 16
-    for now, following in pairwise(reports):
-        decision = now["window_decision"]
-        assert decision["window_tokens"] == following["window_tokens"]
-        assert decision["probe_rows"] == 4
-        assert len(decision["cosines"]) == 3
-        replayed = [
-            c for c, v in zip((8, 16, 32), decision["cosines"], strict=True) if v >= 2**-0.5
-        ]
-        assert decision["window_tokens"] == (replayed or [32])[0]  # from the report alone
-        assert now["tokens"]["probed"] > 4 * now["window_tokens"]
-        assert now["tokens"]["generated"] > now["tokens"]["trained"] / 2
-    assert reports[2]["window_decision"] is None  # nothing follows that it could decide
-    assert reports[2]["tokens"]["probed"] == 0
-    again = run(
-        small_config(tmp_path, "rounds=3", "evaluation=null", ADAPTIVE),
-        RunFolder(tmp_path / "again"),
-        Silent(),
-    )
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    for now, following in zip(reports, [*reports[1:], None], strict=True):
+        audits = now["window_audits"]
+        ends = [0, 3] if following is None else [0, 3, 4]  # nothing follows the last step
+        assert [audit["steps"] for audit in audits] == ends
+        for audit in audits:
+            assert audit["probe_rows"] == 4
+            assert (audit["layers"], audit["layer_gap"]) == (
+                reports[0]["window_audits"][0]["layers"],
+                reports[0]["window_audits"][0]["layer_gap"],
+            )
+            found = zip((8, 16, 32), audit["cosines"], strict=True)
+            admissible = [c for c, v in found if v >= 2**-0.5]
+            assert audit["window_tokens"] == (admissible or [64])[0]  # from the report alone
+        steps = [line for line in lines if line["round"] == now["round"]]
+        assert [line["decision_age"] for line in steps] == [0, 1, 2, 0]
+        assert now["decision_age"] == 2
+        first, second = (min(audit["window_tokens"], now["window_tokens"]) for audit in audits[:2])
+        assert [line["window_tokens"] for line in steps] == [first] * 3 + [second]
+        assert now["tokens"]["probed"] > 4 * now["window_tokens"] or now["window_tokens"] == 64
+        if following is not None:
+            assert now["window_decision"] == audits[-1]
+            assert following["window_tokens"] == audits[-1]["window_tokens"]
+    assert reports[2]["window_decision"] is None
+    again = run(config, RunFolder(tmp_path / "again"), Silent())
     assert again["policies"] == summary["policies"]
     assert again["tokens"]["generated"] == 0
+
+
+class Stops(Silent):
+    """Fails at the given step of training."""
+
+    def __init__(self, step: int) -> None:
+        self._left = step
+
+    def advance(self, stage: str, count: int, tokens: int = 0, **facts: float) -> None:
+        self._left -= bool(count and stage == "train")
+        if not self._left:
+            raise ConnectionError("stopped")
+
+
+def test_a_run_stopped_within_an_epoch_takes_the_same_windows(tmp_path: Path) -> None:
+    settings = (*PLAIN, "rounds=2", ADAPTIVE, "train.checkpoint_steps=2")
+    whole = run(small_config(tmp_path / "a", *settings), RunFolder(tmp_path / "a/run"), Silent())
+    config, directory = small_config(tmp_path / "b", *settings), RunFolder(tmp_path / "b" / "run")
+    for step in (3, 4):  # behind a checkpoint, and of the next call behind an audit
+        with pytest.raises(ConnectionError):
+            run(config, directory, Stops(step))
+    assert run(config, directory, Silent())["policies"] == whole["policies"]
+    one, other = reports_of(RunFolder(tmp_path / "a/run")), reports_of(directory)
+    for field in ("window_tokens", "decision_age"):
+        assert [report[field] for report in one] == [report[field] for report in other]
+    decided = [
+        [{k: v for k, v in audit.items() if "seconds" not in k} for audit in each["window_audits"]]
+        for each in (*one, *other)
+    ]
+    assert decided[:2] == decided[2:]
+
+
+def test_where_no_rollout_was_cut_finished_ones_are_audited(tmp_path: Path) -> None:
+    window = (
+        "rollouts.window={kind: adaptive, candidates: [8, 16], max_window_tokens: 208, start: 208, "
+        "audit_steps: 2, threshold: 0.001}"
+    )
+    directory = RunFolder(tmp_path / "run")
+    run(small_config(tmp_path, "rounds=2", "evaluation=null", window), directory, Silent())
+    first, second = reports_of(directory)
+    assert first["window_audits"][0]["probe_rows"] >= 2
+    assert first["window_audits"][0]["steps"] == 0
+    assert second["window_tokens"] == 8  # full rollouts are left again
 
 
 def test_units_kept_from_a_longer_window_train_at_the_decided_one(tmp_path: Path) -> None:
     """Every candidate passes so low a threshold: 8 tokens are decided after a round at 32."""
     window = (
         "rollouts.window={kind: adaptive, candidates: [8, 16], max_window_tokens: 64, start: 32, "
-        "probe_rows: 4, probe_share: 1, threshold: 0.001}"
+        "probe_rows: 4, probe_share: 1, threshold: 0.001, audit_steps: null, "
+        "objective: sampled, layers: 2}"
     )
     kept = ("staleness.max_policies=9", "staleness.policy_drift=9", "train.learning_rate=1e-5")
     directory = RunFolder(tmp_path / "run")
@@ -159,7 +268,7 @@ def test_an_audit_can_read_the_objective_that_trains(tmp_path: Path, objective: 
     for audited in ("sampled", "trained"):
         settings = (
             "rollouts.window={kind: adaptive, candidates: [8, 16, 32], max_window_tokens: 64, "
-            f"start: 16, objective: {audited}}}"
+            f"start: 16, audit_steps: null, objective: {audited}}}"
         )
         choice = f"train.objective={{kind: {objective}}}"
         config = small_config(tmp_path, "rounds=2", "evaluation=null", settings, choice)
@@ -185,6 +294,7 @@ def test_a_probe_has_no_draws_for_objective_mc(tmp_path: Path) -> None:
     [
         ("candidates: [16, 8]", "expected ascending windows"),
         ("candidates: [16, 64]", "not below max_window_tokens 64"),
+        ("candidates: [16], every_rounds: 2", "set audit_steps=null"),
     ],
 )
 def test_candidates_that_contradict_each_other_are_one_line(

@@ -104,7 +104,8 @@ def _kill_group(child: int) -> None:
 EVERY_METHOD = (
     "rounds=3",
     "rollouts.student_top_k=5",
-    "rollouts.window={kind: adaptive, candidates: [16, 32], max_window_tokens: 48, start: 16}",
+    "rollouts.window={kind: adaptive, candidates: [16, 32], max_window_tokens: 48, start: 16, "
+    "audit_steps: 3}",
     "train.gate={blocks: spans}",
     "train.freshness={}",
     "train.extrapolation={rows: 4}",

@@ -461,6 +461,12 @@ def _window_conflicts(config: "Config") -> Iterator[str]:
                 f"rollouts.window.candidates end at {rising[-1]}, which is not below "
                 f"max_window_tokens {window.max_window_tokens}; raise max_window_tokens"
             )
+        if window.audit_steps is not None and window.every_rounds > 1:
+            yield (
+                f"rollouts.window.every_rounds is {window.every_rounds} with audits every "
+                f"{window.audit_steps} steps of each round; set audit_steps=null, or leave "
+                "every_rounds out"
+            )
         reads_draws = any(part.reads == "draws" for part in config.train.objective)
         if window.objective == "trained" and reads_draws:
             yield (
