@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from opd_stream.config import PLACEMENT, Config, counts_rounds
 from opd_stream.costs import (
@@ -259,9 +259,7 @@ def round_report(
         processes=outcome.processes,
         extrapolations=outcome.extrapolations,
         held_out_rows=outcome.held_out_rows,
-        window_decision=outcome.window_decision,
-        window_audits=outcome.window_audits,
-        decision_age=outcome.decision_age,
+        **_windows(outcome),
         sampler_gap=outcome.start.sampler_gap,
         trained_share=outcome.trained_share,
         cut_share=outcome.cut_tokens / max(outcome.cached_tokens or 0, 1),
@@ -283,6 +281,12 @@ def round_report(
 
 def _share(counts: Mapping[str, float], part: str, whole: str) -> float:
     return counts.get(part, 0) / max(counts.get(whole, 0), 1)
+
+
+def _windows(outcome: TrainOutcome) -> dict[str, Any]:
+    """What audits of the window decided."""
+    names = ("window_decision", "window_audits", "decision_age")
+    return {name: getattr(outcome, name) for name in names}
 
 
 def _dropped_counts(caches: Sequence[Cache]) -> dict[str, float]:
