@@ -24,6 +24,7 @@ from opd_stream.store.store import Store
 from opd_stream.windows import EntropyGatedWindow
 from pipeline.accounting import Accounts, Span, busy_seconds, inputs_of
 from pipeline.lease import lease
+from pipeline.logged import RunLog
 from pipeline.plan import is_due
 from pipeline.records import RunSummary
 from pipeline.rounds import Round, checkpoint_of, rounds
@@ -67,6 +68,11 @@ class Session:
     opened: set[str | None] = field(default_factory=set)  # names of teachers, but the first
     checked: set[tuple[Checkpoint, Part]] = field(default_factory=set)  # that were read whole
 
+    @property
+    def log(self) -> RunLog:
+        """What the run's loggers are told through."""
+        return RunLog(self.config, self.folder.path, self.run_id)
+
     def reach(self, names: set[str]) -> None:
         """Tell the store what is about to be read or made, so that `gc` leaves it."""
         self.reached |= names
@@ -109,6 +115,8 @@ def run(config: Config, folder: RunFolder, progress: Progress) -> RunSummary:
             started=started,
         )
         session.reach(inputs_of(setup))
+        if not folder.is_finished(config):
+            session.log.config()
         evaluate_policy(session, setup.student, setup.vocabulary, version=0, step=0)
         if not folder.has_summary():
             accounts.write_summary(session.call_seconds(earlier))
@@ -142,6 +150,8 @@ def make_rounds(
             is_changed = len(session.spans) > worked
             accounts.write_round(round_, is_changed=is_changed)
             if is_changed:
+                if report := session.folder.report(round_.index):
+                    session.log.round(report)
                 accounts.write_summary(session.call_seconds(earlier))
         accounts.mend_metrics()
     except DamagedPolicy as damaged:
@@ -532,17 +542,7 @@ def evaluate_policy(
     if step is not None and len(session.spans) > worked and config.train.loggers:
         found = evaluation_record(config, store, policy, vocabulary, ())
         assert found is not None  # measured above
-        _log(session, logged_figures(found), step)
-
-
-def _log(session: Session, figures: dict[str, float], step: int) -> None:
-    """Tell the run's loggers the figures of a policy."""
-    from stages.learner import open_loggers
-
-    loggers = open_loggers(session.config.train.loggers, session.folder.path, session.run_id)
-    for logger in loggers:
-        logger.log_metrics(figures, step)
-        logger.finalize("success")
+        session.log.figures(logged_figures(found), step)
 
 
 def _measure_distance(session: Session, steps: dict[str, Step]) -> None:

@@ -1,6 +1,5 @@
 """Everything that is the same in all rounds, checked before any work."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -343,7 +342,8 @@ def teacher_rendering(config: Config) -> Rendering | None:
 
 def check_extras(config: Config) -> None:
     """Refuse what needs a library that is not installed, before any work."""
-    wanted = [("train.loggers", name, name) for name in config.train.loggers]
+    named = [logger.kind for logger in config.train.loggers if logger.is_named]
+    wanted = [("train.loggers", name, name) for name in named]
     if config.train.lora is not None:
         wanted.append(("train.lora", "peft", "peft"))
         if config.train.lora.base != "stored":
@@ -357,20 +357,10 @@ def check_extras(config: Config) -> None:
                 f"{field} needs the library {library}, which is not installed; "
                 f"pip install {package}, or take it out"
             )
-    if "wandb" in config.train.loggers:
-        _check_wandb()
+    if config.train.loggers:
+        from stages.loggers import check_loggers
 
-
-def _check_wandb() -> None:
-    """Refuse logger wandb without credentials, which would be asked for after paid work."""
-    offline = ("offline", "disabled", "dryrun")
-    known = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in offline
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    if not known and not (netrc.is_file() and "wandb" in netrc.read_text(errors="replace")):
-        raise UserError(
-            "train.loggers names wandb, and there are no credentials (no WANDB_API_KEY, nothing in "
-            f"{netrc}); call `wandb login`, set WANDB_MODE=offline, or leave it out"
-        )
+        check_loggers(config.train.loggers)
 
 
 def check_distance(config: Config) -> None:

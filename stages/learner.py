@@ -1,15 +1,13 @@
 """A student set up for training: Fabric, the objectives, the optimizer, and the loss of a batch."""
 
-import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.plugins import ClusterEnvironment, MixedPrecision
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
@@ -23,6 +21,7 @@ from opd_stream.objectives import Objective
 from opd_stream.rebuilt import TeacherHead
 from opd_stream.store.reader import ScoredRows, epoch_order
 from opd_stream.weighting import Weighting
+from stages.loggers import open_loggers
 from stages.master_weights import MasterWeights
 from stages.student_model import StudentModel
 from stages.train_data import BatchPlan
@@ -245,26 +244,3 @@ class _MixedPrecision(MixedPrecision):
 
     def convert_output(self, data: Any) -> Any:
         return data
-
-
-def open_loggers(names: Sequence[str], folder: Path, run_id: str) -> list[Logger]:
-    """Loggers beside the run's own files, by their names in `train.loggers`.
-
-    Args:
-        names: of the loggers.
-        folder: of the run.
-        run_id: its id.
-    """
-    for library in ("lightning.fabric", "lightning.pytorch"):
-        logging.getLogger(library).setLevel(logging.ERROR)  # the run says what there is to say
-    found = list[Logger]()
-    for name in names:
-        if name == "tensorboard":
-            from lightning.fabric.loggers.tensorboard import TensorBoardLogger
-
-            found.append(TensorBoardLogger(folder, name=name, version=""))
-        else:
-            from lightning.pytorch.loggers import WandbLogger
-
-            found.append(WandbLogger(name=folder.name, save_dir=folder, id=run_id))
-    return found

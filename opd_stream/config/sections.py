@@ -18,6 +18,7 @@ from opd_stream.environments import Environment
 from opd_stream.errors import UserError
 from opd_stream.fetching import local_folder
 from opd_stream.filters import Keep
+from opd_stream.loggers import AnyLogger
 from opd_stream.objectives import AnyObjective, SampledPg
 from opd_stream.rendering import ChatTemplate, Rendering, Template
 from opd_stream.section import SEEDS, Section, Temperature, is_list, is_object, later
@@ -557,8 +558,8 @@ class Train(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="less memory, a second forward pass"
     )
-    loggers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
-        default=(), description="beside metrics.jsonl and metrics.csv"
+    loggers: tuple[AnyLogger, ...] = Field(
+        default=(), description="beside metrics.jsonl and metrics.csv; a name stands for its kind"
     )
     threads: int = Field(
         default=1, ge=1, le=1024, description="CPU threads; more help on idle cores only"

@@ -76,7 +76,7 @@ def needed_packages(config: Config) -> dict[str, tuple[str, ...]]:
             found["bitsandbytes"] = ("train.lora.base", "bitsandbytes")
     if config.train.optimizer == "adamw-8bit":
         found["bitsandbytes"] = ("train.optimizer", "bitsandbytes")
-    found |= {name: ("train.loggers", name) for name in config.train.loggers}
+    found |= {e.kind: ("train.loggers", e.kind) for e in config.train.loggers if e.is_named}
     if "://" in config.store:
         found["upath"] = ("store", "universal-pathlib")
     if config.store.startswith("s3://"):
