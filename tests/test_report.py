@@ -23,7 +23,7 @@ pytest.importorskip("altair", reason="pip install 'opd-stream[report]' brings wh
 import vl_convert
 
 from pipeline.report.accuracy import COSTS, spent
-from pipeline.report.page import page, write_report
+from pipeline.report.page import page, watch_report, write_report
 from pipeline.report.read import read_run, read_runs
 from pipeline.report.rounds import cache_exhibit
 from pipeline.report.samples import samples
@@ -284,6 +284,26 @@ def test_sample_texts_are_those_of_the_store_and_lead_to_pages(
     assert links == [f"report-rollouts/0/{index}/index.html" for index in (0, 1)]
     assert all((tmp_path / link).is_file() for link in links)
     assert (tmp_path / "report-rollouts" / "0" / "1" / "0002.html").is_file()
+
+
+def test_a_watched_run_is_written_until_it_is_finished(folder: Path, tmp_path: Path) -> None:
+    place, out = tmp_path / "run", tmp_path / "report.html"
+    shutil.copytree(folder / "first", place)
+    (place / "summary.json").rename(tmp_path / "later.json")
+    said, pages = list[str](), list[str]()
+
+    def wait(seconds: float) -> None:
+        pages.append(out.read_text())
+        if len(pages) == 2:
+            (tmp_path / "later.json").rename(place / "summary.json")
+
+    watch_report([place], out, say=said.append, wait=wait)
+    assert len(pages) == 2
+    assert all('<input type="checkbox" checked value="20">' in each for each in pages)
+    assert "unfinished" in Page(pages[0]).text
+    assert 'checkbox" checked value' not in out.read_text()
+    assert "finished, 2 rounds" in Page(out.read_text()).text
+    assert ["written again every 20 s" in line for line in said] == [True, False]
 
 
 def test_without_the_store_a_sentence_stands_for_the_sample_texts(

@@ -207,17 +207,22 @@ def report(
         int,
         typer.Option(min=0, metavar="N", help="Also a folder of pages: N rollouts a round."),
     ] = 0,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Write it again until the runs are finished.")
+    ] = False,
 ) -> None:
     """Show runs on one HTML page: accuracy, cost, drift, decisions, lineage."""
     from opd_stream.errors import UserError
 
     try:
-        from pipeline.report.page import write_report
+        from pipeline.report.page import watch_report, write_report
     except ModuleNotFoundError as error:
         raise UserError(
             f"opd-stream report needs the library {error.name}, which is not installed; "
             "pip install 'opd-stream[report]'"
         ) from error
+    if watch:
+        return watch_report(run_dirs, out, rollouts=rollouts, say=echo)
     echo(write_report(run_dirs, out, rollouts=rollouts))
 
 

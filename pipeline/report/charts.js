@@ -48,3 +48,6 @@ const sizes = new ResizeObserver(entries => {
   });
 });
 document.querySelectorAll('.chart').forEach(chart => sizes.observe(chart));
+
+const reload = document.querySelector('.reload input');
+if (reload) setInterval(() => reload.checked && !document.hidden && location.reload(), 1000 * reload.value);

@@ -1,8 +1,9 @@
 """The page: everything that was read and drawn, in one template that escapes all text."""
 
 import hashlib
+import time
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -37,16 +38,20 @@ EXHIBITS = {
     "stages": stage_exhibit,
     "lineage": lineage_exhibit,
 }
+WATCH_SECONDS = 20  # between two pages of runs that are watched
 MOST_OPEN = 6  # rounds whose decisions are open at first
 
 
-def write_report(folders: list[Path], out: Path, *, rollouts: int = 0) -> str:
+def write_report(
+    folders: list[Path], out: Path, *, rollouts: int = 0, reload_seconds: int = 0
+) -> str:
     """Write the page of some runs; returns the line to print.
 
     Args:
         folders: of the runs.
         out: the HTML file.
         rollouts: of each round with a sample text, how many become pages beside it.
+        reload_seconds: after which the page in a browser reads the file again; 0: never.
 
     Raises:
         UserError: a run or, of `rollouts`, its store cannot be read, or a file cannot be written.
@@ -60,9 +65,37 @@ def write_report(folders: list[Path], out: Path, *, rollouts: int = 0) -> str:
     beside = out.with_name(f"{out.stem}-rollouts") if rollouts else None
     if beside is not None:
         _write_rollouts(runs, beside, rollouts)
-    data = page(runs, "" if beside is None else beside.name).encode()
+    folder = "" if beside is None else beside.name
+    data = page(runs, folder, reload_seconds=reload_seconds).encode()
     publish(out, data)
     return f"{out}: {len(folders)} run{'s' if len(folders) > 1 else ''}, {len(data) / 1e3:,.0f} kB"
+
+
+def watch_report(
+    folders: list[Path],
+    out: Path,
+    *,
+    rollouts: int = 0,
+    say: Callable[[str], None],
+    wait: Callable[[float], None] = time.sleep,
+) -> None:
+    """Write the page again and again, until the runs are finished; raises as `write_report`.
+
+    Args:
+        folders: of the runs.
+        out: the HTML file, which a browser reads again by itself meanwhile.
+        rollouts: as in `write_report`.
+        say: told the first line and the last.
+        wait: for so many seconds.
+    """
+    is_first = True
+    while not all(each.summary and each.summary.finished for each in read_runs(folders)):
+        line = write_report(folders, out, rollouts=rollouts, reload_seconds=WATCH_SECONDS)
+        if is_first:
+            say(f"{line}; written again every {WATCH_SECONDS} s until the runs are finished")
+        is_first = False
+        wait(WATCH_SECONDS)
+    say(write_report(folders, out, rollouts=rollouts))
 
 
 def _write_rollouts(runs: Sequence[Run], folder: Path, count: int) -> None:
@@ -79,7 +112,7 @@ def _write_rollouts(runs: Sequence[Run], folder: Path, count: int) -> None:
             write_pages([each.view for each in found], lines, folder / f"{place}" / f"{index}")
 
 
-def page(runs: Sequence[Run], rollouts: str = "") -> str:
+def page(runs: Sequence[Run], rollouts: str = "", *, reload_seconds: int = 0) -> str:
     """The HTML of some runs; `rollouts`: the folder beside it with pages of them, if any."""
     environment = Environment(
         loader=PackageLoader("pipeline.report", "."),
@@ -109,6 +142,7 @@ def page(runs: Sequence[Run], rollouts: str = "") -> str:
         ],
         samples=[samples(run) for run in runs],
         rollouts=rollouts,
+        reload_seconds=reload_seconds,
         most_open=MOST_OPEN,
         text=text,
     )
