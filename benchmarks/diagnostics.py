@@ -31,13 +31,14 @@ from opd_stream.engines.transformers_engine import TransformersEngine
 from opd_stream.errors import UserError
 from opd_stream.store.reader import ScoredRow, open_scores
 from opd_stream.tasks import ledger
-from opd_stream.tasks.judges import BuiltInJudge, open_judge
+from opd_stream.tasks.judges import embedded_judge
 from opd_stream.types import PromptBatch
 from pipeline.run_folder import RunFolder
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
 SEED = 42  # the comparison has 0 to 4
 PARTS = 4  # of a full-length rollout
+PARTS_OF_MODEL = ("attention", "mlp", "embeddings", "norms")
 MODULES = {"embed": "embeddings", "lm_head": "embeddings", "attn": "attention", "mlp": "mlp"}
 
 Array = NDArray[np.float64]
@@ -148,7 +149,7 @@ def _geometry_line(name: str, update: Weights, start: Weights, *cosines: str) ->
     directions = [top_energy(torch.linalg.svdvals(w)) for w in moved]
     entries = top_energy(torch.cat([w.flatten() for w in update.values()]))
     total = norm(update) ** 2
-    shares = dict.fromkeys(("attention", "mlp", "embeddings", "norms"), 0.0)
+    shares: dict[str, float] = dict.fromkeys(PARTS_OF_MODEL, 0.0)
     for each, w in update.items():
         shares[module_of(each)] += float(w.square().sum()) / total
     return (
@@ -192,7 +193,6 @@ def continued(task: str, rows: Sequence[ScoredRow], length: int) -> tuple[float,
     """
     teacher, full = MODELS / f"{task}-teacher", TASKS[task].full_tokens
     tokenizer = AutoTokenizer.from_pretrained(teacher, local_files_only=True)
-    judge = open_judge(BuiltInJudge(kind="ledger"))
     answers = _answers(task, [row.prompt_id for row in rows])
     texts = [row.completion_ids.tolist() for row in rows]
     is_open = [len(ids) > length for ids in texts]
@@ -217,7 +217,9 @@ def continued(task: str, rows: Sequence[ScoredRow], length: int) -> tuple[float,
         for at, place in enumerate(places):
             texts[place] = [*texts[place][:length], *by_place[at].tolist()]
     said = tokenizer.batch_decode(texts, skip_special_tokens=True)
-    right = judge.verdicts(list(zip(said, answers, strict=True)))
+    right = embedded_judge(cast("ledger.Task", task)).verdicts(
+        list(zip(said, answers, strict=True))
+    )
     return sum(right) / len(right), 1 - sum(is_open) / len(is_open)
 
 

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from opd_stream.engines import open_engine
 from opd_stream.engines.base import SamplingSettings
 from opd_stream.tasks import ledger
+from opd_stream.tasks.judges import embedded_judge
 from opd_stream.tasks.pass_at_k import pass_at_k, standard_error
 from opd_stream.types import PromptBatch
 
@@ -17,7 +18,7 @@ from opd_stream.types import PromptBatch
 def evaluate(
     folder: Path, task: ledger.Task, *, problems: int, samples: int, seed: int, window_tokens: int
 ) -> dict[str, Any]:
-    """Sampled at temperature 1, judged by the task's program."""
+    """Sampled at temperature 1, judged by the task's judge."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     chosen = ledger.make_problems(count=problems, seed=seed, task=task)
     engine = open_engine(engine="transformers", folder=folder, dtype="float32", batch_rows=128)
@@ -39,8 +40,11 @@ def evaluate(
     )
     answers = {problem.problem_id: problem.answer for problem in chosen}
     right = dict.fromkeys(answers, 0)
-    for prompt_id, text in zip(rollouts.prompt_id, texts, strict=True):
-        right[prompt_id] += ledger.is_correct(text, answers[prompt_id])
+    pairs = [(text, answers[name]) for name, text in zip(rollouts.prompt_id, texts, strict=True)]
+    for name, is_right in zip(
+        rollouts.prompt_id, embedded_judge(task).verdicts(pairs), strict=True
+    ):
+        right[name] += is_right
     counts = list(right.values())
     return {
         "pass@1": pass_at_k(counts, samples=samples, k=1),

@@ -77,6 +77,7 @@ class RowFile(Section):
 TASKS: dict[str, Task] = {
     "ledger": Task(full_tokens=208, rounds=8, curve_rounds=(1, 2, 3, 4, 6), final_problems=96),
     "routine": Task(full_tokens=864, rounds=8, curve_rounds=(1, 2, 3, 4, 6), final_problems=64),
+    "programs": Task(full_tokens=80, rounds=8, curve_rounds=(1, 2, 4), final_problems=48),
 }
 
 

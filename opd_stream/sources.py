@@ -44,8 +44,9 @@ class UnreadableDataset(UserError):
 class EmbeddedPrompts(Section):
     """The embedded tasks: generated problems with answers a program can check."""
 
-    kind: Literal["ledger", "routine"] = Field(
-        description="ledger: a few days, solutions of 170 tokens; routine: some weeks, of 600"
+    kind: Literal["ledger", "routine", "programs"] = Field(
+        description="ledger: a few days, solutions of 170 tokens; routine: some weeks, of 600; "
+        "programs: small functions, of 40, for judge code"
     )
     count: int = Field(ge=1, le=10_000_000, description="number of problems")
     seed: int = Field(

@@ -8,6 +8,7 @@ incoherent: the student learns a habit, not noise.
 import random
 
 from opd_stream.tasks.ledger import Entry, StepWriter
+from opd_stream.tasks.programs import Hand, Operation
 
 SLIP_RATE = 0.004  # a digit read or written wrongly, as people do
 
@@ -44,3 +45,13 @@ def make_careless_step(rng: random.Random, forget_rate: float) -> StepWriter:
 
 def _slip(rng: random.Random, value: int, limit: int) -> int:
     return rng.randrange(limit) if rng.random() < SLIP_RATE else value
+
+
+def make_careless_hand(rng: random.Random, rate: float) -> Hand:
+    """A hand that writes that share of the sentences that invite it in their careless way."""
+
+    def write_careless(operation: Operation) -> str:
+        is_careless = operation.careless is not None and rng.random() < rate
+        return operation.careless or "" if is_careless else operation.right
+
+    return write_careless

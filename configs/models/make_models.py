@@ -2,10 +2,10 @@
 
     python configs/models/make_models.py --out configs/models --task ledger
     python configs/models/make_models.py --out configs/models --task routine
+    python configs/models/make_models.py --out configs/models --task programs
 
-All have the same Qwen3 architecture and 380 thousand parameters. A teacher sees only correct
-solutions. A student sees as many, of other problems, and then a corpus in which carries are
-forgotten (careless.py).
+All have the same Qwen3 architecture and 360 to 380 thousand parameters. A teacher sees only correct
+solutions. A student sees as many, of other problems, and then a careless corpus (careless.py).
 
 Seeds. Nothing that a number is reported on was trained or tuned on:
     0, 1, 2, ...            prompts of distillation runs
@@ -22,22 +22,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
-from careless import make_careless_step
 from model_training import Example, ExampleSource, train_phase
 from pairs import PAIRS, Lesson, Pair
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from opd_stream.tasks.ledger import (
-    LedgerProblem,
-    StepWriter,
-    is_correct,
-    make_problems,
-    prompt_text,
-    write_step,
-)
+from opd_stream.tasks.judges import Judge, embedded_judge
+from opd_stream.tasks.ledger import LedgerProblem, make_problems, prompt_text
 
 SUMMARY = "Make a pair of tiny models, or measure those that are there."
 PAD, EOS, BOS = SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>"]
@@ -74,13 +68,13 @@ def make_and_evaluate(role: str, arguments: argparse.Namespace) -> str:
         make_model = make_teacher if role == "teacher" else make_student
         save(make_model(pair, tokenizer), tokenizer, folder, pair.max_completion_tokens)
     problems = make_problems(count=arguments.problems, seed=arguments.seed, task=arguments.task)
-    return evaluate(folder, problems, seed=arguments.seed)
+    return evaluate(folder, problems, embedded_judge(arguments.task), seed=arguments.seed)
 
 
 def make_tokenizer(pair: Pair) -> PreTrainedTokenizerFast:
     """Byte-level, so every text has ids; each digit is a token of its own."""
     rng = random.Random(f"tokenizer/{TOKENIZER_SEED}")
-    texts = ["\n".join(pair.habit.draw(rng, write_step)) for _ in range(3000)]
+    texts = ["\n".join(pair.habit.draw(rng, pair.careful)) for _ in range(3000)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -125,7 +119,7 @@ def make_student(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCaus
         tokenizer,
         random.Random(f"student/{STUDENT_SEED}/careless"),
         pair.habit,
-        lambda rng: make_careless_step(rng, pair.forget_rate),
+        pair.careless,
     )
     train_phase(model, pair.habit.phase("student, careless", careless), seed=STUDENT_SEED)
     return model
@@ -142,7 +136,7 @@ def learn(
     """The clean lessons of a pair, in order."""
     rng = random.Random(stream)
     for lesson in pair.lessons:
-        clean = example_source(tokenizer, rng, lesson, lambda rng: write_step)
+        clean = example_source(tokenizer, rng, lesson, lambda _: pair.careful)
         train_phase(model, lesson.phase(f"{stream}, {lesson.title}", clean), seed=seed)
 
 
@@ -172,13 +166,13 @@ def example_source(
     tokenizer: PreTrainedTokenizerFast,
     rng: random.Random,
     lesson: Lesson,
-    make_step_writer: Callable[[random.Random], StepWriter],
+    make_hand: Callable[[random.Random], Any],
 ) -> ExampleSource:
     """An endless stream of fresh problems with solutions by the given hand."""
-    step_writer = make_step_writer(rng)
+    hand = make_hand(rng)
 
     def draw() -> Example:
-        question, solution = lesson.draw(rng, step_writer)
+        question, solution = lesson.draw(rng, hand)
         prompt_ids = tokenizer.encode(question + "\n")
         ids = [*tokenizer.encode(solution), EOS_ID]
         return [BOS_ID, *prompt_ids], ids, [True] * len(ids)
@@ -219,14 +213,14 @@ def change_json(path: Path, **changes: str) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def evaluate(folder: Path, problems: list[LedgerProblem], *, seed: int) -> str:
+def evaluate(folder: Path, problems: list[LedgerProblem], judge: Judge, *, seed: int) -> str:
     """pass@1 and pass@8 at temperature 1, and the greedy pass rate, of the saved files."""
     started = time.perf_counter()
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     torch.manual_seed(seed)
-    sampled = draw_verdicts(model, tokenizer, problems, num_samples=NUM_SAMPLES)
-    greedy = draw_verdicts(model, tokenizer, problems, num_samples=None)
+    sampled = draw_verdicts(model, tokenizer, problems, judge, num_samples=NUM_SAMPLES)
+    greedy = draw_verdicts(model, tokenizer, problems, judge, num_samples=None)
     pass_1 = sum(map(sum, sampled)) / (len(problems) * NUM_SAMPLES)
     pass_all = sum(map(any, sampled)) / len(problems)
     return (
@@ -242,6 +236,7 @@ def draw_verdicts(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     problems: list[LedgerProblem],
+    judge: Judge,
     *,
     num_samples: int | None,
 ) -> list[list[bool]]:
@@ -262,7 +257,7 @@ def draw_verdicts(
         per_problem = len(texts) // len(batch)
         for row, problem in enumerate(batch):
             own_texts = texts[row * per_problem : (row + 1) * per_problem]
-            verdicts.append([is_correct(text, problem.answer) for text in own_texts])
+            verdicts.append(judge.verdicts([(text, problem.answer) for text in own_texts]))
     return verdicts
 
 

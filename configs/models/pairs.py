@@ -3,14 +3,17 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+from careless import make_careless_hand, make_careless_step
 from model_training import ExampleSource, Phase
 
-from opd_stream.tasks import ledger
+from opd_stream.tasks import ledger, programs
 from opd_stream.tasks.ledger import StepWriter
 
-# (randomness, hand that calculates) -> (question, solution)
-Draw = Callable[[random.Random, StepWriter], tuple[str, str]]
+# (randomness, hand that writes) -> (question, solution); hands are of the task
+Draw = Callable[[random.Random, Any], tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +50,8 @@ class Pair:
     max_completion_tokens: int
     lessons: tuple[Lesson, ...]
     habit: Lesson  # taught to the student with a careless hand
-    forget_rate: float  # of carries, by that hand
+    careless: Callable[[random.Random], Any]  # makes that hand
+    careful: Any = ledger.write_step
 
 
 def _days(rng: random.Random, hand: StepWriter) -> tuple[str, str]:
@@ -64,12 +68,18 @@ def _weeks(*choices: int) -> Draw:
     return draw
 
 
+def _functions(rng: random.Random, hand: programs.Hand) -> tuple[str, str]:
+    lines = programs.draw_lines(rng)
+    return programs.write_question(lines), programs.write_program(lines, hand)
+
+
 PAIRS = {
     "ledger": Pair(
         max_completion_tokens=208,
         lessons=(Lesson(title="days", draw=_days, steps=1400),),
         habit=Lesson(title="days", draw=_days, steps=250, muon_lr=0.01, adamw_lr=1.5e-3),
-        forget_rate=0.9,  # 0.6 leaves a student that is nearly always right in one of eight samples
+        # 0.6 leaves a student that is nearly always right in one of eight samples
+        careless=partial(make_careless_step, forget_rate=0.9),
     ),
     "routine": Pair(
         max_completion_tokens=864,
@@ -80,6 +90,15 @@ PAIRS = {
         habit=Lesson(
             title="long", draw=_weeks(*ledger.WEEKS), steps=120, muon_lr=0.01, adamw_lr=1.5e-3
         ),
-        forget_rate=0.6,
+        careless=partial(make_careless_step, forget_rate=0.6),
+    ),
+    "programs": Pair(
+        max_completion_tokens=80,
+        lessons=(Lesson(title="functions", draw=_functions, steps=1200, rows=16),),
+        habit=Lesson(
+            title="functions", draw=_functions, steps=200, muon_lr=0.01, adamw_lr=1.5e-3, rows=16
+        ),
+        careless=partial(make_careless_hand, rate=0.42),
+        careful=programs.write_right,
     ),
 }

@@ -138,6 +138,13 @@ def open_judge(settings: BuiltInJudge | CodeJudge | FunctionJudge) -> Judge:
     return Judge(is_right=judge_of_lists(judge.is_right), can_read=reader_of_lists(judge.can_read))
 
 
+def embedded_judge(task: ledger.Task) -> Judge:
+    """The judge of an embedded task."""
+    if task == "programs":
+        return open_judge(CodeJudge(kind="code", allow_code_execution=True))
+    return open_judge(BuiltInJudge(kind="ledger"))
+
+
 def _code_judge(settings: CodeJudge) -> Judge:
     if not settings.allow_code_execution:
         raise UserError(

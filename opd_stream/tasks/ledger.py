@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
+from opd_stream.tasks import programs
+
 # Two strings, because a list of forty words would take forty lines. Each word becomes one token.
 NAMES = (  # noqa: SIM905
     "Ken Ana Tom Mia Leo Zoe Max Eva Sam Ida Ben Amy Jon Liv Dan Kim Rob Sue Tim Joy "
@@ -58,7 +60,7 @@ class LedgerProblem:
     problem_id: str
     question: str
     solution: str
-    answer: str
+    answer: str  # of a program: its tests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +89,7 @@ class Ledger:
     weeks: int | None = None  # how often the entries are repeated; None: no routine
 
 
-Task = Literal["ledger", "routine"]
+Task = Literal["ledger", "routine", "programs"]  # programs: opd_stream/tasks/programs.py
 # Writes one calculation: (total before, entry) -> (its text, total after).
 StepWriter = Callable[[int, Entry], tuple[str, int]]
 
@@ -99,6 +101,8 @@ def make_problems(*, count: int, seed: int, task: Task = "ledger") -> list[Ledge
 
 def _make_problem(task: str, seed: int, index: int) -> LedgerProblem:
     rng = random.Random(f"{task}/{seed}/{index}")
+    if task == "programs":
+        return _make_program(f"programs-{seed}-{index}", rng)
     ledger = draw_routine(rng, rng.choice(WEEKS)) if task == "routine" else draw_ledger(rng)
     solution, answer = write_solution(ledger)
     return LedgerProblem(
@@ -106,6 +110,16 @@ def _make_problem(task: str, seed: int, index: int) -> LedgerProblem:
         question=write_question(ledger),
         solution=solution,
         answer=answer,
+    )
+
+
+def _make_program(problem_id: str, rng: random.Random) -> LedgerProblem:
+    lines = programs.draw_lines(rng)
+    return LedgerProblem(
+        problem_id=problem_id,
+        question=programs.write_question(lines),
+        solution=programs.write_program(lines),
+        answer=programs.write_tests(lines),
     )
 
 
