@@ -34,7 +34,7 @@ def draw(lines: list[Line], folder: Path) -> None:
 def _reuse_figure(lines: list[Line], path: Path) -> None:
     """Of each task: accuracy against teacher tokens, where a cache is read once or more often."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    for axis, task in zip(axes, TASKS, strict=True):
+    for axis, task in zip(axes, ("ledger", "routine"), strict=True):
         own = [line for line in lines if line["task"] == task]
         for objective, color in (("bucket", "tab:blue"), ("sampled_pg", "tab:orange")):
             _reuse_curve(axis, task, objective, own, color)
