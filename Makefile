@@ -18,7 +18,7 @@ SHORT := tests/test_pipeline.py tests/test_engines.py tests/test_training.py tes
 	tests/test_start.py tests/test_ray.py tests/test_report.py tests/test_export.py
 
 .PHONY: real-models help dist quickstart test test-newest test-oldest test-wheel test-architectures test-slow test-vllm lint docs models bench-cache bench-duel bench-engines bench-engines-memory bench-engines-real \
-	bench-engines-vllm bench-generation bench-given bench-loss bench-overlap bench-reload \
+	bench-engines-vllm bench-generation bench-given bench-gpu bench-loss bench-overlap bench-reload \
 	bench-intervals bench-methods bench-quickstart bench-ray-share bench-real bench-scale bench-train \
 	bench-teachers bench-truncated bench-windows-audit clean
 
@@ -128,6 +128,9 @@ bench-scale: $(READY) ## what prompts, units and rounds cost around the models, 
 	$(BIN)/python -m benchmarks.scale prompts
 	$(BIN)/python -m benchmarks.scale rounds
 	$(BIN)/python -m benchmarks.scale store
+
+bench-gpu: $(READY) ## on a CUDA machine: loss, scoring, sampling, training, memory, and docs/gpu.md
+	$(BIN)/python -m benchmarks.gpu
 
 bench-given: $(READY) ## rollouts that are not the student's, as a share of every round
 	$(BIN)/python -m benchmarks.given run
