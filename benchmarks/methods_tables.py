@@ -110,7 +110,8 @@ def _task(task: str, lines: list[Line]) -> str:
         f"{TASKS[task].final_problems} held-out problems a seed, 8 samples each. `to target`: "
         f"median over seeds of what a run had spent when it reached {target:.3f}, the mean of full "
         "rollouts less one standard error, and how many seeds did. CPU seconds are those of "
-        "generate, score and train; evaluation is not in them, probes, audits and searches are.\n\n"
+        "generate, score and train; evaluation is not in them, probes, audits and searches are; "
+        "operations are those of sampling, scoring and training, probes among them.\n\n"
         f"![accuracy against cost](figures/methods-{task}.svg)\n\n"
     )
     rows = table(task, ROWS[task], lines)
