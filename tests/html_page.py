@@ -114,7 +114,15 @@ async function probe() {
   cost.value = 'FLOPs';
   cost.dispatchEvent(new Event('change', {bubbles: true}));
   await new Promise(done => setTimeout(done, 300));
-  const found = {overlaps, cut, before, after: title(), wide: document.documentElement.scrollWidth};
+  const line = document.querySelector('#steps .mark-line path');
+  const {x, y} = line.getBoundingClientRect();
+  const start = line.getAttribute('d');
+  const wheel = {deltaY: -300, ctrlKey: true, bubbles: true, clientX: x + 50, clientY: y + 9};
+  line.dispatchEvent(new WheelEvent('wheel', wheel));
+  await new Promise(done => setTimeout(done, 300));
+  const zooms = document.querySelector('#steps .mark-line path').getAttribute('d') !== start;
+  const wide = document.documentElement.scrollWidth;
+  const found = {overlaps, cut, zooms, before, after: title(), wide};
   parent.document.body.setAttribute('data-at-' + innerWidth, JSON.stringify(found));
 }
 probe();

@@ -387,5 +387,6 @@ def test_a_choice_redraws_labels_stay_apart_and_a_phone_need_not_scroll_sideways
         assert found["overlaps"] == []
         assert found["cut"] == []
         assert found["before"] == "pass@1 against tokens of all stages"
+        assert found["zooms"]
         assert found["after"] == "pass@1 against FLOPs"
         assert found["wide"] <= width

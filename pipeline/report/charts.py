@@ -3,7 +3,7 @@
 The page holds the library's JavaScript once (`library`) and each figure as JSON. A figure is a row
 of panels, which `charts.js` sets side by side as far as they fit. Colours are CSS variables, whose
 values for light and dark are in page.css. In every figure a series can be picked in the legend, a
-point under the pointer tells its numbers, and x can be dragged, or scaled with Shift and the wheel.
+point under the pointer tells its numbers, and x can be dragged, or scaled with Ctrl and the wheel.
 """
 
 import json
@@ -105,7 +105,7 @@ def series(names: Sequence[str], *, colors: Sequence[str] | None = None) -> dict
 
 _PICK = alt.selection_point(name="pick", fields=[SERIES], bind="legend")
 _ZOOM = alt.selection_interval(
-    name="zoom", encodings=["x"], bind="scales", zoom="wheel![event.shiftKey]"
+    name="zoom", encodings=["x"], bind="scales", zoom="wheel![event.ctrlKey || event.metaKey]"
 )
 
 
