@@ -15,9 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from opd_stream.section import Kinds, Part, later
 
@@ -340,6 +340,15 @@ class SampledPg(Objective):
     bounded: Literal["clamp", "tanh"] = later(
         default="clamp", description="how: cut off there, or smoothly"
     )
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.bound is None and self.bounded != "clamp":
+            raise ValueError(
+                f"bounded is {self.bounded} without bound, so that nothing is; expected nats, "
+                "such as bound=2; set it, or leave bounded out"
+            )
+        return self
 
     reads: ClassVar[Reads] = "token"
     is_sampled: ClassVar[bool] = True

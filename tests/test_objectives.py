@@ -245,6 +245,11 @@ def test_a_bound_that_nothing_reaches_changes_no_bit_and_no_recipe_has_one_that_
     assert SampledPg().recipe() == {"kind": "sampled_pg", "weight": 1.0, "baseline": "none"}
 
 
+def test_a_way_to_bound_needs_a_bound() -> None:
+    with pytest.raises(ValueError, match="bounded is tanh without bound"):
+        SampledPg(bounded="tanh")
+
+
 def test_the_mix_is_a_direction_alone_where_the_teacher_is_sure_or_counts_as_unsure() -> None:
     sure = torch.tensor([1 - 4e-13, *[1e-13] * 4], dtype=torch.float64)
     mix, reverse = (value_and_gradient(o, P, teacher=sure) for o in (EntropyMix(), Bucket()))
