@@ -8,7 +8,16 @@ package itself is there at once.
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Run", "UserError", "__version__", "load_config", "open_run", "open_scores", "run"]
+# __init__.pyi has the types of those that __getattr__ imports.
+__all__ = [
+    "Run",  # pyright: ignore[reportUnsupportedDunderAll]
+    "UserError",  # pyright: ignore[reportUnsupportedDunderAll]
+    "__version__",
+    "load_config",  # pyright: ignore[reportUnsupportedDunderAll]
+    "open_run",  # pyright: ignore[reportUnsupportedDunderAll]
+    "open_scores",  # pyright: ignore[reportUnsupportedDunderAll]
+    "run",  # pyright: ignore[reportUnsupportedDunderAll]
+]
 
 _PLACES = {
     "UserError": "opd_stream.errors",
