@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import ClusterEnvironment, MixedPrecision
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning.fabric.strategies.strategy import Strategy
@@ -123,9 +124,8 @@ def open_fabric(job: TrainJob, environment: ClusterEnvironment | None = None) ->
     """
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     strategy: Strategy | str = "auto"
-    plugins: list[Any] = []
+    plugins: list[Any] = [environment or LightningEnvironment()]  # whatever Slurm's variables say
     if environment is not None:
-        plugins.append(environment)
         strategy = DDPStrategy()
         if job.config.pools.trainer.strategy == "fsdp2":
             size = environment.world_size()

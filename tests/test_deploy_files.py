@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,6 +180,24 @@ def test_the_script_for_slurm_ends_when_a_stage_fails(tmp_path: Path) -> None:
     stand_in(tmp_path, "opd-stream", '[ "$1" != score ] || exit 2\n[ "$1" = score ] || sleep 600')
     assert run_slurm(tmp_path, "my.yaml", "1").returncode == 2
     assert run_slurm(tmp_path).returncode == 1
+
+
+def test_training_on_one_device_takes_no_part_in_a_job_of_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    from stages.learner import open_fabric
+
+    stand_in(tmp_path, "srun", SRUN)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    for name, value in (("NTASKS", "2"), ("PROCID", "1"), ("JOB_NAME", "opd-stream")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    config = SimpleNamespace(
+        pools=None, train=SimpleNamespace(precision="32-true", loggers=(), threads=1)
+    )
+    job: Any = SimpleNamespace(config=config, metrics=str(tmp_path / "m.jsonl"), made_by="run")
+    fabric = open_fabric(job)
+    assert (fabric.world_size, fabric.global_rank) == (1, 0)
+    assert not [each for each in recwarn if "srun" in str(each.message)]
 
 
 @pytest.mark.slow
