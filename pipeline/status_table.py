@@ -19,6 +19,7 @@ from pipeline.tables import PIPE_COLUMNS, result_table
 COLUMNS = ("round", "window", "stage", "done", "per second\nunits", "\ntokens", "\nbusy", "\nETA")
 DROPS = ("\nbusy", "\ntokens", "per second\nunits", "window", "")  # the first one first
 LINES_AROUND = 8  # header, rules and the lines around, in a window that shows the table
+LONGEST = 400  # lines of the table that is printed once; `--json` has all rounds
 
 
 def table_of(status: RunStatus, *, height: int | None = None) -> RenderableType:
@@ -68,7 +69,7 @@ def print_status(
     if every is not None and is_terminal:
         watch(reader.read, console, seconds=every)
         return
-    console.print(table_of(reader.read()))
+    console.print(table_of(reader.read(), height=LONGEST))
     lines = status_lines(setup)
     print_lines(console, (line for line in lines if not is_own or line.startswith(" ")))
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from benchmarks.scale_store import build
 from opd_stream.store.store import Store
+from pipeline.estimate import estimate, result
 from pipeline.run_folder import RunFolder
 from pipeline.setup import open_to_look
 from pipeline.status import StatusReader
@@ -56,3 +58,15 @@ def test_many_finished_rounds_are_found_without_looking_at_all_of_them_for_each(
         line.steps for line in folder.reports()
     ]
     assert all(count <= 2 for count in calls.values()), calls
+
+
+def test_a_printed_table_has_the_latest_rounds_and_says_how_many_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(tmp_path, "evaluation=null", f"rounds={ROUNDS}")
+    monkeypatch.setattr(result, "ROUNDS_SHOWN", 3)
+    console = Console(record=True, width=200)
+    result.print_plan(estimate(config, RunFolder(tmp_path / "run")), console=console)
+    said = console.export_text()
+    assert f"the {ROUNDS - 3} earliest rounds" in said
+    assert sum("generate" in line.split()[:4] for line in said.splitlines()) == 3

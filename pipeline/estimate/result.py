@@ -213,10 +213,14 @@ class Estimate(Record):
         }
 
 
+ROUNDS_SHOWN = 100  # the latest ones, of a run that has more
+
+
 def print_plan(found: Estimate, *, console: Console) -> None:
     """Print rounds, totals, disks, memory, break-even, assumptions and warnings."""
     table = result_table(COLUMNS, left=("stage", "in the store", "basis"), drops=DROPS)
-    for each in found.rounds:
+    hidden = len(found.rounds) - ROUNDS_SHOWN
+    for each in found.rounds[max(0, hidden) :]:
         label = "start" if each.index < 0 else str(each.index)
         for step in each.steps:
             size = round(step.total.bytes)
@@ -240,6 +244,8 @@ def print_plan(found: Estimate, *, console: Console) -> None:
     sums = [decimal(round(total.bytes)), flops_text(total.flops), "", "", flops_text(left.flops)]
     table.add_row("all", *[""] * 5, *sums, "")
     console.print(table)
+    if hidden > 0:
+        console.print(f"the {hidden} earliest rounds are in the sums and not shown; --json has all")
     print_lines(console, _lines(found))
 
 
