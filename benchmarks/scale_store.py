@@ -19,7 +19,7 @@ from opd_stream.config_file import load_config
 from opd_stream.store.artifact import Artifact, Manifest, summed_counts
 from opd_stream.store.files import remove_file, sha256
 from opd_stream.store.policy import METRICS, PolicyArtifact, PolicyManifest
-from opd_stream.store.sealed import publish_new_record, record_bytes
+from opd_stream.store.sealed import publish_new_record, publish_record, record_bytes
 from pipeline.rounds import Round, rounds
 from pipeline.setup import Setup, open_to_look
 
@@ -91,11 +91,23 @@ def _renumbered(source: PolicyArtifact, round_: Round) -> Iterator[bytes]:
 def kill_last_round(setup: Setup) -> None:
     """Leave of the last round what a kill in the middle of its scoring leaves."""
     (*_, last) = rounds(setup)
+    if last.previous is not None:
+        _give_state_back(last.previous, last.policy)
     remove_file(last.policy.artifact_folder / "manifest.json")
     (cache,) = last.caches
     remove_file(cache.scores.shards.folder / "manifest.json")
     for unit in range(len(cache.scores.shards.units()) // 2):
         cache.scores.shards.invalidate(unit)
+
+
+def _give_state_back(policy: PolicyArtifact, later: PolicyArtifact) -> None:
+    """As long as the next round is not complete, the state of a policy is there."""
+    made, source, target = policy.manifest(), later.folder("name"), policy.folder("name")
+    for name in made.dropped:
+        (target / name).parent.mkdir(exist_ok=True)
+        os.link(source / name, target / name)
+    changed = {"files": {**made.files, **made.dropped}, "dropped": {}}
+    publish_record(policy.artifact_folder / "manifest.json", made.model_copy(update=changed))
 
 
 def main() -> None:
