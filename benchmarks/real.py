@@ -98,7 +98,9 @@ def _rows() -> Iterator[Row]:
     yield _noisy("K 32 + 32", "support", "scores.top_k=32", "rollouts.student_top_k=32")
     yield _noisy("hidden", "support", "scores.codec={kind: hidden}")
     yield _noisy("hybrid, K 64", "support", "train.objective={kind: hybrid}")
-    yield _noisy("LoRA r 16", "weights", "train.lora={rank: 16, alpha: 32}")
+    for rate in ("5e-5", "5e-4"):
+        lora = "train.lora={rank: 16, alpha: 32}"
+        yield _noisy(f"LoRA r 16, {rate}", "weights", lora, f"train.learning_rate={rate}")
     yield _noisy("bf16-mixed", "weights", "train.precision=bf16-mixed")
     for name in ("Shuffled", "Constant"):
         yield _noisy(name.lower(), "controls", f"train.objective={{kind: {CONTROLS}:{name}}}")
