@@ -105,11 +105,12 @@ def test_a_config_of_two_forms_or_none_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value), override
 
 
-def test_the_config_of_the_page_is_one() -> None:
-    page = (ROOT / "docs" / "evaluation.md").read_text()
-    block, _, programs, distance = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+def test_the_configs_of_the_pages_are_such() -> None:
+    pages = [(ROOT / "docs" / name).read_text() for name in ("evaluation.md", "judges.md")]
+    found = [re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) for page in pages]
+    (block, distance), (_, programs) = found
     parts = Evaluation.model_validate(yaml.safe_load(block)["evaluation"]).parts()
-    assert [part.samples_per_prompt for part in parts.values()] == [1, 8, 32]
+    assert [part.samples_per_prompt for part in parts.values()] == [1, 8]
     for part in parts.values():
         assert part.judge == BuiltInJudge(kind="math")
         assert part.prompts is not None
