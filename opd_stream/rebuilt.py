@@ -40,15 +40,17 @@ def with_candidates(batch: Batch, teacher: TeacherHead) -> Batch:
     asked = [batch.completion_ids_N[:, None]]
     if batch.draws is not None:
         asked.append(batch.draws.ids_NM)
-    found = head_scores(
-        _states(batch).to(teacher.head.weight_VH.dtype),
-        teacher.head,
-        asked_ids_NJ=torch.cat(asked, dim=1),
-        forced_ids_F=batch.terminator_ids_T,
-        top_k=teacher.top_k,
-        chunk_rows=teacher.head.chunk_rows,
-        vocabulary=teacher.vocabulary,
-    )
+    states_NG = _states(batch).to(teacher.head.weight_VH.dtype)
+    with torch.autocast(states_NG.device.type, enabled=False):  # its logits are not to be rounded
+        found = head_scores(
+            states_NG,
+            teacher.head,
+            asked_ids_NJ=torch.cat(asked, dim=1),
+            forced_ids_F=batch.terminator_ids_T,
+            top_k=teacher.top_k,
+            chunk_rows=teacher.head.chunk_rows,
+            vocabulary=teacher.vocabulary,
+        )
     draws = batch.draws
     if draws is not None:
         draws = replace(draws, teacher_logprobs_NM=found.asked_NJ[:, 1:].clone())

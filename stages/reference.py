@@ -12,6 +12,7 @@ from opd_stream.batches import Batch
 from opd_stream.config.sections import Reference
 from opd_stream.engines.head import output_head
 from opd_stream.engines.reading import decoder_of, rows_hidden
+from opd_stream.hidden_states import exact_head
 from opd_stream.loss import batch_loss
 from opd_stream.objectives import Bucket
 from opd_stream.rebuilt import TeacherHead
@@ -44,7 +45,7 @@ class FirstStudent:
         first = model if is_adapted else self._copy.to(hidden_BLH.device)
         with torch.no_grad(), model.disable_adapter() if is_adapted else nullcontext():
             own_BLH = rows_hidden(decoder_of(first), batch.input_ids_BL, batch.attention_mask_BL)
-            head = output_head(first).detached()
+            head = exact_head(output_head(first))
         states_NH = own_BLH.flatten(0, 1)[batch.hidden_rows_N]
         vocabulary = len(head.weight_VH)
         return batch_loss(

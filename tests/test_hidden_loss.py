@@ -22,7 +22,7 @@ from opd_stream.objectives import (
     SampledPg,
     Skew,
 )
-from opd_stream.rebuilt import TeacherHead
+from opd_stream.rebuilt import TeacherHead, with_candidates
 from opd_stream.store.codecs import StoredStates
 from opd_stream.store.reader import ScoredRow
 from tests.test_guards import STOPS, VOCABULARY, row
@@ -127,6 +127,15 @@ def test_exact_candidates_and_hidden_states_give_one_loss_and_gradient(
         torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=1e-5)
         for name in (each for each in NAMES if "overlap" not in each):
             assert found[2][name] == pytest.approx(expected[2][name], rel=1e-3, abs=2e-3), name
+
+
+def test_candidates_are_rebuilt_as_exactly_within_mixed_precision() -> None:
+    batch, teacher = batch_of(3, has_states=True), replace(rebuilt(3), head=TEACHER)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = with_candidates(batch, teacher)
+    expected = with_candidates(batch, teacher)
+    assert torch.equal(found.teacher_top_logprobs_NK, expected.teacher_top_logprobs_NK)
+    assert torch.equal(found.teacher_tail_logprobs_N, expected.teacher_tail_logprobs_N)
 
 
 def test_the_reverse_kl_over_the_vocabulary_is_that_of_all_logits() -> None:

@@ -12,7 +12,9 @@ from opd_stream.batches import collate
 from opd_stream.config.sections import Lora, Reference
 from opd_stream.engines.reading import decoder_of, rows_hidden
 from opd_stream.errors import UserError
+from opd_stream.loss import BatchLoss, batch_loss
 from opd_stream.objectives import Bucket
+from opd_stream.rebuilt import TeacherHead
 from pipeline.run_folder import RunFolder
 from stages.reference import FirstStudent
 from stages.step import Silent
@@ -84,6 +86,20 @@ def test_under_adapters_the_base_is_the_first_student() -> None:
     assert found.item() > 0.001
 
 
+def test_the_first_students_head_is_read_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = loaded(Lora(rank=4))
+    student.model.bfloat16()
+    seen: list[torch.dtype] = []
+
+    def lost(*arguments: Any, teacher: TeacherHead, **options: Any) -> BatchLoss:
+        seen.append(teacher.head.weight_VH.dtype)
+        return batch_loss(*arguments, teacher=teacher, **options)
+
+    monkeypatch.setattr("stages.reference.batch_loss", lost)
+    assert term(student, first()).isfinite()
+    assert seen == [torch.float32]
+
+
 def test_it_is_in_the_loss_of_steps_that_train_and_in_no_measurement() -> None:
     student = loaded(noise=0.3)
     settings: dict[str, Any] = {"merge_terminators": False, "limit": None}
@@ -120,6 +136,10 @@ def test_a_run_with_a_reference_stays_near_its_first_student(
         (
             ("executor=ray", "pools.trainer={devices: 2, strategy: fsdp2}"),
             "train.reference is set with strategy fsdp2",
+        ),
+        (
+            ("rollouts.given_share=1", "prompts.solutions=true"),
+            "given_share is 1 with train.reference",
         ),
     ],
 )
