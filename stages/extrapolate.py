@@ -6,6 +6,7 @@ objective's own value may fall while the student leaves the tokens that it reads
 """
 
 import math
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -152,7 +153,7 @@ def own_rows(rows: ScoredRows, plan: BatchPlan, most: int) -> list[int]:
     Raises:
         UserError: there are none.
     """
-    found = _newest(rows, plan)
+    found = list(chain.from_iterable(_newest(rows, plan).values()))
     order = epoch_order(len(found), (plan.seed, SAMPLE_KEY))
     return [found[place] for place in order[:most].tolist()]
 
@@ -160,19 +161,25 @@ def own_rows(rows: ScoredRows, plan: BatchPlan, most: int) -> list[int]:
 def held_out(rows: ScoredRows, plan: BatchPlan, settings: Extrapolation) -> frozenset[int]:
     """Positions of the rows that score points, and that no step of the round trains on.
 
-    They are of the round's newest rollouts, which no earlier round trained on either, and whole
-    prompts: what is learned of a prompt says nothing of the others.
+    They are of the round's newest rollouts, which an earlier round has trained on only where all
+    were kept, and whole prompts, whoever scored them: what is learned of a prompt says nothing of
+    the others.
 
     Raises:
         UserError: nothing would be left to train on, or nothing is the student's.
     """
-    found = _newest(rows, plan)
+    by_cache = _newest(rows, plan)
+    found = list(chain.from_iterable(by_cache.values()))
     wanted = held_out_rows(len(found), settings)
+    of_prompt = _of_any_teacher(rows, found) if len(by_cache) > 1 else None
     chosen = set[int]()
     for place in epoch_order(len(found), (plan.seed, SAMPLE_KEY, plan.first_step)).tolist():
         if len(chosen) >= wanted:
             break
         name = rows[found[place]].prompt_id
+        if of_prompt is not None:
+            chosen.update(of_prompt[name])
+            continue
         for direction in (range(place, len(found)), range(place - 1, -1, -1)):
             for other in direction:
                 if rows[found[other]].prompt_id != name:
@@ -186,8 +193,16 @@ def held_out(rows: ScoredRows, plan: BatchPlan, settings: Extrapolation) -> froz
     return frozenset(chosen)
 
 
-def _newest(rows: ScoredRows, plan: BatchPlan) -> list[int]:
-    """Positions of the rows of the newest student."""
+def _of_any_teacher(rows: ScoredRows, found: list[int]) -> dict[str, list[int]]:
+    """Prompt -> positions of its rows, which several caches have where several teachers score."""
+    by_name: dict[str, list[int]] = {}
+    for position in found:
+        by_name.setdefault(rows[position].prompt_id, []).append(position)
+    return by_name
+
+
+def _newest(rows: ScoredRows, plan: BatchPlan) -> dict[int, list[int]]:
+    """Positions of the rows of the newest student, of each cache that has some."""
     ages = plan.staleness
     own = {
         place: positions
@@ -200,12 +215,11 @@ def _newest(rows: ScoredRows, plan: BatchPlan) -> list[int]:
             "are given; leave it out, or lower rollouts.given_share"
         )
     newest = min(ages[cache] for cache, _ in own) if ages else 0
-    return [
-        position
-        for (cache, _), positions in own.items()
-        if not ages or ages[cache] == newest
-        for position in positions
-    ]
+    found: dict[int, list[int]] = {}
+    for (cache, _), positions in own.items():
+        if not ages or ages[cache] == newest:
+            found.setdefault(cache, []).extend(positions)
+    return found
 
 
 def open_extrapolator(

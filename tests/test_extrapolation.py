@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -19,12 +20,14 @@ from opd_stream.extrapolation import (
     moved_parameters,
     search,
 )
+from opd_stream.windows import FixedWindow
 from pipeline.run_folder import RunFolder
 from stages import extrapolate, train_data
 from stages.answers import Answers
-from stages.extrapolate import Extrapolator
+from stages.extrapolate import Extrapolator, held_out
 from stages.learner import Learner
 from stages.step import Silent
+from stages.train_data import BatchPlan
 from tests.conftest import reports_of, run, small_config
 
 
@@ -201,6 +204,30 @@ def test_rows_that_score_points_are_whole_prompts_that_do_not_train(
     assert not scored & trained
     assert (report["rows"], report["held_out_rows"]) == (16, 2)
     assert report["steps"] == 2 * 4
+
+
+def test_a_prompt_that_scores_points_trains_under_no_teacher() -> None:
+    """Two teachers score 8 prompts, and a third one the last 4."""
+
+    class Rows(dict[int, Any]):
+        def positions_by_unit(self) -> dict[tuple[int, int], list[int]]:
+            return {(0, 0): [*range(8)], (1, 0): [*range(8, 16)], (2, 0): [*range(16, 20)]}
+
+    names = [*range(8), *range(8), *range(4, 8)]
+    rows: Any = Rows({n: SimpleNamespace(prompt_id=str(name)) for n, name in enumerate(names)})
+    for seed in range(8):
+        plan = BatchPlan(
+            rows_per_step=1,
+            tokens_per_microbatch=9,
+            seed=seed,
+            first_step=0,
+            window=FixedWindow(tokens=9),
+            staleness=(0, 0, 0),
+        )
+        found = held_out(rows, plan, Extrapolation(rows=2))
+        chosen = {names[n] for n in found}
+        assert found == {n for n, name in enumerate(names) if name in chosen}
+        assert len(chosen) == 1
 
 
 def test_the_score_is_the_kl_over_candidates_and_tail_whatever_trains(
