@@ -52,8 +52,9 @@ class Probes:
         return len(self.places)
 
     def read(self) -> list[ScoredRow]:
-        """The rollouts with their scores."""
-        return [rows[position] for rows, position in self.places]
+        """The rollouts with their scores; no further draws, which continued ones do not have."""
+        found = (rows[position] for rows, position in self.places)
+        return [replace(row, candidate_ids=None) for row in found]
 
 
 def open_probes(job: TrainJob, rows: ScoredRows) -> Probes | None:
@@ -194,14 +195,16 @@ def parameter_groups(student: StudentModel, *, layers: int | None) -> Groups:
 
     Args:
         student: with adapters, these are all that it trains.
-        layers: one group of the matrices of so many last layers; None: a group for the matrices of
-            each layer, the last layer first, and one for everything else that trains.
+        layers: one group of the matrices of so many last layers that train any; None: a group for
+            the matrices of each of these, the last layer first, and one for everything else that
+            trains.
     """
     trained = [p for p in student.parameters() if p.requires_grad]
-    blocks = [
+    matrices = (
         [p for p in layer.parameters() if p.requires_grad and p.ndim >= 2]
         for layer in reversed(layers_of(decoder_of(student.model)))
-    ]
+    )
+    blocks = [block for block in matrices if block]  # adapters may be on some layers alone
     if layers is not None:
         chosen = [p for block in blocks[:layers] for p in block]
         for parameter in student.parameters():

@@ -5,21 +5,24 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from opd_stream.batches import Batch
+from opd_stream.batches import Batch, collate
+from opd_stream.config.sections import Lora
 from opd_stream.errors import UserError
 from opd_stream.objectives import Bucket, Objective, SampledPg
 from opd_stream.store import open_scores
 from opd_stream.windows import FixedWindow, choose_window, fewest_groups, prefix_cosines, sketch
 from pipeline.run_folder import RunFolder
-from stages.audit import parameter_groups, segment_sketches
+from stages.audit import Probes, parameter_groups, segment_sketches
 from stages.step import Silent
 from stages.student_model import StudentModel, load_student
 from stages.train_data import BatchPlan, step_batches
 from tests.conftest import MODELS, SmallRuns, reports_of, run, small_config
+from tests.test_guards import row
 
 CANDIDATES = (64, 128)
 
@@ -287,6 +290,21 @@ def test_a_probe_has_no_draws_for_objective_mc(tmp_path: Path) -> None:
     small_config(tmp_path, window + "sampled}", *mc)
     with pytest.raises(UserError, match="further draws probes do not have"):
         small_config(tmp_path, window + "trained}", *mc)
+
+
+def test_finished_rollouts_beside_probes_lose_their_draws() -> None:
+    rows: Any = [row(0, tokens=6, stop=9, draws=2), row(1, tokens=5)]
+    read = Probes(places=[(rows, 0), (rows, 1)]).read()
+    assert collate(read, window_tokens=9).draws is None
+
+
+def test_layers_without_adapters_are_no_last_layers() -> None:
+    folder = MODELS / "ledger-student"
+    lora = Lora(rank=2, targets=r".*layers\.0\..*q_proj")
+    student = load_student(folder, lora=lora, initial=folder, gradient_checkpointing=False)
+    assert [len(group) for group in parameter_groups(student, layers=None)] == [2]
+    (group,) = parameter_groups(student, layers=1)
+    assert len(group) == 2
 
 
 @pytest.mark.parametrize(
