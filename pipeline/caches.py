@@ -15,6 +15,7 @@ from opd_stream.config.sections import (
     unserved_by_given,
     unserved_by_jumps,
     unserved_by_own,
+    unserved_by_selection,
     unserved_by_temperature,
 )
 from opd_stream.curriculum import chosen_prompts
@@ -451,7 +452,7 @@ def replayed_caches(setup: Setup) -> list[tuple[Cache, ...]] | None:
         if cache.is_given:
             _check_given(setup.config, cache, where)
         else:
-            _check_own(setup.config, cache, where)
+            check_own(setup.config, cache, where)
         teacher = cache.scores.artifact.recipe.inputs.get("teacher")  # imported rows have none
         if may_follow and teacher in (authors if cache.is_given else _authors([cache])):
             continue  # each round's policy scored its own rollouts, and those it was given
@@ -484,7 +485,7 @@ def _authors(caches: Sequence[Cache]) -> set[str | None]:
     return {cache.rollouts.artifact.recipe.inputs.get("student") for cache in caches}
 
 
-def _check_own(config: Config, cache: Cache, where: str) -> None:
+def check_own(config: Config, cache: Cache, where: str) -> None:
     """Refuse to replay rollouts of a student under an objective that they cannot serve."""
     if (problem := unserved_by_own(config.train)) is not None:
         raise UserError(f"{where} has rollouts that are not given: {problem}")
@@ -492,12 +493,15 @@ def _check_own(config: Config, cache: Cache, where: str) -> None:
     if (problem := unserved_by_temperature(config.train, temperature)) is not None:
         raise UserError(f"in {cache.rollouts.artifact.name} of {where} {problem}")
     scores, jump = cache.scores.artifact.recipe.settings, config.train.extrapolation
+    codec, is_aligned, select = scores["codec"]["kind"], "alignment" in scores, config.train.select
     if jump is not None and (
-        problem := unserved_by_jumps(
-            jump, codec=scores["codec"]["kind"], is_aligned="alignment" in scores
-        )
+        problem := unserved_by_jumps(jump, codec=codec, is_aligned=is_aligned)
     ):
         raise UserError(f"{cache.scores.artifact.name} of {where} cannot score: {problem}")
+    if select is not None and (
+        problem := unserved_by_selection(select, codec=codec, is_aligned=is_aligned)
+    ):
+        raise UserError(f"{cache.scores.artifact.name} of {where} cannot choose tokens: {problem}")
 
 
 def _check_given(config: Config, cache: Cache, where: str) -> None:

@@ -47,6 +47,10 @@ def test_rounds_have_the_windows_that_the_entropies_before_them_decide(tmp_path:
             "entropy_gated with scores.codec sampled",
         ),
         (("rollouts.ahead=true",), "rollouts.ahead is set with rollouts.window.kind=entropy_gated"),
+        (
+            ("rollouts.given_share=1", "prompts.solutions=true"),
+            "given_share is 1 with window entropy_gated",
+        ),
     ],
 )
 def test_what_it_cannot_be_together_with(

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from opd_stream.weighting import (
     largest_of_rows,
     trained_mask,
 )
+from pipeline.caches import check_own
 from tests.test_guards import HIDDEN, ROWS, VOCABULARY
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -123,6 +126,27 @@ def test_rollouts_that_end_before_a_segment_train_nothing() -> None:
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
+        ({"codec": {"kind": "sampled"}}, "s of run x cannot choose tokens: train.select.by is kl"),
+        (
+            {"codec": {"kind": "exact"}, "alignment": {}},
+            "train.select is set with scores.alignment",
+        ),
+    ],
+)
+def test_a_replay_refuses_scores_that_cannot_choose(settings: dict[str, Any], line: str) -> None:
+    config = load_config(QUICKSTART, ["train.select={by: kl}"])
+    rollouts = SimpleNamespace(artifact=SimpleNamespace(recipe=SimpleNamespace(settings={})))
+    scores = SimpleNamespace(
+        artifact=SimpleNamespace(recipe=SimpleNamespace(settings=settings), name="s")
+    )
+    cache: Any = SimpleNamespace(rollouts=rollouts, scores=scores)
+    with pytest.raises(UserError, match=line):
+        check_own(config, cache, "run x")
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
         (("train.select={by: kl}", "scores.alignment={kind: bytes}"), "train.select is set with"),
         (
             (
@@ -140,6 +164,14 @@ def test_rollouts_that_end_before_a_segment_train_nothing() -> None:
                 "rollouts.window={kind: adaptive, candidates: [8], max_window_tokens: 16}",
             ),
             "train.segment is set with window adaptive",
+        ),
+        (
+            ("train.segment={end: 8}", "prompts.solutions=true", "rollouts.prefix_tokens=8"),
+            "ends at 8 and rollouts.prefix_tokens is 8",
+        ),
+        (
+            ("train.select={by: kl}", "prompts.solutions=true", "rollouts.given_share=1"),
+            "given_share is 1 with train.select",
         ),
     ],
 )

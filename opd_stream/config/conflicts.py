@@ -9,6 +9,7 @@ from opd_stream.config.sections import (
     unserved_by_given,
     unserved_by_jumps,
     unserved_by_own,
+    unserved_by_selection,
     unserved_by_temperature,
 )
 from opd_stream.rendering import RawTemplate
@@ -161,23 +162,26 @@ def _objective_conflicts(config: "Config") -> Iterator[str]:
 def _choice_conflicts(config: "Config") -> Iterator[str]:
     """Tokens that train alone, against what chooses them."""
     select, segment, window = config.train.select, config.train.segment, config.rollouts.window
-    if select is not None and config.scores.alignment is not None:
-        yield (
-            "train.select is set with scores.alignment, whose chunks of tokens train whole or not "
-            "at all; leave train.select out"
+    if select is not None and config.replay is None:
+        problem = unserved_by_selection(
+            select,
+            codec=config.scores.codec.kind,
+            is_aligned=config.scores.alignment is not None,
         )
-    is_drawn = isinstance(config.scores.codec, SampledCodec)
-    if select is not None and is_drawn and select.by != "student_entropy":
-        yield (
-            f"train.select.by is {select.by} with scores.codec sampled, whose ids are draws and no "
-            "distribution; set by=student_entropy, or use codec compact or exact"
-        )
+        if problem is not None:
+            yield problem
     if segment is None:
         return
+    begun = 0 if config.replay is not None else config.rollouts.prefix_tokens
     if segment.end <= segment.first:
         yield (
             f"train.segment ends at {segment.end} and begins at {segment.first}, so that no token "
             "trains; raise end"
+        )
+    elif segment.end <= begun:
+        yield (
+            f"train.segment ends at {segment.end} and rollouts.prefix_tokens is {begun}, so that "
+            "no token of the student's trains; raise end, or lower prefix_tokens"
         )
     elif isinstance(window, AdaptiveWindow):
         yield (
@@ -288,11 +292,20 @@ def _given_sources(config: "Config") -> Iterator[str]:
                 "prompts is no answer to the student's; use a teacher that reads the same prompts, "
                 "or given_by=rows"
             )
-    if isinstance(rollouts.window, AdaptiveWindow) and share == 1:
-        yield (
-            "rollouts.given_share is 1 with window adaptive, whose audits continue the student's "
-            "rollouts; lower given_share, or use another window"
-        )
+    if share < 1:
+        return
+    against = {
+        "window adaptive, whose audits continue": isinstance(rollouts.window, AdaptiveWindow),
+        "window entropy_gated, which reads": isinstance(rollouts.window, EntropyGatedWindow),
+        "train.select, which chooses tokens of": config.train.select is not None,
+        "train.reference, which is a term of": config.train.reference is not None,
+    }
+    for what, is_set in against.items():
+        if is_set:
+            yield (
+                f"rollouts.given_share is 1 with {what} the student's rollouts; lower given_share, "
+                "or leave the other out"
+            )
 
 
 def _environment_conflicts(config: "Config") -> Iterator[str]:

@@ -456,6 +456,21 @@ def unserved_by_jumps(jump: Extrapolation, *, codec: str, is_aligned: bool) -> s
     )
 
 
+def unserved_by_selection(select: TokenSelection, *, codec: str, is_aligned: bool) -> str | None:
+    """What scores cannot serve of a choice of tokens; or None."""
+    if is_aligned:
+        return (
+            "train.select is set with scores.alignment, whose chunks of tokens train whole or not "
+            "at all; leave train.select out"
+        )
+    if codec != "sampled" or select.by == "student_entropy":
+        return None
+    return (
+        f"train.select.by is {select.by} with scores.codec sampled, whose ids are draws and no "
+        "distribution; set by=student_entropy, or use codec compact or exact"
+    )
+
+
 def unserved_by_given(train: "Train") -> str | None:
     """What given rollouts cannot serve of a training section, with the way out; or None."""
     field = "train.objective" if train.given_objective is None else "train.given_objective"
