@@ -2,12 +2,13 @@
 
 A question names a value for each letter; a solution is a function with a line for each of them:
 
-    Write f(n). Let a be 7 less than n. Let b be the larger of a and 5. Return b.
+    Write f(n). Let a be 7 less than n. Let b be a but at least 5. Let c be b plus 2. Return c.
 
     def f(n):
         a = n - 7
         b = max(a, 5)
-        return b
+        c = b + 2
+        return c
 
 Every line follows from one sentence of the question, so that a model of 400 thousand parameters can
 learn it. Some sentences invite a habit (`7 - n`, `min`, a range without its end), which is what the
@@ -97,7 +98,7 @@ def write_right(operation: Operation) -> str:
 
 
 def draw_lines(rng: random.Random) -> tuple[Line, ...]:
-    """A random function whose values stay small, and no two of whose lines undo the input."""
+    """A random function whose values stay small, and differ for three inputs of the tests."""
     while True:
         count = rng.randint(MIN_LINES, MAX_LINES)
         lines = tuple(
