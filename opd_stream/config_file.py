@@ -320,6 +320,8 @@ def _reason(details: ErrorDetails) -> str:
         return "expected a section with fields"
     if details["type"] == "dict_type":
         return "expected names, each with a value"
+    if details["type"] == "tuple_type":
+        return "expected a list"
     reason = details["msg"][:1].lower() + details["msg"][1:]
     return reason.replace("input should be ", "expected ", 1)
 

@@ -110,7 +110,7 @@ class Accounts:
             self.folder.write_report(known)
             for line in (
                 *dropped_line(known),
-                *untrained_line(known),
+                *untrained_line(known, config),
                 *uncovered_line(known, config),
             ):
                 self.warn(line)
@@ -311,7 +311,7 @@ def _policy_record(round_: Round) -> RoundPolicy:
     )
 
 
-def untrained_line(report: RoundReport) -> Iterator[str]:
+def untrained_line(report: RoundReport, config: Config) -> Iterator[str]:
     """What to know of scores that were paid for and trained nothing."""
     share = report.trained_share
     if share is None or share >= ENOUGH_TRAINED:
@@ -320,6 +320,8 @@ def untrained_line(report: RoundReport) -> Iterator[str]:
         why = "the rest lies behind the training window (rollouts.window)"
     elif report.alignment is not None:
         why = "the rest is in no chunk that both tokenizers share (scores.alignment)"
+    elif config.train.segment is not None:
+        why = "the rest lies outside train.segment"
     else:
         why = "the rest is left out by train.guards.mask_first"
     yield f"round {report.round}: {share:.0%} of its scored tokens were trained; {why}"

@@ -5,6 +5,7 @@ with. Tables are pandas frames, of which `pyarrow.Table.from_pandas` makes Arrow
 """
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from html import escape
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from opd_stream.config import Config
 from opd_stream.config_file import load_config, make_config, override_config
-from opd_stream.errors import UserError
+from opd_stream.errors import UserError, shortened
 from opd_stream.outcome import read_metrics
+from opd_stream.section import path_flaw
 from pipeline.export import trained_policy
 from pipeline.records import RunSummary
 from pipeline.run_folder import RunFolder
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 REPORT = "report.html"
 FIGURE = "teacher_nll"  # that every cache holds, given rollouts too
+
+_ESCAPED = re.compile("[\x7f-\xa0\u2028\u2029\ufeff\ud800-\udfff\ufffe\uffff]")  # for YAML
 
 
 def run(
@@ -56,7 +60,7 @@ def run(
     if run_dir is None and not isinstance(config, str | Path):
         raise UserError("the config is no file, which would name the run; give its folder, run_dir")
     chosen = _config(config, settings or {})
-    place = Path("runs") / Path(str(config)).stem if run_dir is None else Path(run_dir)
+    place = Path("runs") / Path(str(config)).stem if run_dir is None else _place(run_dir)
     run_rounds(chosen, RunFolder(place), progress or Silent())
     return Run(place)
 
@@ -67,16 +71,29 @@ def open_run(folder: Path | str) -> "Run":
     Raises:
         UserError: the folder is no run, or one of another version.
     """
-    return Run(Path(folder))
+    return Run(_place(folder))
 
 
 def _config(config: Path | str | Mapping[str, Any] | Config, settings: Mapping[str, Any]) -> Config:
-    overrides = [f"{name}={json.dumps(value, default=str)}" for name, value in settings.items()]
+    overrides = [f"{name}={_yaml(value)}" for name, value in settings.items()]
     if isinstance(config, Config):
         return override_config(config, overrides)
     if isinstance(config, Mapping):
         return make_config(config, overrides)
     return load_config(Path(config), overrides)
+
+
+def _yaml(value: Any) -> str:
+    """A value in one line of YAML: JSON, whose escaped pairs of surrogates YAML does not have."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _place(folder: Path | str) -> Path:
+    """The folder of a run that a call names."""
+    if (flaw := path_flaw(str(folder))) is not None:
+        raise UserError(f"the folder of the run is {shortened(folder)}; {flaw}; name a folder")
+    return Path(folder)
 
 
 class Run:

@@ -1,6 +1,7 @@
 """What a run tells its loggers beside the steps: its config, each round, each evaluation."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +23,47 @@ class RunLog:
         Raises:
             UserError: a logger cannot be opened.
         """
+        if not self._config.train.loggers:
+            return
+        from stages.loggers import log_settings
+
         settings = {"run_id": self._run_id, **self._config.model_dump(mode="json")}
-        for logger in self._opened():
-            logger.log_hyperparams(settings)
-            logger.finalize("success")
+        with self._opened() as loggers:
+            for logger in loggers:
+                log_settings(logger, settings)
 
     def figures(self, figures: dict[str, float], step: int) -> None:
         """Numbers at an optimizer step."""
-        for logger in self._opened():
-            logger.log_metrics(figures, step)
-            logger.finalize("success")
+        if not self._config.train.loggers:
+            return
+        with self._opened() as loggers:
+            for logger in loggers:
+                logger.log_metrics(figures, step)
 
     def round(self, report: RoundReport) -> None:
         """The figures and the decisions of a round, at its last step."""
+        if not self._config.train.loggers:
+            return
         from stages.loggers import log_texts
 
         step = report.first_step + report.steps
-        loggers = self._opened()
-        for logger in loggers:
-            logger.log_metrics(round_figures(report), step)
         decided = {f"decisions/round_{report.round}": "; ".join(decisions_of(report))}
-        log_texts(loggers, decided, step)
-        for logger in loggers:
-            logger.finalize("success")
+        with self._opened() as loggers:
+            for logger in loggers:
+                logger.log_metrics(round_figures(report), step)
+            log_texts(loggers, decided, step)
 
-    def _opened(self) -> list[Any]:
-        if not self._config.train.loggers:
-            return []
-        from stages.loggers import open_loggers
+    @contextmanager
+    def _opened(self) -> Iterator[list[Any]]:
+        """The loggers, to be told and closed; what they raise is one line."""
+        from stages.loggers import open_loggers, telling
 
-        return [*open_loggers(self._config.train.loggers, self._folder, self._run_id)]
+        chosen = self._config.train.loggers
+        with telling(chosen):
+            loggers = [*open_loggers(chosen, self._folder, self._run_id)]
+            yield loggers
+            for logger in loggers:
+                logger.finalize("success")
 
 
 def round_figures(report: RoundReport) -> dict[str, float]:

@@ -3,7 +3,8 @@
 import inspect
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,41 @@ def open_loggers(loggers: Sequence[Logger], folder: Path, run_id: str) -> list[F
     return [_opened(logger, folder, run_id) for logger in loggers]
 
 
+def log_settings(logger: FabricLogger, settings: Mapping[str, Any]) -> None:
+    """Tell settings of the run; some loggers, as Fabric's CSVLogger, have no place for them."""
+    with suppress(NotImplementedError):
+        logger.log_hyperparams(dict(settings))
+
+
+@contextmanager
+def telling(loggers: Sequence[Logger]) -> Iterator[None]:
+    """Tell loggers in here.
+
+    Raises:
+        UserError: one raises, whatever it raises.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of a library, a server or a class of the user's
+        names = ", ".join(logger.kind for logger in loggers)
+        raise UserError(
+            f"a logger cannot be told ({names}: {_reason(error)}); check train.loggers, the "
+            "network and the credentials, or leave it out; the same command resumes the run"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def log_texts(loggers: Sequence[Any], texts: Mapping[str, str], step: int) -> None:
     """Tell sentences: as text where a logger has that, and as settings of the run elsewhere."""
     for logger in loggers:
         add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
         if add_text is None:
-            logger.log_hyperparams(dict(texts))
+            log_settings(logger, texts)
             continue
         for name, text in texts.items():
             add_text(name, text, step)
@@ -69,10 +99,9 @@ def _opened(logger: Logger, folder: Path, run_id: str) -> FabricLogger:
     except UserError:
         raise
     except Exception as error:  # whatever a library or a class of the user's raises
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"logger {logger.kind} cannot be opened ({type(error).__name__}: {reason}); check "
-            "train.loggers, the network and the credentials, or leave it out"
+            f"logger {logger.kind} cannot be opened ({_reason(error)}); check train.loggers, the "
+            "network and the credentials, or leave it out"
         ) from error
     return opened
 

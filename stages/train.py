@@ -61,6 +61,7 @@ from opd_stream.windows import AdaptiveWindow, FixedWindow, Window
 from stages.audit import Probes, audit, open_probes
 from stages.extrapolate import Extrapolator, held_out, open_extrapolator, save_base
 from stages.learner import Learner, measure_units, open_fabric, open_learner
+from stages.loggers import telling
 from stages.step import Progress
 from stages.student_model import save_student
 from stages.train_data import BatchPlan, StepBatches, read_epoch
@@ -349,7 +350,8 @@ def report_step(
         with Path(training.job.metrics).open("a") as file:
             file.write(json.dumps(line) + "\n")
     numbers = {name: value for name, value in line.items() if name not in ("round", "step")}
-    training.fabric.log_dict(numbers, step=step.number)
+    with telling(training.job.config.train.loggers):
+        training.fabric.log_dict(numbers, step=step.number)
     facts = {"window": step.window_tokens, "loss": line["loss"], "drift": line["policy_drift"]}
     training.progress.advance("train", 1, line["trained_tokens"], **facts)
 
@@ -513,8 +515,9 @@ def publish(training: Training, units: tuple[UnitRecord, ...]) -> None:
     base = None if training.extrapolator is None else training.extrapolator.base()
     if not training.fabric.is_global_zero:
         return
-    for logger in training.fabric.loggers:
-        logger.finalize("success")
+    with telling(job.config.train.loggers):
+        for logger in training.fabric.loggers:
+            logger.finalize("success")
     student = learner.student
     if job.is_sharded:
         student = job.load_student()  # the sharded copy cannot be written as it is

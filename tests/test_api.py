@@ -87,12 +87,27 @@ def test_run_takes_fields_a_file_or_a_config_and_resumes(tmp_path: Path) -> None
         (lambda at: opd.run({}), "the config is no file, which would name the run"),
         (lambda at: opd.run(SMALL_RUN, {"train.learn_rate": 1}, run_dir=at), "learning_rate"),
         (lambda at: opd.open_scores(at), "scores"),
+        (lambda at: opd.open_run("x" * 5000), "expected a path of at most 4,095 bytes"),
+        (lambda at: opd.run(SMALL_RUN, run_dir="a\0b"), "without the character NUL"),
+        (lambda at: opd.run(SMALL_RUN, run_dir=""), "the empty text is none"),
+        (lambda at: opd.run(SMALL_RUN, {"store": "\ud83d"}, run_dir=at), "half a surrogate pair"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, call: Callable[[Path], object], line: str) -> None:
     with pytest.raises(opd.UserError) as caught:
         call(tmp_path)
     assert line in " ".join(map(str, caught.value.args))
+
+
+@pytest.mark.parametrize(
+    "text", ["😀", "a\u2028b\x85c", "\x7f\ufeff", "\\ud83d\\ude00", "a: [#'\""]
+)
+def test_a_text_is_set_as_it_is(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Config] = []
+    monkeypatch.setattr("pipeline.run.run", lambda config, *_: seen.append(config))
+    with pytest.raises(opd.UserError, match=r"no config\.json"):
+        opd.run(SMALL_RUN, {"store": text}, run_dir=tmp_path)
+    assert seen[0].store == text
 
 
 def test_the_package_is_there_at_once_and_has_what_its_types_say() -> None:

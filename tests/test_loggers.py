@@ -9,6 +9,7 @@ from lightning.fabric.loggers.logger import Logger as FabricLogger
 
 from opd_stream.errors import UserError
 from opd_stream.loggers import Logger
+from pipeline.logged import RunLog
 from pipeline.run_folder import RunFolder
 from stages.loggers import check_loggers, log_texts, open_loggers
 from stages.step import Silent
@@ -97,6 +98,24 @@ def test_a_logger_that_cannot_be_opened_ends_the_run_before_any_work(tmp_path: P
     with pytest.raises(UserError, match="cannot be opened"):
         run(small_config(tmp_path, chosen), RunFolder(tmp_path / "run"), Silent())
     assert not (tmp_path / "store" / "rollouts").exists()
+
+
+class Silents(Lines):
+    """Has no place for settings, and does not take numbers."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        raise ConnectionError("no\nanswer")
+
+    def log_hyperparams(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+
+def test_what_a_logger_raises_is_one_line(tmp_path: Path) -> None:
+    config = small_config(tmp_path, "train.loggers=['tests.test_loggers:Silents']")
+    log = RunLog(config, tmp_path, "id")
+    log.config()
+    with pytest.raises(UserError, match=r"cannot be told \(.*:Silents: ConnectionError: no answer"):
+        log.figures({"loss": 1.0}, 0)
 
 
 def test_sentences_are_text_where_a_logger_has_text() -> None:

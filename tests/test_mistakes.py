@@ -102,14 +102,14 @@ def test_of_a_command(
 def test_help_and_json_lines_of_a_wrong_command(opd_stream: Command) -> None:
     code, out, said = opd_stream("--help")
     assert code == 0
-    assert "Commands" in out
+    assert "Run: before, and while models work" in out
     assert not said
     code, out, said = opd_stream("--log-json", "nope")
     assert code == 2
     assert json.loads(said)["message"] == "No such command 'nope'; see opd-stream --help"
     code, out, said = opd_stream()
     assert code == 2
-    assert "Commands" in out + said
+    assert "Run: before, and while models work" in out + said
 
 
 def test_what_would_command_a_terminal_is_escaped() -> None:

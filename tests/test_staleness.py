@@ -291,13 +291,16 @@ def test_a_run_that_diverges_ends_in_one_line_and_keeps_what_it_had(tmp_path: Pa
     assert not list((tmp_path / "store" / "policies").glob("*/manifest.json"))
 
 
-def test_scores_that_trained_nothing_are_said() -> None:
-    some = {"round": 3, "alignment": None}
+def test_scores_that_trained_nothing_are_said(tmp_path: Path) -> None:
+    some, config = {"round": 3, "alignment": None}, small_config(tmp_path)
     report = RoundReport.model_construct(**some, trained_share=0.41, cut_share=0.5)
-    (line,) = untrained_line(report)
+    (line,) = untrained_line(report, config)
     assert line.startswith("round 3: 41% of its scored tokens were trained; the rest lies behind")
     whole = RoundReport.model_construct(**some, trained_share=0.95, cut_share=0.0)
-    assert list(untrained_line(whole)) == []
+    assert list(untrained_line(whole, config)) == []
+    outside = RoundReport.model_construct(**some, trained_share=0.02, cut_share=0.0)
+    (line,) = untrained_line(outside, small_config(tmp_path, "train.segment.end=1"))
+    assert line.endswith("the rest lies outside train.segment")
 
 
 def test_drift_is_looked_at_four_times_an_epoch_at_most_and_evenly() -> None:

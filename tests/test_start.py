@@ -188,6 +188,8 @@ def test_init_leaves_a_file_alone_and_knows_what_was_meant(
         (("--template", "qwen"), "did you mean 'qwen-gsm8k'"),
         (("--template", "../quickstart"), "there is no template"),
         (("none/x.yaml",), "none is no folder"),
+        (("a\nb.yaml",), "printable characters"),
+        (("\udcff.yaml",), "printable characters"),
     ):
         code, _, error = opd_stream("init", *words)
         assert (code, error.count("\n"), reason in error) == (2, 1, True), error

@@ -178,9 +178,9 @@ def _identity(
                 f"{folder} is an adapter; expected whole weights; merge it into its base with "
                 "peft's merge_and_unload(), and save both model and tokenizer in a folder"
             )
-        found = (
-            "nothing: it does not exist" if not folder.is_dir() else "no " + ", no ".join(missing)
-        )
+        found = "no " + ", no ".join(missing)
+        if not folder.is_dir():
+            found = "a file" if folder.exists() else "nothing: it does not exist"
         raise UserError(
             f"{folder} is no checkpoint: found {found}; expected a Hugging Face folder with "
             "config.json, safetensors and a tokenizer; check the path"

@@ -40,11 +40,15 @@ def init(
 ) -> None:
     """Write a config to begin with; each of its fields says what it means."""
     from opd_stream.config_templates import QUICKSTART, template_text
-    from opd_stream.errors import UserError
+    from opd_stream.errors import UserError, shortened
     from opd_stream.store.files import publish
 
     if file is None:
         file = Path("my.yaml" if template == QUICKSTART else f"{Path(template).name}.yaml")
+    if not str(file).isprintable():  # it stands in comments, and in the commands that are printed
+        raise UserError(
+            f"the file is {shortened(file)}; expected a name of printable characters; name another"
+        )
     text = template_text(template, str(file))
     if file.exists():
         raise UserError(f"{file} exists; expected a new file; name another one, or move it away")
