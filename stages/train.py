@@ -116,6 +116,7 @@ class Training:
     plan: BatchPlan
     extrapolator: Extrapolator | None
     probes: Probes | None  # of audits of the window
+    cached_tokens: int | None  # new tokens that its longest rows may have; None: not known
     progress: Progress
     clock: Clock
 
@@ -170,6 +171,7 @@ def open_training(job: TrainJob, progress: Progress, fabric: Fabric) -> Training
             job, learner, rows, plan, None if checkpoint is None else checkpoint.base
         ),
         probes=open_probes(job, rows),
+        cached_tokens=job.cached_tokens,
         progress=progress,
         clock=clock,
     )
@@ -247,7 +249,7 @@ def decided_window(training: Training) -> Window | None:
     if not training.audit_steps or not training.state.audits:
         return None
     tokens = training.state.audits[-1].window_tokens
-    return FixedWindow(tokens=min(tokens, training.job.cached_tokens or tokens))
+    return FixedWindow(tokens=min(tokens, training.cached_tokens or tokens))
 
 
 def decision_age(training: Training) -> dict[str, int]:
