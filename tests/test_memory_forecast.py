@@ -9,7 +9,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from opd_stream.engines.reading import decoder_of, rows_hidden
 from opd_stream.model_config import read_model_config
-from pipeline.estimate.memory import activation_numbers, states_bytes, training_memory
+from pipeline.estimate.memory import (
+    TrainingMemory,
+    activation_numbers,
+    states_bytes,
+    training_memory,
+)
 from stages.checkpoints import weight_files
 from tests.conftest import MODELS, small_config
 
@@ -53,6 +58,18 @@ def test_a_quantised_base_is_forecast_by_its_bits(tmp_path: Path) -> None:
     packed = sum(prod(s) for n, s in tensors.items() if len(s) == 2 and "layers" in n)
     assert found[0] - found[1] == pytest.approx(packed * (2 - 1.0625), abs=2)
     assert found[1] - found[2] == pytest.approx(packed / 2, abs=2)
+
+
+def test_the_copy_of_the_first_student_is_forecast_but_under_adapters(tmp_path: Path) -> None:
+    folder, found = MODELS / "ledger-student", list[TrainingMemory]()
+    for more in ((), ("train.lora={rank: 4}",)):
+        for asked in ((), ("train.reference={weight: 1}",)):
+            forecast = training_memory(small_config(tmp_path, *more, *asked), folder, row_tokens=9)
+            assert forecast is not None
+            found.append(forecast)
+    plain, kept, adapted, both = found
+    assert kept.bytes - plain.bytes == plain.parts["weights"]
+    assert both.bytes == adapted.bytes
 
 
 def test_the_teachers_head_of_codec_hidden_is_forecast(tmp_path: Path) -> None:

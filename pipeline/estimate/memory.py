@@ -76,6 +76,7 @@ def training_memory(config: Config, folder: Path, *, row_tokens: float) -> Train
         head *= computed / FLOAT32 if is_narrow == (computed == FLOAT32) else 0
     activations = tokens * activation_numbers(settings, recomputes=train.gradient_checkpointing)
     activations *= FLOAT32 if train.precision == "float32" else 2 * WIDENED
+    has_copy = train.reference is not None and train.lora is None
     casts = weights * 2 if train.precision == "bf16-mixed" and train.lora is None else 0
     return TrainingMemory(
         parts={
@@ -86,6 +87,7 @@ def training_memory(config: Config, folder: Path, *, row_tokens: float) -> Train
             "activations": round(activations) + casts,
             "head": round(head) + CHUNK,
             "teacher_head": states_bytes(config, scoring=False),
+            **({"reference": weights * FLOAT32} if has_copy else {}),
         },
         tokens=tokens,
     )
