@@ -469,6 +469,8 @@ def train_policy(session: Session, setup: Setup, round_: Round, *, again: bool =
 
 def _say_next(session: Session, round_: Round) -> None:
     """What the round that was trained has decided about the next one."""
+    if round_.index == session.config.rounds - 1:
+        return
     select, outcome = session.config.rollouts.select, round_.policy.manifest().outcome
     if (audit := outcome.window_decision) is not None:
         session.progress.say(f"next round: {audit.reason}")
