@@ -35,6 +35,8 @@ class FirstStudent:
     ) -> torch.Tensor:
         """weight * KL(student || first student) over its candidates and tail, as a token mean.
 
+        Where several teachers score, rows count as often, and with the weight, as in the objective.
+
         Args:
             model: the student in training.
             hidden_BLH: its hidden states of the batch.

@@ -138,6 +138,10 @@ def test_a_run_with_a_reference_stays_near_its_first_student(
             "train.reference is set with strategy fsdp2",
         ),
         (
+            ("train.lora={rank: 2}", "train.dropout=model"),
+            "reference is set with train.dropout=model",
+        ),
+        (
             ("rollouts.given_share=1", "prompts.solutions=true"),
             "given_share is 1 with train.reference",
         ),

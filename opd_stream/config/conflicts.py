@@ -206,6 +206,11 @@ def _reference_conflicts(config: "Config") -> Iterator[str]:
             f"train.reference is set with train.{weighed[0]}, whose normalisation would weigh the "
             "reference, too; leave one of them out"
         )
+    if train.lora is not None and train.dropout == "model":
+        yield (
+            "train.reference is set with train.dropout=model under adapters, whose base is then "
+            "read with dropout, too; leave dropout out"
+        )
     if trainer.strategy == "fsdp2" and trainer.devices > 1:
         yield (
             "train.reference is set with strategy fsdp2, and its copy of the first student is not "
