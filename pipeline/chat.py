@@ -10,7 +10,7 @@ from opd_stream.engines import open_engine
 from opd_stream.engines.base import Engine, SamplingSettings
 from opd_stream.errors import UserError
 from opd_stream.fetching import fetch
-from opd_stream.messages import Turn
+from opd_stream.messages import Turn, check_unicode
 from opd_stream.model_config import read_model_config
 from opd_stream.rendering import ChatTemplate, Prompt, RawTemplate, Renderer
 from opd_stream.store.policy import known_identity
@@ -46,6 +46,7 @@ class Writer:
             UserError: the template does not take the turns, or they leave no room in its context.
         """
         text = turns[-1]["content"]
+        check_unicode("the prompt", text)
         chat = tuple(turns) if self.keeps_turns else None
         prompt = Prompt(prompt_id=_NAME, text=text, answer=None, turns=chat)
         ids = Renderer(self.template, self.tokenizer).ids(prompt)

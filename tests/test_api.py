@@ -1,5 +1,6 @@
 """Runs from Python: `import opd_stream as opd`."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -201,8 +202,10 @@ def test_chat_reads_lines_and_remembers_turns_of_a_chat_template(
 @pytest.mark.parametrize(
     ("place", "more", "line"),
     [
-        ("nowhere", [], "nowhere"),
+        ("nowhere", ["--prompt", "x"], "nowhere"),
         (str(MODELS / "ledger-student"), ["--policy-version", "1"], "is no run; expected one"),
+        (str(MODELS / "ledger-student"), ["--prompt", "a\udcff"], "half a surrogate pair"),
+        (str(MODELS / "ledger-student"), [], "the byte 0xff, which is no UTF-8"),
     ],
 )
 def test_chat_refuses_in_one_line(
@@ -212,7 +215,8 @@ def test_chat_refuses_in_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["opd-stream", "chat", place, *more, "--prompt", "x"])
+    monkeypatch.setattr(sys, "argv", ["opd-stream", "chat", place, *more])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2

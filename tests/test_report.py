@@ -272,6 +272,9 @@ def test_a_long_run_stays_a_small_page(mixed: str) -> None:
 def test_sample_texts_are_those_of_the_store_and_lead_to_pages(
     folder: Path, tmp_path: Path
 ) -> None:
+    (tmp_path / "taken-rollouts").touch()
+    with pytest.raises(UserError, match="taken-rollouts is a file; expected a folder"):
+        write_report([folder / "first"], tmp_path / "taken.html", rollouts=2)
     write_report([folder / "first"], tmp_path / "report.html", rollouts=2)
     text = (tmp_path / "report.html").read_text()
     found, said = samples(read_run(folder / "first"))

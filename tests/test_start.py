@@ -111,6 +111,7 @@ def test_a_setting_needs_no_set() -> None:
     assert found["overrides"] == ["a.b=c", "d=e", "f={kind: g}"]
     assert found["run_dir"] == "x=y"
     assert not parse(["status", "runs/a=b"])["overrides"]
+    assert parse(["run", "--", "-x.yaml", "a.b=c"])["overrides"] == ["a.b=c"]
 
 
 def test_a_setting_without_set_does_the_same(folder: Path, opd_stream: Command) -> None:

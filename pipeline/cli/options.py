@@ -69,11 +69,15 @@ class Command(TyperCommand):
             if each.param_type_name == "option" and not getattr(each, "is_flag", False)
             for name in each.opts
         }
-        found: list[str] = []
-        for before, word in zip(["", *args], args, strict=False):
+        end = args.index("--") if "--" in args else len(args)  # behind it nothing is an option
+        found, behind = list[str](), list[str]()
+        for at, (before, word) in enumerate(zip(["", *args], args, strict=False)):
             is_alone = before not in takes_value and _SETTING.fullmatch(word) is not None
-            found += [option, word] if is_alone and not Path(word).exists() else [word]
-        return found
+            if is_alone and not Path(word).exists():
+                found += [option, word]
+            else:
+                (found if at < end else behind).append(word)
+        return [*found, *behind]
 
 
 def latest_run() -> str:

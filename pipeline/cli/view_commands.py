@@ -282,6 +282,7 @@ def chat(
     """Talk to a policy, under the template of its run; one answer a line that is typed."""
     import sys
 
+    from opd_stream.errors import UserError
     from pipeline.chat import open_writer
 
     writer = open_writer(
@@ -293,7 +294,13 @@ def chat(
     turns: list[dict[str, str]] = []
     while not prompt:
         typer.echo("> ", nl=False, err=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise UserError(
+                f"what was typed has the byte 0x{byte:02x}, which is no UTF-8; expected UTF-8 text"
+            ) from error
         if not line:
             break
         if not (text := line.strip()):

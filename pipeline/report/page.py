@@ -63,6 +63,10 @@ def write_report(
         )
     runs = read_runs(folders)
     beside = out.with_name(f"{out.stem}-rollouts") if rollouts else None
+    if beside is not None and beside.exists() and not beside.is_dir():
+        raise UserError(
+            f"{beside} is a file; expected a folder, for pages beside {out}; name another --out"
+        )
     if beside is not None:
         _write_rollouts(runs, beside, rollouts)
     folder = "" if beside is None else beside.name
