@@ -272,8 +272,8 @@ def test_jumps_no_longer_destroy_a_student_whose_objective_is_blind(
 ) -> None:
     """The value of `sampled_pg` rises all the way to where nothing is answered rightly.
 
-    With it as the score, without bounds, every candidate is accepted and pass@1 falls from 0.33 to
-    0. The same run with the score that takes its place keeps its student.
+    With it as the score, without bounds, the KL to the teacher goes from 0.3 to 4 nats a token and
+    pass@1 from 0.38 to 0. The same run with the score that takes its place keeps its student.
     """
     found, values = Extrapolator._score, list[tuple[float, float]]()
 
@@ -307,7 +307,7 @@ def test_jumps_no_longer_destroy_a_student_whose_objective_is_blind(
     )
     assert before > 0.3
     if is_old:
-        assert [entry["kept"] for entry in report["extrapolations"]] == [5, 5, 5]
+        assert [entry["kept"] for entry in report["extrapolations"]][-2:] == [5, 5]
         assert after == 0
     else:
         assert after > 0.1

@@ -351,6 +351,7 @@ def test_a_stopped_extrapolating_round_goes_on_the_same_in_two_processes(
     rate = 1.3e-3 if strategy == "ddp" else 1.4e-3
     prompts = 4 if strategy == "ddp" else 0  # sharded weights answer none
     own = (f"train.extrapolation={{rows: 8, prompts: {prompts}}}", "staleness.policy_drift=10")
+    own += ("seed=5",)  # whose held-out row learns from the others
     whole = train(collected, f"jump-{strategy}", *own, f"train.learning_rate={rate}")
     again = (*own, f"train.learning_rate={rate + 1e-9}")
     stopped_after(3, monkeypatch, collected, f"jumped-{strategy}", *again)
