@@ -281,7 +281,7 @@ class Kinds:
         found = import_path(
             path,
             f"{base.__name__.lower()} class",
-            lambda found: isinstance(found, type) and issubclass(found, base),
+            lambda found: isinstance(found, type) and issubclass(found, base) and found is not base,
             f"a subclass of {base.__module__}.{base.__name__}",
         )
         return found.model_validate({**raw, "kind": path})
