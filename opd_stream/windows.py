@@ -9,10 +9,11 @@ segments, and one backward pass a segment gives them all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, cast
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from opd_stream.errors import shortened
 from opd_stream.section import Kinds, Part, Record
 
 if TYPE_CHECKING:
@@ -26,6 +27,26 @@ class Window(Part):
     """New tokens of a rollout. A config names yours by import path: docs/interfaces.md."""
 
     is_decided: ClassVar[bool] = False  # from round to round, by what training measures
+
+    @model_validator(mode="after")
+    def _has_tokens(self) -> Self:
+        """Refuse a class of the user's own that gives no window."""
+        if ":" not in self.kind:
+            return self
+        try:
+            tokens = cast(object, self.tokens_at(0))
+        except Exception as error:  # whatever a class of the user's raises
+            reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+            raise ValueError(
+                f"rollouts.window {self.kind} raises at tokens_at(0) ({reason}); expected new "
+                "tokens, at least 1; mend the class"
+            ) from error
+        if not isinstance(tokens, int) or tokens < 1:
+            raise ValueError(
+                f"rollouts.window {self.kind} gives {shortened(tokens)} at tokens_at(0); expected "
+                "new tokens, at least 1; mend the class"
+            )
+        return self
 
     def tokens_at(self, step: int) -> int:
         """The window of an optimizer step, at least 1; it never falls from one step to the next."""

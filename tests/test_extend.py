@@ -17,7 +17,8 @@ from pipeline.run_folder import RunFolder
 from stages.step import Silent
 from tests.conftest import SMALL_RUN, run
 
-PAGE = (Path(__file__).parent.parent / "docs" / "extend.md").read_text()
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = "".join((DOCS / name).read_text() for name in ("extend.md", "interfaces.md"))
 FILES = {
     block.split("\n")[0].removeprefix("# "): block
     for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -138,3 +139,27 @@ def test_a_wrong_part_is_one_line_before_any_work(
     lines = str(told.value).splitlines()
     assert all(" problems in " in one or ";" in one for one in lines)
     assert not list(tmp_path.glob("store/rollouts/*"))
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        ("return 1 / 0", "own_window:Own raises at tokens_at(0) (ZeroDivisionError: division by"),
+        ("return 0", "own_window:Own gives 0 at tokens_at(0); expected new tokens"),
+        ("return 8.5", "gives 8.5"),
+        ("return 'x'", "gives 'x'"),
+    ],
+)
+def test_a_window_of_ones_own_without_tokens_is_one_line(
+    body: str, line: str, own_parts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "own_window", raising=False)
+    (own_parts / "own_window.py").write_text(
+        "from opd_stream.windows import Window\n\n\nclass Own(Window):\n"
+        f"    def tokens_at(self, step):\n        {body}\n"
+    )
+    with pytest.raises(UserError) as caught:
+        config_of(own_parts, window={"kind": "own_window:Own"})
+    (told,) = caught.value.args
+    assert line in told
+    assert "\n" not in told
