@@ -468,8 +468,9 @@ def test_the_check_at_work_is_named(
 def test_every_check_has_room_in_its_column_and_a_row_in_the_page() -> None:
     page = (Path(__file__).parent.parent / "docs" / "doctor.md").read_text()
     assert max(len(check.name) for check in CHECKS) == findings.WIDTH
+    rows = [line for line in page.splitlines() if line.startswith("|")]
     for check in CHECKS:
-        assert f"| `{check.name}` |" in page
+        assert any(f"`{check.name}`" in row.split("|")[1] for row in rows), check.name
 
 
 def with_other_weights(folder: Path) -> None:

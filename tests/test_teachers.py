@@ -398,9 +398,9 @@ def test_a_unit_is_scored_from_the_rows_of_its_own_prompts(
         read.extend([self.name] if working else [])
         return part(self, *arguments)
 
-    def read_unit(self: Artifact, unit: int) -> Any:
+    def read_unit(self: Artifact, *arguments: Any) -> Any:
         assert not working or self.recipe.kind != "prompts"
-        return whole(self, unit)
+        return whole(self, *arguments)
 
     monkeypatch.setattr("stages.prompts.ROWS_PER_SHARD", 300)
     monkeypatch.setattr(ScoreWorker, "work", worked)

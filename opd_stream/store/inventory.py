@@ -8,10 +8,11 @@ from opd_stream.errors import Unreachable, UserError
 from opd_stream.outcome import Coverage
 from opd_stream.store.artifact import Artifact, DamagedUnit, summed_counts
 from opd_stream.store.codecs.fidelity import Fidelity
+from opd_stream.store.files import json_files
 from opd_stream.store.policy import PolicyManifest
 from opd_stream.store.recipe import KINDS, RecipeRecord
 from opd_stream.store.sealed import load_record
-from opd_stream.store.store import Store
+from opd_stream.store.store import RunRecord, Store
 
 SHARDED = ("prompts", "rollouts", "scores", "heads", "bases", "hidden", "distances")
 
@@ -51,12 +52,24 @@ def started(store: Store) -> list[str]:
     ]
 
 
+def _reached(store: Store) -> dict[str, list[str]]:
+    """Artifact -> folders of the runs that reach it, by the records that can be read."""
+    found: dict[str, list[str]] = {}
+    for path in json_files(store.root / "runs"):
+        try:
+            run = load_record(RunRecord, path)
+        except Unreachable:
+            raise
+        except (UserError, OSError):
+            continue  # `cache verify` names it
+        for name in run.artifacts:
+            found.setdefault(name, []).append(run.folder)
+    return found
+
+
 def entries(store: Store) -> Iterator[Entry]:
     """Every artifact that was started."""
-    reached: dict[str, list[str]] = {}
-    for run in store.runs().values():
-        for name in run.artifacts:
-            reached.setdefault(name, []).append(run.folder)
+    reached = _reached(store)
     for name in started(store):
         folder, kind = store.root / name, name.partition("/")[0]
         is_complete, is_damaged = (folder / "manifest.json").exists(), False
