@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip $(INSTALL) $(INDEX) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-quickstart: $(READY) ## distil the embedded teacher into the embedded student, one to one and a half minutes
+quickstart: $(READY) ## distil the embedded teacher into the embedded student, one to two minutes
 	$(BIN)/opd-stream quickstart
 
 dist: $(READY) ## build wheel and sdist, and check what a package index would show; seconds

@@ -111,7 +111,8 @@ def _task(task: str, lines: list[Line]) -> str:
         f"median over seeds of what a run had spent when it reached {target:.3f}, the mean of full "
         "rollouts less one standard error, and how many seeds did. CPU seconds are those of "
         "generate, score and train; evaluation is not in them, probes, audits and searches are; "
-        "operations are those of sampling, scoring and training, probes among them.\n\n"
+        "operations are those of sampling, scoring and training, probes among them "
+        "(the lines so far lack the second pass of `train.select` and `train.reference`).\n\n"
         f"![accuracy against cost](figures/methods-{task}.svg)\n\n"
     )
     rows = table(task, ROWS[task], lines)

@@ -189,18 +189,30 @@ def forward_flops(shape: ModelShape, counts: TokenCounts) -> float:
     return _products(shape, counts) + _attention(shape, counts)
 
 
-def train_flops(shape: ModelShape, counts: TokenCounts, *, recomputed: bool = False) -> float:
-    """Forward and backward.
+def train_flops(
+    shape: ModelShape,
+    counts: TokenCounts,
+    *,
+    recomputed: bool = False,
+    selects: bool = False,
+    has_reference: bool = False,
+) -> float:
+    """Forward and backward; the gradients of audits and the points of extrapolation are not in it.
 
     Args:
         shape: of the student.
         counts: that training reads.
         recomputed: with gradient checkpointing, one forward pass more.
+        selects: tokens are chosen by a pass of the head before.
+        has_reference: the run's first student reads the rows too, and the student's head works for
+            the distance between the two once more.
     """
     passes, is_frozen = 4 if recomputed else 3, shape.adapter_weights > 0
     adapters = 2 * shape.adapter_weights * counts.tokens
     products = (passes - is_frozen) * _products(shape, counts)
-    return products + passes * (adapters + _attention(shape, counts))
+    head = 2 * shape.head_weights * counts.completion_tokens
+    more = selects * head + has_reference * ((3 - is_frozen) * head + forward_flops(shape, counts))
+    return products + passes * (adapters + _attention(shape, counts)) + more
 
 
 def _products(shape: ModelShape, counts: TokenCounts) -> float:

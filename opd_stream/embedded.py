@@ -28,3 +28,14 @@ def embedded_model(path: Path | str) -> Path | None:
         return None
     folder = embedded(f"models/{name}")
     return folder if folder.is_dir() else None
+
+
+def embedded_name(folder: Path) -> str | None:
+    """The name of an embedded model by its folder, as `embedded_model` reads it; None: it is none.
+
+    Example:
+        >>> embedded_name(embedded("models/ledger-student"))
+        'opd-stream/ledger-student'
+    """
+    is_own = folder.resolve().parent == embedded("models").resolve()
+    return f"{ORGANISATION}/{folder.name}" if is_own else None

@@ -157,7 +157,8 @@ class AdaptiveWindow(Window):
     )
     objective: Literal["sampled", "trained"] = Field(
         default="trained",
-        description="whose gradients are compared: that of the drawn tokens, or train.objective",
+        description="whose gradients are compared: that of the drawn tokens, or train.objective "
+        "(every token weighs the same, whatever train.select, gate, freshness and reference say)",
     )
     metric: Literal["identity", "adam"] = Field(
         default="identity", description="of the cosine; adam: divided by root second moments"

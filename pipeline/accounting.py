@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from opd_stream.config import PLACEMENT, Config, counts_rounds
+from opd_stream.config import PLACEMENT, Config, Train, counts_rounds
 from opd_stream.costs import (
     ModelShape,
     TokenCounts,
@@ -78,6 +78,7 @@ class Accounts:
         """What the costs of the run follow from."""
         setup = self.setup
         return Models(
+            train=setup.config.train,
             student=student_shape(setup.student, setup.config.train.lora),
             teachers={
                 each.name: model_shape(each.teacher)
@@ -206,6 +207,7 @@ class Accounts:
 class Models:
     """The shapes of a run's models; those of its policies are the student's."""
 
+    train: Train  # how the student does
     student: ModelShape
     teachers: dict[str | None, ModelShape]  # by name, of several
 
@@ -392,8 +394,13 @@ class RoundWork:
         read = TokenCounts(
             tokens=trained.row_tokens, completion_tokens=trained.tokens, pairs=trained.row_pairs
         )
-        recomputed = self.outcome.gradient_checkpointing
-        train = train_flops(models.student, read, recomputed=recomputed)
+        train = train_flops(
+            models.student,
+            read,
+            recomputed=self.outcome.gradient_checkpointing,
+            selects=models.train.select is not None,
+            has_reference=models.train.reference is not None,
+        )
         return StageNumbers(
             generate=self._flops("generate", {None: models.student})
             + self._flops("generate", models.teachers, author="teacher"),

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel
 
 from opd_stream.config import PLACEMENT, Config
+from opd_stream.embedded import embedded_name
 from opd_stream.errors import UserError
 from opd_stream.hub import has_hub_form
 from opd_stream.store.files import explained, inside, is_remote, sha256_file, verified_bytes
@@ -191,8 +192,9 @@ def model_card(
             "\n## Data\n",
             _fenced(recipe(config.prompts)),
             "## Recipe\n",
-            "What differs from the defaults of `docs/config.md`; `opd-stream run CONFIG.yaml` "
-            f"makes it, and `opd-stream export RUN OUT --policy-version {version}"
+            "What differs from the defaults of `docs/config.md`. With the folders of models and "
+            "data before their names, `opd-stream run CONFIG.yaml` makes it, and "
+            f"`opd-stream export RUN OUT --policy-version {version}"
             f"{' --adapter' * adapter}` this folder.\n",
             _fenced(recipe(config)),
             "## Versions\n",
@@ -280,7 +282,7 @@ def _plain(value: Any, path: str) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(each, path) for each in value]
     if isinstance(value, Path):
-        return _name(str(value))
+        return embedded_name(value) or _name(str(value))
     if isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists()):
         return Path(value).name
     return value

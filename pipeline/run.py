@@ -475,8 +475,7 @@ def _say_next(session: Session, round_: Round) -> None:
     if (audit := outcome.window_decision) is not None:
         session.progress.say(f"next round: {audit.reason}")
     window, entropy = session.config.rollouts.window, outcome.epochs[0].teacher_entropy
-    is_last = round_.index == session.config.rounds - 1
-    if isinstance(window, EntropyGatedWindow) and entropy is not None and not is_last:
+    if isinstance(window, EntropyGatedWindow) and entropy is not None:
         session.progress.say(
             f"next round: window {window.after(round_.plan.window_tokens, entropy)}: teacher "
             f"entropy {entropy:.3f} (threshold {window.threshold:g})"

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from pipeline.records import RunSummary
@@ -146,6 +146,9 @@ def _filtered(found: list[RunOverview], wanted: str) -> list[RunOverview]:
     if not equals:
         raise UserError(f"{shortened(wanted)} has no '='; expected FIELD=VALUE or state=STATE")
     if name == "state":
+        if text not in get_args(State):
+            known = ", ".join(get_args(State))
+            raise UserError(f"state is {shortened(text)}; expected one of {known}")
         return [each for each in found if each.state == text]
     if found and not any(name in each.settings for each in found):
         raise UserError(
@@ -186,8 +189,16 @@ def differing_settings(runs: Sequence[RunOverview]) -> list[str]:
         name
         for name in names
         if not is_below(name, PLACEMENT)
-        and any(each.get(name) != sound[0].get(name) for each in sound)
+        and any(not _is_same(each.get(name), sound[0].get(name)) for each in sound)
     ]
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two values of a setting mean the same; a path may be written in two ways."""
+    texts = (one, other)
+    if one == other or not all(isinstance(each, str) and "/" in each for each in texts):
+        return one == other
+    return Path(one).exists() and Path(one).resolve() == Path(other).resolve()
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:

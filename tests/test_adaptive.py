@@ -70,10 +70,8 @@ def test_a_sketch_keeps_cosines() -> None:
     assert found.item() == pytest.approx(true.item(), abs=0.01)
 
 
-@pytest.mark.parametrize("objective", [SampledPg(), Bucket(direction="reverse")])
-def test_segments_add_up_to_the_gradient_of_the_whole(
-    small_runs: SmallRuns, objective: Objective
-) -> None:
+def student_and_batch(small_runs: SmallRuns) -> tuple[StudentModel, Batch]:
+    """The embedded student, and six rows of a cache."""
     (scores,) = (small_runs("rounds=1", "evaluation=null") / "store" / "scores").iterdir()
     rows = open_scores(scores)
     plan = BatchPlan(
@@ -86,6 +84,14 @@ def test_segments_add_up_to_the_gradient_of_the_whole(
     (batch,) = step_batches([rows[n] for n in range(6)], plan, 0)
     folder = MODELS / "ledger-student"
     student = load_student(folder, lora=None, initial=folder, gradient_checkpointing=False).eval()
+    return student, batch
+
+
+@pytest.mark.parametrize("objective", [SampledPg(), Bucket(direction="reverse")])
+def test_segments_add_up_to_the_gradient_of_the_whole(
+    small_runs: SmallRuns, objective: Objective
+) -> None:
+    student, batch = student_and_batch(small_runs)
     for layers in (None, 1):  # of all parameters the head is one, too
         groups = parameter_groups(student, layers=layers)
         assert len(groups) == (1 if layers else 4)
@@ -113,18 +119,7 @@ def test_the_last_layers_that_stand_for_all_parameters() -> None:
 
 
 def test_chosen_layers_have_the_cosines_of_all_parameters(small_runs: SmallRuns) -> None:
-    (scores,) = (small_runs("rounds=1", "evaluation=null") / "store" / "scores").iterdir()
-    rows = open_scores(scores)
-    plan = BatchPlan(
-        rows_per_step=8,
-        tokens_per_microbatch=10**6,
-        seed=0,
-        first_step=0,
-        window=FixedWindow(tokens=48),
-    )
-    (batch,) = step_batches([rows[n] for n in range(6)], plan, 0)
-    folder = MODELS / "ledger-student"
-    student = load_student(folder, lora=None, initial=folder, gradient_checkpointing=False).eval()
+    student, batch = student_and_batch(small_runs)
     objective, candidates = (Bucket(direction="reverse"),), (4, 10, 20)
     groups = parameter_groups(student, layers=None)
     parts = segment_sketches(student, batch, candidates, groups, objectives=objective)

@@ -63,6 +63,11 @@ def test_counts_add_and_a_longer_window_costs_in_proportion() -> None:
     shape = shape_of(json.loads((folder / "config.json").read_text()), weight_shapes(folder))
     assert train_flops(shape, one) == 3 * forward_flops(shape, one)
     assert train_flops(shape, one, recomputed=True) == 4 * forward_flops(shape, one)
+    head = forward_flops(replace(shape, weights=0, attention_width=0), one)
+    selected = train_flops(shape, one, selects=True) - train_flops(shape, one)
+    assert selected == pytest.approx(head)
+    beside = train_flops(shape, one, has_reference=True) - train_flops(shape, one)
+    assert beside == pytest.approx(forward_flops(shape, one) + 3 * head)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "bloom", "mixtral", "bart", "gemma3"])

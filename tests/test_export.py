@@ -12,6 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd_stream.config.sections import DatasetPrompts
+from opd_stream.config_file import make_config
 from pipeline.export import export_policy, recipe
 from pipeline.run_folder import RunFolder
 from tests.conftest import MODELS, Command, SmallRuns, rewrite
@@ -80,7 +81,9 @@ def test_the_card_has_recipe_teacher_data_figures_and_no_places(
     assert "on-policy-distillation" in str(head["tags"])
     blocks = [yaml.safe_load(each) for each in re.findall(r"```yaml\n(.*?)```", card, re.S)]
     assert blocks[0] == {"kind": "ledger", "count": 32, "seed": 11}
-    assert blocks[1]["teacher"] == {"path": "ledger-teacher"}
+    assert blocks[1]["teacher"] == {"path": "opd-stream/ledger-teacher"}
+    made_again = make_config(blocks[1])  # the embedded models need no folder
+    assert made_again.student.folder.samefile(MODELS / "ledger-student")
     assert blocks[1]["train"]["objective"] == [{"kind": "bucket"}]
     assert "store" not in blocks[1]
     summary = run.summary()

@@ -72,6 +72,17 @@ def test_the_copy_of_the_first_student_is_forecast_but_under_adapters(tmp_path: 
     assert both.bytes == adapted.bytes
 
 
+def test_the_student_that_an_audit_loads_is_forecast(tmp_path: Path) -> None:
+    window = "rollouts.window={kind: adaptive, candidates: [8, 16], max_window_tokens: 48}"
+    found = [
+        training_memory(small_config(tmp_path, *more), MODELS / "ledger-student", row_tokens=9)
+        for more in ((), (window,))
+    ]
+    assert found[0] is not None
+    assert found[1] is not None
+    assert found[1].bytes - found[0].bytes == found[0].parts["weights"]
+
+
 def test_the_teachers_head_of_codec_hidden_is_forecast(tmp_path: Path) -> None:
     folder, plain = MODELS / "ledger-student", small_config(tmp_path)
     config = small_config(tmp_path, "scores.codec={kind: hidden}")

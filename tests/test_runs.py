@@ -15,7 +15,15 @@ from opd_stream.store import open_scores
 from opd_stream.store.store import Store
 from pipeline.console import age_text
 from pipeline.lease import lease
-from pipeline.runs import RunOverview, list_runs, overview, runs_lines, settings_text, short_names
+from pipeline.runs import (
+    RunOverview,
+    differing_settings,
+    list_runs,
+    overview,
+    runs_lines,
+    settings_text,
+    short_names,
+)
 from pipeline.status import Pace, RoundStatus, RunStatus
 from pipeline.verdict import age_of, verdict
 from tests.conftest import Command, SmallRuns, loaded_by, rewrite
@@ -80,6 +88,7 @@ def test_runs_are_filtered_and_sorted(
         (("none",), "none is no folder"),
         (("train.learning_rat=1",), "no run here has the setting"),
         (("--where", "bucket"), "has no '='"),
+        (("--where", "state=done"), "expected one of finished, running"),
     ],
 )
 def test_what_lists_no_run_is_one_line(
@@ -231,3 +240,18 @@ def test_many_policies_are_compared_with_the_first(folder: Path, opd_stream: Com
     row = next(line for line in said.splitlines() if "runs/second " in line)
     assert row.split()[1:] == numbers[1:]
     assert "runs/first@0" in said
+
+
+def test_one_folder_written_in_two_ways_is_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "own").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    def of(path: str) -> RunOverview:
+        settings = {"student.path": path, "seed": 1}
+        return RunOverview(run="r", state="finished", age_seconds=0.0, settings=settings)
+
+    assert differing_settings([of("models/own"), of(f"{tmp_path}/models/own")]) == []
+    assert differing_settings([of("models/own"), of("models/none")]) == ["student.path"]
+    assert differing_settings([of("org/a"), of("org/b")]) == ["student.path"]

@@ -535,7 +535,12 @@ class Train(Section):
     segment: Segment | None = later(default=None, description="left out: every place trains")
     reference: Reference | None = later(default=None, description="left out: none")
     extrapolation: Extrapolation | None = Field(default=None, description="left out: none")
-    learning_rate: float = Field(gt=0, le=100, description="peak")
+    learning_rate: float = Field(
+        gt=0,
+        le=100,
+        description="peak; about 1e-3 for the embedded models, 5e-5 for 135 million parameters, "
+        "1e-6 for billions",
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="over the whole run; linear and cosine: down to 0"
     )

@@ -17,6 +17,7 @@ from opd_stream.costs import adapter_weights
 from opd_stream.model_config import read_model_config
 from opd_stream.section import Record
 from opd_stream.store.codecs import HiddenCodec
+from opd_stream.windows import AdaptiveWindow
 from pipeline.estimate.sizes import FLOAT32
 from stages.checkpoints import NARROW, weight_files
 
@@ -77,6 +78,7 @@ def training_memory(config: Config, folder: Path, *, row_tokens: float) -> Train
     activations = tokens * activation_numbers(settings, recomputes=train.gradient_checkpointing)
     activations *= FLOAT32 if train.precision == "float32" else 2 * WIDENED
     has_copy = train.reference is not None and train.lora is None
+    is_audited = isinstance(config.rollouts.window, AdaptiveWindow)
     casts = weights * 2 if train.precision == "bf16-mixed" and train.lora is None else 0
     return TrainingMemory(
         parts={
@@ -88,6 +90,7 @@ def training_memory(config: Config, folder: Path, *, row_tokens: float) -> Train
             "head": round(head) + CHUNK,
             "teacher_head": states_bytes(config, scoring=False),
             **({"reference": weights * FLOAT32} if has_copy else {}),
+            **({"audit": base} if is_audited else {}),  # which loads the student again
         },
         tokens=tokens,
     )

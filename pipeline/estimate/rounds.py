@@ -326,8 +326,13 @@ class RunCosts:
 
     def train_flops(self, counts: TokenCounts) -> float:
         """Operations of training that reads these rows."""
+        train = self.config.train
         return train_flops(
-            self.student, counts, recomputed=self.config.train.gradient_checkpointing
+            self.student,
+            counts,
+            recomputed=train.gradient_checkpointing,
+            selects=train.select is not None,
+            has_reference=train.reference is not None,
         )
 
     def _training(
